@@ -1,0 +1,1 @@
+"""Benchmarks. `python -m bench --help`; `bench/gpu_run.sh OUT` runs everything on a GPU machine."""

@@ -1,0 +1,46 @@
+"""bitsandbytes: NF4 with and without double quantization, LLM.int8()."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qkernels.benchmark.race import Layer
+
+from . import EIGHT_BIT, FOUR_BIT, Peer, layer
+
+
+class Nf4(Peer):
+    module = "bitsandbytes"
+
+    def __init__(self, double_quant: bool) -> None:
+        self.double_quant = double_quant
+        self.name = "bitsandbytes"
+        self.group = "nf4:double_quant=true" if double_quant else "nf4"
+
+    def prepare(self, weight: Tensor) -> Layer:
+        import bitsandbytes as bnb
+
+        n, k = weight.shape
+        linear = bnb.nn.Linear4bit(
+            k, n, bias=False, compute_dtype=torch.bfloat16, compress_statistics=self.double_quant,
+            quant_type="nf4",
+        )  # fmt: skip
+        linear.load_state_dict({"weight": weight.bfloat16().cpu()})
+        held = n * k // 2 + n * k // 64 * (1 if self.double_quant else 4)
+        return layer(linear.to(weight.device), held, weight, FOUR_BIT)
+
+
+class Int8(Peer):
+    name, group, module = "bitsandbytes", "int8", "bitsandbytes"
+
+    def prepare(self, weight: Tensor) -> Layer:
+        import bitsandbytes as bnb
+
+        n, k = weight.shape
+        linear = bnb.nn.Linear8bitLt(k, n, bias=False, has_fp16_weights=False, threshold=6.0)
+        linear.load_state_dict({"weight": weight.half().cpu()})
+        return layer(linear.to(weight.device), n * k + 4 * n, weight, EIGHT_BIT, "int8")
+
+
+CONTESTANTS = [Nf4(False), Nf4(True), Int8()]

@@ -1,0 +1,54 @@
+"""GemLite: int4 in groups of 128, int8 and fp8 with dynamic activations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qkernels.benchmark.race import Layer
+
+from . import EIGHT_BIT, FOUR_BIT, Peer, layer
+
+GROUP = 128
+
+
+class GemLite(Peer):
+    name, module = "gemlite", "gemlite"
+
+
+class Int4(GemLite):
+    group = "int4 g128"
+
+    def prepare(self, weight: Tensor) -> Layer:
+        from gemlite.helper import A16W4_HQQ_INT
+
+        n, k = weight.shape
+        grouped = weight.view(-1, GROUP)
+        low, high = grouped.amin(1, keepdim=True), grouped.amax(1, keepdim=True)
+        scales = ((high - low) / 15).clamp(min=1e-6)
+        zeros = (-low / scales).round()
+        codes = ((grouped / scales).round() + zeros).clamp(0, 15).to(torch.uint8).view(n, k)
+        made = A16W4_HQQ_INT(device=str(weight.device), dtype=torch.bfloat16).from_weights(
+            codes, scales.bfloat16(), zeros.bfloat16()
+        )
+        return layer(made, n * k // 2 + n * k // GROUP * 4, weight, FOUR_BIT)
+
+
+class Dynamic(GemLite):
+    """fp8 or int8 with a scale a row of x."""
+
+    def __init__(self, maker: str, group: str, kind: str) -> None:
+        self.maker, self.group, self.kind = maker, group, kind
+
+    def prepare(self, weight: Tensor) -> Layer:
+        import gemlite.helper
+
+        maker = getattr(gemlite.helper, self.maker)(device=str(weight.device), dtype=torch.bfloat16)
+        return layer(maker.from_weights(weight.bfloat16()), weight.numel(), weight, EIGHT_BIT, self.kind)
+
+
+CONTESTANTS = [
+    Int4(),
+    Dynamic("A8W8_int8_dynamic", "w8a8", "int8"),
+    Dynamic("A8W8_fp8_dynamic", "fp8:activation=dynamic", "fp8"),
+]

@@ -1,0 +1,124 @@
+"""Compile every Triton kernel for every architecture, without a GPU, and say what came out.
+
+    python -m bench.static                          all of it, as a table
+    python -m bench.static --arch 90 --markdown
+    python -m bench.static --subset --json facts.json
+
+Exits with 1, and one line each on stderr, if a kernel spills registers, does not fit in shared memory, or
+lacks the tensor-core instruction it should have.
+
+`load B`: bytes of a thread's widest load of packed weights. `instr/weight`: instructions of the main loop,
+over all threads, per weight decoded. While its memory delivers a 4-bit weight at 4.3 TB/s, an H200 can
+issue 3.5 of them, for an 8-bit weight 7; and 8 while its tensor cores multiply one with 128 rows of x in
+16 bits. More, and the kernel waits for its instructions instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from .facts import ARCHITECTURES, Facts, failures, families
+from .workers import compile_all, listed
+
+HEADINGS = (
+    "kernel", "job", "sm", "regs", "spills", "shared KiB", "blocks/SM", "warps/SM", "limit", "tensor core",
+    "load B", "instr/weight",
+)  # fmt: skip
+
+
+def row(facts: Facts) -> list[str]:
+    if facts.error:
+        return [facts.kernel, facts.label, str(facts.arch), "does not compile", *[""] * (len(HEADINGS) - 4)]
+    return [
+        facts.kernel,
+        facts.label,
+        str(facts.arch),
+        str(facts.registers),
+        str(facts.spills),
+        f"{facts.shared / 1024:.0f}",
+        str(facts.blocks),
+        str(facts.warps),
+        facts.limit,
+        facts.tensor_core or "none",
+        "" if facts.weight_load is None else str(facts.weight_load),
+        "" if facts.per_weight is None else f"{facts.per_weight:.2f}",
+    ]
+
+
+def show(results: list[Facts], markdown: bool) -> None:
+    if markdown:
+        print("| " + " | ".join(HEADINGS) + " |")
+        print("| --- | --- |" + " ---: |" * 6 + " --- | --- |" + " ---: |" * 2)
+        for facts in results:
+            print("| " + " | ".join(row(facts)) + " |")
+        return
+    table = Table(*HEADINGS)
+    for facts in results:
+        table.add_row(*row(facts), style="red" if failures(facts) else None)
+    Console(width=190).print(table)
+
+
+def environment() -> dict[str, str]:
+    import torch
+    import triton
+
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.static",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="repeatable; all")
+    parser.add_argument("--kernel", metavar="NAME", help="only kernels whose name contains this")
+    parser.add_argument("--job", metavar="TEXT", help="only jobs whose label contains this")
+    parser.add_argument("--subset", action="store_true", help="the few jobs that tests compile")
+    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all facts here")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="write TTGIR, PTX and SASS there")
+    parser.add_argument("--workers", type=int, default=2, help="processes that compile (2)")
+    args = parser.parse_args()
+    # Before triton is imported here or in a worker: the interpreter's kernels cannot be compiled.
+    os.environ.pop("TRITON_INTERPRET", None)
+
+    tasks = [
+        (family, arch, number)
+        for family in families()
+        for arch in sorted(set(args.arch or ARCHITECTURES))
+        for number, job in enumerate(listed(family, arch, args.subset))
+        if (args.kernel or "") in job.kernel and (args.job or "") in job.label
+    ]
+    if not tasks:
+        parser.error("no kernel or job has such a name")
+    if args.keep:
+        args.keep.mkdir(parents=True, exist_ok=True)
+    results = compile_all(tasks, args.subset, args.workers, args.keep)
+    show(results, args.markdown)
+    if args.json:
+        report = {"environment": environment(), "results": [asdict(facts) for facts in results]}
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    wrong = [line for facts in results for line in failures(facts)]
+    for line in wrong:
+        print(line, file=sys.stderr)
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Compiles one job ahead of time and reads its facts off the machine code; says what is wrong with them."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import qkernels.backends.triton as backend
+from qkernels.backends.triton.configs import SHARED_KIB
+
+from . import assembly
+from .occupancy import occupancy
+
+if TYPE_CHECKING:
+    from qkernels.backends.triton.jobs import CompileJob
+
+ARCHITECTURES = (80, 89, 90, 100, 120)
+#: what kernels call their pointers to packed weights
+_WEIGHT_POINTER = re.compile(r"(qdata|qhigh|w|weight)_ptr")
+
+
+@dataclass
+class Facts:
+    """One compiled job.
+
+    spills: bytes of local memory per thread; loop_spills: loads and stores of it in the main loop. shared: bytes per block. blocks, warps: that fit on an SM,
+    held back by `limit`. loads: pointer argument -> bytes of the widest load through it; weight_load: the
+    narrowest of those among the weight's. steps: how often the main loop is unrolled. loop: opcode ->
+    count in the main loop. per_weight: instructions all threads of a block execute in one step, per
+    weight decoded in it.
+    """
+
+    family: str
+    kernel: str
+    label: str
+    arch: int
+    needs_tensor_core: bool = True
+    error: str | None = None
+    registers: int = 0
+    spills: int = 0
+    loop_spills: int = 0
+    shared: int = 0
+    tensor_columns: int = 0
+    num_warps: int = 0
+    num_stages: int = 0
+    blocks: int = 0
+    warps: int = 0
+    limit: str = ""
+    tensor_core: str | None = None
+    loads: dict[str, int] = field(default_factory=dict)
+    weight_load: int | None = None
+    steps: int = 1
+    loop_instructions: int = 0
+    loop: dict[str, int] = field(default_factory=dict)
+    per_weight: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel} sm_{self.arch} {self.label}"
+
+
+def failures(facts: Facts) -> list[str]:
+    """What must not be, one line each."""
+    if facts.error:
+        return [f"{facts.name}: does not compile: {facts.error}"]
+    found = []
+    if facts.spills:
+        often = f"{facts.loop_spills} loads and stores" if facts.loop_spills else "none"
+        found.append(f"spills {facts.spills} bytes of registers per thread ({often} in the main loop)")
+    if facts.shared > (limit := SHARED_KIB[facts.arch] * 1024):
+        found.append(f"needs {facts.shared} bytes of shared memory, a block may have {limit}")
+    elif facts.blocks == 0:
+        found.append(f"no block fits on a multiprocessor: too many {facts.limit}")
+    if facts.needs_tensor_core:
+        if facts.tensor_core is None:
+            found.append("has no tensor-core instruction")
+        elif not assembly.is_native(facts.tensor_core, facts.arch):
+            found.append(f"has only {facts.tensor_core}, not the architecture's own tensor-core instruction")
+    return [f"{facts.name}: {what}" for what in found]
+
+
+# ---------------------------------------------------------------------- jobs
+def families() -> list[str]:
+    """Modules of the backend that have jobs to compile."""
+    names = sorted(module.name for module in pkgutil.iter_modules(backend.__path__))
+    return [name for name in names if hasattr(_module(name), "compile_jobs")]
+
+
+def jobs(family: str, arch: int, subset: bool) -> list[CompileJob]:
+    found: Iterator[CompileJob] = _module(family).compile_jobs(arch, subset=subset)
+    return list(found)
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"{backend.__name__}.{name}")
+
+
+# ---------------------------------------------------------------------- compiling
+def facts_of(family: str, job: CompileJob, keep: Path | None = None) -> Facts:
+    """Compile `job` and read its facts; `keep`: a folder that gets its TTGIR, PTX and SASS."""
+    facts = Facts(family, job.kernel, job.label, job.arch, job.tensor_core)
+    facts.num_warps, facts.num_stages = job.num_warps, job.num_stages
+    try:
+        kernel = _compiled(job)
+    except Exception as error:  # whatever the compiler says is a fact, too
+        facts.error = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return facts
+    sass_text, usage = _disassembled(kernel.asm["cubin"])
+    if keep:
+        stem = re.sub(r"[^\w.=-]+", "_", facts.name)
+        for suffix, text in (("ttgir", kernel.asm["ttgir"]), ("ptx", kernel.asm["ptx"]), ("sass", sass_text)):
+            (keep / f"{stem}.{suffix}").write_text(text)
+
+    facts.registers = int(usage["REG"])
+    facts.spills = int(usage["STACK"]) + int(usage["LOCAL"])
+    facts.shared = kernel.metadata.shared
+    facts.tensor_columns = getattr(kernel.metadata, "tmem_size", None) or 0
+    fit = occupancy(job.arch, facts.registers, facts.shared, job.num_warps, facts.tensor_columns)
+    facts.blocks, facts.warps, facts.limit = fit
+
+    program, source = assembly.sass(sass_text), assembly.ptx(kernel.asm["ptx"])
+    loop = assembly.main_loop(program)
+    facts.tensor_core = assembly.tensor_core(loop) or assembly.tensor_core(program.instructions)
+    facts.steps = assembly.steps(loop, assembly.main_loop(source))
+    facts.loop_instructions = len(loop)
+    facts.loop = dict(Counter(found.opcode for found in loop).most_common())
+    facts.loop_spills = sum(found.name in ("LDL", "STL") for found in loop)
+    if job.weights:
+        facts.per_weight = round(len(loop) * 32 * job.num_warps / (facts.steps * job.weights), 3)
+
+    names = _parameters(job)
+    facts.loads = {names[i]: width for i, width in sorted(assembly.load_bytes(source).items())}
+    weight = [width for name, width in facts.loads.items() if _WEIGHT_POINTER.fullmatch(name)]
+    facts.weight_load = min(weight, default=None)
+    return facts
+
+
+def _compiled(job: CompileJob) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    order = job.fn.arg_names
+    source = ASTSource(
+        job.fn,
+        signature={name: job.types.get(name, "constexpr") for name in order},
+        constexprs=job.constants,
+        attrs={(order.index(name),): [["tt.divisibility", 16]] for name in job.aligned},
+    )
+    options = {"num_warps": job.num_warps, "num_stages": job.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=options)
+
+
+def _parameters(job: CompileJob) -> list[str]:
+    """Names of the kernel's parameters as PTX numbers them; the last two are triton's scratch memory."""
+    names = []
+    for name in job.fn.arg_names:
+        kind = job.types.get(name)
+        if isinstance(kind, tuple):
+            names += [f"{name}[{i}]" for i in range(len(kind))]
+        elif kind is not None:
+            names.append(name)
+    return [*names, "global scratch", "profile scratch"]
+
+
+@lru_cache(maxsize=1)
+def _tools() -> Path:
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def _disassembled(cubin: bytes) -> tuple[str, dict[str, str]]:
+    """SASS text and what `cuobjdump -res-usage` says, by the tools of triton's wheel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def tool(name: str, option: str) -> str:
+            command = [str(_tools() / name), option, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        return tool("nvdisasm", "-c"), dict(re.findall(r"(\w+):(\d+)", tool("cuobjdump", "-res-usage")))

@@ -1,0 +1,54 @@
+"""Compiles many jobs in worker processes, each with a clean environment."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import warnings
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .facts import Facts, facts_of, jobs
+
+#: (family, architecture, number of the job): a job holds functions, so each worker makes its own
+Task = tuple[str, int, int]
+
+
+def _start_worker() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+
+
+@lru_cache(maxsize=32)
+def listed(family: str, arch: int, subset: bool) -> list[Any]:
+    return jobs(family, arch, subset)
+
+
+def _work(task: Task, subset: bool, keep: Path | None) -> Facts:
+    family, arch, number = task
+    return facts_of(family, listed(family, arch, subset)[number], keep)
+
+
+def compile_all(tasks: list[Task], subset: bool, workers: int, keep: Path | None) -> list[Facts]:
+    """Facts in the order of `tasks`. Workers are fresh processes with an empty cache."""
+    progress = Progress(
+        TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=Console(stderr=True), transient=True,
+    )  # fmt: skip
+    found: dict[Task, Facts] = {}
+    with tempfile.TemporaryDirectory() as cache, progress:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+            waiting = {pool.submit(_work, task, subset, keep): task for task in tasks}
+            for done in progress.track(as_completed(waiting), total=len(tasks)):
+                found[waiting[done]] = done.result()
+    return [found[task] for task in tasks]

@@ -1,0 +1,200 @@
+"""What can be told of the CUDA kernels without a GPU: registers, spills and shared memory, from ptxas -v.
+
+    python -m bench.static_cuda                         # all kernels, all architectures; minutes
+    python -m bench.static_cuda --archs 90a --sources linear4
+
+Exit code 1 if a kernel spills registers or asks for more shared memory than an architecture has. The
+table of the last full run is bench/results/static_cuda.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+from qkernels.backends.cuda import build, eight_bit, gemm
+from qkernels.backends.cuda import weight_only as gemv
+from qkernels.backends.cuda.calls import CODES
+from qkernels.backends.triton.configs import SHARED_KIB
+
+THREADS = 128
+#: 32-bit registers of a multiprocessor, and warps it can hold at most (CUDA programming guide)
+REGISTERS = 65536
+MAX_WARPS = {80: 64, 90: 64, 100: 64, 120: 48}
+
+_ENTRY = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for '\w+'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers",
+    re.S,
+)
+_NAME = re.compile(r"weight_only_(?P<kernel>gem[vm])INS_\d+(?P<dtype>Half|BFloat)ELi\d+ELi(?P<runs>\d+)E")
+_EIGHT_BIT = re.compile(r"eight_bit_(?P<kernel>gem[vm])ILi\d+ELb(?P<blocks>\d)ELi(?P<rows>\d+)E")
+_QUANTIZE = re.compile(r"quantize_kernelINS_\d+(?P<dtype>Half|BFloat)ELb(?P<int8>\d)ELi(?P<shared>\d)E")
+#: every source, by its name, with its folder in csrc
+SOURCES = dict.fromkeys(sorted(CODES.values()), "weight_only") | dict.fromkeys(
+    (*(f"eight_bit_{kind}" for kind in eight_bit.KINDS), "quantize_rows"), "eight_bit"
+)
+
+
+class Facts(NamedTuple):
+    """One kernel on one architecture. Sizes in bytes; dynamic: shared memory a launch asks for at most.
+
+    runs: scales of a tile that a weight-only kernel is made for, 0 for any number; -1 for other kernels.
+    """
+
+    source: str
+    kernel: str
+    dtype: str
+    runs: int
+    arch: str
+    registers: int
+    spilled: int
+    stack: int
+    dynamic: int
+    threads: int = THREADS
+
+    @property
+    def blocks(self) -> int:
+        """Blocks on a multiprocessor at a time, by registers, shared memory and warps."""
+        number = int(self.arch.rstrip("a"))
+        by_registers = REGISTERS // (-(-self.registers // 8) * 8 * self.threads)
+        by_shared = (SHARED_KIB[number] + 1) * 1024 // (self.dynamic + 1024)
+        return min(by_registers, by_shared, MAX_WARPS[number] * 32 // self.threads)
+
+    @property
+    def problems(self) -> list[str]:
+        found = [f"spills {self.spilled} bytes"] if self.spilled else []
+        if self.dynamic > SHARED_KIB[int(self.arch.rstrip("a"))] * 1024:
+            found.append(f"{self.dynamic} bytes of shared memory do not fit")
+        return found
+
+
+def compile_one(source: str, arch: str) -> list[Facts]:
+    """Every kernel of `source`, a name of SOURCES, for sm_`arch`."""
+    compiler = build.nvcc()
+    if compiler is None:
+        raise RuntimeError("no nvcc found; set CUDA_HOME or PATH")
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            compiler, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v",
+            str(build.sources() / SOURCES[source] / f"{source}.cu"), "-o", str(Path(folder) / "out.cubin"),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{source} for sm_{arch}: {done.stderr[-4000:]}")
+    return parse(done.stderr, source, arch)
+
+
+def parse(text: str, source: str, arch: str) -> list[Facts]:
+    """What ptxas -v says, one entry a kernel."""
+    found = []
+    for entry in _ENTRY.finditer(text):
+        kernel, dtype, runs, dynamic, threads = _kernel(entry["name"], source)
+        spilled = int(entry["stores"]) + int(entry["loads"])
+        found.append(
+            Facts(
+                source, kernel, dtype, runs, arch, int(entry["registers"]), spilled, int(entry["stack"]),
+                dynamic, threads,
+            )
+        )  # fmt: skip
+    if not found:
+        raise RuntimeError(f"{source} for sm_{arch}: ptxas said nothing of any kernel:\n{text[-2000:]}")
+    return found
+
+
+def _kernel(mangled: str, source: str) -> tuple[str, str, int, int, int]:
+    """Of a kernel's mangled name: kernel, dtype, runs, shared memory, threads."""
+    if name := _NAME.search(mangled):
+        bits = next(bits for (_, bits), code in CODES.items() if code == source)
+        is_gemm = name["kernel"] == "gemm"
+        dynamic = gemm.STAGES * gemm.stage_bytes(bits) if is_gemm else gemv.shared_bytes(bits)
+        return name["kernel"], name["dtype"], int(name["runs"]), dynamic, THREADS
+    if name := _EIGHT_BIT.search(mangled):
+        is_gemv, rows = name["kernel"] == "gemv", int(name["rows"])
+        rows = rows * 8 if is_gemv else rows
+        label = f"{name['kernel']} {rows} rows{', blocks' * int(name['blocks'])}"
+        threads = eight_bit.GEMV_THREADS if is_gemv else eight_bit.GEMM_THREADS
+        return label, "", -1, eight_bit.shared_bytes(is_gemv, rows), threads
+    if name := _QUANTIZE.search(mangled):
+        shared = {number: what for what, number in eight_bit.SHARED.items()}[int(name["shared"])]
+        label = f"{'int8' if name['int8'] == '1' else 'e4m3'} per {shared}"
+        return label, name["dtype"], -1, eight_bit.QUANTIZE_SHARED, eight_bit.GEMM_THREADS
+    raise RuntimeError(f"a kernel of another kind: {mangled}")
+
+
+def table(facts: list[Facts]) -> str:
+    """Markdown: a row for a kernel, both dtypes together; registers and blocks per architecture."""
+    archs = sorted({f.arch for f in facts}, key=lambda a: int(a.rstrip("a")))
+    rows: dict[tuple[str, str, int], dict[str, list[Facts]]] = defaultdict(lambda: defaultdict(list))
+    for f in facts:
+        rows[f.kernel, f.source, f.runs][f.arch].append(f)
+    lines = [
+        "| kernel | codes | scales a tile | "
+        + " | ".join(f"sm_{a}" for a in archs)
+        + " | spills | shared KiB |",
+        "|---|---|---|" + "---|" * (len(archs) + 2),
+    ]
+    for (kernel, source, runs), by_arch in sorted(rows.items(), key=lambda item: (item[0][0][::-1], item[0])):
+        all_of = [f for found in by_arch.values() for f in found]
+        cells = []
+        for arch in archs:
+            worst = max(by_arch[arch], key=lambda f: f.registers, default=None)
+            cells.append("-" if worst is None else f"{worst.registers} ({worst.blocks})")
+        spilled, shared = max(f.spilled for f in all_of), max(f.dynamic for f in all_of) / 1024
+        shown = [
+            kernel,
+            source,
+            "-" if runs < 0 else str(runs or "any"),
+            *cells,
+            str(spilled),
+            f"{shared:.0f}",
+        ]
+        lines.append("| " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def page(facts: list[Facts]) -> str:
+    """The table, with how it was made."""
+    compiler = subprocess.run([str(build.nvcc()), "--version"], capture_output=True, text=True, check=False)
+    sources = {f.source for f in facts}
+    chosen = "" if sources == SOURCES.keys() else " --sources " + " ".join(n for n in SOURCES if n in sources)
+    release = re.search(r"release [\d.]+, V[\d.]+", compiler.stdout)
+    return (
+        f"# CUDA kernels, by ptxas\n\nMade by `python -m bench.static_cuda{chosen}`, nvcc "
+        f"{release[0] if release else 'of unknown version'}. Blocks have {THREADS} threads, those of the 8-bit GEMM and of quantize_rows 256. Per architecture: "
+        "registers a thread (blocks that fit on a multiprocessor), the larger of float16 and bfloat16; spills "
+        "in bytes, the largest; shared memory of the largest launch.\n\n" + table(facts) + "\n"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--archs", nargs="+", default=list(build.DEFAULT_ARCHS), metavar="ARCH")
+    parser.add_argument("--sources", nargs="+", default=list(SOURCES), choices=list(SOURCES))
+    parser.add_argument("--output", type=Path, help="write the table to this file")
+    options = parser.parse_args()
+    facts: list[Facts] = []
+    for source in options.sources:
+        for arch in options.archs:
+            facts += compile_one(source, arch)
+            print(f"{source} sm_{arch}", file=sys.stderr, flush=True)
+        if options.output:  # what there is so far: the whole run takes a quarter of an hour on one core
+            options.output.write_text(page(facts))
+    print(page(facts))
+    bad = [(f, why) for f in facts for why in f.problems]
+    for f, why in bad:
+        print(f"{f.kernel} {f.source} {f.dtype} runs={f.runs} sm_{f.arch}: {why}", file=sys.stderr)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+// The Python module. Tensors come as addresses, so it depends on no version of torch.
+#include <cuda_runtime_api.h>
+#include <pybind11/pybind11.h>
+
+#include <functional>
+#include <map>
+#include <stdexcept>
+#include <string>
+
+#include "../eight_bit/arguments.h"
+#include "../weight_only/arguments.h"
+
+#define QK_KERNELS(X)                      \
+    X(weight_only_linear2, WeightOnlyCall) \
+    X(weight_only_linear3, WeightOnlyCall) \
+    X(weight_only_linear4, WeightOnlyCall) \
+    X(weight_only_linear8, WeightOnlyCall) \
+    X(weight_only_lut16, WeightOnlyCall)   \
+    X(weight_only_e4m3, WeightOnlyCall)    \
+    X(weight_only_e5m2, WeightOnlyCall)    \
+    X(quantize_rows, QuantizeCall)         \
+    X(eight_bit_int8, EightBitCall)        \
+    X(eight_bit_e4m3, EightBitCall)        \
+    X(eight_bit_e5m2, EightBitCall)
+
+extern "C" {
+#define QK_DECLARE(NAME, CALL) const char* qk_##NAME(const qk::CALL*);
+QK_KERNELS(QK_DECLARE)
+}
+
+namespace {
+
+using Kernel = std::function<const char*(uintptr_t)>;
+#define QK_ENTRY(NAME, CALL) \
+    {#NAME, [](uintptr_t call) { return qk_##NAME(reinterpret_cast<const qk::CALL*>(call)); }},
+const std::map<std::string, Kernel> kKernels = {QK_KERNELS(QK_ENTRY)};
+
+std::string run(const std::string& name, uintptr_t call) {
+    const auto found = kKernels.find(name);
+    if (found == kKernels.end()) {
+        throw std::invalid_argument("no CUDA kernel named " + name);
+    }
+    return found->second(call);
+}
+
+int version(cudaError_t (*ask)(int*)) {
+    int found = 0;
+    return ask(&found) == cudaSuccess ? found : 0;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+    m.doc() = "CUDA kernels of qkernels; see qkernels.backends.cuda.";
+    m.def("run", run, "Start a kernel. Returns an empty string, or what CUDA says is wrong.");
+    m.def("toolkit_version", [] { return CUDART_VERSION; }, "13000 for CUDA 13.0");
+    m.def("driver_version", [] { return version(cudaDriverGetVersion); }, "0 without a driver");
+}

@@ -1,0 +1,140 @@
+// Decoders: a word of codes -> pairs of 16-bit floats, exact, before scaling. One policy per kind
+// of code; the words are those of qkernels/layouts/weight_only.py.
+//
+//   kWidth           bits of a code in its word (3-bit codes keep their low 2 there)
+//   kPairs           pairs of neighbouring features in a word
+//   split            word -> pairs[s]; values may be off by a constant or a power of two
+//   offset           the zero point as `finish` wants it, in both halves
+//   finish           takes the constant and the zero point off
+//
+// Integer codes become floats without a conversion: OR-ing a code into the low mantissa bits of 2^m
+// (m = 10 in float16, 7 in bfloat16) makes the float 2^m + code, in both halves of a word at once.
+#pragma once
+#include "../ptx/arithmetic.h"
+
+namespace qk {
+
+/// The 16 entries of a table cut into bytes: low bytes of entries 0-3, ... 12-15, then high bytes.
+struct Table {
+    uint32_t w[8];
+};
+
+template <typename T>
+struct Magic;
+template <>
+struct Magic<Half> {
+    static constexpr uint32_t kBits = 0x64006400, kMinusOne = 0xBC00BC00, kMinusZero = 0x80008000;
+    static constexpr float kValue = 1024;
+};
+template <>
+struct Magic<BFloat> {
+    static constexpr uint32_t kBits = 0x43004300, kMinusOne = 0xBF80BF80, kMinusZero = 0x80008000;
+    static constexpr float kValue = 128;
+};
+
+template <typename T>
+QK_BOTH uint32_t twice(float value) {
+    const T v = from_float<T>(value);
+    return pair(v, v);
+}
+
+/// Unsigned integers of 2, 3 and 4 bits, and of 8 bits in float16.
+template <typename T, int BITS>
+struct Linear {
+    static constexpr int kWidth = BITS == 3 ? 2 : BITS;
+    static constexpr int kPairs = 16 / kWidth;
+    static constexpr bool kHigh = BITS == 3, kTable = false, kZero = true;
+
+    /// high: third bits, of pair s at bits 2s and 16 + 2s.
+    static QK_BOTH void split(uint32_t word, uint32_t high, const Table&,
+                              uint32_t (&pairs)[kPairs]) {
+        constexpr uint32_t mask = ((1u << kWidth) - 1) * 0x10001;
+        QK_UNROLL
+        for (int s = 0; s < kPairs; s++) {
+            pairs[s] = lop3<kAndOr>(word >> s * kWidth, mask, Magic<T>::kBits);
+            if (kHigh) {
+                const uint32_t bit = s == 0 ? high << 2 : high >> (2 * s - 2);
+                pairs[s] = lop3<kAndOr>(bit, 0x40004, pairs[s]);
+            }
+        }
+    }
+    static QK_BOTH uint32_t offset(float zero) { return twice<T>(Magic<T>::kValue + zero); }
+    static QK_BOTH uint32_t finish(uint32_t both, uint32_t offset) {
+        return fma2<T>(offset, Magic<T>::kMinusOne, both);
+    }
+};
+
+/// 8 bits in bfloat16, whose mantissa is too short for the trick: by way of float32.
+template <>
+struct Linear<BFloat, 8> {
+    static constexpr int kWidth = 8, kPairs = 2;
+    static constexpr bool kHigh = false, kTable = false, kZero = true;
+
+    static QK_BOTH void split(uint32_t word, uint32_t, const Table&, uint32_t (&pairs)[kPairs]) {
+        QK_UNROLL
+        for (int s = 0; s < kPairs; s++) {
+            const float even =
+                bits_to_float(prmt(word, 0x4B000000, s ? 0x7441 : 0x7440)) - 8388608.0f;
+            const float odd =
+                bits_to_float(prmt(word, 0x4B000000, s ? 0x7443 : 0x7442)) - 8388608.0f;
+            pairs[s] = prmt(float_to_bits(even), float_to_bits(odd), 0x7632);
+        }
+    }
+    static QK_BOTH uint32_t offset(float zero) { return twice<BFloat>(zero); }
+    static QK_BOTH uint32_t finish(uint32_t both, uint32_t offset) {
+        return fma2<BFloat>(offset, Magic<BFloat>::kMinusOne, both);
+    }
+};
+
+/// Codes of 4 bits that index a table: NF4, FP4, IQ4_NL. Bytes are looked up four at a time.
+template <typename T>
+struct Lut16 {
+    static constexpr int kWidth = 4, kPairs = 4;
+    static constexpr bool kHigh = false, kTable = true, kZero = false;
+
+    static QK_BOTH void split(uint32_t word, uint32_t, const Table& t, uint32_t (&pairs)[kPairs]) {
+        // prmt picks among eight bytes by three bits of a nibble; a second one by the fourth bit.
+        uint32_t low3 = word & 0x77777777, bit3 = lop3<kAndOr>(word >> 1, 0x44444444, 0x32103210);
+        QK_UNROLL
+        for (int half = 0; half < 2; half++) {
+            const uint32_t low = prmt(prmt(t.w[0], t.w[1], low3), prmt(t.w[2], t.w[3], low3), bit3);
+            const uint32_t high =
+                prmt(prmt(t.w[4], t.w[5], low3), prmt(t.w[6], t.w[7], low3), bit3);
+            pairs[half * 2] = prmt(low, high, 0x5140);
+            pairs[half * 2 + 1] = prmt(low, high, 0x7362);
+            low3 >>= 16;
+            bit3 >>= 16;
+        }
+    }
+    static QK_BOTH uint32_t offset(float) { return 0; }
+    static QK_BOTH uint32_t finish(uint32_t both, uint32_t) { return both; }
+};
+
+/// 8-bit floats with EXPONENT bits of exponent: moved into place, then the bias put right.
+template <typename T, int EXPONENT>
+struct Float8 {
+    static constexpr int kWidth = 8, kPairs = 2;
+    static constexpr bool kHigh = false, kTable = false, kZero = false;
+    static constexpr bool kIsHalf = Magic<T>::kValue == 1024;
+    // Bits of mantissa that T has and the code has not.
+    static constexpr int kShift = (kIsHalf ? 10 : 7) - (7 - EXPONENT);
+
+    static QK_BOTH void split(uint32_t word, uint32_t, const Table&, uint32_t (&pairs)[kPairs]) {
+        QK_UNROLL
+        for (int s = 0; s < kPairs; s++) {
+            const uint32_t both = word >> s * 8;
+            pairs[s] = lop3<kAndOr>(both << 8, 0x80008000, (both & 0x007F007F) << kShift);
+        }
+    }
+    static QK_BOTH uint32_t offset(float) { return 0; }
+    static QK_BOTH uint32_t finish(uint32_t both, uint32_t) {
+        if (kIsHalf && EXPONENT == 5) {
+            return both;
+        }
+        // 2^(bias of T - bias of the code): 2^8 in float16, 2^120 or 2^112 in bfloat16
+        constexpr uint32_t factor = kIsHalf ? 0x5C005C00 : EXPONENT == 4 ? 0x7B807B80 : 0x77807780;
+        return fma2<T>(both, factor, Magic<T>::kMinusZero);
+    }
+};
+
+}  // namespace qk

@@ -1,0 +1,73 @@
+// From a call's numbers to a kernel. One source file a kind of code instantiates it, so that they
+// compile side by side.
+#pragma once
+#include "../ptx/launch.h"
+#include "gemm.h"
+#include "quantize.h"
+
+namespace qk {
+
+template <int KIND, bool BLOCKS, int COLUMNS>
+std::string launch_gemv(const EightBitCall& call) {
+    const uint32_t blocks = (call.args.n + kGemvBlock - 1) / kGemvBlock;
+    const Grid grid{blocks, call.split, kEightThreads, gemv_shared<COLUMNS>()};
+    return launch(eight_bit_gemv<KIND, BLOCKS, COLUMNS>, grid, call.args, call.stream,
+                  call.early != 0);
+}
+
+template <int KIND, bool BLOCKS, int ROWS>
+std::string launch_gemm(const EightBitCall& call) {
+    const uint32_t blocks_n = (call.args.n + kTileN - 1) / kTileN;
+    const uint32_t blocks_m = (call.args.m + ROWS - 1) / ROWS;
+    const Grid grid{blocks_n * blocks_m, call.split, kGemmThreads, Tiling<ROWS>::kShared};
+    return launch(eight_bit_gemm<KIND, BLOCKS, ROWS>, grid, call.args, call.stream,
+                  call.early != 0);
+}
+
+template <int KIND, bool BLOCKS>
+std::string launch_eight_bit(const EightBitCall& call) {
+    if (call.is_gemv) {
+        return call.rows == 8 ? launch_gemv<KIND, BLOCKS, 1>(call)
+                              : launch_gemv<KIND, BLOCKS, 2>(call);
+    }
+    return call.rows == 16   ? launch_gemm<KIND, BLOCKS, 16>(call)
+           : call.rows == 32 ? launch_gemm<KIND, BLOCKS, 32>(call)
+           : call.rows == 64 ? launch_gemm<KIND, BLOCKS, 64>(call)
+                             : launch_gemm<KIND, BLOCKS, 128>(call);
+}
+
+template <typename Call>
+bool of_this_version(const Call& call, std::string& error) {
+    const bool same = call.size == int(sizeof(Call));
+    error = same ? "" : "the compiled kernels and the Python code are of different versions";
+    return same;
+}
+
+/// Text that stays until the next call of this thread; "" if all is well.
+template <int KIND>
+const char* run_eight_bit(const EightBitCall* call) {
+    static thread_local std::string error;
+    if (of_this_version(*call, error)) {
+        if constexpr (KIND == kInt8) {  // has no scales of blocks
+            error = launch_eight_bit<KIND, false>(*call);
+        } else {
+            error = call->blocks ? launch_eight_bit<KIND, true>(*call)
+                                 : launch_eight_bit<KIND, false>(*call);
+        }
+    }
+    return error.c_str();
+}
+
+template <bool INT8, int SHARED>
+std::string launch_quantize(const QuantizeCall& call) {
+    const Grid grid{uint32_t(call.args.m), 1, kRowThreads, kQuantizeShared};
+    const auto kernel = call.args.is_bfloat ? quantize_kernel<BFloat, INT8, SHARED>
+                                            : quantize_kernel<Half, INT8, SHARED>;
+    return launch(kernel, grid, call.args, call.stream, call.early != 0);
+}
+
+}  // namespace qk
+
+#ifndef __CUDACC__
+#include "../emulation/control.h"
+#endif

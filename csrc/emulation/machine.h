@@ -1,0 +1,280 @@
+// Runs a kernel on the CPU: one fiber per thread of a block, blocks one after another.
+//
+// Barriers and warp collectives are rendezvous points: a fiber that reaches one gives way, and goes
+// on when everybody concerned has come. Between two rendezvous a thread runs undisturbed, so races
+// never show in results; `shadow.h` finds them instead, from who touched which byte in which epoch.
+// The first violation of anything ends the launch, and `launch` returns it as text.
+#pragma once
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace qk::emulation {
+
+constexpr int kWarp = 32;
+constexpr size_t kStackBytes = 128 * 1024;
+constexpr size_t kOperandBytes = 128;
+
+struct Index {
+    uint32_t x = 1, y = 1, z = 1;
+};
+
+/// What a fiber waits for: nothing, its block, its warp.
+enum class Waits { nothing, block, warp };
+
+/// One cp.async that has not arrived yet.
+struct Copy {
+    unsigned char* to;
+    const unsigned char* from;
+    uint32_t bytes, live;
+};
+
+struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    bool done = true;
+    Waits waits = Waits::nothing;
+    const char* where = "";  // name of the rendezvous
+    // What it brings to a collective. Two of them: a lane may be at the next one before all have
+    // read.
+    unsigned char operands[2][kOperandBytes];
+    int parity = 0;
+    std::vector<Copy> uncommitted;
+    std::vector<std::vector<Copy>> committed;  // oldest first
+};
+
+/// A thread at a moment, for telling whether two accesses were ordered by a barrier.
+struct Moment {
+    uint32_t thread = 0, block_epoch = 0, warp_epoch = 0;
+};
+
+/// Per byte of shared memory: the last write, and the last reads by two different threads.
+struct ShadowByte {
+    Moment written, read, read_too;
+    bool pending = false;  // a cp.async is on its way here
+};
+
+/// Per byte of global memory that a kernel may write: which thread of the launch wrote it.
+struct Region {
+    uintptr_t begin, end;
+    bool writable;
+    std::vector<uint64_t> writer;
+};
+
+class Machine {
+  public:
+    std::vector<Region> regions;
+    int block_order = 0;  // 0: first to last, 1: last to first, others: shuffled by that seed
+    Index grid, block_size, block;
+    uint32_t thread = 0;
+    std::vector<unsigned char> shared_storage;
+    unsigned char* shared = nullptr;
+    size_t shared_bytes = 0;
+    std::vector<ShadowByte> shadow;
+    uint32_t first_epoch = 1, block_epoch = 1;
+    std::vector<uint32_t> warp_epoch;
+    std::vector<Fiber> fibers;
+    std::string error;
+
+    static Machine& get() {
+        static Machine machine;
+        return machine;
+    }
+
+    Fiber& me() { return fibers[thread]; }
+    Moment now() const { return {thread, block_epoch, warp_epoch[thread / kWarp]}; }
+
+    void register_region(const void* p, size_t bytes, bool writable) {
+        const uintptr_t at = reinterpret_cast<uintptr_t>(p);
+        regions.push_back({at, at + bytes, writable, {}});
+    }
+
+    /// Ends the launch with a message. Called on a fiber; does not return.
+    [[noreturn]] void fail(const char* format, ...) {
+        char text[400];
+        va_list args;
+        va_start(args, format);
+        vsnprintf(text, sizeof text, format, args);
+        va_end(args);
+        char where[100];
+        snprintf(where, sizeof where, " (block %u,%u,%u thread %u)", block.x, block.y, block.z,
+                 thread);
+        error = std::string(text) + where;
+        setcontext(&scheduler_);
+        __builtin_unreachable();
+    }
+
+    void wait(Waits what, const char* where) {
+        me().waits = what;
+        me().where = where;
+        swapcontext(&me().context, &scheduler_);
+    }
+
+    /// Waits until all 32 lanes of the warp have come here; then `lane(i)` is what lane i brought.
+    template <typename T>
+    struct Met {
+        const Machine& machine;
+        int parity;
+        T lane(uint32_t i) const {
+            T value;
+            const Fiber& f = machine.fibers[machine.thread / kWarp * kWarp + i];
+            memcpy(&value, f.operands[parity], sizeof(T));
+            return value;
+        }
+    };
+    template <typename T>
+    Met<T> meet(const char* where, const T& operands) {
+        static_assert(sizeof(T) <= kOperandBytes, "");
+        const int parity = me().parity ^= 1;
+        memcpy(me().operands[parity], &operands, sizeof(T));
+        wait(Waits::warp, where);
+        return {*this, parity};
+    }
+
+    /// Runs `kernel` for every thread of the grid. Returns "" or what went wrong.
+    std::string launch(Index grid_size, Index threads, size_t shared_size,
+                       std::function<void()> kernel) {
+        if (threads.x % kWarp != 0 || threads.y != 1 || threads.z != 1) {
+            return "blocks must be whole warps in one dimension";
+        }
+        grid = grid_size;
+        block_size = threads;
+        kernel_ = std::move(kernel);
+        error.clear();
+        for (Region& r : regions) {
+            r.writer.clear();
+        }
+        shared_bytes = shared_size;
+        shared_storage.resize(shared_size + 1024);
+        shared = shared_storage.data() +
+                 (1024 - reinterpret_cast<uintptr_t>(shared_storage.data()) % 1024) % 1024;
+        shadow.assign(shared_size, {});
+        while (fibers.size() < threads.x) {
+            fibers.emplace_back();
+            fibers.back().stack.reset(new char[kStackBytes]);
+        }
+        for (uint64_t b : ordered(uint64_t(grid.x) * grid.y * grid.z)) {
+            block = {uint32_t(b % grid.x), uint32_t(b / grid.x % grid.y),
+                     uint32_t(b / grid.x / grid.y)};
+            run_block();
+            if (!error.empty()) {
+                break;
+            }
+        }
+        return error;
+    }
+
+  private:
+    ucontext_t scheduler_;
+    std::function<void()> kernel_;
+
+    std::vector<uint64_t> ordered(uint64_t blocks) const {
+        std::vector<uint64_t> order(blocks);
+        for (uint64_t i = 0; i < blocks; i++) {
+            order[i] = block_order == 1 ? blocks - 1 - i : i;
+        }
+        uint64_t state = block_order;
+        for (uint64_t i = blocks; block_order > 1 && i > 1; i--) {
+            state = state * 6364136223846793005u + 1442695040888963407u;
+            std::swap(order[i - 1], order[(state >> 33) % i]);
+        }
+        return order;
+    }
+
+    static void entry() {
+        Machine& m = get();
+        m.kernel_();
+        m.me().done = true;
+        setcontext(&m.scheduler_);
+    }
+
+    void run_block() {
+        const uint32_t threads = block_size.x;
+        first_epoch = ++block_epoch;
+        warp_epoch.assign(threads / kWarp, 0);
+        // What a block finds in shared memory is no one's; a pattern makes results wrong rather
+        // than lucky.
+        std::fill(shared, shared + shared_bytes, 0xFF);
+        for (uint32_t t = 0; t < threads; t++) {
+            Fiber& f = fibers[t];
+            f.done = false;
+            f.waits = Waits::nothing;
+            f.uncommitted.clear();
+            f.committed.clear();
+            f.parity = 0;
+            getcontext(&f.context);
+            f.context.uc_stack.ss_sp = f.stack.get();
+            f.context.uc_stack.ss_size = kStackBytes;
+            f.context.uc_link = nullptr;
+            makecontext(&f.context, entry, 0);
+        }
+        for (;;) {
+            bool ran = false;
+            for (thread = 0; thread < threads && error.empty(); thread++) {
+                if (!me().done && me().waits == Waits::nothing) {
+                    ran = true;
+                    resume();
+                }
+                if (thread % kWarp == kWarp - 1) {
+                    ran |= release(thread - (kWarp - 1), kWarp, Waits::warp);
+                }
+            }
+            if (!error.empty()) {
+                return;
+            }
+            ran |= release(0, threads, Waits::block);
+            if (!ran) {
+                break;
+            }
+        }
+        for (uint32_t t = 0; t < threads; t++) {
+            if (!fibers[t].done) {
+                thread = t;
+                error = std::string("deadlock: waits for ever at ") + fibers[t].where;
+                return;
+            }
+        }
+    }
+
+    void resume() {
+        // `fail` and `entry` come back here by setcontext; `resumed` tells that from the first
+        // pass.
+        volatile bool resumed = false;
+        getcontext(&scheduler_);
+        if (!resumed) {
+            resumed = true;
+            setcontext(&me().context);
+        }
+    }
+
+    /// Lets threads [first, first + count) go on if all wait for the same thing; whether it did.
+    bool release(uint32_t first, uint32_t count, Waits what) {
+        for (uint32_t t = first; t < first + count; t++) {
+            const Fiber& f = fibers[t];
+            if (f.done || f.waits != what || strcmp(f.where, fibers[first].where) != 0) {
+                return false;
+            }
+        }
+        if (what == Waits::block) {
+            block_epoch++;
+        } else if (strcmp(fibers[first].where, "__syncwarp") == 0) {
+            warp_epoch[first / kWarp]++;
+        }
+        for (uint32_t t = first; t < first + count; t++) {
+            fibers[t].waits = Waits::nothing;
+        }
+        return true;
+    }
+};
+
+}  // namespace qk::emulation

@@ -1,0 +1,44 @@
+// Starts a kernel that takes one struct of arguments: on a stream, or in the emulator.
+#pragma once
+#include <string>
+
+#include "target.h"
+
+namespace qk {
+
+struct Grid {
+    uint32_t x, y, threads;
+    size_t shared;
+};
+
+/// "" or what went wrong. `early`: the kernel waits itself for what the last one wrote (sm_90+).
+template <typename Args>
+std::string launch(void (*kernel)(Args), Grid grid, Args args, uint64_t stream, bool early) {
+#ifdef __CUDACC__
+    if (grid.shared > 48 * 1024) {
+        const cudaError_t error = cudaFuncSetAttribute(
+            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared));
+        if (error != cudaSuccess) {
+            return cudaGetErrorString(error);
+        }
+    }
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(grid.x, grid.y);
+    config.blockDim = dim3(grid.threads);
+    config.dynamicSmemBytes = grid.shared;
+    config.stream = reinterpret_cast<cudaStream_t>(stream);
+    config.attrs = &attribute;
+    config.numAttrs = early ? 1 : 0;
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args);
+    return error == cudaSuccess ? "" : cudaGetErrorString(error);
+#else
+    (void)stream, (void)early;
+    return emulation::Machine::get().launch({grid.x, grid.y, 1}, {grid.threads, 1, 1}, grid.shared,
+                                            [=] { kernel(args); });
+#endif
+}
+
+}  // namespace qk

@@ -1,0 +1,79 @@
+// Where a kernel runs: a GPU, or the CPU emulator. The only place, with the wrappers beside it,
+// that knows; kernels include these headers and contain neither asm nor a test for the compiler.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#define QK_DEVICE __device__ __forceinline__
+#define QK_BOTH __host__ __device__ __forceinline__
+#define QK_CALLED static __device__ __noinline__
+#define QK_UNROLL _Pragma("unroll")
+#else
+#include "../emulation/checks.h"
+#define QK_DEVICE inline
+#define QK_BOTH inline
+#define QK_CALLED inline
+#define QK_UNROLL
+#define __global__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#endif
+
+namespace qk {
+
+/// 16-bit floats as bits; arithmetic on them goes through the wrappers.
+struct Half {
+    uint16_t bits;
+};
+struct BFloat {
+    uint16_t bits;
+};
+
+/// 16 and 8 bytes that move at once.
+struct alignas(16) Words4 {
+    uint32_t w[4];
+};
+struct alignas(8) Words2 {
+    uint32_t w[2];
+};
+
+QK_DEVICE uint32_t thread_index() {
+#ifdef __CUDACC__
+    return threadIdx.x;
+#else
+    return emulation::Machine::get().thread;
+#endif
+}
+QK_DEVICE uint32_t block_index_x() {
+#ifdef __CUDACC__
+    return blockIdx.x;
+#else
+    return emulation::Machine::get().block.x;
+#endif
+}
+QK_DEVICE uint32_t block_index_y() {
+#ifdef __CUDACC__
+    return blockIdx.y;
+#else
+    return emulation::Machine::get().block.y;
+#endif
+}
+QK_DEVICE uint32_t blocks_x() {
+#ifdef __CUDACC__
+    return gridDim.x;
+#else
+    return emulation::Machine::get().grid.x;
+#endif
+}
+QK_DEVICE uint32_t blocks_y() {
+#ifdef __CUDACC__
+    return gridDim.y;
+#else
+    return emulation::Machine::get().grid.y;
+#endif
+}
+
+}  // namespace qk

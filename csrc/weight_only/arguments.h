@@ -1,0 +1,52 @@
+// What the weight-only kernels are given: a weight in the layout of
+// qkernels/layouts/weight_only.py.
+#pragma once
+#include <cstdint>
+
+namespace qk {
+
+struct Words4;
+struct Words2;
+
+/// qkernels/backends/cuda/weight_only.py names scalers and dtypes by the same numbers.
+enum Scaling : int { kGroup, kScale, kScaleFlat, kNested, kNestedFlat };
+enum ScaleType : int { kFloat32, kFloat16, kBFloat16 };
+
+struct WeightOnlyArgs {
+    const void* x;           // (M, K), the 16-bit type
+    const Words4* qdata;     // (tiles, N, 4 x 16 bytes)
+    const Words2* qhigh;     // (tiles, N, 4 x 8 bytes), 3-bit codes only
+    const int* perm;         // (KP) or null
+    const int* slice_group;  // (KP / 16) or null
+    const uint32_t* table;   // (8) of the 16-bit type, or null
+    const void* scale;       // scales, absmax, or 8-bit codes of absmax
+    const uint8_t* zero;     // zero points (groups, N)
+    const float* nested_map;
+    const float* nested_outer;
+    const float* nested_offset;
+    const void* bias;  // (N) or null
+    void* y;           // (M, N)
+    float* partial;    // (shares, blocks, rows of a block x columns of a block)
+    int* counter;      // (blocks), zero before and after
+    int m, n, k, kp;
+    int tiles, share;  // tiles of 16 words along K in all, and for one block
+    int group, shift;  // features in a group, and log2 of it or -1
+    int row_run, run;  // rows that share a scale, features of a tile that do
+    int scaling, scale_type;
+    int x_stride;  // gemm: features of a row of x, in kernel order, a multiple of 8
+    int chunk;     // gemv: tiles whose activations are in shared memory at a time
+};
+
+/// One launch, as Python asks for it: qkernels/backends/cuda/calls.py has the same struct.
+struct WeightOnlyCall {
+    WeightOnlyArgs args;
+    uint64_t stream;
+    uint32_t grid_x, grid_y, shared;
+    int kernel;     // 0: gemv, 1: gemm
+    int is_bfloat;  // of x, y and bias
+    int runs;       // scales of a tile and row: 1, 2, 4, or 0 for any other number
+    int early;      // launch before the last kernel is done (sm_90+)
+    int size;       // of this struct, as the caller knows it
+};
+
+}  // namespace qk

@@ -1,0 +1,241 @@
+// y = x @ W^T + bias for many rows of x: tensor cores, with codes and activations streamed through
+// shared memory by cp.async, kStages deep.
+//
+// A block has 64 rows of W, 16 a warp, and COLUMNS rows of x; a step is one tile of the weight
+// along K:
+//
+//      stage:  codes (64 rows x 64 bytes [+ 32 of third bits])       each lane's own 16 bytes
+//              x (COLUMNS rows x features of a tile)                 16-byte chunk c of row m at
+//                                                                    c ^ (m % 8), for ldmatrix
+//
+// Codes become operands of mma.m16n8k16 in registers, used COLUMNS / 8 times each. Sums of a run
+// are scaled as in gemv.h. K is cut into shares, summed in order by the block that finishes last.
+#pragma once
+#include "gemv.h"
+
+namespace qk {
+
+constexpr int kGemmRows = 64, kStages = 4;
+
+/// Rows of x of a block: fewer where tiles are long, so that four stages fit in 99 KiB.
+template <typename D>
+constexpr int kGemmColumns = D::kPairs == 8 ? 32 : 64;
+
+/// Bytes of a stage's codes, of its third bits, and of all of it.
+template <typename D>
+constexpr int kCodeBytes = kGemmRows * 64;
+template <typename D>
+constexpr int kStageBytes =
+    kCodeBytes<D> + (D::kHigh ? kGemmRows * 32 : 0) + kGemmColumns<D> * kTile<D> * 2;
+
+/// Where this block is, and its stages.
+template <typename D>
+struct Place {
+    int m0, n0, begin, end;
+    unsigned char* shared;
+
+    QK_DEVICE unsigned char* codes(int step) const {
+        return shared + step % kStages * kStageBytes<D>;
+    }
+    QK_DEVICE unsigned char* third_bits(int step) const { return codes(step) + kCodeBytes<D>; }
+    QK_DEVICE unsigned char* x(int step) const {
+        return third_bits(step) + (D::kHigh ? kGemmRows * 32 : 0);
+    }
+    /// 16-byte chunk c of row m of x.
+    QK_DEVICE unsigned char* chunk(int step, int m, int c) const {
+        return x(step) + (m * (kTile<D> / 8) + (c ^ m % 8)) * 16;
+    }
+};
+
+/// Codes of a step set out. Rows and tiles that do not exist become zeros.
+template <typename D>
+QK_DEVICE void fetch_codes(const WeightOnlyArgs& args, const Place<D>& place, int step) {
+    const int tile = place.begin + step, t = thread_index();
+    QK_UNROLL
+    for (int r = 0; r < 2; r++) {
+        const int unit = warp_index() * 64 + r * 32 + lane_index(), row = place.n0 + unit / 4;
+        const bool live = tile < place.end && row < args.n;
+        const int64_t at = live ? (int64_t(tile) * args.n + row) * 4 + unit % 4 : 0;
+        copy_async(place.codes(step) + unit * 16, args.qdata + at, live ? 16 : 0);
+    }
+    if (D::kHigh) {
+        const int row = place.n0 + t / 2;
+        const bool live = tile < place.end && row < args.n;
+        const int64_t at = live ? (int64_t(tile) * args.n + row) * 4 + t % 2 * 2 : 0;
+        copy_async(place.third_bits(step) + t * 16, args.qhigh + at, live ? 16 : 0);
+    }
+}
+
+/// Activations of a step set out; x has whole 16-byte chunks a row.
+template <typename T, typename D>
+QK_DEVICE void fetch_x(const WeightOnlyArgs& args, const Place<D>& place, int step) {
+    constexpr int chunks = kTile<D> / 8;
+    for (int i = thread_index(); i < kGemmColumns<D> * chunks; i += kGemvThreads) {
+        const int m = i / chunks, c = i % chunks, k = (place.begin + step) * kTile<D> + c * 8;
+        const bool live =
+            place.begin + step < place.end && place.m0 + m < args.m && k < args.x_stride;
+        const int64_t at = live ? int64_t(place.m0 + m) * args.x_stride + k : 0;
+        copy_async(place.chunk(step, m, c), static_cast<const T*>(args.x) + at, live ? 16 : 0);
+    }
+}
+
+/// A lane's codes of a step, back from shared memory.
+template <typename D>
+QK_DEVICE Packed<D> packed_of(const Place<D>& place, int step) {
+    Packed<D> packed = {};
+    const int q = lane_index() / 4, j = lane_index() % 4;
+    QK_UNROLL
+    for (int r = 0; r < 2; r++) {
+        const int row = warp_index() * 16 + r * 8 + q;
+        packed.low[r] =
+            load_shared(reinterpret_cast<const Words4*>(place.codes(step)) + row * 4 + j);
+        if (D::kHigh) {
+            packed.high[r] =
+                load_shared(reinterpret_cast<const Words2*>(place.third_bits(step)) + row * 4 + j);
+        }
+    }
+    return packed;
+}
+
+/// acc += one step.
+template <typename T, typename D, int RUNS>
+QK_DEVICE void multiply_step(float (&acc)[kGemmColumns<D> / 8][4], const WeightOnlyArgs& args,
+                             const Place<D>& place, int step, const Held<D, RUNS>& held,
+                             const Table& table, const RowScales (&scales)[2]) {
+    constexpr int columns = kGemmColumns<D> / 8;
+    const Values<D> values = decode<D>(packed_of<D>(place, step), table);
+    const int j = lane_index() % 4;
+    const bool by_element = RUNS == 0 && args.run < kSlice;
+    const int run = RUNS == 0 ? args.run : kTile<D> / kHeld<RUNS>;
+    float sums[columns][4] = {}, factor[2] = {1, 1};
+    uint32_t offset[2] = {};
+    QK_UNROLL
+    for (int s = 0; s < D::kPairs; s++) {
+        uint32_t x[columns][4];  // of each 8 columns, slices p = 0 and 1
+        QK_UNROLL
+        for (int c = 0; c < columns; c++) {
+            load_matrix(x[c],
+                        place.chunk(step, c * 8 + lane_index() % 8, s * 4 + lane_index() / 8));
+        }
+        QK_UNROLL
+        for (int p = 0; p < 2; p++) {
+            const int slice = s * 2 + p, kk = (place.begin + step) * kTile<D> + slice * kSlice;
+            if (!by_element && slice * kSlice % run == 0) {
+                QK_UNROLL
+                for (int r = 0; r < 2; r++) {
+                    const ScaleZero found =
+                        RUNS == 0 ? scale_at(&args, scales[r], kk)
+                                  : RowScales::finish(args, held.raw[r][slice * kSlice / run]);
+                    factor[r] = found.scale;
+                    offset[r] = D::offset(found.zero);
+                }
+            }
+            uint32_t a[4];
+            operand<D>(a, values, s, p, offset);
+            if (by_element) {
+                scale_elements<T>(a, args, scales, kk + j * 2);
+            }
+            const bool fold = by_element || (slice + 1) * kSlice % run == 0;
+            QK_UNROLL
+            for (int c = 0; c < columns; c++) {
+                mma<T>(sums[c], a, x[c][p * 2], x[c][p * 2 + 1]);
+                if (fold) {
+                    QK_UNROLL
+                    for (int i = 0; i < 4; i++) {
+                        acc[c][i] += factor[i / 2] * sums[c][i];
+                        sums[c][i] = 0;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Adds up the shares of this block's sums if it is the last; returns whether it is.
+template <int COUNT>
+QK_DEVICE bool reduce_shares(float (&acc)[COUNT][4], const WeightOnlyArgs& args, int* last) {
+    const int shares = blocks_y(), t = thread_index();
+    if (shares == 1) {
+        return true;
+    }
+    const int64_t block = block_index_x(), blocks = blocks_x(), outputs = COUNT * 4 * kGemvThreads;
+    float* mine = args.partial + (block_index_y() * blocks + block) * outputs + t;
+    QK_UNROLL
+    for (int i = 0; i < COUNT * 4; i++) {
+        store_global(mine + i * kGemvThreads, acc[i / 4][i % 4]);
+        acc[i / 4][i % 4] = 0;
+    }
+    if (!last_share(args, last)) {
+        return false;
+    }
+    for (int s = 0; s < shares; s++) {
+        const float* theirs = args.partial + (s * blocks + block) * outputs + t;
+        QK_UNROLL
+        for (int i = 0; i < COUNT * 4; i++) {
+            acc[i / 4][i % 4] += load_l2(theirs + i * kGemvThreads);
+        }
+    }
+    return true;
+}
+
+/// Grid: (blocks of rows of x, fastest, and of 64 rows of W; shares of K).
+template <typename T, int CODE, int RUNS>
+__global__ void __launch_bounds__(kGemvThreads)
+    weight_only_gemm(const __grid_constant__ WeightOnlyArgs args) {
+    using D = DecoderOf<T, CODE>;
+    constexpr int columns = kGemmColumns<D>;
+    const int blocks_m = (args.m + columns - 1) / columns, begin = block_index_y() * args.share;
+    const Place<D> place{
+        int(block_index_x() % blocks_m * columns), int(block_index_x() / blocks_m * kGemmRows),
+        begin, begin + args.share < args.tiles ? begin + args.share : args.tiles, shared_memory()};
+    const int q = lane_index() / 4, j = lane_index() % 4, first = place.n0 + warp_index() * 16 + q;
+    const RowScales scales[2] = {RowScales(args, first), RowScales(args, first + 8)};
+
+    // The weight depends on no kernel before this one.
+    QK_UNROLL
+    for (int step = 0; step < kStages - 1; step++) {
+        fetch_codes<D>(args, place, step);
+    }
+    Held<D, RUNS> held = {}, next = {};
+    load_scales(held, args, place.begin, place.end, scales);
+    const Table table = load_table<D>(args);
+    let_next_kernel_start();
+    wait_for_last_kernel();
+    QK_UNROLL
+    for (int step = 0; step < kStages - 1; step++) {
+        fetch_x<T, D>(args, place, step);
+        copy_async_commit();
+    }
+
+    float acc[columns / 8][4] = {};
+    for (int step = 0; step < place.end - place.begin; step++) {
+        copy_async_wait<kStages - 2>();
+        sync_block();  // everybody's copies of this step are there, and everybody is done with the
+                       // last
+        fetch_codes<D>(args, place, step + kStages - 1);
+        fetch_x<T, D>(args, place, step + kStages - 1);
+        copy_async_commit();
+        load_scales(next, args, place.begin + step + 1, place.end, scales);
+        multiply_step<T, D, RUNS>(acc, args, place, step, held, table, scales);
+        held = next;
+    }
+    copy_async_wait<0>();
+    sync_block();
+
+    if (!reduce_shares(acc, args, reinterpret_cast<int*>(shared_memory()))) {
+        return;
+    }
+    QK_UNROLL
+    for (int i = 0; i < columns / 8 * 4; i++) {
+        const int n = first + i % 4 / 2 * 8, m = place.m0 + i / 4 * 8 + j * 2 + i % 2;
+        if (n < args.n && m < args.m) {
+            float y = acc[i / 4][i % 4];
+            if (args.bias != nullptr) {
+                y += to_float(load_global(static_cast<const T*>(args.bias) + n));
+            }
+            store_global(static_cast<T*>(args.y) + int64_t(m) * args.n + n, from_float<T>(y));
+        }
+    }
+}
+
+}  // namespace qk

@@ -1,0 +1,234 @@
+// y = x @ W^T + bias for up to 8 rows of x: the weight is read once, straight into registers.
+//
+// A block has 16 rows of W and one share of K; its four warps take the share's tiles in turn. Each
+// warp keeps kDepth tiles of 16-byte loads in flight. Codes become the first operand of
+// mma.m16n8k16, the (at most 8) rows of x its 8 columns, so decoding costs the same for every M:
+//
+//          K: tiles of a share                     columns = rows of x
+//         w0  w1  w2  w3  w0  w1 ...               +---+
+//       +---+---+---+---+---+---+                  | x |
+//    16 |   |   |   |   |   |   |    times         |   |    = 16 x 8 sums in float32 a warp
+//       +---+---+---+---+---+---+                  +---+
+//
+// Sums of a group are scaled, not weights, wherever a run of 16 features or more shares a scale.
+// The order of every sum depends on the weight's shape and `share` alone: warps are added in order,
+// then shares, by the block that finishes last. It never depends on M or on timing.
+#pragma once
+#include "tile.h"
+
+namespace qk {
+
+constexpr int kGemvWarps = 4, kGemvThreads = 32 * kGemvWarps;
+constexpr int kGemvRows = 16, kGemvColumns = 8, kGemvOutputs = kGemvRows * kGemvColumns;
+
+/// How scales are had. RUNS of 1, 2, 4: that many a tile and row, loaded with the codes. 0: any
+/// number, looked up when needed, if need be for each weight.
+template <int RUNS>
+constexpr int kDepth = RUNS == 1 || RUNS == 2 ? 4 : 2;
+template <int RUNS>
+constexpr int kHeld = RUNS == 0 ? 1 : RUNS;
+
+/// What a lane holds of one tile to come.
+template <typename D, int RUNS>
+struct Held {
+    Packed<D> packed;
+    RawScale raw[2][kHeld<RUNS>];
+};
+
+template <typename D, int RUNS>
+QK_DEVICE void load_scales(Held<D, RUNS>& held, const WeightOnlyArgs& args, int tile, int end,
+                           const RowScales (&scales)[2]) {
+    if (RUNS > 0 && tile < end) {
+        QK_UNROLL
+        for (int r = 0; r < 2; r++) {
+            QK_UNROLL
+            for (int i = 0; i < kHeld<RUNS>; i++) {
+                held.raw[r][i] =
+                    scales[r].fetch(args, tile * kTile<D> + i * (kTile<D> / kHeld<RUNS>));
+            }
+        }
+    }
+}
+template <typename D, int RUNS>
+QK_DEVICE void load_held(Held<D, RUNS>& held, const WeightOnlyArgs& args, int tile, int end,
+                         const int (&rows)[2], const RowScales (&scales)[2], uint64_t policy) {
+    held.packed = load_packed<D>(args, tile, end, rows, policy);
+    load_scales(held, args, tile, end, scales);
+}
+
+/// Where 16 bytes of staged activations are: 32 features of one row are 4 units, one per j, each
+/// with the pairs (p, h). Odd rows swap neighbours, so that 8 lanes read from all banks.
+QK_BOTH int unit_of(int units, int m, int group, int j) {
+    return m * units + ((group * 4 + j) ^ (m % 2 * 4));
+}
+
+/// Activations of tiles [first, first + chunk) into shared memory, in the order lanes want them.
+template <typename T, typename D>
+QK_DEVICE void stage(const WeightOnlyArgs& args, Words4* staged, int m0, int first) {
+    const int units = args.chunk * D::kPairs * 4;
+    const int rows = args.m - m0 < kGemvColumns ? args.m - m0 : kGemvColumns;
+    for (int i = thread_index(); i < rows * units; i += kGemvThreads) {
+        const int m = i / units, group = i % units / 4, j = i % 4;
+        const int kk = first * kTile<D> + group * 32 + j * 2;
+        Words4 unit;
+        QK_UNROLL
+        for (int ph = 0; ph < 4; ph++) {
+            unit.w[ph] = activations<T>(args, m0 + m, kk + ph * 8);
+        }
+        store_shared(staged + unit_of(units, m, group, j), unit);
+    }
+}
+
+/// acc += one tile times its activations, scaled.
+template <typename T, typename D, int RUNS>
+QK_DEVICE void multiply(float (&acc)[4], const WeightOnlyArgs& args, const Held<D, RUNS>& held,
+                        const Table& table, const RowScales (&scales)[2], int tile,
+                        const Words4* staged, int units, int group, bool live) {
+    const Values<D> values = decode<D>(held.packed, table);
+    const int q = lane_index() / 4, j = lane_index() % 4;
+    const bool by_element = RUNS == 0 && args.run < kSlice;
+    const int run = RUNS == 0 ? args.run : kTile<D> / kHeld<RUNS>;
+    float sums[4] = {}, factor[2] = {1, 1};
+    uint32_t offset[2] = {};
+    QK_UNROLL
+    for (int slice = 0; slice < 2 * D::kPairs; slice++) {
+        const int s = slice / 2, p = slice % 2, kk = tile * kTile<D> + slice * kSlice;
+        if (!by_element && slice * kSlice % run == 0) {
+            QK_UNROLL
+            for (int r = 0; r < 2; r++) {
+                const ScaleZero found =
+                    RUNS == 0 ? scale_at(&args, scales[r], kk)
+                              : RowScales::finish(args, held.raw[r][slice * kSlice / run]);
+                factor[r] = found.scale;
+                offset[r] = D::offset(found.zero);
+            }
+        }
+        uint32_t a[4];
+        operand<D>(a, values, s, p, offset);
+        if (by_element) {
+            scale_elements<T>(a, args, scales, kk + j * 2);
+        }
+        Words2 x = {};
+        if (live) {
+            x = load_shared(
+                reinterpret_cast<const Words2*>(staged + unit_of(units, q, group + s, j)) + p);
+        }
+        mma<T>(sums, a, x.w[0], x.w[1]);
+        if (by_element || (slice + 1) * kSlice % run == 0) {
+            QK_UNROLL
+            for (int i = 0; i < 4; i++) {
+                acc[i] += factor[i / 2] * sums[i];
+                sums[i] = 0;
+            }
+        }
+    }
+}
+
+/// Whether this block is the last of its outputs' shares; the others' sums are then in `partial`.
+QK_DEVICE bool last_share(const WeightOnlyArgs& args, int* last) {
+    sync_block();  // all of this block's stores, before one thread says so
+    if (thread_index() == 0) {
+        int* counter = args.counter + block_index_x();
+        const bool is_last = atomic_add_acq_rel(counter, 1) == int(blocks_y()) - 1;
+        if (is_last) {
+            store_global(counter, 0);  // as the next call wants to find it
+        }
+        store_shared(last, int(is_last));
+    }
+    sync_block();
+    return load_shared(last) != 0;
+}
+
+/// Sums of this block's warps, and of all shares if this block is the last: value i of 16 x 8 to
+/// thread i. Returns whether there is something to store.
+QK_DEVICE bool reduce(float& total, const WeightOnlyArgs& args, const float (&acc)[4],
+                      float* shared) {
+    const int t = thread_index(), q = lane_index() / 4, j = lane_index() % 4;
+    sync_block();  // the activations are read
+    QK_UNROLL
+    for (int i = 0; i < 4; i++) {
+        const int row = q + i / 2 * 8, column = j * 2 + i % 2;
+        store_shared(shared + warp_index() * kGemvOutputs + column * kGemvRows + row, acc[i]);
+    }
+    sync_block();
+    total = 0;
+    QK_UNROLL
+    for (int w = 0; w < kGemvWarps; w++) {
+        total += load_shared(shared + w * kGemvOutputs + t);
+    }
+    const int shares = blocks_y();
+    if (shares == 1) {
+        return true;
+    }
+    const int64_t block = block_index_x(), blocks = blocks_x();
+    store_global(args.partial + (block_index_y() * blocks + block) * kGemvOutputs + t, total);
+    if (!last_share(args, reinterpret_cast<int*>(shared))) {
+        return false;
+    }
+    total = 0;
+    for (int s = 0; s < shares; s++) {
+        total += load_l2(args.partial + (s * blocks + block) * kGemvOutputs + t);
+    }
+    return true;
+}
+
+/// Grid: (blocks of 8 rows of x, fastest, and of 16 rows of W; shares of K).
+template <typename T, int CODE, int RUNS>
+__global__ void __launch_bounds__(kGemvThreads)
+    weight_only_gemv(const __grid_constant__ WeightOnlyArgs args) {
+    using D = DecoderOf<T, CODE>;
+    const int blocks_m = (args.m + kGemvColumns - 1) / kGemvColumns;
+    const int m0 = block_index_x() % blocks_m * kGemvColumns;
+    const int n0 = block_index_x() / blocks_m * kGemvRows;
+    const int q = lane_index() / 4;
+    const int rows[2] = {n0 + q, n0 + q + 8};
+    const RowScales scales[2] = {RowScales(args, rows[0]), RowScales(args, rows[1])};
+    const int begin = block_index_y() * args.share;
+    const int end = begin + args.share < args.tiles ? begin + args.share : args.tiles;
+    const uint64_t policy = evict_first();
+
+    // The weight depends on no kernel before this one: its loads start before anything is waited
+    // for.
+    constexpr int depth = kDepth<RUNS>;
+    Held<D, RUNS> held[depth];
+    QK_UNROLL
+    for (int d = 0; d < depth; d++) {
+        load_held(held[d], args, begin + d * kGemvWarps + warp_index(), end, rows, scales, policy);
+    }
+    const Table table = load_table<D>(args);
+    let_next_kernel_start();
+    wait_for_last_kernel();
+
+    Words4* staged = reinterpret_cast<Words4*>(shared_memory());
+    const int units = args.chunk * D::kPairs * 4;
+    float acc[4] = {};
+    for (int first = begin; first < end; first += args.chunk) {
+        sync_block();
+        stage<T, D>(args, staged, m0, first);
+        sync_block();
+        for (int step = 0; step < args.chunk; step += depth * kGemvWarps) {
+            QK_UNROLL
+            for (int d = 0; d < depth; d++) {
+                const int local = step + d * kGemvWarps + warp_index(), tile = first + local;
+                if (tile < end) {
+                    multiply<T, D, RUNS>(acc, args, held[d], table, scales, tile, staged, units,
+                                         local * D::kPairs, m0 + q < args.m);
+                }
+                load_held(held[d], args, tile + depth * kGemvWarps, end, rows, scales, policy);
+            }
+        }
+    }
+
+    float total;
+    if (reduce(total, args, acc, reinterpret_cast<float*>(shared_memory()))) {
+        const int n = n0 + thread_index() % kGemvRows, m = m0 + thread_index() / kGemvRows;
+        if (n < args.n && m < args.m) {
+            if (args.bias != nullptr) {
+                total += to_float(load_global(static_cast<const T*>(args.bias) + n));
+            }
+            store_global(static_cast<T*>(args.y) + int64_t(m) * args.n + n, from_float<T>(total));
+        }
+    }
+}
+
+}  // namespace qk

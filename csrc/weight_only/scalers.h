@@ -1,0 +1,87 @@
+// Scalers: where the scale and the zero point of (row, feature) come from.
+//
+// `fetch` only loads, so that it can be done long before; `finish` does the arithmetic. The kind of
+// scaler is the same for every thread, so its branches cost little and no kernel is compiled per
+// kind.
+#pragma once
+#include "../ptx/arithmetic.h"
+#include "../ptx/memory.h"
+#include "arguments.h"
+
+namespace qk {
+
+/// As loaded: bits of the scale or its 8-bit code; bits of the outer scale or the zero point.
+struct RawScale {
+    uint32_t bits, other;
+};
+struct ScaleZero {
+    float scale, zero;
+};
+
+/// The scales of one output row.
+class RowScales {
+  public:
+    QK_DEVICE RowScales(const WeightOnlyArgs& args, int row)
+        : live_(row < args.n),
+          row_(row / args.row_run),
+          stride_((args.n + args.row_run - 1) / args.row_run),
+          flat_(int64_t(row) * args.k) {}
+
+    /// kk: feature in kernel order; past the last one it stands for the last.
+    QK_DEVICE RawScale fetch(const WeightOnlyArgs& args, int kk) const {
+        if (!live_) {
+            return {0, 0};
+        }
+        const bool flat = args.scaling == kScaleFlat || args.scaling == kNestedFlat;
+        const bool nested = args.scaling == kNested || args.scaling == kNestedFlat;
+        kk = kk < args.kp ? kk : args.kp - 1;
+        int64_t at;
+        if (flat) {
+            at = block(args, kk);
+        } else if (args.slice_group != nullptr) {
+            at = int64_t(load_global(args.slice_group + kk / 16)) * stride_ + row_;
+        } else {
+            at = int64_t(args.shift >= 0 ? kk >> args.shift : kk / args.group) * stride_ + row_;
+        }
+        if (nested) {
+            const float outer = load_global(args.nested_outer + block(args, kk) / 256);
+            return {load_global(static_cast<const uint8_t*>(args.scale) + at),
+                    float_to_bits(outer)};
+        }
+        const uint32_t zero = args.scaling == kGroup ? load_global(args.zero + at) : 0;
+        if (args.scale_type == kFloat32) {
+            return {load_global(static_cast<const uint32_t*>(args.scale) + at), zero};
+        }
+        return {load_global(static_cast<const uint16_t*>(args.scale) + at), zero};
+    }
+
+    QK_DEVICE static ScaleZero finish(const WeightOnlyArgs& args, const RawScale& raw) {
+        if (args.scaling == kNested || args.scaling == kNestedFlat) {
+            const float inner = load_global(args.nested_map + raw.bits) * bits_to_float(raw.other);
+            return {inner + load_global(args.nested_offset), 0};
+        }
+        const float zero = float(raw.other);
+        if (args.scale_type == kFloat16) {
+            return {to_float(Half{uint16_t(raw.bits)}), zero};
+        }
+        return {bits_to_float(args.scale_type == kBFloat16 ? raw.bits << 16 : raw.bits), zero};
+    }
+
+  private:
+    bool live_;
+    int row_, stride_;
+    int64_t flat_;
+
+    /// Number of the block in the flattened matrix.
+    QK_DEVICE int64_t block(const WeightOnlyArgs& args, int kk) const {
+        return args.shift >= 0 ? (flat_ + kk) >> args.shift : (flat_ + kk) / args.group;
+    }
+};
+
+/// Both in one, not inlined: for weights whose scales change so often that they are looked up as
+/// needed.
+QK_CALLED ScaleZero scale_at(const WeightOnlyArgs* args, RowScales scales, int kk) {
+    return RowScales::finish(*args, scales.fetch(*args, kk));
+}
+
+}  // namespace qk

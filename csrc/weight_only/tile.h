@@ -1,0 +1,133 @@
+// One tile of the packed weight in a warp's registers: loads, codes, products.
+//
+// A warp holds 16 rows of W, the first operand of mma.m16n8k16: lane (q, j), q = lane / 4, j = lane
+// % 4, has rows q and q + 8 and of each slice of 16 features 2j, 2j+1, 2j+8, 2j+9. The layout puts
+// just these features of all slices of a tile into the 16 bytes that the lane loads of a row.
+#pragma once
+#include "../decoders/dispatch.h"
+#include "../ptx/warp.h"
+#include "scalers.h"
+
+namespace qk {
+
+constexpr int kSlice = 16;
+
+/// Features of a tile.
+template <typename D>
+constexpr int kTile = 32 * D::kPairs;
+
+/// A lane's packed bytes of one tile, rows q and q + 8.
+template <typename D>
+struct Packed {
+    Words4 low[2];
+    Words2 high[2];
+};
+
+/// Loads a lane's bytes; zeros past the last tile and the last row.
+template <typename D>
+QK_DEVICE Packed<D> load_packed(const WeightOnlyArgs& args, int tile, int end, const int (&rows)[2],
+                                uint64_t policy) {
+    Packed<D> packed = {};
+    QK_UNROLL
+    for (int r = 0; r < 2; r++) {
+        if (tile < end && rows[r] < args.n) {
+            const int64_t at = (int64_t(tile) * args.n + rows[r]) * 4 + lane_index() % 4;
+            packed.low[r] = load_stream(args.qdata + at, policy);
+            if (D::kHigh) {
+                packed.high[r] = load_stream(args.qhigh + at, policy);
+            }
+        }
+    }
+    return packed;
+}
+
+/// A tile's values: pairs[row][p][h][s], feature s*32 + p*16 + h*8 + 2j of the tile and its
+/// neighbour.
+template <typename D>
+struct Values {
+    uint32_t pairs[2][2][2][D::kPairs];
+};
+
+template <typename D>
+QK_DEVICE Values<D> decode(const Packed<D>& packed, const Table& table) {
+    Values<D> values;
+    QK_UNROLL
+    for (int r = 0; r < 2; r++) {
+        QK_UNROLL
+        for (int p = 0; p < 2; p++) {
+            QK_UNROLL
+            for (int h = 0; h < 2; h++) {
+                const uint32_t high = D::kHigh ? packed.high[r].w[h] >> p : 0;
+                D::split(packed.low[r].w[p * 2 + h], high, table, values.pairs[r][p][h]);
+            }
+        }
+    }
+    return values;
+}
+
+/// The first operand of slice (s, p), zero points taken off.
+template <typename D>
+QK_DEVICE void operand(uint32_t (&a)[4], const Values<D>& values, int s, int p,
+                       const uint32_t (&offset)[2]) {
+    QK_UNROLL
+    for (int h = 0; h < 2; h++) {
+        QK_UNROLL
+        for (int r = 0; r < 2; r++) {
+            a[h * 2 + r] = D::finish(values.pairs[r][p][h][s], offset[r]);
+        }
+    }
+}
+
+/// Both halves times a scale of their own, rounded to T once.
+template <typename T>
+QK_DEVICE uint32_t scaled(uint32_t both, float low, float high) {
+    return pair(from_float<T>(to_float(low_of<T>(both)) * low),
+                from_float<T>(to_float(high_of<T>(both)) * high));
+}
+
+/// The first operand of a slice, each weight times its own scale; kk: the lane's first feature of
+/// it.
+template <typename T>
+QK_CALLED void scale_elements(uint32_t (&a)[4], const WeightOnlyArgs& args,
+                              const RowScales (&scales)[2], int kk) {
+    for (int i = 0; i < 4; i++) {
+        const int at = kk + i / 2 * 8;
+        const float low = scale_at(&args, scales[i % 2], at).scale;
+        a[i] = scaled<T>(a[i], low, scale_at(&args, scales[i % 2], at + 1).scale);
+    }
+}
+
+/// The table, from global memory, where the decoder has one.
+template <typename D>
+QK_DEVICE Table load_table(const WeightOnlyArgs& args) {
+    Table table = {};
+    if (D::kTable) {
+        QK_UNROLL
+        for (int i = 0; i < 8; i++) {
+            table.w[i] = load_global(args.table + i);
+        }
+    }
+    return table;
+}
+
+/// Two neighbours of row m of x at feature kk of kernel order, 0 where there is none.
+template <typename T>
+QK_DEVICE uint32_t activations(const WeightOnlyArgs& args, int m, int kk) {
+    const T* row = static_cast<const T*>(args.x) + int64_t(m) * args.k;
+    if (args.perm == nullptr && args.k % 2 == 0) {
+        return kk < args.k ? load_global(reinterpret_cast<const uint32_t*>(row + kk)) : 0;
+    }
+    T both[2] = {};
+    QK_UNROLL
+    for (int b = 0; b < 2; b++) {
+        if (kk + b < args.kp) {
+            const int k = args.perm == nullptr ? kk + b : load_global(args.perm + kk + b);
+            if (k >= 0) {
+                both[b] = load_global(row + k);
+            }
+        }
+    }
+    return pair(both[0], both[1]);
+}
+
+}  // namespace qk

@@ -1,0 +1,1 @@
+"""One module per kernel language: registers its kernels with `qkernels.dispatch`."""

@@ -1,0 +1,97 @@
+"""The CUDA C++ backend: when its kernels apply, their registration, and how a call reaches them.
+
+Importing this needs neither a GPU nor a compiled extension: the extension is loaded, and if need be
+compiled, at the first call (build.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import dispatch, formats, layouts
+from ...packed import PackedWeight
+from . import build
+
+MIN_CAPABILITY = (8, 0)
+
+#: (kernel's name, call struct, tensors read, tensors written) -> "" or an error. Tests put the CPU emulator here.
+emulator: Callable[[str, Any, list[Tensor], list[Tensor]], str] | None = None
+
+
+def unavailable() -> str | None:
+    if emulator is not None:
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible"
+    return build.unavailable()
+
+
+def _rejects(problem: dispatch.Problem, module: str, layout: str) -> str | None:
+    fmt, params = formats.get(problem.format), dict(problem.params)
+    if fmt.kernel_layout(params) != layout:
+        return f"{problem.format} with these parameters is not in the {layout.replace('_', '-')} family"
+    if obstacle := fmt.obstacle(problem.shape, params):
+        return obstacle
+    if problem.dtype not in (torch.float16, torch.bfloat16):
+        return f"x must be float16 or bfloat16, not {str(problem.dtype).removeprefix('torch.')}"
+    if problem.device != ("cpu" if emulator else "cuda"):
+        return f"no kernel for device {problem.device!r}"
+    if problem.capability is not None and problem.capability < MIN_CAPABILITY:
+        return f"needs sm_80 or newer, this is sm_{problem.capability[0]}{problem.capability[1]}"
+    return str(why) if (why := _module(module).rejects(problem)) else None
+
+
+def _automatic(problem: dispatch.Problem) -> str | None:
+    return "not measured on a GPU yet: only used when backend='cuda' asks for it"
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def execute(name: str, call: Any, reads: list[Tensor], writes: list[Tensor]) -> None:
+    """Start kernel `name` on the current stream. RuntimeError with CUDA's words if it does not start."""
+    if emulator is not None:
+        error = emulator(name, call, reads, writes)
+    else:
+        device = reads[0].device
+        call.stream = torch.cuda.current_stream(device).cuda_stream
+        # A kernel that starts early reads its weight before the kernel before it is done. That one may just
+        # have written the weight, so the first call of a weight does not start early.
+        call.early = int(call.launched and torch.cuda.get_device_capability(device) >= (9, 0))
+        call.launched = True
+        with torch.cuda.device_of(reads[0]):
+            error = build.extension().run(name, ctypes.addressof(call))
+    if error:
+        raise RuntimeError(f"qkernels: CUDA kernel {name}: {error}")
+
+
+def register_kernels() -> None:
+    """Each kernel with the module that launches it."""
+    kernels = (
+        ("cuda.weight_only_gemv", "weight_only", layouts.WEIGHT_ONLY),
+        ("cuda.weight_only_gemm", "gemm", layouts.WEIGHT_ONLY),
+        ("cuda.eight_bit", "eight_bit", layouts.EIGHT_BIT),
+    )
+    for name, module, layout in kernels:
+
+        def run(
+            x: Tensor, p: PackedWeight, bias: Tensor | None, problem: dispatch.Problem, module: str = module
+        ) -> Tensor:
+            result: Tensor = _module(module).run(x, p, bias, problem)
+            return result
+
+        def configuration(problem: dispatch.Problem, module: str = module) -> str:
+            return str(_module(module).configuration(problem))
+
+        rejects = partial(_rejects, module=module, layout=layout)
+        dispatch.register(
+            dispatch.Kernel(name, "cuda", layout, unavailable, rejects, run, _automatic, configuration)
+        )

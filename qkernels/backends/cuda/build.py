@@ -1,0 +1,181 @@
+"""Builds the CUDA extension: with `pip install` if QKERNELS_CUDA_ARCHS is set, else at the first call.
+
+Only the standard library is imported here: setup.py loads this file by its path. One ninja build, one
+object a source file; cudart is linked statically and no torch header is read, so a built module serves
+every version of torch. What is built at the first call lies under $QKERNELS_CACHE/cuda (default
+~/.cache/qkernels/cuda), in a folder named by a hash of the sources, the compiler and the architecture; a
+lock keeps processes from building it at the same time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+#: architectures of a build for everyone, as in QKERNELS_CUDA_ARCHS="80 90a 100a 120a"
+DEFAULT_ARCHS = ("80", "90a", "100a", "120a")
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX") or ".so"
+
+
+def sources() -> Path:
+    """The folder csrc: in the installed package, or at the top of the repository."""
+    package = Path(__file__).parents[2]
+    installed = package / "csrc"
+    return installed if (installed / "weight_only").is_dir() else package.parent / "csrc"
+
+
+def nvcc() -> str | None:
+    """The CUDA compiler: $CUDA_HOME's, else the one on PATH, else /usr/local/cuda's."""
+    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
+        if home and (Path(home) / "bin" / "nvcc").is_file():
+            return str(Path(home) / "bin" / "nvcc")
+    usual = Path("/usr/local/cuda/bin/nvcc")
+    return shutil.which("nvcc") or (str(usual) if usual.is_file() else None)
+
+
+def built_in() -> bool:
+    """Whether `pip install` built the extension."""
+    return importlib.util.find_spec("qkernels._cuda") is not None
+
+
+@lru_cache(maxsize=1)
+def unavailable() -> str | None:
+    """Why the extension can neither be loaded nor built here, or None."""
+    if built_in():
+        return None
+    if nvcc() is None:
+        return "the extension was not built with the package, and there is no nvcc to build it with now"
+    if not (sources() / "weight_only").is_dir():
+        return f"the extension was not built with the package, and its sources are not at {sources()}"
+    missing = [name for name in ("ninja", "pybind11") if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"building the extension needs {' and '.join(missing)} (pip install {' '.join(missing)})"
+    return None
+
+
+def state() -> str:
+    """Where the compiled kernels are or would come from, for `qkernels info`."""
+    if built_in():
+        return "compiled with the package"
+    why = unavailable()
+    return "compiled at the first call on a GPU" if why is None else f"not to be had: {why}"
+
+
+@lru_cache(maxsize=1)
+def extension() -> Any:
+    """The extension module, built if need be. RuntimeError if it cannot be had or cannot run here."""
+    if built_in():
+        module = importlib.import_module("qkernels._cuda")
+    else:
+        why = unavailable()
+        if why is not None:
+            raise RuntimeError(f"qkernels: no CUDA kernels: {why}")
+        import torch
+
+        major, minor = torch.cuda.get_device_capability()
+        module = _load(build_cached((native_arch(major, minor),)))
+    check_versions(module.toolkit_version(), module.driver_version())
+    return module
+
+
+def native_arch(major: int, minor: int) -> str:
+    """(9, 0) -> "90a": with the instructions that only this architecture has."""
+    return f"{major}{minor}" + ("a" if major >= 9 else "")
+
+
+def check_versions(toolkit: int, driver: int) -> None:
+    """RuntimeError if the driver (13000 for CUDA 13.0, 0 for none) is older than the toolkit allows."""
+    if driver == 0:
+        raise RuntimeError("qkernels: no CUDA kernels: there is no NVIDIA driver")
+    if driver // 1000 < toolkit // 1000:
+        raise RuntimeError(
+            f"qkernels: the CUDA kernels were compiled by CUDA {toolkit // 1000}.{toolkit % 1000 // 10}, but "
+            f"the driver knows CUDA up to {driver // 1000}.{driver % 1000 // 10}: install a newer driver, or "
+            "set CUDA_HOME to an older toolkit and build again"
+        )
+
+
+def build_cached(archs: tuple[str, ...]) -> Path:
+    """Build into the cache unless it is there already; returns the module's file."""
+    root = Path(os.environ.get("QKERNELS_CACHE") or Path.home() / ".cache" / "qkernels") / "cuda"
+    folder = root / _digest(archs)
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"_cuda{SUFFIX}"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            print("qkernels: compiling the CUDA kernels, once; about a minute", file=sys.stderr)
+            build(target, archs, folder / "objects")
+    return target
+
+
+def build(target: Path, archs: tuple[str, ...], folder: Path) -> None:
+    """Compile every source for `archs` and link `target`. RuntimeError with the compiler's words."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text(ninja_file(target, archs))
+    jobs = os.environ.get("MAX_JOBS")  # as torch's own extension builder has it
+    command = [sys.executable, "-m", "ninja", "-C", str(folder), *(["-j", jobs] if jobs else [])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(
+            f"qkernels: compiling the CUDA kernels failed:\n{done.stdout[-6000:]}{done.stderr}"
+        )
+
+
+def ninja_file(target: Path, archs: tuple[str, ...]) -> str:
+    """What ninja is to do."""
+    import pybind11
+
+    compiler = nvcc()
+    if compiler is None:
+        raise RuntimeError("qkernels: no nvcc found; set CUDA_HOME or PATH")
+    codes = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)
+    includes = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
+    common = "-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden"
+    home = Path(compiler).resolve().parents[1]
+    files = [*sorted(sources().glob("*/*.cu")), sources() / "bindings" / "module.cpp"]
+    lines = [
+        "rule device",
+        f"  command = {compiler} {common} {codes} -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "rule host",
+        f"  command = {compiler} {common} -Xcompiler=-DPYBIND11_DETAILED_ERROR_MESSAGES {includes} "
+        f"-isystem {home / 'include'} -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "rule link",
+        # Under a temporary name first: whoever finds the module finds all of it.
+        f"  command = {compiler} -shared -cudart static $in -o $out.tmp && mv $out.tmp $out",
+    ]
+    objects = [f"{file.parent.name}-{file.stem}.o" for file in files]
+    for file, output in zip(files, objects, strict=True):
+        escaped = str(file).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+        lines.append(f"build {output}: {'device' if file.suffix == '.cu' else 'host'} {escaped}")
+    lines.append(f"build {str(target).replace(' ', '$ ')}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+def _digest(archs: tuple[str, ...]) -> str:
+    digest = hashlib.sha256(repr((archs, nvcc(), SUFFIX)).encode())
+    for file in sorted(sources().rglob("*")):
+        if file.suffix in (".h", ".cu", ".cpp"):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:24]
+
+
+def _load(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location("_cuda", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

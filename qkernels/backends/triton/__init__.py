@@ -1,0 +1,94 @@
+"""The Triton backend: when its kernels apply, and their registration. Importing this needs no triton; running a kernel does."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from functools import lru_cache, partial
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ... import dispatch, formats, layouts
+from ...packed import PackedWeight
+
+MIN_CAPABILITY = (8, 0)
+
+
+def interpreted() -> bool:
+    """Whether triton runs kernels in its CPU interpreter, which must be set before triton is imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@lru_cache(maxsize=1)
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def unavailable() -> str | None:
+    if not _installed():
+        return "triton is not installed (pip install qkernels[triton])"
+    if not torch.cuda.is_available() and not interpreted():
+        return "no CUDA device is visible (TRITON_INTERPRET=1 runs it on the CPU, slowly)"
+    return None
+
+
+def _rejects(problem: dispatch.Problem, layout: str) -> str | None:
+    fmt, params = formats.get(problem.format), dict(problem.params)
+    if fmt.kernel_layout(params) != layout:
+        return f"{problem.format} with these parameters is not in the {layout.replace('_', '-')} family"
+    if obstacle := fmt.obstacle(problem.shape, params):
+        return obstacle
+    if problem.dtype not in (torch.float16, torch.bfloat16):
+        return f"x must be float16 or bfloat16, not {str(problem.dtype).removeprefix('torch.')}"
+    if problem.device == "cpu" and not interpreted():
+        return "the weight is on the CPU"
+    if problem.device not in ("cpu", "cuda"):
+        return f"no kernel for device {problem.device!r}"
+    if problem.capability is not None and problem.capability < MIN_CAPABILITY:
+        return f"needs sm_80 or newer, this is sm_{problem.capability[0]}{problem.capability[1]}"
+    return None
+
+
+def _automatic(problem: dispatch.Problem) -> str | None:
+    return (
+        "the interpreter is only used when backend='triton' asks for it" if problem.device == "cpu" else None
+    )
+
+
+def _module(name: str) -> ModuleType:
+    """A family's launcher, imported when first used: it imports triton."""
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def register_kernels() -> None:
+    """One kernel a family; the family's module is named like its layout."""
+    families = {
+        "triton.weight_only_gemm": layouts.WEIGHT_ONLY,
+        "triton.eight_bit_gemm": layouts.EIGHT_BIT,
+    }
+    for name, layout in families.items():
+
+        def run(
+            x: Tensor, p: PackedWeight, bias: Tensor | None, problem: dispatch.Problem, layout: str = layout
+        ) -> Tensor:
+            result: Tensor = _module(layout).run(x, p, bias, problem)
+            return result
+
+        def configuration(problem: dispatch.Problem, layout: str = layout) -> str:
+            return str(_module(layout).configuration(problem))
+
+        dispatch.register(
+            dispatch.Kernel(
+                name,
+                "triton",
+                layout,
+                unavailable,
+                partial(_rejects, layout=layout),
+                run,
+                _automatic,
+                configuration,
+            )
+        )

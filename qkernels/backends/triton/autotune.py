@@ -1,0 +1,205 @@
+"""Optional tuning on the device: QKERNELS_AUTOTUNE=1 times configurations at a problem's first call.
+
+The winner is kept on disk, one small JSON file a problem under $QKERNELS_CACHE/tune (default
+~/.cache/qkernels/tune), named by a hash of the GPU, the versions of torch and triton, the source of our
+kernels, and the problem with M rounded up to a power of two. Files are written under a temporary name
+and renamed, so any number of processes may tune at once; a file that makes no sense is ignored. Nothing
+is tuned at import, under CUDA graph capture, in batch-invariant mode (the order of sums must not depend
+on what was fast) or when the variable is not set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import configs
+
+if TYPE_CHECKING:
+    from ...dispatch import Problem
+
+#: repetitions of a timed launch; the median counts
+REPEATS = 20
+
+_found: dict[str, configs.GemmConfig | None] = {}
+_first_calls: dict[tuple[Problem, configs.GemmConfig], float] = {}
+
+
+def enabled() -> bool:
+    text = os.environ.get("QKERNELS_AUTOTUNE", "0")
+    if text not in ("0", "1"):
+        raise ValueError(f"QKERNELS_AUTOTUNE: expected 0 or 1, got {text!r}")
+    return text == "1"
+
+
+def best(
+    family: str,
+    problem: Problem,
+    tabled: configs.GemmConfig,
+    launch: Callable[[configs.GemmConfig], Any],
+    device: torch.device,
+) -> configs.GemmConfig:
+    """The configuration to launch now: tuned, tuned right here, or the table's."""
+    if problem.batch_invariant or not enabled():
+        return tabled
+    known = tuned(family, problem)
+    if known is not None:
+        return known
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return tabled
+    return tune(family, problem, tabled, launch, cuda_seconds)
+
+
+def tuned(family: str, problem: Problem) -> configs.GemmConfig | None:
+    """What tuning found earlier, here or in another process; None if nothing, or tuning is off."""
+    if problem.batch_invariant or not enabled():
+        return None
+    key = _key(family, problem)
+    if _found.get(key) is None:
+        _found[key] = _read(_path(key))
+    return _found[key]
+
+
+def tune(
+    family: str,
+    problem: Problem,
+    tabled: configs.GemmConfig,
+    launch: Callable[[configs.GemmConfig], Any],
+    seconds: Callable[[Callable[[], Any]], float],
+) -> configs.GemmConfig:
+    """Time every candidate, keep the fastest on disk and return it. Those that cannot run are left out."""
+    times: dict[configs.GemmConfig, float] = {}
+    for config in configs.candidates(tabled, problem.m):
+        try:
+            launch(config)
+            times[config] = seconds(lambda c=config: launch(c))  # type: ignore[misc]
+        except Exception as error:  # triton has one exception a way of not fitting
+            if config == tabled:
+                raise
+            if "out of resource" not in str(error).lower() and type(error).__name__ != "OutOfResources":
+                raise
+    winner = min(times, key=times.__getitem__)
+    key = _key(family, problem)
+    _found[key] = winner
+    _write(_path(key), {"key": json.loads(key), "config": winner._asdict(), "seconds": times[winner]})
+    return winner
+
+
+def cuda_seconds(call: Callable[[], Any]) -> float:
+    """Median time of a launch; the L2 cache is flushed between launches, as a model would."""
+    flush = torch.empty(64 * 2**20, dtype=torch.int32, device="cuda")
+    samples = []
+    for _ in range(REPEATS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        samples.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(samples)
+
+
+# ---------------------------------------------------------------------- first calls, for explain()
+def timed_first(problem: Problem, config: configs.GemmConfig, call: Callable[[], Any]) -> Any:
+    """`call()`, remembering how long the first one of a problem took on the host."""
+    if (problem, config) in _first_calls:
+        return call()
+    start = time.perf_counter()
+    result = call()
+    _first_calls[problem, config] = time.perf_counter() - start
+    return result
+
+
+def first_call_words(problem: Problem, config: configs.GemmConfig) -> str:
+    took = _first_calls.get((problem, config))
+    if took is None:
+        return "not called yet here: the first call compiles it, seconds unless triton has it on disk"
+    return f"the first call took {took * 1e3:.0f} ms"
+
+
+def words(family: str, problem: Problem, tabled: configs.GemmConfig) -> str:
+    """What `explain` says about the configuration of a problem."""
+    config, source = tabled, "from the table"
+    if problem.batch_invariant:
+        source = "batch-invariant"
+    elif (known := tuned(family, problem)) is not None:
+        config, source = known, "tuned on this GPU"
+    elif enabled():
+        count = sum(1 for _ in configs.candidates(tabled, problem.m))
+        source = f"from the table until the first call on a GPU tunes it: {count} candidates, minutes"
+    shown = ", ".join(f"{k}={v}" for k, v in config._asdict().items())
+    return f"{shown} ({source}); {first_call_words(problem, config)}"
+
+
+# ---------------------------------------------------------------------- keys and files
+def _key(family: str, problem: Problem) -> str:
+    """JSON of everything the fastest configuration may depend on."""
+    return json.dumps(
+        {
+            "family": family,
+            "format": problem.format,
+            "params": dict(problem.params),
+            "shape": problem.shape,
+            "m": 1 << max(0, problem.m - 1).bit_length(),
+            "dtype": str(problem.dtype),
+            **_machine(),
+        },
+        sort_keys=True,
+    )
+
+
+@lru_cache(maxsize=1)
+def _machine() -> dict[str, Any]:
+    import triton
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__, "kernels": _kernel_hash()}
+
+
+def _kernel_hash() -> str:
+    """Of the source of all Triton kernels: a changed kernel is tuned anew."""
+    from ... import triton_kernels
+
+    digest = hashlib.sha256()
+    for file in sorted(Path(triton_kernels.__path__[0]).glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _path(key: str) -> Path:
+    root = Path(os.environ.get("QKERNELS_CACHE") or Path.home() / ".cache" / "qkernels")
+    return root / "tune" / (hashlib.sha256(key.encode()).hexdigest()[:32] + ".json")
+
+
+def _read(path: Path) -> configs.GemmConfig | None:
+    try:
+        config = json.loads(path.read_text())["config"]
+        fields = configs.GemmConfig._field_defaults | config
+        if set(fields) != set(configs.GemmConfig._fields):
+            return None
+        return configs.GemmConfig(**fields) if all(isinstance(v, int) for v in fields.values()) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(content, file, indent=1)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise

@@ -1,0 +1,174 @@
+"""Tile sizes and launch options: one table per kernel family, keyed by architecture and shape class.
+
+The tables hold starting points that fit every architecture; an entry for one architecture overrides the
+generic one. `fitted` shrinks what would not fit in shared memory, so no configuration that an
+architecture cannot launch ever reaches it. On-device tuning (autotune.py) replaces a table's entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+#: shared memory one block may use, KiB, by architecture (CUDA programming guide, compute capabilities)
+SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
+#: kept free for what triton adds to the pipeline's buffers: conversions, barriers
+_SHARED_MARGIN = 8 * 1024
+
+
+class GemmConfig(NamedTuple):
+    """One kernel configuration.
+
+    post_scale: scale sums instead of weights, where a tile has one scale a row.
+    shares: parts K is cut into; 0: as many as fill the GPU.
+    group_n: blocks of N that run next to each other.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    post_scale: bool = False
+    shares: int = 1
+    group_n: int = 8
+
+
+#: (family, architecture or 0 for any, class of M) -> configuration
+TABLE: dict[tuple[str, int, str], GemmConfig] = {
+    ("weight_only", 0, "decode"): GemmConfig(16, 64, 4, 5, post_scale=True, shares=0),
+    ("weight_only", 0, "middle"): GemmConfig(64, 64, 4, 3, post_scale=False, shares=0),
+    ("weight_only", 0, "prefill"): GemmConfig(128, 128, 8, 3),
+    # mma.sync keeps both the accumulators and the decoded operand in registers: wider blocks spill.
+    ("weight_only", 80, "middle"): GemmConfig(64, 128, 8, 3, shares=0),
+    ("weight_only", 120, "middle"): GemmConfig(64, 128, 8, 3, shares=0),
+    ("weight_only", 80, "prefill"): GemmConfig(64, 128, 8, 3),
+    ("weight_only", 120, "prefill"): GemmConfig(64, 128, 8, 3),
+    # Blackwell keeps accumulators in tensor memory: few columns are cheap, taking them out is not.
+    ("weight_only", 100, "decode"): GemmConfig(16, 128, 8, 4, post_scale=False, shares=0),
+    ("weight_only", 100, "middle"): GemmConfig(64, 128, 8, 3, shares=0),
+    # Codes of 2 and 3 bits come 256 features a step, twice as many decoded values to hold.
+    ("weight_only.wide", 0, "decode"): GemmConfig(16, 64, 4, 5, post_scale=True, shares=0),
+    ("weight_only.wide", 0, "middle"): GemmConfig(64, 64, 4, 3, shares=0),
+    ("weight_only.wide", 0, "prefill"): GemmConfig(128, 128, 8, 3),
+    ("weight_only.wide", 80, "middle"): GemmConfig(32, 128, 8, 3, shares=0),
+    ("weight_only.wide", 80, "prefill"): GemmConfig(32, 128, 8, 3),
+    ("weight_only.wide", 120, "middle"): GemmConfig(32, 128, 8, 3, shares=0),
+    ("weight_only.wide", 120, "prefill"): GemmConfig(32, 128, 8, 3),
+    ("weight_only.wide", 100, "decode"): GemmConfig(16, 128, 8, 4, post_scale=False, shares=0),
+    ("weight_only.wide", 100, "middle"): GemmConfig(64, 128, 8, 2, shares=0),
+    ("weight_only.wide", 100, "prefill"): GemmConfig(128, 128, 8, 2),
+    ("weight_only.two_level", 0, "decode"): GemmConfig(16, 64, 4, 3, post_scale=True, shares=0),
+    ("weight_only.two_level", 0, "middle"): GemmConfig(32, 128, 8, 3, shares=0),
+    ("weight_only.two_level", 0, "prefill"): GemmConfig(32, 128, 8, 3),
+    # Each code looks up eight weights, and with more columns mma.sync's warps would decode them twice.
+    ("weight_only.vectors", 0, "decode"): GemmConfig(16, 64, 4, 3, shares=0),
+    ("weight_only.vectors", 0, "middle"): GemmConfig(16, 64, 4, 3, shares=0),
+    ("weight_only.vectors", 0, "prefill"): GemmConfig(16, 64, 4, 3),
+    ("weight_only.vectors", 80, "decode"): GemmConfig(16, 128, 8, 3, shares=0),
+    ("weight_only.vectors", 80, "middle"): GemmConfig(16, 128, 8, 3, shares=0),
+    ("weight_only.vectors", 90, "middle"): GemmConfig(64, 64, 4, 3, shares=0),
+    ("weight_only.vectors", 90, "prefill"): GemmConfig(64, 64, 4, 3),
+    ("weight_only.vectors", 100, "middle"): GemmConfig(64, 64, 4, 3, shares=0),
+    ("weight_only.vectors", 100, "prefill"): GemmConfig(64, 128, 8, 3),
+    ("eight_bit.int8", 0, "decode"): GemmConfig(16, 64, 4, 5, shares=0),
+    ("eight_bit.int8", 0, "middle"): GemmConfig(64, 64, 4, 4, shares=0),
+    ("eight_bit.int8", 0, "prefill"): GemmConfig(128, 128, 8, 3),
+    ("eight_bit.int8", 90, "prefill"): GemmConfig(256, 128, 8, 4),
+    ("eight_bit.fp8", 0, "decode"): GemmConfig(16, 64, 4, 5, shares=0),
+    ("eight_bit.fp8", 0, "middle"): GemmConfig(64, 64, 4, 4, shares=0),
+    # Sums of one step lie beside the total on sm_90: wider blocks spill.
+    ("eight_bit.fp8", 0, "prefill"): GemmConfig(128, 128, 8, 4),
+    ("eight_bit.block", 0, "decode"): GemmConfig(16, 64, 4, 5, shares=0),
+    ("eight_bit.block", 0, "middle"): GemmConfig(64, 64, 4, 4, shares=0),
+    ("eight_bit.block", 0, "prefill"): GemmConfig(128, 128, 8, 4),
+    # Out of tensor memory, through registers, for the scales of each step.
+    ("eight_bit.block", 100, "prefill"): GemmConfig(64, 128, 8, 4),
+}
+#: the order of the sum over K must not depend on M here: all but block_m is the same for every M
+BATCH_INVARIANT = {
+    "weight_only": GemmConfig(16, 64, 4, 4, post_scale=True, shares=0),
+    "weight_only.wide": GemmConfig(16, 64, 4, 4, post_scale=True, shares=0),
+    "weight_only.two_level": GemmConfig(16, 64, 4, 3, post_scale=True, shares=0),
+    "weight_only.vectors": GemmConfig(16, 64, 4, 3, shares=0),
+    "eight_bit.int8": GemmConfig(16, 64, 4, 4, shares=0),
+    "eight_bit.fp8": GemmConfig(16, 64, 4, 4, shares=0),
+    "eight_bit.block": GemmConfig(16, 64, 4, 4, shares=0),
+}
+_INVARIANT_BLOCK_M = {"decode": 16, "middle": 64, "prefill": 64}
+
+
+def m_class(m: int) -> str:
+    """Shape class of M: "decode" up to 16 rows, "middle" up to 128, "prefill" above."""
+    return "decode" if m <= 16 else "middle" if m <= 128 else "prefill"
+
+
+def architecture(capability: tuple[int, int] | None) -> int:
+    """8.6 -> 86; 0 without a GPU."""
+    return 0 if capability is None else capability[0] * 10 + capability[1]
+
+
+def _tabled(family: str, arch: int, m: int) -> GemmConfig:
+    major = arch // 10 * 10
+    for known in (arch, major, 0):
+        if (family, known, m_class(m)) in TABLE:
+            return TABLE[family, known, m_class(m)]
+    raise KeyError(family)
+
+
+def choose(
+    family: str, arch: int, m: int, batch_invariant: bool, tile: int, row_bytes: int, row_scratch: int = 0
+) -> GemmConfig:
+    """The table's configuration for M rows, made to fit `arch`; the last three as in `fitted`."""
+    config = _tabled(family, arch, m)
+    if batch_invariant:
+        config = BATCH_INVARIANT[family]._replace(block_m=_INVARIANT_BLOCK_M[m_class(m)])
+    return fitted(config, arch, tile, row_bytes, row_scratch)
+
+
+def fitted(config: GemmConfig, arch: int, tile: int, row_bytes: int, row_scratch: int = 0) -> GemmConfig:
+    """`config`, with fewer stages and then narrower blocks until it fits in shared memory.
+
+    tile: features of one step along K. row_bytes: packed bytes of one step, per output row. row_scratch:
+    bytes per output row that codes need, beside the pipeline, to change hands between threads.
+    """
+    limit = SHARED_KIB.get(arch, 99) * 1024 - _SHARED_MARGIN
+    while shared_bytes(config, tile, row_bytes, row_scratch) > limit:
+        if config.num_stages > 2:
+            config = config._replace(num_stages=config.num_stages - 1)
+        elif config.block_m > 16:
+            config = config._replace(block_m=config.block_m // 2)
+        elif config.block_n > 64:
+            config = config._replace(block_n=config.block_n // 2)
+        else:
+            raise ValueError(f"no configuration fits sm_{arch}: {config} with {tile} features a step")
+    return config
+
+
+def shared_bytes(config: GemmConfig, tile: int, row_bytes: int, row_scratch: int = 0) -> int:
+    """Shared memory of the pipeline, or of the epilogue's transposition if that is larger."""
+    loads = config.num_stages * (config.block_n * row_bytes + config.block_m * tile * 2)
+    return max(loads + config.block_n * row_scratch, config.block_m * config.block_n * 4)
+
+
+def shares_of(config: GemmConfig, tiles: int, blocks: int, processors: int) -> int:
+    """Parts to cut K of `tiles` tiles into when the grid has `blocks` blocks; none of them empty."""
+    shares = config.shares
+    if shares == 0:
+        shares = max(1, min(2 * processors // blocks, tiles // 2, 32))
+    share = -(-tiles // min(shares, tiles))
+    return -(-tiles // share)
+
+
+def candidates(config: GemmConfig, m: int) -> Iterator[GemmConfig]:
+    """What autotuning tries: the table's entry first, then its neighbourhood."""
+    yield config
+    blocks_m = {"decode": (16,), "middle": (32, 64), "prefill": (64, 128, 256)}[m_class(m)]
+    for block_m in blocks_m:
+        for block_n, num_warps in ((64, 4), (128, 4), (128, 8)):
+            for num_stages in (3, 4, 6) if m_class(m) == "decode" else (2, 3, 4):
+                for post_scale in (True, False) if m_class(m) != "prefill" else (False,):
+                    shares = (0, 1, 4, 8) if m_class(m) != "prefill" else (1,)
+                    for share in shares:
+                        found = GemmConfig(block_m, block_n, num_warps, num_stages, post_scale, share)
+                        if found != config:
+                            yield found

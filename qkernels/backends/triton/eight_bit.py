@@ -1,0 +1,377 @@
+"""Launches the 8-bit kernels: activations to codes, then the product of codes, two launches a call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import formats, layouts
+from ...layouts import eight_bit as layout
+from . import autotune, configs, interpreted, workspace
+from .jobs import CompileJob
+from .weight_only import processors, split_of
+
+if TYPE_CHECKING:
+    from ...dispatch import Problem
+    from ...packed import PackedWeight
+
+#: features of one step along K
+STEP = 128
+#: features of a row that one program holds in registers; the rest of a longer row is read twice
+ROW_BLOCK = 16384
+
+
+class Activations(NamedTuple):
+    """x (M, K) as `multiply` takes it. Weights of one kind and one input scale may share it.
+
+    codes: int8 or float8_e4m3fn (M, K padded to 16).
+    scale: float32, (M) per token, (groups, M) per group, (1) per tensor.
+    x: what was quantized, in 16 bits: outliers are multiplied so.
+    columns: int32 (K + 1), the outlier columns, and at K how many they are; None without a threshold.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    x: Tensor
+    columns: Tensor | None = None
+
+
+@lru_cache(maxsize=4096)
+def traits_of(problem: Problem) -> layout.EightBitTraits:
+    return formats.get(problem.format).eight_bit_traits(problem.shape, dict(problem.params))
+
+
+def family(traits: layout.EightBitTraits) -> str:
+    """The name of its configurations: the accumulators differ in what they need."""
+    if traits.weight_scale == "block":
+        return "eight_bit.block"
+    return "eight_bit.int8" if traits.kind == "int8" else "eight_bit.fp8"
+
+
+@lru_cache(maxsize=4096)
+def tabled(problem: Problem) -> configs.GemmConfig:
+    arch = configs.architecture(problem.capability)
+    # STEP // 2: `fitted` counts 2 bytes a feature of x, and codes have one
+    return configs.choose(
+        family(traits_of(problem)), arch, problem.m, problem.batch_invariant, STEP // 2, STEP
+    )
+
+
+def has_fp8(capability: tuple[int, int] | None) -> bool:
+    """Whether the GPU multiplies and converts fp8 itself; triton's interpreter counts as one that does."""
+    return capability is None or capability >= (8, 9)
+
+
+def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
+    """x (M, K) contiguous float16 or bfloat16, p in the EIGHT_BIT layout -> y (M, N)."""
+    return multiply(quantize(x, p, problem), p, bias, problem)
+
+
+def configuration(problem: Problem) -> str:
+    """What `explain` says."""
+    return autotune.words(family(traits_of(problem)), problem, tabled(problem))
+
+
+# ---------------------------------------------------------------------- activations
+def quantize(
+    x: Tensor, p: PackedWeight, problem: Problem, norm: Tensor | None = None, eps: float = 0.0
+) -> Activations:
+    """x (M, K) contiguous -> its codes as the weight `p` wants them, after RMSNorm if `norm` (K) is given."""
+    from ...triton_kernels.activations import quantize_rows
+
+    assert p.layout == layouts.EIGHT_BIT
+    traits = traits_of(problem)
+    m, k = x.shape
+    kp = layout.padded(k)
+    int8, outliers = traits.kind == "int8", traits.threshold > 0
+    codes = torch.empty(m, kp, dtype=torch.int8 if int8 else torch.float8_e4m3fn, device=x.device)
+    if traits.activation == "tensor":
+        scale = p.storage["input_scale"]
+    else:
+        groups = (-(-k // layout.BLOCK),) if traits.activation == "group" else ()
+        scale = torch.empty(*groups, m, dtype=torch.float32, device=x.device)
+    # A pointer that is never used still has to be one: x stands in.
+    normed, columns, counter = x, x, x
+    if outliers:
+        columns = torch.empty(k + 1, dtype=torch.int32, device=x.device)
+        counter = _counter(1 + k, x.device)
+        if norm is not None:
+            normed = torch.empty_like(x)
+    block = row_block(kp)
+    with torch.cuda.device_of(x):
+        quantize_rows[(m,)](
+            x_ptr=x,
+            q_ptr=codes if int8 else codes.view(torch.uint8),
+            scale_ptr=scale,
+            norm_ptr=x if norm is None else norm,
+            normed_ptr=normed,
+            zero_ptr=p.storage.get("input_zero_point", x),
+            columns_ptr=columns,
+            counter_ptr=counter,
+            eps=eps,
+            threshold=traits.threshold,
+            M=m,
+            K=k,
+            KP=kp,
+            INT8=int8,
+            SHARED=traits.activation,
+            HAS_ZERO="input_zero_point" in p.storage,
+            OUTLIERS=outliers,
+            NORM=norm is not None,
+            NATIVE=has_fp8(problem.capability) and not interpreted(),
+            BLOCK=block,
+            num_warps=row_warps(block),
+        )
+    return Activations(codes, scale, normed, columns if outliers else None)
+
+
+def rms_norm_quantize(
+    x: Tensor, weight: Tensor, eps: float, p: PackedWeight, problem: Problem
+) -> Activations:
+    """RMSNorm of x (M, K) with `weight` (K), quantized for `p`: x is read once, the result of the norm
+    never written, unless LLM.int8() needs it in 16 bits. Rounds to x's dtype where a model's norm does.
+
+    ValueError unless x and weight fit p. `multiply` takes the result, for p and for weights like it.
+    """
+    k = p.shape[1]
+    if x.dim() != 2 or x.shape[1] != k or x.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"x: expected float16 or bfloat16 of shape (M, {k}), got {x.dtype} {tuple(x.shape)}")
+    if tuple(weight.shape) != (k,) or not weight.is_floating_point():
+        raise ValueError(f"weight: expected floats of shape ({k},), got {weight.dtype} {tuple(weight.shape)}")
+    return quantize(x.contiguous(), p, problem, weight.contiguous(), eps)
+
+
+def row_block(kp: int) -> int:
+    """Features of a row worked on at once: a power of two, and whole groups."""
+    return min(ROW_BLOCK, max(layout.BLOCK, 1 << (kp - 1).bit_length()))
+
+
+def row_warps(block: int) -> int:
+    return min(16, max(1, block // 512))
+
+
+def _counter(elements: int, device: torch.device) -> Tensor:
+    """int32 zeros, which the kernel leaves zero: the family's counters, where they are enough of them."""
+    if elements <= workspace.MAX_BLOCKS:
+        return workspace.counters(device)
+    return torch.zeros(elements, dtype=torch.int32, device=device)
+
+
+# ---------------------------------------------------------------------- the product
+def multiply(a: Activations, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
+    """y (M, N) = what `a` holds, times W^T, plus bias, in the dtype of `a.x`."""
+    traits = traits_of(problem)
+    weight = arguments(a, p, traits, problem)
+    bias = None if bias is None else bias.contiguous()
+
+    def launch(config: configs.GemmConfig) -> Tensor:
+        return _launch(a, p.shape[0], bias, weight, config, problem)
+
+    config = autotune.best(family(traits), problem, tabled(problem), launch, a.x.device)
+    return autotune.timed_first(problem, config, lambda: launch(config))
+
+
+def constants(
+    traits: layout.EightBitTraits, shape: tuple[int, int], problem: Problem, *, has_zero: bool
+) -> dict[str, Any]:
+    """The kernel's compile-time arguments that do not depend on the configuration."""
+    return {
+        "KIND": traits.kind,
+        "BLOCKS": traits.weight_scale == "block",
+        "ONE_SCALE": traits.activation == "tensor",
+        "HAS_ZERO": has_zero,
+        "OUTLIERS": traits.threshold > 0,
+        "BY_ELEMENT": problem.batch_invariant,
+        "WIDEN": traits.kind != "int8" and not has_fp8(problem.capability),
+        "UPCAST": problem.dtype == torch.bfloat16 and problem.device == "cpu",
+        "EVEN_K": layout.padded(shape[1]) % STEP == 0,
+    }
+
+
+def arguments(
+    a: Activations, p: PackedWeight, traits: layout.EightBitTraits, problem: Problem
+) -> dict[str, Any]:
+    """The kernel's arguments that do not depend on the configuration."""
+    storage = p.storage
+    n, k = p.shape
+    weight, codes = storage["weight"], a.codes
+    fixed = constants(traits, p.shape, problem, has_zero="input_zero_point" in storage)
+    if fixed["WIDEN"]:  # such GPUs have no such type
+        weight, codes = weight.view(torch.uint8), codes.view(torch.uint8)
+    return {
+        "x_ptr": codes,
+        "weight_ptr": weight,
+        "x_scale_ptr": a.scale,
+        "w_scale_ptr": storage["weight_scale"],
+        "zero_ptr": storage.get("input_zero_point", weight),
+        "row_sum_ptr": storage.get("row_sum", weight),
+        "x16_ptr": a.x,
+        "columns_ptr": weight if a.columns is None else a.columns,
+        "threshold": traits.threshold,
+        "N": n,
+        "K": k,
+        "KP": layout.padded(k),
+        **fixed,
+    }
+
+
+def _launch(
+    a: Activations,
+    n: int,
+    bias: Tensor | None,
+    weight: dict[str, Any],
+    config: configs.GemmConfig,
+    problem: Problem,
+) -> Tensor:
+    from ...triton_kernels.eight_bit import eight_bit_gemm
+
+    x = a.x
+    m = x.shape[0]
+    blocks_n, blocks_m = -(-n // config.block_n), -(-m // config.block_m)
+    counted = blocks_n if problem.batch_invariant else blocks_n * blocks_m
+    shares = configs.shares_of(config, -(-weight["KP"] // STEP), counted, processors(x.device))
+    split = split_of(shares, blocks_n * blocks_m, config)
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    partial = counter = weight["columns_ptr"]
+    if split > 1:
+        elements = split * blocks_n * blocks_m * config.block_n * config.block_m
+        partial, counter = workspace.partials(elements, x.device), workspace.counters(x.device)
+        if weight["KIND"] == "int8":
+            partial = partial.view(torch.int32)
+    with torch.cuda.device_of(x):  # triton launches on the current device, whatever its arguments say
+        eight_bit_gemm[(blocks_n * blocks_m, split)](
+            bias_ptr=x if bias is None else bias,
+            y_ptr=y,
+            partial_ptr=partial,
+            counter_ptr=counter,
+            M=m,
+            HAS_BIAS=bias is not None,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            SHARES=shares,
+            SPLIT_K=split,
+            GROUP_N=config.group_n,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            **weight,
+        )
+    return y
+
+
+# ---------------------------------------------------------------------- ahead of time
+#: format, parameters, and whether there is a zero point
+_JOBS: tuple[tuple[str, dict[str, Any], bool], ...] = (
+    ("w8a8", {}, False),
+    ("w8a8", {"activation": "static"}, True),
+    ("int8", {}, False),
+    ("fp8", {"activation": "dynamic"}, False),
+    ("fp8", {"activation": "static", "granularity": "tensor", "float_format": "e5m2"}, False),
+    ("fp8", {"activation": "dynamic", "granularity": "block"}, False),
+)
+#: M of each job: one a class
+_JOB_ROWS = (1, 64, 4096)
+_JOB_SHAPE = (8192, 8192)
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_CODES = {"int8": ("*i8", "*i8"), "e4m3": ("*fp8e4nv", "*fp8e4nv"), "e5m2": ("*fp8e5", "*fp8e4nv")}
+
+
+def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
+    """Every configuration the table gives `arch`; a few of them with `subset`."""
+    for number, (name, params, has_zero) in enumerate(_JOBS):
+        # Only LLM.int8() computes in 16 bits, too; elsewhere the dtype is one conversion at the end.
+        for dtype in ("bf16", "fp16") if name == "int8" else ("bf16",):
+            if subset and (number, dtype) not in ((2, "bf16"), (3, "bf16")):
+                continue
+            for m in _JOB_ROWS:
+                yield _product_job(arch, name, params, has_zero, dtype, m)
+            yield _quantize_job(arch, name, params, has_zero, dtype, norm=number in (0, 3))
+
+
+def _job_problem(arch: int, name: str, params: dict[str, Any], dtype: str, m: int) -> Problem:
+    from ...dispatch import Problem
+
+    resolved = formats.get(name).resolve(_JOB_SHAPE, params)
+    items = tuple(sorted(resolved.items()))
+    return Problem(name, items, _JOB_SHAPE, m, _DTYPES[dtype], "cuda", (arch // 10, arch % 10))
+
+
+def _label(name: str, params: dict[str, Any], *rest: str) -> str:
+    return " ".join([name, *(f"{k}={v}" for k, v in params.items()), *rest])
+
+
+def _product_job(
+    arch: int, name: str, params: dict[str, Any], has_zero: bool, dtype: str, m: int
+) -> CompileJob:
+    from ...triton_kernels.eight_bit import eight_bit_gemm
+
+    problem = _job_problem(arch, name, params, dtype, m)
+    config, traits = tabled(problem), traits_of(problem)
+    fixed = constants(traits, _JOB_SHAPE, problem, has_zero=has_zero)
+    shares = 4 if config.shares == 0 else config.shares
+    weight, codes = ("*u8", "*u8") if fixed["WIDEN"] else _CODES[traits.kind]
+    pointer = "*" + dtype
+    return CompileJob(
+        kernel="eight_bit_gemm",
+        label=_label(name, params, dtype, f"M={m}"),
+        arch=arch,
+        fn=eight_bit_gemm,
+        types={
+            "x_ptr": codes, "weight_ptr": weight, "x_scale_ptr": "*fp32", "w_scale_ptr": "*fp32",
+            "zero_ptr": "*i8", "row_sum_ptr": "*i32", "bias_ptr": pointer, "x16_ptr": pointer,
+            "columns_ptr": "*i32", "y_ptr": pointer, "counter_ptr": "*i32",
+            "partial_ptr": "*i32" if traits.kind == "int8" else "*fp32",
+            "threshold": "fp32", "M": "i32", "N": "i32", "K": "i32", "KP": "i32",
+        },
+        constants={
+            **fixed,
+            "HAS_BIAS": True,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "SHARES": shares,
+            "SPLIT_K": shares,
+            "GROUP_N": config.group_n,
+        },
+        aligned=("x_ptr", "weight_ptr", "x_scale_ptr", "w_scale_ptr", "x16_ptr", "y_ptr", "N", "K", "KP"),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        weights=config.block_n * STEP,
+    )  # fmt: skip
+
+
+def _quantize_job(
+    arch: int, name: str, params: dict[str, Any], has_zero: bool, dtype: str, *, norm: bool
+) -> CompileJob:
+    from ...triton_kernels.activations import quantize_rows
+
+    problem = _job_problem(arch, name, params, dtype, 1)
+    traits = traits_of(problem)
+    int8, pointer = traits.kind == "int8", "*" + dtype
+    block = row_block(layout.padded(_JOB_SHAPE[1]))
+    return CompileJob(
+        kernel="quantize_rows",
+        label=_label(name, params, *(("RMSNorm",) if norm else ()), dtype),
+        arch=arch,
+        fn=quantize_rows,
+        types={
+            "x_ptr": pointer, "q_ptr": "*i8" if int8 else "*u8", "scale_ptr": "*fp32",
+            "norm_ptr": pointer, "normed_ptr": pointer, "zero_ptr": "*i8", "columns_ptr": "*i32",
+            "counter_ptr": "*i32", "eps": "fp32", "threshold": "fp32", "M": "i32", "K": "i32", "KP": "i32",
+        },
+        constants={
+            "INT8": int8,
+            "SHARED": traits.activation,
+            "HAS_ZERO": has_zero,
+            "OUTLIERS": traits.threshold > 0,
+            "NORM": norm,
+            "NATIVE": has_fp8(problem.capability),
+            "BLOCK": block,
+        },
+        aligned=("x_ptr", "q_ptr", "norm_ptr", "normed_ptr", "K", "KP"),
+        num_warps=row_warps(block),
+        num_stages=3,
+        tensor_core=False,
+    )  # fmt: skip

@@ -1,0 +1,161 @@
+"""Launches the transforms around QuIP's weights: arguments from the kernel layout's `input.*`, `output.*`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...layouts.weight_only import tile_features
+from .jobs import CompileJob
+
+#: features a program holds: so many that two tf32 copies fit in shared memory everywhere, ...
+LARGEST_BOX = 4096
+#: ... and for few rows only so many that several multiprocessors share a row
+DECODE_BOX = 2048
+DECODE_ROWS = 16
+#: features that one warp holds
+_ELEMENTS_PER_WARP = 1024
+
+
+def before(x: Tensor, storage: Mapping[str, Tensor], norm: float, vectors: bool, invariant: bool) -> Tensor:
+    """x (M, K) -> what the codes multiply, (M, K) in x's dtype; `vectors`: (M, whole tiles), in their order."""
+    width = -(-x.shape[1] // tile_features(2)) * tile_features(2) if vectors else x.shape[1]
+    # Tiles are multiplied whole, so what lies behind the last feature must be no NaN.
+    empty = torch.empty if width == x.shape[1] else torch.zeros
+    y = empty(x.shape[0], width, dtype=x.dtype, device=x.device)
+    side = _section(storage, "input.")
+    gather = side.get("perm")
+    return _launch(
+        x, y, side, norm, invariant, pre=side["diagonal"], gather=gather, vectors=vectors, transposed=True
+    )
+
+
+def after(
+    y: Tensor,
+    storage: Mapping[str, Tensor],
+    norm: float,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    invariant: bool,
+) -> Tensor:
+    """Products (M, N), float32 -> the weight's output with bias, (M, N) of `dtype`."""
+    z = torch.empty(y.shape, dtype=dtype, device=y.device)
+    side = _section(storage, "output.")
+    return _launch(y, z, side, norm, invariant, post=side["diagonal"], bias=bias, scatter=side.get("perm"))
+
+
+def _section(storage: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in storage.items() if k.startswith(prefix)}
+
+
+def _launch(
+    x: Tensor,
+    y: Tensor,
+    side: Mapping[str, Tensor],
+    norm: float,
+    invariant: bool,
+    *,
+    pre: Tensor | None = None,
+    post: Tensor | None = None,
+    bias: Tensor | None = None,
+    gather: Tensor | None = None,
+    scatter: Tensor | None = None,
+    vectors: bool = False,
+    transposed: bool = False,
+) -> Tensor:
+    from ...triton_kernels.kronecker import kronecker_rows
+
+    factors = [side[f"factor{i}"] for i in range(3) if f"factor{i}" in side]
+    orders = tuple(f.shape[0] for f in factors)
+    m, n = x.shape
+    options, warps = constants(n, orders, m <= DECODE_ROWS or invariant)
+    if len(factors) < 3:  # those of the kernel's axes a0, c and a2; x stands for what is never read
+        factors = [*factors[:1], x, *factors[1:], x, x][:3]
+    with torch.cuda.device_of(x):
+        kronecker_rows[(-(-m // options["ROWS"]), options["C"])](
+            x, y, *(x if t is None else t for t in (pre, post, bias, gather, scatter)), *factors,
+            1 / norm, m, y.shape[1],
+            **options,
+            HAS_PRE=pre is not None, HAS_POST=post is not None, HAS_BIAS=bias is not None,
+            GATHERED=gather is not None, SCATTERED=scatter is not None,
+            VECTORS=vectors, TRANSPOSED=transposed, num_warps=warps,
+        )  # fmt: skip
+    return y
+
+
+@lru_cache(maxsize=256)
+def constants(n: int, stored: tuple[int, ...], decode: bool) -> tuple[dict[str, Any], int]:
+    """Compile-time arguments, and warps. stored: orders of the factors kept with the weight.
+
+    What they leave of n is a Hadamard matrix of a power of two, cut here as it suits.
+    """
+    sylvester = n // math.prod(stored)
+    if len(stored) > 1:
+        assert sylvester == 1
+        orders, c = (stored[0], 1, stored[-1]), stored[1] if len(stored) == 3 else 1
+    else:
+        first = (*stored, 1)[0]
+        box = min(sylvester, max(64, (DECODE_BOX if decode else LARGEST_BOX) // _padded(first)))
+        bits = min(6, box.bit_length() - 1) if box < 256 else box.bit_length() - 1  # in one axis or two
+        c = sylvester >> bits
+        low = 1 << (bits if bits <= 6 else bits - bits // 2)
+        orders = (first, sylvester // c // low, low)
+    padded = [_padded(order) for order in orders]
+    total = math.prod(padded)
+    rows = max(1, 16 * max(padded) // total)  # a dot has at least 16 rows
+    warps = max(4, min(16, rows * total // _ELEMENTS_PER_WARP))
+    sizes = {f"A{i}": order for i, order in enumerate(orders)} | {f"B{i}": b for i, b in enumerate(padded)}
+    return {**sizes, "C": c, "ROWS": rows, "SYLVESTER": len(stored) < 2}, warps
+
+
+def _padded(order: int) -> int:
+    """What a dot takes."""
+    return 1 if order == 1 else max(16, 1 << (order - 1).bit_length())
+
+
+# ---------------------------------------------------------------------- ahead of time
+#: sizes of models' layers, and the factors kept: none, the one that is no power of two, QuIP's
+_JOBS: tuple[tuple[int, tuple[int, ...]], ...] = (
+    (4096, ()), (8192, ()), (14336, (28,)), (28672, (28,)), (11008, (43,)), (4096, (64, 64)), (14336, (28, 16, 32)),
+)  # fmt: skip
+
+
+def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
+    """Both sides of each size; one of them with `subset`. Whether by tensor core is the compiler's choice."""
+    from ...triton_kernels.kronecker import kronecker_rows
+
+    for n, stored in _JOBS:
+        for m in (1, 4096):
+            options, warps = constants(n, stored, m == 1)
+            permuted = len(stored) > 1
+            for before in (True, False):
+                if subset and (n, m, before) != (28672, 4096, True):
+                    continue
+                side, kept = "input" if before else "output", "x".join(map(str, stored)) or "-"
+                yield CompileJob(
+                    kernel="kronecker_rows",
+                    label=f"{side} {n} kept={kept} M={m}",
+                    arch=arch,
+                    fn=kronecker_rows,
+                    types={
+                        "x_ptr": "*bf16" if before else "*fp32", "y_ptr": "*bf16", "pre_ptr": "*fp16",
+                        "post_ptr": "*fp16", "bias_ptr": "*bf16", "gather_ptr": "*i32", "scatter_ptr": "*i32",
+                        "factor0_ptr": "*fp16", "factor1_ptr": "*fp16", "factor2_ptr": "*fp16",
+                        "scale": "fp32", "M": "i32", "STRIDE": "i32",
+                    },
+                    constants={
+                        **options,
+                        "HAS_PRE": before, "HAS_POST": not before, "HAS_BIAS": not before,
+                        "GATHERED": before and permuted, "SCATTERED": not before and permuted,
+                        "VECTORS": before and not permuted, "TRANSPOSED": before,
+                    },
+                    aligned=("x_ptr", "y_ptr", "pre_ptr", "post_ptr", "bias_ptr", "STRIDE"),
+                    num_warps=warps,
+                    num_stages=1,
+                    tensor_core=False,
+                )  # fmt: skip

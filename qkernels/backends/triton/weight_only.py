@@ -1,0 +1,299 @@
+"""Launches the weight-only kernel: arguments from a packed weight, configuration, grid, workspace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ... import formats, layouts
+from ...layouts import weight_only as layout
+from . import autotune, configs, interpreted, transforms, workspace
+from .jobs import CompileJob
+
+if TYPE_CHECKING:
+    from ...dispatch import Problem
+    from ...packed import PackedWeight
+
+#: M from which x is gathered once, by a kernel of its own, instead of by every program (act-order)
+GATHER_ROWS = 17
+#: M from which outliers read a transposed copy of x, whose rows then lie next to each other
+TRANSPOSE_ROWS = 64
+
+
+def traits_of(problem: Problem) -> layout.WeightOnlyTraits:
+    return formats.get(problem.format).weight_only_traits(problem.shape, dict(problem.params))
+
+
+def sizes(traits: layout.WeightOnlyTraits) -> tuple[int, int, int]:
+    """Of one tile, as `configs.fitted` wants them: features, packed bytes of a row, scratch bytes of a row.
+
+    The scratch is read off `python -m bench.static`: high bits come as words of their own, and go to the
+    threads that hold the low ones by way of shared memory.
+    """
+    high = layout.high_words(traits.bits, traits.vectors)
+    return layout.tile_features(traits.bits, traits.vectors), 64 + 4 * high, 160 if high else 0
+
+
+def family(traits: layout.WeightOnlyTraits) -> str:
+    """The name of its configurations: wide tiles hold more in registers, SpQR's real zero points yet more."""
+    if traits.scaler == "two_level":
+        return "weight_only.two_level"
+    if traits.vectors:
+        return "weight_only.vectors"
+    return "weight_only.wide" if traits.bits < 4 else "weight_only"
+
+
+@lru_cache(maxsize=4096)
+def tabled(problem: Problem) -> configs.GemmConfig:
+    traits, arch = traits_of(problem), configs.architecture(problem.capability)
+    return configs.choose(family(traits), arch, problem.m, problem.batch_invariant, *sizes(traits))
+
+
+def constants(
+    traits: layout.WeightOnlyTraits, shape: tuple[int, int], *, lookup: bool, indexed: bool
+) -> dict[str, Any]:
+    """The kernel's compile-time arguments that depend on the weight alone."""
+    from ...triton_kernels import decoders, scalers
+
+    decoder = decoders.BY_NAME[traits.decoder, traits.bits]
+    return {
+        "BITS": traits.bits,
+        "WIDTH": layout.plane_bits(traits.bits, traits.vectors),
+        "HIGH": layout.high_words(traits.bits, traits.vectors),
+        "STEP": layout.high_step(traits.bits, traits.vectors),
+        "SPLIT": decoder.split,
+        "FINISH": decoder.finish,
+        "SCALER": scalers.BY_NAME[traits.scaler],
+        "GROUP": traits.group_size,
+        "ROW_RUN": traits.row_run,
+        "RUN": layout.scale_run(traits, shape[1], lookup=lookup),
+        "LOOKUP": lookup,
+        "MINUS": traits.scaler in scalers.MINUS,
+        "LAST_SCALE": traits.scaler == "scale" and traits.group_size >= shape[1],
+        "INDEXED": indexed,
+        "OUTLIERS": traits.outliers,
+    }
+
+
+def arguments(p: PackedWeight, traits: layout.WeightOnlyTraits) -> dict[str, Any]:
+    """The kernel's arguments that depend on the weight alone."""
+    from ...triton_kernels import scalers
+
+    n, k = p.shape
+    storage = p.storage
+    qdata = storage["qdata"]
+    if traits.vectors:
+        k = traits.group_size  # x comes out of its transform in whole tiles
+    indexed = "perm" in storage
+    # A pointer that is never read still has to be one: qdata stands in.
+    read = [storage.get(name, qdata) for name in scalers.SCALER_TENSORS[traits.scaler]]
+    return {
+        "qdata_ptr": qdata,
+        "qhigh_ptr": storage.get("qhigh", qdata),
+        "perm_ptr": storage.get("perm", qdata),
+        "table_ptr": storage.get("lut", qdata),
+        "scaler_args": tuple(read),
+        "N": n,
+        "K": k,
+        "KP": storage["perm"].numel() if indexed else k,
+        **constants(traits, p.shape, lookup="slice_group" in storage, indexed=indexed),
+    }
+
+
+def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
+    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout -> y (M, N)."""
+    assert p.layout == layouts.WEIGHT_ONLY
+    traits = traits_of(problem)
+    weight = arguments(p, traits)
+    weight["outlier_args"] = _outliers(p, x) if traits.outliers else ()
+    if traits.norms:
+        x = transforms.before(x, p.storage, traits.norms[0], traits.vectors, problem.batch_invariant)
+    if weight["INDEXED"] and x.shape[0] >= GATHER_ROWS:
+        x = _gathered(x, weight["perm_ptr"])
+        weight |= {"K": x.shape[1], "KP": x.shape[1], "INDEXED": False}
+    bias = None if bias is None else bias.contiguous()
+
+    def launch(config: configs.GemmConfig) -> Tensor:
+        if traits.norms is None:
+            return _launch(x, p.shape[0], bias, weight, config, problem, x.dtype)
+        y = _launch(x, p.shape[0], None, weight, config, problem, torch.float32)
+        return transforms.after(y, p.storage, traits.norms[1], bias, x.dtype, problem.batch_invariant)
+
+    config = autotune.best(family(traits), problem, tabled(problem), launch, x.device)
+    return autotune.timed_first(problem, config, lambda: launch(config))
+
+
+def configuration(problem: Problem) -> str:
+    """What `explain` says."""
+    return autotune.words(family(traits_of(problem)), problem, tabled(problem))
+
+
+def _launch(
+    x: Tensor,
+    n: int,
+    bias: Tensor | None,
+    weight: dict[str, Any],
+    config: configs.GemmConfig,
+    problem: Problem,
+    dtype: torch.dtype,
+) -> Tensor:
+    from ...triton_kernels.weight_only import weight_only_gemm
+
+    m = x.shape[0]
+    blocks_n, blocks_m = -(-n // config.block_n), -(-m // config.block_m)
+    tiles = -(-weight["KP"] // (16 * 32 // weight["WIDTH"]))
+    counted = blocks_n if problem.batch_invariant else blocks_n * blocks_m
+    shares = configs.shares_of(config, tiles, counted, processors(x.device))
+    split = split_of(shares, blocks_n * blocks_m, config)
+    y = torch.empty(m, n, dtype=dtype, device=x.device)
+    partial = counter = weight["qdata_ptr"]
+    if split > 1:
+        elements = split * blocks_n * blocks_m * config.block_n * config.block_m
+        partial, counter = workspace.partials(elements, x.device), workspace.counters(x.device)
+    with torch.cuda.device_of(x):  # triton launches on the current device, whatever its arguments say
+        weight_only_gemm[(blocks_n * blocks_m, split)](
+            x_ptr=x,
+            bias_ptr=x if bias is None else bias,
+            y_ptr=y,
+            partial_ptr=partial,
+            counter_ptr=counter,
+            M=m,
+            HAS_BIAS=bias is not None,
+            UPCAST=x.dtype == torch.bfloat16 and interpreted(),
+            POST_SCALE=config.post_scale,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            SHARES=shares,
+            SPLIT_K=split,
+            GROUP_N=config.group_n,
+            WARPS=config.num_warps,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            **weight,
+        )
+    return y
+
+
+#: partial sums of one call may take this much memory
+WORKSPACE_BYTES = 32 * 2**20
+
+
+def split_of(shares: int, blocks: int, config: configs.GemmConfig) -> int:
+    """Programs along K: one a share, or one for all where the workspace or the counters would not do."""
+    needed = shares * blocks * config.block_m * config.block_n * 4
+    return shares if needed <= WORKSPACE_BYTES and blocks <= workspace.MAX_BLOCKS else 1
+
+
+def _outliers(p: PackedWeight, x: Tensor) -> tuple[Any, ...]:
+    """What the kernel wants to know of them, with x in the order of its features."""
+    m, k = x.shape
+    sparse = (p.storage["outlier.row_offsets"], p.storage["outlier.col_vals"])
+    if sparse[1].numel() == 0:
+        sparse = (sparse[0], sparse[0])  # an empty tensor has no address
+    return (*sparse, x, k, 1) if m < TRANSPOSE_ROWS else (*sparse, x.T.contiguous(), 1, m)
+
+
+def _gathered(x: Tensor, perm: Tensor) -> Tensor:
+    """x (M, K) -> (M, KP) in kernel order, zeros where it is padded."""
+    from ...triton_kernels.gather import gather_columns
+
+    m, kp = x.shape[0], perm.numel()
+    y = torch.empty(m, kp, dtype=x.dtype, device=x.device)
+    with torch.cuda.device_of(x):
+        gather_columns[(m, -(-kp // 1024))](x, perm, y, x.shape[1], kp, BLOCK=1024)
+    return y
+
+
+@lru_cache(maxsize=64)
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors; a few without a GPU, so that the interpreter meets split K, too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+# ---------------------------------------------------------------------- ahead of time
+#: format, parameters and the dtypes of its scaler's tensors
+_JOBS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
+    ("gptq", {"bits": 4, "group_size": 128}, ("*fp16", "*u8", "*i32")),
+    ("gptq", {"bits": 4, "group_size": 32}, ("*fp16", "*u8", "*i32")),
+    ("gptq", {"bits": 4, "group_size": 128, "act_order": True}, ("*fp16", "*u8", "*i32")),
+    ("gptq", {"bits": 2, "group_size": 128}, ("*fp16", "*u8", "*i32")),
+    ("gptq", {"bits": 3, "group_size": 128}, ("*fp16", "*u8", "*i32")),
+    ("gptq", {"bits": 8, "group_size": 128}, ("*fp16", "*u8", "*i32")),
+    ("nf4", {"block_size": 64}, ("*fp32",)),
+    ("nf4", {"block_size": 64, "double_quant": True}, ("*u8", "*fp32", "*fp32", "*fp32")),
+    ("q8_0", {}, ("*fp16",)),
+    ("q4_1", {}, ("*fp16", "*fp16")),
+    ("q4_k", {}, ("*fp16", "*fp16", "*i32")),
+    ("q5_k", {}, ("*fp16", "*fp16", "*i32")),
+    ("q6_k", {}, ("*i8", "*fp16")),
+    ("iq4_nl", {}, ("*fp16",)),
+    ("iq4_xs", {}, ("*fp16", "*i16", "*i32")),
+    ("q2_k", {}, ("*u8", "*fp16", "*fp16")),
+    ("q3_k", {}, ("*i32", "*fp16")),
+    ("spqr", {}, ("*u8", "*fp16", "*i32")),
+    ("spqr", {"bits": 4, "act_order": True}, ("*u8", "*fp16", "*i32")),
+    ("fp8", {"float_format": "e4m3"}, ("*fp32",)),
+    ("fp8", {"float_format": "e5m2"}, ("*fp32",)),
+    *(("quip", {"bits": bits}, ("*fp32",)) for bits in (2, 3, 4)),
+    *(("quip_sharp", {"bits": bits}, ("*fp32",)) for bits in (2, 3, 4)),
+)
+#: M of each job: one a class
+_JOB_ROWS = (1, 64, 4096)
+_JOB_SHAPE = (8192, 8192)
+
+
+def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
+    """Every configuration the table gives `arch`; a few of them with `subset`."""
+    from ...dispatch import Problem
+    from ...triton_kernels.weight_only import weight_only_gemm
+
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    for number, (name, params, pointers) in enumerate(_JOBS):
+        fmt = formats.get(name)
+        resolved = fmt.resolve(_JOB_SHAPE, params)
+        for m in _JOB_ROWS:
+            for dtype in dtypes:
+                if subset and (number, dtype) not in ((0, "fp16"), (4, "bf16"), (7, "bf16")):
+                    continue
+                capability = (arch // 10, arch % 10)
+                items = tuple(sorted(resolved.items()))
+                problem = Problem(name, items, _JOB_SHAPE, m, dtypes[dtype], "cuda", capability)
+                config = tabled(problem)
+                traits = traits_of(problem)
+                indexed = bool(params.get("act_order")) and m < GATHER_ROWS
+                shares = 4 if config.shares == 0 else config.shares
+                pointer = "*" + dtype
+                yield CompileJob(
+                    kernel="weight_only_gemm",
+                    label=" ".join([name, *(f"{k}={v}" for k, v in params.items()), dtype, f"M={m}"]),
+                    arch=arch,
+                    fn=weight_only_gemm,
+                    types={
+                        "x_ptr": pointer, "bias_ptr": pointer, "y_ptr": "*fp32" if traits.norms else pointer,
+                        "qdata_ptr": "*i32",
+                        "qhigh_ptr": "*i32", "perm_ptr": "*i32", "table_ptr": "*i32",
+                        "scaler_args": pointers, "partial_ptr": "*fp32", "counter_ptr": "*i32",
+                        "outlier_args": ("*i32", "*i32", pointer, "i32", "i32") if traits.outliers else (),
+                        "M": "i32", "N": "i32", "K": "i32", "KP": "i32",
+                    },
+                    constants={
+                        **constants(traits, _JOB_SHAPE, lookup=False, indexed=indexed),
+                        "HAS_BIAS": True,
+                        "UPCAST": False,
+                        "POST_SCALE": config.post_scale,
+                        "BLOCK_M": config.block_m,
+                        "BLOCK_N": config.block_n,
+                        "SHARES": shares,
+                        "SPLIT_K": shares,
+                        "GROUP_N": config.group_n,
+                        "WARPS": config.num_warps,
+                    },
+                    aligned=("x_ptr", "qdata_ptr", "qhigh_ptr", "perm_ptr", "y_ptr", "N", "K", "KP"),
+                    num_warps=config.num_warps,
+                    num_stages=config.num_stages,
+                    weights=config.block_n * sizes(traits)[0],
+                )  # fmt: skip

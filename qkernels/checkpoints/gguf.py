@@ -1,0 +1,136 @@
+"""GGUF files: packed for the architectures of gguf_model.py, dequantized for others that transformers reads.
+
+Needs the packages `gguf`, `transformers` and `accelerate` (`pip install qkernels[gguf]`).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .gguf_header import GgufHeader, GgufTensor, read_header
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "GgufHeader",
+    "GgufTensor",
+    "is_gguf",
+    "load",
+    "load_dequantized",
+    "load_tokenizer",
+    "read_header",
+    "save",
+]
+
+
+def is_gguf(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a file called .gguf, or one that begins with the format's magic."""
+    path = Path(path)
+    if not path.is_file():
+        return False
+    if path.suffix == ".gguf":
+        return True
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+def load(
+    path: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """The model in a GGUF file, its weights as they are packed there.
+
+    Of an architecture that `gguf_model` does not know the weights are dequantized, with a warning.
+    """
+    from . import gguf_model
+
+    header = read_header(Path(path).resolve())
+    architecture = header.metadata.get("general.architecture")
+    if architecture in gguf_model.ARCHITECTURES:
+        return gguf_model.load_packed(Path(path), device, dtype)
+    known = ", ".join(gguf_model.ARCHITECTURES)
+    warnings.warn(
+        f"{path}: weights of the architecture {architecture!r} are dequantized to {dtype}; packed: {known}",
+        stacklevel=2,
+    )
+    return load_dequantized(path, device, dtype)[0]
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], tokenizer: Any = None) -> None:
+    """Write a .gguf file; see gguf_writer."""
+    from . import gguf_writer
+
+    gguf_writer.save(model, path, tokenizer)
+
+
+def load_dequantized(
+    path: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[PreTrainedModel, Any]:
+    """(model, tokenizer) of a GGUF file, every weight dequantized to `dtype` in plain nn.Linear.
+
+    Raises FileNotFoundError, or ValueError naming file and field on a damaged header, before anything
+    big is allocated, and for an architecture that transformers cannot read from GGUF.
+    """
+    path = Path(path).resolve()
+    header = read_header(path)
+    try:
+        loaded = _from_pretrained(path, dtype)
+    except (ValueError, KeyError, NotImplementedError) as error:
+        architecture = header.metadata.get("general.architecture")
+        raise ValueError(
+            f"{path}: expected an architecture transformers reads from GGUF, got {architecture!r}: {error}"
+        ) from error
+    return _plain(loaded).to(device).eval(), load_tokenizer(path)  # type: ignore[arg-type]
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Any:
+    """The tokenizer described in a GGUF file's metadata."""
+    from transformers import AutoTokenizer
+
+    path = Path(path).resolve()
+    read_header(path)
+    found = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
+    found.gguf_file = str(path)  # which has more of it than transformers keeps: gguf_writer copies that
+    return found
+
+
+def _from_pretrained(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    import transformers
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {}
+    # Since 5.23 transformers can keep GGUF blocks packed and must be told not to.
+    if hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(
+        str(path.parent), gguf_file=path.name, dtype=dtype, local_files_only=True, **options
+    )
+
+
+def _plain(loaded: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in a model that is not marked as quantized.
+
+    transformers marks what it loads from GGUF, dequantized or not, and then refuses to save it.
+    """
+    import copy
+
+    from accelerate import init_empty_weights
+
+    config = copy.deepcopy(loaded.config)
+    for mark in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(config, mark):
+            delattr(config, mark)
+    with init_empty_weights(include_buffers=False):
+        fresh = type(loaded)(config)
+    fresh.load_state_dict(loaded.state_dict(), strict=True, assign=True)
+    fresh.tie_weights()
+    fresh.generation_config = loaded.generation_config
+    return fresh

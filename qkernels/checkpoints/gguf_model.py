@@ -1,0 +1,223 @@
+"""A GGUF file as a runnable model: packed tensors become QuantLinear and QuantEmbedding as they lie in the file.
+
+Nothing is dequantized but what is no matrix. Tensors are mapped, not read: pages come in when they are used.
+Llama's query and key rows lie in the file in the order ggml's rotary embedding wants, pairs beside each
+other; rows of packed bytes are put back in order exactly. Needs the package `gguf` (`pip install qkernels[gguf]`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import formats
+from ..embedding import QuantEmbedding
+from ..linear import QuantLinear
+from ..packed import PackedWeight, pack
+from .gguf_header import GgufHeader, GgufTensor, read_header
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: general.architecture -> whether rows of query and key weights are permuted
+ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}
+#: ggml types that are no blocks
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def load_packed(
+    path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """The model in a GGUF file whose architecture is one of ARCHITECTURES.
+
+    dtype: of what is computed between quantized layers: norms, and rows of the embedding.
+    Raises ValueError naming the file and the tensor that is missing, of a wrong shape or an unknown type.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = path.resolve()
+    header = read_header(path)
+    config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
+    size = header.metadata.get(f"{header.metadata['general.architecture']}.attention.key_length")
+    if size is not None and hasattr(config, "head_dim"):  # which transformers does not take from the file
+        if type(size) is not int or not 0 < size < 2**16:
+            raise ValueError(f"{path}: attention.key_length: expected a positive integer, got {size!r}")
+        config.head_dim = size
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    _check_sizes(path, header, config)
+    reader = _Reader(path, header, config)
+    device = torch.device(device)
+    embedding = model.get_input_embeddings()
+    for name, module in list(model.named_modules()):
+        if module is model.get_output_embeddings() and not reader.has(name, "weight"):
+            continue  # tied: made of the embedding below
+        if isinstance(module, nn.Linear) and reader.is_packed(name):
+            _replace(model, name, _linear(reader, name, module).to(device))
+        elif module is embedding and reader.is_packed(name):
+            packed = reader.weight(name, (embedding.num_embeddings, embedding.embedding_dim))
+            replaced = QuantEmbedding(packed, dtype).to(device)
+            _replace(model, name, replaced)
+        else:
+            for leaf, parameter in list(module.named_parameters(recurse=False)):
+                value = reader.plain(f"{name}.{leaf}", tuple(parameter.shape)).to(device, dtype)
+                module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if isinstance(head, nn.Linear) and head.weight.is_meta:  # tied
+        if isinstance(embedding, QuantEmbedding):
+            model.set_output_embeddings(QuantLinear(embedding.packed))
+        else:
+            head.weight = embedding.weight
+    reader.check_all_used()
+    # The head shares the embedding's bytes or has its own: nothing is left for transformers to tie.
+    model.config.tie_word_embeddings = False
+    model.config.dtype = dtype
+    return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+def _check_sizes(path: Path, header: GgufHeader, config: Any) -> None:
+    for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        value = getattr(config, field, None)
+        if type(value) is not int or not 0 < value < 2**31:
+            raise ValueError(f"{path}: {field}: expected a positive integer, got {value!r}")
+    if config.num_hidden_layers > len(header.tensors):
+        raise ValueError(
+            f"{path}: block_count: expected no more blocks than the {len(header.tensors)} tensors, "
+            f"got {config.num_hidden_layers}"
+        )
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _linear(reader: _Reader, name: str, linear: nn.Linear) -> QuantLinear:
+    packed = reader.weight(name, (linear.out_features, linear.in_features))
+    bias = None
+    if linear.bias is not None:
+        bias = nn.Parameter(reader.plain(f"{name}.bias", (linear.out_features,)), requires_grad=False)
+    return QuantLinear(packed, bias)
+
+
+def row_order(name: str, rows: int, config: Any) -> Tensor | None:
+    """Where in a Llama file each row of a query or key weight (or bias) lies, int64 (rows); None for others.
+
+    ggml's rotary embedding turns neighbours, transformers' the two halves of a head.
+    """
+    heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+    field = next((field for part, field in heads.items() if f".{part}." in f".{name}."), None)
+    if field is None:
+        return None
+    count = getattr(config, field)
+    return torch.arange(rows).view(count, rows // count // 2, 2).transpose(1, 2).reshape(-1)
+
+
+class _Reader:
+    """Tensors of a file under the names transformers gives them."""
+
+    def __init__(self, path: Path, header: GgufHeader, config: Any) -> None:
+        import gguf
+
+        self.path, self.config = path, config
+        self.tensors = {tensor.name: tensor for tensor in header.tensors}
+        self.used = {"rope_freqs.weight"}  # a table that transformers computes
+        self.permuted = ARCHITECTURES[header.metadata["general.architecture"]]
+        kinds = {str(name): kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+        kind = kinds[header.metadata["general.architecture"]]
+        self._names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+
+    def _find(self, name: str) -> str | None:
+        module, _, leaf = name.rpartition(".")
+        found = self._names.get_name(module)
+        return None if found is None else f"{found}.{leaf}"
+
+    def has(self, module: str, leaf: str) -> bool:
+        return self._find(f"{module}.{leaf}") in self.tensors
+
+    def is_packed(self, module: str) -> bool:
+        """Whether a module's weight is kept as it is in the file: in blocks, or in 16 bits."""
+        tensor = self.tensors.get(self._find(f"{module}.weight") or "")
+        return tensor is None or tensor.type != "F32"
+
+    def _tensor(self, name: str, shape: tuple[int, ...]) -> GgufTensor:
+        stored = self._find(name)
+        if stored is None or stored not in self.tensors:
+            raise ValueError(f"{self.path}: {stored or name}: expected a tensor of shape {shape}, found none")
+        tensor = self.tensors[stored]
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{self.path}: {stored}: expected shape {shape}, got {tuple(tensor.shape)}")
+        self.used.add(stored)
+        return tensor
+
+    def _bytes(self, tensor: GgufTensor) -> Tensor:
+        """The file's bytes, mapped copy-on-write."""
+        mapped = np.memmap(self.path, dtype=np.uint8, mode="c", offset=tensor.offset, shape=(tensor.nbytes,))
+        return torch.from_numpy(mapped)
+
+    def _order(self, name: str, rows: int) -> Tensor | None:
+        return row_order(name, rows, self.config) if self.permuted else None
+
+    def weight(self, module: str, shape: tuple[int, int]) -> PackedWeight:
+        """The weight (N, K) of a linear or an embedding, as stored."""
+        tensor = self._tensor(f"{module}.weight", shape)
+        order = self._order(module, shape[0])
+        data = self._bytes(tensor)
+        if tensor.type in _PLAIN:
+            dense = data.view(_PLAIN[tensor.type]).view(shape)
+            dense = dense if order is None else dense[order]
+            return pack("fp16" if dense.dtype == torch.float16 else "bf16", {"weight": dense}, shape)
+        name = tensor.type.lower()
+        if name not in formats.names():
+            known = ", ".join(sorted(n.upper() for n in formats.names() if "data" in _specs(n)))
+            raise ValueError(
+                f"{self.path}: {tensor.name}: expected one of the types {known}, {', '.join(_PLAIN)}; "
+                f"got {tensor.type}"
+            )
+        data = data.view(shape[0], tensor.nbytes // shape[0])
+        try:
+            return pack(name, {"data": data if order is None else data[order]}, shape)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {tensor.name}: {error}") from None
+
+    def plain(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor kept as it is: a norm's weight, a bias, a matrix in float32."""
+        tensor = self._tensor(name, shape)
+        if tensor.type not in _PLAIN:
+            raise ValueError(
+                f"{self.path}: {tensor.name}: expected one of {', '.join(_PLAIN)}, got {tensor.type}"
+            )
+        value = self._bytes(tensor).view(_PLAIN[tensor.type]).view(shape)
+        order = self._order(name, shape[0])
+        value = value.clone() if order is None else value[order]
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{self.path}: {tensor.name}: expected finite values, got others")
+        return value
+
+    def check_all_used(self) -> None:
+        left = sorted(set(self.tensors) - self.used)
+        if left:
+            raise ValueError(
+                f"{self.path}: {left[0]}: expected only tensors the model has, got {len(left)} more"
+            )
+
+
+def _specs(name: str) -> set[str]:
+    fmt = formats.get(name)
+    try:
+        return set(fmt.specs((256, 256), fmt.resolve((256, 256), {})))
+    except ValueError:
+        return set()
+
+
+def memory_of(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers, those that share memory counted once."""
+    seen: dict[int, int] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        seen[tensor.data_ptr()] = max(seen.get(tensor.data_ptr(), 0), tensor.numel() * tensor.element_size())
+    return sum(seen.values())

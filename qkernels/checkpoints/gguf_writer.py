@@ -1,0 +1,216 @@
+"""Writes a model as a GGUF file that llama.cpp reads: metadata, tokenizer, tensors as they are packed.
+
+The container is the package `gguf`'s (`pip install qkernels[gguf]`). Rows of Llama's queries and keys are
+put in ggml's order on the way out, packed bytes and all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import formats
+from ..embedding import QuantEmbedding
+from ..linear import QuantLinear
+from .gguf_model import ARCHITECTURES, row_order
+
+#: config.model_type -> general.architecture
+_KINDS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+#: what a BPE tokenizer's splitting regex or rule holds -> llama.cpp's name for it
+_PRE_TOKENIZERS = (
+    ('"individual_digits":true', "smollm"),
+    (r"\\p{N}{1,3}", "llama-bpe"),
+    (r"\\p{N}", "qwen2"),
+)
+_NORMAL, _CONTROL, _USER, _UNUSED = 1, 3, 4, 5
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], tokenizer: Any = None) -> None:
+    """Write `model` to a .gguf file, whole or not at all.
+
+    Linears may be in GGUF's types or plain; norms and biases become float32, other plain tensors keep 16
+    bits. Raises ValueError, naming it, for a layer in another format (`qkernels convert` changes it), an
+    architecture or a tokenizer that cannot be written.
+    """
+    import gguf
+
+    path = Path(path)
+    config: Any = getattr(model, "config", None)
+    architecture = kind_of(model)
+    if tokenizer is None:
+        raise ValueError("tokenizer: expected one, since a GGUF file holds model and tokenizer, got none")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    writer = gguf.GGUFWriter(str(temporary), architecture)
+    try:
+        tensors = _tensors(model, architecture)
+        _describe(writer, config, path.stem, [kind for _, _, kind in tensors])
+        _add_tokenizer(writer, tokenizer, config)
+        for name, tensor, ggml_type in tensors:
+            raw = None if ggml_type is None else gguf.GGMLQuantizationType[ggml_type]
+            writer.add_tensor(name, tensor.contiguous().cpu().numpy(), raw_dtype=raw)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def kind_of(model: nn.Module) -> str:
+    """`general.architecture` of the model. ValueError if its type has none here."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in _KINDS:
+        raise ValueError(
+            f"model: expected one of the types {', '.join(_KINDS)} for a GGUF file, got {kind!r}"
+        )
+    return _KINDS[kind]
+
+
+# ---------------------------------------------------------------------- tensors
+def _tensors(model: nn.Module, architecture: str) -> list[tuple[str, Tensor, str | None]]:
+    """(name in the file, values or packed bytes, ggml type of packed bytes) of everything in the model."""
+    import gguf
+
+    config: Any = model.config
+    kinds = {str(name): kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[architecture], config.num_hidden_layers)
+    found: list[tuple[str, Tensor, str | None]] = []
+
+    def add(module: str, leaf: str, tensor: Tensor, ggml_type: str | None) -> None:
+        stored = names.get_name(module)
+        if stored is None:
+            raise ValueError(
+                f"{module}.{leaf}: expected a tensor that {architecture} has in GGUF, got another"
+            )
+        order = row_order(module, tensor.shape[0], config) if ARCHITECTURES[architecture] else None
+        if order is not None:
+            tensor = tensor[order.argsort().to(tensor.device)]
+        found.append((f"{stored}.{leaf}", tensor, ggml_type))
+
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    for name, module in model.named_modules():
+        if module is head and _tied(head, embedding):
+            continue
+        if isinstance(module, (QuantLinear, QuantEmbedding)):
+            tensor, ggml_type = _packed(name, module)
+            add(name, "weight", tensor, ggml_type)
+            bias = getattr(module, "bias", None)
+            if bias is not None:
+                add(name, "bias", bias.detach().float(), None)
+            continue
+        for leaf, parameter in module.named_parameters(recurse=False):
+            value = parameter.detach()
+            if value.dim() < 2 or value.dtype not in (torch.float16, torch.bfloat16):
+                add(name, leaf, value.float(), None)
+            elif value.dtype == torch.bfloat16:
+                add(name, leaf, value.view(torch.uint8), "BF16")
+            else:
+                add(name, leaf, value, None)
+    return found
+
+
+def _packed(name: str, module: QuantLinear | QuantEmbedding) -> tuple[Tensor, str | None]:
+    packed = module.packed
+    fmt = formats.get(packed.format)
+    if fmt.dense:
+        weight = packed.tensors["weight"]
+        return (weight.view(torch.uint8), "BF16") if weight.dtype == torch.bfloat16 else (weight, None)
+    ggml_type = getattr(fmt, "ggml_type", None)
+    if ggml_type is None:
+        raise ValueError(
+            f"{name}: expected a layer in one of GGUF's types, got {packed.format}; `qkernels convert` changes it"
+        )
+    return packed.tensors["data"], str(ggml_type)
+
+
+def _tied(head: Any, embedding: Any) -> bool:
+    """Whether the output projection is the embedding's matrix."""
+    if isinstance(head, QuantLinear) and isinstance(embedding, QuantEmbedding):
+        mine, its = head.packed, embedding.packed
+        return mine.format == its.format and all(
+            torch.equal(tensor, its.tensors[name]) for name, tensor in mine.tensors.items()
+        )
+    one, other = getattr(head, "weight", None), getattr(embedding, "weight", None)
+    return isinstance(one, Tensor) and isinstance(other, Tensor) and one.data_ptr() == other.data_ptr()
+
+
+# ---------------------------------------------------------------------- metadata
+def _describe(writer: Any, config: Any, name: str, types: list[str | None]) -> None:
+    import gguf
+
+    rope = getattr(config, "rope_parameters", None) or {}
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(f"config: rope_type: expected 'default', got {rope['rope_type']!r}")
+    writer.add_name(name)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_size)
+    writer.add_value_length(head_size)
+    writer.add_rope_dimension_count(head_size)
+    writer.add_rope_freq_base(float(rope.get("rope_theta", getattr(config, "rope_theta", 10000.0))))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    most = Counter(kind for kind in types if kind is not None).most_common(1)
+    labels = [f"MOSTLY_{most[0][0]}{suffix}" for suffix in ("", "_M", "_S")] if most else ["MOSTLY_F16"]
+    for label in labels:
+        if label in gguf.LlamaFileType.__members__:
+            writer.add_file_type(gguf.LlamaFileType[label])
+            break
+
+
+def _add_tokenizer(writer: Any, tokenizer: Any, config: Any) -> None:
+    source = getattr(tokenizer, "gguf_file", None)
+    if source is not None and Path(source).is_file():
+        _copy_tokenizer(writer, Path(source))
+        return
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(f"tokenizer: expected a fast tokenizer, got {type(tokenizer).__name__}")
+    described = json.loads(backend.to_str())
+    if described["model"]["type"] != "BPE":
+        raise ValueError(f"tokenizer: expected a BPE model, got {described['model']['type']}")
+    rules = json.dumps(described.get("pre_tokenizer"), separators=(",", ":"))
+    pre = next((name for part, name in _PRE_TOKENIZERS if part in rules), "gpt-2")
+    by_id = {number: (text, _NORMAL) for text, number in described["model"]["vocab"].items()}
+    for token in described.get("added_tokens", ()):
+        by_id[token["id"]] = (token["content"], _CONTROL if token["special"] else _USER)
+    listed = [by_id.get(i, (f"[PAD{i}]", _UNUSED)) for i in range(config.vocab_size)]
+    merges = [m if isinstance(m, str) else " ".join(m) for m in described["model"]["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list([text for text, _ in listed])
+    writer.add_token_types([kind for _, kind in listed])
+    writer.add_token_merges(merges)
+    for key in ("bos", "eos", "pad", "unk"):
+        number = getattr(tokenizer, f"{key}_token_id", None)
+        if number is not None:
+            getattr(writer, f"add_{key}_token_id")(number)
+    if getattr(tokenizer, "chat_template", None):
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _copy_tokenizer(writer: Any, source: Path) -> None:
+    """The tokenizer's entries of the file it was read from, which hold more than transformers keeps."""
+    import gguf
+
+    for key, field in gguf.GGUFReader(str(source)).fields.items():
+        if not key.startswith("tokenizer."):
+            continue
+        kind = field.types[0]
+        sub = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(key, field.contents(), kind, sub_type=sub)

@@ -1,0 +1,237 @@
+"""`quantization_config` of a whole model: which linear is in which format, read and written.
+
+A format reads a config that says one thing of all linears (`Format.from_hf_config`). Most methods add
+exceptions in a way of their own; here each is taken apart into such uniform configs and a rule that
+picks one by the linear's name:
+
+    gptq, awq, bitsandbytes, fp8    lists of modules left alone; entries match as in transformers
+    gptq, awq (GPTQModel)           `dynamic`: "-:regex" leaves alone, "+:regex" overrides fields; first match
+    compressed-tensors              `config_groups` with `targets`, and `ignore`; "re:" marks a regex, an exact
+                                    name goes before a regex, and a regex before a class
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from .. import formats
+from ..packed import PackedWeight
+
+FIELD = "quantization_config"
+Config = Mapping[str, Any]
+#: a linear's name -> number of the uniform config that holds for it, None if it is left alone
+Pick = Callable[[str], int | None]
+
+_SKIP_LISTS = ("modules_to_not_convert", "llm_int8_skip_modules", "ignored_layers")
+_METHODS = "gptq, awq, bitsandbytes (4 or 8 bits), compressed-tensors (pack-quantized integers, int8 or float8) or fp8"
+_MAX_PATTERN = 1000
+
+
+class Scheme(NamedTuple):
+    """A storage format and its parameters."""
+
+    format: str
+    params: dict[str, Any]
+
+
+class Plan:
+    """What a `quantization_config` says of each linear of a model."""
+
+    def __init__(self, where: str, config: Config | None) -> None:
+        """`where` goes before error messages. ValueError for a config no format reads, or a bad rule."""
+        self.config = config
+        self.schemes: list[Scheme] = []
+        self._pick: Pick = lambda name: None
+        if config is None:
+            return
+        try:
+            split = _SPLIT.get(_method(config), _split_plain)
+            variants, self._pick = split(config)
+            self.schemes = [_parse(variant) for variant in variants]
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+
+    def scheme(self, name: str) -> Scheme | None:
+        """Format and parameters of the linear called `name`; None if it is left unquantized."""
+        index = self._pick(name)
+        return None if index is None else self.schemes[index]
+
+
+def _method(config: Config) -> str:
+    method = config.get("quant_method")
+    return method if isinstance(method, str) else ""
+
+
+def _parse(config: Config) -> Scheme:
+    for name in formats.names():
+        params = type(formats.get(name)).from_hf_config(config)
+        if params is not None:
+            return Scheme(name, params)
+    method = config.get("quant_method")
+    if isinstance(config.get("config_groups"), Mapping):
+        raise ValueError(f"{FIELD}.config_groups: expected {_METHODS}; got {config['config_groups']!r:.200}")
+    raise ValueError(f"{FIELD}.quant_method: expected {_METHODS}; got {method!r:.60}")
+
+
+# ---------------------------------------------------------------------- rules of each method
+def _split_plain(config: Config) -> tuple[list[Config], Pick]:
+    skipped = _skip_rule(config)
+    return [config], lambda name: None if skipped(name) else 0
+
+
+def _split_dynamic(config: Config) -> tuple[list[Config], Pick]:
+    dynamic = config.get("dynamic") or {}
+    if not isinstance(dynamic, Mapping):
+        raise ValueError(f"{FIELD}.dynamic: expected an object, got {dynamic!r:.60}")
+    skipped = _skip_rule(config)
+    variants: list[Config] = [config]
+    rules: list[tuple[re.Pattern[str], int | None]] = []
+    for key, overrides in dynamic.items():
+        pattern = _regex("dynamic", key.removeprefix("-:").removeprefix("+:"))
+        if key.startswith("-:"):
+            rules.append((pattern, None))
+            continue
+        if not isinstance(overrides, Mapping):
+            raise ValueError(f"{FIELD}.dynamic[{key!r:.60}]: expected an object, got {overrides!r:.60}")
+        rules.append((pattern, len(variants)))
+        variants.append({**config, **overrides, "quant_method": config["quant_method"]})
+
+    def pick(name: str) -> int | None:
+        for pattern, index in rules:
+            if pattern.match(name):
+                return index
+        return None if skipped(name) else 0
+
+    return variants, pick
+
+
+def _split_groups(config: Config) -> tuple[list[Config], Pick]:
+    groups = config.get("config_groups")
+    if not isinstance(groups, Mapping) or not groups:
+        raise ValueError(f"{FIELD}.config_groups: expected a non-empty object, got {groups!r:.60}")
+    ignored = [_target("ignore", entry) for entry in _strings("ignore", config.get("ignore"))]
+    variants: list[Config] = []
+    targets: list[tuple[int, Callable[[str], bool], int]] = []  # specificity, rule, variant
+    for name, group in groups.items():
+        if isinstance(group, Mapping) and "weights" in group and group["weights"] is None:
+            continue  # rounds activations of attention, say; ours keep 16 bits
+        variants.append({**config, "config_groups": {name: group}})
+        entries = group.get("targets") if isinstance(group, Mapping) else None
+        for entry in _strings(f"config_groups.{name}.targets", entries):
+            targets.append((*_target(f"config_groups.{name}.targets", entry), len(variants) - 1))
+    if not variants:
+        raise ValueError(f"{FIELD}.config_groups: expected a group with weights, got none")
+    targets.sort(key=lambda target: target[0])
+
+    def pick(name: str) -> int | None:
+        if any(matches(name) for _, matches in ignored):
+            return None
+        return next((index for _, matches, index in targets if matches(name)), None)
+
+    return variants, pick
+
+
+def _target(field: str, entry: str) -> tuple[int, Callable[[str], bool]]:
+    """(0 for an exact name, 1 for a regex, 2 for a class, the rule)."""
+    if entry.startswith("re:"):
+        pattern = _regex(field, entry.removeprefix("re:"))
+        return 1, lambda name: pattern.match(name) is not None
+    if entry in ("Linear", "Module"):
+        return 2, lambda name: True
+    return 0, lambda name: name == entry
+
+
+def _skip_rule(config: Config) -> Callable[[str], bool]:
+    """Whether a linear is on one of the lists of modules left alone: by its first or last components, or
+    by a regex that ends where a component does."""
+    entries = [entry for field in _SKIP_LISTS for entry in _strings(field, config.get(field))]
+    boundary = r"(?:(?<=\.)|(?=\.|$))"
+    starts = [_regex("modules_to_not_convert", f"(?:{entry}){boundary}") for entry in entries]
+    return lambda name: any(p.match(name) for p in starts) or any(name.endswith(e) for e in entries)
+
+
+def _strings(field: str, value: Any) -> list[str]:
+    value = [] if value is None else value
+    if not isinstance(value, (list, tuple)) or not all(isinstance(entry, str) and entry for entry in value):
+        raise ValueError(f"{FIELD}.{field}: expected a list of names, got {value!r:.60}")
+    return list(value)
+
+
+def _regex(field: str, text: str) -> re.Pattern[str]:
+    if len(text) > _MAX_PATTERN:
+        raise ValueError(
+            f"{FIELD}.{field}: expected patterns of at most {_MAX_PATTERN} characters, got {len(text)}"
+        )
+    try:
+        return re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"{FIELD}.{field}: expected a regular expression, got {text!r:.60} ({error})"
+        ) from None
+
+
+_SPLIT = {"gptq": _split_dynamic, "awq": _split_dynamic, "compressed-tensors": _split_groups}
+
+
+# ---------------------------------------------------------------------- writing
+def describe(layers: Mapping[str, PackedWeight], skipped: list[str]) -> dict[str, Any] | None:
+    """The `quantization_config` of a model whose quantized linears are `layers`; None if there are none.
+
+    `skipped` are its plain linears. Raises ValueError if layers differ in a way that no quantization
+    method's config can say.
+    """
+    packed = {n: p for n, p in layers.items() if not formats.get(p.format).dense}
+    skipped = skipped + [n for n in layers if n not in packed]
+    if not packed:
+        return None
+    # Configs are compared, not parameters: what each weight's own tensors state may differ.
+    configs = {n: formats.get(p.format).to_hf_config(p.params, skipped) or {} for n, p in packed.items()}
+    variants: list[dict[str, Any]] = []
+    names: list[list[str]] = []
+    for name, config in configs.items():
+        if config not in variants:
+            variants.append(config)
+            names.append([])
+        names[variants.index(config)].append(name)
+    if len(variants) == 1:
+        return variants[0]
+    join = _JOIN.get(_method(variants[0]))
+    joined = None
+    if join is not None and all(_method(v) == _method(variants[0]) for v in variants):
+        joined = join(variants, names)
+    if joined is None:
+        first, other = packed[names[0][0]], packed[names[1][0]]
+        raise ValueError(
+            f"{names[1][0]}: expected {first.format} with {first.params} like {names[0][0]}, because no "
+            f"quantization_config can say both; got {other.format} with {other.params}"
+        )
+    return joined
+
+
+def _join_gptq(variants: list[dict[str, Any]], names: list[list[str]]) -> dict[str, Any] | None:
+    """The commonest config, with what differs from it in `dynamic`."""
+    common = Counter({i: len(n) for i, n in enumerate(names)}).most_common(1)[0][0]
+    base = variants[common]
+    dynamic: dict[str, Any] = dict(base.get("dynamic") or {})
+    for variant, members in zip(variants, names, strict=True):
+        changed = {key: value for key, value in variant.items() if value != base[key]}
+        if not set(changed) <= {"bits", "group_size", "sym", "desc_act"}:
+            return None
+        if changed:
+            dynamic |= {f"+:^{re.escape(name)}$": changed for name in members}
+    return {**base, "dynamic": dynamic}
+
+
+def _join_groups(variants: list[dict[str, Any]], names: list[list[str]]) -> dict[str, Any]:
+    groups = {}
+    for i, (variant, members) in enumerate(zip(variants, names, strict=True)):
+        groups[f"group_{i}"] = {**variant["config_groups"]["group_0"], "targets": members}
+    storages = {variant["format"] for variant in variants}
+    storage = storages.pop() if len(storages) == 1 else "mixed-precision"
+    return {**variants[0], "format": storage, "config_groups": groups}
+
+
+_JOIN = {"gptq": _join_gptq, "compressed-tensors": _join_groups}

@@ -1,0 +1,288 @@
+"""safetensors files of one directory, whole or in shards: read one tensor at a time, write in shards.
+
+    u64 header length, JSON header {name: {dtype, shape, data_offsets}}, data
+
+Headers are checked against the file's size before a tensor is touched. Pickled checkpoints
+(.bin, .pt, .pth, .ckpt) are refused: unpickling runs code.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+_MAX_HEADER = 100_000_000
+#: files mapped at a time; a layer's tensors may lie in two neighbouring shards
+_MAX_OPEN = 2
+_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64,
+    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One stored tensor: safetensors' name of its dtype ("F16"), shape, bytes, and its file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    file: Path
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Name -> TensorInfo of a .safetensors file.
+
+    Raises FileNotFoundError, or ValueError naming the file, the field, expected and found.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise ValueError(f"{path}: header length: expected 8 bytes, got a file of {size}")
+        length = int.from_bytes(prefix, "little")
+        if length > min(size - 8, _MAX_HEADER):
+            raise ValueError(
+                f"{path}: header length: expected at most {min(size - 8, _MAX_HEADER)} "
+                f"in a file of {size} bytes, got {length}"
+            )
+        text = file.read(length)
+    header = _parse_json(f"{path}: header", text, unique=True)
+    header.pop("__metadata__", None)
+    infos = {name: _info(path, name, entry, size - 8 - length) for name, entry in header.items()}
+    _check_layout(path, header, size - 8 - length)
+    return infos
+
+
+def _check_layout(path: Path, header: dict[str, Any], data_bytes: int) -> None:
+    """ValueError unless the tensors lie one after another and fill the data, none over another."""
+    expected = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        if begin != expected:
+            what = "overlap" if begin < expected else "hole"
+            raise ValueError(
+                f"{path}: tensor {name!r}: data_offsets: expected data from byte {expected}, "
+                f"behind the tensor before it, got {begin} ({what})"
+            )
+        expected = end
+    if expected != data_bytes:
+        raise ValueError(f"{path}: expected {expected} bytes of data, got {data_bytes}")
+
+
+def _info(path: Path, name: str, entry: Any, data_bytes: int) -> TensorInfo:
+    where = f"{path}: tensor {name!r}"
+    entry = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise ValueError(f"{where}: dtype: expected one of {', '.join(_BITS)}; got {dtype!r:.60}")
+    if not isinstance(shape, list) or not all(type(s) is int and s >= 0 for s in shape):
+        raise ValueError(f"{where}: shape: expected a list of sizes, got {shape!r:.60}")
+    if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(o) is int for o in offsets)):
+        raise ValueError(f"{where}: data_offsets: expected [begin, end], got {offsets!r:.60}")
+    begin, end = offsets
+    nbytes = math.prod(shape) * _BITS[dtype] // 8
+    if begin < 0 or end - begin != nbytes:
+        raise ValueError(
+            f"{where}: data_offsets: expected {nbytes} bytes for {dtype} {shape}, got {begin}..{end}"
+        )
+    if end > data_bytes:
+        raise ValueError(
+            f"{where}: expected data up to byte {end}, got a file with {data_bytes} bytes of it (truncated?)"
+        )
+    return TensorInfo(dtype, tuple(shape), nbytes, path)
+
+
+class TensorFiles:
+    """The tensors of a model directory (or of files), memory-mapped and read one at a time.
+
+    Use as a context manager. `infos` is all that is known without reading data.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | Sequence[Path]) -> None:
+        """Raises FileNotFoundError or ValueError; see `read_header` and `locate`."""
+        self.infos: dict[str, TensorInfo] = {}
+        expected: dict[Path, list[str] | None]
+        if isinstance(path, Sequence) and not isinstance(path, str):
+            expected = dict.fromkeys(path)
+        else:
+            path = Path(path)
+            expected = {path: None} if path.is_file() else locate(path)
+        for file, names in expected.items():
+            header = read_header(file)
+            missing = sorted(set(names or ()) - set(header))
+            if missing:
+                raise ValueError(
+                    f"{file}: expected tensor {missing[0]!r}, which {INDEX} places here, "
+                    f"found {len(header)} others"
+                )
+            for name in header:
+                if name in self.infos:
+                    raise ValueError(f"{file}: tensor {name!r}: also in {self.infos[name].file.name}")
+            self.infos.update(header)
+        self._open: dict[Path, Any] = {}
+
+    def __enter__(self) -> TensorFiles:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        while self._open:
+            self._close_oldest()
+
+    def _close_oldest(self) -> None:
+        self._open.pop(next(iter(self._open))).__exit__(None, None, None)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, on the CPU, backed by the file until it is copied. KeyError if there is none."""
+        from safetensors import SafetensorError, safe_open
+
+        file = self.infos[name].file
+        try:
+            if file not in self._open:
+                if len(self._open) == _MAX_OPEN:
+                    self._close_oldest()
+                self._open[file] = safe_open(file, framework="pt").__enter__()
+            return self._open[file].get_tensor(name)
+        except (SafetensorError, OSError, TypeError, AttributeError, RuntimeError) as error:
+            # A dtype that this torch lacks is a TypeError or an AttributeError there.
+            raise ValueError(f"{file}: tensor {name!r}: cannot be read: {error}") from error
+
+
+def locate(directory: Path) -> dict[Path, list[str] | None]:
+    """safetensors files of a model directory -> the tensors the index places there (None: no index).
+
+    Raises ValueError for an index that is not one or names a missing file, for pickled weights only,
+    and for a directory without weights.
+    """
+    index = directory / INDEX
+    if (directory / SINGLE).is_file() and not index.is_file():
+        return {directory / SINGLE: None}
+    if not index.is_file():
+        found = sorted(directory.glob("*.safetensors"))
+        if len(found) == 1:
+            return {found[0]: None}
+        if found:
+            raise ValueError(f"{directory}: expected {SINGLE} or {INDEX}, got {len(found)} other files")
+        pickles = sorted(f.name for f in directory.iterdir() if f.suffix in PICKLES)
+        if pickles:
+            raise ValueError(
+                f"{directory}: expected safetensors weights, got only pickled ones ({pickles[0]}), "
+                "which are never loaded because unpickling can run any code; convert them to safetensors"
+            )
+        raise ValueError(f"{directory}: expected {SINGLE} or {INDEX}, found neither")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: weight_map: expected a non-empty object, got {weight_map!r:.60}")
+    placed: dict[Path, list[str] | None] = {}
+    for name, file in weight_map.items():
+        # A bare file name: the index must not lead out of the directory.
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(
+                f"{index}: weight_map[{name!r}]: expected a .safetensors file name, got {file!r}"
+            )
+        names = placed.setdefault(directory / file, [])
+        assert names is not None
+        names.append(name)
+    for path in placed:
+        if not path.is_file():
+            raise ValueError(f"{index}: expected a file {path.name} in {directory}, found none")
+    return placed
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises FileNotFoundError, or ValueError naming the file."""
+    try:
+        size = path.stat().st_size
+        if size > _MAX_HEADER:
+            raise ValueError(f"{path}: expected at most {_MAX_HEADER} bytes of JSON, got {size}")
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path.parent}: expected a file {path.name}, found none") from None
+    return _parse_json(str(path), text)
+
+
+def _parse_json(where: str, text: bytes, *, unique: bool = False) -> dict[str, Any]:
+    """The JSON object in `text`; with `unique` no object in it may have a key twice."""
+
+    def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{twice!r:.60} is there twice")
+        return dict(pairs)
+
+    try:
+        value = json.loads(text, object_pairs_hook=checked if unique else None)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: expected JSON, got something else ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def write(tensors: Iterable[tuple[str, Tensor]], directory: Path, max_shard_bytes: int) -> None:
+    """Write tensors as they come: one file, or shards of at most `max_shard_bytes` and an index.
+
+    A tensor larger than a shard gets one of its own. Holds one shard in memory at a time.
+    """
+    shards: list[list[str]] = []
+    total = 0
+    for shard in _shards(tensors, max_shard_bytes):
+        total += sum(t.numel() * t.element_size() for t in shard.values())
+        _write_file(shard, directory / _part(len(shards)))
+        shards.append(list(shard))
+    if len(shards) == 1:
+        os.replace(directory / _part(0), directory / SINGLE)
+        return
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards):
+        final = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        os.replace(directory / _part(i), directory / final)
+        weight_map |= dict.fromkeys(names, final)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _part(i: int) -> str:
+    return f"part-{i}.safetensors"  # the number of shards is known at the end only
+
+
+def _shards(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        nbytes = tensor.numel() * tensor.element_size()
+        if shard and size + nbytes > limit:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor.detach().cpu().contiguous()
+        size += nbytes
+    yield shard
+
+
+def _write_file(shard: dict[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    storages: set[int] = set()
+    for name, tensor in shard.items():
+        # safetensors refuses tensors that share memory, as two views of one parameter would.
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer in storages:
+            shard[name] = tensor.clone()
+        storages.add(pointer)
+    save_file(shard, path, metadata={"format": "pt"})
+    # save_file makes the file readable by its owner only; give it what the umask gave its directory.
+    path.chmod(path.parent.stat().st_mode & 0o666)

@@ -1,0 +1,52 @@
+"""The `qkernels` command: one file per verb. torch and transformers are imported when a verb runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from ..samples import SampleError
+from . import bench, convert, evaluate, generate, info, inspect, quantize
+
+app = typer.Typer(
+    name="qkernels",
+    help="Quantize, inspect, evaluate and run language models with quantized weights.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _verb in (info, inspect, quantize, convert, evaluate, generate, bench):
+    _verb.register(app)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 0, or 2 with one line on stderr for bad input."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = app(args=given or ["--help"], standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", 130)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "qkernels":
+            raise
+        return _fail(f"needs the package {error.name}; pip install 'qkernels[hf,gguf]' has all it needs")
+    except (ValueError, OSError, SampleError) as error:
+        return _fail(_message(error))
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a usage error: typer's click, or the click it carries
+            return _fail(_message(error))
+        raise
+
+
+def _message(error: BaseException) -> str:
+    format_message = getattr(error, "format_message", None)
+    text = format_message() if callable(format_message) else str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _fail(message: str, code: int = 2) -> int:
+    print(f"qkernels: error: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,270 @@
+"""The one place that chooses a kernel: (format, parameters, shape, M, dtype, device, ...) -> Kernel.
+
+Kernels register themselves here in order of preference; `select` takes the first that is available and
+does not reject the problem, and `explain` reports the same walk in words.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import formats, layouts, roofline
+
+if TYPE_CHECKING:
+    from .packed import PackedWeight
+
+BACKENDS = ("auto", "reference", "triton", "cuda")
+ANY_LAYOUT = "any"
+
+
+class Problem(NamedTuple):
+    """One product to compute, hashable.
+
+    params: sorted items of the format's parameters.
+    batch_invariant: whether a row's result must be bitwise the same whatever M it is computed with.
+    """
+
+    format: str
+    params: tuple[tuple[str, Any], ...]
+    shape: tuple[int, int]
+    m: int
+    dtype: torch.dtype
+    device: str
+    capability: tuple[int, int] | None
+    batch_invariant: bool = False
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A way to compute y = x @ W^T + bias.
+
+    name: "backend.kernel", unique.
+    backend: "reference", "triton" or "cuda".
+    layout: the layout its weight must be in; ANY_LAYOUT if it takes all.
+    unavailable: why this machine cannot run it at all, or None.
+    rejects: why it does not take this problem, or None.
+    run: (x (M, K) contiguous, weight, bias (N) or None, problem) -> y (M, N) in x's dtype.
+    configuration: words for `explain`: tile sizes and where they come from, cost of the first call.
+    automatic: whether backend="auto" may choose it for this problem's device.
+    """
+
+    name: str
+    backend: str
+    layout: str
+    unavailable: Callable[[], str | None]
+    rejects: Callable[[Problem], str | None]
+    run: Callable[[Tensor, PackedWeight, Tensor | None, Problem], Tensor]
+    automatic: Callable[[Problem], str | None] = lambda problem: None
+    configuration: Callable[[Problem], str] = lambda problem: ""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found. `str()` of it is meant to be read."""
+
+    problem: Problem
+    kernel: str
+    backend: str
+    reason: str
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        n, k = self.problem.shape
+        device = self.problem.device
+        if self.problem.capability:
+            device += f" sm_{self.problem.capability[0]}{self.problem.capability[1]}"
+        lines = [
+            f"{self.problem.format} ({n}, {k}), M={self.problem.m}, "
+            f"{str(self.problem.dtype).removeprefix('torch.')} on {device}: {self.kernel}",
+            f"  {self.kernel}: {self.reason}",
+        ]
+        return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.rejected])
+
+
+_KERNELS: dict[str, Kernel] = {}
+
+
+def register(kernel: Kernel) -> None:
+    """Add a kernel after those registered so far. Raises ValueError if its name is taken."""
+    if kernel.name in _KERNELS:
+        raise ValueError(f"kernel {kernel.name!r} is registered already")
+    _KERNELS[kernel.name] = kernel
+    _choose.cache_clear()
+
+
+def kernels() -> list[Kernel]:
+    """All registered kernels, most preferred first."""
+    return list(_KERNELS.values())
+
+
+def resolve_backend(backend: str) -> str:
+    """Apply QKERNELS_BACKEND to "auto". ValueError for a name that is no backend."""
+    if backend == "auto":
+        backend = os.environ.get("QKERNELS_BACKEND", "auto")
+        where = "QKERNELS_BACKEND"
+    else:
+        where = "backend"
+    if backend not in BACKENDS:
+        raise ValueError(f"{where}: expected one of {', '.join(BACKENDS)}; got {backend!r}")
+    return backend
+
+
+def resolve_batch_invariant(wanted: bool | None) -> bool:
+    """`wanted`, or what QKERNELS_BATCH_INVARIANT says if it is None."""
+    if wanted is not None:
+        return bool(wanted)
+    text = os.environ.get("QKERNELS_BATCH_INVARIANT", "0")
+    if text not in ("0", "1"):
+        raise ValueError(f"QKERNELS_BATCH_INVARIANT: expected 0 or 1, got {text!r}")
+    return text == "1"
+
+
+def problem_of(
+    p: PackedWeight, m: int, dtype: torch.dtype, device: torch.device, batch_invariant: bool | None = None
+) -> Problem:
+    params = tuple(sorted(p.params.items()))
+    invariant = resolve_batch_invariant(batch_invariant)
+    return Problem(p.format, params, p.shape, m, dtype, device.type, _capability(device), invariant)
+
+
+@lru_cache(maxsize=64)
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def select(problem: Problem, backend: str = "auto") -> Kernel:
+    """The kernel that runs `problem`. ValueError, with every reason, if `backend` has none for it."""
+    kernel, rejected = _choose(problem, resolve_backend(backend))
+    if kernel is None:
+        reasons = "; ".join(f"{name}: {why}" for name, why in rejected) or "it has no kernels yet"
+        raise ValueError(
+            f"backend: expected one that runs {problem.format} {problem.shape} with M={problem.m}, "
+            f"{str(problem.dtype).removeprefix('torch.')} on {problem.device}; got {backend!r}: {reasons}"
+        )
+    return kernel
+
+
+@lru_cache(maxsize=4096)
+def _choose(problem: Problem, backend: str) -> tuple[Kernel | None, list[tuple[str, str]]]:
+    chosen: Kernel | None = None
+    rejected: list[tuple[str, str]] = []
+    for kernel in _KERNELS.values():
+        why = None
+        if backend not in ("auto", kernel.backend):
+            why = f"backend {backend!r} was asked for"
+        why = why or kernel.unavailable() or kernel.rejects(problem)
+        if why is None and backend == "auto":
+            why = kernel.automatic(problem)
+        if why is None and chosen is not None:
+            why = f"{chosen.name} is preferred"
+        if why is None:
+            chosen = kernel
+        else:
+            rejected.append((kernel.name, why))
+    if chosen is None:
+        rejected = [(n, w) for n, w in rejected if _KERNELS[n].backend == backend]
+    return chosen, rejected
+
+
+def explain(
+    p: PackedWeight,
+    m: int = 1,
+    dtype: torch.dtype = torch.float16,
+    device: torch.device | str | None = None,
+    backend: str = "auto",
+    batch_invariant: bool | None = None,
+) -> Explanation:
+    """Which kernel `matmul` runs for x of shape (m, K) and `dtype`, why, and why not the others.
+
+    `device` defaults to the weight's. Raises ValueError if `backend` has no kernel for it.
+    """
+    where = p.device if device is None else torch.device(device)
+    problem = problem_of(p, m, dtype, where, batch_invariant)
+    kernel = select(problem, backend)
+    _, rejected = _choose(problem, resolve_backend(backend))
+    if kernel.backend == "reference":
+        reason = (
+            "plain torch operations; dequantizes the whole weight into temporary memory at each call"
+            if kernel.name == "reference.dequantize"
+            else "torch's own dense matmul"
+        )
+    else:
+        reason = "fused: multiplies straight from the packed bytes"
+        if kernel.layout != p.layout:
+            reason += f"; the first call moves the weight to the {kernel.layout!r} layout, once"
+        if configuration := kernel.configuration(problem):
+            reason += f"\n  configuration: {configuration}"
+    if where.type == "cuda":
+        reason += at_best(problem, p.nbytes, torch.cuda.get_device_name(where))
+    return Explanation(problem, kernel.name, kernel.backend, reason, rejected)
+
+
+def at_best(problem: Problem, nbytes: int, gpu_name: str) -> str:
+    """A line with the least time the product could take on that GPU; nothing for a GPU not known."""
+    gpu = roofline.find(gpu_name)
+    if gpu is None:
+        return ""
+    fmt, params = formats.get(problem.format), dict(problem.params)
+    kind = "bf16"
+    if fmt.kernel_layout(params) == layouts.EIGHT_BIT:
+        kind = "int8" if fmt.eight_bit_traits(problem.shape, params).kind == "int8" else "fp8"
+    found = roofline.estimate(gpu, problem.shape, problem.m, nbytes, kind=kind)
+    return f"\n  at best {found.seconds * 1e6:.1f} us on an {gpu.name}, limited by {found.limit}"
+
+
+# ---------------------------------------------------------------------- kernels of plain torch
+def _dense_rejects(problem: Problem) -> str | None:
+    fmt = formats.get(problem.format)
+    if not fmt.dense:
+        return "for unquantized weights only"
+    stored = {"fp16": torch.float16, "bf16": torch.bfloat16}[problem.format]
+    if problem.dtype != stored:
+        return f"x must have the weight's dtype {stored}, not {problem.dtype}"
+    if problem.batch_invariant:
+        return "torch's matmul sums in an order that depends on M, and batch_invariant was asked for"
+    return None
+
+
+def _run_dense(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
+    return torch.nn.functional.linear(x, p.storage["weight"], None if bias is None else bias.to(x.dtype))
+
+
+#: rows the reference computes at a time when it must not depend on M; a matmul of one shape sums in
+#: one order, and 64 is a multiple of every BLAS's tile
+_INVARIANT_ROWS = 64
+
+
+def _run_reference(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
+    fmt, tensors = formats.get(p.format), p.tensors
+    if problem.batch_invariant:
+        padded = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[0] % _INVARIANT_ROWS))
+        chunks = padded.split(_INVARIANT_ROWS)
+        y = torch.cat([fmt.matmul(c, tensors, p.shape, p.params, True) for c in chunks])[: x.shape[0]]
+    else:
+        y = fmt.matmul(x, tensors, p.shape, p.params, False)
+    if bias is not None:
+        y = y + bias.to(y.dtype)
+    return y.to(x.dtype)
+
+
+def _register_all() -> None:
+    from .backends import cuda, triton
+
+    triton.register_kernels()
+    cuda.register_kernels()
+    register(
+        Kernel("torch.linear", "reference", layouts.CHECKPOINT, lambda: None, _dense_rejects, _run_dense)
+    )
+    register(
+        Kernel("reference.dequantize", "reference", ANY_LAYOUT, lambda: None, lambda p: None, _run_reference)
+    )
+
+
+_register_all()

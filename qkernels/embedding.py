@@ -1,0 +1,64 @@
+"""QuantEmbedding: a drop-in nn.Embedding whose rows stay packed until they are looked up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import formats
+from .packed import PackedWeight
+from .sharding import take_rows
+
+
+class QuantEmbedding(nn.Module):
+    """ids (...) -> rows of a packed (V, K) weight in `dtype`, (..., K); only the rows asked for are decoded.
+
+    Only for formats that store a row's bytes together (GGUF's types, int8, fp8 by channel). The tensors are
+    non-persistent buffers, never change dtype, and may be shared with a QuantLinear that is tied to it.
+    """
+
+    def __init__(self, packed: PackedWeight, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = packed.shape
+        self.dtype = dtype
+        self._meta = (packed.format, packed.shape, dict(packed.params))
+        self._names = list(packed.tensors)
+        for name, tensor in packed.tensors.items():
+            self.register_buffer("packed_" + name.replace(".", "__"), tensor, persistent=False)
+        take_rows(
+            self.packed, torch.zeros(1, dtype=torch.int64, device=packed.device)
+        )  # ValueError now, not later
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight, sharing this module's tensors."""
+        format, shape, params = self._meta
+        tensors = {name: self._buffers["packed_" + name.replace(".", "__")] for name in self._names}
+        return PackedWeight(format, shape, tensors, params)  # type: ignore[arg-type]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if ids.numel() == 0:
+            return torch.empty(*ids.shape, self.embedding_dim, dtype=self.dtype, device=ids.device)
+        # Each row is decoded once, however often its token comes.
+        unique, back = torch.unique(ids, return_inverse=True)
+        return take_rows(self.packed, unique.reshape(-1)).dequantize(self.dtype)[back]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantEmbedding:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, tensor in self.packed.tensors.items():
+            destination[prefix + name] = tensor
+
+    def extra_repr(self) -> str:
+        format, shape, _ = self._meta
+        bits = formats.get(format) and self.packed.bits_per_weight
+        return f"{shape[0]}, {shape[1]}, format={format!r}, bits_per_weight={bits:.2f}, dtype={self.dtype}"

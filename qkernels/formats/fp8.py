@@ -1,0 +1,262 @@
+"""FP8 weights, E4M3FN or E5M2, with optional FP8 activations.
+
+    weight float8 (N, K)
+    weight_scale      () or (1)          granularity "tensor"
+    weight_scale      (N, 1)             granularity "channel"
+    weight_scale_inv  float32 (ceil(N/128), ceil(K/128))   granularity "block"; despite its name it
+                                                           multiplies: W = weight * scale
+    input_scale       () or (1)          only with activation "static"
+
+Either scale name goes with every granularity: `scale_name="weight_scale"` is compressed-tensors' and
+vLLM's, "weight_scale_inv" DeepSeek's and transformers', who call the input scale `activation_scale`.
+
+Activations are E4M3 whatever the weight is: "none" leaves them alone (weight-only), "dynamic"
+quantizes per token, or per 1x128 group with block scales, "static" per tensor with `input_scale`.
+Rounding is half to even and saturates: E4M3FN has no infinity and E5M2 must not make one.
+
+Source: Micikevicius et al. 2022 (arXiv 2209.05433); compressed-tensors' `float-quantized` layout;
+DeepSeek-V3 (arXiv 2412.19437) for the 128-blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layouts.eight_bit import EIGHT_BIT, EightBitParts, EightBitTraits
+from ..layouts.weight_only import WEIGHT_ONLY, WeightOnlyParts, WeightOnlyTraits
+from .base import FLOATS, Format, Params, Shape, TensorSpec, accumulate_dtype
+from .compressed_tensors import read_eight_bit, write_eight_bit
+
+#: name of the weight's scale -> the name of the input's beside it
+_INPUT_SCALES = {"weight_scale": "input_scale", "weight_scale_inv": "activation_scale"}
+
+#: powers of two, which DeepSeek calls ue8m0, may be stored as such
+_SCALES = (*FLOATS, torch.float8_e8m0fnu)
+
+DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+BLOCK = 128
+#: the smallest scales others use: vLLM per token, DeepSeek per group of 128
+_TOKEN_FLOOR = 1 / (448 * 512)
+_GROUP_AMAX_FLOOR = 1e-4
+
+
+def to_fp8(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Saturating cast, round half even. NaN stays NaN. (torch before 2.12 does not saturate itself.)"""
+    top = torch.finfo(dtype).max
+    return x.clamp(-top, top).to(dtype)
+
+
+class Fp8(Format):
+    name = "fp8"
+    summary = "8-bit float E4M3/E5M2, per tensor, channel or 128x128 block (compressed-tensors, DeepSeek)"
+    algorithms = ("ranges", "smoothquant")
+    activation_top = 448.0  # activations are E4M3 whatever the weight is
+    #: scale_name "auto" is weight_scale_inv for blocks and weight_scale for the others
+    defaults = {"granularity": "channel", "float_format": "e4m3", "activation": "none", "scale_name": "auto"}
+    quantize_only = {"input_scale": None}
+
+    def check_params(self, shape: Shape, params: Params) -> None:
+        self.expect("granularity", params["granularity"], ("tensor", "channel", "block"))
+        self.expect("float_format", params["float_format"], tuple(DTYPES))
+        self.expect("activation", params["activation"], ("none", "dynamic", "static"))
+        self.expect("scale_name", params["scale_name"], ("auto", *_INPUT_SCALES))
+        params["scale_name"] = _scale_name(params)
+        if params["granularity"] == "block" and params["activation"] == "static":
+            raise ValueError("fp8: activation: expected 'none' or 'dynamic' with block scales, got 'static'")
+
+    def params_from_tensors(self, tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> Params:
+        stated: Params = {}
+        for name in _INPUT_SCALES:
+            if name in tensors:
+                stated["scale_name"] = name
+        weight = tensors.get("weight")
+        for name, dtype in DTYPES.items():
+            if isinstance(weight, Tensor) and weight.dtype == dtype:
+                stated["float_format"] = name
+        return {**stated, **params}
+
+    def cuts(self, shape: Shape, params: Params) -> Shape:
+        return (BLOCK, BLOCK) if params["granularity"] == "block" else (1, 1)
+
+    def specs(self, shape: Shape, params: Params) -> dict[str, TensorSpec]:
+        n, k = shape
+        shapes = {"block": (-(-n // BLOCK), -(-k // BLOCK)), "channel": (n, 1), "tensor": None}
+        specs = {
+            "weight": TensorSpec((DTYPES[params["float_format"]],), shape),
+            params["scale_name"]: TensorSpec(_SCALES, shapes[params["granularity"]]),
+        }
+        if params["activation"] == "static":
+            specs[_INPUT_SCALES[params["scale_name"]]] = TensorSpec(FLOATS, None)
+        return specs
+
+    def check_values(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> None:
+        self.check_finite("weight", tensors["weight"])
+        name = params["scale_name"]
+        self.check_finite(name, tensors[name], nonnegative=True)
+        for name, spec in self.specs(shape, params).items():
+            if spec.shape is None and tensors[name].numel() != 1:
+                raise ValueError(f"fp8: {name}: expected one element, got shape {tuple(tensors[name].shape)}")
+        if params["activation"] == "static":
+            name = _INPUT_SCALES[params["scale_name"]]
+            self.check_finite(name, tensors[name])
+            if float(tensors[name]) <= 0:
+                raise ValueError(f"fp8: {name}: expected a value > 0, got {float(tensors[name])}")
+
+    # ------------------------------------------------------------------ arithmetic
+    def quantize(self, weight: Tensor, params: Params) -> dict[str, Tensor]:
+        params = {**params, "scale_name": _scale_name(params)}
+        dtype = DTYPES[params["float_format"]]
+        top = torch.finfo(dtype).max
+        granularity = params["granularity"]
+        if granularity == "block":
+            absmax = _block_amax(weight)
+        elif granularity == "channel":
+            absmax = weight.abs().amax(dim=1, keepdim=True)
+        else:
+            absmax = weight.abs().amax().reshape(1)
+        scale = torch.where(absmax > 0, absmax / top, torch.ones_like(absmax))
+        spread = _spread(scale, weight.shape) if granularity == "block" else scale
+        tensors = {"weight": to_fp8(weight / spread, dtype), params["scale_name"]: scale}
+        given = params["input_scale"]
+        if params["activation"] == "static":
+            if not isinstance(given, (int, float)) or not given > 0:
+                raise ValueError(
+                    f"fp8: input_scale: expected a number > 0 with activation='static', got {given!r}"
+                )
+            name = _INPUT_SCALES[params["scale_name"]]
+            tensors[name] = torch.tensor([given], dtype=torch.float32, device=weight.device)
+        elif given is not None:
+            raise ValueError("fp8: input_scale: expected none unless activation='static'")
+        return tensors
+
+    def dequantize(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> Tensor:
+        scale = tensors[params["scale_name"]].float()
+        if params["granularity"] == "block":
+            scale = _spread(scale, shape)
+        return tensors["weight"].float() * scale
+
+    # ------------------------------------------------------------------ kernel family
+    def kernel_layout(self, params: Mapping[str, Any]) -> str:
+        return WEIGHT_ONLY if params["activation"] == "none" else EIGHT_BIT
+
+    def weight_only_traits(self, shape: Shape, params: Params) -> WeightOnlyTraits:
+        block = params["granularity"] == "block"
+        group, rows = (BLOCK, BLOCK) if block else (shape[1], 1)
+        return WeightOnlyTraits(8, params["float_format"], "scale", group, rows)
+
+    def weight_only(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> WeightOnlyParts:
+        name = params["scale_name"]
+        scale = tensors[name]
+        if params["granularity"] == "block":
+            absmax = scale.T
+        else:
+            absmax = scale.reshape(1, -1).expand(1, shape[0])  # per tensor: one for every row, too
+        return WeightOnlyParts(
+            codes=tensors["weight"].view(torch.uint8),
+            scaler_tensors={"absmax": absmax.float()},
+            extra={name: scale},
+        )
+
+    def from_weight_only(self, parts: WeightOnlyParts, shape: Shape, params: Params) -> dict[str, Tensor]:
+        return {"weight": parts.codes.contiguous().view(DTYPES[params["float_format"]]), **parts.extra}
+
+    def eight_bit_traits(self, shape: Shape, params: Params) -> EightBitTraits:
+        if params["granularity"] == "block":
+            return EightBitTraits(params["float_format"], "block", "group")
+        static = params["activation"] == "static"
+        return EightBitTraits(params["float_format"], "row", "tensor" if static else "token")
+
+    def eight_bit(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> EightBitParts:
+        extra = {key: tensor for key, tensor in tensors.items() if key != "weight"}
+        scale = tensors[params["scale_name"]]
+        if params["granularity"] != "block":
+            scale = scale.reshape(-1).expand(shape[0])
+        return EightBitParts(tensors["weight"], scale, self._input_scale(tensors, params), extra=extra)
+
+    @staticmethod
+    def _input_scale(tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> Tensor | None:
+        return tensors.get(_INPUT_SCALES[params["scale_name"]])
+
+    def from_eight_bit(self, parts: EightBitParts, shape: Shape, params: Params) -> dict[str, Tensor]:
+        return {"weight": parts.weight, **parts.extra}
+
+    # ------------------------------------------------------------------ the product
+
+    def matmul(
+        self,
+        x: Tensor,
+        tensors: Mapping[str, Tensor],
+        shape: Shape,
+        params: Params,
+        batch_invariant: bool = False,
+    ) -> Tensor:
+        x = x.to(accumulate_dtype(x.dtype))
+        return super().matmul(self._round_input(x, tensors, params), tensors, shape, params)
+
+    def _round_input(self, x: Tensor, tensors: Mapping[str, Tensor], params: Params) -> Tensor:
+        """x as FP8 activations represent it, in x's dtype."""
+        dtype, top = torch.float8_e4m3fn, 448.0
+        if params["activation"] == "none":
+            return x
+        if params["activation"] == "static":
+            scale = tensors[_INPUT_SCALES[params["scale_name"]]].to(x.dtype).reshape(())
+        elif params["granularity"] == "block":
+            m, k = x.shape
+            groups = torch.nn.functional.pad(x, (0, -k % BLOCK)).view(m, -1, BLOCK)
+            scale = groups.abs().amax(-1).clamp(min=_GROUP_AMAX_FLOOR) / top
+            scale = scale.repeat_interleave(BLOCK, dim=1)[:, :k]
+        else:
+            scale = (x.abs().amax(dim=1, keepdim=True) / top).clamp(min=_TOKEN_FLOOR)
+        return to_fp8(x / scale, dtype).to(x.dtype) * scale
+
+    # ------------------------------------------------------------------ checkpoints
+    def to_hf_config(self, params: Params, skipped: list[str]) -> dict[str, Any]:
+        if params["scale_name"] == "weight_scale":
+            return write_eight_bit("float", params["granularity"], params["activation"], True, skipped)
+        # This method knows no weight-only products: what others read is "dynamic", and what we mean is added.
+        only = {"qkernels_activation": "none"} if params["activation"] == "none" else {}
+        return {
+            "quant_method": "fp8",
+            "fmt": params["float_format"],
+            "activation_scheme": "dynamic" if only else params["activation"],
+            "weight_block_size": [BLOCK, BLOCK] if params["granularity"] == "block" else None,
+            "modules_to_not_convert": skipped,
+            **only,
+        }
+
+    @classmethod
+    def from_hf_config(cls, config: Mapping[str, Any]) -> Params | None:
+        if config.get("quant_method") != "fp8":
+            parsed = read_eight_bit(config, "float")
+            return parsed and {key: parsed[key] for key in ("granularity", "activation")}
+        block = config.get("weight_block_size")
+        if block is not None and block not in ([BLOCK, BLOCK], (BLOCK, BLOCK)):
+            raise ValueError(f"quantization_config.weight_block_size: expected [128, 128], got {block!r:.60}")
+        return {
+            "granularity": "tensor" if block is None else "block",
+            "activation": config.get("qkernels_activation", config.get("activation_scheme", "dynamic")),
+        }
+
+
+def _scale_name(params: Mapping[str, Any]) -> str:
+    name: str = params["scale_name"]
+    if name != "auto":
+        return name
+    return "weight_scale_inv" if params["granularity"] == "block" else "weight_scale"
+
+
+def _block_amax(weight: Tensor) -> Tensor:
+    """(N, K) -> absmax of each 128x128 block, (ceil(N/128), ceil(K/128)); edge blocks are smaller."""
+    n, k = weight.shape
+    padded = torch.nn.functional.pad(weight.abs(), (0, -k % BLOCK, 0, -n % BLOCK))
+    return padded.view(padded.shape[0] // BLOCK, BLOCK, -1, BLOCK).amax(dim=(1, 3))
+
+
+def _spread(scale: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Block scales -> one per weight, (N, K)."""
+    n, k = shape
+    return scale.repeat_interleave(BLOCK, dim=0)[:n].repeat_interleave(BLOCK, dim=1)[:, :k]

@@ -1,0 +1,188 @@
+"""compressed-tensors' `pack-quantized`: integers of 2 to 8 bits in groups, weight only.
+
+    weight_packed      int32 (N, ceil(K*bits/32))   codes, a bit stream along each row (see bits.py)
+    weight_scale       float (N, G)
+    weight_zero_point  int32 (ceil(N*bits/32), G)   zero points, a bit stream along N; asymmetric only
+    weight_g_idx       int32 (K)                    group of each input feature; act-order only
+    weight_shape       int (2)                      N, K
+
+    W[n, k] = weight_scale[n, g] * (code[n, k] - zero[n, g]),  g = k // group_size or weight_g_idx[k]
+
+Codes and zeros are the signed integers of their quantizer plus 2^(bits-1), so the zero of a symmetric
+grid, which is not stored, is 2^(bits-1). It is GPTQ's grid in another order of bytes.
+
+Source: vllm-project/compressed-tensors, `PackedQuantizationCompressor`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layouts.weight_only import WEIGHT_ONLY, WeightOnlyParts, WeightOnlyTraits
+from . import affine, bits, compressed_tensors
+from .base import FLOATS, Format, Params, Shape, TensorSpec
+
+STORAGE = "pack-quantized"
+#: code widths the fused kernels decode
+_KERNEL_BITS = (2, 3, 4, 8)
+
+
+class PackQuantized(Format):
+    name = "pack_quantized"
+    summary = "2..8-bit integers in groups, with or without zeros (compressed-tensors, llm-compressor)"
+    algorithms = ("gptq", "awq")
+    defaults = {"bits": 4, "group_size": 128, "symmetric": True, "act_order": False}
+
+    def check_params(self, shape: Shape, params: Params) -> None:
+        self.expect("bits", params["bits"], tuple(range(2, 9)))
+        affine.check_group_size(self.name, shape, params)
+
+    def specs(self, shape: Shape, params: Params) -> dict[str, TensorSpec]:
+        (n, k), b = shape, params["bits"]
+        g = affine.groups(k, params["group_size"])
+        specs = {
+            "weight_packed": TensorSpec((torch.int32,), (n, bits.words(k, b))),
+            "weight_scale": TensorSpec(FLOATS, (n, g)),
+            "weight_shape": TensorSpec((torch.int64, torch.int32), (2,)),
+        }
+        if not params["symmetric"]:
+            specs["weight_zero_point"] = TensorSpec((torch.int32,), (bits.words(n, b), g))
+        if params["act_order"]:
+            specs["weight_g_idx"] = TensorSpec((torch.int32,), (k,))
+        return specs
+
+    def cuts(self, shape: Shape, params: Params) -> Shape:
+        return affine.cuts(params, bits.codes_per_words(params["bits"]))
+
+    def cut(
+        self, tensors: Mapping[str, Tensor], shape: Shape, params: Params, dim: int, begin: int, end: int
+    ) -> tuple[dict[str, Tensor], Params]:
+        found, params = super().cut(tensors, shape, params, dim, begin, end)
+        found["weight_shape"] = found["weight_shape"].clone()
+        found["weight_shape"][dim] = end - begin
+        if dim == 1 and "weight_g_idx" in found:
+            name = "weight_g_idx"
+            found[name] = affine.cut_group_index(self.name, name, found[name], params, begin, end)
+        return found, params
+
+    def check_values(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> None:
+        (n, k), b = shape, params["bits"]
+        self.check_finite("weight_scale", tensors["weight_scale"])
+        if tensors["weight_shape"].tolist() != list(shape):
+            raise ValueError(
+                f"{self.name}: weight_shape: expected {list(shape)}, got {tensors['weight_shape'].tolist()}"
+            )
+        if params["act_order"]:
+            affine.check_group_index(self.name, "weight_g_idx", tensors["weight_g_idx"], k, params)
+        streams = {"weight_packed": (tensors["weight_packed"].T, k)}
+        if not params["symmetric"]:
+            streams["weight_zero_point"] = (tensors["weight_zero_point"], n)
+        for name, (stream, count) in streams.items():
+            # Only the last word of a stream that does not fill it can hold such bits.
+            if count * b % 32 and not bits.padding_is_zero(stream, b, count):
+                raise ValueError(f"{self.name}: {name}: expected zero bits behind the last code, got others")
+
+    # ------------------------------------------------------------------ arithmetic
+    def quantize(self, weight: Tensor, params: Params) -> dict[str, Tensor]:
+        return self.from_grid(affine.round_to_nearest(weight, params), params)
+
+    def from_grid(self, grid: affine.Grid, params: Params) -> dict[str, Tensor]:
+        b = params["bits"]
+        (n, k), device = grid.codes.shape, grid.codes.device
+        tensors = {
+            "weight_packed": bits.pack_rows(grid.codes.T, b).T.contiguous(),
+            "weight_scale": grid.scale.contiguous(),
+            "weight_shape": torch.tensor([n, k], device=device),
+        }
+        if params["symmetric"]:
+            if not bool((grid.zero == 1 << (b - 1)).all()):
+                raise ValueError(
+                    f"{self.name}: symmetric: expected every zero point to be {1 << (b - 1)}, got others"
+                )
+        else:
+            tensors["weight_zero_point"] = bits.pack_rows(grid.zero, b)
+        if params["act_order"]:
+            tensors["weight_g_idx"] = grid.group_index(params["group_size"])
+        elif not grid.in_order(params["group_size"]):
+            raise ValueError(f"{self.name}: act_order: expected True for groups in another order, got False")
+        return tensors
+
+    def to_grid(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> affine.Grid:
+        codes = bits.unpack_rows(tensors["weight_packed"].T, params["bits"], shape[1]).T
+        zeros = self._zeros(tensors, shape, params)
+        return affine.Grid(codes.contiguous(), tensors["weight_scale"], zeros, tensors.get("weight_g_idx"))
+
+    def dequantize(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> Tensor:
+        return self.to_grid(tensors, shape, params).dequantize()
+
+    @staticmethod
+    def _zeros(tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> Tensor:
+        """Zero points uint8 (N, G)."""
+        if params["symmetric"]:
+            return torch.full_like(tensors["weight_scale"], 1 << (params["bits"] - 1), dtype=torch.uint8)
+        return bits.unpack_rows(tensors["weight_zero_point"], params["bits"], shape[0])
+
+    # ------------------------------------------------------------------ kernel family
+    def kernel_layout(self, params: Mapping[str, Any]) -> str | None:
+        return WEIGHT_ONLY if params["bits"] in _KERNEL_BITS else None
+
+    def weight_only_traits(self, shape: Shape, params: Params) -> WeightOnlyTraits:
+        size = shape[1] if params["group_size"] == -1 else params["group_size"]
+        return WeightOnlyTraits(params["bits"], "linear", "group", size)
+
+    def weight_only(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> WeightOnlyParts:
+        grid = self.to_grid(tensors, shape, params)
+        return WeightOnlyParts(
+            codes=grid.codes,
+            scaler_tensors={"scales": grid.scale.T, "zeros": grid.zero.T},
+            group_index=grid.group_of,
+            extra={"weight_shape": tensors["weight_shape"]},
+        )
+
+    def from_weight_only(self, parts: WeightOnlyParts, shape: Shape, params: Params) -> dict[str, Tensor]:
+        b = params["bits"]
+        tensors = {
+            "weight_packed": bits.pack_rows(parts.codes.T, b).T.contiguous(),
+            "weight_scale": parts.scaler_tensors["scales"].T.contiguous(),
+            **parts.extra,
+        }
+        if not params["symmetric"]:
+            tensors["weight_zero_point"] = bits.pack_rows(parts.scaler_tensors["zeros"].T, b)
+        if parts.group_index is not None:
+            tensors["weight_g_idx"] = parts.group_index
+        return tensors
+
+    # ------------------------------------------------------------------ checkpoints
+    def to_hf_config(self, params: Params, skipped: list[str]) -> dict[str, Any]:
+        channel = params["group_size"] == -1
+        weights = compressed_tensors.arguments(
+            "int",
+            params["bits"],
+            "channel" if channel else "group",
+            symmetric=params["symmetric"],
+            group_size=None if channel else params["group_size"],
+            actorder="group" if params["act_order"] else None,
+        )
+        return compressed_tensors.write(STORAGE, weights, None, skipped)
+
+    @classmethod
+    def from_hf_config(cls, config: Mapping[str, Any]) -> Params | None:
+        scheme = compressed_tensors.read(config)
+        if scheme is None or scheme.kind[0] != "int" or scheme.storage != STORAGE:
+            return None
+        if scheme.inputs is not None:
+            raise ValueError(
+                "quantization_config input_activations: expected null with pack-quantized weights, "
+                f"got {scheme.inputs!r:.60}"
+            )
+        channel = scheme.expect("strategy", ("group", "channel")) == "channel"
+        return {
+            "bits": scheme.kind[1],
+            "group_size": -1 if channel else scheme.weights.get("group_size", 128),
+            "symmetric": scheme.weights.get("symmetric", True),
+            "act_order": scheme.weights.get("actorder") in ("group", "dynamic", True),
+        }

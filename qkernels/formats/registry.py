@@ -1,0 +1,58 @@
+"""The list of formats. A new format is a new module in this folder and one line here."""
+
+from __future__ import annotations
+
+from .awq import Awq
+from .base import Format
+from .bitsandbytes4 import Fp4, Nf4
+from .dense import Bf16, Fp16
+from .fp8 import Fp8
+from .gguf import TYPES as GGUF_TYPES
+from .gptq import Gptq
+from .int8 import Int8
+from .pack_quantized import PackQuantized
+from .quip import Quip
+from .quip_sharp import QuipSharp
+from .spqr import Spqr
+from .w8a8 import W8A8
+
+_FORMATS: dict[str, Format] = {}
+
+
+def register(fmt: Format) -> None:
+    """Add a format under its `name`. Raises ValueError if the name is taken."""
+    if fmt.name in _FORMATS:
+        raise ValueError(f"format {fmt.name!r} is registered already")
+    _FORMATS[fmt.name] = fmt
+
+
+def names() -> list[str]:
+    """Names of all storage formats, in the order they are listed in tables."""
+    return list(_FORMATS)
+
+
+def get(name: str) -> Format:
+    """The format called `name`. Raises ValueError listing the known names."""
+    try:
+        return _FORMATS[name]
+    except (KeyError, TypeError):
+        raise ValueError(f"format: expected one of {', '.join(_FORMATS)}; got {name!r}") from None
+
+
+_OWN = (
+    Fp16(),
+    Bf16(),
+    Gptq(),
+    Awq(),
+    PackQuantized(),
+    Nf4(),
+    Fp4(),
+    Int8(),
+    W8A8(),
+    Fp8(),
+    Spqr(),
+    Quip(),
+    QuipSharp(),
+)
+for _fmt in (*_OWN, *GGUF_TYPES):
+    register(_fmt)

@@ -1,0 +1,251 @@
+"""qkernels as a quantization backend of transformers. Importing this registers it; nothing is patched.
+
+    from qkernels.integrations.transformers import QKernelsConfig, checkpoint_config
+
+    # quantize a 16-bit model while it is loaded
+    AutoModelForCausalLM.from_pretrained(path, quantization_config=QKernelsConfig("nf4", block_size=64))
+    # run a quantized checkpoint (GPTQ, AWQ, bitsandbytes, compressed-tensors, fp8) through our layers
+    AutoModelForCausalLM.from_pretrained(path, config=checkpoint_config(path))
+
+`save_pretrained` writes the format's own tensors and `quantization_config`, as `qkernels.save_model` does, so
+that what reads such checkpoints reads these. `config=` is needed because transformers does not let
+`quantization_config=` change the method that a checkpoint's config names.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .. import formats
+from ..checkpoints import huggingface, quantization
+from ..checkpoints.quantization import Plan
+from ..checkpoints.tensor_files import TensorFiles
+from ..linear import QuantLinear
+from ..model import linears
+
+METHOD = "qkernels"
+
+
+@register_quantization_config(METHOD)
+class QKernelsConfig(QuantizationConfigMixin):
+    """What `from_pretrained(quantization_config=...)` takes.
+
+    format, params: as in `qkernels.quantize_model`; weights are rounded to nearest.
+    skip: fnmatch patterns of modules to leave alone; the output projection always is.
+    checkpoint: the `quantization_config` of a checkpoint that is quantized already, instead of a format.
+    """
+
+    def __init__(
+        self,
+        format: str | None = None,
+        skip: list[str] | None = None,
+        checkpoint: dict[str, Any] | None = None,
+        **params: Any,
+    ) -> None:
+        """ValueError unless `format` is known and takes `params`, or `checkpoint` is given alone."""
+        params.pop("quant_method", None)
+        if (format is None) == (checkpoint is None):
+            raise ValueError(f"format: expected one of {', '.join(formats.names())}; got {format!r}")
+        self.quant_method = METHOD
+        self.format, self.skip, self.checkpoint, self.params = format, skip, checkpoint, params
+        self._written: dict[str, Any] | None = None
+        if format is not None:
+            known = formats.get(format).defaults
+            for name in params:
+                if name not in known:
+                    raise ValueError(
+                        f"{format}: unknown parameter {name!r}; expected one of: {', '.join(known) or 'none'}"
+                    )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For config.json: of a loaded model what the format's own ecosystem writes."""
+        if self._written is not None:
+            return self._written
+        own = {"format": self.format, "skip": self.skip, "checkpoint": self.checkpoint, **self.params}
+        return {"quant_method": METHOD, **{key: value for key, value in own.items() if value is not None}}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.to_dict()})"
+
+
+def checkpoint_config(path: str | os.PathLike[str], **options: Any) -> Any:
+    """The config of a quantized checkpoint, made so that its layers load as QuantLinear.
+
+    Give it to `from_pretrained(path, config=...)`; `options` go to `AutoConfig.from_pretrained`. Raises
+    ValueError if the checkpoint is not quantized.
+    """
+    config = AutoConfig.from_pretrained(path, **options)
+    written = getattr(config, "quantization_config", None)
+    if written is None:
+        raise ValueError(f"{path}: expected a quantized checkpoint, got a config without quantization_config")
+    written = written if isinstance(written, dict) else written.to_dict()
+    Plan(os.fspath(path), written)
+    config.quantization_config = QKernelsConfig(checkpoint=written).to_dict()
+    return config
+
+
+class _Placeholder(nn.Module):
+    """Stands where a QuantLinear goes until all is loaded.
+
+    transformers makes non-persistent buffers, which packed tensors are, anew after loading.
+    """
+
+    def __init__(self, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.register_parameter("bias", bias)
+        self._is_hf_initialized = True
+
+
+class _Quantize(ConversionOps):
+    """Weight of a linear -> QuantLinear in its place. One is made for each weight."""
+
+    def __init__(self, quantizer: QKernelsQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        full_layer_name: str | None = None,
+        model: nn.Module | None = None,
+        missing_keys: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        assert model is not None
+        for name, value in input_dict.items():
+            prefix = name.rpartition(".")[0]
+            self.quantizer.replace(model, prefix, value[0] if isinstance(value, list) else value)
+            if missing_keys is not None:
+                missing_keys.discard(name)
+        return {}
+
+
+@register_quantizer(METHOD)
+class QKernelsQuantizer(HfQuantizer):
+    """Puts QuantLinear layers in while transformers loads a model."""
+
+    requires_calibration = False
+    quantization_config: QKernelsConfig
+
+    def __init__(self, quantization_config: QKernelsConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.wanted: set[str] = set()
+        self.layers: dict[str, QuantLinear] = {}
+        self.device = torch.device("cpu")
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        several = isinstance(device_map, dict) and len(set(device_map.values())) > 1
+        if several or (isinstance(device_map, str) and torch.cuda.device_count() > 1):
+            raise ValueError(f"device_map: expected one device for the whole model, got {device_map!r}")
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """ "auto" and its like are the GPU if there is one."""
+        if not isinstance(device_map, str):
+            return device_map
+        return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+
+    # ------------------------------------------------------------------ before the tensors come
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        device_map: Any = None,
+        checkpoint_files: list[str] | None = None,
+        **kwargs: Any,
+    ) -> PreTrainedModel:
+        if isinstance(device_map, dict):
+            device_map = next(iter(device_map.values()), None)
+        self.device = torch.device("cpu" if device_map is None else device_map)
+        if self.quantization_config.checkpoint is not None:
+            self._read(model, checkpoint_files)
+            return model
+        assert self.quantization_config.format is not None
+        fmt = formats.get(self.quantization_config.format)
+        for names, linear in linears(model, self.quantization_config.skip):
+            try:
+                fmt.resolve((linear.out_features, linear.in_features), self.quantization_config.params)
+            except ValueError as error:
+                raise ValueError(f"{names[0]}: {error}") from None
+            self.wanted |= set(names)
+        return model
+
+    def _read(self, model: PreTrainedModel, checkpoint_files: list[str] | None) -> None:
+        """Read the packed layers of the checkpoint, and take them off transformers' list."""
+        plan = Plan(str(model.config.name_or_path), self.quantization_config.checkpoint)
+        if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):
+            raise ValueError(f"checkpoint: expected safetensors files, got {checkpoint_files!r:.200}")
+        with TensorFiles([Path(file) for file in checkpoint_files]) as files:
+            for prefix, names in huggingface.owned_tensors(model, files).items():
+                scheme = huggingface.scheme_of(prefix, names, files, plan)
+                if scheme is not None:
+                    where = Path(checkpoint_files[0]).parent
+                    self.layers[prefix] = huggingface.quantized_layer(
+                        where, model, prefix, names, files, scheme, self.device
+                    )
+        for prefix in self.layers:
+            model.set_submodule(prefix, _Placeholder())
+        if self.layers:
+            prefixes = "|".join(map(re.escape, self.layers))
+            ignored = {*(model._keys_to_ignore_on_load_unexpected or ()), rf"^(?:{prefixes})\."}
+            model._keys_to_ignore_on_load_unexpected = ignored
+
+    # ------------------------------------------------------------------ while they come
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        prefix, _, leaf = param_name.rpartition(".")
+        return leaf == "weight" and prefix in self.wanted
+
+    def get_quantize_ops(self) -> _Quantize:
+        return _Quantize(self)
+
+    def replace(self, model: nn.Module, name: str, weight: Tensor) -> None:
+        """Quantize `weight` of the linear called `name`."""
+        linear = model.get_submodule(name)
+        config = self.quantization_config
+        assert isinstance(linear, nn.Linear)
+        assert config.format is not None
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        bias, linear.bias = linear.bias, None
+        try:
+            layer = QuantLinear.from_linear(linear, config.format, **config.params)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        self.layers[name] = layer
+        model.set_submodule(name, _Placeholder(bias))  # the bias may be loaded already, or still to come
+
+    # ------------------------------------------------------------------ after
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for prefix, layer in self.layers.items():
+            placeholder = model.get_submodule(prefix)
+            if layer.bias is None:
+                layer.register_parameter("bias", placeholder.bias)
+            model.set_submodule(prefix, layer)
+        self.layers = {}
+        packed = {n: m.packed for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+        plain = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+        self.quantization_config._written = quantization.describe(packed, plain)
+        model.requires_grad_(False)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters on top are; packed weights are not."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True

@@ -1,0 +1,51 @@
+"""Kernel layouts: how a weight's bytes lie while kernels run, and the way back, bit for bit.
+
+One definition serves every kernel language. Each layout is one module with `pack` and `unpack`; a
+format names the one its kernels take (`Format.kernel_layout`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from . import eight_bit, weight_only
+from .eight_bit import EIGHT_BIT
+from .weight_only import WEIGHT_ONLY
+
+CHECKPOINT = "checkpoint"
+
+_MODULES: dict[str, ModuleType] = {WEIGHT_ONLY: weight_only, EIGHT_BIT: eight_bit}
+
+
+def pack(
+    format: str, shape: tuple[int, int], params: Mapping[str, Any], tensors: Mapping[str, Tensor], layout: str
+) -> dict[str, Tensor]:
+    """Checkpoint tensors -> the tensors of `layout`. ValueError unless it is the format's own layout."""
+    fmt = _format(format)
+    own = fmt.kernel_layout(params)
+    if layout not in _MODULES or layout != own:
+        raise ValueError(f"layout: expected {own or 'none'!r} for {format!r} {dict(params)}, got {layout!r}")
+    return _MODULES[layout].pack(fmt, shape, dict(params), tensors)
+
+
+def unpack(
+    format: str,
+    shape: tuple[int, int],
+    params: Mapping[str, Any],
+    storage: Mapping[str, Tensor],
+    layout: str,
+) -> dict[str, Tensor]:
+    """Tensors of `layout` -> checkpoint tensors; the inverse of `pack`."""
+    if layout == CHECKPOINT:
+        return dict(storage)
+    return _MODULES[layout].unpack(_format(format), shape, dict(params), storage)
+
+
+def _format(name: str) -> Any:
+    from .. import formats
+
+    return formats.get(name)

@@ -1,0 +1,129 @@
+"""PackedWeight: one quantized (N, K) matrix, in its checkpoint's own tensors or a kernel layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import formats, layouts
+from .formats.base import check_weight
+
+
+class PackedWeight:
+    """A quantized weight of shape (N, K).
+
+    Attributes:
+        format: name of the storage format, one of `qkernels.formats.names()`.
+        shape: (N, K), output and input features.
+        params: the format's parameters, defaults filled in.
+        layout: "checkpoint", or the kernel layout the bytes are held in now. There is only ever one
+            copy: `prepack_` moves the bytes to a kernel layout and `tensors` restores them.
+        storage: the tensors held now, in `layout`.
+
+    Make one with `qkernels.quantize` or `qkernels.pack`, which validate.
+    """
+
+    __slots__ = ("_nbytes", "format", "layout", "params", "plans", "shape", "storage")
+
+    def __init__(
+        self,
+        format: str,
+        shape: tuple[int, int],
+        storage: Mapping[str, Tensor],
+        params: Mapping[str, Any],
+        layout: str = layouts.CHECKPOINT,
+    ) -> None:
+        self.format = format
+        self.shape = (int(shape[0]), int(shape[1]))
+        self.storage = dict(storage)
+        self.params = dict(params)
+        self.layout = layout
+        self._nbytes: int | None = None
+        #: what `qkernels.matmul` found out about operands it has seen; nobody else's business
+        self.plans: dict[Any, Any] = {}
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The checkpoint's tensors under the checkpoint's names, bit for bit.
+
+        Free in the checkpoint layout; from a kernel layout they are rebuilt on every access.
+        """
+        return layouts.unpack(self.format, self.shape, self.params, self.storage, self.layout)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the checkpoint's tensors, everything counted (scales, zeros, tables, metadata)."""
+        if self._nbytes is None:
+            self._nbytes = sum(t.numel() * t.element_size() for t in self.tensors.values())
+        return self._nbytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 * nbytes / (N * K)."""
+        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.storage.values())).device
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight as an (N, K) tensor of `dtype`: the format's pure-torch reference."""
+        return formats.get(self.format).dequantize(self.tensors, self.shape, self.params).to(dtype)
+
+    def to(self, device: torch.device | str) -> PackedWeight:
+        """The same weight with its tensors on `device`; dtypes never change."""
+        moved = {k: v.to(device) for k, v in self.storage.items()}
+        return PackedWeight(self.format, self.shape, moved, self.params, self.layout)
+
+    def prepack_(self, layout: str) -> PackedWeight:
+        """Move the bytes to a kernel layout, in place, freeing the checkpoint's. Returns self."""
+        if layout != self.layout:
+            _ = self.nbytes  # counts the checkpoint's tensors, so take it before they go
+            self.storage = layouts.pack(self.format, self.shape, self.params, self.tensors, layout)
+            self.layout = layout
+            self.plans.clear()
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PackedWeight, (self.format, self.shape, self.storage, self.params, self.layout)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{k}={v!r}" for k, v in self.params.items())
+        return (
+            f"PackedWeight({self.format!r}, shape={self.shape}, {shown}, "
+            f"bits_per_weight={self.bits_per_weight:.3f}, device={str(self.device)!r})"
+        )
+
+
+def quantize(weight: Tensor, format: str, **params: Any) -> PackedWeight:
+    """Quantize `weight` (N, K), any float dtype, to `format` by round-to-nearest.
+
+    Raises ValueError for an unknown format or parameter, a group size that does not fit, or a weight
+    with NaN or infinite entries. The result lies on the weight's device.
+    """
+    fmt = formats.get(format)
+    check_weight(f"{format}: weight", weight)
+    shape = (weight.shape[0], weight.shape[1])
+    only = {k: params.pop(k) for k in fmt.quantize_only if k in params}
+    resolved = fmt.resolve(shape, params)
+    with torch.no_grad():
+        tensors = fmt.quantize(weight.detach().float(), {**resolved, **fmt.quantize_only, **only})
+    resolved = fmt.resolve(shape, fmt.params_from_tensors(tensors, resolved))
+    fmt.validate(tensors, shape, resolved)
+    return PackedWeight(format, shape, tensors, resolved)
+
+
+def pack(format: str, tensors: Mapping[str, Tensor], shape: tuple[int, int], **params: Any) -> PackedWeight:
+    """Wrap a checkpoint's tensors (not copied) as a weight of shape (N, K).
+
+    Raises ValueError, naming the tensor, what was expected and what came, on a wrong dtype or shape,
+    a missing or unknown tensor, a NaN scale or an index out of range.
+    """
+    fmt = formats.get(format)
+    shape = tuple(shape)  # type: ignore[assignment]  # a list or torch.Size will do
+    resolved = fmt.resolve(shape, fmt.params_from_tensors(tensors, params))
+    fmt.validate(tensors, shape, resolved)
+    return PackedWeight(format, shape, tensors, resolved)

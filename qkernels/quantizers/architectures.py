@@ -1,0 +1,120 @@
+"""What reads what in the models we know: the one place with names of modules.
+
+AWQ and SmoothQuant divide the input features of linear layers by scales and must multiply the scales back
+out of the operator before. Each rule names that operator and the layers that read its output, relative
+to a decoder block. A rule applies if all its modules are there.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+
+class Rule(NamedTuple):
+    """before: a norm, or a linear layer with nothing but multiplications between. layers: its readers."""
+
+    before: str
+    layers: tuple[str, ...]
+
+
+class Architecture(NamedTuple):
+    """blocks: the nn.ModuleList of decoder blocks. rules: in order of execution."""
+
+    blocks: str
+    rules: tuple[Rule, ...]
+
+
+_LLAMA = Architecture(
+    "model.layers",
+    (
+        Rule("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        Rule("self_attn.v_proj", ("self_attn.o_proj",)),
+        Rule("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+        Rule("mlp.up_proj", ("mlp.down_proj",)),
+    ),
+)
+_OPT = Architecture(
+    "model.decoder.layers",
+    (
+        Rule("self_attn_layer_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        Rule("self_attn.v_proj", ("self_attn.out_proj",)),
+        Rule("final_layer_norm", ("fc1",)),
+        Rule("fc1", ("fc2",)),  # ReLU between: positive scales pass through it
+    ),
+)
+_GPT2 = Architecture(
+    "transformer.h",
+    (Rule("ln_1", ("attn.c_attn",)), Rule("ln_2", ("mlp.c_fc",))),  # GELU follows c_fc
+)
+#: config.model_type -> architecture
+BY_MODEL_TYPE = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "opt": _OPT,
+    "gpt2": _GPT2,
+}
+
+
+def of(model: nn.Module) -> Architecture:
+    """ValueError, naming those we know, for a model of another type."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in BY_MODEL_TYPE:
+        raise ValueError(
+            f"model: expected one of the types {', '.join(sorted(BY_MODEL_TYPE))}, got {kind!r}; "
+            "qkernels/quantizers/architectures.py says which operator feeds which layers"
+        )
+    return BY_MODEL_TYPE[kind]
+
+
+def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, module) of the decoder blocks: those of a known type, else the longest list with linears."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind in BY_MODEL_TYPE:
+        path = BY_MODEL_TYPE[kind].blocks
+        return [(f"{path}.{i}", block) for i, block in enumerate(model.get_submodule(path).children())]
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and any(isinstance(child, nn.Linear) for child in module.modules())
+    ]
+    if not lists:
+        raise ValueError("model: expected decoder blocks in an nn.ModuleList, found none")
+    path, found = max(lists, key=lambda item: len(item[1]))
+    return [(f"{path}.{i}", block) for i, block in enumerate(found)]
+
+
+def fold(before: nn.Module, scale: object, layers: list[nn.Linear]) -> bool:
+    """Divide the output of `before` by scale (K), multiply the layers' inputs. False if it does not fit.
+
+    A linear layer `before` must have exactly K outputs: with grouped-query attention v_proj has fewer.
+    """
+    import torch
+
+    assert isinstance(scale, torch.Tensor)
+    weight = before.weight
+    assert isinstance(weight, torch.Tensor)
+    if weight.shape[0] != scale.numel():
+        return False
+    with torch.no_grad():
+        if isinstance(before, nn.Linear):
+            weight.div_(scale.to(weight.dtype)[:, None])
+        elif _adds_one(before):
+            weight.copy_((weight + 1) / scale.to(weight.dtype) - 1)
+        else:
+            weight.div_(scale.to(weight.dtype))
+        bias = getattr(before, "bias", None)
+        if bias is not None:
+            bias.div_(scale.to(bias.dtype))
+        for layer in layers:
+            layer.weight.mul_(scale.to(layer.weight.dtype))
+    return True
+
+
+def _adds_one(norm: nn.Module) -> bool:
+    """Gemma's norms multiply by 1 + weight."""
+    return "Gemma" in type(norm).__name__

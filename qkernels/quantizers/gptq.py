@@ -1,0 +1,132 @@
+"""GPTQ: round one input feature at a time and let the features not yet rounded make up for the error.
+
+Minimizes tr((W - Q) H (W - Q)^T), the squared error of the layer's output on the calibration inputs,
+with H the mean of x x^T over them. Rows of W are independent, so layers with the same input may be
+stacked. Source: Frantar et al. 2022 (arXiv 2210.17323).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..formats import affine
+from ..formats.affine import Grid
+
+#: columns rounded before the columns behind them are brought up to date in one product
+BLOCK = 128
+
+
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    act_order: bool = False,
+    static_groups: bool = False,
+    clip_search: bool = False,
+    damp: float = 0.01,
+) -> Grid:
+    """Quantize a weight (N, K) given H (K, K), in float64 if the weight is, in float32 otherwise.
+
+    group_size: -1 for one group. act_order: features in order of falling diag(H), groups along that
+    order. static_groups: groups in the checkpoint's order, their scales fixed before rounding starts.
+    clip_search: choose each group's range by searching for the least error instead of min and max.
+    damp: fraction of the mean diagonal added to the diagonal; raised tenfold until H is positive definite.
+
+    Raises ValueError for an H of another shape or that stays singular.
+    """
+    n, k = weight.shape
+    if hessian.shape != (k, k):
+        raise ValueError(f"hessian: expected shape ({k}, {k}), got {tuple(hessian.shape)}")
+    size = k if group_size == -1 else group_size
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    w, h = weight.to(dtype, copy=True), hessian.to(dtype, copy=True)
+    dead = h.diagonal() == 0  # inputs that are always zero: whatever their weights, zero is as good
+    h.diagonal()[dead] = 1
+    w[:, dead] = 0
+    order = torch.arange(k, device=w.device)
+    if act_order:
+        order = h.diagonal().argsort(descending=True, stable=True)
+        w, h = w[:, order], h[order][:, order]
+    in_order = torch.arange(k, device=w.device) // size
+    group_at = order // size if static_groups else in_order  # of each position in rounding order
+    upper = inverse_factor(h, damp)
+    groups = k // size
+    scale = torch.ones(n, groups, dtype=torch.float16, device=w.device)
+    zero = torch.zeros(n, groups, dtype=torch.uint8, device=w.device)
+    if static_groups:
+        original = torch.empty_like(w)
+        original[:, order] = w
+        scale, zero = fit(original.view(n, groups, size), bits, symmetric, clip_search)
+    codes = torch.empty(n, k, dtype=torch.uint8, device=w.device)
+    top = (1 << bits) - 1
+    # A group starts with a block or inside one, so its weights are up to date when its scale is chosen.
+    step = size * max(1, BLOCK // size) if size <= BLOCK else math.gcd(size, BLOCK)
+    index = group_at.tolist()
+    for begin in range(0, k, step):
+        end = min(begin + step, k)
+        block, errors = w[:, begin:end], torch.empty(n, end - begin, dtype=dtype, device=w.device)
+        factor = upper[begin:end, begin:end]
+        for i in range(end - begin):
+            at = begin + i
+            if not static_groups and at % size == 0:
+                current = w[:, at : at + size].unsqueeze(1)
+                found = fit(current, bits, symmetric, clip_search)
+                scale[:, index[at]], zero[:, index[at]] = found[0][:, 0], found[1][:, 0]
+            s, z = scale[:, index[at]].float(), zero[:, index[at]].float()
+            column = block[:, i]
+            code = (torch.round(column / s) + z).clamp_(0, top)
+            codes[:, at] = code.to(torch.uint8)
+            error = (column - (code - z) * s) / factor[i, i]
+            errors[:, i] = error
+            block[:, i + 1 :].addr_(error, factor[i, i + 1 :], alpha=-1)
+        w[:, end:].addmm_(errors, upper[begin:end, end:], alpha=-1)
+    back = torch.empty_like(codes)
+    back[:, order] = codes
+    group_of = torch.empty(k, dtype=torch.int32, device=w.device)
+    group_of[order] = group_at.to(torch.int32)
+    return Grid(back, scale, zero, group_of)
+
+
+def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
+    """Upper triangular U with U^T U = (H + damp * mean(diag H) * I)^-1."""
+    mean = hessian.diagonal().mean()
+    for attempt in range(4):
+        damped = hessian.clone()
+        damped.diagonal().add_(mean * damp * 10**attempt)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            inverse = torch.cholesky_inverse(lower)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not failed:
+                return upper
+    raise ValueError(
+        f"hessian: expected a positive definite matrix, got one that stays singular with damp={damp * 1000}"
+    )
+
+
+def fit(grouped: Tensor, bits: int, symmetric: bool, search: bool) -> tuple[Tensor, Tensor]:
+    """Scale float16 and zero uint8 (N, G) of grouped (N, G, g): full range, or with least error^2.4."""
+    scale, zero = affine.fit(grouped, bits, symmetric)
+    if not search:
+        return scale, zero
+    best = _error(grouped, scale, zero, bits)
+    for percent in range(99, 19, -1):
+        narrower = affine.fit(grouped * (percent / 100), bits, symmetric)
+        error = _error(grouped, *narrower, bits)
+        better = error < best
+        best = torch.where(better, error, best)
+        scale = torch.where(better, narrower[0], scale)
+        zero = torch.where(better, narrower[1], zero)
+    return scale, zero
+
+
+def _error(grouped: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    codes = affine.encode(grouped, scale, zero, bits).float()
+    rounded = (codes - zero.float()[..., None]) * scale.float()[..., None]
+    return (rounded - grouped).abs_().pow_(2.4).sum(-1)

@@ -1,0 +1,154 @@
+"""llama.cpp's importance matrix: for each linear layer the mean square of each input feature.
+
+In a file, a GGUF with `general.type` "imatrix", tensor `t` of the model has two tensors: `t.in_sum2`, float32
+(experts, K), the sum of squares, and `t.counts`, float32 (experts, 1), of how many inputs.
+
+Source: llama.cpp's tools/imatrix, the format it writes since 2025.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..linear import is_linear
+from .calibration import batches_of
+
+_SUMS, _COUNTS = ".in_sum2", ".counts"
+
+
+class ImportanceMatrix:
+    """`qkernels.quantize_model` takes one for its calibration data, for GGUF's types.
+
+    means: module's full name -> float32 (K), mean square of its inputs. tokens: how many it was taken from.
+    """
+
+    def __init__(self, means: Mapping[str, Tensor], tokens: int) -> None:
+        self.means, self.tokens = dict(means), tokens
+
+    @classmethod
+    @torch.no_grad()
+    def collect(cls, model: nn.Module, calibration: Any) -> ImportanceMatrix:
+        """Of every linear layer of `model` as it is, over token ids (samples, tokens)."""
+        sums: dict[str, Tensor] = {}
+        vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+        batches = batches_of(calibration, vocabulary)
+
+        def watch(name: str) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+                square = args[0].reshape(-1, args[0].shape[-1]).double().square().sum(0)
+                sums[name] = sums[name] + square if name in sums else square
+
+            return hook
+
+        found = [(name, module) for name, module in model.named_modules() if is_linear(module)]
+        hooks = [module.register_forward_pre_hook(watch(name)) for name, module in found]
+        training, device = model.training, next(model.parameters()).device
+        model.eval()
+        try:
+            for batch in batches:
+                model(batch.to(device))
+        finally:
+            model.train(training)
+            for hook in hooks:
+                hook.remove()
+        tokens = sum(batch.numel() for batch in batches)
+        return cls({name: (total / tokens).float() for name, total in sums.items()}, tokens)
+
+    def of(self, name: str, features: int) -> Tensor:
+        """Of the layer of that name. ValueError if there is none or it has not so many input features."""
+        if name not in self.means:
+            raise ValueError(f"importance matrix: expected an entry for {name}, got none")
+        found = self.means[name]
+        if found.shape != (features,):
+            raise ValueError(
+                f"importance matrix: {name}: expected {features} values, got {tuple(found.shape)}"
+            )
+        return found
+
+    def save(self, path: str | os.PathLike[str], model: nn.Module, chunk: int = 512) -> None:
+        """Write the file llama.cpp's `--imatrix` options take, whole or not at all. `chunk`: tokens of one."""
+        import gguf
+
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        names = _stored_names(model)
+        writer = gguf.GGUFWriter(str(temporary), arch="imatrix")
+        try:
+            writer.add_type("imatrix")
+            writer.add_array("imatrix.datasets", ["qkernels"])
+            writer.add_uint32("imatrix.chunk_count", max(1, self.tokens // chunk))
+            writer.add_uint32("imatrix.chunk_size", chunk)
+            for name, mean in self.means.items():
+                if name in names:
+                    sums = (mean.double() * self.tokens).float().cpu()
+                    writer.add_tensor(names[name] + _SUMS, sums[None].numpy())
+                    writer.add_tensor(names[name] + _COUNTS, torch.tensor([[float(self.tokens)]]).numpy())
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: nn.Module) -> ImportanceMatrix:
+        """Read such a file for `model`. ValueError naming file and tensor if it is none, or damaged.
+
+        Entries of mixtures of experts (more than one row) are not taken.
+        """
+        from ..checkpoints.gguf_header import read_header
+
+        path = Path(path)
+        header = read_header(path)
+        if (kind := header.metadata.get("general.type")) != "imatrix":
+            raise ValueError(f"{path}: general.type: expected 'imatrix', got {kind!r}")
+        stored = {tensor.name: tensor for tensor in header.tensors}
+        raw = path.read_bytes()
+
+        def values(name: str, columns: int | None) -> Tensor:
+            tensor = stored.get(name)
+            if tensor is None or tensor.type != "F32" or tensor.shape[0] != 1 or len(tensor.shape) != 2:
+                got = "none" if tensor is None else f"{tensor.type} {tensor.shape}"
+                raise ValueError(
+                    f"{path}: {name}: expected float32 of shape (1, {columns or 'K'}), got {got}"
+                )
+            found = torch.frombuffer(bytearray(raw[tensor.offset :][: tensor.nbytes]), dtype=torch.float32)
+            if not bool(torch.isfinite(found).all()) or bool((found < 0).any()):
+                raise ValueError(f"{path}: {name}: expected finite values >= 0, got others")
+            return found
+
+        means, tokens = {}, 0
+        for module, name in _stored_names(model).items():
+            if name + _SUMS not in stored:
+                continue
+            sums, count = values(name + _SUMS, None), values(name + _COUNTS, 1)
+            if float(count[0]) < 1:
+                raise ValueError(f"{path}: {name}{_COUNTS}: expected at least 1, got {float(count[0])}")
+            means[module], tokens = sums / count, max(tokens, int(count[0]))
+        if not means:
+            raise ValueError(f"{path}: expected entries for layers of this model, got {len(stored)} others")
+        return cls(means, tokens)
+
+
+def _stored_names(model: nn.Module) -> dict[str, str]:
+    """Full name of each linear -> the tensor's name in GGUF."""
+    import gguf
+
+    from ..checkpoints.gguf_writer import kind_of
+
+    kinds = {str(name): kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    config: Any = model.config
+    table = gguf.get_tensor_name_map(kinds[kind_of(model)], config.num_hidden_layers)
+    found = {}
+    for name, module in model.named_modules():
+        stored = table.get_name(name) if is_linear(module) else None
+        if stored is not None:
+            found[name] = stored + ".weight"
+    return found

@@ -1,0 +1,157 @@
+"""The benchmark's own arithmetic, and that it refuses to time what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import qkernels as qk
+from bench import host, peers, report
+from qkernels import dispatch, roofline
+from qkernels.benchmark import race, shapes, timing
+from qkernels.cli import main
+
+
+def test_shapes_and_formats() -> None:
+    assert shapes.shapes_of("square, 8192x8192,72x5") == [(8192, 8192), (72, 5)]
+    for wrong in ("3by4", "0x4", "x4", "llama-9"):
+        with pytest.raises(ValueError, match=f"shapes: expected NxK or one of square, .*; got '{wrong}'"):
+            shapes.shapes_of(wrong)
+    everything = shapes.formats_of("all")
+    assert {"bf16", "gptq", "w8a8"} <= {name for name, _ in everything}
+    assert shapes.formats_of("eight_bit") == [c for c in everything if c in shapes.SUITES["eight_bit"]]
+    assert shapes.formats_of("nf4,gptq:bits=3") == [("nf4", {}), ("gptq", {"bits": 3})]
+
+
+def test_roofline() -> None:
+    gpu = roofline.find("NVIDIA H200 NVL")
+    assert gpu is not None
+    assert gpu.name == "H200"
+    assert roofline.find("Radeon") is None
+    decode = roofline.estimate(gpu, (8192, 8192), 1, 8192 * 8192 // 2)
+    moved = 8192 * 8192 / 2 + 2 * (8192 + 8192)
+    assert decode.limit == "memory"
+    assert decode.seconds == pytest.approx(2.5e-6 + moved / (4800e9 * 0.9))
+    prefill = roofline.estimate(gpu, (8192, 8192), 4096, 8192 * 8192 // 2)
+    assert prefill.limit == "tensor cores"
+    assert prefill.seconds == pytest.approx(2.5e-6 + 2 * 4096 * 8192**2 / (989e12 * 0.8))
+    eight = roofline.estimate(gpu, (8192, 8192), 4096, 8192 * 8192, kind="int8")
+    assert eight.seconds < prefill.seconds / 1.9
+    assert roofline.estimate(gpu, (64, 64), 1, 2048).limit == "launch"
+
+
+def test_explain_says_what_would_be_best() -> None:
+    def line(name: str, gpu: str, **params: object) -> str:
+        p = qk.quantize(torch.randn(256, 256), name, **params)
+        problem = dispatch.problem_of(p, 4096, torch.float16, torch.device("cpu"))
+        return dispatch.at_best(problem._replace(shape=(8192, 8192)), 8192**2, gpu)
+
+    assert line("nf4", "NVIDIA GeForce RTX 2080") == ""
+    assert line("nf4", "NVIDIA H200") == "\n  at best 697.3 us on an H200, limited by tensor cores"
+    assert line("int8", "NVIDIA H200") == line("fp8", "NVIDIA H200", activation="dynamic")
+    assert "349.7 us" in line("int8", "NVIDIA H200")
+
+
+def test_median_and_quartiles() -> None:
+    assert timing.of_samples([5.0, 1.0, 3.0, 2.0, 4.0]) == (3.0, 2.0)
+
+
+class Wrong(race.Dense):
+    name = "wrong"
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def unavailable(self) -> str | None:
+        return "away" if self.how == "away" else None
+
+    def prepare(self, weight: Tensor) -> race.Layer:
+        if self.how == "prepare":
+            raise ValueError("no such type")
+        made = super().prepare(weight)
+        call = made.call
+        made.call = lambda x: call(x) * (float("nan") if self.how == "nan" else 1.1)
+        return made
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ("nan", "wrong result"),
+        ("factor", "wrong result"),
+        ("prepare", "ValueError: no such type"),
+        ("away", "away"),
+    ],
+)
+def test_what_is_wrong_is_not_timed(how: str, why: str) -> None:
+    rows = list(
+        race.run(
+            [Wrong(how), race.Ours("nf4", {}, "reference")], [(64, 128)], [1, 3], race.Settings("cpu", 2)
+        )
+    )
+    assert [(row.contestant, row.m) for row in rows if row.failed] == [("wrong", 1), ("wrong", 3)]
+    assert all(why in row.failed and row.chain is None for row in rows if row.failed)
+    fine = [row for row in rows if not row.failed]
+    assert [row.contestant.split()[0] for row in fine] == ["torch", "torch", "qkernels", "qkernels"]
+    for row in fine:
+        assert row.bandwidth == pytest.approx(row.nbytes / row.chain / 1e3)
+        assert row.tflops == pytest.approx(2 * row.m * 64 * 128 / row.chain / 1e6)
+        assert row.speedup == pytest.approx(next(r for r in fine if r.m == row.m).chain / row.chain)
+
+
+def test_every_peer_says_why_it_is_not_there() -> None:
+    found = peers.contestants()
+    assert {"bitsandbytes", "gemlite", "humming", "torchao", "torch._scaled_mm"} <= {p.name for p in found}
+    if not torch.cuda.is_available():
+        assert all(p.unavailable() for p in found)
+    groups = {race.Ours(name, params, "triton").group for name, params in shapes.formats_of("all")}
+    assert {p.group for p in found} <= groups, "a peer that races nobody"
+
+
+def row(contestant: str, m: int, chain: float, group: str = "g") -> dict[str, object]:
+    made = race.Row(contestant, group, 64, 128, m, chain=chain, spread=0.1, alone=chain, speedup=10 / chain)
+    made.bandwidth, made.tflops, made.error = 1.0, 1.0, 1e-3
+    return vars(made)
+
+
+def test_report(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [row("qkernels a", 1, 5), row("peer", 1, 10), row("qkernels a", 64, 8), row("peer", 64, 4)]
+    rows.append(vars(race.Row("gone", "g", 64, 128, 1, failed="not installed")))
+    speeds = report.mean_speedups(rows)
+    assert speeds["qkernels a"] == pytest.approx({"decode": 2.0, "middle": 1.25})
+    assert report.against_peers(rows) == [("g", "qkernels a / peer", 0.5, "64x128, M=64")]
+    made = {"environment": race.environment(), "copy_bandwidth": None, "results": rows}
+    page = report.write(json.loads(json.dumps(made)), tmp_path).read_text()
+    assert "| qkernels a | 2.00 | 1.25 |" in page.replace("|  |", "|")
+    assert "| gone | not installed |" in page
+    assert (tmp_path / "64x128.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_host_overhead_is_measured_with_a_kernel_that_does_nothing() -> None:
+    before = dict(race.explain.__globals__["_KERNELS"])
+    found = host.measure()
+    assert all(0 < value < 1e4 for value in found.values())
+    # The direct path must stay well below the operator's: by count of Python calls, not by this machine's mood.
+    assert found["qkernels.matmul"] < found["torch.ops.qkernels.matmul"]
+    assert race.explain.__globals__["_KERNELS"] == before
+
+
+def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["bench", "--formats", "nf4", "--shapes", "16x64", "--rows", "1,2", "--repeats", "1", "--json"])
+        == 0
+    )
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert [(r["contestant"], r["m"]) for r in results if "nf4" in r["contestant"]] == [
+        ("qkernels auto nf4", 1),
+        ("qkernels auto nf4", 2),
+    ]
+    assert main(["bench", "--rows", "0"]) == 2
+    assert "--rows: expected numbers from 1" in capsys.readouterr().err
+    assert main(["bench", "--formats", "nf5"]) == 2
+    assert main(["bench", "--formats", "gptq:group_size=128", "--shapes", "16x64", "--rows", "1"]) == 2

@@ -1,0 +1,54 @@
+"""Runs the CUDA backend on the CPU, in the emulator of csrc/emulation."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from qkernels import dispatch
+from qkernels.backends import cuda
+
+from . import host
+
+#: order in which the emulator runs blocks; a test may change it
+ORDER = [0]
+#: macros that kernels are compiled with
+DEFINES: list[str] = []
+
+
+def emulate(name: str, call: ctypes.Structure, reads: list[torch.Tensor], writes: list[torch.Tensor]) -> str:
+    folder, file = ("weight_only", name[12:]) if name.startswith("weight_only_") else ("eight_bit", name)
+    lib = host.library(f"{folder}/{file}.cu", tuple(DEFINES))
+    function = getattr(lib, f"qk_{name}")
+    function.restype = ctypes.c_char_p
+    host.expose(lib, reads, writes, ORDER[0])
+    return str(function(ctypes.byref(call)).decode())
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Without a GPU, put the emulator in its place."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(cuda, "emulator", emulate)
+    elif (why := cuda.unavailable()) is not None:
+        pytest.skip(why)
+    monkeypatch.setattr("tests.cuda.conftest.ORDER", [0])
+    monkeypatch.setattr("tests.cuda.conftest.DEFINES", [])
+    dispatch._choose.cache_clear()
+    yield
+    dispatch._choose.cache_clear()
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every output starts as NaN: an element the kernel does not write fails the test."""
+    real = torch.empty
+
+    def poison(*args: object, **kwargs: object) -> torch.Tensor:
+        made = real(*args, **kwargs)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", poison)

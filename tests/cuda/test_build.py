@@ -1,0 +1,127 @@
+"""How the CUDA extension is built and found, and what is said when it cannot be."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import qkernels as qk
+from bench import static_cuda
+from qkernels.backends.cuda import build, calls
+
+from . import host
+
+PTXAS = """
+ptxas info    : Compiling entry function '_ZN2qk16weight_only_gemvINS_4HalfELi2ELi4EEEvNS_14WeightOnlyArgsE' for 'sm_80'
+ptxas info    : Function properties for _ZN2qk16weight_only_gemvINS_4HalfELi2ELi4EEEvNS_14WeightOnlyArgsE
+    64 bytes stack frame, {stores} bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 120 registers, used 1 barriers, 64 bytes cumulative stack size
+"""
+
+
+@pytest.mark.skipif(build.nvcc() is None, reason="no nvcc")
+def test_kernels_compile_without_spills() -> None:
+    """One source for one architecture; `python -m bench.static_cuda` does all, in minutes."""
+    facts = static_cuda.compile_one("e4m3", "90a")
+    assert {(f.kernel, f.dtype, f.runs) for f in facts} == {
+        (kernel, dtype, runs)
+        for kernel, all_runs in (("gemv", (0, 1, 2, 4)), ("gemm", (0, 1, 4)))
+        for dtype in ("Half", "BFloat")
+        for runs in all_runs
+    }
+    assert [f.problems for f in facts if f.problems] == []
+
+
+@pytest.mark.skipif(build.nvcc() is None, reason="no nvcc")
+def test_eight_bit_kernels_compile_without_spills() -> None:
+    facts = static_cuda.compile_one("eight_bit_e4m3", "90a")
+    assert {f.kernel.replace(", blocks", "") for f in facts} == {
+        *(f"gemv {rows} rows" for rows in (8, 16)), *(f"gemm {rows} rows" for rows in (16, 32, 64, 128))
+    }  # fmt: skip
+    assert len(facts) == 12
+    assert [f.problems for f in facts if f.problems] == []
+
+
+def test_the_static_table_sees_spills_and_missing_kernels() -> None:
+    good, bad = (static_cuda.parse(PTXAS.format(stores=n), "linear4", "80")[0] for n in (0, 8))
+    assert (good.registers, good.stack, good.blocks, good.problems) == (120, 64, 4, [])
+    assert bad.problems == ["spills 8 bytes"]
+    assert "| gemv | linear4 | 4 | 120 (4) | 8 |" in static_cuda.table([good, bad])
+    with pytest.raises(RuntimeError, match="ptxas said nothing of any kernel"):
+        static_cuda.parse("", "linear4", "80")
+
+
+def test_structs_are_the_same_in_both_languages() -> None:
+    """A call of the wrong size is refused; field order is what every other test here relies on."""
+    lib = host.library("weight_only/linear4.cu")
+    lib.qk_weight_only_linear4.restype = ctypes.c_char_p
+    error = lib.qk_weight_only_linear4(ctypes.byref(calls.WeightOnlyCall(size=8))).decode()
+    assert "different versions" in error
+
+
+def test_every_decoder_has_a_source_and_a_binding() -> None:
+    binding = (build.sources() / "bindings" / "module.cpp").read_text()
+    for name, folder in static_cuda.SOURCES.items():
+        assert (build.sources() / folder / f"{name}.cu").is_file()
+        entry = name if folder == "eight_bit" else f"weight_only_{name}"
+        assert f"X({entry}, " in binding
+    assert binding.count("    X(") == len(static_cuda.SOURCES)
+
+
+@pytest.mark.skipif(build.nvcc() is None, reason="no nvcc")
+def test_ninja_file_names_every_source_and_architecture() -> None:
+    pytest.importorskip("pybind11")
+    text = build.ninja_file(Path("/tmp/a b/_cuda.so"), ("80", "90a"))
+    assert "-gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a" in text
+    assert "-cudart static" in text
+    assert "build /tmp/a$ b/_cuda.so: link " in text
+    assert set(re.findall(r"build ([\w-]+)\.o", text)) == {
+        "bindings-module",
+        *(f"{folder}-{name}" for name, folder in static_cuda.SOURCES.items()),
+    }
+
+
+def test_versions() -> None:
+    build.check_versions(13000, 13000)
+    build.check_versions(13000, 13010)
+    build.check_versions(12080, 13000)
+    with pytest.raises(RuntimeError, match="compiled by CUDA 13.0, but the driver knows CUDA up to 12.8"):
+        build.check_versions(13000, 12080)
+    with pytest.raises(RuntimeError, match="no NVIDIA driver"):
+        build.check_versions(13000, 0)
+    assert build.native_arch(8, 9) == "89"
+    assert build.native_arch(9, 0) == "90a"
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(build, "built_in", lambda: False)
+    monkeypatch.setattr(build, "nvcc", lambda: None)
+    build.unavailable.cache_clear()
+    build.extension.cache_clear()
+    assert "there is no nvcc to build it with" in str(build.unavailable())
+    assert build.state().startswith("not to be had: ")
+    with pytest.raises(RuntimeError, match="no CUDA kernels: the extension was not built"):
+        build.extension()
+    build.unavailable.cache_clear()
+
+
+def test_failed_build_shows_the_compilers_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("pybind11")
+    pytest.importorskip("ninja")
+    compiler = tmp_path / "nvcc"
+    compiler.write_text("#!/bin/sh\necho no such option >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setattr(build, "nvcc", lambda: str(compiler))
+    with pytest.raises(RuntimeError, match="compiling the CUDA kernels failed:[^$]*no such option"):
+        build.build(tmp_path / "_cuda.so", ("80",), tmp_path / "objects")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing without a GPU")
+def test_without_a_gpu_the_backend_says_so() -> None:
+    p = qk.quantize(torch.randn(16, 64), "gptq", group_size=32)
+    with pytest.raises(ValueError, match="cuda.weight_only_gemv: no CUDA device is visible"):
+        qk.matmul(torch.randn(1, 64).half(), p, backend="cuda")

@@ -1,0 +1,59 @@
+"""The emulator finds planted bugs, and leaves sound kernels alone."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+
+import pytest
+import torch
+
+from . import host
+
+BUGS = {
+    "global read out of bounds": "global read of 4 bytes out of bounds",
+    "global write out of bounds": "global write of 4 bytes out of bounds",
+    "write to an input": "global write to an input",
+    "global race": "global race: two threads write one byte",
+    "misaligned": "misaligned access of 16 bytes",
+    "misaligned shared": "misaligned access of 8 bytes",
+    "shared out of bounds": "shared access of 4 bytes out of bounds",
+    "unwritten": "read of unwritten shared memory",
+    "no barrier": "read of unwritten shared memory",
+    "warp barrier for a block": "read of unwritten shared memory|shared race",
+    "write after read": "shared race: write after access",
+    "deadlock": "deadlock: waits for ever at __syncthreads",
+    "diverged": "deadlock",
+    "copy waited for too late": "before its cp.async was waited for",
+    "copy without barrier": "shared race: read after write",
+    "copy over a copy": "shared write over a cp.async on its way",
+}
+
+
+def run(bug: str) -> tuple[str, torch.Tensor, torch.Tensor]:
+    lib = host.library("emulation/planted.cpp")
+    lib.qk_planted.restype = ctypes.c_char_p
+    given = torch.arange(1, 65, dtype=torch.int32)
+    out, counter = torch.full((64,), -1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    host.expose(lib, [given], [out, counter])
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (given, out, counter)]
+    return lib.qk_planted(bug.encode(), *pointers).decode(), out, given
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bugs_are_found(bug: str) -> None:
+    found = run(bug)[0]
+    assert re.search(BUGS[bug], found), found
+
+
+def test_sound_kernels_pass() -> None:
+    lanes = torch.arange(64, dtype=torch.int32)
+    for name, want in (
+        ("warp barrier for a warp: sound", lanes ^ 1),
+        ("last block: sound", (lanes ^ 5) + 8),
+        ("copy: sound", lanes + 1),
+        ("copy of 12: sound", (lanes + 1) * (lanes % 4 != 3)),
+    ):
+        error, out, _ = run(name)
+        assert error == "", f"{name}: {error}"
+        assert torch.equal(out, want.to(torch.int32)), name

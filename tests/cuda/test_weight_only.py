@@ -1,0 +1,164 @@
+"""The CUDA weight-only kernels against the float64 oracle: emulated, or on the GPU where there is one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import qkernels as qk
+from qkernels.backends.cuda import calls
+from qkernels.backends.triton import workspace
+
+from ..conftest import CASES, DEVICE, case_id, k_of, layout_of
+from ..kernels.test_weight_only import ODD
+from ..reference import assert_fused_close
+from . import conftest as emulation
+
+pytestmark = pytest.mark.usefixtures("emulated", "poisoned")
+FAMILY = [case for case in CASES if layout_of(*case) == "weight_only"]
+
+
+def has_kernel(name: str, params: dict[str, object]) -> bool:
+    fmt, shape = qk.formats.get(name), (40, k_of(name, 192))
+    known = {key: value for key, value in params.items() if key not in fmt.quantize_only}
+    traits = fmt.weight_only_traits(shape, fmt.resolve(shape, known))
+    return (traits.decoder, traits.bits) in calls.CODES and traits.scaler in calls.SCALINGS
+
+
+FUSED = [case for case in FAMILY if has_kernel(*case)]
+fused_cases = pytest.mark.parametrize(("name", "params"), FUSED, ids=map(case_id, FUSED))
+dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+
+
+def run(name, params, n, k, m, dtype, with_bias=True, **options):
+    p = qk.quantize(torch.randn(n, k), name, **params).to(DEVICE)
+    x = torch.randn(m, k).to(dtype).to(DEVICE)
+    bias = torch.randn(n).to(dtype).to(DEVICE) if with_bias else None
+    return qk.matmul(x, p, bias, backend="cuda", **options), x, p, bias
+
+
+def test_what_has_no_kernel_yet_says_so() -> None:
+    missing = {name for name, params in FAMILY if (name, params) not in FUSED}
+    assert missing == {
+        "q4_0",
+        "q4_1",
+        "q5_0",
+        "q5_1",
+        "q8_0",
+        *(f"q{i}_k" for i in range(2, 7)),
+        "iq4_xs",
+        "spqr",
+    }
+    for name in missing:
+        p = qk.quantize(torch.randn(8, 256), name)
+        with pytest.raises(ValueError, match="no CUDA decoder|no CUDA scaler"):
+            qk.matmul(torch.randn(2, 256).half(), p, backend="cuda")
+
+
+@fused_cases
+@dtypes
+@pytest.mark.parametrize("m", [1, 3, 8, 9, 33])
+def test_every_format(name: str, params: dict[str, object], m: int, dtype: torch.dtype) -> None:
+    y, x, p, bias = run(name, params, 40, k_of(name, 192), m, dtype)
+    assert p.layout == "weight_only"
+    assert_fused_close(y, x, p, bias)
+
+
+#: blocks that end between the two features of a pair
+SPLIT_PAIRS = [("nf4", {"block_size": 64}, 37, 45), ("fp4", {"block_size": 32, "double_quant": True}, 20, 51)]
+
+
+@pytest.mark.parametrize(("name", "params", "n", "k"), ODD + SPLIT_PAIRS, ids=str)
+@dtypes
+def test_odd_shapes(name: str, params: dict[str, object], n: int, k: int, dtype: torch.dtype) -> None:
+    for m in (5, 17):
+        y, x, p, bias = run(name, params, n, k, m, dtype)
+        assert_fused_close(y, x, p, bias)
+
+
+@pytest.mark.parametrize("m", [2, 9])
+@pytest.mark.parametrize("k", [576, 580], ids=["along-k", "flat"])
+def test_nested_scales_of_several_outer_blocks(m: int, k: int) -> None:
+    """Over 256 blocks of absmax, so that more than one outer scale counts; weights that make them differ."""
+    weight = torch.randn(64, k) * torch.linspace(0.1, 10, 64)[:, None]
+    p = qk.quantize(weight, "nf4", block_size=64, double_quant=True).to(DEVICE)
+    x = torch.randn(m, k).half().to(DEVICE)
+    assert_fused_close(qk.matmul(x, p, backend="cuda"), x, p)
+
+
+def test_x_that_starts_anywhere() -> None:
+    """A slice of a larger tensor need not be aligned as the kernels' loads are."""
+    p = qk.quantize(torch.randn(24, 64), "gptq", group_size=32).to(DEVICE)
+    for m in (3, 10):
+        x = torch.randn(m * 64 + 1).half().to(DEVICE)[1:].view(m, 64)
+        assert x.data_ptr() % 4 != 0
+        assert_fused_close(qk.matmul(x, p, backend="cuda"), x, p)
+
+
+@dtypes
+@pytest.mark.parametrize("m", [16, 65])
+def test_gemm_of_several_blocks(m: int, dtype: torch.dtype) -> None:
+    y, x, p, bias = run("gptq", {"bits": 4, "group_size": 64}, 72, 256, m, dtype)
+    assert_fused_close(y, x, p, bias)
+
+
+LONG = [("gptq", {"bits": 4, "group_size": 128}), ("gptq", {"bits": 2, "group_size": 64}), ("nf4", {})]
+
+
+def shares(p: qk.PackedWeight, m: int) -> int:
+    words = str(qk.explain(p, m, backend="cuda"))
+    return int(words.split("K in ")[1].split(" shares")[0])
+
+
+@pytest.mark.parametrize("m", [3, 9])
+@pytest.mark.parametrize(("name", "params"), LONG, ids=str)
+def test_split_k_in_any_order_of_blocks(name: str, params: dict[str, object], m: int) -> None:
+    """K in several shares: right, and bitwise the same whichever block is last. The counters end at 0."""
+    y, x, p, bias = run(name, params, 20, 4500 if name == "nf4" else 4480, m, torch.float16)
+    assert shares(p, m) > 1
+    assert_fused_close(y, x, p, bias)
+    for order in (1, 2, 3):
+        emulation.ORDER[0] = order
+        assert torch.equal(qk.matmul(x, p, bias, backend="cuda"), y)
+    assert not workspace.counters(x.device).any()
+
+
+@fused_cases
+def test_rows_do_not_depend_on_m(name: str, params: dict[str, object]) -> None:
+    dtype = torch.bfloat16
+    p = qk.quantize(torch.randn(24, 1152), name, **params).to(DEVICE)
+    x = torch.randn(19, 1152).to(dtype).to(DEVICE)
+    full = qk.matmul(x, p, backend="cuda", batch_invariant=True)
+    assert_fused_close(full, x, p)
+    for m in (1, 2, 7, 8, 9, 16, 17):
+        assert torch.equal(qk.matmul(x[:m], p, backend="cuda", batch_invariant=True), full[:m]), f"M={m}"
+
+
+def test_activations_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A share longer than what is staged at a time."""
+    monkeypatch.setattr("qkernels.backends.cuda.weight_only.STAGED_BYTES", 1024)
+    monkeypatch.setattr("qkernels.backends.cuda.weight_only.processors", lambda device: 1)
+    y, x, p, bias = run("gptq", {"bits": 8, "group_size": 64}, 72, 2500 // 64 * 64, 2, torch.float16)
+    assert shares(p, 2) == 1
+    assert_fused_close(y, x, p, bias)
+
+
+def test_many_rows_go_in_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qkernels.backends.cuda.weight_only.MAX_ROWS", 16)
+    y, x, p, bias = run("gptq", {"group_size": 32}, 8, 64, 35, torch.float16, batch_invariant=True)
+    assert_fused_close(y, x, p, bias)
+
+
+def test_uneven_groups_of_act_order() -> None:
+    p = qk.quantize(torch.randn(32, 64), "gptq", group_size=32, act_order=True)
+    tensors = dict(p.tensors)
+    tensors["g_idx"] = (torch.arange(64) % 5 == 0).to(torch.int32)
+    p = qk.pack("gptq", tensors, shape=(32, 64), group_size=32, act_order=True).to(DEVICE)
+    x = torch.randn(4, 64).half().to(DEVICE)
+    assert_fused_close(qk.matmul(x, p, backend="cuda"), x, p)
+
+
+def test_auto_prefers_others_and_explain_says_why() -> None:
+    p = qk.quantize(torch.randn(16, 64), "nf4").to(DEVICE)
+    assert "cuda.weight_only_gemv: not measured" in str(qk.explain(p, 1))
+    assert "K in 1 shares" in str(qk.explain(p, 1, backend="cuda"))

@@ -1,0 +1,143 @@
+"""GGUF block types: bytes against the gguf package, errors against llama.cpp's own quantizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf as package
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import qkernels as qk
+from qkernels import samples
+from qkernels.checkpoints.gguf_header import read_header
+from qkernels.formats.gguf import TYPES, GgufFormat, search
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "gguf.safetensors"
+types = pytest.mark.parametrize("fmt", TYPES, ids=lambda fmt: fmt.name)
+
+
+def random_blocks(fmt: GgufFormat, n: int, k: int) -> torch.Tensor:
+    """Every bit random, but for the exponents of float16 scales, which stay below infinity's."""
+    data = torch.randint(0, 256, (n, fmt.row_bytes(k)), dtype=torch.uint8)
+    fields = fmt.split(data)
+    for name, tensor in fields.items():
+        if tensor.dtype == torch.float16:
+            bits = tensor.view(torch.int16)
+            fields[name] = torch.where(bits & 0x7C00 == 0x7C00, bits & ~0x4000, bits).view(torch.float16)
+    return fmt.join(fields).view(n, -1)
+
+
+def theirs(fmt: GgufFormat, data: torch.Tensor) -> torch.Tensor:
+    kind = package.GGMLQuantizationType[fmt.ggml_type]
+    return torch.from_numpy(package.dequantize(data.numpy(), kind))
+
+
+@types
+def test_dequantizes_as_the_gguf_package_bit_for_bit(fmt: GgufFormat) -> None:
+    data = random_blocks(fmt, 64, 1024)
+    found = qk.pack(fmt.name, {"data": data}, (64, 1024)).dequantize()
+    assert torch.equal(found.view(torch.int32), theirs(fmt, data).view(torch.int32))
+
+
+@types
+def test_sizes_are_ggml_s(fmt: GgufFormat) -> None:
+    kind = package.GGMLQuantizationType[fmt.ggml_type]
+    assert package.GGML_QUANT_SIZES[kind] == (fmt.block, fmt.block_bytes)
+
+
+@types
+def test_prepack_restores_every_bit(fmt: GgufFormat) -> None:
+    k = 3 * fmt.block
+    data = random_blocks(fmt, 40, k)
+    p = qk.pack(fmt.name, {"data": data}, (40, k)).prepack_("weight_only")
+    assert torch.equal(p.tensors["data"], data)
+    held = sum(t.numel() * t.element_size() for name, t in p.storage.items() if name not in ("table", "lut"))
+    # No expansion: what the file has, and at most the padding of the last tile of codes (512 of 256..).
+    tile = 256 if fmt.bits in (2, 3) else 512 // fmt.bits if fmt.bits in (4, 8) else 128
+    padded = -(-k // tile) * tile
+    assert held == data.numel() + 40 * (padded - k) * fmt.bits // 8
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@types
+def test_error_is_no_worse_than_llama_cpp_s(fmt: GgufFormat, weighted: bool) -> None:
+    """Relative squared error, rows alike whatever their magnitude, at most 1% above llama.cpp's."""
+    golden = load_file(GOLDEN)
+    weight, importance = golden["weight"].float(), golden["importance"] if weighted else None
+    bytes_ = golden[fmt.name + (".importance" if weighted else "")]
+    best = qk.pack(fmt.name, {"data": bytes_}, tuple(weight.shape))
+    w = torch.ones(weight.shape[1]) if importance is None else importance
+
+    def error(p: qk.PackedWeight) -> float:
+        return float((((p.dequantize() - weight).square() * w).sum(1) / (weight.square() * w).sum(1)).sum())
+
+    ours = qk.quantize(weight, fmt.name, importance=importance)
+    assert error(ours) <= 1.01 * error(best)
+    if fmt.name == "q8_0":
+        assert torch.equal(ours.tensors["data"], bytes_)
+
+
+@types
+def test_importance_helps_where_it_lies(fmt: GgufFormat) -> None:
+    weight, importance = torch.randn(64, 512), torch.rand(512) ** 4 * 10 + 1e-3
+    errors = []
+    for given in (None, importance):
+        found = qk.quantize(weight, fmt.name, importance=given).dequantize()
+        errors.append(float(((found - weight).square() * importance).sum()))
+    assert errors[1] <= errors[0] if fmt.name == "q8_0" else errors[1] < errors[0]
+
+
+@types
+def test_zeros_stay_zeros(fmt: GgufFormat) -> None:
+    weight = torch.zeros(2, 512)
+    weight[1, 256:] = torch.randn(256)
+    for importance in (None, torch.ones(512), torch.zeros(512)):
+        found = qk.quantize(weight, fmt.name, importance=importance).dequantize()
+        assert bool(torch.isfinite(found).all())
+        assert not found[0].any()
+        assert not found[1, :256].any()
+
+
+@types
+def test_bad_input(fmt: GgufFormat) -> None:
+    with pytest.raises(ValueError, match=f"{fmt.name}: shape: expected .* multiple of {fmt.block}, got 48"):
+        qk.quantize(torch.randn(4, 48), fmt.name)
+    data = random_blocks(fmt, 4, 256)
+    with pytest.raises(ValueError, match=f"{fmt.name}: data: expected shape"):
+        qk.pack(fmt.name, {"data": data[:, :-1]}, (4, 256))
+    with pytest.raises(ValueError, match="importance: expected a floating tensor of shape \\(256,\\)"):
+        qk.quantize(torch.randn(4, 256), fmt.name, importance=torch.ones(255))
+    with pytest.raises(ValueError, match="importance: expected finite values >= 0, got -1.0"):
+        qk.quantize(torch.randn(4, 256), fmt.name, importance=-torch.ones(256))
+    fields = fmt.split(data)
+    fields["d"].view(torch.int16)[0] = 0x7E00
+    with pytest.raises(ValueError, match=f"{fmt.name}: data: d: expected finite values, got nan"):
+        qk.pack(fmt.name, {"data": fmt.join(fields).view(4, -1)}, (4, 256))
+    for size, says in (
+        (1e30, "weight: expected magnitudes up to 3e"),
+        (2.9e8, "expected scales up to 65504"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            qk.quantize(size * torch.linspace(-1, 1, 256)[None], fmt.name)
+
+
+def test_positive_never_leaves_its_range() -> None:
+    unit, steps = search.positive(torch.rand(100, 8), torch.rand(100, 8), 63)
+    assert int(steps.min()) >= 0
+    assert int(steps.max()) <= 63
+    assert bool((unit > 0).all())
+
+
+@pytest.mark.slow
+def test_real_file() -> None:
+    path = samples.model_path("smollm2-135m")
+    raw = path.read_bytes()
+    chosen = [t for t in read_header(path).tensors if t.type in ("Q4_1", "Q8_0")][:30:7]
+    for tensor in chosen:
+        data = torch.frombuffer(bytearray(raw[tensor.offset :][: tensor.nbytes]), dtype=torch.uint8)
+        data = data.view(tensor.shape[0], -1)
+        p = qk.pack(tensor.type.lower(), {"data": data}, tensor.shape)
+        want = theirs(qk.formats.get(tensor.type.lower()), data)  # type: ignore[arg-type]
+        assert torch.equal(p.dequantize().view(torch.int32), want.view(torch.int32)), tensor.name

@@ -1,0 +1,163 @@
+"""The transforms' kernel and QuIP's weights through the fused path, against the float64 reference."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import qkernels as qk
+from qkernels import transforms
+from qkernels.formats.incoherent import Side
+from qkernels.layouts import weight_only as layout
+
+from ..conftest import DEVICE
+from ..reference import ROUNDOFF, assert_fused_close
+
+pytest.importorskip("triton")
+
+dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+#: sizes whose Hadamard matrix is one factor or several, with and without an odd part, split or not
+SIZES = [8, 36, 64, 72, 192, 256, 2048, 4096, 5120, 1376]
+
+
+def of_hadamard(n: int) -> tuple[Side, dict[str, torch.Tensor]]:
+    factors, diagonal = transforms.hadamard_factors(n), torch.randn(n).half()
+    kept = [f for f in factors if len(f) & (len(f) - 1)]
+    storage = {"diagonal": diagonal} | {f"factor{i}": f for i, f in enumerate(kept)}
+    return Side(factors, math.sqrt(n), diagonal), storage
+
+
+def of_random(n: int) -> tuple[Side, dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    factors = [transforms.random_orthogonal(order, generator) for order in transforms.balanced(n)]
+    diagonal, perm = torch.randn(n).half(), torch.randperm(n)
+    storage = {"diagonal": diagonal, "perm": perm.int()} | {f"factor{i}": f for i, f in enumerate(factors)}
+    return Side(factors, 1.0, diagonal, perm), storage
+
+
+CASES = [(of_hadamard, n) for n in SIZES] + [(of_random, n) for n in (35, 64, 576, 4224, 8192)]
+
+
+@pytest.mark.parametrize(("make", "n"), CASES, ids=lambda v: v if isinstance(v, int) else v.__name__)
+@pytest.mark.parametrize("m", [1, 5, 18])
+@dtypes
+def test_transforms(make: object, n: int, m: int, dtype: torch.dtype) -> None:
+    """Each output is a sum of n terms: rounded once, and summed in float32 from two tf32 halves."""
+    from qkernels.backends.triton import transforms as launcher
+
+    side, storage = make(n)
+    u = ROUNDOFF[dtype]
+    x = torch.randn(m, n).to(dtype)
+    found = launcher.before(x.to(DEVICE), on_device(storage, "input"), side.norm, False, False)
+    want = side.inner(x.double())
+    size = (x.double() * side.diagonal.double()).norm(dim=1, keepdim=True)  # what bounds every output
+    assert bool(((found.cpu().double() - want).abs() <= u * want.abs() + 2.0**-18 * size + 2.0**-24).all())
+
+    y, bias = torch.randn(m, n), torch.randn(n).to(dtype)
+    out = launcher.after(y.to(DEVICE), on_device(storage, "output"), side.norm, bias.to(DEVICE), dtype, False)
+    want = side.outer(y.double()) + bias.double()
+    size = y.double().norm(dim=1, keepdim=True) * side.diagonal.double().abs()
+    assert bool(((out.cpu().double() - want).abs() <= u * want.abs() + 2.0**-18 * size + 2.0**-24).all())
+
+
+def on_device(storage: dict[str, torch.Tensor], side: str) -> dict[str, torch.Tensor]:
+    return {f"{side}.{key}": tensor.to(DEVICE) for key, tensor in storage.items()}
+
+
+def test_rows_do_not_depend_on_their_company() -> None:
+    from qkernels.backends.triton import transforms as launcher
+
+    side, storage = of_hadamard(192)
+    x = torch.randn(40, 192).half().to(DEVICE)
+    storage = on_device(storage, "input")
+    many = launcher.before(x, storage, side.norm, False, True)
+    assert torch.equal(launcher.before(x[7:8], storage, side.norm, False, True)[0], many[7])
+
+
+ODD = [
+    ("quip_sharp", {"bits": 2}, 24, 8),
+    ("quip_sharp", {"bits": 3}, 1, 24),
+    ("quip_sharp", {"bits": 4}, 20, 264),
+    ("quip_sharp", {"bits": 2}, 172, 56),
+    ("quip_sharp", {"bits": 2, "checkpoint_format": "quip_sharp"}, 48, 320),
+    ("quip", {"bits": 2}, 1, 1),
+    ("quip", {"bits": 3}, 35, 70),
+    ("quip", {"bits": 4}, 22, 130),
+]
+
+
+@pytest.mark.parametrize(("name", "params", "n", "k"), ODD, ids=str)
+@pytest.mark.parametrize("m", [1, 19])
+@dtypes
+def test_odd_shapes(
+    name: str, params: dict[str, object], n: int, k: int, m: int, dtype: torch.dtype, poisoned_outputs: None
+) -> None:
+    p = qk.quantize(torch.randn(n, k), name, **params).to(DEVICE)
+    x, bias = torch.randn(m, k).to(dtype).to(DEVICE), torch.randn(n).to(dtype).to(DEVICE)
+    before = {key: tensor.clone() for key, tensor in p.tensors.items()}
+    assert_fused_close(qk.matmul(x, p, bias, backend="triton"), x, p, bias)
+    assert p.layout == "weight_only"
+    for key, tensor in before.items():
+        assert torch.equal(tensor, p.tensors[key]), key
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_vectors_are_laid_out_and_back(bits: int) -> None:
+    codes = torch.randint(0, 1 << {2: 16, 3: 24, 4: 31}[bits], (5, 75), dtype=torch.int32)
+    packed = layout.pack_vectors(codes, bits)
+    assert packed["qdata"].shape == (3, 5, 16)
+    assert torch.equal(layout.unpack_vectors(packed, bits, 5, 600), codes)
+
+
+def test_vector_order_is_a_permutation_of_each_tile() -> None:
+    order = layout.vector_order(512)
+    assert torch.equal(order.sort().values, torch.arange(512))
+    assert torch.equal(order[256:], order[:256] + 256)
+    # word 6 is thread j = 1, p = 1, h = 0; its second code starts at s = 4
+    assert order[6 * 16].item() == 16 + 2
+    assert order[6 * 16 + 8].item() == 4 * 32 + 16 + 2
+
+
+@dtypes
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_every_code(bits: int, dtype: torch.dtype) -> None:
+    """All 65536 codes, and all residual ones: what the kernel multiplies, without the transforms."""
+    from qkernels.formats import e8p
+
+    n, k = 128, 4096
+    codes = torch.arange(n * k // 8).int().view(n, k // 8)
+    if bits > 2:
+        codes = codes | (codes * 40503 % (256 if bits == 3 else 1 << 15) << 16)
+    p = qk.quantize(torch.ones(n, k), "quip_sharp", bits=bits)
+    tensors = p.tensors | qk.formats.get("quip_sharp")._stored(codes, p.params)
+    tensors["Wscale"] = torch.tensor(1.0)
+    p = qk.pack("quip_sharp", tensors, (n, k), bits=bits).to(DEVICE).prepack_("weight_only")
+    rows = torch.arange(0, k, 97)
+    x = torch.zeros(len(rows), k, dtype=dtype)
+    x[torch.arange(len(rows)), layout.vector_order(k)[rows]] = 1
+    found = inner_product(x.to(DEVICE), p).cpu()
+    want = e8p.decode(codes, bits).view(n, k)[:, rows].T
+    if bits == 2:
+        assert torch.equal(found, want)
+    else:
+        assert bool(((found - want).abs() <= ROUNDOFF[dtype] * want.abs()).all())
+
+
+def inner_product(x: torch.Tensor, p: qk.PackedWeight) -> torch.Tensor:
+    """What the kernel makes of x in kernel order, float32, before the output's transform."""
+    from qkernels import dispatch
+    from qkernels.backends.triton import weight_only
+
+    problem = dispatch.problem_of(p, x.shape[0], x.dtype, x.device)
+    weight = weight_only.arguments(p, weight_only.traits_of(problem)) | {"outlier_args": ()}
+    config = weight_only.tabled(problem)
+    return weight_only._launch(x, p.shape[0], None, weight, config, problem, torch.float32)
+
+
+def test_what_is_too_large_says_so() -> None:
+    p = qk.quantize(torch.randn(2, 4 * 131), "quip")
+    with pytest.raises(ValueError, match=r"factors of .*131\), too large for one program") as error:
+        qk.matmul(torch.randn(1, 4 * 131).half().to(DEVICE), p.to(DEVICE), backend="triton")
+    assert "triton" in str(error.value)

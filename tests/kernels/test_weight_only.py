@@ -1,0 +1,104 @@
+"""The fused weight-only kernel against the float64 oracle: formats, odd shapes, both dtypes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import qkernels as qk
+
+from ..conftest import CASES, DEVICE, case_id, k_of, layout_of
+from ..reference import assert_fused_close
+
+pytest.importorskip("triton")
+
+FUSED = [case for case in CASES if layout_of(*case) == "weight_only"]
+fused_cases = pytest.mark.parametrize(("name", "params"), FUSED, ids=map(case_id, FUSED))
+dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+
+
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+
+
+def run(name, params, n, k, m, dtype, with_bias=True):
+    p = qk.quantize(torch.randn(n, k), name, **params).to(DEVICE)
+    x = torch.randn(m, k, dtype=torch.float32).to(dtype).to(DEVICE)
+    bias = torch.randn(n).to(dtype).to(DEVICE) if with_bias else None
+    return qk.matmul(x, p, bias, backend="triton"), x, p, bias
+
+
+@fused_cases
+@dtypes
+@pytest.mark.parametrize("m", [1, 17])
+def test_every_format(name: str, params: dict[str, object], m: int, dtype: torch.dtype) -> None:
+    y, x, p, bias = run(name, params, 72, k_of(name, 192), m, dtype)
+    assert p.layout == "weight_only"
+    assert_fused_close(y, x, p, bias)
+
+
+@dtypes
+@pytest.mark.parametrize("m", [1, 3, 16, 33, 65])
+@pytest.mark.parametrize("name", ["gptq", "awq", "nf4"])
+def test_every_tile_of_m(name: str, m: int, dtype: torch.dtype) -> None:
+    params = {"block_size": 64} if name == "nf4" else {"group_size": 64}
+    y, x, p, bias = run(name, params, 136, 64, m, dtype, with_bias=False)
+    assert_fused_close(y, x, p, bias)
+
+
+ODD = [
+    # K that ends inside a tile and inside a slice, N that ends inside a block, blocks across rows.
+    ("gptq", {"bits": 4, "group_size": -1}, 40, 88),
+    ("gptq", {"bits": 3, "group_size": 10}, 33, 70),
+    ("gptq", {"bits": 4, "group_size": 8, "act_order": True}, 24, 40),
+    ("gptq", {"bits": 2, "group_size": 16}, 16, 16),
+    ("gptq", {"bits": 8, "group_size": -1}, 1, 1),
+    ("awq", {"group_size": 20}, 8, 60),
+    ("nf4", {"block_size": 64}, 7, 9),
+    ("nf4", {"block_size": 32, "double_quant": True}, 70, 100),
+    ("nf4", {"block_size": 64, "double_quant": True}, 3, 17),
+    ("nf4", {"block_size": 128}, 65, 80),
+    ("fp4", {"block_size": 1024}, 9, 576),
+]
+
+
+@pytest.mark.parametrize(("name", "params", "n", "k"), ODD, ids=str)
+@dtypes
+def test_odd_shapes(name: str, params: dict[str, object], n: int, k: int, dtype: torch.dtype) -> None:
+    y, x, p, bias = run(name, params, n, k, 5, dtype)
+    assert_fused_close(y, x, p, bias)
+
+
+@pytest.mark.parametrize(("name", "params", "n", "k"), ODD, ids=str)
+def test_prepack_is_invertible_on_odd_shapes(name: str, params: dict[str, object], n: int, k: int) -> None:
+    p = qk.quantize(torch.randn(n, k), name, **params)
+    before = {key: t.clone() for key, t in p.tensors.items()}
+    after = p.prepack_("weight_only").tensors
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert torch.equal(tensor, after[key]), key
+
+
+def test_uneven_groups_of_act_order() -> None:
+    """A g_idx that is no permutation of equal groups is legal and takes the same kernel."""
+    p = qk.quantize(torch.randn(32, 64), "gptq", group_size=32, act_order=True)
+    tensors = dict(p.tensors)
+    tensors["g_idx"] = (torch.arange(64) % 5 == 0).to(torch.int32)
+    p = qk.pack("gptq", tensors, shape=(32, 64), group_size=32, act_order=True).to(DEVICE)
+    x = torch.randn(4, 64).half().to(DEVICE)
+    assert_fused_close(qk.matmul(x, p, backend="triton"), x, p)
+    assert torch.equal(p.tensors["g_idx"].cpu(), tensors["g_idx"])
+
+
+def test_leading_dimensions_and_strided_x() -> None:
+    p = qk.quantize(torch.randn(40, 64), "gptq", group_size=32).to(DEVICE)
+    x = torch.randn(2, 64, 3).half().to(DEVICE).transpose(1, 2)
+    y = qk.matmul(x, p, backend="triton")
+    assert y.shape == (2, 3, 40)
+    assert_fused_close(y.reshape(6, 40), x.reshape(6, 64), p)
+
+
+def test_same_input_same_bits() -> None:
+    p = qk.quantize(torch.randn(72, 192), "nf4", double_quant=True).to(DEVICE)
+    x = torch.randn(5, 192).half().to(DEVICE)
+    first = qk.matmul(x, p, backend="triton")
+    assert all(torch.equal(first, qk.matmul(x, p, backend="triton")) for _ in range(3))

@@ -1,0 +1,246 @@
+"""Breaks the kernels on purpose, one line at a time, and checks that the tests notice.
+
+    python -m tests.mutations [--only PART]
+
+Prints one line a mutation and exits with 1 if one went unnoticed. Works on a copy of the tree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNEL, DECODERS, SCALERS = (f"triton_kernels/{f}.py" for f in ("weight_only", "decoders", "scalers"))
+LAYOUT, LAUNCH = "qkernels/layouts/weight_only.py", "qkernels/backends/triton/weight_only.py"
+GEMM8, ACTIVATIONS = "triton_kernels/eight_bit.py", "triton_kernels/activations.py"
+LAYOUT8, LAUNCH8 = "qkernels/layouts/eight_bit.py", "qkernels/backends/triton/eight_bit.py"
+
+#: (file, what it says, what it says instead)
+WEIGHT_ONLY = [
+    (DECODERS, "0x64006400 if DTYPE", "0x64016400 if DTYPE"),
+    (DECODERS, "else 0x43004300", "else 0x43004301"),
+    (DECODERS, "(_shifts(high, 2) & 0x10001) << 2", "(_shifts(high, 2) & 0x10001) << 1"),
+    (DECODERS, "join(word >> 8, word >> 12)", "join(word >> 12, word >> 8)"),
+    (DECODERS, "- (zero + OFFSET)", "- OFFSET"),
+    (DECODERS, "tl.load(at + 4 + code // 4)", "tl.load(at + code // 4)"),
+    (DECODERS, "prmt.b32 $3, lo, hi, 0x7362", "prmt.b32 $3, lo, hi, 0x5140"),
+    (DECODERS, "or.b32 bit3, bit3, 0x32103210", "or.b32 bit3, bit3, 0x32103211"),
+    (DECODERS, "256.0 if DTYPE", "128.0 if DTYPE"),
+    (DECODERS, "(pair & 0x007F007F) << 5", "(pair & 0x007F007F) << 4"),
+    (SCALERS, "g = kk // GROUP", "g = kk // GROUP + 1"),
+    (SCALERS, "tl.load(group_ptr + kk // 16)", "tl.load(group_ptr + kk // 32)"),
+    (SCALERS, "rows[:, None] // ROW_RUN", "rows[:, None] % ROW_RUN"),
+    (SCALERS, "tl.cdiv(N, ROW_RUN)", "N // ROW_RUN"),
+    (SCALERS, "block // 256", "block // 128"),
+    (SCALERS, "inner + tl.load(offset_ptr)", "inner"),
+    (SCALERS, "rows.to(tl.int64)[:, None] * K", "rows.to(tl.int64)[:, None] * KP if False else rows[:, None]"),
+    (KERNEL, "permute(0, 5, 4, 2, 3, 1, 6)", "permute(0, 5, 4, 2, 1, 3, 6)"),
+    (KERNEL, "permute(0, 2, 1, 3, 4)", "permute(0, 1, 2, 3, 4)"),
+    (KERNEL, "live = kk < K", "live = kk < K - 1"),
+    (KERNEL, "live = k >= 0", "live = k >= 1"),
+    (KERNEL, "mask=kk < KP, other=-1", "mask=kk < KP - 1, other=-1"),
+    (KERNEL, "kk = first + part * RUN", "kk = first"),
+    (KERNEL, "_columns(x_rows, perm_ptr, first + tl.arange(0, TILE)", "_columns(x_rows, perm_ptr, tl.arange(0, TILE)"),
+    (KERNEL, "begin = tl.program_id(1) * share", "begin = 0"),
+    (KERNEL, "for s in range(SPLIT_K):", "for s in range(SPLIT_K - 1):"),
+    (KERNEL, "tl.store(counter_ptr + pid, 0)", "tl.store(counter_ptr + pid, 1)"),
+    (KERNEL, "for s in range(SHARES):", "for s in range(1, SHARES):"),
+    (KERNEL, "together = tl.minimum(blocks_n - first_n, GROUP_N)", "together = GROUP_N"),
+    (KERNEL, "acc += tl.load(bias_ptr + rows", "acc += 0 * tl.load(bias_ptr + rows"),
+    (KERNEL, "mask=(rows < N)[:, None] & (m < M)[None, :])", "mask=(rows < N - 1)[:, None] & (m < M)[None, :])"),
+    (KERNEL, "m_mask[None, :], other=0)", "m_mask[None, :] & (m_mask[None, :] == 0), other=0)"),
+    ("triton_kernels/gather.py", "mask=k >= 0", "mask=k >= 1"),
+    (LAYOUT, "(s // 2) * 16 + (s % 2) * 8 + b * 4", "(s // 2) * 16 + (s % 2) * 4 + b * 8"),
+    (LAYOUT, "padded = -(-count // SLICE) * SLICE", "padded = count // SLICE * SLICE"),
+    (LAYOUT, "math.gcd(tile, traits.group_size)", "tile"),
+    (LAUNCH, '"KP": x.shape[1], "INDEXED": False', '"INDEXED": False'),
+]  # fmt: skip
+
+EIGHT_BIT = [
+    (GEMM8, "moved = ((bits & 0x80) << 8 | (bits & 0x7F) << 7)", "moved = ((bits & 0x80) << 8 | (bits & 0x7F) << 6)"),
+    (GEMM8, "value *= 256.0", "value *= 128.0"),
+    (GEMM8, "(codes & 0x7F) == 0x7F", "(codes & 0x7F) == 0x80"),
+    (GEMM8, "mask=(k < KP)[None, :], other=0.0", "mask=(k < KP - 16)[None, :], other=0.0"),
+    (GEMM8, "x_scale_ptr + step * M + m", "x_scale_ptr + m"),
+    (GEMM8, "first_n // STEP * blocks_k + step", "first_n // STEP * blocks_k"),
+    (GEMM8, "n // STEP * blocks_k + step)[:, None]", "first_n // STEP * blocks_k + step)"),
+    (GEMM8, "tl.load(w_scale_ptr + n)[:, None]", "tl.load(w_scale_ptr + first_n)"),
+    (GEMM8, "x_scale_ptr + (m * 0 if ONE_SCALE else m)", "x_scale_ptr + m * 0"),
+    (GEMM8, "acc -= tl.load(row_sum_ptr + n)", "acc += tl.load(row_sum_ptr + n)"),
+    (GEMM8, "for start in range(0, count, COLUMNS):", "for start in range(0, count - COLUMNS, COLUMNS):"),
+    (GEMM8, "live = start + i < count", "live = start + i < count - 1"),
+    (GEMM8, "x -= coded * scale", "x -= coded * 0"),
+    (GEMM8, "tl.where(tl.abs(x) >= threshold, x, 0.0)", "x"),
+    (GEMM8, "begin = tl.program_id(1) * share", "begin = 0"),
+    (GEMM8, "for s in range(SPLIT_K):", "for s in range(SPLIT_K - 1):"),
+    (GEMM8, "for s in range(SHARES):", "for s in range(1, SHARES):"),
+    (GEMM8, "tl.store(counter_ptr + pid, 0)", "tl.store(counter_ptr + pid, 1)"),
+    (GEMM8, "together = tl.minimum(blocks_n - first_group, GROUP_N)", "together = GROUP_N"),
+    (GEMM8, "y += tl.load(bias_ptr + n)", "y += 0 * tl.load(bias_ptr + n)"),
+    (GEMM8, "mask=(n < N)[:, None] & (m < M)[None, :])", "mask=(n < N - 1)[:, None] & (m < M)[None, :])"),
+    (ACTIVATIONS, "(value + 12582912.0) - 12582912.0", "(value + 12582912.25) - 12582912.0"),
+    (ACTIVATIONS, "(size + 0x7FFFF + ((size >> 20) & 1)) >> 20", "(size + 0x80000) >> 20"),
+    (ACTIVATIONS, "tl.minimum(normal, 0x7E)", "tl.minimum(normal, 0x7F)"),
+    (ACTIVATIONS, "size < 0x3C800000", "size < 0x3C000000"),
+    (ACTIVATIONS, "tl.where(size > 0x7F800000, 0x7F, code)", "tl.where(size > 0x7F800000, 0x7E, code)"),
+    (ACTIVATIONS, "scale < TOKEN_FLOOR, TOKEN_FLOOR, scale", "scale < TOKEN_FLOOR, scale, scale"),
+    (ACTIVATIONS, "absmax < GROUP_AMAX_FLOOR, GROUP_AMAX_FLOOR, absmax", "absmax < GROUP_AMAX_FLOOR, absmax, absmax"),
+    (ACTIVATIONS, "group * M + row", "group + row"),
+    (ACTIVATIONS, "size = tl.where(tl.abs(x) >= threshold, 0, size)", "size = tl.where(tl.abs(x) > threshold, 0, size)"),
+    (ACTIVATIONS, "value = tl.where(tl.abs(x) >= threshold, 0.0, value)", "value = value * 1.0"),
+    (ACTIVATIONS, "tl.clamp(value, -128.0, 127.0)", "tl.clamp(value, -127.0, 127.0)"),
+    (ACTIVATIONS, "tl.where(k < K, tl.clamp(", "tl.where(k < KP, tl.clamp("),
+    (ACTIVATIONS, "for start in range(BLOCK, K, BLOCK):", "for start in range(BLOCK, K - 1, BLOCK):"),
+    (ACTIVATIONS, "count + tl.cumsum(flag, 0) - flag", "count + tl.cumsum(flag, 0)"),
+    (ACTIVATIONS, "tl.store(counter_ptr + 1 + here, flag * 0", "tl.store(counter_ptr + 1 + here, flag"),
+    (ACTIVATIONS, "tl.store(counter_ptr, 0)", "tl.store(counter_ptr, 1)"),
+    (ACTIVATIONS, "x = _as(_as(x * inverse, DTYPE) * weight, DTYPE)", "x = _as(x * inverse * weight, DTYPE)"),
+    (LAYOUT8, "(0, padded(k) - k)", "(padded(k) - k, 0)"),
+    (LAYOUT8, "weight.sum(dim=1, dtype=torch.int32)", "weight.sum(dim=1, dtype=torch.int8)"),
+    (LAUNCH8, "layout.padded(shape[1]) % STEP == 0", "layout.padded(shape[1]) % 16 == 0"),
+]  # fmt: skip
+
+KRONECKER, TRANSFORMS = "triton_kernels/kronecker.py", "qkernels/backends/triton/transforms.py"
+INCOHERENT = [
+    (KRONECKER, "return (i ^ (i >> 1)) & 1", "return (i ^ (i >> 3)) & 1"),
+    (KRONECKER, "at = i[:, None] * A + j[None, :] if TRANSPOSED", "at = i[:, None] * A + j[None, :] if A < 0"),
+    (KRONECKER, "tl.dot(box - high, factor, ", "(box - high) * 0 + (0 * factor).sum() + ("),
+    (KRONECKER, ".permute(0, 3, 1, 2)", ".permute(0, 3, 2, 1)"),
+    (KRONECKER, "_odd_bits(own & c)", "_odd_bits(own ^ c)"),
+    (KRONECKER, "at = c * C + own if TRANSPOSED", "at = own * C + c if TRANSPOSED"),
+    (KRONECKER, "source = (i0 * C + c)", "source = (i0 * C + own)"),
+    (KRONECKER, "target = (i0 * C + own)", "target = (i0 * C + C - 1 - own)"),
+    (KRONECKER, "tl.load(pre_ptr + source", "tl.load(pre_ptr + (i0 * C + c)[:, None] * (A1 * A2) + rest"),
+    (KRONECKER, "tl.load(post_ptr + target", "tl.load(post_ptr + (i0 * C + own)[:, None] * (A1 * A2) + rest"),
+    (KRONECKER, "tl.load(bias_ptr + target", "0 * tl.load(bias_ptr + target"),
+    (KRONECKER, "target % 16 // 8 * 4", "target % 16 // 8 * 2"),
+    (KRONECKER, "live = inside & (m < M)[:, None]", "live = inside & (m < M - 1)[:, None]"),
+    (KRONECKER, "box.reshape(ROWS * B0 * B1, B2) * scale", "box.reshape(ROWS * B0 * B1, B2)"),
+    (TRANSFORMS, "empty = torch.empty if width == x.shape[1] else torch.zeros", "empty = torch.empty"),
+    (TRANSFORMS, "rows = max(1, 16 * max(padded) // total)", "rows = max(2, 16 * max(padded) // total) - 1"),
+    (DECODERS, "p = p ^ (p >> 2)", "p = p ^ (p >> 3)"),
+    (DECODERS, "signs = signs ^ p", "signs = signs + 0 * p"),
+    (DECODERS, "flips = (signs << 1) | (signs << 2)", "flips = signs | (signs << 1) | (signs << 2)"),
+    (DECODERS, "tl.load(table + ((code >> 8) & 255))", "tl.load(table + (code & 255))"),
+    (DECODERS, "_e8p(words >> 16, table), DTYPE)", "_e8p(words, table), DTYPE)"),
+    (DECODERS, "SHARE: tl.constexpr = 1 / 3.45", "SHARE: tl.constexpr = 1 / 3.5"),
+    (DECODERS, "SHARE: tl.constexpr = 1 / 2.04", "SHARE: tl.constexpr = 1 / 2.0"),
+    (DECODERS, "MIDDLE: tl.constexpr = OFFSET + 8", "MIDDLE: tl.constexpr = OFFSET + 7.5"),
+    (DECODERS, "- ((1 << BITS) - 1) * 0.5", "- (1 << BITS) * 0.5"),
+    (KERNEL, "acc *= scale.to(tl.float32)", "acc *= 1"),
+    (KERNEL, "high = tl.join(high, high >> STEP)", "high = tl.join(high, high >> 1)"),
+    (LAYOUT, "halves[:, :, :, 0] | (halves[:, :, :, 1] << 16)", "halves[:, :, :, 1] | (halves[:, :, :, 0] << 16)"),
+    (LAYOUT, "return 16 if vectors", "return 8 if vectors"),
+]  # fmt: skip
+
+GEMV, GEMM, TILE, CUDA_SCALERS = (f"csrc/weight_only/{f}.h" for f in ("gemv", "gemm", "tile", "scalers"))
+CUDA_DECODERS, MEMORY = "csrc/decoders/decoders.h", "csrc/ptx/memory.h"
+CUDA = [
+    (GEMV, "acc[i] += factor[i / 2] * sums[i]", "acc[i] += factor[0] * sums[i]"),
+    (GEMV, "    sync_block();  // the activations are read", ""),
+    (GEMV, "        sync_block();\n        stage<T, D>", "        stage<T, D>"),
+    (GEMV, "store_global(counter, 0)", "store_global(counter, 1)"),
+    (GEMV, "w < kGemvWarps; w++", "w < kGemvWarps - 1; w++"),
+    (GEMV, "for (int s = 0; s < shares; s++)", "for (int s = 1; s < shares; s++)"),
+    (GEMM, "copy_async_wait<kStages - 2>", "copy_async_wait<kStages - 1>"),
+    (GEMM, "        sync_block();  // everybody's copies", "        // everybody's copies"),
+    (GEMM, "acc[c][i] += factor[i / 2] * sums", "acc[c][i] += factor[i % 2] * sums"),
+    (GEMM, "k < args.x_stride", "k <= args.x_stride"),
+    (GEMM, "place.m0 + m < args.m", "place.m0 + m <= args.m"),
+    (GEMM, "x[c][p * 2], x[c][p * 2 + 1]", "x[c][p * 2 + 1], x[c][p * 2]"),
+    (TILE, "packed.high[r].w[h] >> p", "packed.high[r].w[h]"),
+    (TILE, "tile < end && rows[r] < args.n", "tile < end && rows[r] <= args.n"),
+    (TILE, "scale_at(&args, scales[i % 2], at + 1)", "scale_at(&args, scales[i % 2], at)"),
+    (TILE, "if (k >= 0)", "if (k > 0)"),
+    (CUDA_SCALERS, "kk = kk < args.kp ? kk : args.kp - 1;", ""),
+    (CUDA_SCALERS, "/ 256);", "/ 255);"),
+    (CUDA_SCALERS, "row_(row / args.row_run)", "row_(row % args.row_run)"),
+    (CUDA_SCALERS, "inner + load_global(args.nested_offset)", "inner"),
+    (CUDA_DECODERS, "kBits = 0x43004300", "kBits = 0x43004301"),
+    (CUDA_DECODERS, "prmt(low, high, 0x7362)", "prmt(low, high, 0x5140)"),
+    (CUDA_DECODERS, "EXPONENT == 4 ? 0x7B807B80", "EXPONENT == 4 ? 0x7B007B00"),
+    (MEMORY, "p, sizeof(T), false);\n#endif\n    return *p;", "p, 0, false);\n#endif\n    return *p;"),
+]  # fmt: skip
+
+EIGHT_BIT_GEMM, EIGHT_BIT_GEMV, EIGHT_BIT_ROWS, OUTLIERS = (
+    f"csrc/eight_bit/{f}.h" for f in ("gemm", "gemv", "quantize", "outliers")
+)
+CUDA_EIGHT_BIT = [
+    (EIGHT_BIT_GEMM, "copy_async_wait<P::kStages - 2>();", "copy_async_wait<P::kStages - 1>();"),
+    (EIGHT_BIT_GEMM, "        sync_block();  // this step is there for all", "        // this step is there"),
+    (EIGHT_BIT_GEMM, "    sync_block();  // all warps are done with the ring", ""),
+    (EIGHT_BIT_GEMM, "(step + 1) % args.share == 0 ||", ""),
+    (EIGHT_BIT_GEMV, "args.counter + block_index_x(), 0)", "args.counter + block_index_x(), 1)"),
+    (EIGHT_BIT_GEMV, "    sync_block();  // whoever still reads what was here", ""),
+    (EIGHT_BIT_ROWS, "store_global(mask + w, 0u);", ""),
+    (EIGHT_BIT_ROWS, "outliers != 0 && lane_index() % 4 == 0", "outliers != 0 && lane_index() % 8 == 0"),
+    (OUTLIERS, "x -= float(int8_t(load_global(args.x + int64_t(m) * args.kp + k))) * scale;", ""),
+]  # fmt: skip
+
+#: what to break, and the tests that must notice
+SUITES = (
+    (WEIGHT_ONLY, ("tests/kernels/test_decoders.py", "tests/kernels/test_weight_only.py")),
+    (EIGHT_BIT, ("tests/kernels/test_activations.py", "tests/kernels/test_eight_bit.py")),
+    (INCOHERENT, ("tests/kernels/test_incoherent.py",)),
+    (CUDA, ("tests/cuda",)),
+    (CUDA_EIGHT_BIT, ("tests/cuda/test_eight_bit.py",)),
+)
+
+
+def survives(tree: Path, file: str, old: str, new: str, tests: tuple[str, ...]) -> bool:
+    """Whether the tests pass with `old` replaced. ValueError if it is not there."""
+    path = tree / file
+    text = path.read_text()
+    if old not in text:
+        raise ValueError(f"{file}: {old!r} is not there: bring the list up to date")
+    path.write_text(text.replace(old, new, 1))
+    environment = {**os.environ, "PYTHONPATH": str(tree), "TRITON_INTERPRET": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-n",
+        os.environ.get("MUTATION_WORKERS", "2"),
+        "-p",
+        "no:cacheprovider",
+        *tests,
+    ]
+    try:
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, timeout=900)
+    finally:
+        path.write_text(text)
+    return done.returncode == 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="mutations whose file name contains this")
+    parser.add_argument("--suite", help="those that tests with this in their name must notice")
+    only, suite = (args := parser.parse_args()).only, args.suite or ""
+    missed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "smollm2*", "__pycache__"))
+        link = tree / "qkernels" / "triton_kernels"
+        if not link.exists():
+            link.symlink_to("../triton_kernels")
+        for (file, old, new), tests in ((m, tests) for mutations, tests in SUITES for m in mutations):
+            if only in file and any(suite in test for test in tests):
+                alive = survives(tree, file, old, new, tests)
+                missed += alive
+                print(f"{'MISSED' if alive else 'caught'}  {file}: {old}  ->  {new}", flush=True)
+    sys.exit(1 if missed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""The float64 oracle, and error bounds that come from the arithmetic."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import qkernels as qk
+from qkernels import formats
+from qkernels.formats.incoherent import IncoherentFormat
+
+#: Unit roundoff. Triton's interpreter truncates float32 -> bfloat16 where hardware rounds: twice that.
+ROUNDOFF = {
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8 if torch.cuda.is_available() else 2.0**-7,
+    torch.float32: 2.0**-24,
+}
+
+
+def oracle(x: Tensor, p: qk.PackedWeight, bias: Tensor | None = None) -> Tensor:
+    y = x.double() @ p.dequantize(torch.float64).T
+    return y if bias is None else y + bias.double()
+
+
+def static_scale(p: qk.PackedWeight) -> Tensor | None:
+    """The scale of static activations, under either of its names."""
+    tensors = p.tensors
+    return tensors.get("input_scale", tensors.get("activation_scale"))
+
+
+def assert_fused_close(y: Tensor, x: Tensor, p: qk.PackedWeight, bias: Tensor | None = None) -> None:
+    """y is x @ W^T + bias up to: W rounded to x's dtype once, products summed in float32, y rounded once.
+
+    Elementwise  |error| <= u * sum|x||w| + K * 2^-24 * sum|x||w| + u * |y|, and for the whole, where
+    roundings average out, norm(error) <= 2u * norm(y).
+    """
+    want = oracle(x, p, bias)
+    u = ROUNDOFF[x.dtype]
+    fmt = formats.get(p.format)
+    if isinstance(fmt, IncoherentFormat):
+        # What is rounded is the product inside the transforms; the outer one spreads a row's errors.
+        before, after = fmt.sides(p.tensors, p.shape, p.params)
+        inside = (
+            before.inner(x.double()).abs() @ fmt.grid_values(p.tensors, p.shape, p.params).double().abs().T
+        )
+        magnitude = inside.norm(dim=-1, keepdim=True) * after.diagonal.double().abs()
+    else:
+        magnitude = x.double().abs() @ p.dequantize(torch.float64).abs().T
+    if bias is not None:
+        magnitude += bias.double().abs()
+    k = p.shape[1]
+    # 1e-7: results or weights below float16's normal range round to multiples of 2^-24
+    bound = (
+        (u + k * 2.0**-24) * magnitude + u * want.abs() + 1e-7 * (1 + x.double().abs().sum(-1, keepdim=True))
+    )
+    error = (y.double() - want).abs()
+    worst = (error - bound).max().item() if error.numel() else 0.0
+    assert bool((error <= bound).all()), f"elementwise error over its bound by {worst}"
+    assert error.norm() <= 2 * u * want.norm() + 1e-6, f"{error.norm() / want.norm():.2e} > {2 * u:.2e}"

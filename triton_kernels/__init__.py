@@ -1,0 +1,1 @@
+"""Triton kernels, installed as `qkernels.triton_kernels`. Importing one imports triton."""

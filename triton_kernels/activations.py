@@ -1,0 +1,201 @@
+"""Activations to 8 bits: one program quantizes one row of x, optionally after RMSNorm.
+
+    SHARED   what shares a scale           codes
+    token    a row                         int8 round(x * 127 / absmax), e4m3 x / scale
+    group    128 features of a row         e4m3
+    tensor   everything, scale is given    int8 round(x / scale) + zero point, e4m3
+
+The arithmetic is that of qkernels/formats (eightbit.py, fp8.py), operation by operation in float32, so
+that codes agree bit for bit: divisions are IEEE's, rounding is half to even, fp8 saturates and keeps NaN.
+
+LLM.int8(): elements from `threshold` on count neither for the absmax nor in the codes, where they are 0,
+and flag their column. The program that finishes last, as a counter tells, writes the flagged columns in
+order, and how many they are, for the matrix product to read; it leaves flags and counter zero.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+GROUP = tl.constexpr(128)
+#: the smallest scale of a token and absmax of a group, as formats/fp8.py has them
+TOKEN_FLOOR = tl.constexpr(1 / (448 * 512))
+GROUP_AMAX_FLOOR = tl.constexpr(1e-4)
+
+
+@triton.jit
+def _rounded(value):
+    """float32 -> the nearest integer, half to even, for |value| < 2^22."""
+    if INTERPRETED:
+        return (value + 12582912.0) - 12582912.0  # 1.5 * 2^23, where floats are integers
+    else:
+        return libdevice.rint(value)  # not the sum above: a multiplication before it would fuse into it
+
+
+@triton.jit
+def _as(value, DTYPE: tl.constexpr):
+    """float32 -> its nearest DTYPE, as float32. Triton's interpreter truncates to bfloat16, so by bits."""
+    if DTYPE == tl.bfloat16:
+        bits = value.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        return tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
+    else:
+        return value.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def e4m3_bits(value):
+    """float32 -> E4M3FN codes, uint8: nearest, half to even, saturating, NaN stays NaN. On any GPU."""
+    bits = value.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    # Normal numbers: round to 3 bits of mantissa, then change the exponent's bias from 127 to 7.
+    normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)
+    # Below 2^-6 codes are multiples of 2^-9, the spacing of floats from 2^14 on.
+    small = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    code = tl.where(size < 0x3C800000, small, tl.minimum(normal, 0x7E))
+    code = tl.where(size > 0x7F800000, 0x7F, code)
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def _e4m3(value, NATIVE: tl.constexpr):
+    """float32 -> E4M3FN codes, uint8. NATIVE: the GPU has an instruction for it."""
+    if NATIVE:
+        value = tl.clamp(value, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        return value.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        return e4m3_bits(value)
+
+
+@triton.jit
+def _load(x_row, k, K):
+    return tl.load(x_row + k, mask=k < K, other=0).to(tl.float32)
+
+
+@triton.jit
+def _normed(x, inverse, norm_ptr, k, K, DTYPE: tl.constexpr, NORM: tl.constexpr):
+    """x / rms(x) * weight, rounded to DTYPE after each step, as models do; x itself without NORM."""
+    if NORM:
+        weight = tl.load(norm_ptr + k, mask=k < K, other=0).to(tl.float32)
+        x = _as(_as(x * inverse, DTYPE) * weight, DTYPE)
+    return x
+
+
+@triton.jit
+def _size(x, threshold, OUTLIERS: tl.constexpr):
+    """|x| as integers that order like it, NaN above all; outliers are 0."""
+    size = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    if OUTLIERS:
+        size = tl.where(tl.abs(x) >= threshold, 0, size)
+    return size
+
+
+@triton.jit
+def _codes(x, k, scale, zero, threshold, K, INT8: tl.constexpr, SHARED: tl.constexpr,
+           HAS_ZERO: tl.constexpr, OUTLIERS: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+    """Codes of a chunk of a row; `scale` multiplies in int8 per token, and divides in all else."""
+    if INT8:
+        if SHARED == "token":
+            value = _rounded(tl.clamp(x * scale, -127.0, 127.0))
+            if OUTLIERS:
+                value = tl.where(tl.abs(x) >= threshold, 0.0, value)
+        else:
+            value = _rounded(tl.clamp(tl.div_rn(x, scale), -1024.0, 1024.0))
+            if HAS_ZERO:
+                value += zero
+            value = tl.where(k < K, tl.clamp(value, -128.0, 127.0), 0.0)
+        return value.to(tl.int8)
+    else:
+        return _e4m3(tl.div_rn(x, scale), NATIVE)
+
+
+@triton.jit
+def quantize_rows(
+    x_ptr, q_ptr, scale_ptr, norm_ptr, normed_ptr, zero_ptr, columns_ptr, counter_ptr,
+    eps, threshold, M, K, KP,
+    INT8: tl.constexpr, SHARED: tl.constexpr, HAS_ZERO: tl.constexpr, OUTLIERS: tl.constexpr,
+    NORM: tl.constexpr, NATIVE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """x (M, K) -> codes q (M, KP), int8 or uint8 of E4M3, zeros beyond K, and their scales.
+
+    scale: float32, (M) per token, (groups, M) per group: written; (1) per tensor: read. zero: int8 (1).
+    NORM: RMSNorm with weight `norm` (K) comes first; with OUTLIERS its result is written to `normed`.
+    columns: int32 (K + 1), the outlier columns, and at K their number. counter: int32 (1 + K), zeros: of
+    finished programs, and flags of columns.
+    Grid: (M). A row is worked on in chunks of BLOCK, of which the first stays in registers.
+    """
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    CHUNK: tl.constexpr = min(BLOCK, 2048)  # flags summed up at a time
+    row = tl.program_id(0)
+    x_row = x_ptr + row.to(tl.int64) * K
+    q_row = q_ptr + row.to(tl.int64) * KP
+    k = tl.arange(0, BLOCK)
+
+    first = _load(x_row, k, K)
+    inverse = 1.0
+    if NORM:
+        total = tl.sum(first * first, 0)
+        for start in range(BLOCK, K, BLOCK):
+            more = _load(x_row, start + k, K)
+            total += tl.sum(more * more, 0)
+        inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(total, K.to(tl.float32)) + eps))
+    first = _normed(first, inverse, norm_ptr, k, K, DTYPE, NORM)
+
+    scale = 1.0
+    if SHARED == "token":
+        size = tl.max(_size(first, threshold, OUTLIERS), 0)
+        for start in range(BLOCK, K, BLOCK):
+            more = _normed(_load(x_row, start + k, K), inverse, norm_ptr, start + k, K, DTYPE, NORM)
+            size = tl.maximum(size, tl.max(_size(more, threshold, OUTLIERS), 0))
+        absmax = size.to(tl.float32, bitcast=True)
+        if INT8:
+            tl.store(scale_ptr + row, tl.div_rn(absmax, 127.0))
+            scale = tl.where(size == 0, 0.0, 127.0 * tl.div_rn(1.0, tl.where(size == 0, 1.0, absmax)))
+        else:
+            scale = tl.div_rn(absmax, 448.0)
+            scale = tl.where(scale < TOKEN_FLOOR, TOKEN_FLOOR, scale)  # keeps NaN, unlike maximum
+            tl.store(scale_ptr + row, scale)
+    elif SHARED == "tensor":
+        scale = tl.load(scale_ptr)
+    zero = 0.0
+    if HAS_ZERO:
+        zero = tl.load(zero_ptr).to(tl.float32)
+
+    for start in range(0, KP, BLOCK):
+        here = start + k
+        x = first
+        if start > 0:
+            x = _normed(_load(x_row, here, K), inverse, norm_ptr, here, K, DTYPE, NORM)
+        if SHARED == "group":
+            x = x.reshape(BLOCK // GROUP, GROUP)
+            absmax = tl.max(_size(x, threshold, False), 1).to(tl.float32, bitcast=True)
+            scales = tl.div_rn(tl.where(absmax < GROUP_AMAX_FLOOR, GROUP_AMAX_FLOOR, absmax), 448.0)
+            group = start // GROUP + tl.arange(0, BLOCK // GROUP)
+            tl.store(scale_ptr + group * M + row, scales, mask=group < tl.cdiv(K, GROUP))
+            q = _e4m3(tl.div_rn(x, scales[:, None]), NATIVE).reshape(BLOCK)
+        else:
+            q = _codes(x, here, scale, zero, threshold, K, INT8, SHARED, HAS_ZERO, OUTLIERS, NATIVE)
+        tl.store(q_row + here, q, mask=here < KP)
+        if OUTLIERS:
+            if NORM:
+                tl.store(normed_ptr + row.to(tl.int64) * K + here, x.to(DTYPE), mask=here < K)
+            found = (tl.abs(x) >= threshold) & (here < K)
+            # Rows that flag the same column store the same value: no race that could be seen.
+            tl.store(counter_ptr + 1 + here, found.to(tl.int32), mask=found, cache_modifier=".cg")
+
+    if OUTLIERS:
+        tl.debug_barrier()  # all of this program's flags, before one thread says so
+        if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == M - 1:
+            tl.store(counter_ptr, 0)
+            count = 0
+            for start in range(0, K, CHUNK):
+                here = start + tl.arange(0, CHUNK)
+                flag = tl.load(counter_ptr + 1 + here, mask=here < K, other=0, cache_modifier=".cg")
+                tl.store(columns_ptr + count + tl.cumsum(flag, 0) - flag, here, mask=flag != 0)
+                tl.store(counter_ptr + 1 + here, flag * 0, mask=here < K)
+                count += tl.sum(flag, 0)
+            tl.store(columns_ptr + K, count)

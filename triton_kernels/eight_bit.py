@@ -1,0 +1,220 @@
+"""y = x @ W^T + bias with 8-bit codes of both: int8 by int8 in int32, fp8 by fp8 in float32.
+
+One program computes a (BLOCK_N, BLOCK_M) tile of y^T = W @ x^T, or one of SPLIT_K shares of it: W comes
+first because its rows fill the tensor core's 64 or 128 rows when x has few. Both operands lie K innermost
+(qkernels/layouts/eight_bit.py; triton_kernels/activations.py makes the codes of x), 128 bytes a step.
+
+    int8   exact in int32, so the order of the sum over K is of no consequence
+    fp8    each step of 128 is a sum of its own, added to float32: sm_90 keeps about 14 bits within one
+           (DeepSeek-V3, arXiv 2412.19437). Scales of 128-blocks multiply it there, all others the total
+
+    y = (acc - zero * row_sum) * x_scale * weight_scale + bias
+
+LLM.int8(): before the scales of W, the total takes in the outlier columns in 16 bits, gathered through
+the list that the quantizing kernel left on the device: x where |x| >= threshold, whose code is 0, else
+what its code leaves of x. The sum is the reference's, x in 16 bits for all of an outlier column, without
+a second pass over x to clear codes. BY_ELEMENT (batch-invariant): only the elements, so that the columns
+of other rows add zeros.
+
+K is split as in weight_only.py: SHARES runs of steps, summed in order of the shares, whoever does them.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+STEP = tl.constexpr(128)
+#: outlier columns of one 16-bit product
+COLUMNS = tl.constexpr(32)
+
+
+#: Four codes in $2 to two pairs of halves: each code to the upper byte of a half. That is its value for
+#: E5M2; E4M3's exponent and mantissa go down one bit more, and leave a value 2^-8 of their own.
+E5M2_HALVES = tl.constexpr("""
+prmt.b32 $0, $2, 0, 0x1404;
+prmt.b32 $1, $2, 0, 0x3424;
+""")
+E4M3_HALVES = tl.constexpr("""
+{
+.reg .b32 low, sign;
+prmt.b32 low, $2, 0, 0x1404;
+and.b32 sign, low, 0x80008000;
+and.b32 low, low, 0x7F007F00;
+shr.u32 low, low, 1;
+or.b32 $0, low, sign;
+prmt.b32 low, $2, 0, 0x3424;
+and.b32 sign, low, 0x80008000;
+and.b32 low, low, 0x7F007F00;
+shr.u32 low, low, 1;
+or.b32 $1, low, sign;
+}
+""")
+
+
+@triton.jit
+def _half(codes, E4M3: tl.constexpr, FINITE: tl.constexpr):
+    """fp8 codes (uint8) -> their values, exact in float16. FINITE: there is no NaN among E4M3 codes."""
+    if INTERPRETED:  # which runs no PTX
+        bits = codes.to(tl.int16)
+        moved = ((bits & 0x80) << 8 | (bits & 0x7F) << 7) if E4M3 else bits << 8
+        value = moved.to(tl.float16, bitcast=True)
+    else:
+        value = tl.inline_asm_elementwise(
+            E4M3_HALVES if E4M3 else E5M2_HALVES, "=&r,=&r,r", [codes], tl.float16, is_pure=True, pack=4
+        )
+    if E4M3:
+        value *= 256.0
+        if not FINITE:
+            value = tl.where((codes & 0x7F) == 0x7F, float("nan"), value)
+    return value
+
+
+@triton.jit
+def _accumulate(
+    begin, end, w_rows, x_rows, w_scale_ptr, x_scale_ptr, first_n, n, m, M, KP,
+    KIND: tl.constexpr, BLOCKS: tl.constexpr, WIDEN: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The product over steps begin..end-1, (BLOCK_N, BLOCK_M), int32 or float32."""
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32 if KIND == "int8" else tl.float32)
+    kk = tl.arange(0, STEP)
+    for step in range(begin, end):
+        k = step * STEP + kk
+        if EVEN_K:
+            w = tl.load(w_rows + k[None, :])
+            x = tl.load(x_rows + k[:, None])
+        else:
+            w = tl.load(w_rows + k[None, :], mask=(k < KP)[None, :], other=0.0)
+            x = tl.load(x_rows + k[:, None], mask=(k < KP)[:, None], other=0.0)
+        if KIND == "int8":
+            acc = tl.dot(w, x, acc, out_dtype=tl.int32)
+        else:
+            if WIDEN:
+                part = tl.dot(_half(w, KIND == "e4m3", True), _half(x, True, False))
+            else:
+                part = tl.dot(w, x)
+            if BLOCKS:
+                scale = tl.load(x_scale_ptr + step * M + m)[None, :]
+                blocks_k = tl.cdiv(KP, STEP)
+                if BLOCK_N <= STEP:
+                    scale *= tl.load(w_scale_ptr + first_n // STEP * blocks_k + step)
+                else:
+                    scale = scale * tl.load(w_scale_ptr + n // STEP * blocks_k + step)[:, None]
+                part *= scale
+            acc += part
+    return acc
+
+
+@triton.jit
+def _outliers(
+    acc, scale, w_rows, x_rows, x16_rows, columns_ptr, threshold, K,
+    BY_ELEMENT: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """acc + W's codes times what the codes of x leave of x in the outlier columns."""
+    count = tl.load(columns_ptr + K)
+    if BY_ELEMENT:
+        # One column at a time: where a column stands in the list depends on the other rows, and a dot of
+        # many would group its sum by that. Products of 8 by 16 bits are exact, and zeros change nothing.
+        for i in range(0, count):
+            k = tl.load(columns_ptr + i)
+            x = tl.load(x16_rows + k).to(tl.float32)
+            acc += tl.load(w_rows + k).to(tl.float32) * tl.where(tl.abs(x) >= threshold, x, 0.0)
+    else:
+        DTYPE: tl.constexpr = tl.float32 if UPCAST else x16_rows.dtype.scalar.element_ty
+        i = tl.arange(0, COLUMNS)
+        for start in range(0, count, COLUMNS):
+            live = start + i < count
+            k = tl.load(columns_ptr + start + i, mask=live, other=0)
+            w = tl.load(w_rows + k[None, :], mask=live[None, :], other=0)
+            x = tl.load(x16_rows + k[:, None], mask=live[:, None], other=0).to(tl.float32)
+            coded = tl.load(x_rows + k[:, None], mask=live[:, None], other=0).to(tl.float32)
+            x -= coded * scale  # an outlier's code is 0
+            acc = tl.dot(w.to(tl.float32).to(DTYPE), x.to(DTYPE), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def eight_bit_gemm(
+    x_ptr, weight_ptr, x_scale_ptr, w_scale_ptr, zero_ptr, row_sum_ptr, bias_ptr, x16_ptr, columns_ptr,
+    y_ptr, partial_ptr, counter_ptr,
+    threshold, M, N, K, KP,
+    KIND: tl.constexpr, BLOCKS: tl.constexpr, ONE_SCALE: tl.constexpr, HAS_ZERO: tl.constexpr,
+    HAS_BIAS: tl.constexpr, OUTLIERS: tl.constexpr, BY_ELEMENT: tl.constexpr,
+    WIDEN: tl.constexpr, UPCAST: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHARES: tl.constexpr, SPLIT_K: tl.constexpr,
+    GROUP_N: tl.constexpr,
+):  # fmt: skip
+    """x (M, KP) and weight (N, KP) codes, x16 (M, K) what x was, y (M, N); all row-major.
+
+    KIND: of the weight's codes. BLOCKS: scales of 128-blocks, x_scale (groups, M). ONE_SCALE: x_scale
+    is one number instead of (M). WIDEN: fp8 codes come as uint8 and are multiplied as float16, for GPUs
+    without fp8. UPCAST: outliers in float32, for triton's interpreter, which takes bfloat16 for integers.
+    Grid: (blocks of N x blocks of M, SPLIT_K).
+    """
+    # Programs that run together share rows of W and of x: GROUP_N blocks of N at a time.
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    pid = tl.program_id(0)
+    first_group = pid // (GROUP_N * blocks_m) * GROUP_N
+    together = tl.minimum(blocks_n - first_group, GROUP_N)
+    first_n = (first_group + pid % (GROUP_N * blocks_m) % together) * BLOCK_N
+    first_m = pid % (GROUP_N * blocks_m) // together * BLOCK_M
+
+    r = tl.arange(0, BLOCK_N)
+    c = tl.arange(0, BLOCK_M)
+    # Rows past the end are the last one again; what comes of them is not stored.
+    n = tl.minimum(first_n + r, N - 1)
+    m = tl.minimum(first_m + c, M - 1)
+    w_rows = weight_ptr + n.to(tl.int64)[:, None] * KP
+    x_rows = x_ptr + m.to(tl.int64)[None, :] * KP
+    steps = tl.cdiv(KP, STEP)
+    share = tl.cdiv(steps, SHARES)
+    if SHARES == SPLIT_K:
+        begin = tl.program_id(1) * share
+        acc = _accumulate(
+            begin, tl.minimum(begin + share, steps), w_rows, x_rows, w_scale_ptr, x_scale_ptr, first_n, n, m,
+            M, KP, KIND, BLOCKS, WIDEN, EVEN_K, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    else:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32 if KIND == "int8" else tl.float32)
+        for s in range(SHARES):
+            acc += _accumulate(
+                s * share, tl.minimum(s * share + share, steps), w_rows, x_rows, w_scale_ptr, x_scale_ptr,
+                first_n, n, m, M, KP, KIND, BLOCKS, WIDEN, EVEN_K, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+
+    last = True
+    if SPLIT_K > 1:
+        inside = r[:, None] * BLOCK_M + c[None, :]
+        blocks = blocks_n * blocks_m
+        mine = (tl.program_id(1) * blocks + pid).to(tl.int64) * (BLOCK_N * BLOCK_M)
+        tl.store(partial_ptr + mine + inside, acc, cache_modifier=".cg")
+        tl.debug_barrier()  # all of this program's stores, before one thread says so
+        last = tl.atomic_add(counter_ptr + pid, 1, sem="acq_rel") == SPLIT_K - 1
+        if last:
+            tl.store(counter_ptr + pid, 0)  # as the next call wants to find it
+            acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=acc.dtype)
+            for s in range(SPLIT_K):
+                theirs = (s * blocks + pid).to(tl.int64) * (BLOCK_N * BLOCK_M)
+                acc += tl.load(partial_ptr + theirs + inside, cache_modifier=".cg")
+    if last:
+        if HAS_ZERO:
+            acc -= tl.load(row_sum_ptr + n)[:, None] * tl.load(zero_ptr).to(tl.int32)
+        y = acc.to(tl.float32)
+        if not BLOCKS:
+            scale = tl.load(x_scale_ptr + (m * 0 if ONE_SCALE else m))[None, :]
+            y *= scale
+            if OUTLIERS:
+                x16_rows = x16_ptr + m.to(tl.int64)[None, :] * K
+                y = _outliers(
+                    y, scale, w_rows, x_rows, x16_rows, columns_ptr, threshold, K, BY_ELEMENT, UPCAST
+                )
+            y *= tl.load(w_scale_ptr + n)[:, None]
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + n).to(tl.float32)[:, None]
+        n = first_n + r
+        m = first_m + c
+        at = y_ptr + m.to(tl.int64)[None, :] * N + n[:, None]
+        tl.store(at, y.to(y_ptr.dtype.element_ty), mask=(n < N)[:, None] & (m < M)[None, :])

@@ -1,0 +1,104 @@
+"""y = post * (A0 (x) C (x) A1 (x) A2) (pre * x) for each row: the orthogonal transforms around QuIP's weights.
+
+A row of x is seen as a box (a0, c, a1, a2). The axis c is mixed while x is loaded: each program computes one
+index of it for ROWS rows. What it holds, padded to powers of two, is turned so that one axis after the other
+is the last, which a dot then multiplies:
+
+    (.., b0, b1, b2) . A2^T  ->  turn  ->  (.., b2, b0, b1) . A1^T  ->  turn  ->  (.., b1, b2, b0) . A0^T  ->  turn
+
+Factors are exact in tf32, and x is the sum of two tf32 numbers to 22 bits: two products each. So only loads
+and the store round, in effect. ROWS is so large that each dot has its least size; which rows are with it
+does not change a row's result.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _odd_bits(i):
+    """1 where the number of ones in i < 2^16 is odd, else 0: a Sylvester matrix is 1 - 2 * that of i & j."""
+    i = i ^ (i >> 8)
+    i = i ^ (i >> 4)
+    i = i ^ (i >> 2)
+    return (i ^ (i >> 1)) & 1
+
+
+@triton.jit
+def _mixed(box, factor_ptr, A: tl.constexpr, B: tl.constexpr, NEXT: tl.constexpr, TOTAL: tl.constexpr,
+           ROWS: tl.constexpr, SYLVESTER: tl.constexpr, TRANSPOSED: tl.constexpr):  # fmt: skip
+    """Multiplies the last axis (B, of which A exist) and turns the one before it, NEXT wide, to the end."""
+    if A > 1:
+        i, j = tl.arange(0, B), tl.arange(0, B)
+        inside = (i < A)[:, None] & (j < A)[None, :]
+        if SYLVESTER:
+            factor = tl.where(inside, 1.0 - 2.0 * _odd_bits(i[:, None] & j[None, :]).to(tl.float32), 0.0)
+        else:
+            at = i[:, None] * A + j[None, :] if TRANSPOSED else j[None, :] * A + i[:, None]
+            factor = tl.load(factor_ptr + at, mask=inside, other=0).to(tl.float32)
+        box = box.reshape(ROWS * TOTAL // B, B)
+        high = (box.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        box = tl.dot(box - high, factor, tl.dot(high, factor, input_precision="tf32"), input_precision="tf32")
+    box = box.reshape(ROWS, TOTAL // B // NEXT, NEXT, B).permute(0, 3, 1, 2)
+    return box.reshape(ROWS * TOTAL // NEXT, NEXT)
+
+
+@triton.jit
+def kronecker_rows(
+    x_ptr, y_ptr, pre_ptr, post_ptr, bias_ptr, gather_ptr, scatter_ptr, factor0_ptr, factor1_ptr, factor2_ptr,
+    scale, M, STRIDE,
+    A0: tl.constexpr, C: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr,
+    B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, ROWS: tl.constexpr, SYLVESTER: tl.constexpr,
+    HAS_PRE: tl.constexpr, HAS_POST: tl.constexpr, HAS_BIAS: tl.constexpr,
+    GATHERED: tl.constexpr, SCATTERED: tl.constexpr, VECTORS: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """x (M, n) and y (M, STRIDE) row-major, n = A0*C*A1*A2; pre, post, bias (n). Grid: (blocks of rows, C).
+
+    y is also multiplied by `scale`. SYLVESTER: all but A0 are Hadamard matrices of powers of two, and only
+    factor0 is read; otherwise factor0, factor1 and factor2 are those of A0, C and A2, and A1 is 1. GATHERED: inner feature i is outer feature gather[i] of x; pre is in x's order.
+    SCATTERED: y's feature scatter[i] is inner feature i; post and bias are in y's order. VECTORS: y in the
+    kernel order of codes of eight weights. TRANSPOSED: with the factors' transposes.
+    """
+    N: tl.constexpr = A0 * C * A1 * A2
+    TOTAL: tl.constexpr = B0 * B1 * B2
+    # (ROWS * B0 * B1, B2): the box as it lies in memory, without the axis c
+    r = tl.arange(0, ROWS * B0 * B1)
+    i0, i1, i2 = r // B1 % B0, r % B1, tl.arange(0, B2)
+    m = tl.program_id(0) * ROWS + r // (B0 * B1)
+    inside = ((i0 < A0) & (i1 < A1))[:, None] & (i2 < A2)[None, :]
+    live = inside & (m < M)[:, None]
+    rest = i1[:, None] * A2 + i2[None, :]
+    own = tl.program_id(1)
+
+    box = tl.zeros((ROWS * B0 * B1, B2), dtype=tl.float32)
+    for c in tl.static_range(C):
+        source = (i0 * C + c)[:, None] * (A1 * A2) + rest
+        if GATHERED:
+            source = tl.load(gather_ptr + source, mask=inside, other=0)
+        part = tl.load(x_ptr + m.to(tl.int64)[:, None] * N + source, mask=live, other=0).to(tl.float32)
+        if HAS_PRE:
+            part *= tl.load(pre_ptr + source, mask=inside, other=0).to(tl.float32)
+        if SYLVESTER:
+            box += part * (1.0 - 2.0 * _odd_bits(own & c).to(tl.float32))
+        elif C == 1:
+            box += part
+        else:
+            at = c * C + own if TRANSPOSED else own * C + c
+            box += part * tl.load(factor1_ptr + at).to(tl.float32)
+    box = _mixed(box, factor2_ptr, A2, B2, B1, TOTAL, ROWS, SYLVESTER, TRANSPOSED)
+    box = _mixed(box, factor1_ptr, A1, B1, B0, TOTAL, ROWS, True, TRANSPOSED)
+    box = _mixed(box, factor0_ptr, A0, B0, B2, TOTAL, ROWS, False, TRANSPOSED)
+    box = box.reshape(ROWS * B0 * B1, B2) * scale
+
+    target = (i0 * C + own)[:, None] * (A1 * A2) + rest
+    if SCATTERED:
+        target = tl.load(scatter_ptr + target, mask=inside, other=0)
+    if HAS_POST:
+        box *= tl.load(post_ptr + target, mask=inside, other=0).to(tl.float32)
+    if HAS_BIAS:
+        box += tl.load(bias_ptr + target, mask=inside, other=0).to(tl.float32)
+    if VECTORS:  # qkernels/layouts/weight_only.py: vector_order
+        word, s = target % 256 // 16, target % 16 // 8 * 4 + target % 8 // 2
+        place = s * 32 + word // 2 % 2 * 16 + word % 2 * 8 + word // 4 * 2 + target % 2
+        target = target // 256 * 256 + place
+    tl.store(y_ptr + m.to(tl.int64)[:, None] * STRIDE + target, box.to(y_ptr.dtype.element_ty), mask=live)

@@ -1,0 +1,302 @@
+"""y = x @ W^T + bias with W decoded from packed codes in registers: every weight-only format.
+
+One program computes a (BLOCK_N, BLOCK_M) tile of y^T = W @ x^T, or one of SPLIT_K shares of it. The
+product is transposed so that the decoded weight is the first operand of the dot, which tensor cores of
+sm_90 and later take from registers, while x comes through shared memory:
+
+            K ->                         BLOCK_M
+       +-----------+                    +------+
+  rows | W, packed |  x   features (K)  | x^T  |   =   acc (BLOCK_N, BLOCK_M) float32
+       +-----------+                    +------+
+
+The K loop walks the tiles of qkernels/layouts/weight_only.py: one load of (BLOCK_N, 16) words, then
+shift and mask -> DECODER -> one dot over the tile's features. Scales go where they cost least:
+
+    LAST_SCALE  acc = scale * sum of dot(value, x)   one scale for all of a row
+    POST_SCALE  acc += scale * dot(value, x)     few columns: one multiply-add per group and output,
+                                                 one dot for each of up to 4 groups of the tile
+    otherwise   acc += dot(round(value * scale), x)          many columns: one multiply per weight
+
+Order of the rows: a warp's 16-byte loads cover 8 rows, and its half of a tensor-core tile is 16 rows,
+8 apart in registers. So that the words land where the dot wants them, memory row (t, h, w, q) of the
+block is taken as row (t, w, h, q) of the tile (w: warp, q: 0..7, h: 0..1), and y is stored back the
+same way.
+
+Outliers (SpQR) are weights besides, a few in each row, added to the same sums: in each step the program
+takes the next one of each of its rows and the feature of x that it multiplies. A share takes every
+SHARES-th of a row's.
+
+K is summed in SHARES runs of tiles, one after another: ((share 0) + share 1) + ... With SPLIT_K = SHARES
+each share is a program of its own, which writes float32 partial sums to a workspace; the one that
+finishes last, as an integer counter tells, adds them up in that same order. With SPLIT_K = 1 one
+program does all shares. So each output is summed in one order, results do not vary from run to run,
+and with the same SHARES and block sizes along K not with the way of splitting or M either.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _in_feature_order(value, BLOCK_N: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
+    """(BLOCK_N, j, p, h, s bits, b) -> (BLOCK_N, features in order s, p, h, j, b)."""
+    if WIDTH == 8:
+        value = value.permute(0, 4, 2, 3, 1, 5)
+    elif WIDTH == 4:
+        value = value.permute(0, 5, 4, 2, 3, 1, 6)
+    else:
+        value = value.permute(0, 6, 5, 4, 2, 3, 1, 7)
+    return value.reshape(BLOCK_N, TILE)
+
+
+@triton.jit
+def _in_row_order(tile, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
+    """Memory rows (t, h, w, q) of a (BLOCK_N, COLUMNS) tile -> tile rows (t, w, h, q)."""
+    if BLOCK_N % (16 * WARPS) == 0:
+        tile = tile.reshape(BLOCK_N // (16 * WARPS), 2, WARPS, 8, COLUMNS).permute(0, 2, 1, 3, 4)
+    return tile.reshape(BLOCK_N, COLUMNS)
+
+
+@triton.jit
+def _memory_row(r, BLOCK_N: tl.constexpr, WARPS: tl.constexpr):
+    """The memory row that `_in_row_order` puts at tile row r."""
+    if BLOCK_N % (16 * WARPS) == 0:
+        t, w, h, q = r // (16 * WARPS), r // 16 % WARPS, r // 8 % 2, r % 8
+        r = ((t * 2 + h) * WARPS + w) * 8 + q
+    return r
+
+
+@triton.jit
+def _accumulate(
+    begin, end, s, outlier_args,
+    x_ptr, qdata_ptr, qhigh_ptr, perm_ptr, table_ptr, scaler_args, pid_n, m, M, N, K, KP,
+    BITS: tl.constexpr, WIDTH: tl.constexpr, HIGH: tl.constexpr, STEP: tl.constexpr,
+    SPLIT: tl.constexpr, FINISH: tl.constexpr, SCALER: tl.constexpr,
+    GROUP: tl.constexpr, ROW_RUN: tl.constexpr, RUN: tl.constexpr, LOOKUP: tl.constexpr, MINUS: tl.constexpr,
+    INDEXED: tl.constexpr, POST_SCALE: tl.constexpr, LAST_SCALE: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WARPS: tl.constexpr, OUTLIERS: tl.constexpr,
+    SHARES: tl.constexpr,
+):  # fmt: skip
+    """The product over tiles begin..end-1 and share s of the outliers, (BLOCK_N, BLOCK_M) float32.
+
+    WIDTH: of the codes in `qdata`. HIGH: words of `qhigh` in a tile of a row. STEP: see `high_step`.
+    """
+    TILE: tl.constexpr = 16 * (32 // WIDTH)
+    RUNS: tl.constexpr = TILE // RUN
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+
+    loaded = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = pid_n * BLOCK_N + _memory_row(tl.arange(0, BLOCK_N), BLOCK_N, WARPS)
+    x_rows = x_ptr + m.to(tl.int64)[None, :] * K
+    i = tl.arange(0, 16)
+    i8 = tl.arange(0, 8)
+    i4 = tl.arange(0, 4)
+
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    for tile in range(begin, end):
+        at = tile * N + loaded  # in words this fits int32 up to 2^34 weights of 4 bits
+        words = tl.load(qdata_ptr + at[:, None] * 16 + i[None, :], mask=(loaded < N)[:, None], other=0)
+        words = _in_row_order(words, BLOCK_N, 16, WARPS).reshape(BLOCK_N, 4, 2, 2)
+        high = words
+        if HIGH == 16:
+            high = tl.load(qhigh_ptr + at[:, None] * 16 + i[None, :], mask=(loaded < N)[:, None], other=0)
+            high = _in_row_order(high, BLOCK_N, 16, WARPS).reshape(BLOCK_N, 4, 2, 2)
+        elif HIGH == 8:
+            high = tl.load(qhigh_ptr + at[:, None] * 8 + i8[None, :], mask=(loaded < N)[:, None], other=0)
+            high = _in_row_order(high, BLOCK_N, 8, WARPS).reshape(BLOCK_N, 4, 2)
+            high = tl.join(high, high >> STEP).permute(0, 1, 3, 2)  # (BLOCK_N, j, p, h)
+        elif HIGH == 4:
+            high = tl.load(qhigh_ptr + at[:, None] * 4 + i4[None, :], mask=(loaded < N)[:, None], other=0)
+            high = _in_row_order(high, BLOCK_N, 4, WARPS)
+            high = tl.join(high, high >> 1)  # (BLOCK_N, j, h)
+            high = tl.join(high, high >> 2).permute(0, 1, 3, 2)  # (BLOCK_N, j, p, h)
+        even, odd = SPLIT(words, high, table_ptr, BITS, DTYPE)
+        value = _in_feature_order(tl.join(even, odd), BLOCK_N, TILE, WIDTH)
+
+        first = tile * TILE
+        if LAST_SCALE:
+            x = _columns(x_rows, perm_ptr, first + tl.arange(0, TILE), m < M, K, KP, INDEXED)
+            if UPCAST:
+                value, x = _widened(value), _widened(x)
+            value = FINISH(value, tl.zeros((BLOCK_N, 1), dtype=tl.float32), BITS, DTYPE)
+            acc = tl.dot(value.to(x.dtype), x, acc, input_precision="ieee")
+        elif POST_SCALE and RUNS <= 4:
+            parts = _cut(value, BLOCK_N, TILE, RUNS)
+            for part in tl.static_range(RUNS):
+                kk = first + part * RUN
+                x = _columns(x_rows, perm_ptr, kk + tl.arange(0, RUN), m < M, K, KP, INDEXED)
+                scale, zero = SCALER(
+                    scaler_args, rows, rows < N, kk + tl.arange(0, 1), N, K, KP, GROUP, ROW_RUN, LOOKUP
+                )
+                operand = parts[part]
+                if UPCAST:
+                    operand, x = _widened(operand), _widened(x)
+                operand = FINISH(operand, zero, BITS, DTYPE).to(x.dtype)
+                acc += scale.to(tl.float32) * tl.dot(operand, x, input_precision="ieee")
+                if MINUS:
+                    acc -= zero * tl.sum(x.to(tl.float32), axis=0)[None, :]
+        else:
+            x = _columns(x_rows, perm_ptr, first + tl.arange(0, TILE), m < M, K, KP, INDEXED)
+            scale, zero = SCALER(
+                scaler_args,
+                rows,
+                rows < N,
+                first + tl.arange(0, RUNS) * RUN,
+                N,
+                K,
+                KP,
+                GROUP,
+                ROW_RUN,
+                LOOKUP,
+            )
+            value = value.reshape(BLOCK_N, RUNS, RUN)
+            if UPCAST:
+                value, x = _widened(value), _widened(x)
+            value = FINISH(value, zero[:, :, None], BITS, DTYPE)
+            if MINUS:
+                value = (value.to(tl.float32) * scale[:, :, None] - zero[:, :, None]).to(DTYPE)
+            else:
+                value = _scaled(value, scale[:, :, None], DTYPE)
+            acc = tl.dot(value.reshape(BLOCK_N, TILE).to(x.dtype), x, acc, input_precision="ieee")
+    if LAST_SCALE:
+        scale, zero = SCALER(scaler_args, rows, rows < N, tl.arange(0, 1), N, K, KP, GROUP, ROW_RUN, LOOKUP)
+        acc *= scale.to(tl.float32)
+    if OUTLIERS:
+        acc += _sparse(outlier_args, s, rows, m, M, N, UPCAST, BLOCK_M, BLOCK_N, SHARES)
+    return acc
+
+
+@triton.jit
+def _sparse(args, s, rows, m, M, N, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+            SHARES: tl.constexpr):  # fmt: skip
+    """Outliers s, s + SHARES, ... of each row times x, (BLOCK_N, BLOCK_M) float32.
+
+    args: row_offsets (N + 1), col_vals, x, and what x's row and feature are multiplied by to find them.
+    """
+    offsets_ptr, col_vals_ptr, x_ptr, x_row, x_column = args
+    first = tl.load(offsets_ptr + rows, mask=rows < N, other=0)
+    count = tl.load(offsets_ptr + rows + 1, mask=rows < N, other=0) - first
+    x_rows = x_ptr + m.to(tl.int64)[None, :] * x_row
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    for j in range(s, tl.max(count, axis=0), SHARES):
+        live = j < count
+        found = tl.load(col_vals_ptr + first + j, mask=live, other=0)
+        value = (found >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        at = (found & 0xFFFF).to(tl.int64) * x_column
+        x = tl.load(x_rows + at[:, None], mask=live[:, None] & (m < M)[None, :], other=0)
+        if UPCAST:
+            x = _widened(x)
+        acc += value[:, None] * x.to(tl.float32)
+    return acc
+
+
+@triton.jit
+def _cut(value, BLOCK_N: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr):
+    """(BLOCK_N, TILE) -> tuple of RUNS (at most 4) tiles of neighbouring features."""
+    if RUNS == 1:
+        return (value,)
+    elif RUNS == 2:
+        return value.reshape(BLOCK_N, 2, TILE // 2).permute(0, 2, 1).split()
+    else:
+        low, high = value.reshape(BLOCK_N, 2, TILE // 2).permute(0, 2, 1).split()
+        a, b = low.reshape(BLOCK_N, 2, TILE // 4).permute(0, 2, 1).split()
+        c, d = high.reshape(BLOCK_N, 2, TILE // 4).permute(0, 2, 1).split()
+        return (a, b, c, d)
+
+
+@triton.jit
+def _columns(x_rows, perm_ptr, kk, m_mask, K, KP, INDEXED: tl.constexpr):
+    """x^T (features kk in kernel order, BLOCK_M), 0 where there is none."""
+    if INDEXED:
+        k = tl.load(perm_ptr + kk, mask=kk < KP, other=-1)
+        live = k >= 0
+    else:
+        k = kk
+        live = kk < K
+    return tl.load(x_rows + k[:, None], mask=live[:, None] & m_mask[None, :], other=0)
+
+
+@triton.jit
+def _widened(value):
+    """bfloat16 -> float32 by its bits: triton's interpreter loses subnormal numbers otherwise."""
+    return (value.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scaled(value, scale, DTYPE: tl.constexpr):
+    """value * scale rounded to DTYPE once."""
+    if scale.dtype == value.dtype:
+        return value * scale
+    else:
+        return (value.to(tl.float32) * scale.to(tl.float32)).to(DTYPE)
+
+
+@triton.jit
+def weight_only_gemm(
+    x_ptr, qdata_ptr, qhigh_ptr, perm_ptr, table_ptr, scaler_args, bias_ptr, y_ptr, partial_ptr, counter_ptr,
+    outlier_args, M, N, K, KP,
+    BITS: tl.constexpr, WIDTH: tl.constexpr, HIGH: tl.constexpr, STEP: tl.constexpr,
+    SPLIT: tl.constexpr, FINISH: tl.constexpr, SCALER: tl.constexpr,
+    GROUP: tl.constexpr, ROW_RUN: tl.constexpr, RUN: tl.constexpr, LOOKUP: tl.constexpr, MINUS: tl.constexpr,
+    INDEXED: tl.constexpr, HAS_BIAS: tl.constexpr, POST_SCALE: tl.constexpr, LAST_SCALE: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHARES: tl.constexpr, SPLIT_K: tl.constexpr,
+    GROUP_N: tl.constexpr, WARPS: tl.constexpr, OUTLIERS: tl.constexpr,
+):  # fmt: skip
+    """x (M, K) and y (M, N) row-major; see the module's docstring for the rest.
+
+    INDEXED: x is gathered through perm. UPCAST: compute in float32, for triton's interpreter, which
+    takes bfloat16 for integers. Grid: (blocks of N x blocks of M, SPLIT_K).
+    """
+    # Programs that run together share rows of W and columns of x: GROUP_N blocks of N at a time.
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    pid = tl.program_id(0)
+    first_n = pid // (GROUP_N * blocks_m) * GROUP_N
+    together = tl.minimum(blocks_n - first_n, GROUP_N)
+    pid_n = first_n + pid % (GROUP_N * blocks_m) % together
+    pid_m = pid % (GROUP_N * blocks_m) // together
+
+    r = tl.arange(0, BLOCK_N)
+    m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    tiles = tl.cdiv(KP, 16 * (32 // WIDTH))
+    share = tl.cdiv(tiles, SHARES)
+    if SHARES == SPLIT_K:
+        begin = tl.program_id(1) * share
+        acc = _accumulate(
+            begin, tl.minimum(begin + share, tiles), tl.program_id(1), outlier_args,
+            x_ptr, qdata_ptr, qhigh_ptr, perm_ptr, table_ptr, scaler_args, pid_n, m, M, N, K, KP,
+            BITS, WIDTH, HIGH, STEP, SPLIT, FINISH, SCALER,
+            GROUP, ROW_RUN, RUN, LOOKUP, MINUS, INDEXED, POST_SCALE, LAST_SCALE, UPCAST,
+            BLOCK_M, BLOCK_N, WARPS, OUTLIERS, SHARES,
+        )  # fmt: skip
+    else:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        for s in range(SHARES):
+            acc += _accumulate(
+                s * share, tl.minimum(s * share + share, tiles), s, outlier_args,
+                x_ptr, qdata_ptr, qhigh_ptr, perm_ptr, table_ptr, scaler_args, pid_n, m, M, N, K, KP,
+                BITS, WIDTH, HIGH, STEP, SPLIT, FINISH, SCALER,
+            GROUP, ROW_RUN, RUN, LOOKUP, MINUS, INDEXED, POST_SCALE, LAST_SCALE, UPCAST,
+                BLOCK_M, BLOCK_N, WARPS, OUTLIERS, SHARES,
+            )  # fmt: skip
+
+    last = True
+    if SPLIT_K > 1:
+        inside = r[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        blocks = blocks_n * blocks_m
+        mine = (tl.program_id(1) * blocks + pid).to(tl.int64) * (BLOCK_N * BLOCK_M)
+        tl.store(partial_ptr + mine + inside, acc, cache_modifier=".cg")
+        tl.debug_barrier()  # all of this program's stores, before one thread says so
+        last = tl.atomic_add(counter_ptr + pid, 1, sem="acq_rel") == SPLIT_K - 1
+        if last:
+            tl.store(counter_ptr + pid, 0)  # as the next call wants to find it
+            acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+            for s in range(SPLIT_K):
+                theirs = (s * blocks + pid).to(tl.int64) * (BLOCK_N * BLOCK_M)
+                acc += tl.load(partial_ptr + theirs + inside, cache_modifier=".cg")
+    if last:
+        rows = pid_n * BLOCK_N + _memory_row(r, BLOCK_N, WARPS)
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + rows, mask=rows < N, other=0).to(tl.float32)[:, None]
+        y = y_ptr + m.to(tl.int64)[None, :] * N + rows[:, None]
+        tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=(rows < N)[:, None] & (m < M)[None, :])
