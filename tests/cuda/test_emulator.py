@@ -24,9 +24,9 @@ BUGS = {
     "write after read": "shared race: write after access",
     "deadlock": "deadlock: waits for ever at __syncthreads",
     "diverged": "deadlock",
-    "copy waited for too late": "before its cp.async was waited for",
+    "copy waited for too late": "before its asynchronous copy was waited for",
     "copy without barrier": "shared race: read after write",
-    "copy over a copy": "shared write over a cp.async on its way",
+    "copy over a copy": "shared write over a copy on its way",
 }
 
 
