@@ -4,8 +4,8 @@
 // Of three warpgroups, one thread of the first starts copies; the other two have 64 rows of x each:
 //
 //            tile (x, W)   sums a thread                 stages
-//     int8   128 x 256     128 int32                     3
-//     fp8    128 x 128     64 + 64 of the step at hand   5
+//     int8   128 x 256     128 int32                     4
+//     fp8    128 x 128     64 + 64 of the step at hand   6
 //
 // The tensor core adds fp8 products with few bits, so every step of 128 starts from zero and is
 // added, times its scales if they are of blocks, in float32 (DeepSeek-V3, arXiv 2412.19437, 3.3.2).
@@ -24,19 +24,25 @@ struct EightBitHopperArgs {
     TensorMap x, weight;
 };
 
-/// Tile of a warpgroup, for store_tile, and what lies where in shared memory.
+/// What a warpgroup stores at a time, for store_tile: few columns, for its sums leave few
+/// registers.
 template <int KIND>
-struct HopperTiling {
-    static constexpr int kRows = 64, kColumns = KIND == kInt8 ? 256 : 128;
+struct HopperStore {
+    static constexpr int kRows = 64, kColumns = KIND == kInt8 ? 32 : 64, kOutStride = kColumns + 8;
     static constexpr int kTilesM = 1, kTilesN = kColumns / 8, kSums = kColumns / 2;
-    static constexpr int kThreads = 128, kOutStride = kColumns + 8;
+    static constexpr int kThreads = 128;
     static QK_DEVICE int index() { return thread_index() % 128; }
     static QK_DEVICE void sync() { sync_warpgroup(warp_index() / 4); }
+};
 
-    static constexpr int kStages = KIND == kInt8 ? 3 : 5, kWeightAt = kHopperM * kStep;
+/// What lies where in shared memory.
+template <int KIND>
+struct HopperTiling {
+    static constexpr int kRows = 64, kColumns = KIND == kInt8 ? 256 : 128, kSums = kColumns / 2;
+    static constexpr int kStages = KIND == kInt8 ? 4 : 6, kWeightAt = kHopperM * kStep;
     static constexpr int kStageBytes = kWeightAt + kColumns * kStep;
-    static constexpr int kOutAt = kStages * kStageBytes, kOutBytes = kRows * kOutStride * 2;
-    static constexpr int kBarriersAt = kOutAt + 2 * kOutBytes;
+    static constexpr int kOutBytes = kRows * HopperStore<KIND>::kOutStride * 2;
+    static constexpr int kOutAt = kStages * kStageBytes, kBarriersAt = kOutAt + 2 * kOutBytes;
     static constexpr int kShared = kBarriersAt + 2 * kStages * int(sizeof(Barrier));
     static_assert(kShared <= 227 * 1024, "");
 
@@ -181,10 +187,14 @@ __global__ void __launch_bounds__(kHopperThreads8, 1)
                 const Tile tile = tile_of<kHopperM, P::kColumns>(all.args, i);
                 Sum acc[P::kSums];
                 multiply_tile<KIND, BLOCKS, P>(acc, all.args, tile, turn);
-                store_tile<KIND, BLOCKS, P, Sum>(
-                    all.args, reinterpret_cast<const Sums<P, Sum>&>(acc),
-                    Tile{tile.m + warpgroup * P::kRows, tile.n, tile.block}, warp_index() % 4 * 16,
-                    0, out);
+                using Piece = HopperStore<KIND>;
+                QK_UNROLL
+                for (int n = 0; n < P::kColumns; n += Piece::kColumns) {
+                    store_tile<KIND, BLOCKS, Piece, Sum>(
+                        all.args, reinterpret_cast<const Sums<Piece, Sum>&>(acc[n / 2]),
+                        Tile{tile.m + warpgroup * P::kRows, tile.n + n, tile.block},
+                        warp_index() % 4 * 16, 0, out);
+                }
             }
         }
     }

@@ -234,6 +234,9 @@ class Machine {
     static void entry() {
         Machine& m = get();
         m.kernel_();
+        if (!m.me().issued.empty() || !m.me().groups.empty()) {
+            m.fail("wgmma: a product was never waited for");
+        }
         m.me().done = true;
         setcontext(&m.scheduler_);
     }

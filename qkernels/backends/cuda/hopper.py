@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ... import layouts
-from ...layouts import weight_only as layout
 from .. import cuda
 from . import gemm
 from . import weight_only as gemv
@@ -32,7 +31,11 @@ def columns_of(bits: int) -> int:
 def shared_bytes(bits: int) -> int:
     """Shared memory of a block: rings of x and codes, the result, barriers."""
     columns = columns_of(bits)
-    chunks, tiles, tile = (4 if columns == 256 else 6), (2 if bits == 3 else 3), ROWS * (96 if bits == 3 else 64)
+    chunks, tiles, tile = (
+        (4 if columns == 256 else 6),
+        (2 if bits == 3 else 3),
+        ROWS * (96 if bits == 3 else 64),
+    )
     return chunks * columns * 128 + tiles * tile + ROWS * columns * 2 + 16 * (chunks + tiles)
 
 
