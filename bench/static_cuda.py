@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.static.facts import tools
 from qkernels.backends.cuda import build, eight_bit, gemm, hopper
 from qkernels.backends.cuda import weight_only as gemv
 from qkernels.backends.cuda.calls import CODES
@@ -65,6 +67,8 @@ class Facts(NamedTuple):
     threads: int = THREADS
     #: products of a warpgroup wait for one another
     serialized: bool = False
+    #: the tensor-core instruction, "" if there is none
+    tensor: str = ""
 
     @property
     def blocks(self) -> int:
@@ -79,6 +83,9 @@ class Facts(NamedTuple):
         found = [f"spills {self.spilled} bytes"] if self.spilled else []
         if self.dynamic > SHARED_KIB[int(self.arch.rstrip("a"))] * 1024:
             found.append(f"{self.dynamic} bytes of shared memory do not fit")
+        wanted = "GMMA" if self.kernel.startswith("wgmma") else "MMA" if self.kernel.startswith("gem") else ""
+        if wanted not in self.tensor:
+            found.append(f"no {wanted} instruction")
         return found + ["its wgmma instructions are serialized"] * self.serialized
 
 
@@ -93,13 +100,28 @@ def compile_one(source: str, arch: str) -> list[Facts]:
             str(build.sources() / SOURCES[source] / f"{source}.cu"), "-o", str(Path(folder) / "out.cubin"),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{source} for sm_{arch}: {done.stderr[-4000:]}")
-    return parse(done.stderr, source, arch)
+        if done.returncode != 0:
+            raise RuntimeError(f"{source} for sm_{arch}: {done.stderr[-4000:]}")
+        tensor = _tensor_instructions(Path(folder) / "out.cubin")
+    return parse(done.stderr, source, arch, tensor)
 
 
-def parse(text: str, source: str, arch: str) -> list[Facts]:
-    """What ptxas -v says, one entry a kernel."""
+def _tensor_instructions(cubin: Path) -> dict[str, str]:
+    """Mangled name of each kernel with tensor-core instructions -> the first of them."""
+    own = tools() / "cuobjdump"  # triton's wheel has one
+    tool = str(own) if own.is_file() else shutil.which("cuobjdump")
+    if tool is None:
+        raise RuntimeError("no cuobjdump found; install triton or the CUDA toolkit's binary utilities")
+    done = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True)
+    found = {}
+    for name, code in re.findall(r"Function : (\w+)(.*?)(?=Function : |\Z)", done.stdout, re.S):
+        if tensor := re.search(r"\b(?:UTC)?[HIQ]G?MMA[\w.]*", code):
+            found[name] = tensor[0]
+    return found
+
+
+def parse(text: str, source: str, arch: str, tensor: dict[str, str]) -> list[Facts]:
+    """What ptxas -v says, one entry a kernel; `tensor`: name -> tensor-core instruction."""
     found = []
     serialized = set(_SERIALIZED.findall(text))
     for entry in _ENTRY.finditer(text):
@@ -111,6 +133,7 @@ def parse(text: str, source: str, arch: str) -> list[Facts]:
             Facts(
                 source, kernel, dtype, runs, arch, int(entry["registers"]), spilled, int(entry["stack"]),
                 dynamic, threads, entry["name"] in serialized,
+                tensor.get(entry["name"], ""),
             )
         )  # fmt: skip
     if not found:
@@ -154,8 +177,8 @@ def table(facts: list[Facts]) -> str:
     lines = [
         "| kernel | codes | scales a tile | "
         + " | ".join(f"sm_{a}" for a in archs)
-        + " | spills | shared KiB |",
-        "|---|---|---|" + "---|" * (len(archs) + 2),
+        + " | spills | shared KiB | tensor core |",
+        "|---|---|---|" + "---|" * (len(archs) + 3),
     ]
     for (kernel, source, runs), by_arch in sorted(rows.items(), key=lambda item: (item[0][0][::-1], item[0])):
         all_of = [f for found in by_arch.values() for f in found]
@@ -171,6 +194,7 @@ def table(facts: list[Facts]) -> str:
             *cells,
             str(spilled),
             f"{shared:.0f}",
+            ", ".join(sorted({f.tensor.split(".")[0] for f in all_of} - {""})) or "-",
         ]
         lines.append("| " + " | ".join(shown) + " |")
     return "\n".join(lines)
