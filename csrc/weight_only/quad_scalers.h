@@ -219,7 +219,7 @@ struct Q6K : Quad<8, false, 4> {
 
 /// iq4_xs: 6 bits for 32 features. Even lanes have a block's low nibbles, odd ones d and, above,
 /// the pairs of top bits.
-struct Iq4Xs : Quad<4, false, 4> {
+struct Iq4Xs : Quad<4, false, 2> {
     QK_DEVICE static void fetch(Raw& raw, const WeightOnlyArgs& args, const Rows& rows, int tile,
                                 int) {
         QK_UNROLL
@@ -272,7 +272,7 @@ struct TwoLevel : Quad<RUNS, true, 2> {
         raw.stats[0] = raw.stats[1] = 0;
         QK_UNROLL
         for (int i = 0; i < kOwn; i++) {
-            int slice = tile * RUNS + lane_index() % 4 * kOwn + i;
+            int slice = tile * RUNS + i * 4 + lane_index() % 4;
             const int slices = (args.kp + 15) / 16;
             slice = slice < slices ? slice : slices - 1;
             const int group = args.slice_group != nullptr ? load_global(args.slice_group + slice)
@@ -291,24 +291,20 @@ struct TwoLevel : Quad<RUNS, true, 2> {
         }
     }
 
-    float scale[2][kOwn], minus[2][kOwn];
-    QK_DEVICE TwoLevel(const WeightOnlyArgs&, const Raw& raw, int) {
-        QK_UNROLL
-        for (int r = 0; r < 2; r++) {
-            QK_UNROLL
-            for (int i = 0; i < kOwn; i++) {
-                const uint32_t stat = raw.stats[r] >> 8 * i;
-                const Words2 of = raw.second[r][i];
-                scale[r][i] = half_bits(of.w[0]) * (float(stat & 7) - half_bits(of.w[1]));
-                minus[r][i] = scale[r][i] * (half_bits(of.w[0] >> 16) *
-                                             (float(stat >> 3 & 7) - half_bits(of.w[1] >> 16)));
-            }
-        }
-    }
+    const Raw& raw;
+    float scale[2], minus[2];  // of this lane's run among the four in use
+    QK_DEVICE TwoLevel(const WeightOnlyArgs&, const Raw& fetched, int)
+        : raw(fetched), scale{}, minus{} {}
 
-    QK_DEVICE ScaleZero get(const WeightOnlyArgs&, const Rows&, int r, int run, int) const {
-        return {of_quad(scale[r][run % kOwn], run / kOwn),
-                of_quad(minus[r][run % kOwn], run / kOwn)};
+    QK_DEVICE ScaleZero get(const WeightOnlyArgs&, const Rows&, int r, int run, int) {
+        if (run % 4 == 0) {
+            const uint32_t stat = raw.stats[r] >> 8 * (run / 4);
+            const Words2 of = raw.second[r][run / 4];
+            scale[r] = half_bits(of.w[0]) * (float(stat & 7) - half_bits(of.w[1]));
+            minus[r] = scale[r] * (half_bits(of.w[0] >> 16) *
+                                   (float(stat >> 3 & 7) - half_bits(of.w[1] >> 16)));
+        }
+        return {of_quad(scale[r], run % 4), of_quad(minus[r], run % 4)};
     }
 };
 
