@@ -22,7 +22,7 @@ from typing import NamedTuple
 from bench.static.facts import tools
 from qkernels.backends.cuda import build, eight_bit, gemm, hopper
 from qkernels.backends.cuda import weight_only as gemv
-from qkernels.backends.cuda.calls import CODES
+from qkernels.backends.cuda.calls import CODES, OWN
 from qkernels.backends.triton.configs import SHARED_KIB
 
 THREADS = 128
@@ -36,15 +36,18 @@ _ENTRY = re.compile(
     r"Used (?P<registers>\d+) registers",
     re.S,
 )
-_NAME = re.compile(r"weight_only_(?P<kernel>gem[vm])INS_\d+(?P<dtype>Half|BFloat)ELi\d+ELi(?P<runs>\d+)E")
+_NAME = re.compile(r"weight_only_(?P<kernel>gem[vm]|hopper)INS_\d+(?P<dtype>Half|BFloat)ELi\d+ENS_(?P<scaler>\w+)")
+#: `Plain` for so many scales of a tile; other scalers have a number of their own
+_RUNS = re.compile(r"\d+PlainILi(\d+)E")
 _EIGHT_BIT = re.compile(r"eight_bit_(?P<kernel>gem[vm])ILi\d+ELb(?P<blocks>\d)ELi(?P<rows>\d+)E")
 _QUANTIZE = re.compile(r"quantize_kernelINS_\d+(?P<dtype>Half|BFloat)ELb(?P<int8>\d)ELi(?P<shared>\d)E")
-_HOPPER = re.compile(r"weight_only_hopperINS_\d+(?P<dtype>Half|BFloat)ELi\d+ELi(?P<runs>\d+)E")
 _HOPPER_EIGHT = re.compile(r"eight_bit_hopperILi\d+ELb(?P<blocks>\d)E")
 #: ptxas lets one wgmma wait for the next where it cannot follow their registers
 _SERIALIZED = re.compile(r"\(C75\d\d\) Potential Performance Loss: wgmma.* in the function '(\w+)'")
+#: bits of a weight-only source's codes
+BITS = {name: bits for (_, bits), name in CODES.items()} | {name: bits for (_, bits, _), name in OWN.items()}
 #: every source, by its name, with its folder in csrc
-SOURCES = dict.fromkeys(sorted(CODES.values()), "weight_only") | dict.fromkeys(
+SOURCES = dict.fromkeys(sorted(BITS), "weight_only") | dict.fromkeys(
     (*(f"eight_bit_{kind}" for kind in eight_bit.KINDS), "quantize_rows"), "eight_bit"
 )
 
@@ -52,7 +55,8 @@ SOURCES = dict.fromkeys(sorted(CODES.values()), "weight_only") | dict.fromkeys(
 class Facts(NamedTuple):
     """One kernel on one architecture. Sizes in bytes; dynamic: shared memory a launch asks for at most.
 
-    runs: scales of a tile that a weight-only kernel is made for, 0 for any number; -1 for other kernels.
+    runs: scales of a tile that a weight-only kernel is made for, 0 for any number; -1 for kernels that are
+    made for one scaler, or have none.
     """
 
     source: str
@@ -144,10 +148,13 @@ def parse(text: str, source: str, arch: str, tensor: dict[str, str]) -> list[Fac
 def _kernel(mangled: str, source: str) -> tuple[str, str, int, int, int]:
     """Of a kernel's mangled name: kernel, dtype, runs, shared memory, threads."""
     if name := _NAME.search(mangled):
-        bits = next(bits for (_, bits), code in CODES.items() if code == source)
-        is_gemm = name["kernel"] == "gemm"
-        dynamic = gemm.STAGES * gemm.stage_bytes(bits) if is_gemm else gemv.shared_bytes(bits)
-        return name["kernel"], name["dtype"], int(name["runs"]), dynamic, THREADS
+        bits, is_gemm = BITS[source], name["kernel"] == "gemm"
+        outliers = any(own == source and scaler == "two_level" for (_, _, scaler), own in OWN.items())
+        dynamic = gemv.shared_bytes(bits, outliers=outliers)
+        if is_gemm:
+            dynamic = gemm.STAGES * gemm.stage_bytes(bits)
+        runs = _RUNS.match(name["scaler"])
+        return name["kernel"], name["dtype"], int(runs[1]) if runs else -1, dynamic, THREADS
     if name := _EIGHT_BIT.search(mangled):
         is_gemv, rows = name["kernel"] == "gemv", int(name["rows"])
         rows = rows * 8 if is_gemv else rows

@@ -20,9 +20,9 @@ void decode(const uint32_t* words, const uint32_t* high, const Table& table, int
 using Function = void (*)(const uint32_t*, const uint32_t*, const Table&, int, float, uint32_t*);
 template <typename T>
 Function find(int code) {
-    const Function all[] = {decode<T, kLinear2>, decode<T, kLinear3>, decode<T, kLinear4>,
-                            decode<T, kLinear8>, decode<T, kLut16>,   decode<T, kE4M3>,
-                            decode<T, kE5M2>};
+#define QK_DECODE(CODE, ...) decode<T, CODE>,
+    const Function all[] = {QK_CODES(QK_DECODE)};
+#undef QK_DECODE
     return all[code];
 }
 

@@ -11,7 +11,12 @@ from qkernels.layouts import weight_only as layout
 
 from . import host
 
-CODES = ["linear2", "linear3", "linear4", "linear8", "lut16", "e4m3", "e5m2"]
+#: in the order of csrc/decoders/dispatch.h
+CODES = [
+    "linear2", "linear3", "linear4", "linear8", "lut16", "e4m3", "e5m2",
+    *(f"centered{bits}" for bits in (3, 4, 5, 6, 8)), *(f"counted{bits}" for bits in (2, 3, 4, 5)),
+    *(f"halfway{bits}" for bits in (2, 3, 4)),
+]  # fmt: skip
 dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 
 
@@ -30,9 +35,12 @@ def decoded(
     words = packed["qdata"]
     tiles, pairs = words.shape[0], 16 // layout.plane_bits(bits)
     high = torch.zeros_like(words)
-    if bits == 3:  # word (j, p, h): the kernel shifts the plane's word (j, h) by p
-        plane = packed["qhigh"].view(tiles, n, 4, 1, 2)
-        high = torch.cat([plane, plane >> 1], dim=3).contiguous()
+    if count := layout.high_words(bits):  # word (j, p, h): what the kernel makes of the plane's words of j
+        plane, step = packed["qhigh"].view(tiles, n, 4, 1, -1), layout.high_step(bits)
+        if count == 4:
+            plane = torch.cat([plane, plane >> step], dim=4)
+            step *= 2
+        high = torch.cat([plane, plane >> step], dim=3).contiguous()
     lut = layout.lut(torch.zeros(16) if table is None else table)
     lut = lut[8:] if dtype == torch.bfloat16 else lut[:8]
     out = torch.empty(words.numel() * pairs, dtype=torch.int32)
@@ -55,6 +63,24 @@ def test_integers(bits: int, dtype: torch.dtype) -> None:
     for zero in range(count + 1):  # GPTQ stores the zero point minus one, so it may be one too many
         found = decoded(f"linear{bits}", codes, dtype, zero)
         assert torch.equal(found.float(), codes.float() - zero)
+
+
+def middle(kind: str, bits: int) -> float:
+    """What the decoders that take no zero point take off a code."""
+    return {"centered": 1 << (bits - 1), "counted": 0, "halfway": ((1 << bits) - 1) / 2}[kind]
+
+
+@dtypes
+@pytest.mark.parametrize("code", CODES[7:])
+def test_integers_about_a_fixed_middle(code: str, dtype: torch.dtype) -> None:
+    """Every code in every place of a tile, whatever zero point is given."""
+    kind, bits = code[:-1], int(code[-1])
+    count = 1 << bits
+    tile = layout.tile_features(bits)
+    codes = (torch.arange(count)[:, None] + torch.arange(tile)).remainder(count).to(torch.uint8)
+    for zero in (0, 3):
+        found = decoded(code, codes, dtype, zero)
+        assert torch.equal(found.float(), codes.float() - middle(kind, bits))
 
 
 @dtypes
