@@ -10,8 +10,8 @@ process needs of it. Tensors are kept as they come; when a source has all of its
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,18 +25,19 @@ from ...sharding import COLUMNS, ROWS, check_cut, check_shard, narrow, shard
 _DENSE = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
-class Piece(NamedTuple):
-    """Rows of a source that a process has: part `index` of `count` of the `size` ones from `first` on."""
+@dataclass(frozen=True)
+class Piece:
+    """Rows of a source that a process has: part `part` of `parts` of the `size` ones from `first` on."""
 
     first: int
     size: int
-    index: int = 0
-    count: int = 1
+    part: int = 0
+    parts: int = 1
 
     @property
     def rows(self) -> tuple[int, int]:
-        part = self.size // self.count
-        return self.first + self.index * part, self.first + (self.index + 1) * part
+        size = self.size // self.parts
+        return self.first + self.part * size, self.first + (self.part + 1) * size
 
 
 @dataclass
@@ -80,15 +81,12 @@ class Source:
         if tensors is not None:
             fmt.validate({name: tensor.to("meta") for name, tensor in tensors.items()}, self.shape, params)
         self._check_cuts(scheme.format, params)
-        if tensors is not None and self.columns[1] > 1 and params.get("act_order"):
-            # Whether groups can be told apart is in the values.
-            shard(pack(scheme.format, tensors, self.shape, **scheme.params), COLUMNS, *self.columns)
 
     def _check_cuts(self, format: str, params: Mapping[str, Any]) -> None:
         check_shard(format, self.shape, params, COLUMNS, self.columns[1])
         for piece in self.pieces:
             if self._whole(piece):
-                check_shard(format, self.shape, params, ROWS, piece.count)
+                check_shard(format, self.shape, params, ROWS, piece.parts)
             else:
                 check_cut(format, self.shape, params, ROWS, *piece.rows)
 
@@ -169,7 +167,7 @@ def fused_pieces(pieces: Sequence[tuple[int, Piece]]) -> tuple[int, list[Piece]]
     """(rows, pieces) of a weight that holds all of a layer's outputs one below the other."""
     first, found = 0, []
     for rows, piece in pieces:
-        found.append(piece._replace(first=first))
+        found.append(replace(piece, first=first))
         first += rows
     return first, found
 
@@ -178,7 +176,7 @@ def shard_index(shard: Any, count: int) -> int:
     """Number of the source that vLLM's shard id names. ValueError for one that it does not."""
     if count == 1:
         return 0
-    index = {"q": 0, "k": 1, "v": 2}.get(shard, shard) if isinstance(shard, (str, int)) else None
+    index = {"q": 0, "k": 1, "v": 2}.get(shard) if isinstance(shard, str) else shard
     if type(index) is not int or not 0 <= index < count:
         raise ValueError(f"expected a tensor for one of {count} fused weights, got one for {shard!r}")
     return index
