@@ -51,7 +51,8 @@ NEAR = 0.02
 class Case:
     """asked: whether `quantization="qkernels"` must be said, because vLLM has a method of the checkpoint's.
     alone: prompts go one at a time; LLM.int8()'s outlier columns are those of all rows of a batch.
-    batch_invariant: with vLLM's switch on, and ours.
+    batch_invariant: with vLLM's switch on, and ours. skip: modules left alone. head: the output projection is
+    packed, too, and not tied.
     """
 
     name: str
@@ -62,6 +63,8 @@ class Case:
     processes: int = 1
     batch_invariant: bool = False
     alone: bool = False
+    skip: tuple[str, ...] = ()
+    head: bool = False
 
 
 CASES = [
@@ -70,6 +73,9 @@ CASES = [
     Case("gptq", "gptq", {"group_size": 64}),
     Case("gptq 3 bits, asymmetric", "gptq", {"bits": 3, "group_size": 64, "symmetric": False}),
     Case("gptq act-order", "gptq", {"group_size": 64, "act_order": True}),
+    Case(
+        "gptq, layer 1 left alone, head packed", "gptq", {"group_size": 64}, skip=("*.layers.1.*",), head=True
+    ),
     Case("awq", "awq", {"group_size": 64}),
     Case("awq in bfloat16", "awq", {"group_size": 64}, dtype="bfloat16"),
     Case("compressed-tensors pack-quantized", "pack_quantized", {"group_size": 64}),
@@ -78,6 +84,13 @@ CASES = [
     Case("compressed-tensors float-quantized, dynamic", "fp8", {"activation": "dynamic"}),
     Case("fine-grained fp8", "fp8", {"granularity": "block", "activation": "dynamic"}),
     Case("bitsandbytes nf4", "nf4", asked=False),
+    Case(
+        "nf4, v_proj and up_proj left alone",
+        "nf4",
+        asked=False,
+        skip=("*.v_proj", "*.up_proj"),
+        dtype="bfloat16",
+    ),
     Case("bitsandbytes nf4, double quantization", "nf4", {"double_quant": True}, asked=False),
     Case("bitsandbytes fp4", "fp4", asked=False),
     Case("bitsandbytes int8, one at a time", "int8", asked=False, alone=True),
@@ -95,14 +108,17 @@ CASES = [
 
 
 def make(case: Case, directory: Path) -> None:
-    model = tiny_model(**SIZES).to(getattr(torch, case.dtype))
+    model = tiny_model(**SIZES, tie_word_embeddings=not case.head).to(getattr(torch, case.dtype))
     if case.format == "q4_k_m":  # as llama.cpp has it: the embedding is packed and tied
         qk.quantize_model(model, "q4_k_m", progress=False)
         embedding = QuantEmbedding(qk.quantize(model.get_input_embeddings().weight, "q6_k"), model.dtype)
         model.set_input_embeddings(embedding)
         model.set_output_embeddings(qk.QuantLinear(embedding.packed))
     elif case.format:
-        qk.quantize_model(model, case.format, progress=False, **case.params)
+        qk.quantize_model(model, case.format, skip=case.skip, progress=False, **case.params)
+    if case.head:
+        head = qk.quantize(model.lm_head.weight, case.format, **case.params)
+        model.set_output_embeddings(qk.QuantLinear(head))
     qk.save_model(model, directory, tiny_tokenizer())
 
 
