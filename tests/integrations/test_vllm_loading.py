@@ -5,6 +5,7 @@ tests/integrations/vllm/run.sh runs the rest with the real vLLM.
 
 from __future__ import annotations
 
+import pickle
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -181,6 +182,20 @@ def test_modules_that_vllm_calls_otherwise(tmp_path: Path) -> None:
     assert checkpoint.scheme("language_model.model.layers.0.mlp.up_proj") is not None
     assert checkpoint.scheme("language_model.model.layers.1.mlp.up_proj") is None
     assert checkpoint.original("language_model.model.layers.0.mlp.up_proj") == "model.layers.0.mlp.up_proj"
+
+
+def test_it_goes_to_other_processes(tmp_path: Path) -> None:
+    _, config = saved(tmp_path / "x", "gptq", group_size=32)
+    checkpoint = Checkpoint(config)
+    again = pickle.loads(pickle.dumps(checkpoint))
+    assert again.scheme("model.layers.0.mlp.up_proj") == checkpoint.scheme("model.layers.0.mlp.up_proj")
+    checkpoint.open(tmp_path / "x")
+    checkpoint.rename(lambda name: f"a.{name}")
+    again = pickle.loads(pickle.dumps(checkpoint))
+    for name in ("a.model.layers.0.mlp.up_proj", "a.model.layers.1.mlp.up_proj"):
+        assert again.scheme(name) == checkpoint.scheme(name)
+        assert again.names(name) == checkpoint.names(name)
+    assert again.tensors("a.model.layers.0.mlp.up_proj").keys() == {"qweight", "qzeros", "scales", "g_idx"}
 
 
 def test_a_config_that_contradicts_the_files(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ class Checkpoint:
         """ValueError for a config that no format reads."""
         self.plan = Plan(where, config)
         self.where = where
+        self.directory: Path | None = None
         self.files: TensorFiles | None = None
         self._full: dict[str, str] = {}  # tensor's name as vLLM has it -> in the files
         self._sorted: list[str] = []
@@ -37,8 +38,23 @@ class Checkpoint:
     def open(self, directory: Path) -> None:
         """Read the headers of the safetensors in `directory`. ValueError if they are damaged."""
         self.files = TensorFiles(directory)
-        self.where = str(directory)
+        self.directory, self.where = directory, str(directory)
         self._names({name: name for name in self.files.infos})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """vLLM sends it to other processes; rules and open files stay."""
+        return {
+            "config": self.plan.config,
+            "where": self.where,
+            "directory": self.directory,
+            "full": self._full,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["config"], state["where"])  # type: ignore[misc]
+        if state["directory"] is not None:
+            self.open(state["directory"])
+            self._names(state["full"])
 
     def rename(self, rule: Callable[[str], str | None]) -> None:
         """Follow vLLM, which gives some models' modules other names than the checkpoint."""
