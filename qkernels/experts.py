@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +20,13 @@ from torch import Tensor
 
 from . import formats, layouts
 from .packed import PackedWeight, quantize
+
+
+@lru_cache(maxsize=4096)
+def parsed(spec: str) -> dict[str, Any]:
+    """What `PackedExperts.spec` says. Not to be changed."""
+    found: dict[str, Any] = json.loads(spec)
+    return found
 
 
 class PackedExperts:
@@ -29,11 +37,12 @@ class PackedExperts:
         count: E.
         storage: name -> the experts' tensors in `layout`, stacked to (E, ...). Those whose length differs from
             expert to expert lie one after another instead, and `sizes` has name -> lengths.
+        spec: everything but the tensors, as JSON.
 
     Raises ValueError, naming the expert, if the experts do not agree.
     """
 
-    __slots__ = ("_nbytes", "_spec", "count", "format", "layout", "params", "shape", "sizes", "storage")
+    __slots__ = ("_nbytes", "count", "format", "layout", "params", "shape", "sizes", "spec", "storage")
 
     def __init__(self, experts: Sequence[PackedWeight]) -> None:
         if not experts:
@@ -46,40 +55,34 @@ class PackedExperts:
                 if got != want:
                     raise ValueError(f"experts[{e}]: expected {what} {want}, that of experts[0], got {got}")
         first = experts[0]
-        self._set(first.format, first.shape, first.params, layouts.CHECKPOINT, len(experts))
         self._nbytes = sum(p.nbytes for p in experts)
-        self.storage, self.sizes = _stack((p.tensors for p in experts), len(experts))
+        stacked = _stack((p.tensors for p in experts), len(experts))
+        self._set(first.format, first.shape, first.params, layouts.CHECKPOINT, len(experts), *stacked)
 
     def _set(
-        self, format: str, shape: tuple[int, int], params: dict[str, Any], layout: str, count: int
+        self,
+        format: str,
+        shape: tuple[int, int],
+        params: Mapping[str, Any],
+        layout: str,
+        count: int,
+        storage: Mapping[str, Tensor],
+        sizes: dict[str, list[int]],
     ) -> None:
-        self.format, self.shape, self.params = format, shape, dict(params)
-        self.layout, self.count = layout, count
-        self._spec: str | None = None
+        self.format, self.shape, self.params = format, (int(shape[0]), int(shape[1])), dict(params)
+        self.layout, self.count, self.storage, self.sizes = layout, count, dict(storage), sizes
+        described = {name: getattr(self, name) for name in ("format", "shape", "params", "layout", "count")}
+        described |= {"sizes": sizes, "names": list(self.storage)}
+        self.spec = json.dumps(described, sort_keys=True)
 
     @classmethod
-    def _restored(
-        cls,
-        described: Mapping[str, Any],
-        storage: Mapping[str, Tensor],
-        nbytes: int,
-    ) -> PackedExperts:
-        self = cls.__new__(cls)
-        shape = (described["shape"][0], described["shape"][1])
-        self._set(described["format"], shape, described["params"], described["layout"], described["count"])
-        self._nbytes, self.storage, self.sizes = nbytes, dict(storage), described["sizes"]
+    def _restored(cls, spec: str, storage: Sequence[Tensor], nbytes: int) -> PackedExperts:
+        """From `spec` and the values of `storage`, in order."""
+        d, self = parsed(spec), cls.__new__(cls)
+        self.format, self.shape, self.params = d["format"], (d["shape"][0], d["shape"][1]), d["params"]
+        self.layout, self.count, self.sizes, self.spec = d["layout"], d["count"], d["sizes"], spec
+        self.storage, self._nbytes = dict(zip(d["names"], storage, strict=bool(storage))), nbytes
         return self
-
-    @property
-    def spec(self) -> str:
-        """Everything but the tensors, as JSON."""
-        if self._spec is None:
-            described = {
-                name: getattr(self, name) for name in ("format", "shape", "params", "layout", "count")
-            }
-            described |= {"sizes": self.sizes, "names": list(self.storage)}
-            self._spec = json.dumps(described, sort_keys=True)
-        return self._spec
 
     @property
     def device(self) -> torch.device:
@@ -113,8 +116,7 @@ class PackedExperts:
 
     def to(self, device: torch.device | str) -> PackedExperts:
         """The same experts with their tensors on `device`; dtypes never change."""
-        moved = {name: tensor.to(device) for name, tensor in self.storage.items()}
-        return self._restored(json.loads(self.spec), moved, self.nbytes)
+        return self._restored(self.spec, [tensor.to(device) for tensor in self.storage.values()], self.nbytes)
 
     def prepack(self, layout: str | None = None) -> PackedExperts:
         """Move the bytes to a kernel layout (the format's own), in place, freeing the checkpoint's. Returns self.
@@ -136,11 +138,11 @@ class PackedExperts:
                     f"experts: {name}: expected one size in all experts for fused kernels, got {sizes[name]}; "
                     "backend='reference' takes such experts"
                 )
-        self.storage, self.sizes, self.layout, self._spec = storage, sizes, layout, None
+        self._set(self.format, self.shape, self.params, layout, self.count, storage, sizes)
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PackedExperts._restored, (json.loads(self.spec), self.storage, self.nbytes)
+        return PackedExperts._restored, (self.spec, list(self.storage.values()), self.nbytes)
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{k}={v!r}" for k, v in self.params.items())

@@ -9,7 +9,6 @@ A *slot* is a pair (token, choice). A grouped kernel of the registry (dispatch.p
 
 from __future__ import annotations
 
-import json
 import warnings
 from functools import lru_cache
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .experts import PackedExperts
+from .experts import PackedExperts, parsed
 from .formats.base import accumulate_dtype
 from .ops import X_DTYPES
 
@@ -37,21 +36,10 @@ ACTIVATIONS = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gel
 
 
 @lru_cache(maxsize=4096)
-def _parse(spec: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(spec)
-    return found
-
-
-def _experts(storage: list[Tensor], spec: str) -> PackedExperts:
-    described = _parse(spec)
-    return PackedExperts._restored(described, dict(zip(described["names"], storage, strict=True)), 0)
-
-
-@lru_cache(maxsize=4096)
 def _kernel(
     spec: str, slots: int, dtype: torch.dtype, device: torch.device, backend: str, batch_invariant: bool
 ) -> tuple[dispatch.Kernel, dispatch.Problem]:
-    problem = dispatch.problem_of(_experts_like(spec), slots, dtype, device, batch_invariant)
+    problem = dispatch.problem_of(PackedExperts._restored(spec, (), 0), slots, dtype, device, batch_invariant)
     kernel = dispatch.select(problem, backend)
     if backend == "auto" and device.type == "cuda" and kernel.backend == "reference":
         why = "; ".join(f"{n}: {w}" for n, w in dispatch._choose(problem, "auto")[1])
@@ -61,10 +49,6 @@ def _kernel(
             stacklevel=2,
         )
     return kernel, problem
-
-
-def _experts_like(spec: str) -> PackedExperts:
-    return PackedExperts._restored(_parse(spec), {}, 0)
 
 
 def _chosen(
@@ -87,7 +71,7 @@ def _grouped_impl(
     x: Tensor, storage: list[Tensor], ids: Tensor, weights: Tensor | None, bias: Tensor | None, spec: str,
     backend: str, batch_invariant: bool,
 ) -> Tensor:  # fmt: skip
-    experts = _experts(storage, spec)
+    experts = PackedExperts._restored(spec, storage, 0)
     if ids.numel() == 0:
         return x.new_empty(*ids.shape, experts.shape[0])
     kernel, problem = _chosen(x, ids, experts, spec, backend, batch_invariant)
@@ -99,14 +83,15 @@ def _grouped_fake(
     x: Tensor, storage: list[Tensor], ids: Tensor, weights: Tensor | None, bias: Tensor | None, spec: str,
     backend: str, batch_invariant: bool,
 ) -> Tensor:  # fmt: skip
-    return x.new_empty(*ids.shape, _parse(spec)["shape"][0])
+    return x.new_empty(*ids.shape, parsed(spec)["shape"][0])
 
 
 def _fused_impl(
     x: Tensor, gate_up: list[Tensor], down: list[Tensor], weights: Tensor, ids: Tensor, gate_up_spec: str,
     down_spec: str, activation: str, backend: str, batch_invariant: bool,
 ) -> Tensor:  # fmt: skip
-    first, second = _experts(gate_up, gate_up_spec), _experts(down, down_spec)
+    first = PackedExperts._restored(gate_up_spec, gate_up, 0)
+    second = PackedExperts._restored(down_spec, down, 0)
     if ids.numel() == 0:
         return x.new_zeros(x.shape[0], second.shape[0])
     kernel, problem = _chosen(x, ids, first, gate_up_spec, backend, batch_invariant)
@@ -129,7 +114,7 @@ def _fused_fake(
     x: Tensor, gate_up: list[Tensor], down: list[Tensor], weights: Tensor, ids: Tensor, gate_up_spec: str,
     down_spec: str, activation: str, backend: str, batch_invariant: bool,
 ) -> Tensor:  # fmt: skip
-    return x.new_empty(x.shape[0], _parse(down_spec)["shape"][0])
+    return x.new_empty(x.shape[0], parsed(down_spec)["shape"][0])
 
 
 for _device in ("CPU", "CUDA"):
