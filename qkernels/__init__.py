@@ -8,6 +8,7 @@ from .experts import PackedExperts, quantize_experts
 from .grouped import fused_moe, grouped_matmul
 from .linear import QuantLinear
 from .model import load_model, quantize_model, save_model
+from .moe import QuantExperts
 from .ops import matmul
 from .packed import PackedWeight, pack, quantize
 from .quantizers import ImportanceMatrix, calibration_ids
@@ -18,6 +19,7 @@ __all__ = [
     "ImportanceMatrix",
     "PackedExperts",
     "PackedWeight",
+    "QuantExperts",
     "QuantLinear",
     "calibration_ids",
     "explain",
