@@ -24,7 +24,7 @@ _LIB.define(
 )
 _LIB.define("grad_input(Tensor grad, Tensor[] storage, str spec) -> Tensor")
 
-_X_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+X_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def spec_of(p: PackedWeight) -> str:
@@ -246,7 +246,7 @@ def check_operands(x: Tensor, shape: tuple[int, int], device: torch.device, bias
         raise ValueError(
             f"x: expected shape (..., {k}) for a weight of shape ({n}, {k}), got {tuple(x.shape)}"
         )
-    if x.dtype not in _X_DTYPES:
+    if x.dtype not in X_DTYPES:
         raise ValueError(f"x: expected float16, bfloat16, float32 or float64, got {x.dtype}")
     if x.device != device:
         raise ValueError(f"x: expected device {device}, the weight's, got {x.device}")

@@ -264,7 +264,7 @@ def _launch(
 
 # ---------------------------------------------------------------------- ahead of time
 #: format, parameters, and whether there is a zero point
-_JOBS: tuple[tuple[str, dict[str, Any], bool], ...] = (
+JOBS: tuple[tuple[str, dict[str, Any], bool], ...] = (
     ("w8a8", {}, False),
     ("w8a8", {"activation": "static"}, True),
     ("int8", {}, False),
@@ -276,12 +276,12 @@ _JOBS: tuple[tuple[str, dict[str, Any], bool], ...] = (
 _JOB_ROWS = (1, 64, 4096)
 _JOB_SHAPE = (8192, 8192)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_CODES = {"int8": ("*i8", "*i8"), "e4m3": ("*fp8e4nv", "*fp8e4nv"), "e5m2": ("*fp8e5", "*fp8e4nv")}
+CODES = {"int8": ("*i8", "*i8"), "e4m3": ("*fp8e4nv", "*fp8e4nv"), "e5m2": ("*fp8e5", "*fp8e4nv")}
 
 
 def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
     """Every configuration the table gives `arch`; a few of them with `subset`."""
-    for number, (name, params, has_zero) in enumerate(_JOBS):
+    for number, (name, params, has_zero) in enumerate(JOBS):
         # Only LLM.int8() computes in 16 bits, too; elsewhere the dtype is one conversion at the end.
         for dtype in ("bf16", "fp16") if name == "int8" else ("bf16",):
             if subset and (number, dtype) not in ((2, "bf16"), (3, "bf16")):
@@ -312,7 +312,7 @@ def _product_job(
     config, traits = tabled(problem), traits_of(problem)
     fixed = constants(traits, _JOB_SHAPE, problem, has_zero=has_zero)
     shares = 4 if config.shares == 0 else config.shares
-    weight, codes = ("*u8", "*u8") if fixed["WIDEN"] else _CODES[traits.kind]
+    weight, codes = ("*u8", "*u8") if fixed["WIDEN"] else CODES[traits.kind]
     pointer = "*" + dtype
     return CompileJob(
         kernel="eight_bit_gemm",

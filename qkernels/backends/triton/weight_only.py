@@ -81,8 +81,6 @@ def constants(
 
 def arguments(p: PackedWeight, traits: layout.WeightOnlyTraits) -> dict[str, Any]:
     """The kernel's arguments that depend on the weight alone."""
-    from ...triton_kernels import scalers
-
     n, k = p.shape
     storage = p.storage
     qdata = storage["qdata"]
@@ -90,7 +88,7 @@ def arguments(p: PackedWeight, traits: layout.WeightOnlyTraits) -> dict[str, Any
         k = traits.group_size  # x comes out of its transform in whole tiles
     indexed = "perm" in storage
     # A pointer that is never read still has to be one: qdata stands in.
-    read = [storage.get(name, qdata) for name in scalers.SCALER_TENSORS[traits.scaler]]
+    read = [storage.get(name, qdata) for name in scaler_tensors(traits)]
     return {
         "qdata_ptr": qdata,
         "qhigh_ptr": storage.get("qhigh", qdata),
@@ -102,6 +100,13 @@ def arguments(p: PackedWeight, traits: layout.WeightOnlyTraits) -> dict[str, Any
         "KP": storage["perm"].numel() if indexed else k,
         **constants(traits, p.shape, lookup="slice_group" in storage, indexed=indexed),
     }
+
+
+def scaler_tensors(traits: layout.WeightOnlyTraits) -> tuple[str, ...]:
+    """Names of the tensors that a format's scaler reads, in its order."""
+    from ...triton_kernels import scalers
+
+    return scalers.SCALER_TENSORS[traits.scaler]
 
 
 def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
@@ -216,7 +221,7 @@ def processors(device: torch.device) -> int:
 
 # ---------------------------------------------------------------------- ahead of time
 #: format, parameters and the dtypes of its scaler's tensors
-_JOBS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
+JOBS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("gptq", {"bits": 4, "group_size": 128}, ("*fp16", "*u8", "*i32")),
     ("gptq", {"bits": 4, "group_size": 32}, ("*fp16", "*u8", "*i32")),
     ("gptq", {"bits": 4, "group_size": 128, "act_order": True}, ("*fp16", "*u8", "*i32")),
@@ -244,6 +249,7 @@ _JOBS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
 #: M of each job: one a class
 _JOB_ROWS = (1, 64, 4096)
 _JOB_SHAPE = (8192, 8192)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
@@ -251,17 +257,16 @@ def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
     from ...dispatch import Problem
     from ...triton_kernels.weight_only import weight_only_gemm
 
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    for number, (name, params, pointers) in enumerate(_JOBS):
+    for number, (name, params, pointers) in enumerate(JOBS):
         fmt = formats.get(name)
         resolved = fmt.resolve(_JOB_SHAPE, params)
         for m in _JOB_ROWS:
-            for dtype in dtypes:
+            for dtype in DTYPES:
                 if subset and (number, dtype) not in ((0, "fp16"), (4, "bf16"), (7, "bf16")):
                     continue
                 capability = (arch // 10, arch % 10)
                 items = tuple(sorted(resolved.items()))
-                problem = Problem(name, items, _JOB_SHAPE, m, dtypes[dtype], "cuda", capability)
+                problem = Problem(name, items, _JOB_SHAPE, m, DTYPES[dtype], "cuda", capability)
                 config = tabled(problem)
                 traits = traits_of(problem)
                 indexed = bool(params.get("act_order")) and m < GATHER_ROWS

@@ -137,7 +137,12 @@ class GgufFormat(Format):
 
     def join(self, fields: Fields) -> Tensor:
         """The inverse of `split`: (B, block_bytes)."""
-        return torch.cat([fields[f.name].contiguous().view(torch.uint8) for f in self.fields], dim=1)
+
+        def octets(field: Tensor) -> Tensor:
+            # By way of one dimension: a dimension of size 1 may have any stride and be called contiguous.
+            return field.contiguous().flatten().view(torch.uint8).view(field.shape[0], -1)
+
+        return torch.cat([octets(fields[f.name]) for f in self.fields], dim=1)
 
     def codes(self, fields: Fields) -> Tensor:
         """uint8 (B, block)."""
