@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -41,6 +41,10 @@ class Problem(NamedTuple):
     batch_invariant: bool = False
 
 
+#: (x (M, K) contiguous, weight, bias (N) or None, problem) -> y (M, N) in x's dtype
+Run: TypeAlias = "Callable[[Tensor, PackedWeight, Tensor | None, Problem], Tensor]"
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A way to compute y = x @ W^T + bias.
@@ -53,6 +57,8 @@ class Kernel:
     run: (x (M, K) contiguous, weight, bias (N) or None, problem) -> y (M, N) in x's dtype.
     configuration: words for `explain`: tile sizes and where they come from, cost of the first call.
     automatic: whether backend="auto" may choose it for this problem's device.
+    bind: a `run` for one weight and problem, which finds out once what every such call has in common;
+        None where there is no such thing. The weight is in `layout` and its tensors stay.
     """
 
     name: str
@@ -60,9 +66,10 @@ class Kernel:
     layout: str
     unavailable: Callable[[], str | None]
     rejects: Callable[[Problem], str | None]
-    run: Callable[[Tensor, PackedWeight, Tensor | None, Problem], Tensor]
+    run: Run
     automatic: Callable[[Problem], str | None] = lambda problem: None
     configuration: Callable[[Problem], str] = lambda problem: ""
+    bind: Callable[[PackedWeight, Problem], Run | None] = lambda p, problem: None
 
 
 @dataclass(frozen=True)
@@ -104,10 +111,22 @@ def kernels() -> list[Kernel]:
     return list(_KERNELS.values())
 
 
+#: what os.environ wraps: a look-up in it costs a twentieth of one in os.environ, and every call makes two
+_VARIABLES: Any = getattr(os.environ, "_data", os.environ)
+_ENCODED: dict[str, Any] = {
+    name: getattr(os.environ, "encodekey", str)(name)
+    for name in ("QKERNELS_BACKEND", "QKERNELS_BATCH_INVARIANT")
+}
+
+
+def _environment(name: str, default: str) -> str:
+    return os.environ[name] if _ENCODED[name] in _VARIABLES else default
+
+
 def resolve_backend(backend: str) -> str:
     """Apply QKERNELS_BACKEND to "auto". ValueError for a name that is no backend."""
     if backend == "auto":
-        backend = os.environ.get("QKERNELS_BACKEND", "auto")
+        backend = _environment("QKERNELS_BACKEND", "auto")
         where = "QKERNELS_BACKEND"
     else:
         where = "backend"
@@ -120,7 +139,7 @@ def resolve_batch_invariant(wanted: bool | None) -> bool:
     """`wanted`, or what QKERNELS_BATCH_INVARIANT says if it is None."""
     if wanted is not None:
         return bool(wanted)
-    text = os.environ.get("QKERNELS_BATCH_INVARIANT", "0")
+    text = _environment("QKERNELS_BATCH_INVARIANT", "0")
     if text not in ("0", "1"):
         raise ValueError(f"QKERNELS_BATCH_INVARIANT: expected 0 or 1, got {text!r}")
     return text == "1"
