@@ -143,7 +143,15 @@ def _fused(rows: list[Row]) -> Iterator[tuple[FormatSpec, Row, list[Row]]]:
                 if spec not in best or row["chain"] < best[spec]["chain"]:
                     best[spec] = row
         for text, row in best.items():
-            yield parse_specs(text)[0], row, here
+            yield _spec_of(text), row, here
+
+
+def _spec_of(text: str) -> FormatSpec:
+    """Of what races is not always a format: the Hadamard transform is none."""
+    try:
+        return parse_specs(text)[0]
+    except ValueError:
+        return FormatSpec(text)
 
 
 def findings(report: dict[str, Any]) -> list[Finding]:
