@@ -84,9 +84,15 @@ class Config(NamedTuple):
     split: int
 
 
-@lru_cache(maxsize=4096)
 def configure(kind: str, shape: tuple[int, int], m: int, invariant: bool, count: int) -> Config:
     """Tiles for M = m on a GPU of `count` processors. With `invariant`, `share` does not depend on m."""
+    return _configure(kind, shape, m, invariant, count, PARTIAL_BYTES)
+
+
+@lru_cache(maxsize=4096)
+def _configure(
+    kind: str, shape: tuple[int, int], m: int, invariant: bool, count: int, partial_bytes: int
+) -> Config:
     n, k = shape
     steps = -(-layout.padded(k) // STEP)
     if m <= GEMV_ROWS[-1] and not invariant:
@@ -102,7 +108,7 @@ def configure(kind: str, shape: tuple[int, int], m: int, invariant: bool, count:
     blocks_n = -(-n // TILE_N)
     tiles = blocks_n * -(-m // rows)
     share, split = _evenly(steps, _shares(steps, blocks_n if sequential else tiles, count, 4))
-    too_many = split * tiles * rows * TILE_N * 4 > PARTIAL_BYTES or tiles > workspace.MAX_BLOCKS
+    too_many = split * tiles * rows * TILE_N * 4 > partial_bytes or tiles > workspace.MAX_BLOCKS
     if too_many or tiles >= count:
         split = 1
     return Config(False, rows, share if sequential or split > 1 else steps, split)
