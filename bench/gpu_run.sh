@@ -120,9 +120,10 @@ for part in "${parts[@]}"; do
             ;;
         peers) race peers --suite all --shapes square --rows 1,16,64,256,4096 --peers all ;;
         model)
-            size=8b
-            [ -z "$tiny" ] || size=tiny
-            timeout 530 "$python" -m bench.llm --size "$size" --output "$out/llm.json"
+            size=${QKERNELS_MODEL_SIZE:-8b} # or 1b
+            model=(--size "$size" --deadline 400 --modes eager,graph,compile)
+            [ -z "$tiny" ] || size=tiny model=(--size tiny --modes graph --formats bf16,nf4)
+            timeout 530 "$python" -m bench.llm "${model[@]}" --output "$out/llm-$size.json"
             ;;
         tune)
             QKERNELS_AUTOTUNE=1 QKERNELS_CACHE="$scratch/cache" race tune --suite weight_only,eight_bit --shapes square \

@@ -185,7 +185,9 @@ def pictures(rows: Rows, copy_bandwidth: float | None, folder: Path) -> list[str
             axes[1].plot(rows_of_x, [row["bandwidth"] for row in mine], marker=".")
             axes[2].plot(rows_of_x, [row["tflops"] for row in mine], marker=".")
             if mine[0]["predicted"]:
-                axes[2].plot(rows_of_x, [_roof(row) for row in mine], color="black", linestyle=":", linewidth=0.5)
+                axes[2].plot(
+                    rows_of_x, [_roof(row) for row in mine], color="black", linestyle=":", linewidth=0.5
+                )
         axes[0].axhline(1, color="black", linewidth=0.5)
         axes[0].set(title=f"{n} x {k}: speed against torch bf16", xlabel="M", xscale="log", yscale="log")
         axes[1].set(title="packed bytes per second (GB/s)", xlabel="M", xscale="log")

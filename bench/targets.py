@@ -61,7 +61,8 @@ def _against_peers(row: Row, others: list[Row], copy: float) -> float | None:
 METRICS = {
     "speedup": Metric("x torch bf16", lambda row, others, copy: row["speedup"]),
     "bandwidth": Metric(
-        "of the copy bandwidth, in a chain", lambda row, others, copy: row["bandwidth"] / copy if copy else None
+        "of the copy bandwidth, in a chain",
+        lambda row, others, copy: row["bandwidth"] / copy if copy else None,
     ),
     "alone": Metric(
         "of the copy bandwidth, alone",
@@ -76,7 +77,8 @@ METRICS = {
 #: family -> whether a format with these parameters belongs to it
 FAMILIES: dict[str, Callable[[FormatSpec], bool]] = {
     "4-bit weight-only": lambda spec: (
-        spec.name in ("awq", "nf4", "q4_k", "iq4_nl") or (spec.name == "gptq" and spec.params.get("bits") == 4)
+        spec.name in ("awq", "nf4", "q4_k", "iq4_nl")
+        or (spec.name == "gptq" and spec.params.get("bits") == 4)
     ),
     "W8A8 and FP8": lambda spec: spec.name == "w8a8" or (spec.name == "fp8" and "activation" in spec.params),
     "LLM.int8()": lambda spec: spec.name == "int8",

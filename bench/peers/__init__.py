@@ -57,9 +57,7 @@ def layer(
 def same_weight(call: Callable[[Tensor], Tensor], p: PackedWeight, kind: str = "bf16") -> Layer:
     """Of a peer that was given the tensors of `p`: held to our reference of the same codes."""
     dtype = torch.float64 if p.shape[0] * p.shape[1] <= 2**26 else torch.float32
-    return Layer(
-        call, p.nbytes, lambda x: qk.matmul(x.to(dtype), p, backend="reference"), SAME_WEIGHT, kind
-    )
+    return Layer(call, p.nbytes, lambda x: qk.matmul(x.to(dtype), p, backend="reference"), SAME_WEIGHT, kind)
 
 
 def contestants(only: set[str] | None = None) -> list[Contestant]:

@@ -49,7 +49,9 @@ class GPTQModel(Peer):
         held = getattr(linear, name, None)
         if held is None or tuple(held.shape) != tuple(tensor.shape):
             got = "none" if held is None else f"{tuple(held.shape)}"
-            raise ValueError(f"{self.cls}.{name}: expected a tensor of shape {tuple(tensor.shape)}, got {got}")
+            raise ValueError(
+                f"{self.cls}.{name}: expected a tensor of shape {tuple(tensor.shape)}, got {got}"
+            )
         dtype = torch.bfloat16 if name == "scales" else tensor.dtype
         held.data = tensor.to(dtype)
 

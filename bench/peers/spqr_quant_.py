@@ -6,7 +6,6 @@ its kernel with nvcc when it is imported.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 import qkernels as qk
@@ -37,7 +36,15 @@ class SpQR(Peer):
         n, k = p.shape
         t = p.tensors
         made = QuantizedLinear(
-            n, k, p.params["bits"], 16, 16, t["dense_weights"], t["row_offsets"], t["col_vals"], t.get("in_perm")
+            n,
+            k,
+            p.params["bits"],
+            16,
+            16,
+            t["dense_weights"],
+            t["row_offsets"],
+            t["col_vals"],
+            t.get("in_perm"),
         )
         return same_weight(_Rows(made.to(weight.device)), p)
 

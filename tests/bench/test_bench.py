@@ -160,7 +160,9 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
 def synthetic(spec: str, m: int, chain: float, dense: float, backend: str = "triton", n: int = 8192) -> dict:
     """A row as a race makes it, of round numbers that nobody measured."""
     group = race.GROUPS.get(spec, spec)
-    made = race.Row(f"qkernels {backend} {spec}", group, n, 8192, m, "kernel", n * 4096, 1e-3, chain, 0.1, chain)
+    made = race.Row(
+        f"qkernels {backend} {spec}", group, n, 8192, m, "kernel", n * 4096, 1e-3, chain, 0.1, chain
+    )
     made.speedup, made.bandwidth, made.tflops = dense / chain, n * 4096 / chain / 1e3, 1.0
     return vars(made)
 

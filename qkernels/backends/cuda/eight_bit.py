@@ -256,7 +256,12 @@ def multiply(
 
 
 def _product_call(
-    p: PackedWeight, traits: layout.EightBitTraits, dtype: torch.dtype, m: int, invariant: bool, config: Config
+    p: PackedWeight,
+    traits: layout.EightBitTraits,
+    dtype: torch.dtype,
+    m: int,
+    invariant: bool,
+    config: Config,
 ) -> EightBitCall:
     """A copy of the call with all fields but the addresses of a call's tensors, found once."""
     key = ("cuda.eight_bit", dtype, m, invariant, config)

@@ -80,9 +80,7 @@ def register_kernels() -> None:
         def configuration(problem: dispatch.Problem, layout: str = layout) -> str:
             return str(_module(layout).configuration(problem))
 
-        def bind(
-            p: PackedWeight, problem: dispatch.Problem, layout: str = layout
-        ) -> dispatch.Run | None:
+        def bind(p: PackedWeight, problem: dispatch.Problem, layout: str = layout) -> dispatch.Run | None:
             found: dispatch.Run | None = _module(layout).bind(p, problem)
             return found
 
