@@ -36,7 +36,9 @@ _ENTRY = re.compile(
     r"Used (?P<registers>\d+) registers",
     re.S,
 )
-_NAME = re.compile(r"weight_only_(?P<kernel>gem[vm]|hopper)INS_\d+(?P<dtype>Half|BFloat)ELi\d+ENS_(?P<scaler>\w+)")
+_NAME = re.compile(
+    r"weight_only_(?P<kernel>gem[vm]|hopper)INS_\d+(?P<dtype>Half|BFloat)ELi\d+ENS_(?P<scaler>\w+)"
+)
 #: `Plain` for so many scales of a tile; other scalers have a number of their own
 _RUNS = re.compile(r"\d+PlainILi(\d+)E")
 _EIGHT_BIT = re.compile(r"eight_bit_(?P<kernel>gem[vm])ILi\d+ELb(?P<blocks>\d)ELi(?P<rows>\d+)E")

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -44,6 +44,10 @@ class Problem(NamedTuple):
     experts: int = 0
 
 
+#: (x (M, K) contiguous, weight, bias (N) or None, problem) -> y (M, N) in x's dtype
+Run: TypeAlias = "Callable[[Tensor, PackedWeight, Tensor | None, Problem], Tensor]"
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A way to compute y = x @ W^T + bias, or with `grouped` that of rows with the expert each is sent to.
@@ -59,6 +63,8 @@ class Kernel:
     automatic: whether backend="auto" may choose it for this problem's device.
     grouped: whether it takes problems with experts, instead of those without.
     fused: with `grouped`, runs a whole layer of experts; see qkernels/grouped.py.
+    bind: a `run` for one weight and problem, which finds out once what every such call has in common;
+        None where there is no such thing. The weight is in `layout` and its tensors stay.
     """
 
     name: str
@@ -71,6 +77,7 @@ class Kernel:
     configuration: Callable[[Problem], str] = lambda problem: ""
     grouped: bool = False
     fused: Callable[..., Tensor] | None = None
+    bind: Callable[[PackedWeight, Problem], Run | None] = lambda p, problem: None
 
 
 @dataclass(frozen=True)
@@ -113,10 +120,22 @@ def kernels(*, grouped: bool = False) -> list[Kernel]:
     return [kernel for kernel in _KERNELS.values() if kernel.grouped == grouped]
 
 
+#: what os.environ wraps: a look-up in it costs a twentieth of one in os.environ, and every call makes two
+_VARIABLES: Any = getattr(os.environ, "_data", os.environ)
+_ENCODED: dict[str, Any] = {
+    name: getattr(os.environ, "encodekey", str)(name)
+    for name in ("QKERNELS_BACKEND", "QKERNELS_BATCH_INVARIANT")
+}
+
+
+def _environment(name: str, default: str) -> str:
+    return os.environ[name] if _ENCODED[name] in _VARIABLES else default
+
+
 def resolve_backend(backend: str) -> str:
     """Apply QKERNELS_BACKEND to "auto". ValueError for a name that is no backend."""
     if backend == "auto":
-        backend = os.environ.get("QKERNELS_BACKEND", "auto")
+        backend = _environment("QKERNELS_BACKEND", "auto")
         where = "QKERNELS_BACKEND"
     else:
         where = "backend"
@@ -129,7 +148,7 @@ def resolve_batch_invariant(wanted: bool | None) -> bool:
     """`wanted`, or what QKERNELS_BATCH_INVARIANT says if it is None."""
     if wanted is not None:
         return bool(wanted)
-    text = os.environ.get("QKERNELS_BATCH_INVARIANT", "0")
+    text = _environment("QKERNELS_BATCH_INVARIANT", "0")
     if text not in ("0", "1"):
         raise ValueError(f"QKERNELS_BATCH_INVARIANT: expected 0 or 1, got {text!r}")
     return text == "1"

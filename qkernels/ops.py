@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -169,7 +168,7 @@ def matmul(
 class _Plan(NamedTuple):
     """What a product of operands of certain shapes, dtypes and devices needs to know: found once."""
 
-    run: Callable[[Tensor, PackedWeight, Tensor | None, dispatch.Problem], Tensor]
+    run: dispatch.Run
     problem: dispatch.Problem
     y_shape: tuple[int, ...]
 
@@ -188,7 +187,7 @@ def _planned(
     kernel, problem = _kernel(spec_of(p), m, x.dtype, x.device, backend, batch_invariant)
     if len(p.plans) >= _MAX_PLANS:
         p.plans.clear()
-    run = kernel.run if m else _empty
+    run = (kernel.bind(p, problem) or kernel.run) if m else _empty
     p.plans[key] = plan = _Plan(run, problem, (*x.shape[:-1], p.shape[0]))
     return plan
 

@@ -109,6 +109,10 @@ def register_kernels() -> None:
         def configuration(problem: dispatch.Problem, layout: str = layout) -> str:
             return str(_module(layout).configuration(problem))
 
+        def bind(p: PackedWeight, problem: dispatch.Problem, layout: str = layout) -> dispatch.Run | None:
+            found: dispatch.Run | None = _module(layout).bind(p, problem)
+            return found
+
         dispatch.register(
             dispatch.Kernel(
                 name,
@@ -119,5 +123,6 @@ def register_kernels() -> None:
                 run,
                 _automatic,
                 configuration,
+                bind=bind,
             )
         )

@@ -13,9 +13,10 @@ from ... import formats, layouts
 from ...layouts import weight_only as layout
 from . import autotune, configs, interpreted, transforms, workspace
 from .jobs import CompileJob
+from .launch import Launch
 
 if TYPE_CHECKING:
-    from ...dispatch import Problem
+    from ...dispatch import Problem, Run
     from ...packed import PackedWeight
 
 #: M from which x is gathered once, by a kernel of its own, instead of by every program (act-order)
@@ -120,7 +121,6 @@ def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Te
     if weight["INDEXED"] and x.shape[0] >= GATHER_ROWS:
         x = _gathered(x, weight["perm_ptr"])
         weight |= {"K": x.shape[1], "KP": x.shape[1], "INDEXED": False}
-    bias = None if bias is None else bias.contiguous()
 
     def launch(config: configs.GemmConfig) -> Tensor:
         if traits.norms is None:
@@ -137,6 +137,81 @@ def configuration(problem: Problem) -> str:
     return autotune.words(family(traits_of(problem)), problem, tabled(problem))
 
 
+def bind(p: PackedWeight, problem: Problem) -> Run | None:
+    """`run` for this weight and problem alone: from its second call on it only starts the kernel. None
+    where more than that one kernel is to be started."""
+    traits = traits_of(problem)
+    if traits.norms or traits.outliers or ("perm" in p.storage and problem.m >= GATHER_ROWS):
+        return None
+    products: list[Product] = []
+
+    def call(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
+        if products:
+            return products[0](x, bias)
+        y = run(x, p, bias, problem)  # tunes and compiles
+        config = autotune.tuned(family(traits), problem) or tabled(problem)
+        weight = {**arguments(p, traits), "outlier_args": ()}
+        products.append(Product(x, p.shape[0], bias is not None, weight, config, problem, x.dtype))
+        return y
+
+    return call
+
+
+class Product:
+    """The product with one weight, for x of one shape and dtype: everything but the tensors of a call."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        n: int,
+        has_bias: bool,
+        weight: dict[str, Any],
+        config: configs.GemmConfig,
+        problem: Problem,
+        dtype: torch.dtype,
+    ) -> None:
+        from ...triton_kernels.weight_only import weight_only_gemm
+
+        m = x.shape[0]
+        blocks_n, blocks_m = -(-n // config.block_n), -(-m // config.block_m)
+        tiles = -(-weight["KP"] // (16 * 32 // weight["WIDTH"]))
+        counted = blocks_n if problem.batch_invariant else blocks_n * blocks_m
+        shares = configs.shares_of(config, tiles, counted, processors(x.device))
+        split = split_of(shares, blocks_n * blocks_m, config)
+        self.shape, self.dtype, self.device = (m, n), dtype, x.device
+        self.elements = split * blocks_n * blocks_m * config.block_n * config.block_m if split > 1 else 0
+        self.unused = weight["qdata_ptr"]  # what is never read still needs an address
+        fixed = {
+            "M": m,
+            "HAS_BIAS": has_bias,
+            "UPCAST": x.dtype == torch.bfloat16 and interpreted(),
+            "POST_SCALE": config.post_scale,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "SHARES": shares,
+            "SPLIT_K": split,
+            "GROUP_N": config.group_n,
+            "WARPS": config.num_warps,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+            **weight,
+        }
+        slots = ("x_ptr", "bias_ptr", "y_ptr", "partial_ptr", "counter_ptr")
+        self.launch = Launch(weight_only_gemm, (blocks_n * blocks_m, split), fixed, slots)
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        y = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        partial = counter = self.unused
+        if self.elements:
+            partial, counter = (
+                workspace.partials(self.elements, self.device),
+                workspace.counters(self.device),
+            )
+        bias = x if bias is None else bias.contiguous()
+        self.launch(x, bias, y, partial, counter)
+        return y
+
+
 def _launch(
     x: Tensor,
     n: int,
@@ -146,41 +221,7 @@ def _launch(
     problem: Problem,
     dtype: torch.dtype,
 ) -> Tensor:
-    from ...triton_kernels.weight_only import weight_only_gemm
-
-    m = x.shape[0]
-    blocks_n, blocks_m = -(-n // config.block_n), -(-m // config.block_m)
-    tiles = -(-weight["KP"] // (16 * 32 // weight["WIDTH"]))
-    counted = blocks_n if problem.batch_invariant else blocks_n * blocks_m
-    shares = configs.shares_of(config, tiles, counted, processors(x.device))
-    split = split_of(shares, blocks_n * blocks_m, config)
-    y = torch.empty(m, n, dtype=dtype, device=x.device)
-    partial = counter = weight["qdata_ptr"]
-    if split > 1:
-        elements = split * blocks_n * blocks_m * config.block_n * config.block_m
-        partial, counter = workspace.partials(elements, x.device), workspace.counters(x.device)
-    with torch.cuda.device_of(x):  # triton launches on the current device, whatever its arguments say
-        weight_only_gemm[(blocks_n * blocks_m, split)](
-            x_ptr=x,
-            bias_ptr=x if bias is None else bias,
-            y_ptr=y,
-            partial_ptr=partial,
-            counter_ptr=counter,
-            M=m,
-            HAS_BIAS=bias is not None,
-            UPCAST=x.dtype == torch.bfloat16 and interpreted(),
-            POST_SCALE=config.post_scale,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            SHARES=shares,
-            SPLIT_K=split,
-            GROUP_N=config.group_n,
-            WARPS=config.num_warps,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            **weight,
-        )
-    return y
+    return Product(x, n, bias is not None, weight, config, problem, dtype)(x, bias)
 
 
 #: partial sums of one call may take this much memory
