@@ -194,13 +194,34 @@ EIGHT_BIT_GEMM, EIGHT_BIT_GEMV, EIGHT_BIT_ROWS, OUTLIERS = (
 CUDA_EIGHT_BIT = [
     (EIGHT_BIT_GEMM, "copy_async_wait<P::kStages - 2>();", "copy_async_wait<P::kStages - 1>();"),
     (EIGHT_BIT_GEMM, "        sync_block();  // this step is there for all", "        // this step is there"),
-    (EIGHT_BIT_GEMM, "    sync_block();  // all warps are done with the ring", ""),
+    (EIGHT_BIT_GEMM, "    P::sync();  // all are done with what lay there", ""),
     (EIGHT_BIT_GEMM, "(step + 1) % args.share == 0 ||", ""),
     (EIGHT_BIT_GEMV, "args.counter + block_index_x(), 0)", "args.counter + block_index_x(), 1)"),
     (EIGHT_BIT_GEMV, "    sync_block();  // whoever still reads what was here", ""),
     (EIGHT_BIT_ROWS, "store_global(mask + w, 0u);", ""),
     (EIGHT_BIT_ROWS, "outliers != 0 && lane_index() % 4 == 0", "outliers != 0 && lane_index() % 8 == 0"),
     (OUTLIERS, "x -= float(int8_t(load_global(args.x + int64_t(m) * args.kp + k))) * scale;", ""),
+]  # fmt: skip
+
+HOPPER, HOPPER8 = "csrc/weight_only/hopper.h", "csrc/eight_bit/hopper.h"
+HOPPERS = [
+    (HOPPER, "factor[i % 2], factor[i % 2]);", "factor[0], factor[0]);"),
+    (HOPPER, "product_wait<1>();", "product_wait<2>();"),
+    (HOPPER, "in_chunk * kSlice * 2", "in_chunk * kSlice"),
+    (HOPPER, "barrier_wait(me.shared.codes_full(me.codes.at), me.codes.parity);", ""),
+    (HOPPER, "barrier_wait(me.shared.chunk_full(me.chunk.at), me.chunk.parity);", ""),
+    (HOPPER, "barrier_wait(shared.chunk_empty(chunk.at), chunk.parity ^ 1);", ""),
+    (HOPPER, "release(me.shared.codes_empty(me.codes.at));", ""),
+    (HOPPER, "(unit ^ m % 8) * 16, in)", "unit * 16, in)"),
+    (HOPPER, "    sync_warpgroup(1 + warpgroup);  // what was stored before has been read", ""),
+    (HOPPER, "m < args.m && n < args.n", "m <= args.m && n < args.n"),
+    (HOPPER, "w.n - place.n0 < kHopperRows ? w.n - place.n0 : kHopperRows", "kHopperRows"),
+    (HOPPER8, "scale[i / 2 % 2]", "scale[i % 2]"),
+    (HOPPER8, "accumulate || k > 0", "accumulate"),
+    (HOPPER8, "product_wait<1>();", "product_wait<2>();"),
+    (HOPPER8, "release(P::empty(turn.at));", "barrier_arrive(P::empty(turn.at));"),
+    (HOPPER8, "tile.n + n, tile.block", "tile.n, tile.block"),
+    (HOPPER8, "warpgroup * P::kRows * kStep", "0 * warpgroup"),
 ]  # fmt: skip
 
 #: what to break, and the tests that must notice
@@ -210,6 +231,7 @@ SUITES = (
     (INCOHERENT, ("tests/kernels/test_incoherent.py",)),
     (CUDA, ("tests/cuda",)),
     (CUDA_EIGHT_BIT, ("tests/cuda/test_eight_bit.py",)),
+    (HOPPERS, ("tests/cuda/test_hopper.py",)),
 )
 
 
