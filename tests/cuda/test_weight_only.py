@@ -48,7 +48,7 @@ def test_what_has_no_kernel_yet_says_so() -> None:
 
 @fused_cases
 @dtypes
-@pytest.mark.parametrize("m", [1, 3, 8, 9, 33])
+@pytest.mark.parametrize("m", [1, 8, 33])
 def test_every_format(name: str, params: dict[str, object], m: int, dtype: torch.dtype) -> None:
     y, x, p, bias = run(name, params, 40, k_of(name, 192), m, dtype)
     assert p.layout == "weight_only"
