@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.static.facts import tools
 from qkernels.backends.cuda import build, eight_bit, gemm, hopper
 from qkernels.backends.cuda import weight_only as gemv
 from qkernels.backends.cuda.calls import CODES, OWN
@@ -34,12 +36,13 @@ _ENTRY = re.compile(
     r"Used (?P<registers>\d+) registers",
     re.S,
 )
-_NAME = re.compile(r"weight_only_(?P<kernel>gem[vm])INS_\d+(?P<dtype>Half|BFloat)ELi\d+ENS_(?P<scaler>\w+)")
+_NAME = re.compile(
+    r"weight_only_(?P<kernel>gem[vm]|hopper)INS_\d+(?P<dtype>Half|BFloat)ELi\d+ENS_(?P<scaler>\w+)"
+)
 #: `Plain` for so many scales of a tile; other scalers have a number of their own
 _RUNS = re.compile(r"\d+PlainILi(\d+)E")
 _EIGHT_BIT = re.compile(r"eight_bit_(?P<kernel>gem[vm])ILi\d+ELb(?P<blocks>\d)ELi(?P<rows>\d+)E")
 _QUANTIZE = re.compile(r"quantize_kernelINS_\d+(?P<dtype>Half|BFloat)ELb(?P<int8>\d)ELi(?P<shared>\d)E")
-_HOPPER = re.compile(r"weight_only_hopperINS_\d+(?P<dtype>Half|BFloat)ELi\d+ENS_(?P<scaler>\w+)")
 _HOPPER_EIGHT = re.compile(r"eight_bit_hopperILi\d+ELb(?P<blocks>\d)E")
 #: ptxas lets one wgmma wait for the next where it cannot follow their registers
 _SERIALIZED = re.compile(r"\(C75\d\d\) Potential Performance Loss: wgmma.* in the function '(\w+)'")
@@ -70,6 +73,8 @@ class Facts(NamedTuple):
     threads: int = THREADS
     #: products of a warpgroup wait for one another
     serialized: bool = False
+    #: the tensor-core instruction, "" if there is none
+    tensor: str = ""
 
     @property
     def blocks(self) -> int:
@@ -84,6 +89,9 @@ class Facts(NamedTuple):
         found = [f"spills {self.spilled} bytes"] if self.spilled else []
         if self.dynamic > SHARED_KIB[int(self.arch.rstrip("a"))] * 1024:
             found.append(f"{self.dynamic} bytes of shared memory do not fit")
+        wanted = "GMMA" if self.kernel.startswith("wgmma") else "MMA" if self.kernel.startswith("gem") else ""
+        if wanted not in self.tensor:
+            found.append(f"no {wanted} instruction")
         return found + ["its wgmma instructions are serialized"] * self.serialized
 
 
@@ -98,13 +106,28 @@ def compile_one(source: str, arch: str) -> list[Facts]:
             str(build.sources() / SOURCES[source] / f"{source}.cu"), "-o", str(Path(folder) / "out.cubin"),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{source} for sm_{arch}: {done.stderr[-4000:]}")
-    return parse(done.stderr, source, arch)
+        if done.returncode != 0:
+            raise RuntimeError(f"{source} for sm_{arch}: {done.stderr[-4000:]}")
+        tensor = _tensor_instructions(Path(folder) / "out.cubin")
+    return parse(done.stderr, source, arch, tensor)
 
 
-def parse(text: str, source: str, arch: str) -> list[Facts]:
-    """What ptxas -v says, one entry a kernel."""
+def _tensor_instructions(cubin: Path) -> dict[str, str]:
+    """Mangled name of each kernel with tensor-core instructions -> the first of them."""
+    own = tools() / "cuobjdump"  # triton's wheel has one
+    tool = str(own) if own.is_file() else shutil.which("cuobjdump")
+    if tool is None:
+        raise RuntimeError("no cuobjdump found; install triton or the CUDA toolkit's binary utilities")
+    done = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True)
+    found = {}
+    for name, code in re.findall(r"Function : (\w+)(.*?)(?=Function : |\Z)", done.stdout, re.S):
+        if tensor := re.search(r"\b(?:UTC)?[HIQ]G?MMA[\w.]*", code):
+            found[name] = tensor[0]
+    return found
+
+
+def parse(text: str, source: str, arch: str, tensor: dict[str, str]) -> list[Facts]:
+    """What ptxas -v says, one entry a kernel; `tensor`: name -> tensor-core instruction."""
     found = []
     serialized = set(_SERIALIZED.findall(text))
     for entry in _ENTRY.finditer(text):
@@ -116,6 +139,7 @@ def parse(text: str, source: str, arch: str) -> list[Facts]:
             Facts(
                 source, kernel, dtype, runs, arch, int(entry["registers"]), spilled, int(entry["stack"]),
                 dynamic, threads, entry["name"] in serialized,
+                tensor.get(entry["name"], ""),
             )
         )  # fmt: skip
     if not found:
@@ -131,7 +155,8 @@ def _kernel(mangled: str, source: str) -> tuple[str, str, int, int, int]:
         dynamic = gemv.shared_bytes(bits, outliers=outliers)
         if is_gemm:
             dynamic = gemm.STAGES * gemm.stage_bytes(bits)
-        return name["kernel"], name["dtype"], _runs_of(name["scaler"]), dynamic, THREADS
+        runs = _RUNS.match(name["scaler"])
+        return name["kernel"], name["dtype"], int(runs[1]) if runs else -1, dynamic, THREADS
     if name := _EIGHT_BIT.search(mangled):
         is_gemv, rows = name["kernel"] == "gemv", int(name["rows"])
         rows = rows * 8 if is_gemv else rows
@@ -139,8 +164,8 @@ def _kernel(mangled: str, source: str) -> tuple[str, str, int, int, int]:
         threads = eight_bit.GEMV_THREADS if is_gemv else eight_bit.GEMM_THREADS
         return label, "", -1, eight_bit.shared_bytes(is_gemv, rows), threads
     if name := _HOPPER.search(mangled):
-        dynamic = hopper.shared_bytes(BITS[source])
-        return "wgmma", name["dtype"], _runs_of(name["scaler"]), dynamic, hopper.THREADS
+        bits = next(bits for (_, bits), code in CODES.items() if code == source)
+        return "wgmma", name["dtype"], int(name["runs"]), hopper.shared_bytes(bits), hopper.THREADS
     if name := _HOPPER_EIGHT.search(mangled):
         kind = source.removeprefix("eight_bit_")
         label = f"wgmma{', blocks' * int(name['blocks'])}"
@@ -152,12 +177,6 @@ def _kernel(mangled: str, source: str) -> tuple[str, str, int, int, int]:
     raise RuntimeError(f"a kernel of another kind: {mangled}")
 
 
-def _runs_of(scaler: str) -> int:
-    """Of a scaler's mangled name."""
-    found = _RUNS.match(scaler)
-    return int(found[1]) if found else -1
-
-
 def table(facts: list[Facts]) -> str:
     """Markdown: a row for a kernel, both dtypes together; registers and blocks per architecture."""
     archs = sorted({f.arch for f in facts}, key=lambda a: int(a.rstrip("a")))
@@ -167,8 +186,8 @@ def table(facts: list[Facts]) -> str:
     lines = [
         "| kernel | codes | scales a tile | "
         + " | ".join(f"sm_{a}" for a in archs)
-        + " | spills | shared KiB |",
-        "|---|---|---|" + "---|" * (len(archs) + 2),
+        + " | spills | shared KiB | tensor core |",
+        "|---|---|---|" + "---|" * (len(archs) + 3),
     ]
     for (kernel, source, runs), by_arch in sorted(rows.items(), key=lambda item: (item[0][0][::-1], item[0])):
         all_of = [f for found in by_arch.values() for f in found]
@@ -184,6 +203,7 @@ def table(facts: list[Facts]) -> str:
             *cells,
             str(spilled),
             f"{shared:.0f}",
+            ", ".join(sorted({f.tensor.split(".")[0] for f in all_of} - {""})) or "-",
         ]
         lines.append("| " + " | ".join(shown) + " |")
     return "\n".join(lines)

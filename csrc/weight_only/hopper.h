@@ -30,13 +30,22 @@ struct HopperArgs {
     TensorMap x;
 };
 
+/// Rows of x of a block: fewer where a tile's values take the registers of half the sums, and where
+/// outliers do.
+template <typename D, typename S>
+constexpr int kHopperColumns = D::kPairs == 8 || S::kOutliers ? 128 : 256;
+
+/// Bytes of high bits of a row of a tile.
+template <typename D>
+constexpr int kHighRow = D::kHigh > 0 ? 4 * int(sizeof(HighWords<D>)) : 0;
+
 /// What lies where in shared memory.
 template <typename D, int COLUMNS>
 struct HopperShared {
     static constexpr int kChunkBytes = COLUMNS * 128, kChunks = COLUMNS == 256 ? 4 : 6;
     static constexpr int kLowBytes = kHopperRows * 64;
-    static constexpr int kTileBytes = kLowBytes + kHopperRows * 16 * D::kHigh;
-    static constexpr int kTiles = D::kHigh > 0 ? 2 : 3;
+    static constexpr int kHighBytes = kHopperRows * kHighRow<D>;
+    static constexpr int kTileBytes = kLowBytes + kHighBytes, kTiles = D::kHigh > 0 ? 2 : 3;
     static constexpr int kOutBytes = kHopperRows * COLUMNS * 2;
     static constexpr int kCodesAt = kChunks * kChunkBytes, kOutAt = kCodesAt + kTiles * kTileBytes;
     static constexpr int kBarriersAt = kOutAt + kOutBytes;
@@ -85,12 +94,12 @@ QK_DEVICE void copy_all(const HopperArgs& args, const HopperShared<D, COLUMNS>& 
             barrier_wait(shared.codes_empty(codes.at), codes.parity ^ 1);
             const int64_t row = int64_t(tile) * w.n + place.n0;
             Barrier* full = shared.codes_full(codes.at);
-            barrier_arrive_expect(full, rows * (64 + 16 * D::kHigh));
+            barrier_arrive_expect(full, rows * (64 + kHighRow<D>));
             copy_bulk(shared.codes(codes.at), w.qdata + row * 4, rows * 64, full);
             if (D::kHigh > 0) {
                 copy_bulk(shared.codes(codes.at) + Shared::kLowBytes,
-                          static_cast<const Words4*>(w.qhigh) + row * D::kHigh,
-                          rows * 16 * D::kHigh, full);
+                          static_cast<const unsigned char*>(w.qhigh) + row * kHighRow<D>,
+                          rows * kHighRow<D>, full);
             }
             codes.next();
             if (first) {  // the weight depends on no kernel before this one, x does
@@ -188,7 +197,7 @@ template <typename T, typename D, int COLUMNS, typename S>
 QK_DEVICE void multiply_tile(float (&sums)[COLUMNS / 2], uint32_t (&a)[2][4],
                              const WeightOnlyArgs& args, Consumer<D, COLUMNS>& me, int tile,
                              int live, const Held<D, S>& held, const Table& table,
-                             const typename S::Rows& of_rows) {
+                             const typename S::Rows& scaled_rows) {
     const int lane = lane_index(), q = lane / 4, j = lane % 4;
     barrier_wait(me.shared.codes_full(me.codes.at), me.codes.parity);
     const int row = me.warpgroup * 64 + warp_index() % 4 * 16 + q;
@@ -217,7 +226,7 @@ QK_DEVICE void multiply_tile(float (&sums)[COLUMNS / 2], uint32_t (&a)[2][4],
                 QK_UNROLL
                 for (int r = 0; r < 2; r++) {
                     const int number = slice * kRunsHeld<S> / (2 * D::kPairs);
-                    const ScaleZero found = scales.get(args, of_rows, r, number, kk);
+                    const ScaleZero found = scales.get(args, scaled_rows, r, number, kk);
                     factor[r] = found.scale;
                     minus[r] = S::kMinus ? found.zero : 0;
                     offset[r] = D::offset(S::kMinus ? 0 : found.zero);
@@ -227,13 +236,15 @@ QK_DEVICE void multiply_tile(float (&sums)[COLUMNS / 2], uint32_t (&a)[2][4],
             operand<D>(now, values, s, p, offset);
             if constexpr (S::kRuns == 0) {
                 if (by_element) {
-                    scale_elements<T>(now, args, of_rows.of, kk + j * 2);
+                    scale_elements<T>(now, args, scaled_rows.of, kk + j * 2);
                 }
             }
-            QK_UNROLL
-            for (int i = 0; i < 4 && !by_element; i++) {
-                now[i] = S::kMinus ? scaled_less<T>(now[i], factor[i % 2], minus[i % 2])
-                                   : scaled<T>(now[i], factor[i % 2], factor[i % 2]);
+            if (!by_element) {
+                QK_UNROLL
+                for (int i = 0; i < 4; i++) {
+                    now[i] = S::kMinus ? scaled_less<T>(now[i], factor[i % 2], minus[i % 2])
+                                       : scaled<T>(now[i], factor[i % 2], factor[i % 2]);
+                }
             }
             const int in_chunk = slice % (kChunk / kSlice);
             if (in_chunk == 0) {
@@ -242,7 +253,7 @@ QK_DEVICE void multiply_tile(float (&sums)[COLUMNS / 2], uint32_t (&a)[2][4],
             const Operand x =
                 further(operand_at(me.shared.chunk(me.chunk.at)), in_chunk * kSlice * 2);
             product_fence();
-            product<T, COLUMNS>(sums, now, x, tile + slice > 0);
+            product<T, COLUMNS>(sums, now, x, S::kOutliers || tile + slice > 0);
             product_commit();
             product_wait<1>();  // the slice before: its operand's registers and, perhaps, its chunk
             if (in_chunk == 0 && tile + slice > 0 && !(drain && slice == 0)) {
@@ -264,16 +275,23 @@ QK_DEVICE void multiply_all(const HopperArgs& args, const HopperShared<D, COLUMN
     for (int work = block_index_x(); work < Outputs<COLUMNS>::count(w); work += blocks_x()) {
         const Outputs<COLUMNS> place(w, work);
         const int row = place.n0 + me.warpgroup * 64 + warp_index() % 4 * 16 + lane_index() / 4;
-        const typename S::Rows of_rows(w, row);
+        const typename S::Rows scaled_rows(w, row);
         Held<D, S> held = {}, next = {};
-        load_scales(held, w, 0, w.tiles, of_rows);
+        load_scales(held, w, 0, w.tiles, scaled_rows);
         float sums[COLUMNS / 2];
+        if constexpr (S::kOutliers) {
+            QK_UNROLL
+            for (int i = 0; i < COLUMNS / 2; i++) {
+                sums[i] = 0;
+            }
+            add_sparse<T>(reinterpret_cast<float (&)[COLUMNS / 8][4]>(sums), w, row, place.m0);
+        }
         uint32_t a[2][4];
         QK_NO_UNROLL
         for (int tile = 0; tile < w.tiles; tile++) {
-            load_scales(next, w, tile + 1, w.tiles, of_rows);
+            load_scales(next, w, tile + 1, w.tiles, scaled_rows);
             multiply_tile<T, D, COLUMNS, S>(sums, a, w, me, tile, w.n - place.n0, held, table,
-                                            of_rows);
+                                            scaled_rows);
             held = next;
         }
         product_wait<0>();
@@ -283,12 +301,13 @@ QK_DEVICE void multiply_all(const HopperArgs& args, const HopperShared<D, COLUMN
 }
 
 /// Grid: one block a processor, or fewer. Shared memory: HopperShared::kBytes.
-template <typename T, int CODE, typename S, int COLUMNS>
+template <typename T, int CODE, typename S>
 __global__ void __launch_bounds__(kHopperThreads, 1)
     weight_only_hopper(const __grid_constant__ HopperArgs args) {
     if constexpr (kOnHopper) {
         using D = DecoderOf<T, CODE>;
-        using Shared = HopperShared<D, COLUMNS>;
+        constexpr int columns = kHopperColumns<D, S>;
+        using Shared = HopperShared<D, columns>;
         static_assert(Shared::kBytes <= 227 * 1024, "");
         const Shared shared{shared_memory()};
         if (thread_index() == 0) {
@@ -307,11 +326,11 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
         if (warp_index() < 4) {
             fewer_registers<24>();
             if (thread_index() == 0) {
-                copy_all<D, COLUMNS>(args, shared);
+                copy_all<D, columns>(args, shared);
             }
         } else {
             more_registers<240>();
-            multiply_all<T, D, COLUMNS, S>(args, shared);
+            multiply_all<T, D, columns, S>(args, shared);
         }
     }
 }

@@ -7,11 +7,19 @@
 namespace qk {
 
 using WeightOnlyKernel = void (*)(WeightOnlyArgs);
-using HopperKernel = void (*)(HopperArgs);
 
-/// 128 rows of x a block where tiles are long, whose values take the registers of half the sums.
-template <typename T, int CODE>
-constexpr int kHopperColumns = DecoderOf<T, CODE>::kPairs == 8 ? 128 : 256;
+/// One of the kernels of hopper.h, with what its launch needs to know.
+struct HopperKernel {
+    void (*kernel)(HopperArgs);
+    int columns, shared;
+
+    template <typename T, int CODE, typename S>
+    static HopperKernel of() {
+        using D = DecoderOf<T, CODE>;
+        constexpr int columns = kHopperColumns<D, S>;
+        return {weight_only_hopper<T, CODE, S>, columns, HopperShared<D, columns>::kBytes};
+    }
+};
 
 /// The scalers of `Plain`, by how many scales a tile has.
 struct AnyPlain {
@@ -28,76 +36,51 @@ struct AnyPlain {
     }
     template <typename T, int CODE>
     static HopperKernel find_hopper(const WeightOnlyCall& call) {
-        constexpr int columns = kHopperColumns<T, CODE>;
-        const HopperKernel kernels[] = {weight_only_hopper<T, CODE, Plain<0>, columns>,
-                                        weight_only_hopper<T, CODE, Plain<1>, columns>,
-                                        weight_only_hopper<T, CODE, Plain<4>, columns>, nullptr,
-                                        weight_only_hopper<T, CODE, Plain<4>, columns>};
-        return kernels[call.runs];
+        return call.runs == 0   ? HopperKernel::of<T, CODE, Plain<0>>()
+               : call.runs == 1 ? HopperKernel::of<T, CODE, Plain<1>>()
+                                : HopperKernel::of<T, CODE, Plain<4>>();
     }
 };
 
 /// One scaler only, the one that the codes' formats have.
 template <typename S>
 struct Only {
-    static_assert(S::kRuns > 0, "");
-
-    /// Whether the weight's runs are whole ones of the scaler.
-    template <typename T, int CODE>
-    static bool fits(const WeightOnlyCall& call) {
-        return call.args.run % (kTile<DecoderOf<T, CODE>> / S::kRuns) == 0;
-    }
     template <typename T, int CODE>
     static WeightOnlyKernel find(const WeightOnlyCall& call) {
-        if (!fits<T, CODE>(call)) {
+        static_assert(S::kRuns > 0, "");
+        if (call.args.run % (kTile<DecoderOf<T, CODE>> / S::kRuns) != 0) {
             return nullptr;
         }
         return call.kernel == 0 ? WeightOnlyKernel(weight_only_gemv<T, CODE, S>)
                                 : WeightOnlyKernel(weight_only_gemm<T, CODE, S>);
     }
     template <typename T, int CODE>
-    static HopperKernel find_hopper(const WeightOnlyCall& call) {
-        if constexpr (!S::kOutliers) {
-            if (fits<T, CODE>(call)) {
-                return weight_only_hopper<T, CODE, S, kHopperColumns<T, CODE>>;
-            }
-        }
-        return nullptr;
+    static HopperKernel find_hopper(const WeightOnlyCall&) {
+        return HopperKernel::of<T, CODE, S>();
     }
 };
 
-constexpr const char* kUnfit = "it is not made for this weight: shorter groups, or outliers";
-
-template <typename T, int CODE, typename Scalers>
-std::string launch_hopper(const WeightOnlyCall& call) {
-    constexpr int columns = kHopperColumns<T, CODE>;
-    const HopperKernel kernel = Scalers::template find_hopper<T, CODE>(call);
-    if (kernel == nullptr) {
-        return kUnfit;
-    }
-    HopperArgs args{call.args, {}};
-    const Element element = call.is_bfloat ? Element::bfloat : Element::half;
-    const std::string error = describe(args.x, element, call.args.x, call.args.x_stride,
-                                       call.args.m, int64_t(call.args.x_stride) * 2, columns);
-    if (!error.empty()) {
-        return error;
-    }
-    const Grid grid{call.grid_x, 1, kHopperThreads,
-                    HopperShared<DecoderOf<T, CODE>, columns>::kBytes};
-    return launch<HopperArgs>(kernel, grid, args, call.stream, call.early != 0);
-}
-
 template <typename T, int CODE, typename Scalers>
 std::string launch_weight_only(const WeightOnlyCall& call) {
-    if (call.kernel == 2) {
-        return launch_hopper<T, CODE, Scalers>(call);
-    }
+    // The scalers find a kernel of the other two, or say that they have none for such groups.
     const WeightOnlyKernel kernel = Scalers::template find<T, CODE>(call);
     if (kernel == nullptr) {
-        return kUnfit;
+        return "it is made for longer groups than these";
     }
-    const Grid grid{call.grid_x, call.grid_y, kGemvThreads, call.shared};
-    return launch<WeightOnlyArgs>(kernel, grid, call.args, call.stream, call.early != 0);
+    if (call.kernel != 2) {
+        const Grid grid{call.grid_x, call.grid_y, kGemvThreads, call.shared};
+        return launch<WeightOnlyArgs>(kernel, grid, call.args, call.stream, call.early != 0);
+    }
+    const HopperKernel hopper = Scalers::template find_hopper<T, CODE>(call);
+    HopperArgs args{call.args, {}};
+    const Element element = call.is_bfloat ? Element::bfloat : Element::half;
+    const std::string error =
+        describe(args.x, element, call.args.x, call.args.x_stride, call.args.m,
+                 int64_t(call.args.x_stride) * 2, hopper.columns);
+    const Grid grid{call.grid_x, 1, kHopperThreads, size_t(hopper.shared)};
+    return !error.empty()
+               ? error
+               : launch<HopperArgs>(hopper.kernel, grid, args, call.stream, call.early != 0);
 }
 
 /// Text that stays until the next call of this thread; "" if all is well.

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..embedding import QuantEmbedding
 from ..linear import QuantLinear
 from ..packed import pack
 from . import directories, quantization, tensor_files
@@ -88,22 +89,57 @@ def _plain_config(model: PreTrainedModel) -> Any:
             delattr(config, mark)
     config.architectures = [type(model).__name__]
     config.dtype = model.dtype
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    shared = isinstance(head, nn.Linear) and head.weight is getattr(embedding, "weight", None)
+    if shared or _tied_head(model) is not None:
+        config.tie_word_embeddings = True  # the tensor is stored once
     return config
 
 
-def _quantization_config(model: nn.Module) -> dict[str, Any] | None:
+def _quantization_config(model: PreTrainedModel) -> dict[str, Any] | None:
     layers = {n: m.packed for n, m in model.named_modules() if isinstance(m, QuantLinear)}
-    return quantization.describe(layers, [n for n, m in model.named_modules() if isinstance(m, nn.Linear)])
+    embeddings = {n: m.packed for n, m in model.named_modules() if isinstance(m, QuantEmbedding)}
+    layers.pop(_tied_head(model) or "", None)
+    plain = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    config = quantization.describe({**embeddings, **layers}, plain)
+    if embeddings and (config is None or config["quant_method"] != quantization.OWN):
+        name, packed = next(iter(embeddings.items()))
+        raise ValueError(
+            f"{name}: expected a plain embedding, because no quantization_config of this model's linears "
+            f"can say otherwise, got one in {packed.format}"
+        )
+    return config
 
 
-def _stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _tied_head(model: PreTrainedModel) -> str | None:
+    """Name of a QuantLinear output projection that holds the same bytes as the QuantEmbedding, or None."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if not isinstance(head, QuantLinear) or not isinstance(embedding, QuantEmbedding):
+        return None
+    ours, theirs = head.packed, embedding.packed
+    if head.bias is not None or (ours.format, ours.shape, ours.params) != (
+        theirs.format, theirs.shape, theirs.params
+    ):  # fmt: skip
+        return None
+    pairs = [(tensor, theirs.tensors[name]) for name, tensor in ours.tensors.items()]
+    if not all(a.data_ptr() == b.data_ptr() or torch.equal(a, b) for a, b in pairs):
+        return None
+    return next(name for name, module in model.named_modules() if module is head)
+
+
+def _stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of all that belongs in the file, a tied tensor under its first name only.
 
     Layer by layer, so that the checkpoint's form of a prepacked weight exists for one layer at a time.
     """
     seen: set[tuple[Any, ...]] = set()
+    tied = _tied_head(model)
     for prefix, module in model.named_modules():
-        if isinstance(module, QuantLinear):
+        if prefix == tied:
+            continue
+        if isinstance(module, QuantEmbedding):
+            own: dict[str, Tensor] = dict(module.packed.tensors)
+        elif isinstance(module, QuantLinear):
             own = dict(module.packed.tensors)
             if module.bias is not None:
                 own["bias"] = module.bias
@@ -155,15 +191,19 @@ def load(
             scheme = None
             if prefix is not None:
                 scheme = scheme_of(prefix, owned[prefix], files, plan)
-                if scheme is None and dtype is None:
+                linear = isinstance(model.get_submodule(prefix), nn.Linear)
+                if scheme is None and dtype is None and linear:
                     scheme = _mixed_dense(owned[prefix], files, around)
             if prefix is not None and scheme is not None:
-                layer = quantized_layer(directory, model, prefix, owned[prefix], files, scheme, device)
+                layer = quantized_layer(directory, model, prefix, owned[prefix], files, scheme, device, dtype)
                 parent, _, leaf = prefix.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, layer)
                 used |= set(owned[prefix].values())
             elif _assign(model, name, files, device, dtype):
                 used.add(name)
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, QuantEmbedding) and model.config.tie_word_embeddings:
+        model.set_output_embeddings(QuantLinear(embedding.packed))
     if isinstance(model.get_output_embeddings(), QuantLinear):
         model.config.tie_word_embeddings = False  # it has its own weight: nothing left to tie
     model.tie_weights()
@@ -265,8 +305,9 @@ def read_config(directory: Path) -> tuple[Any, Mapping[str, Any] | None]:
 
 
 def owned_tensors(model: nn.Module, files: TensorFiles) -> dict[str, dict[str, str]]:
-    """Linear's name -> {tensor name within it: name in the file}, for the linears found in the files."""
-    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    """Module's name -> {tensor name within it: name in the file}, for the linears and embeddings in the files."""
+    kinds = (nn.Linear, nn.Embedding)
+    linears = {name for name, module in model.named_modules() if isinstance(module, kinds)}
     owned: dict[str, dict[str, str]] = {}
     for name in files.infos:
         if _CACHE_SCALE.search(name):
@@ -325,9 +366,15 @@ def quantized_layer(
     files: TensorFiles,
     scheme: Scheme,
     device: torch.device | str,
-) -> QuantLinear:
-    """The packed weight of the linear `prefix` from the files, checked. ValueError names file and module."""
+    dtype: torch.dtype | None = None,
+) -> QuantLinear | QuantEmbedding:
+    """The packed weight of the linear or embedding `prefix` from the files, checked.
+
+    dtype: of an embedding's rows; None for the config's. ValueError names file and module.
+    """
     linear = model.get_submodule(prefix)
+    if isinstance(linear, nn.Embedding):
+        return _packed_embedding(linear, prefix, names, files, scheme, device, dtype or model.dtype)  # type: ignore[arg-type]
     assert isinstance(linear, nn.Linear)
     # GPTQ files often hold a bias of zeros for layers that have none in the model; it is kept.
     if linear.bias is not None and "bias" not in names:
@@ -340,6 +387,23 @@ def quantized_layer(
     except ValueError as error:
         raise ValueError(f"{files.infos[next(iter(names.values()))].file}: {prefix}: {error}") from None
     return layer.requires_grad_(False)
+
+
+def _packed_embedding(
+    embedding: nn.Embedding,
+    prefix: str,
+    names: dict[str, str],
+    files: TensorFiles,
+    scheme: Scheme,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> QuantEmbedding:
+    tensors = {own: files.read(full) for own, full in names.items()}
+    shape = (embedding.num_embeddings, embedding.embedding_dim)
+    try:
+        return QuantEmbedding(pack(scheme.format, tensors, shape, **scheme.params).to(device), dtype)
+    except ValueError as error:
+        raise ValueError(f"{files.infos[next(iter(names.values()))].file}: {prefix}: {error}") from None
 
 
 def _assign(

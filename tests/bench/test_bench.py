@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import qkernels as qk
-from bench import host, peers, report
+from bench import host, peers, report, targets
 from qkernels import dispatch, roofline
 from qkernels.benchmark import race, shapes, timing
 from qkernels.cli import main
@@ -155,3 +155,65 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--rows: expected numbers from 1" in capsys.readouterr().err
     assert main(["bench", "--formats", "nf5"]) == 2
     assert main(["bench", "--formats", "gptq:group_size=128", "--shapes", "16x64", "--rows", "1"]) == 2
+
+
+def synthetic(spec: str, m: int, chain: float, dense: float, backend: str = "triton", n: int = 8192) -> dict:
+    """A row as a race makes it, of round numbers that nobody measured."""
+    group = race.GROUPS.get(spec, spec)
+    made = race.Row(
+        f"qkernels {backend} {spec}", group, n, 8192, m, "kernel", n * 4096, 1e-3, chain, 0.1, chain
+    )
+    made.speedup, made.bandwidth, made.tflops = dense / chain, n * 4096 / chain / 1e3, 1.0
+    return vars(made)
+
+
+def test_what_falls_short_of_the_targets_worst_first() -> None:
+    four, copy = "gptq:bits=4,group_size=128", 8192 * 4096 / 10 / 1e3  # a copy of such a weight takes 10 us
+    rows = [
+        synthetic(four, 1, 40, 100),  # 2.5x of 3.5, a quarter of the bandwidth
+        synthetic(four, 1, 20, 100, backend="cuda"),  # the faster one counts: 5x, half of it
+        synthetic(four, 64, 50, 100),  # exactly 2x
+        synthetic(four, 1024, 200, 100),  # 0.5x of 0.95
+        synthetic("quip_sharp:bits=4", 1, 90, 100),  # no target but peers
+        vars(race.Row("gone", "int4 g128", 8192, 8192, 1, failed="not installed")),
+    ]
+    rows.append({**synthetic(four, 1, 10, 100), "contestant": "marlin"})
+    made = {"environment": {"gpu": "synthetic"}, "copy_bandwidth": copy, "results": rows}
+    found = targets.findings(made)
+    assert [(str(one.target), round(one.measured, 3), one.where) for one in found] == [
+        ("every format, M>=1: 1 x the fastest peer", 0.5, "8192x8192, M=1"),
+        ("4-bit weight-only, M>=1024: 0.95 x torch bf16", 0.5, "8192x8192, M=1024"),
+        (
+            "4-bit weight-only, M=1..16: 0.9 of the copy bandwidth, in a chain from 8192x8192 on",
+            0.5,
+            "8192x8192, M=1",
+        ),
+        ("4-bit weight-only, M=1..16: 0.8 of the copy bandwidth, alone of 8192x8192", 0.5, "8192x8192, M=1"),
+        ("4-bit weight-only, M=64: 2 x torch bf16", 2.0, "8192x8192, M=64"),
+        ("4-bit weight-only, M=1..16: 3.5 x torch bf16", 5.0, "8192x8192, M=1"),
+        ("4-bit weight-only, M=32..256: 1 x torch bf16", 2.0, "8192x8192, M=64"),
+    ]
+    reached = [one.reached for one in found]
+    assert reached == sorted(reached)
+    missing = [str(target) for target in targets.unmeasured(made)]
+    assert "SpQR, M=1: 1.5 x torch bf16" in missing
+    assert not any(text.startswith("4-bit") for text in missing)
+    text = "\n".join(report.against_targets(made))
+    short, met = text.split("## What reaches its target")
+    assert short.count("| 50% |") == 1, "the peer's; 0.5 / 0.95 = 53%, 0.5 / 0.9 = 56%, 0.5 / 0.8 = 62%"
+    assert "| 53% |" in short
+    assert "M=64" not in short
+    assert "| 100% |" in met
+
+
+def test_without_a_gpu_the_targets_are_not_judged() -> None:
+    rows = [synthetic("nf4", 1, 1, 100)]
+    made = {"environment": {"gpu": None}, "copy_bandwidth": None, "results": rows}
+    assert "No GPU measured" in "\n".join(report.against_targets(made))
+
+
+def test_every_target_belongs_to_a_format_that_is_raced() -> None:
+    specs = [race.FormatSpec(name, params) for name, params in shapes.formats_of("all")]
+    for target in targets.TARGETS:
+        assert any(targets.FAMILIES[target.family](spec) for spec in specs), target
+        assert target.metric in targets.METRICS

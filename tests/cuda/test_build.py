@@ -48,17 +48,21 @@ def test_eight_bit_kernels_compile_without_spills() -> None:
 
 
 def test_the_static_table_sees_spills_and_missing_kernels() -> None:
-    good, bad = (static_cuda.parse(PTXAS.format(stores=n), "linear4", "80")[0] for n in (0, 8))
-    assert (good.registers, good.stack, good.blocks, good.problems) == (120, 64, 4, [])
-    assert bad.problems == ["spills 8 bytes"]
     entry = re.search(r"'(\w+)'", PTXAS)
     assert entry is not None
+    tensor = {entry[1]: "HMMA.16816.F32"}
+    good, bad = (static_cuda.parse(PTXAS.format(stores=n), "linear4", "80", tensor)[0] for n in (0, 8))
+    assert (good.registers, good.stack, good.blocks, good.problems) == (120, 64, 4, [])
+    assert bad.problems == ["spills 8 bytes"]
+    assert static_cuda.parse(PTXAS.format(stores=0), "linear4", "80", {})[0].problems == [
+        "no MMA instruction"
+    ]
     words = f"ptxas info : (C7513) Potential Performance Loss: wgmma, in the function '{entry[1]}'\n"
-    slow = static_cuda.parse(words + PTXAS.format(stores=0), "linear4", "90a")[0]
+    slow = static_cuda.parse(words + PTXAS.format(stores=0), "linear4", "90a", tensor)[0]
     assert slow.problems == ["its wgmma instructions are serialized"]
     assert "| gemv | linear4 | 4 | 120 (4) | 8 |" in static_cuda.table([good, bad])
     with pytest.raises(RuntimeError, match="ptxas said nothing of any kernel"):
-        static_cuda.parse("", "linear4", "80")
+        static_cuda.parse("", "linear4", "80", {})
 
 
 def test_structs_are_the_same_in_both_languages() -> None:

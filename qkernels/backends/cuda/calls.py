@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 #: (decoder, bits) -> csrc/weight_only/NAME.cu, for all scalers of SCALINGS
 CODES = {
@@ -67,10 +71,22 @@ class WeightOnlyArgs(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in _POINTERS] + [(name, ctypes.c_int) for name in _SIZES]
 
 
-class WeightOnlyCall(ctypes.Structure):
-    #: whether it was launched before
-    launched = False
+class Call(ctypes.Structure):
+    """What the extension is called with. A weight keeps one a kernel; calls fill in and launch copies of it,
+    for several threads may use one weight."""
 
+    #: whether it, or a copy of it, was launched before
+    launched = False
+    #: what it is a copy of
+    kept: Call | None = None
+
+    def copy(self) -> Self:
+        made = type(self).from_buffer_copy(self)
+        made.kept = self
+        return made
+
+
+class WeightOnlyCall(Call):
     _fields_ = [
         ("args", WeightOnlyArgs),
         ("stream", ctypes.c_uint64),

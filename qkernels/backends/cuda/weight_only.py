@@ -33,6 +33,7 @@ BLOCKS_PER_PROCESSOR = 4
 MAX_ROWS = 384
 
 
+@lru_cache(maxsize=4096)
 def traits_of(problem: Problem) -> layout.WeightOnlyTraits:
     return formats.get(problem.format).weight_only_traits(problem.shape, dict(problem.params))
 
@@ -70,6 +71,9 @@ def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Te
     # A bias of another dtype is cast at each call: N values.
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     y = torch.empty(x.shape[0], p.shape[0], dtype=x.dtype, device=x.device)
+    if x.shape[0] <= MAX_ROWS:
+        _launch(x, p, bias, y, call, traits)
+        return y
     for first in range(0, x.shape[0], MAX_ROWS):
         rows = slice(first, first + MAX_ROWS)
         _launch(x[rows], p, bias, y[rows], call, traits)
@@ -108,13 +112,13 @@ def _launch(
 def call_of(
     p: PackedWeight, traits: layout.WeightOnlyTraits, dtype: torch.dtype, kernel: int = 0
 ) -> WeightOnlyCall:
-    """The fields that depend on the weight and x's dtype alone, found once."""
+    """A copy of the call with the fields that depend on the weight and x's dtype alone, found once."""
     key = ("cuda.weight_only", dtype, kernel)
     if key not in p.plans:
         p.plans[key] = _described(p, traits, dtype)
         p.plans[key].kernel = kernel
     found: WeightOnlyCall = p.plans[key]
-    return found
+    return found.copy()
 
 
 def _described(p: PackedWeight, traits: layout.WeightOnlyTraits, dtype: torch.dtype) -> WeightOnlyCall:
@@ -152,6 +156,7 @@ def _described(p: PackedWeight, traits: layout.WeightOnlyTraits, dtype: torch.dt
     )
 
 
+@lru_cache(maxsize=4096)
 def shares_of(tiles: int, blocks_n: int, count: int) -> int:
     """Parts to cut K into so that all blocks run at once; depends on the weight and the GPU, never on M."""
     wanted = max(1, BLOCKS_PER_PROCESSOR * count // blocks_n)
@@ -159,12 +164,14 @@ def shares_of(tiles: int, blocks_n: int, count: int) -> int:
     return -(-tiles // -(-tiles // wanted))
 
 
+@lru_cache(maxsize=4096)
 def chunk_of(share: int, tile: int, m: int) -> int:
     """Tiles whose activations are staged at a time."""
     fits = STAGED_BYTES // (2 * min(m, COLUMNS) * tile * CHUNK)
     return CHUNK * max(1, min(fits, -(-share // CHUNK)))
 
 
+@lru_cache(maxsize=4096)
 def shared_bytes(bits: int, m: int = COLUMNS, share: int = 2**20, *, outliers: bool = False) -> int:
     """Shared memory of a launch; by default of the largest."""
     tile = layout.tile_features(bits)

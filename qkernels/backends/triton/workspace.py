@@ -11,9 +11,9 @@ MAX_BLOCKS = 65536
 _counters: dict[tuple[str, int | None, int], Tensor] = {}
 
 
-def partials(elements: int, device: torch.device) -> Tensor:
-    """Uninitialized float32 for one launch, from torch's caching allocator: safe on every stream, in graphs."""
-    return torch.empty(elements, dtype=torch.float32, device=device)
+def partials(elements: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Uninitialized memory of one launch, from torch's caching allocator: safe on every stream, in graphs."""
+    return torch.empty(elements, dtype=dtype, device=device)
 
 
 def counters(device: torch.device) -> Tensor:
@@ -22,7 +22,7 @@ def counters(device: torch.device) -> Tensor:
     Launches on one stream follow one another and share them. A CUDA graph uses those of the stream it
     is captured on: replay graphs captured on one stream one after another, as torch does.
     """
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
     key = (device.type, device.index, stream)
     found = _counters.get(key)
     if found is None:
