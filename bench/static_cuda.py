@@ -150,22 +150,13 @@ def parse(text: str, source: str, arch: str, tensor: dict[str, str]) -> list[Fac
 def _kernel(mangled: str, source: str) -> tuple[str, str, int, int, int]:
     """Of a kernel's mangled name: kernel, dtype, runs, shared memory, threads."""
     if name := _NAME.search(mangled):
-        bits, is_gemm = BITS[source], name["kernel"] == "gemm"
-        outliers = any(own == source and scaler == "two_level" for (_, _, scaler), own in OWN.items())
-        dynamic = gemv.shared_bytes(bits, outliers=outliers)
-        if is_gemm:
-            dynamic = gemm.STAGES * gemm.stage_bytes(bits)
-        runs = _RUNS.match(name["scaler"])
-        return name["kernel"], name["dtype"], int(runs[1]) if runs else -1, dynamic, THREADS
+        return _weight_only(name, source)
     if name := _EIGHT_BIT.search(mangled):
         is_gemv, rows = name["kernel"] == "gemv", int(name["rows"])
         rows = rows * 8 if is_gemv else rows
         label = f"{name['kernel']} {rows} rows{', blocks' * int(name['blocks'])}"
         threads = eight_bit.GEMV_THREADS if is_gemv else eight_bit.GEMM_THREADS
         return label, "", -1, eight_bit.shared_bytes(is_gemv, rows), threads
-    if name := _HOPPER.search(mangled):
-        bits = next(bits for (_, bits), code in CODES.items() if code == source)
-        return "wgmma", name["dtype"], int(name["runs"]), hopper.shared_bytes(bits), hopper.THREADS
     if name := _HOPPER_EIGHT.search(mangled):
         kind = source.removeprefix("eight_bit_")
         label = f"wgmma{', blocks' * int(name['blocks'])}"
@@ -175,6 +166,19 @@ def _kernel(mangled: str, source: str) -> tuple[str, str, int, int, int]:
         label = f"{'int8' if name['int8'] == '1' else 'e4m3'} per {shared}"
         return label, name["dtype"], -1, eight_bit.QUANTIZE_SHARED, eight_bit.GEMM_THREADS
     raise RuntimeError(f"a kernel of another kind: {mangled}")
+
+
+def _weight_only(name: re.Match[str], source: str) -> tuple[str, str, int, int, int]:
+    bits, threads = BITS[source], THREADS
+    outliers = any(own == source and scaler == "two_level" for (_, _, scaler), own in OWN.items())
+    kernel, found = name["kernel"], _RUNS.match(name["scaler"])
+    if kernel == "hopper":
+        kernel, dynamic, threads = "wgmma", hopper.shared_bytes(bits, outliers), hopper.THREADS
+    elif kernel == "gemm":
+        dynamic = gemm.STAGES * gemm.stage_bytes(bits)
+    else:
+        dynamic = gemv.shared_bytes(bits, outliers=outliers)
+    return kernel, name["dtype"], int(found[1]) if found else -1, dynamic, threads
 
 
 def table(facts: list[Facts]) -> str:

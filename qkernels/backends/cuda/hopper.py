@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ... import layouts
+from ...layouts import weight_only as layout
 from .. import cuda
 from . import gemm
 from . import weight_only as gemv
-from .calls import CODES
 
 if TYPE_CHECKING:
     from ...dispatch import Problem
@@ -23,19 +23,15 @@ ROWS, THREADS = 128, 384
 MIN_ROWS = 129
 
 
-def columns_of(bits: int) -> int:
-    """Rows of x of a block: fewer where tiles are long."""
-    return 128 if bits < 4 else 256
+def columns_of(bits: int, outliers: bool = False) -> int:
+    """Rows of x of a block: fewer where tiles are long, and where outliers take registers."""
+    return 128 if bits < 4 or outliers else 256
 
 
-def shared_bytes(bits: int) -> int:
+def shared_bytes(bits: int, outliers: bool = False) -> int:
     """Shared memory of a block: rings of x and codes, the result, barriers."""
-    columns = columns_of(bits)
-    chunks, tiles, tile = (
-        (4 if columns == 256 else 6),
-        (2 if bits == 3 else 3),
-        ROWS * (96 if bits == 3 else 64),
-    )
+    columns, high = columns_of(bits, outliers), layout.high_words(bits)
+    chunks, tiles, tile = (4 if columns == 256 else 6), (2 if high else 3), ROWS * (64 + 4 * high)
     return chunks * columns * 128 + tiles * tile + ROWS * columns * 2 + 16 * (chunks + tiles)
 
 
@@ -56,23 +52,29 @@ def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Te
     call = gemv.call_of(p, traits, x.dtype, kernel=2)
     args, device = call.args, x.device
     m, n = x.shape[0], p.shape[0]
+    columns_x = gemm.by_columns(x) if traits.outliers else None
     x = gemm.in_chunks(x, p.storage.get("perm"))
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     y = torch.empty(m, n, dtype=x.dtype, device=device)
     args.m, args.x, args.y, args.x_stride = m, x.data_ptr(), y.data_ptr(), x.shape[1]
     args.bias = None if bias is None else bias.data_ptr()
-    call.grid_x, call.grid_y = min(_tiles(n, m, traits.bits), gemv.processors(device)), 1
+    call.grid_x, call.grid_y = min(_tiles(n, m, traits), gemv.processors(device)), 1
     reads = [x, *p.storage.values(), *([] if bias is None else [bias])]
-    cuda.execute("weight_only_" + CODES[traits.decoder, traits.bits], call, reads, [y])
+    if columns_x is not None:
+        args.x_columns, args.x_rows = columns_x.data_ptr(), columns_x.shape[1]
+        reads.append(columns_x)
+    cuda.execute(gemv.kernel_of(traits), call, reads, [y])
     return y
 
 
-def _tiles(n: int, m: int, bits: int) -> int:
-    return -(-n // ROWS) * -(-m // columns_of(bits))
+def _tiles(n: int, m: int, traits: layout.WeightOnlyTraits) -> int:
+    return -(-n // ROWS) * -(-m // columns_of(traits.bits, traits.outliers))
 
 
 def configuration(problem: Problem) -> str:
     """What `explain` says."""
-    bits = gemv.traits_of(problem).bits
-    tiles = _tiles(problem.shape[0], problem.m, bits)
-    return f"wgmma, {columns_of(bits)} rows of x and {ROWS} of W a tile, {tiles} tiles"
+    traits = gemv.traits_of(problem)
+    tiles = _tiles(problem.shape[0], problem.m, traits)
+    return (
+        f"wgmma, {columns_of(traits.bits, traits.outliers)} rows of x and {ROWS} of W a tile, {tiles} tiles"
+    )
