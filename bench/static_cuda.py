@@ -112,9 +112,8 @@ def parse(text: str, source: str, arch: str) -> list[Facts]:
 def _kernel(mangled: str, source: str) -> tuple[str, str, int, int, int]:
     """Of a kernel's mangled name: kernel, dtype, runs, shared memory, threads."""
     if name := _NAME.search(mangled):
-        bits = next(bits for (_, bits), code in CODES.items() if code == source)
-        is_gemm = name["kernel"] == "gemm"
-        dynamic = gemm.STAGES * gemm.stage_bytes(bits) if is_gemm else gemv.shared_bytes(bits)
+        codes = next(codes for codes, named in CODES.items() if named == source)
+        dynamic = (gemm if name["kernel"] == "gemm" else gemv).shared_bytes(*codes)
         return name["kernel"], name["dtype"], int(name["runs"]), dynamic, THREADS
     if name := _EIGHT_BIT.search(mangled):
         is_gemv, rows = name["kernel"] == "gemv", int(name["rows"])

@@ -3,6 +3,10 @@
 //
 //   kWidth           bits of a code in its word (3-bit codes keep their low 2 there)
 //   kPairs           pairs of neighbouring features in a word
+//   kHighWords       words of the plane of high bits that a lane has of a tile's row: 0, 2 or 4
+//   kHighStep        how far apart the high bits of words that share one of them lie
+//   kBook            words of a codebook that `split` looks up in shared memory
+//   kOneScale        whether such weights have one scale, so that no other kernels are needed
 //   split            word -> pairs[s]; values may be off by a constant or a power of two
 //   offset           the zero point as `finish` wants it, in both halves
 //   finish           takes the constant and the zero point off
@@ -11,12 +15,21 @@
 // (m = 10 in float16, 7 in bfloat16) makes the float 2^m + code, in both halves of a word at once.
 #pragma once
 #include "../ptx/arithmetic.h"
+#include "../ptx/memory.h"
 
 namespace qk {
 
-/// The 16 entries of a table cut into bytes: low bytes of entries 0-3, ... 12-15, then high bytes.
+/// w: the 16 entries of a table cut into bytes: low bytes of entries 0-3, ... 12-15, then high
+/// bytes. book: the codebook in shared memory.
 struct Table {
     uint32_t w[8];
+    const uint32_t* book;
+};
+
+/// What most decoders have not: a codebook, or high bits of their own.
+struct Plain {
+    static constexpr int kHighWords = 0, kHighStep = 0, kBook = 0;
+    static constexpr bool kTable = false, kZero = false, kOneScale = false;
 };
 
 template <typename T>
@@ -24,11 +37,13 @@ struct Magic;
 template <>
 struct Magic<Half> {
     static constexpr uint32_t kBits = 0x64006400, kMinusOne = 0xBC00BC00, kMinusZero = 0x80008000;
+    static constexpr uint32_t kHalf = 0x38003800;
     static constexpr float kValue = 1024;
 };
 template <>
 struct Magic<BFloat> {
     static constexpr uint32_t kBits = 0x43004300, kMinusOne = 0xBF80BF80, kMinusZero = 0x80008000;
+    static constexpr uint32_t kHalf = 0x3F003F00;
     static constexpr float kValue = 128;
 };
 
@@ -38,23 +53,34 @@ QK_BOTH uint32_t twice(float value) {
     return pair(v, v);
 }
 
+/// word >> right, or to the left where that is negative.
+QK_BOTH uint32_t moved(uint32_t word, int right) {
+    return right >= 0 ? word >> right : word << -right;
+}
+
 /// Unsigned integers of 2, 3 and 4 bits, and of 8 bits in float16.
 template <typename T, int BITS>
-struct Linear {
+struct Linear : Plain {
     static constexpr int kWidth = BITS == 3 ? 2 : BITS;
     static constexpr int kPairs = 16 / kWidth;
-    static constexpr bool kHigh = BITS == 3, kTable = false, kZero = true;
+    static constexpr int kHighWords = BITS == 3 ? 2 : 0, kHighStep = 1;
+    static constexpr bool kZero = true;
 
     /// high: third bits, of pair s at bits 2s and 16 + 2s.
     static QK_BOTH void split(uint32_t word, uint32_t high, const Table&,
                               uint32_t (&pairs)[kPairs]) {
-        constexpr uint32_t mask = ((1u << kWidth) - 1) * 0x10001;
+        spread<0>(word, high, Magic<T>::kBits, pairs);
+    }
+    /// base | codes, UP bits up.
+    template <int UP>
+    static QK_BOTH void spread(uint32_t word, uint32_t high, uint32_t base,
+                               uint32_t (&pairs)[kPairs]) {
+        constexpr uint32_t mask = (((1u << kWidth) - 1) << UP) * 0x10001;
         QK_UNROLL
         for (int s = 0; s < kPairs; s++) {
-            pairs[s] = lop3<kAndOr>(word >> s * kWidth, mask, Magic<T>::kBits);
-            if (kHigh) {
-                const uint32_t bit = s == 0 ? high << 2 : high >> (2 * s - 2);
-                pairs[s] = lop3<kAndOr>(bit, 0x40004, pairs[s]);
+            pairs[s] = lop3<kAndOr>(moved(word, s * kWidth - UP), mask, base);
+            if (kHighWords > 0) {
+                pairs[s] = lop3<kAndOr>(moved(high, 2 * s - 2 - UP), 0x40004 << UP, pairs[s]);
             }
         }
     }
@@ -64,11 +90,28 @@ struct Linear {
     }
 };
 
+/// Integers less half of the largest one. They are half a unit off, so the float is made of twice
+/// the code, and 1.
+template <typename T, int BITS>
+struct Halfway : Linear<T, BITS> {
+    static constexpr bool kZero = false, kOneScale = true;
+
+    static QK_BOTH void split(uint32_t word, uint32_t high, const Table&,
+                              uint32_t (&pairs)[Linear<T, BITS>::kPairs]) {
+        Linear<T, BITS>::template spread<1>(word, high, Magic<T>::kBits | 0x10001, pairs);
+    }
+    static QK_BOTH uint32_t offset(float) { return 0; }
+    static QK_BOTH uint32_t finish(uint32_t both, uint32_t) {
+        return fma2<T>(both, Magic<T>::kHalf,
+                       twice<T>(-Magic<T>::kValue / 2 - float(1 << (BITS - 1))));
+    }
+};
+
 /// 8 bits in bfloat16, whose mantissa is too short for the trick: by way of float32.
 template <>
-struct Linear<BFloat, 8> {
+struct Linear<BFloat, 8> : Plain {
     static constexpr int kWidth = 8, kPairs = 2;
-    static constexpr bool kHigh = false, kTable = false, kZero = true;
+    static constexpr bool kZero = true;
 
     static QK_BOTH void split(uint32_t word, uint32_t, const Table&, uint32_t (&pairs)[kPairs]) {
         QK_UNROLL
@@ -88,9 +131,9 @@ struct Linear<BFloat, 8> {
 
 /// Codes of 4 bits that index a table: NF4, FP4, IQ4_NL. Bytes are looked up four at a time.
 template <typename T>
-struct Lut16 {
+struct Lut16 : Plain {
     static constexpr int kWidth = 4, kPairs = 4;
-    static constexpr bool kHigh = false, kTable = true, kZero = false;
+    static constexpr bool kTable = true;
 
     static QK_BOTH void split(uint32_t word, uint32_t, const Table& t, uint32_t (&pairs)[kPairs]) {
         // prmt picks among eight bytes by three bits of a nibble; a second one by the fourth bit.
@@ -112,9 +155,8 @@ struct Lut16 {
 
 /// 8-bit floats with EXPONENT bits of exponent: moved into place, then the bias put right.
 template <typename T, int EXPONENT>
-struct Float8 {
+struct Float8 : Plain {
     static constexpr int kWidth = 8, kPairs = 2;
-    static constexpr bool kHigh = false, kTable = false, kZero = false;
     static constexpr bool kIsHalf = Magic<T>::kValue == 1024;
     // Bits of mantissa that T has and the code has not.
     static constexpr int kShift = (kIsHalf ? 10 : 7) - (7 - EXPONENT);

@@ -6,7 +6,6 @@
 namespace qk {
 
 struct Words4;
-struct Words2;
 
 /// qkernels/backends/cuda/weight_only.py names scalers and dtypes by the same numbers.
 enum Scaling : int { kGroup, kScale, kScaleFlat, kNested, kNestedFlat };
@@ -15,10 +14,10 @@ enum ScaleType : int { kFloat32, kFloat16, kBFloat16 };
 struct WeightOnlyArgs {
     const void* x;           // (M, K), the 16-bit type
     const Words4* qdata;     // (tiles, N, 4 x 16 bytes)
-    const Words2* qhigh;     // (tiles, N, 4 x 8 bytes), 3-bit codes only
+    const void* qhigh;       // (tiles, N, 4 x the bytes of a lane), where codes have high bits
     const int* perm;         // (KP) or null
     const int* slice_group;  // (KP / 16) or null
-    const uint32_t* table;   // (8) of the 16-bit type, or null
+    const uint32_t* table;   // (8) of the 16-bit type, or a codebook, or null
     const void* scale;       // scales, absmax, or 8-bit codes of absmax
     const uint8_t* zero;     // zero points (groups, N)
     const float* nested_map;
@@ -35,6 +34,7 @@ struct WeightOnlyArgs {
     int scaling, scale_type;
     int x_stride;  // gemm: features of a row of x, in kernel order, a multiple of 8
     int chunk;     // gemv: tiles whose activations are in shared memory at a time
+    int is_float;  // y, in float32
 };
 
 /// One launch, as Python asks for it: qkernels/backends/cuda/calls.py has the same struct.

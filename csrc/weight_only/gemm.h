@@ -4,7 +4,7 @@
 // A block has 64 rows of W, 16 a warp, and COLUMNS rows of x; a step is one tile of the weight
 // along K:
 //
-//      stage:  codes (64 rows x 64 bytes [+ 32 of third bits])       each lane's own 16 bytes
+//      stage:  codes (64 rows x 64 bytes [+ 32 or 64 of high bits])  each lane's own 16 bytes
 //              x (COLUMNS rows x features of a tile)                 16-byte chunk c of row m at
 //                                                                    c ^ (m % 8), for ldmatrix
 //
@@ -21,12 +21,13 @@ constexpr int kGemmRows = 64, kStages = 4;
 template <typename D>
 constexpr int kGemmColumns = D::kPairs == 8 ? 32 : 64;
 
-/// Bytes of a stage's codes, of its third bits, and of all of it.
+/// Bytes of a stage's codes, of its high bits, and of all of it.
 template <typename D>
 constexpr int kCodeBytes = kGemmRows * 64;
 template <typename D>
-constexpr int kStageBytes =
-    kCodeBytes<D> + (D::kHigh ? kGemmRows * 32 : 0) + kGemmColumns<D> * kTile<D> * 2;
+constexpr int kHighBytes = kGemmRows * 16 * D::kHighWords;
+template <typename D>
+constexpr int kStageBytes = kCodeBytes<D> + kHighBytes<D> + kGemmColumns<D> * kTile<D> * 2;
 
 /// Where this block is, and its stages.
 template <typename D>
@@ -37,10 +38,8 @@ struct Place {
     QK_DEVICE unsigned char* codes(int step) const {
         return shared + step % kStages * kStageBytes<D>;
     }
-    QK_DEVICE unsigned char* third_bits(int step) const { return codes(step) + kCodeBytes<D>; }
-    QK_DEVICE unsigned char* x(int step) const {
-        return third_bits(step) + (D::kHigh ? kGemmRows * 32 : 0);
-    }
+    QK_DEVICE unsigned char* high_bits(int step) const { return codes(step) + kCodeBytes<D>; }
+    QK_DEVICE unsigned char* x(int step) const { return high_bits(step) + kHighBytes<D>; }
     /// 16-byte chunk c of row m of x.
     QK_DEVICE unsigned char* chunk(int step, int m, int c) const {
         return x(step) + (m * (kTile<D> / 8) + (c ^ m % 8)) * 16;
@@ -50,7 +49,7 @@ struct Place {
 /// Codes of a step set out. Rows and tiles that do not exist become zeros.
 template <typename D>
 QK_DEVICE void fetch_codes(const WeightOnlyArgs& args, const Place<D>& place, int step) {
-    const int tile = place.begin + step, t = thread_index();
+    const int tile = place.begin + step;
     QK_UNROLL
     for (int r = 0; r < 2; r++) {
         const int unit = warp_index() * 64 + r * 32 + lane_index(), row = place.n0 + unit / 4;
@@ -58,11 +57,14 @@ QK_DEVICE void fetch_codes(const WeightOnlyArgs& args, const Place<D>& place, in
         const int64_t at = live ? (int64_t(tile) * args.n + row) * 4 + unit % 4 : 0;
         copy_async(place.codes(step) + unit * 16, args.qdata + at, live ? 16 : 0);
     }
-    if (D::kHigh) {
-        const int row = place.n0 + t / 2;
+    // 16 bytes at a time: kHighWords of them a row.
+    for (int unit = thread_index(); unit < kHighBytes<D> / 16; unit += kThreads) {
+        constexpr int each = D::kHighWords > 0 ? D::kHighWords : 1;
+        const int row = place.n0 + unit / each;
         const bool live = tile < place.end && row < args.n;
-        const int64_t at = live ? (int64_t(tile) * args.n + row) * 4 + t % 2 * 2 : 0;
-        copy_async(place.third_bits(step) + t * 16, args.qhigh + at, live ? 16 : 0);
+        const int64_t at = live ? (int64_t(tile) * args.n + row) * each + unit % each : 0;
+        copy_async(place.high_bits(step) + unit * 16, static_cast<const Words4*>(args.qhigh) + at,
+                   live ? 16 : 0);
     }
 }
 
@@ -89,9 +91,9 @@ QK_DEVICE Packed<D> packed_of(const Place<D>& place, int step) {
         const int row = warp_index() * 16 + r * 8 + q;
         packed.low[r] =
             load_shared(reinterpret_cast<const Words4*>(place.codes(step)) + row * 4 + j);
-        if (D::kHigh) {
+        if (D::kHighWords > 0) {
             packed.high[r] =
-                load_shared(reinterpret_cast<const Words2*>(place.third_bits(step)) + row * 4 + j);
+                load_shared(reinterpret_cast<const High<D>*>(place.high_bits(step)) + row * 4 + j);
         }
     }
     return packed;
@@ -185,9 +187,10 @@ __global__ void __launch_bounds__(kGemvThreads)
     using D = DecoderOf<T, CODE>;
     constexpr int columns = kGemmColumns<D>;
     const int blocks_m = (args.m + columns - 1) / columns, begin = block_index_y() * args.share;
-    const Place<D> place{
-        int(block_index_x() % blocks_m * columns), int(block_index_x() / blocks_m * kGemmRows),
-        begin, begin + args.share < args.tiles ? begin + args.share : args.tiles, shared_memory()};
+    const Place<D> place{int(block_index_x() % blocks_m * columns),
+                         int(block_index_x() / blocks_m * kGemmRows), begin,
+                         begin + args.share < args.tiles ? begin + args.share : args.tiles,
+                         shared_memory() + kBookBytes<D>};
     const int q = lane_index() / 4, j = lane_index() % 4, first = place.n0 + warp_index() * 16 + q;
     const RowScales scales[2] = {RowScales(args, first), RowScales(args, first + 8)};
 
@@ -229,11 +232,7 @@ __global__ void __launch_bounds__(kGemvThreads)
     for (int i = 0; i < columns / 8 * 4; i++) {
         const int n = first + i % 4 / 2 * 8, m = place.m0 + i / 4 * 8 + j * 2 + i % 2;
         if (n < args.n && m < args.m) {
-            float y = acc[i / 4][i % 4];
-            if (args.bias != nullptr) {
-                y += to_float(load_global(static_cast<const T*>(args.bias) + n));
-            }
-            store_global(static_cast<T*>(args.y) + int64_t(m) * args.n + n, from_float<T>(y));
+            store_output<T>(args, m, n, acc[i / 4][i % 4]);
         }
     }
 }

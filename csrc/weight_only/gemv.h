@@ -18,7 +18,7 @@
 
 namespace qk {
 
-constexpr int kGemvWarps = 4, kGemvThreads = 32 * kGemvWarps;
+constexpr int kGemvWarps = kThreads / 32, kGemvThreads = kThreads;
 constexpr int kGemvRows = 16, kGemvColumns = 8, kGemvOutputs = kGemvRows * kGemvColumns;
 
 /// How scales are had. RUNS of 1, 2, 4: that many a tile and row, loaded with the codes. 0: any
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kGemvThreads)
     let_next_kernel_start();
     wait_for_last_kernel();
 
-    Words4* staged = reinterpret_cast<Words4*>(shared_memory());
+    Words4* staged = reinterpret_cast<Words4*>(shared_memory() + kBookBytes<D>);
     const int units = args.chunk * D::kPairs * 4;
     float acc[4] = {};
     for (int first = begin; first < end; first += args.chunk) {
@@ -223,10 +223,7 @@ __global__ void __launch_bounds__(kGemvThreads)
     if (reduce(total, args, acc, reinterpret_cast<float*>(shared_memory()))) {
         const int n = n0 + thread_index() % kGemvRows, m = m0 + thread_index() / kGemvRows;
         if (n < args.n && m < args.m) {
-            if (args.bias != nullptr) {
-                total += to_float(load_global(static_cast<const T*>(args.bias) + n));
-            }
-            store_global(static_cast<T*>(args.y) + int64_t(m) * args.n + n, from_float<T>(total));
+            store_output<T>(args, m, n, total);
         }
     }
 }

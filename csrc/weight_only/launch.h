@@ -8,15 +8,23 @@ namespace qk {
 
 template <typename T, int CODE>
 std::string launch_weight_only(const WeightOnlyCall& call) {
-    const Grid grid{call.grid_x, call.grid_y, kGemvThreads, call.shared};
-    void (*const gemv[])(WeightOnlyArgs) = {
-        weight_only_gemv<T, CODE, 0>, weight_only_gemv<T, CODE, 1>, weight_only_gemv<T, CODE, 2>,
-        nullptr, weight_only_gemv<T, CODE, 4>};
-    // A tile's two scales are its four, twice each.
-    void (*const gemm[])(WeightOnlyArgs) = {
-        weight_only_gemm<T, CODE, 0>, weight_only_gemm<T, CODE, 1>, weight_only_gemm<T, CODE, 4>,
-        nullptr, weight_only_gemm<T, CODE, 4>};
-    const auto kernel = call.kernel == 0 ? gemv[call.runs] : gemm[call.runs];
+    void (*kernel)(WeightOnlyArgs);
+    if constexpr (DecoderOf<T, CODE>::kOneScale) {
+        if (call.runs != 1) {
+            return "this decoder is for weights of one scale";
+        }
+        kernel = call.kernel == 0 ? weight_only_gemv<T, CODE, 1> : weight_only_gemm<T, CODE, 1>;
+    } else {
+        void (*const gemv[])(WeightOnlyArgs) = {
+            weight_only_gemv<T, CODE, 0>, weight_only_gemv<T, CODE, 1>,
+            weight_only_gemv<T, CODE, 2>, nullptr, weight_only_gemv<T, CODE, 4>};
+        // A tile's two scales are its four, twice each.
+        void (*const gemm[])(WeightOnlyArgs) = {
+            weight_only_gemm<T, CODE, 0>, weight_only_gemm<T, CODE, 1>,
+            weight_only_gemm<T, CODE, 4>, nullptr, weight_only_gemm<T, CODE, 4>};
+        kernel = call.kernel == 0 ? gemv[call.runs] : gemm[call.runs];
+    }
+    const Grid grid{call.grid_x, call.grid_y, kThreads, call.shared};
     return launch<WeightOnlyArgs>(kernel, grid, call.args, call.stream, call.early != 0);
 }
 

@@ -10,17 +10,44 @@
 
 namespace qk {
 
+/// Threads of a block.
+constexpr int kThreads = 128;
 constexpr int kSlice = 16;
 
 /// Features of a tile.
 template <typename D>
 constexpr int kTile = 32 * D::kPairs;
 
+/// Bytes of the codebook, at the start of shared memory.
+template <typename D>
+constexpr int kBookBytes = D::kBook * 4;
+
+/// What a lane has of a row's plane of high bits.
+template <int WORDS>
+struct HighPlane {
+    using Lane = Words2;
+};
+template <>
+struct HighPlane<4> {
+    using Lane = Words4;
+};
+template <typename D>
+using High = typename HighPlane<D::kHighWords>::Lane;
+
 /// A lane's packed bytes of one tile, rows q and q + 8.
 template <typename D>
 struct Packed {
     Words4 low[2];
-    Words2 high[2];
+    High<D> high[2];
+
+    /// The high bits for word (p, h) of row q + 8r, from bit 0 on.
+    QK_DEVICE uint32_t high_of(int r, int p, int h) const {
+        if constexpr (D::kHighWords == 4) {
+            return high[r].w[p * 2 + h];
+        } else {
+            return D::kHighWords == 2 ? high[r].w[h] >> p * D::kHighStep : 0;
+        }
+    }
 };
 
 /// Loads a lane's bytes; zeros past the last tile and the last row.
@@ -33,8 +60,8 @@ QK_DEVICE Packed<D> load_packed(const WeightOnlyArgs& args, int tile, int end, c
         if (tile < end && rows[r] < args.n) {
             const int64_t at = (int64_t(tile) * args.n + rows[r]) * 4 + lane_index() % 4;
             packed.low[r] = load_stream(args.qdata + at, policy);
-            if (D::kHigh) {
-                packed.high[r] = load_stream(args.qhigh + at, policy);
+            if (D::kHighWords > 0) {
+                packed.high[r] = load_stream(static_cast<const High<D>*>(args.qhigh) + at, policy);
             }
         }
     }
@@ -57,8 +84,8 @@ QK_DEVICE Values<D> decode(const Packed<D>& packed, const Table& table) {
         for (int p = 0; p < 2; p++) {
             QK_UNROLL
             for (int h = 0; h < 2; h++) {
-                const uint32_t high = D::kHigh ? packed.high[r].w[h] >> p : 0;
-                D::split(packed.low[r].w[p * 2 + h], high, table, values.pairs[r][p][h]);
+                D::split(packed.low[r].w[p * 2 + h], packed.high_of(r, p, h), table,
+                         values.pairs[r][p][h]);
             }
         }
     }
@@ -97,10 +124,15 @@ QK_CALLED void scale_elements(uint32_t (&a)[4], const WeightOnlyArgs& args,
     }
 }
 
-/// The table, from global memory, where the decoder has one.
+/// The table, from global memory, where the decoder has one; its codebook is in shared memory after
+/// the next barrier.
 template <typename D>
 QK_DEVICE Table load_table(const WeightOnlyArgs& args) {
-    Table table = {};
+    auto* book = reinterpret_cast<uint32_t*>(shared_memory());
+    for (int i = thread_index(); i < D::kBook; i += kThreads) {
+        store_shared(book + i, load_global(args.table + i));
+    }
+    Table table = {{}, book};
     if (D::kTable) {
         QK_UNROLL
         for (int i = 0; i < 8; i++) {
@@ -108,6 +140,20 @@ QK_DEVICE Table load_table(const WeightOnlyArgs& args) {
         }
     }
     return table;
+}
+
+/// Stores an output with its bias, as T, or in float32 for a transform to read.
+template <typename T>
+QK_DEVICE void store_output(const WeightOnlyArgs& args, int m, int n, float value) {
+    const int64_t at = int64_t(m) * args.n + n;
+    if (args.bias != nullptr) {
+        value += to_float(load_global(static_cast<const T*>(args.bias) + n));
+    }
+    if (args.is_float) {
+        store_global(static_cast<float*>(args.y) + at, value);
+    } else {
+        store_global(static_cast<T*>(args.y) + at, from_float<T>(value));
+    }
 }
 
 /// Two neighbours of row m of x at feature kk of kernel order, 0 where there is none.

@@ -15,8 +15,20 @@ CODES = {
     ("lut16", 4): "lut16",
     ("e4m3", 8): "e4m3",
     ("e5m2", 8): "e5m2",
+    ("halfway", 2): "halfway2",
+    ("halfway", 3): "halfway3",
+    ("halfway", 4): "halfway4",
+    ("e8p", 2): "e8p2",
+    ("e8p", 3): "e8p3",
+    ("e8p", 4): "e8p4",
 }
 SCALINGS = {"group": 0, "scale": 1, "scale_flat": 2, "nested": 3, "nested_flat": 4}
+#: 32-bit words of codebooks, which lie in front of all else in shared memory
+BOOK_WORDS = {
+    "e8p2": 256,
+    "e8p3": 512,
+    "e8p4": 256,
+}
 SCALE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 _POINTERS = [
@@ -25,7 +37,7 @@ _POINTERS = [
 ]  # fmt: skip
 _SIZES = [
     "m", "n", "k", "kp", "tiles", "share", "group", "shift",
-    "row_run", "run", "scaling", "scale_type", "x_stride", "chunk",
+    "row_run", "run", "scaling", "scale_type", "x_stride", "chunk", "is_float",
 ]  # fmt: skip
 
 
