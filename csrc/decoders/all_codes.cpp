@@ -42,16 +42,10 @@ using Function = std::string (*)(const uint32_t*, const uint32_t*, const uint32_
                                  uint32_t*);
 template <typename T>
 Function find(int code) {
-    const std::map<int, Function> all = {
-        {kLinear2, run<T, kLinear2>},   {kLinear3, run<T, kLinear3>},
-        {kLinear4, run<T, kLinear4>},   {kLinear8, run<T, kLinear8>},
-        {kLut16, run<T, kLut16>},       {kE4M3, run<T, kE4M3>},
-        {kE5M2, run<T, kE5M2>},         {kHalfway2, run<T, kHalfway2>},
-        {kHalfway3, run<T, kHalfway3>}, {kHalfway4, run<T, kHalfway4>},
-        {kE8p2, run<T, kE8p2>},         {kE8p3, run<T, kE8p3>},
-        {kE8p4, run<T, kE8p4>},
-    };
-    return all.at(code);
+#define QK_RUN(CODE, ...) run<T, CODE>,
+    const Function all[] = {QK_CODES(QK_RUN)};
+#undef QK_RUN
+    return all[code];
 }
 
 }  // namespace

@@ -1,10 +1,10 @@
 // Decoders: a word of codes -> pairs of 16-bit floats, exact, before scaling. One policy per kind
 // of code; the words are those of qkernels/layouts/weight_only.py.
 //
-//   kWidth           bits of a code in its word (3-bit codes keep their low 2 there)
+//   kWidth           bits of a code in its word (codes of 3, 5, 6 bits keep their low 2 or 4 there)
 //   kPairs           pairs of neighbouring features in a word
-//   kHighWords       words of the plane of high bits that a lane has of a tile's row: 0, 2 or 4
-//   kHighStep        how far apart the high bits of words that share one of them lie
+//   kHigh            words of high bits that a lane has of a tile and row: 0, 2 or 4
+//   kHighStep        how far apart the high bits of words that share one lie
 //   kBook            words of a codebook that `split` looks up in shared memory
 //   kOneScale        whether such weights have one scale, so that no other kernels are needed
 //   split            word -> pairs[s]; values may be off by a constant or a power of two
@@ -28,8 +28,8 @@ struct Table {
 
 /// What most decoders have not: a codebook, or high bits of their own.
 struct Plain {
-    static constexpr int kHighWords = 0, kHighStep = 0, kBook = 0;
-    static constexpr bool kTable = false, kZero = false, kOneScale = false;
+    static constexpr int kHigh = 0, kHighStep = 0, kBook = 0;
+    static constexpr bool kTable = false, kOneScale = false;
 };
 
 template <typename T>
@@ -37,13 +37,13 @@ struct Magic;
 template <>
 struct Magic<Half> {
     static constexpr uint32_t kBits = 0x64006400, kMinusOne = 0xBC00BC00, kMinusZero = 0x80008000;
-    static constexpr uint32_t kHalf = 0x38003800;
+    static constexpr uint32_t kHalf = 0x38003800, kMinusMiddle = 0xE000;  // -2^m / 2
     static constexpr float kValue = 1024;
 };
 template <>
 struct Magic<BFloat> {
     static constexpr uint32_t kBits = 0x43004300, kMinusOne = 0xBF80BF80, kMinusZero = 0x80008000;
-    static constexpr uint32_t kHalf = 0x3F003F00;
+    static constexpr uint32_t kHalf = 0x3F003F00, kMinusMiddle = 0xC280;
     static constexpr float kValue = 128;
 };
 
@@ -58,29 +58,29 @@ QK_BOTH uint32_t moved(uint32_t word, int right) {
     return right >= 0 ? word >> right : word << -right;
 }
 
-/// Unsigned integers of 2, 3 and 4 bits, and of 8 bits in float16.
+/// Unsigned integers of up to 6 bits, and of 8 bits in float16, less a zero point.
 template <typename T, int BITS>
 struct Linear : Plain {
-    static constexpr int kWidth = BITS == 3 ? 2 : BITS;
+    static constexpr int kWidth = BITS == 3 ? 2 : BITS > 4 && BITS < 8 ? 4 : BITS;
     static constexpr int kPairs = 16 / kWidth;
-    static constexpr int kHighWords = BITS == 3 ? 2 : 0, kHighStep = 1;
-    static constexpr bool kZero = true;
+    static constexpr int kHighStep = BITS - kWidth, kHigh = kHighStep * kPairs / 4;
 
-    /// high: third bits, of pair s at bits 2s and 16 + 2s.
+    /// high: of pair s at bits s * kWidth and 16 + s * kWidth.
     static QK_BOTH void split(uint32_t word, uint32_t high, const Table&,
                               uint32_t (&pairs)[kPairs]) {
         spread<0>(word, high, Magic<T>::kBits, pairs);
     }
-    /// base | codes, UP bits up.
+    /// pairs[s] = base | codes, UP bits up.
     template <int UP>
     static QK_BOTH void spread(uint32_t word, uint32_t high, uint32_t base,
                                uint32_t (&pairs)[kPairs]) {
         constexpr uint32_t mask = (((1u << kWidth) - 1) << UP) * 0x10001;
+        constexpr uint32_t high_mask = (((1u << kHighStep) - 1) << (kWidth + UP)) * 0x10001;
         QK_UNROLL
         for (int s = 0; s < kPairs; s++) {
             pairs[s] = lop3<kAndOr>(moved(word, s * kWidth - UP), mask, base);
-            if (kHighWords > 0) {
-                pairs[s] = lop3<kAndOr>(moved(high, 2 * s - 2 - UP), 0x40004 << UP, pairs[s]);
+            if (kHigh > 0) {
+                pairs[s] = lop3<kAndOr>(moved(high, (s - 1) * kWidth - UP), high_mask, pairs[s]);
             }
         }
     }
@@ -90,11 +90,18 @@ struct Linear : Plain {
     }
 };
 
-/// Integers less half of the largest one. They are half a unit off, so the float is made of twice
-/// the code, and 1.
+/// Floats made of 2 * code + 1 -> code + 1/2 - LESS, exactly.
+template <typename T, int LESS>
+QK_BOTH uint32_t halved(uint32_t both) {
+    // -(2^m / 2 + LESS), whose last bit is a half
+    constexpr uint32_t offset = (Magic<T>::kMinusMiddle + 2 * LESS) * 0x10001u;
+    return fma2<T>(both, Magic<T>::kHalf, offset);
+}
+
+/// Unsigned integers less half of the largest one.
 template <typename T, int BITS>
 struct Halfway : Linear<T, BITS> {
-    static constexpr bool kZero = false, kOneScale = true;
+    static constexpr bool kOneScale = true;
 
     static QK_BOTH void split(uint32_t word, uint32_t high, const Table&,
                               uint32_t (&pairs)[Linear<T, BITS>::kPairs]) {
@@ -102,8 +109,7 @@ struct Halfway : Linear<T, BITS> {
     }
     static QK_BOTH uint32_t offset(float) { return 0; }
     static QK_BOTH uint32_t finish(uint32_t both, uint32_t) {
-        return fma2<T>(both, Magic<T>::kHalf,
-                       twice<T>(-Magic<T>::kValue / 2 - float(1 << (BITS - 1))));
+        return halved<T, 1 << (BITS - 1)>(both);
     }
 };
 
@@ -111,7 +117,6 @@ struct Halfway : Linear<T, BITS> {
 template <>
 struct Linear<BFloat, 8> : Plain {
     static constexpr int kWidth = 8, kPairs = 2;
-    static constexpr bool kZero = true;
 
     static QK_BOTH void split(uint32_t word, uint32_t, const Table&, uint32_t (&pairs)[kPairs]) {
         QK_UNROLL

@@ -33,8 +33,8 @@ QK_DEVICE void e8p_nibbles(uint32_t codes, const uint32_t* book, uint32_t (&nibb
     }
 }
 
-/// 2 bits: exact, by the trick of `Halfway`.
-template <typename T, int BITS>
+/// 2 bits: exact, like `Halfway`.
+template <typename T>
 struct E8p : Plain {
     static constexpr int kWidth = 2, kPairs = 8, kBook = 256;
     static constexpr bool kOneScale = true;
@@ -50,16 +50,14 @@ struct E8p : Plain {
         }
     }
     static QK_BOTH uint32_t offset(float) { return 0; }
-    static QK_BOTH uint32_t finish(uint32_t both, uint32_t) {
-        return fma2<T>(both, Magic<T>::kHalf, twice<T>(-Magic<T>::kValue / 2 - 8));
-    }
+    static QK_BOTH uint32_t finish(uint32_t both, uint32_t) { return halved<T, 8>(both); }
 };
 
 /// 3 and 4 bits: a second code for what the first one leaves, added in float32 and rounded once.
 template <typename T, int BITS>
 struct E8pResidual : Plain {
     static constexpr int kWidth = 2, kPairs = 8;
-    static constexpr int kHighWords = BITS == 3 ? 2 : 4, kHighStep = 16;
+    static constexpr int kHigh = BITS == 3 ? 2 : 4, kHighStep = 16;
     static constexpr int kBook = BITS == 3 ? 512 : 256;
     static constexpr bool kOneScale = true;
     /// 1 / ROUNDING[bits].share of qkernels/formats/e8p.py

@@ -19,6 +19,8 @@
 namespace qk {
 
 constexpr int kTransformThreads = 256, kTransformWarps = kTransformThreads / 32;
+/// Blocks that a multiprocessor has registers for.
+constexpr int kBlocksAtOnce = 4;
 /// Features of a lane, and of a warp, where they come in; log2 of both.
 constexpr int kRun = 8, kChunk = 32 * kRun, kRunBits = 3, kChunkBits = 8;
 /// Rows of the box that a warp mixes at a time, and orders of a dense factor at most, over 32.
@@ -52,23 +54,10 @@ QK_DEVICE void load_run<float>(float (&v)[kRun], const float* p) {
     }
 }
 
-/// v += weight * features e .. e + 7 of the box at index c of its middle axis.
+/// v += weight * features e .. e + 7 of the box at index c of its middle axis, one by one.
 template <typename X, bool AFTER>
-QK_DEVICE void add_run(float (&v)[kRun], const TransformArgs& args, const X* row, int e, int c,
-                       float weight) {
-    float x[kRun] = {}, factor[kRun];
-    if (args.is_aligned) {
-        const int at = (e / args.b * args.c + c) * args.b + e % args.b;
-        load_run(x, row + at);
-        if (!AFTER) {
-            load_run(factor, args.diagonal + at);
-        }
-        QK_UNROLL
-        for (int r = 0; r < kRun; r++) {
-            v[r] += weight * (AFTER ? x[r] : x[r] * factor[r]);
-        }
-        return;
-    }
+QK_DEVICE void add_features(float (&v)[kRun], const TransformArgs& args, const X* row, int e, int c,
+                            float weight) {
     QK_UNROLL
     for (int r = 0; r < kRun; r++) {
         if (e + r < args.a0 * args.b) {
@@ -84,7 +73,7 @@ QK_DEVICE void add_run(float (&v)[kRun], const TransformArgs& args, const X* row
     }
 }
 
-/// Number `own` of the middle axis's rows, its element c. Hadamard matrices are of +-1.
+/// Row `own` of the middle axis's factor, its element c. Hadamard matrices are of +-1.
 QK_DEVICE float middle(const TransformArgs& args, const float* own_row, int own, int c) {
     if (args.factor1 != nullptr) {
         return load_shared(own_row + c);
@@ -95,6 +84,32 @@ QK_DEVICE float middle(const TransformArgs& args, const float* own_row, int own,
         odd ^= odd >> d;
     }
     return odd & 1 ? -1.0f : 1.0f;
+}
+
+/// Features e .. e + 7 of the box: the middle axis is summed up.
+template <typename X, bool AFTER>
+QK_DEVICE void sum_middle(float (&v)[kRun], const TransformArgs& args, const X* row, int e,
+                          const float* own_row, int own) {
+    if (!args.is_aligned) {
+        for (int c = 0; c < args.c; c++) {
+            add_features<X, AFTER>(v, args, row, e, c, middle(args, own_row, own, c));
+        }
+        return;
+    }
+    const int first = e / args.b * args.c * args.b + e % args.b;
+    QK_UNROLL_BY(4)  // so that loads of several are on their way
+    for (int c = 0; c < args.c; c++) {
+        float x[kRun], factor[kRun];
+        load_run(x, row + first + c * args.b);
+        if (!AFTER) {
+            load_run(factor, args.diagonal + first + c * args.b);
+        }
+        const float weight = middle(args, own_row, own, c);
+        QK_UNROLL
+        for (int r = 0; r < kRun; r++) {
+            v[r] += weight * (AFTER ? x[r] : x[r] * factor[r]);
+        }
+    }
 }
 
 // ---------------------------------------------------------------- the last axis
@@ -123,8 +138,8 @@ QK_DEVICE void load_box(const TransformArgs& args, const X* row, float* box, con
     for (int chunk = warp_index() * kChunk; chunk < elements; chunk += kTransformWarps * kChunk) {
         const int e = chunk + lane * kRun;
         float v[kRun] = {};
-        for (int c = 0; c < args.c && e < elements; c++) {
-            add_run<X, AFTER>(v, args, row, e, c, middle(args, own_row, own, c));
+        if (e < elements) {
+            sum_middle<X, AFTER>(v, args, row, e, own_row, own);
         }
         butterflies(v, args.log_b);
         for (int bit = 0; bit < args.log_b - kRunBits && bit < 5; bit++) {
@@ -306,7 +321,7 @@ QK_BOTH int transform_shared(const TransformArgs& args) {
 
 /// Grid: (rows at a time, c). X: what x is of, T: what all else of 16 bits is of.
 template <typename X, typename T, bool AFTER>
-__global__ void __launch_bounds__(kTransformThreads)
+__global__ void __launch_bounds__(kTransformThreads, kBlocksAtOnce)
     transform_kernel(const __grid_constant__ TransformArgs args) {
     const int own = block_index_y(), t = thread_index();
     auto* box = reinterpret_cast<float*>(shared_memory());

@@ -25,7 +25,7 @@ constexpr int kGemmColumns = D::kPairs == 8 ? 32 : 64;
 template <typename D>
 constexpr int kCodeBytes = kGemmRows * 64;
 template <typename D>
-constexpr int kHighBytes = kGemmRows * 16 * D::kHighWords;
+constexpr int kHighBytes = kGemmRows * 16 * D::kHigh;
 template <typename D>
 constexpr int kStageBytes = kCodeBytes<D> + kHighBytes<D> + kGemmColumns<D> * kTile<D> * 2;
 
@@ -57,9 +57,9 @@ QK_DEVICE void fetch_codes(const WeightOnlyArgs& args, const Place<D>& place, in
         const int64_t at = live ? (int64_t(tile) * args.n + row) * 4 + unit % 4 : 0;
         copy_async(place.codes(step) + unit * 16, args.qdata + at, live ? 16 : 0);
     }
-    // 16 bytes at a time: kHighWords of them a row.
+    // 16 bytes at a time: kHigh of them a row.
     for (int unit = thread_index(); unit < kHighBytes<D> / 16; unit += kThreads) {
-        constexpr int each = D::kHighWords > 0 ? D::kHighWords : 1;
+        constexpr int each = D::kHigh > 0 ? D::kHigh : 1;
         const int row = place.n0 + unit / each;
         const bool live = tile < place.end && row < args.n;
         const int64_t at = live ? (int64_t(tile) * args.n + row) * each + unit % each : 0;
@@ -91,7 +91,7 @@ QK_DEVICE Packed<D> packed_of(const Place<D>& place, int step) {
         const int row = warp_index() * 16 + r * 8 + q;
         packed.low[r] =
             load_shared(reinterpret_cast<const Words4*>(place.codes(step)) + row * 4 + j);
-        if (D::kHighWords > 0) {
+        if (D::kHigh > 0) {
             packed.high[r] =
                 load_shared(reinterpret_cast<const High<D>*>(place.high_bits(step)) + row * 4 + j);
         }

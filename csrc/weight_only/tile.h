@@ -32,7 +32,7 @@ struct HighPlane<4> {
     using Lane = Words4;
 };
 template <typename D>
-using High = typename HighPlane<D::kHighWords>::Lane;
+using High = typename HighPlane<D::kHigh>::Lane;
 
 /// A lane's packed bytes of one tile, rows q and q + 8.
 template <typename D>
@@ -42,10 +42,10 @@ struct Packed {
 
     /// The high bits for word (p, h) of row q + 8r, from bit 0 on.
     QK_DEVICE uint32_t high_of(int r, int p, int h) const {
-        if constexpr (D::kHighWords == 4) {
+        if constexpr (D::kHigh == 4) {
             return high[r].w[p * 2 + h];
         } else {
-            return D::kHighWords == 2 ? high[r].w[h] >> p * D::kHighStep : 0;
+            return D::kHigh == 2 ? high[r].w[h] >> p * D::kHighStep : 0;
         }
     }
 };
@@ -60,7 +60,7 @@ QK_DEVICE Packed<D> load_packed(const WeightOnlyArgs& args, int tile, int end, c
         if (tile < end && rows[r] < args.n) {
             const int64_t at = (int64_t(tile) * args.n + rows[r]) * 4 + lane_index() % 4;
             packed.low[r] = load_stream(args.qdata + at, policy);
-            if (D::kHighWords > 0) {
+            if (D::kHigh > 0) {
                 packed.high[r] = load_stream(static_cast<const High<D>*>(args.qhigh) + at, policy);
             }
         }
