@@ -18,7 +18,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from qkernels.backends.cuda import build, eight_bit, gemm
+from qkernels.backends.cuda import build, eight_bit, gemm, transforms
 from qkernels.backends.cuda import weight_only as gemv
 from qkernels.backends.cuda.calls import CODES
 from qkernels.backends.triton.configs import SHARED_KIB
@@ -37,10 +37,13 @@ _ENTRY = re.compile(
 _NAME = re.compile(r"weight_only_(?P<kernel>gem[vm])INS_\d+(?P<dtype>Half|BFloat)ELi\d+ELi(?P<runs>\d+)E")
 _EIGHT_BIT = re.compile(r"eight_bit_(?P<kernel>gem[vm])ILi\d+ELb(?P<blocks>\d)ELi(?P<rows>\d+)E")
 _QUANTIZE = re.compile(r"quantize_kernelINS_\d+(?P<dtype>Half|BFloat)ELb(?P<int8>\d)ELi(?P<shared>\d)E")
+_TRANSFORM = re.compile(r"transform_kernelI.*?NS_\d+(?P<dtype>Half|BFloat)E.*?Lb(?P<after>\d)E")
 #: every source, by its name, with its folder in csrc
-SOURCES = dict.fromkeys(sorted(CODES.values()), "weight_only") | dict.fromkeys(
-    (*(f"eight_bit_{kind}" for kind in eight_bit.KINDS), "quantize_rows"), "eight_bit"
-)
+SOURCES = {
+    **dict.fromkeys(sorted(CODES.values()), "weight_only"),
+    **dict.fromkeys((*(f"eight_bit_{kind}" for kind in eight_bit.KINDS), "quantize_rows"), "eight_bit"),
+    "transform_rows": "transforms",
+}
 
 
 class Facts(NamedTuple):
@@ -125,6 +128,9 @@ def _kernel(mangled: str, source: str) -> tuple[str, str, int, int, int]:
         shared = {number: what for what, number in eight_bit.SHARED.items()}[int(name["shared"])]
         label = f"{'int8' if name['int8'] == '1' else 'e4m3'} per {shared}"
         return label, name["dtype"], -1, eight_bit.QUANTIZE_SHARED, eight_bit.GEMM_THREADS
+    if name := _TRANSFORM.search(mangled):
+        label = "transform after" if name["after"] == "1" else "transform before"
+        return label, name["dtype"], -1, transforms.LARGEST_SHARED, transforms.THREADS
     raise RuntimeError(f"a kernel of another kind: {mangled}")
 
 
@@ -167,7 +173,7 @@ def page(facts: list[Facts]) -> str:
     release = re.search(r"release [\d.]+, V[\d.]+", compiler.stdout)
     return (
         f"# CUDA kernels, by ptxas\n\nMade by `python -m bench.static_cuda{chosen}`, nvcc "
-        f"{release[0] if release else 'of unknown version'}. Blocks have {THREADS} threads, those of the 8-bit GEMM and of quantize_rows 256. Per architecture: "
+        f"{release[0] if release else 'of unknown version'}. Blocks have {THREADS} threads, those of the 8-bit GEMM, of quantize_rows and transform_rows 256. Per architecture: "
         "registers a thread (blocks that fit on a multiprocessor), the larger of float16 and bfloat16; spills "
         "in bytes, the largest; shared memory of the largest launch.\n\n" + table(facts) + "\n"
     )

@@ -21,6 +21,11 @@ constexpr int kGemmRows = 64, kStages = 4;
 template <typename D>
 constexpr int kGemmColumns = D::kPairs == 8 ? 32 : 64;
 
+/// Blocks a multiprocessor is to have registers for, 0 for as the compiler likes. Shared memory
+/// lets no third one in where codes come with a codebook, and the compiler would spill to have it.
+template <typename D>
+constexpr int kGemmBlocks = D::kBook > 0 ? 2 : 0;
+
 /// Bytes of a stage's codes, of its high bits, and of all of it.
 template <typename D>
 constexpr int kCodeBytes = kGemmRows * 64;
@@ -182,7 +187,7 @@ QK_DEVICE bool reduce_shares(float (&acc)[COUNT][4], const WeightOnlyArgs& args,
 
 /// Grid: (blocks of rows of x, fastest, and of 64 rows of W; shares of K).
 template <typename T, int CODE, int RUNS>
-__global__ void __launch_bounds__(kGemvThreads)
+__global__ void __launch_bounds__(kThreads, (kGemmBlocks<DecoderOf<T, CODE>>))
     weight_only_gemm(const __grid_constant__ WeightOnlyArgs args) {
     using D = DecoderOf<T, CODE>;
     constexpr int columns = kGemmColumns<D>;

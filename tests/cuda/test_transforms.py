@@ -44,13 +44,16 @@ def hadamard(n: int) -> tuple[Side, Weight]:
 def random(n: int) -> tuple[Side, Weight]:
     generator = torch.Generator().manual_seed(n)
     factors = [math_of.random_orthogonal(order, generator) for order in math_of.balanced(n)]
+    factors = [-f.abs() if len(f) == 1 else f for f in factors]  # of order 1 they are signs, too
     side = Side(factors, 1.0, torch.randn(n).half(), torch.randperm(n))
     return side, Weight(n, side, factors)
 
 
 def traits_of(side: Side, n: int, vectors: bool) -> layout.WeightOnlyTraits:
     whole = -(-n // 256) * 256 if vectors else n
-    return layout.WeightOnlyTraits(2, "e8p" if vectors else "halfway", "scale", whole, n, norms=(side.norm,) * 2)
+    return layout.WeightOnlyTraits(
+        2, "e8p" if vectors else "halfway", "scale", whole, n, norms=(side.norm,) * 2
+    )
 
 
 def bound(side: Side, x: Tensor, n: int, after: bool) -> Tensor:
@@ -67,7 +70,7 @@ def bound(side: Side, x: Tensor, n: int, after: bool) -> Tensor:
 #: one factor or none, an odd part or none, in one box or several, with all of a Hadamard transform's stages
 SIZES = [1, 2, 8, 12, 36, 64, 72, 192, 256, 576, 1376, 2048, 5120, 8192]
 #: two factors or three, of order 1, odd, over 32 and over 64
-RANDOM = [1, 7, 35, 64, 130, 576, 1376, 4 * 67]
+RANDOM = [1, 7, 35, 64, 130, 469, 576, 1376]
 
 
 @pytest.mark.parametrize(("make", "n"), [(hadamard, n) for n in SIZES] + [(random, n) for n in RANDOM])
@@ -137,10 +140,10 @@ def test_boxes() -> None:
             box = transforms.box_of(n, kept)
             assert box.a0 * box.c * box.b == n
             assert box.a0 * box.b <= transforms.DENSE_BOX
-            assert transforms.shared_bytes(box, kept) <= limit
+            assert transforms.shared_bytes(box, kept) <= transforms.LARGEST_SHARED
     for orders in ((64, 128), (128, 64), (64, 64, 128), (64, 1, 127), (28, 16, 32), (1, 128)):
         box = transforms.box_of(math.prod(orders), orders)
-        assert transforms.shared_bytes(box, orders) <= limit
+        assert transforms.shared_bytes(box, orders) <= transforms.LARGEST_SHARED <= limit
     assert transforms.box_of(28672, (28,)) == (28, 8, 128, True)
     assert transforms.box_of(8192, ()) == (1, 4, 2048, True)
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 BOX, DENSE_BOX = 2048, 4096
 #: blocks along M: each takes every ROWS-th row, so that factors are read once for many of them
 ROWS = 1024
-THREADS = 256
+#: as in csrc/transforms/kronecker.h: threads of a block, and shared memory of the largest, 64 x c x 128 (QuIP)
+THREADS, LARGEST_SHARED = 256, 74240
 
 _POINTERS = ("x", "y", "diagonal", "bias", "perm", "factor0", "factor1", "factor2")
 _SIZES = ("m", "n", "width", "a0", "c", "b", "log_b", "is_vectors", "is_aligned")
