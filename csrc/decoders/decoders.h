@@ -27,7 +27,7 @@ struct Table {
 };
 
 /// What most decoders have not: a codebook, or high bits of their own.
-struct Plain {
+struct Basic {
     static constexpr int kHigh = 0, kHighStep = 0, kBook = 0;
     static constexpr bool kTable = false, kOneScale = false;
 };
@@ -60,7 +60,7 @@ QK_BOTH uint32_t moved(uint32_t word, int right) {
 
 /// Unsigned integers of up to 6 bits, and of 8 bits in float16, less a zero point.
 template <typename T, int BITS>
-struct Linear : Plain {
+struct Linear : Basic {
     static constexpr int kWidth = BITS == 3 ? 2 : BITS > 4 && BITS < 8 ? 4 : BITS;
     static constexpr int kPairs = 16 / kWidth;
     static constexpr int kHighStep = BITS - kWidth, kHigh = kHighStep * kPairs / 4;
@@ -115,7 +115,7 @@ struct Halfway : Linear<T, BITS> {
 
 /// 8 bits in bfloat16, whose mantissa is too short for the trick: by way of float32.
 template <>
-struct Linear<BFloat, 8> : Plain {
+struct Linear<BFloat, 8> : Basic {
     static constexpr int kWidth = 8, kPairs = 2;
 
     static QK_BOTH void split(uint32_t word, uint32_t, const Table&, uint32_t (&pairs)[kPairs]) {
@@ -136,7 +136,7 @@ struct Linear<BFloat, 8> : Plain {
 
 /// Codes of 4 bits that index a table: NF4, FP4, IQ4_NL. Bytes are looked up four at a time.
 template <typename T>
-struct Lut16 : Plain {
+struct Lut16 : Basic {
     static constexpr int kWidth = 4, kPairs = 4;
     static constexpr bool kTable = true;
 
@@ -160,7 +160,7 @@ struct Lut16 : Plain {
 
 /// 8-bit floats with EXPONENT bits of exponent: moved into place, then the bias put right.
 template <typename T, int EXPONENT>
-struct Float8 : Plain {
+struct Float8 : Basic {
     static constexpr int kWidth = 8, kPairs = 2;
     static constexpr bool kIsHalf = Magic<T>::kValue == 1024;
     // Bits of mantissa that T has and the code has not.

@@ -35,7 +35,7 @@ QK_DEVICE void e8p_nibbles(uint32_t codes, const uint32_t* book, uint32_t (&nibb
 
 /// 2 bits: exact, like `Halfway`.
 template <typename T>
-struct E8p : Plain {
+struct E8p : Basic {
     static constexpr int kWidth = 2, kPairs = 8, kBook = 256;
     static constexpr bool kOneScale = true;
 
@@ -55,7 +55,7 @@ struct E8p : Plain {
 
 /// 3 and 4 bits: a second code for what the first one leaves, added in float32 and rounded once.
 template <typename T, int BITS>
-struct E8pResidual : Plain {
+struct E8pResidual : Basic {
     static constexpr int kWidth = 2, kPairs = 8;
     static constexpr int kHigh = BITS == 3 ? 2 : 4, kHighStep = 16;
     static constexpr int kBook = BITS == 3 ? 512 : 256;

@@ -11,6 +11,7 @@ from torch import Tensor
 import qkernels as qk
 from qkernels import transforms as math_of
 from qkernels.backends.cuda import transforms
+from qkernels.formats import quip_sharp
 from qkernels.formats.incoherent import Side
 from qkernels.layouts import weight_only as layout
 
@@ -68,7 +69,7 @@ def bound(side: Side, x: Tensor, n: int, after: bool) -> Tensor:
 
 
 #: one factor or none, an odd part or none, in one box or several, with all of a Hadamard transform's stages
-SIZES = [1, 2, 8, 12, 36, 64, 72, 192, 256, 576, 1376, 2048, 5120, 8192]
+SIZES = [1, 2, 8, 12, 36, 64, 72, 192, 256, 512, 576, 1376, 2048, 5120, 8192]
 #: two factors or three, of order 1, odd, over 32 and over 64
 RANDOM = [1, 7, 35, 64, 130, 469, 576, 1376]
 
@@ -160,10 +161,28 @@ ODD = [
 ]
 
 
+def any_weight(name: str, n: int, k: int, params: dict[str, object]) -> qk.PackedWeight:
+    """QuIP#'s codes drawn at random, which is so much faster than the search for the best ones."""
+    if name == "quip":
+        return qk.quantize(torch.randn(n, k), name, **params).to(DEVICE)
+    fmt = qk.formats.get(name)
+    resolved = fmt.resolve((n, k), params)
+    tensors = {}
+    for key, spec in fmt.specs((n, k), resolved).items():
+        dtype = spec.dtypes[0]
+        if key.startswith("Qidxs"):
+            limits = torch.iinfo(dtype)
+            tensors[key] = torch.randint(limits.min, limits.max, spec.shape, dtype=dtype)
+        else:
+            tensors[key] = torch.randn(spec.shape).to(dtype)
+    tensors["codebook_id"] = torch.tensor(quip_sharp.CODEBOOKS[resolved["bits"]])
+    return qk.pack(name, tensors, (n, k), **params).to(DEVICE)
+
+
 @pytest.mark.parametrize(("name", "params", "n", "k"), ODD, ids=str)
 @dtypes
 def test_odd_shapes(name: str, params: dict[str, object], n: int, k: int, dtype: torch.dtype) -> None:
-    p = qk.quantize(torch.randn(n, k), name, **params).to(DEVICE)
+    p = any_weight(name, n, k, params)
     bias = torch.randn(n).to(dtype).to(DEVICE)
     for m in (1, 5, 19):
         x = torch.randn(m, k).to(dtype).to(DEVICE)
@@ -175,7 +194,7 @@ def test_odd_shapes(name: str, params: dict[str, object], n: int, k: int, dtype:
 @pytest.mark.parametrize("m", [2, 9])
 def test_split_k(bits: int, m: int) -> None:
     """Several shares of K into float32."""
-    p = qk.quantize(torch.randn(20, 4096), "quip_sharp", bits=bits).to(DEVICE)
+    p = any_weight("quip_sharp", 20, 4096, {"bits": bits})
     x = torch.randn(m, 4096).half().to(DEVICE)
     assert "K in 1 shares" not in str(qk.explain(p, m, backend="cuda"))
     assert_fused_close(qk.matmul(x, p, backend="cuda"), x, p)
