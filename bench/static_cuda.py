@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from qkernels.backends.cuda import build, eight_bit, gemm, transforms
 from qkernels.backends.cuda import weight_only as gemv
-from qkernels.backends.cuda.calls import CODES
+from qkernels.backends.cuda.calls import CODES, OWN
 from qkernels.backends.triton.configs import SHARED_KIB
 
 THREADS = 128
@@ -34,13 +34,17 @@ _ENTRY = re.compile(
     r"Used (?P<registers>\d+) registers",
     re.S,
 )
-_NAME = re.compile(r"weight_only_(?P<kernel>gem[vm])INS_\d+(?P<dtype>Half|BFloat)ELi\d+ELi(?P<runs>\d+)E")
+_NAME = re.compile(r"weight_only_(?P<kernel>gem[vm])INS_\d+(?P<dtype>Half|BFloat)ELi\d+ENS_(?P<scaler>\w+)")
+#: `Plain` for so many scales of a tile; other scalers have a number of their own
+_RUNS = re.compile(r"\d+PlainILi(\d+)E")
 _EIGHT_BIT = re.compile(r"eight_bit_(?P<kernel>gem[vm])ILi\d+ELb(?P<blocks>\d)ELi(?P<rows>\d+)E")
 _QUANTIZE = re.compile(r"quantize_kernelINS_\d+(?P<dtype>Half|BFloat)ELb(?P<int8>\d)ELi(?P<shared>\d)E")
 _TRANSFORM = re.compile(r"transform_kernelI.*?NS_\d+(?P<dtype>Half|BFloat)E.*?Lb(?P<after>\d)E")
+#: decoder and bits of a weight-only source's codes
+DECODED = {name: codes for codes, name in CODES.items()} | {name: own[:2] for own, name in OWN.items()}
 #: every source, by its name, with its folder in csrc
 SOURCES = {
-    **dict.fromkeys(sorted(CODES.values()), "weight_only"),
+    **dict.fromkeys(sorted(DECODED), "weight_only"),
     **dict.fromkeys((*(f"eight_bit_{kind}" for kind in eight_bit.KINDS), "quantize_rows"), "eight_bit"),
     "transform_rows": "transforms",
 }
@@ -49,7 +53,8 @@ SOURCES = {
 class Facts(NamedTuple):
     """One kernel on one architecture. Sizes in bytes; dynamic: shared memory a launch asks for at most.
 
-    runs: scales of a tile that a weight-only kernel is made for, 0 for any number; -1 for other kernels.
+    runs: scales of a tile that a weight-only kernel is made for, 0 for any number; -1 for kernels that are
+    made for one scaler, or have none.
     """
 
     source: str
@@ -115,9 +120,11 @@ def parse(text: str, source: str, arch: str) -> list[Facts]:
 def _kernel(mangled: str, source: str) -> tuple[str, str, int, int, int]:
     """Of a kernel's mangled name: kernel, dtype, runs, shared memory, threads."""
     if name := _NAME.search(mangled):
-        codes = next(codes for codes, named in CODES.items() if named == source)
-        dynamic = (gemm if name["kernel"] == "gemm" else gemv).shared_bytes(*codes)
-        return name["kernel"], name["dtype"], int(name["runs"]), dynamic, THREADS
+        codes, is_gemm = DECODED[source], name["kernel"] == "gemm"
+        outliers = any(own == source and scaler == "two_level" for (_, _, scaler), own in OWN.items())
+        dynamic = gemm.shared_bytes(*codes) if is_gemm else gemv.shared_bytes(*codes, outliers=outliers)
+        runs = _RUNS.match(name["scaler"])
+        return name["kernel"], name["dtype"], int(runs[1]) if runs else -1, dynamic, THREADS
     if name := _EIGHT_BIT.search(mangled):
         is_gemv, rows = name["kernel"] == "gemv", int(name["rows"])
         rows = rows * 8 if is_gemv else rows

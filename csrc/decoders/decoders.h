@@ -3,10 +3,9 @@
 //
 //   kWidth           bits of a code in its word (codes of 3, 5, 6 bits keep their low 2 or 4 there)
 //   kPairs           pairs of neighbouring features in a word
-//   kHigh            words of high bits that a lane has of a tile and row: 0, 2 or 4
+//   kHigh            words of high bits that a lane has of a tile and row: 0, 1, 2 or 4
 //   kHighStep        how far apart the high bits of words that share one lie
 //   kBook            words of a codebook that `split` looks up in shared memory
-//   kOneScale        whether such weights have one scale, so that no other kernels are needed
 //   split            word -> pairs[s]; values may be off by a constant or a power of two
 //   offset           the zero point as `finish` wants it, in both halves
 //   finish           takes the constant and the zero point off
@@ -29,22 +28,26 @@ struct Table {
 /// What most decoders have not: a codebook, or high bits of their own.
 struct Basic {
     static constexpr int kHigh = 0, kHighStep = 0, kBook = 0;
-    static constexpr bool kTable = false, kOneScale = false;
+    static constexpr bool kTable = false;
 };
 
 template <typename T>
 struct Magic;
 template <>
 struct Magic<Half> {
-    static constexpr uint32_t kBits = 0x64006400, kMinusOne = 0xBC00BC00, kMinusZero = 0x80008000;
+    static constexpr uint32_t kBits = 0x64006400, kMinusZero = 0x80008000;
+    static constexpr uint32_t kOne = 0x3C003C00, kMinusOne = 0xBC00BC00;
     static constexpr uint32_t kHalf = 0x38003800, kMinusMiddle = 0xE000;  // -2^m / 2
     static constexpr float kValue = 1024;
+    static constexpr int kMantissa = 10;
 };
 template <>
 struct Magic<BFloat> {
-    static constexpr uint32_t kBits = 0x43004300, kMinusOne = 0xBF80BF80, kMinusZero = 0x80008000;
+    static constexpr uint32_t kBits = 0x43004300, kMinusZero = 0x80008000;
+    static constexpr uint32_t kOne = 0x3F803F80, kMinusOne = 0xBF80BF80;
     static constexpr uint32_t kHalf = 0x3F003F00, kMinusMiddle = 0xC280;
     static constexpr float kValue = 128;
+    static constexpr int kMantissa = 7;
 };
 
 template <typename T>
@@ -64,6 +67,8 @@ struct Linear : Basic {
     static constexpr int kWidth = BITS == 3 ? 2 : BITS > 4 && BITS < 8 ? 4 : BITS;
     static constexpr int kPairs = 16 / kWidth;
     static constexpr int kHighStep = BITS - kWidth, kHigh = kHighStep * kPairs / 4;
+    /// What `split` adds to a code.
+    static constexpr float kAdded = Magic<T>::kValue;
 
     /// high: of pair s at bits s * kWidth and 16 + s * kWidth.
     static QK_BOTH void split(uint32_t word, uint32_t high, const Table&,
@@ -84,9 +89,47 @@ struct Linear : Basic {
             }
         }
     }
-    static QK_BOTH uint32_t offset(float zero) { return twice<T>(Magic<T>::kValue + zero); }
+    static QK_BOTH uint32_t offset(float zero) { return twice<T>(kAdded + zero); }
     static QK_BOTH uint32_t finish(uint32_t both, uint32_t offset) {
         return fma2<T>(offset, Magic<T>::kMinusOne, both);
+    }
+};
+
+/// A normal number's bits in both halves, for constants: T's own conversions are instructions.
+template <typename T>
+constexpr uint32_t constant2(float value) {
+    const bool negative = value < 0;
+    float size = negative ? -value : value;
+    int exponent = 0;
+    for (; size >= 2; size /= 2) {
+        exponent++;
+    }
+    for (; size < 1; size *= 2) {
+        exponent--;
+    }
+    const int bias = Magic<T>::kMantissa == 10 ? 15 : 127;
+    const uint32_t bits = (uint32_t(exponent + bias) << Magic<T>::kMantissa) +
+                          uint32_t((size - 1) * (1 << Magic<T>::kMantissa));
+    return (bits | (negative ? 0x8000u : 0)) * 0x10001u;
+}
+
+/// Unsigned integers less the middle of their range, 2^(BITS - 1).
+template <typename T, int BITS>
+struct Centered : Linear<T, BITS> {
+    static QK_BOTH uint32_t offset(float) { return 0; }
+    static QK_BOTH uint32_t finish(uint32_t both, uint32_t) {
+        constexpr uint32_t less = constant2<T>(-(Linear<T, BITS>::kAdded + (1 << (BITS - 1))));
+        return fma2<T>(both, Magic<T>::kOne, less);
+    }
+};
+
+/// Unsigned integers as they are.
+template <typename T, int BITS>
+struct Counted : Linear<T, BITS> {
+    static QK_BOTH uint32_t offset(float) { return 0; }
+    static QK_BOTH uint32_t finish(uint32_t both, uint32_t) {
+        constexpr uint32_t less = constant2<T>(-Linear<T, BITS>::kAdded);
+        return fma2<T>(both, Magic<T>::kOne, less);
     }
 };
 
@@ -101,8 +144,6 @@ QK_BOTH uint32_t halved(uint32_t both) {
 /// Unsigned integers less half of the largest one.
 template <typename T, int BITS>
 struct Halfway : Linear<T, BITS> {
-    static constexpr bool kOneScale = true;
-
     static QK_BOTH void split(uint32_t word, uint32_t high, const Table&,
                               uint32_t (&pairs)[Linear<T, BITS>::kPairs]) {
         Linear<T, BITS>::template spread<1>(word, high, Magic<T>::kBits | 0x10001, pairs);
@@ -117,6 +158,7 @@ struct Halfway : Linear<T, BITS> {
 template <>
 struct Linear<BFloat, 8> : Basic {
     static constexpr int kWidth = 8, kPairs = 2;
+    static constexpr float kAdded = 0;
 
     static QK_BOTH void split(uint32_t word, uint32_t, const Table&, uint32_t (&pairs)[kPairs]) {
         QK_UNROLL

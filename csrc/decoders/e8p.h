@@ -37,7 +37,6 @@ QK_DEVICE void e8p_nibbles(uint32_t codes, const uint32_t* book, uint32_t (&nibb
 template <typename T>
 struct E8p : Basic {
     static constexpr int kWidth = 2, kPairs = 8, kBook = 256;
-    static constexpr bool kOneScale = true;
 
     static QK_DEVICE void split(uint32_t word, uint32_t, const Table& table,
                                 uint32_t (&pairs)[kPairs]) {
@@ -59,7 +58,6 @@ struct E8pResidual : Basic {
     static constexpr int kWidth = 2, kPairs = 8;
     static constexpr int kHigh = BITS == 3 ? 2 : 4, kHighStep = 16;
     static constexpr int kBook = BITS == 3 ? 512 : 256;
-    static constexpr bool kOneScale = true;
     /// 1 / ROUNDING[bits].share of qkernels/formats/e8p.py
     static constexpr float kShare = BITS == 3 ? float(1 / 2.04) : float(1 / 3.45);
 

@@ -6,38 +6,53 @@
 
 namespace qk {
 
-template <typename T, int CODE>
-std::string launch_weight_only(const WeightOnlyCall& call) {
-    void (*kernel)(WeightOnlyArgs);
-    if constexpr (DecoderOf<T, CODE>::kOneScale) {
-        if (call.runs != 1) {
-            return "this decoder is for weights of one scale";
-        }
-        kernel = call.kernel == 0 ? weight_only_gemv<T, CODE, 1> : weight_only_gemm<T, CODE, 1>;
-    } else {
-        void (*const gemv[])(WeightOnlyArgs) = {
-            weight_only_gemv<T, CODE, 0>, weight_only_gemv<T, CODE, 1>,
-            weight_only_gemv<T, CODE, 2>, nullptr, weight_only_gemv<T, CODE, 4>};
+using WeightOnlyKernel = void (*)(WeightOnlyArgs);
+
+/// The scalers of `Plain`, by how many scales a tile has.
+struct AnyPlain {
+    template <typename T, int CODE>
+    static WeightOnlyKernel find(const WeightOnlyCall& call) {
+        const WeightOnlyKernel gemv[] = {
+            weight_only_gemv<T, CODE, Plain<0>>, weight_only_gemv<T, CODE, Plain<1>>,
+            weight_only_gemv<T, CODE, Plain<2>>, nullptr, weight_only_gemv<T, CODE, Plain<4>>};
         // A tile's two scales are its four, twice each.
-        void (*const gemm[])(WeightOnlyArgs) = {
-            weight_only_gemm<T, CODE, 0>, weight_only_gemm<T, CODE, 1>,
-            weight_only_gemm<T, CODE, 4>, nullptr, weight_only_gemm<T, CODE, 4>};
-        kernel = call.kernel == 0 ? gemv[call.runs] : gemm[call.runs];
+        const WeightOnlyKernel gemm[] = {
+            weight_only_gemm<T, CODE, Plain<0>>, weight_only_gemm<T, CODE, Plain<1>>,
+            weight_only_gemm<T, CODE, Plain<4>>, nullptr, weight_only_gemm<T, CODE, Plain<4>>};
+        return call.kernel == 0 ? gemv[call.runs] : gemm[call.runs];
     }
-    const Grid grid{call.grid_x, call.grid_y, kThreads, call.shared};
-    return launch<WeightOnlyArgs>(kernel, grid, call.args, call.stream, call.early != 0);
-}
+};
+
+/// One scaler only, the one that the codes' formats have.
+template <typename S>
+struct Only {
+    template <typename T, int CODE>
+    static WeightOnlyKernel find(const WeightOnlyCall& call) {
+        static_assert(S::kRuns > 0, "");
+        if (call.args.run % (kTile<DecoderOf<T, CODE>> / S::kRuns) != 0) {
+            return nullptr;
+        }
+        return call.kernel == 0 ? WeightOnlyKernel(weight_only_gemv<T, CODE, S>)
+                                : WeightOnlyKernel(weight_only_gemm<T, CODE, S>);
+    }
+};
 
 /// Text that stays until the next call of this thread; "" if all is well.
-template <int CODE>
+template <int CODE, typename Scalers = AnyPlain>
 const char* run_weight_only(const WeightOnlyCall* call) {
     static thread_local std::string error;
     if (call->size != int(sizeof(WeightOnlyCall))) {
         error = "the compiled kernels and the Python code are of different versions";
-    } else {
-        error = call->is_bfloat ? launch_weight_only<BFloat, CODE>(*call)
-                                : launch_weight_only<Half, CODE>(*call);
+        return error.c_str();
     }
+    const auto kernel = call->is_bfloat ? Scalers::template find<BFloat, CODE>(*call)
+                                        : Scalers::template find<Half, CODE>(*call);
+    if (kernel == nullptr) {
+        error = "it is made for longer groups than these";
+        return error.c_str();
+    }
+    const Grid grid{call->grid_x, call->grid_y, kGemvThreads, call->shared};
+    error = launch<WeightOnlyArgs>(kernel, grid, call->args, call->stream, call->early != 0);
     return error.c_str();
 }
 

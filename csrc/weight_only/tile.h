@@ -4,9 +4,11 @@
 // % 4, has rows q and q + 8 and of each slice of 16 features 2j, 2j+1, 2j+8, 2j+9. The layout puts
 // just these features of all slices of a tile into the 16 bytes that the lane loads of a row.
 #pragma once
+#include <type_traits>
+
 #include "../decoders/dispatch.h"
 #include "../ptx/warp.h"
-#include "scalers.h"
+#include "quad_scalers.h"
 
 namespace qk {
 
@@ -18,36 +20,34 @@ constexpr int kSlice = 16;
 template <typename D>
 constexpr int kTile = 32 * D::kPairs;
 
+/// A lane's high bits of one tile and row.
+template <typename D>
+using HighWords =
+    std::conditional_t<D::kHigh == 1, uint32_t, std::conditional_t<D::kHigh == 4, Words4, Words2>>;
+
 /// Bytes of the codebook, at the start of shared memory.
 template <typename D>
 constexpr int kBookBytes = D::kBook * 4;
 
-/// What a lane has of a row's plane of high bits.
-template <int WORDS>
-struct HighPlane {
-    using Lane = Words2;
-};
-template <>
-struct HighPlane<4> {
-    using Lane = Words4;
-};
+/// The high bits of word (p, h), for `split`.
 template <typename D>
-using High = typename HighPlane<D::kHigh>::Lane;
+QK_DEVICE uint32_t high_bits(uint32_t word, int p, int h) {
+    return word >> (p * 2 + h) * D::kHighStep;
+}
+template <typename D>
+QK_DEVICE uint32_t high_bits(const Words2& words, int p, int h) {
+    return D::kHigh > 0 ? words.w[h] >> p * D::kHighStep : 0;
+}
+template <typename D>
+QK_DEVICE uint32_t high_bits(const Words4& words, int p, int h) {
+    return words.w[p * 2 + h];
+}
 
 /// A lane's packed bytes of one tile, rows q and q + 8.
 template <typename D>
 struct Packed {
     Words4 low[2];
-    High<D> high[2];
-
-    /// The high bits for word (p, h) of row q + 8r, from bit 0 on.
-    QK_DEVICE uint32_t high_of(int r, int p, int h) const {
-        if constexpr (D::kHigh == 4) {
-            return high[r].w[p * 2 + h];
-        } else {
-            return D::kHigh == 2 ? high[r].w[h] >> p * D::kHighStep : 0;
-        }
-    }
+    HighWords<D> high[2];
 };
 
 /// Loads a lane's bytes; zeros past the last tile and the last row.
@@ -61,7 +61,8 @@ QK_DEVICE Packed<D> load_packed(const WeightOnlyArgs& args, int tile, int end, c
             const int64_t at = (int64_t(tile) * args.n + rows[r]) * 4 + lane_index() % 4;
             packed.low[r] = load_stream(args.qdata + at, policy);
             if (D::kHigh > 0) {
-                packed.high[r] = load_stream(static_cast<const High<D>*>(args.qhigh) + at, policy);
+                packed.high[r] =
+                    load_stream(static_cast<const HighWords<D>*>(args.qhigh) + at, policy);
             }
         }
     }
@@ -84,8 +85,8 @@ QK_DEVICE Values<D> decode(const Packed<D>& packed, const Table& table) {
         for (int p = 0; p < 2; p++) {
             QK_UNROLL
             for (int h = 0; h < 2; h++) {
-                D::split(packed.low[r].w[p * 2 + h], packed.high_of(r, p, h), table,
-                         values.pairs[r][p][h]);
+                const uint32_t high = high_bits<D>(packed.high[r], p, h);
+                D::split(packed.low[r].w[p * 2 + h], high, table, values.pairs[r][p][h]);
             }
         }
     }
@@ -108,8 +109,13 @@ QK_DEVICE void operand(uint32_t (&a)[4], const Values<D>& values, int s, int p,
 /// Both halves times a scale of their own, rounded to T once.
 template <typename T>
 QK_DEVICE uint32_t scaled(uint32_t both, float low, float high) {
-    return pair(from_float<T>(to_float(low_of<T>(both)) * low),
-                from_float<T>(to_float(high_of<T>(both)) * high));
+    return round_pair<T>(to_float(low_of<T>(both)) * low, to_float(high_of<T>(both)) * high);
+}
+/// Both halves times a scale less a minimum, rounded to T once.
+template <typename T>
+QK_DEVICE uint32_t scaled_less(uint32_t both, float scale, float minus) {
+    return round_pair<T>(to_float(low_of<T>(both)) * scale - minus,
+                         to_float(high_of<T>(both)) * scale - minus);
 }
 
 /// The first operand of a slice, each weight times its own scale; kk: the lane's first feature of

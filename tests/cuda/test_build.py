@@ -16,8 +16,8 @@ from qkernels.backends.cuda import build, calls
 from . import host
 
 PTXAS = """
-ptxas info    : Compiling entry function '_ZN2qk16weight_only_gemvINS_4HalfELi2ELi4EEEvNS_14WeightOnlyArgsE' for 'sm_80'
-ptxas info    : Function properties for _ZN2qk16weight_only_gemvINS_4HalfELi2ELi4EEEvNS_14WeightOnlyArgsE
+ptxas info    : Compiling entry function '_ZN2qk16weight_only_gemvINS_4HalfELi2ENS_5PlainILi4EEEEEvNS_14WeightOnlyArgsE' for 'sm_80'
+ptxas info    : Function properties for _ZN2qk16weight_only_gemvINS_4HalfELi2ENS_5PlainILi4EEEEEvNS_14WeightOnlyArgsE
     64 bytes stack frame, {stores} bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 120 registers, used 1 barriers, 64 bytes cumulative stack size
 """

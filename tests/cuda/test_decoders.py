@@ -14,20 +14,10 @@ from . import host
 
 #: in the order of QK_CODES in csrc/decoders/dispatch.h
 CODES = [
-    "linear2",
-    "linear3",
-    "linear4",
-    "linear8",
-    "lut16",
-    "e4m3",
-    "e5m2",
-    "halfway2",
-    "halfway3",
-    "halfway4",
-    "e8p2",
-    "e8p3",
-    "e8p4",
-]
+    "linear2", "linear3", "linear4", "linear8", "lut16", "e4m3", "e5m2",
+    *(f"centered{bits}" for bits in (3, 4, 5, 6, 8)), *(f"counted{bits}" for bits in (2, 3, 4, 5)),
+    *(f"halfway{bits}" for bits in (2, 3, 4)), *(f"e8p{bits}" for bits in (2, 3, 4)),
+]  # fmt: skip
 dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 
 
@@ -60,9 +50,12 @@ def in_kernel_order(
     tiles, n = words.shape[:2]
     pairs = 16 // layout.plane_bits(bits, vectors)
     high = packed.get("qhigh", torch.zeros_like(words))
-    if high.shape[2] == 8:  # word (j, p, h): the kernel shifts the plane's word (j, h) by p steps
-        plane = high.view(tiles, n, 4, 1, 2)
-        high = torch.cat([plane, plane >> layout.high_step(bits, vectors)], dim=3).contiguous()
+    if high.shape[2] < 16:  # word (j, p, h): what the kernel makes of the plane's words of j
+        plane, step = high.view(tiles, n, 4, 1, -1), layout.high_step(bits, vectors)
+        if high.shape[2] == 4:
+            plane = torch.cat([plane, plane >> step], dim=4)
+            step *= 2
+        high = torch.cat([plane, plane >> step], dim=3).contiguous()
     out = torch.empty(words.numel() * pairs, dtype=torch.int32)
     lib = host.library("decoders/all_codes.cpp")
     lib.qk_decode.restype = ctypes.c_char_p
@@ -87,14 +80,22 @@ def test_integers(bits: int, dtype: torch.dtype) -> None:
         assert torch.equal(found.float(), codes.float() - zero)
 
 
+def middle(kind: str, bits: int) -> float:
+    """What the decoders that take no zero point take off a code."""
+    return {"centered": 1 << (bits - 1), "counted": 0, "halfway": ((1 << bits) - 1) / 2}[kind]
+
+
 @dtypes
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_integers_less_half_of_the_largest(bits: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("code", CODES[7:-3])
+def test_integers_about_a_fixed_middle(code: str, dtype: torch.dtype) -> None:
+    """Every code in every place of a tile, whatever zero point is given."""
+    kind, bits = code[:-1], int(code[-1])
     count = 1 << bits
-    codes = torch.randint(count, (4, 512), dtype=torch.uint8)
-    codes[:, :count] = torch.arange(count)
-    codes = torch.cat([codes, codes.roll(1, 1), codes.roll(17, 1)])
-    assert torch.equal(decoded(f"halfway{bits}", codes, dtype).float(), codes.float() - (count - 1) / 2)
+    tile = layout.tile_features(bits)
+    codes = (torch.arange(count)[:, None] + torch.arange(tile)).remainder(count).to(torch.uint8)
+    for zero in (0, 3):
+        found = decoded(code, codes, dtype, zero)
+        assert torch.equal(found.float(), codes.float() - middle(kind, bits))
 
 
 @dtypes

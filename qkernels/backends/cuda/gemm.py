@@ -13,7 +13,6 @@ from .. import cuda
 from ..triton import workspace
 from . import transforms
 from . import weight_only as gemv
-from .calls import CODES
 
 if TYPE_CHECKING:
     from ...dispatch import Problem
@@ -60,6 +59,7 @@ def multiply(x: Tensor, p: PackedWeight, bias: Tensor | None, traits: layout.Wei
     call = gemv.call_of(p, traits, x.dtype, kernel=1)
     args, device = call.args, x.device
     m, n = x.shape[0], p.shape[0]
+    columns_x = by_columns(x) if traits.outliers else None
     x = in_chunks(x, p.storage.get("perm"))
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     y = torch.empty(m, n, dtype=gemv.output_dtype(x, traits), device=device)
@@ -78,7 +78,10 @@ def multiply(x: Tensor, p: PackedWeight, bias: Tensor | None, traits: layout.Wei
         args.partial, args.counter = partial.data_ptr(), counter.data_ptr()
         held = [partial, counter]
     reads = [x, *p.storage.values(), *([] if bias is None else [bias])]
-    cuda.execute("weight_only_" + CODES[traits.decoder, traits.bits], call, reads, [y, *held])
+    if columns_x is not None:
+        args.x_columns, args.x_rows = columns_x.data_ptr(), columns_x.shape[1]
+        reads.append(columns_x)
+    cuda.execute(gemv.kernel_of(traits), call, reads, [y, *held])
     return y
 
 
@@ -90,6 +93,13 @@ def in_chunks(x: Tensor, perm: Tensor | None) -> Tensor:
     if x.shape[1] % 8:
         x = torch.nn.functional.pad(x, (0, -x.shape[1] % 8))
     return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def by_columns(x: Tensor) -> Tensor:
+    """x (M, K) -> x^T (K, M padded to a multiple of 8), zeros where there is no row: for outliers."""
+    columns = torch.zeros(x.shape[1], x.shape[0] + -x.shape[0] % 8, dtype=x.dtype, device=x.device)
+    columns[:, : x.shape[0]] = x.T
+    return columns
 
 
 def shares_of(tiles: int, blocks: int, count: int, columns: int) -> int:

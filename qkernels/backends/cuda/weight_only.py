@@ -14,7 +14,15 @@ from ...layouts import weight_only as layout
 from .. import cuda
 from ..triton import workspace
 from . import transforms
-from .calls import BOOK_WORDS, CODES, SCALE_TYPES, SCALINGS, WeightOnlyArgs, WeightOnlyCall
+from .calls import (
+    BOOK_WORDS,
+    SCALE_TYPES,
+    SCALER_TENSORS,
+    SCALINGS,
+    WeightOnlyArgs,
+    WeightOnlyCall,
+    kernel_name,
+)
 
 if TYPE_CHECKING:
     from ...dispatch import Problem
@@ -26,6 +34,8 @@ WARPS, ROWS, COLUMNS = 4, 16, 8
 CHUNK = 16
 #: shared memory for activations
 STAGED_BYTES = 32 * 1024
+#: and for sums of outliers, as in csrc/weight_only/outliers.h
+SPARSE_BYTES = 4 * 8 * (ROWS * COLUMNS + 4)
 #: blocks that run on a multiprocessor at a time: 128 threads of 128 registers
 BLOCKS_PER_PROCESSOR = 4
 #: rows of x in one launch, so that the workspace stays small
@@ -45,11 +55,16 @@ def rejects(problem: Problem) -> str | None:
 def unsupported(problem: Problem) -> str | None:
     """Why no CUDA weight-only kernel takes the format with these parameters."""
     traits = traits_of(problem)
-    if (traits.decoder, traits.bits) not in CODES:
-        return f"no CUDA decoder for {traits.bits}-bit {traits.decoder}"
-    if traits.scaler not in SCALINGS:
-        return f"no CUDA scaler {traits.scaler!r}"
+    if kernel_name(traits.decoder, traits.bits, traits.scaler) is None:
+        return f"no CUDA kernel for {traits.bits}-bit {traits.decoder} codes with scales {traits.scaler!r}"
     return None
+
+
+def kernel_of(traits: layout.WeightOnlyTraits) -> str:
+    """The kernel's name, of traits that `unsupported` has nothing against."""
+    name = kernel_name(traits.decoder, traits.bits, traits.scaler)
+    assert name is not None
+    return name
 
 
 def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
@@ -97,7 +112,7 @@ def _launch(
     args.m, args.x, args.y = m, x.data_ptr(), y.data_ptr()
     args.bias = None if bias is None else bias.data_ptr()
     call.grid_x, call.grid_y = blocks_n * blocks_m, shares
-    call.shared = shared_bytes(traits.decoder, traits.bits, m, args.share)
+    call.shared = shared_bytes(traits.decoder, traits.bits, m, args.share, outliers=traits.outliers)
     held: list[Tensor] = []
     if shares > 1:
         partial = workspace.partials(shares * blocks_n * blocks_m * ROWS * COLUMNS, x.device)
@@ -105,7 +120,7 @@ def _launch(
         args.partial, args.counter = partial.data_ptr(), counter.data_ptr()
         held = [partial, counter]
     reads = [x, *p.storage.values(), *([] if bias is None else [bias])]
-    cuda.execute("weight_only_" + CODES[traits.decoder, traits.bits], call, reads, [y, *held])
+    cuda.execute(kernel_of(traits), call, reads, [y, *held])
 
 
 def call_of(
@@ -123,8 +138,8 @@ def call_of(
 def _described(p: PackedWeight, traits: layout.WeightOnlyTraits, dtype: torch.dtype) -> WeightOnlyCall:
     n, k = p.shape
     storage = p.storage
-    scale = storage.get("scaler.scales", storage.get("scaler.absmax"))
-    assert scale is not None
+    names = SCALER_TENSORS.get(traits.scaler, ("scales" if "scaler.scales" in storage else "absmax",))
+    scale = storage[f"scaler.{names[0]}"]
     if traits.vectors:
         k = traits.group_size  # x comes out of its transform in whole tiles
     kp = storage["perm"].numel() if "perm" in storage else k
@@ -134,7 +149,7 @@ def _described(p: PackedWeight, traits: layout.WeightOnlyTraits, dtype: torch.dt
     args = WeightOnlyArgs(
         n=n, k=k, kp=kp, tiles=-(-kp // tile), group=group, row_run=traits.row_run, run=run_length,
         shift=group.bit_length() - 1 if group & (group - 1) == 0 else -1,
-        scaling=SCALINGS[traits.scaler], scale=scale.data_ptr(),
+        scaling=SCALINGS.get(traits.scaler, 0),  # other scalers have kernels of their own
         scale_type=SCALE_TYPES.get(scale.dtype, 0),  # codes of nested scales have no type
         is_float=traits.norms is not None,
     )  # fmt: skip
@@ -142,6 +157,8 @@ def _described(p: PackedWeight, traits: layout.WeightOnlyTraits, dtype: torch.dt
         ("qdata", "qdata"), ("qhigh", "qhigh"), ("perm", "perm"), ("slice_group", "slice_group"),
         ("zero", "scaler.zeros"), ("nested_map", "scaler.nested_map"),
         ("nested_outer", "scaler.nested_absmax"), ("nested_offset", "scaler.offset"),
+        ("row_offsets", "outlier.row_offsets"), ("col_vals", "outlier.col_vals"),
+        *zip(("scale", "second", "third"), (f"scaler.{name}" for name in names), strict=False),
     ):  # fmt: skip
         if name in storage:
             setattr(args, field, storage[name].data_ptr())
@@ -169,16 +186,18 @@ def chunk_of(share: int, tile: int, m: int) -> int:
     return CHUNK * max(1, min(fits, -(-share // CHUNK)))
 
 
-def shared_bytes(decoder: str, bits: int, m: int = COLUMNS, share: int = 2**20) -> int:
+def shared_bytes(
+    decoder: str, bits: int, m: int = COLUMNS, share: int = 2**20, *, outliers: bool = False
+) -> int:
     """Shared memory of a launch; by default of the largest."""
     tile = layout.tile_features(bits, decoder == "e8p")
-    staged = book_bytes(decoder, bits) + 2 * min(m, COLUMNS) * chunk_of(share, tile, m) * tile
-    return max(staged, 4 * WARPS * ROWS * COLUMNS)
+    staged = max(2 * min(m, COLUMNS) * chunk_of(share, tile, m) * tile, 4 * WARPS * ROWS * COLUMNS)
+    return book_bytes(decoder, bits) + staged + (SPARSE_BYTES if outliers else 0)
 
 
 def book_bytes(decoder: str, bits: int) -> int:
     """Of the decoder's codebook, in front of what else is in shared memory."""
-    return 4 * BOOK_WORDS.get(CODES[decoder, bits], 0)
+    return 4 * BOOK_WORDS.get((decoder, bits), 0)
 
 
 def configuration(problem: Problem) -> str:
