@@ -18,7 +18,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from qkernels.backends.cuda import build, eight_bit, gemm, transforms
+from qkernels.backends.cuda import build, eight_bit, gemm, hopper, transforms
 from qkernels.backends.cuda import weight_only as gemv
 from qkernels.backends.cuda.calls import CODES, OWN
 from qkernels.backends.triton.configs import SHARED_KIB
@@ -39,6 +39,10 @@ _NAME = re.compile(r"weight_only_(?P<kernel>gem[vm])INS_\d+(?P<dtype>Half|BFloat
 _RUNS = re.compile(r"\d+PlainILi(\d+)E")
 _EIGHT_BIT = re.compile(r"eight_bit_(?P<kernel>gem[vm])ILi\d+ELb(?P<blocks>\d)ELi(?P<rows>\d+)E")
 _QUANTIZE = re.compile(r"quantize_kernelINS_\d+(?P<dtype>Half|BFloat)ELb(?P<int8>\d)ELi(?P<shared>\d)E")
+_HOPPER = re.compile(r"weight_only_hopperINS_\d+(?P<dtype>Half|BFloat)ELi\d+ENS_(?P<scaler>\w+)")
+_HOPPER_EIGHT = re.compile(r"eight_bit_hopperILi\d+ELb(?P<blocks>\d)E")
+#: ptxas lets one wgmma wait for the next where it cannot follow their registers
+_SERIALIZED = re.compile(r"\(C75\d\d\) Potential Performance Loss: wgmma.* in the function '(\w+)'")
 _TRANSFORM = re.compile(r"transform_kernelI.*?NS_\d+(?P<dtype>Half|BFloat)E.*?Lb(?P<after>\d)E")
 #: decoder and bits of a weight-only source's codes
 DECODED = {name: codes for codes, name in CODES.items()} | {name: own[:2] for own, name in OWN.items()}
@@ -67,6 +71,8 @@ class Facts(NamedTuple):
     stack: int
     dynamic: int
     threads: int = THREADS
+    #: products of a warpgroup wait for one another
+    serialized: bool = False
 
     @property
     def blocks(self) -> int:
@@ -81,7 +87,7 @@ class Facts(NamedTuple):
         found = [f"spills {self.spilled} bytes"] if self.spilled else []
         if self.dynamic > SHARED_KIB[int(self.arch.rstrip("a"))] * 1024:
             found.append(f"{self.dynamic} bytes of shared memory do not fit")
-        return found
+        return found + ["its wgmma instructions are serialized"] * self.serialized
 
 
 def compile_one(source: str, arch: str) -> list[Facts]:
@@ -103,13 +109,16 @@ def compile_one(source: str, arch: str) -> list[Facts]:
 def parse(text: str, source: str, arch: str) -> list[Facts]:
     """What ptxas -v says, one entry a kernel."""
     found = []
+    serialized = set(_SERIALIZED.findall(text))
     for entry in _ENTRY.finditer(text):
+        if "_hopper" in entry["name"] and arch != "90a":
+            continue  # empty there
         kernel, dtype, runs, dynamic, threads = _kernel(entry["name"], source)
         spilled = int(entry["stores"]) + int(entry["loads"])
         found.append(
             Facts(
                 source, kernel, dtype, runs, arch, int(entry["registers"]), spilled, int(entry["stack"]),
-                dynamic, threads,
+                dynamic, threads, entry["name"] in serialized,
             )
         )  # fmt: skip
     if not found:
@@ -123,14 +132,20 @@ def _kernel(mangled: str, source: str) -> tuple[str, str, int, int, int]:
         codes, is_gemm = DECODED[source], name["kernel"] == "gemm"
         outliers = any(own == source and scaler == "two_level" for (_, _, scaler), own in OWN.items())
         dynamic = gemm.shared_bytes(*codes) if is_gemm else gemv.shared_bytes(*codes, outliers=outliers)
-        runs = _RUNS.match(name["scaler"])
-        return name["kernel"], name["dtype"], int(runs[1]) if runs else -1, dynamic, THREADS
+        return name["kernel"], name["dtype"], _runs_of(name["scaler"]), dynamic, THREADS
     if name := _EIGHT_BIT.search(mangled):
         is_gemv, rows = name["kernel"] == "gemv", int(name["rows"])
         rows = rows * 8 if is_gemv else rows
         label = f"{name['kernel']} {rows} rows{', blocks' * int(name['blocks'])}"
         threads = eight_bit.GEMV_THREADS if is_gemv else eight_bit.GEMM_THREADS
         return label, "", -1, eight_bit.shared_bytes(is_gemv, rows), threads
+    if name := _HOPPER.search(mangled):
+        dynamic = hopper.shared_bytes(DECODED[source][1])
+        return "wgmma", name["dtype"], _runs_of(name["scaler"]), dynamic, hopper.THREADS
+    if name := _HOPPER_EIGHT.search(mangled):
+        kind = source.removeprefix("eight_bit_")
+        label = f"wgmma{', blocks' * int(name['blocks'])}"
+        return label, "", -1, eight_bit.hopper_shared_bytes(kind), eight_bit.HOPPER_THREADS
     if name := _QUANTIZE.search(mangled):
         shared = {number: what for what, number in eight_bit.SHARED.items()}[int(name["shared"])]
         label = f"{'int8' if name['int8'] == '1' else 'e4m3'} per {shared}"
@@ -139,6 +154,12 @@ def _kernel(mangled: str, source: str) -> tuple[str, str, int, int, int]:
         label = "transform after" if name["after"] == "1" else "transform before"
         return label, name["dtype"], -1, transforms.LARGEST_SHARED, transforms.THREADS
     raise RuntimeError(f"a kernel of another kind: {mangled}")
+
+
+def _runs_of(scaler: str) -> int:
+    """Of a scaler's mangled name."""
+    found = _RUNS.match(scaler)
+    return int(found[1]) if found else -1
 
 
 def table(facts: list[Facts]) -> str:
@@ -180,7 +201,7 @@ def page(facts: list[Facts]) -> str:
     release = re.search(r"release [\d.]+, V[\d.]+", compiler.stdout)
     return (
         f"# CUDA kernels, by ptxas\n\nMade by `python -m bench.static_cuda{chosen}`, nvcc "
-        f"{release[0] if release else 'of unknown version'}. Blocks have {THREADS} threads, those of the 8-bit GEMM, of quantize_rows and transform_rows 256. Per architecture: "
+        f"{release[0] if release else 'of unknown version'}. Blocks have {THREADS} threads, those of the 8-bit GEMM, of quantize_rows and transform_rows 256, of wgmma 384 (whose consumers take 240 registers, whatever is said here). Per architecture: "
         "registers a thread (blocks that fit on a multiprocessor), the larger of float16 and bfloat16; spills "
         "in bytes, the largest; shared memory of the largest launch.\n\n" + table(facts) + "\n"
     )

@@ -140,6 +140,7 @@ INCOHERENT = [
 ]  # fmt: skip
 
 GEMV, GEMM, TILE, CUDA_SCALERS = (f"csrc/weight_only/{f}.h" for f in ("gemv", "gemm", "tile", "scalers"))
+QUAD, SPARSE = (f"csrc/weight_only/{f}.h" for f in ("quad_scalers", "outliers"))
 CUDA_DECODERS, MEMORY = "csrc/decoders/decoders.h", "csrc/ptx/memory.h"
 CUDA = [
     (GEMV, "acc[i] += factor[i / 2] * sums[i]", "acc[i] += factor[0] * sums[i]"),
@@ -154,7 +155,8 @@ CUDA = [
     (GEMM, "k < args.x_stride", "k <= args.x_stride"),
     (GEMM, "place.m0 + m < args.m", "place.m0 + m <= args.m"),
     (GEMM, "x[c][p * 2], x[c][p * 2 + 1]", "x[c][p * 2 + 1], x[c][p * 2]"),
-    (TILE, "packed.high[r].w[h] >> p", "packed.high[r].w[h]"),
+    (TILE, "words.w[h] >> p * D::kHighStep", "words.w[h]"),
+    (TILE, "word >> (p * 2 + h) * D::kHighStep", "word >> (h * 2 + p) * D::kHighStep"),
     (TILE, "tile < end && rows[r] < args.n", "tile < end && rows[r] <= args.n"),
     (TILE, "scale_at(&args, scales[i % 2], at + 1)", "scale_at(&args, scales[i % 2], at)"),
     (TILE, "if (k >= 0)", "if (k > 0)"),
@@ -162,6 +164,24 @@ CUDA = [
     (CUDA_SCALERS, "/ 256);", "/ 255);"),
     (CUDA_SCALERS, "row_(row / args.row_run)", "row_(row % args.row_run)"),
     (CUDA_SCALERS, "inner + load_global(args.nested_offset)", "inner"),
+    (GEMV, "minus[i / 2] * x_sums[i]", "minus[0] * x_sums[i]"),
+    (GEMV, "x_sums[i] = 0;", ""),
+    (GEMV, "total += sparse_total(sparse, t);", ""),
+    (GEMM, "minus[i % 2]);", "minus[0]);"),
+    (GEMM, "add_sparse<T>(acc, args, first, place.m0);", ""),
+    (QUAD, "group < last ? group : last", "group"),
+    (QUAD, "const bool late = tile % 2 != 0", "const bool late = false"),
+    (QUAD, ">> tile % 2 * 16", ">> 0"),
+    (QUAD, "(run % 4 * 8 + run / 8 * 4)", "(run % 4 * 8)"),
+    (QUAD, "of_quad(raw.w[r], run / 2)", "raw.w[r]"),
+    (QUAD, "of_quad(raw.w[r], run / 4)", "raw.w[r]"),
+    (QUAD, "slice < slices ? slice : slices - 1", "slice"),
+    (QUAD, "rows.row[r] / args.row_run", "rows.row[r] / 16"),
+    (SPARSE, "i += blocks_y() * kSparseParts", "i += kSparseParts"),
+    (SPARSE, "const bool live = i + o * shares < end &&", "const bool live ="),
+    (SPARSE, "m + c * 8 < args.x_rows", "true"),
+    (CUDA_DECODERS, "high >> (s - 1) * kWidth", "high >> s * kWidth"),
+    (CUDA_DECODERS, "((1 << BITS) - 1) * 0.5f", "(1 << BITS) * 0.5f"),
     (CUDA_DECODERS, "kBits = 0x43004300", "kBits = 0x43004301"),
     (CUDA_DECODERS, "prmt(low, high, 0x7362)", "prmt(low, high, 0x5140)"),
     (CUDA_DECODERS, "EXPONENT == 4 ? 0x7B807B80", "EXPONENT == 4 ? 0x7B007B00"),

@@ -29,7 +29,7 @@ def test_kernels_compile_without_spills() -> None:
     facts = static_cuda.compile_one("e4m3", "90a")
     assert {(f.kernel, f.dtype, f.runs) for f in facts} == {
         (kernel, dtype, runs)
-        for kernel, all_runs in (("gemv", (0, 1, 2, 4)), ("gemm", (0, 1, 4)))
+        for kernel, all_runs in (("gemv", (0, 1, 2, 4)), ("gemm", (0, 1, 4)), ("wgmma", (0, 1, 4)))
         for dtype in ("Half", "BFloat")
         for runs in all_runs
     }
@@ -40,9 +40,10 @@ def test_kernels_compile_without_spills() -> None:
 def test_eight_bit_kernels_compile_without_spills() -> None:
     facts = static_cuda.compile_one("eight_bit_e4m3", "90a")
     assert {f.kernel.replace(", blocks", "") for f in facts} == {
-        *(f"gemv {rows} rows" for rows in (8, 16)), *(f"gemm {rows} rows" for rows in (16, 32, 64, 128))
+        *(f"gemv {rows} rows" for rows in (8, 16)), *(f"gemm {rows} rows" for rows in (16, 32, 64, 128)),
+        "wgmma",
     }  # fmt: skip
-    assert len(facts) == 12
+    assert len(facts) == 14
     assert [f.problems for f in facts if f.problems] == []
 
 
@@ -59,6 +60,11 @@ def test_the_static_table_sees_spills_and_missing_kernels() -> None:
     good, bad = (static_cuda.parse(PTXAS.format(stores=n), "linear4", "80")[0] for n in (0, 8))
     assert (good.registers, good.stack, good.blocks, good.problems) == (120, 64, 4, [])
     assert bad.problems == ["spills 8 bytes"]
+    entry = re.search(r"'(\w+)'", PTXAS)
+    assert entry is not None
+    words = f"ptxas info : (C7513) Potential Performance Loss: wgmma, in the function '{entry[1]}'\n"
+    slow = static_cuda.parse(words + PTXAS.format(stores=0), "linear4", "90a")[0]
+    assert slow.problems == ["its wgmma instructions are serialized"]
     assert "| gemv | linear4 | 4 | 120 (4) | 8 |" in static_cuda.table([good, bad])
     with pytest.raises(RuntimeError, match="ptxas said nothing of any kernel"):
         static_cuda.parse("", "linear4", "80")

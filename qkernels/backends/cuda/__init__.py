@@ -77,6 +77,7 @@ def register_kernels() -> None:
     """Each kernel with the module that launches it."""
     kernels = (
         ("cuda.weight_only_gemv", "weight_only", layouts.WEIGHT_ONLY),
+        ("cuda.weight_only_hopper", "hopper", layouts.WEIGHT_ONLY),
         ("cuda.weight_only_gemm", "gemm", layouts.WEIGHT_ONLY),
         ("cuda.eight_bit", "eight_bit", layouts.EIGHT_BIT),
     )

@@ -31,6 +31,10 @@ GEMV_ROWS = (8, 16)
 TILE_ROWS = (16, 32, 64, 128)
 #: as in csrc/eight_bit/gemv.h, gemm.h and quantize.h: threads of a block, shared memory
 GEMV_THREADS, GEMM_THREADS, QUANTIZE_SHARED = 128, 256, 128
+#: as in csrc/eight_bit/hopper.h: rows of x of a tile, and of W by kind of code, threads of a block
+HOPPER_M, HOPPER_N, HOPPER_THREADS = 128, {"int8": 256, "e4m3": 128, "e5m2": 128}, 384
+#: fewer rows of x than this are left to the other kernel
+HOPPER_ROWS = 129
 #: blocks of the GEMV that one processor holds at a time
 GEMV_BLOCKS = 4
 #: bytes of partial sums that one product may take
@@ -74,7 +78,10 @@ class EightBitCall(ctypes.Structure):
 
 
 class Config(NamedTuple):
-    """gemv: which kernel. rows: of x in a block. share: steps summed on their own. split: blocks along K."""
+    """gemv: which kernel. rows: of x in a block. share: steps summed on their own. split: blocks along K.
+
+    rows = 0: Hopper's kernel, in `split` blocks.
+    """
 
     gemv: bool
     rows: int
@@ -82,10 +89,15 @@ class Config(NamedTuple):
     split: int
 
 
-def configure(kind: str, shape: tuple[int, int], m: int, invariant: bool, count: int) -> Config:
+def configure(
+    kind: str, shape: tuple[int, int], m: int, invariant: bool, count: int, hopper: bool = False
+) -> Config:
     """Tiles for M = m on a GPU of `count` processors. With `invariant`, `share` does not depend on m."""
     n, k = shape
     steps = -(-layout.padded(k) // STEP)
+    if hopper and m >= HOPPER_ROWS and not invariant:
+        tiles = -(-n // HOPPER_N[kind]) * -(-m // HOPPER_M)
+        return Config(False, 0, steps, min(tiles, count))
     if m <= GEMV_ROWS[-1] and not invariant:
         rows = next(r for r in GEMV_ROWS if m <= r)
         blocks, least = -(-n // GEMV_N), 8  # two steps for each of four warps
@@ -103,6 +115,25 @@ def configure(kind: str, shape: tuple[int, int], m: int, invariant: bool, count:
     if too_many or tiles >= count:
         split = 1
     return Config(False, rows, share if sequential or split > 1 else steps, split)
+
+
+def hopper_shared_bytes(kind: str) -> int:
+    """Shared memory of a block of Hopper's kernel: ring of steps, results of two warpgroups, barriers."""
+    stages, piece = (4, 32) if kind == "int8" else (6, 64)
+    return stages * (HOPPER_M + HOPPER_N[kind]) * STEP + HOPPER_M * (piece + 8) * 2 + 16 * stages
+
+
+def has_wgmma(device: torch.device) -> bool:
+    """Whether Hopper's kernel runs on this device, or in its emulator."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def configured(problem: Problem, m: int, device: torch.device) -> Config:
+    """Tiles for a call."""
+    kind = traits_of(problem).kind
+    return configure(
+        kind, problem.shape, m, problem.batch_invariant, processors(device), has_wgmma(device)
+    )  # fmt: skip
 
 
 def shared_bytes(gemv: bool, rows: int) -> int:
@@ -207,11 +238,11 @@ def multiply(
     traits, storage = traits_of(problem), p.storage
     n, k = p.shape
     m, device = a.x.shape[0], a.x.device
-    config = config or configure(traits.kind, p.shape, m, problem.batch_invariant, processors(device))
+    config = config or configured(problem, m, device)
     y = torch.empty(m, n, dtype=a.x.dtype, device=device)
     bias = None if bias is None else bias.to(a.x.dtype).contiguous()
     partial = counter = None
-    if config.split > 1:
+    if config.split > 1 and config.rows:
         tile = config.rows * (GEMV_N if config.gemv else TILE_N)
         blocks = -(-n // GEMV_N) if config.gemv else -(-n // TILE_N) * -(-m // config.rows)
         partial = workspace.partials(config.split * blocks * tile, device)
@@ -241,7 +272,9 @@ def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Te
 
 def configuration(problem: Problem) -> str:
     """What `explain` says."""
-    count = processors(torch.device(problem.device))
-    config = configure(traits_of(problem).kind, problem.shape, problem.m, problem.batch_invariant, count)
+    config = configured(problem, problem.m, torch.device(problem.device))
+    if not config.rows:
+        tile = f"{HOPPER_M} rows of x and {HOPPER_N[traits_of(problem).kind]} of W a tile"
+        return f"wgmma, {tile}, {config.split} blocks; activations quantized before"
     name = "GEMV, 16 rows of W" if config.gemv else f"GEMM, tiles of {TILE_N} rows of W"
     return f"{name} by {config.rows} of x, {config.split} shares of K; activations quantized before"

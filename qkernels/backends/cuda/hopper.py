@@ -1,0 +1,79 @@
+"""Launches the weight-only GEMM of csrc/weight_only/hopper.h, for many rows of x on sm_90."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ... import layouts
+from ...layouts import weight_only as layout
+from .. import cuda
+from . import gemm
+from . import weight_only as gemv
+
+if TYPE_CHECKING:
+    from ...dispatch import Problem
+    from ...packed import PackedWeight
+
+#: as in csrc/weight_only/hopper.h: rows of W of a block, threads
+ROWS, THREADS = 128, 384
+#: fewer rows of x than this leave most processors without a tile
+MIN_ROWS = 129
+
+
+def columns_of(bits: int) -> int:
+    """Rows of x of a block: fewer where tiles are long."""
+    return 128 if bits < 4 else 256
+
+
+def shared_bytes(bits: int) -> int:
+    """Shared memory of a block: rings of x and codes, the result, barriers."""
+    columns, high = columns_of(bits), layout.high_words(bits)
+    chunks, tiles, tile = (4 if columns == 256 else 6), (2 if high else 3), ROWS * (64 + 4 * high)
+    return chunks * columns * 128 + tiles * tile + ROWS * columns * 2 + 16 * (chunks + tiles)
+
+
+def rejects(problem: Problem) -> str | None:
+    if problem.capability is not None and problem.capability != (9, 0):
+        return "for sm_90 (wgmma)"
+    if problem.m < MIN_ROWS:
+        return f"for {MIN_ROWS} rows of x and more"
+    if problem.batch_invariant:
+        return "the GEMV takes these to sum in an order that does not depend on M"
+    traits = gemv.traits_of(problem)
+    if traits.outliers:
+        return "sparse weights are added by the GEMM"
+    if traits.norms is not None:
+        return "a transform wants products in float32, which the GEMM writes"
+    return gemv.unsupported(problem)
+
+
+def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
+    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout -> y (M, N)."""
+    assert p.layout == layouts.WEIGHT_ONLY
+    traits = gemv.traits_of(problem)
+    call = gemv.call_of(p, traits, x.dtype, kernel=2)
+    args, device = call.args, x.device
+    m, n = x.shape[0], p.shape[0]
+    x = gemm.in_chunks(x, p.storage.get("perm"))
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    y = torch.empty(m, n, dtype=x.dtype, device=device)
+    args.m, args.x, args.y, args.x_stride = m, x.data_ptr(), y.data_ptr(), x.shape[1]
+    args.bias = None if bias is None else bias.data_ptr()
+    call.grid_x, call.grid_y = min(_tiles(n, m, traits.bits), gemv.processors(device)), 1
+    reads = [x, *p.storage.values(), *([] if bias is None else [bias])]
+    cuda.execute(gemv.kernel_of(traits), call, reads, [y])
+    return y
+
+
+def _tiles(n: int, m: int, bits: int) -> int:
+    return -(-n // ROWS) * -(-m // columns_of(bits))
+
+
+def configuration(problem: Problem) -> str:
+    """What `explain` says."""
+    bits = gemv.traits_of(problem).bits
+    tiles = _tiles(problem.shape[0], problem.m, bits)
+    return f"wgmma, {columns_of(bits)} rows of x and {ROWS} of W a tile, {tiles} tiles"
