@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.static.facts import tools
-from qkernels.backends.cuda import build, eight_bit, gemm, hopper
+from qkernels.backends.cuda import build, eight_bit, gemm, hopper, transforms
 from qkernels.backends.cuda import weight_only as gemv
 from qkernels.backends.cuda.calls import CODES, OWN
 from qkernels.backends.triton.configs import SHARED_KIB
@@ -46,12 +46,15 @@ _QUANTIZE = re.compile(r"quantize_kernelINS_\d+(?P<dtype>Half|BFloat)ELb(?P<int8
 _HOPPER_EIGHT = re.compile(r"eight_bit_hopperILi\d+ELb(?P<blocks>\d)E")
 #: ptxas lets one wgmma wait for the next where it cannot follow their registers
 _SERIALIZED = re.compile(r"\(C75\d\d\) Potential Performance Loss: wgmma.* in the function '(\w+)'")
-#: bits of a weight-only source's codes
-BITS = {name: bits for (_, bits), name in CODES.items()} | {name: bits for (_, bits, _), name in OWN.items()}
+_TRANSFORM = re.compile(r"transform_kernelI.*?NS_\d+(?P<dtype>Half|BFloat)E.*?Lb(?P<after>\d)E")
+#: decoder and bits of a weight-only source's codes
+DECODED = {name: codes for codes, name in CODES.items()} | {name: own[:2] for own, name in OWN.items()}
 #: every source, by its name, with its folder in csrc
-SOURCES = dict.fromkeys(sorted(BITS), "weight_only") | dict.fromkeys(
-    (*(f"eight_bit_{kind}" for kind in eight_bit.KINDS), "quantize_rows"), "eight_bit"
-)
+SOURCES = {
+    **dict.fromkeys(sorted(DECODED), "weight_only"),
+    **dict.fromkeys((*(f"eight_bit_{kind}" for kind in eight_bit.KINDS), "quantize_rows"), "eight_bit"),
+    "transform_rows": "transforms",
+}
 
 
 class Facts(NamedTuple):
@@ -165,19 +168,22 @@ def _kernel(mangled: str, source: str) -> tuple[str, str, int, int, int]:
         shared = {number: what for what, number in eight_bit.SHARED.items()}[int(name["shared"])]
         label = f"{'int8' if name['int8'] == '1' else 'e4m3'} per {shared}"
         return label, name["dtype"], -1, eight_bit.QUANTIZE_SHARED, eight_bit.GEMM_THREADS
+    if name := _TRANSFORM.search(mangled):
+        label = "transform after" if name["after"] == "1" else "transform before"
+        return label, name["dtype"], -1, transforms.LARGEST_SHARED, transforms.THREADS
     raise RuntimeError(f"a kernel of another kind: {mangled}")
 
 
 def _weight_only(name: re.Match[str], source: str) -> tuple[str, str, int, int, int]:
-    bits, threads = BITS[source], THREADS
+    codes, threads = DECODED[source], THREADS
     outliers = any(own == source and scaler == "two_level" for (_, _, scaler), own in OWN.items())
     kernel, found = name["kernel"], _RUNS.match(name["scaler"])
     if kernel == "hopper":
-        kernel, dynamic, threads = "wgmma", hopper.shared_bytes(bits, outliers), hopper.THREADS
+        kernel, dynamic, threads = "wgmma", hopper.shared_bytes(codes[1], outliers), hopper.THREADS
     elif kernel == "gemm":
-        dynamic = gemm.STAGES * gemm.stage_bytes(bits)
+        dynamic = gemm.shared_bytes(*codes)
     else:
-        dynamic = gemv.shared_bytes(bits, outliers=outliers)
+        dynamic = gemv.shared_bytes(*codes, outliers=outliers)
     return kernel, name["dtype"], int(found[1]) if found else -1, dynamic, threads
 
 
@@ -221,7 +227,7 @@ def page(facts: list[Facts]) -> str:
     release = re.search(r"release [\d.]+, V[\d.]+", compiler.stdout)
     return (
         f"# CUDA kernels, by ptxas\n\nMade by `python -m bench.static_cuda{chosen}`, nvcc "
-        f"{release[0] if release else 'of unknown version'}. Blocks have {THREADS} threads, those of the 8-bit GEMM and of quantize_rows 256, of wgmma 384 (whose consumers take 240 registers, whatever is said here). Per architecture: "
+        f"{release[0] if release else 'of unknown version'}. Blocks have {THREADS} threads, those of the 8-bit GEMM, of quantize_rows and transform_rows 256, of wgmma 384 (whose consumers take 240 registers, whatever is said here). Per architecture: "
         "registers a thread (blocks that fit on a multiprocessor), the larger of float16 and bfloat16; spills "
         "in bytes, the largest; shared memory of the largest launch.\n\n" + table(facts) + "\n"
     )

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "../eight_bit/arguments.h"
+#include "../transforms/arguments.h"
 #include "../weight_only/arguments.h"
 
 #define QK_KERNELS(X)                                   \
@@ -35,6 +36,10 @@
     X(weight_only_halfway2, WeightOnlyCall)             \
     X(weight_only_halfway3, WeightOnlyCall)             \
     X(weight_only_halfway4, WeightOnlyCall)             \
+    X(weight_only_e8p2, WeightOnlyCall)                 \
+    X(weight_only_e8p3, WeightOnlyCall)                 \
+    X(weight_only_e8p4, WeightOnlyCall)                 \
+    X(transform_rows, TransformCall)                    \
     X(quantize_rows, QuantizeCall)                      \
     X(eight_bit_int8, EightBitCall)                     \
     X(eight_bit_e4m3, EightBitCall)                     \

@@ -3,8 +3,9 @@
 //
 //   kWidth           bits of a code in its word (codes of 3, 5, 6 bits keep their low 2 or 4 there)
 //   kPairs           pairs of neighbouring features in a word
-//   kHigh, kHighStep words of high bits that a lane has of a tile and row, 0, 1 or 2, and how far
-//                    apart the bits of words that share one lie
+//   kHigh            words of high bits that a lane has of a tile and row: 0, 1, 2 or 4
+//   kHighStep        how far apart the high bits of words that share one lie
+//   kBook            words of a codebook that `split` looks up in shared memory
 //   split            word -> pairs[s]; values may be off by a constant or a power of two
 //   offset           the zero point as `finish` wants it, in both halves
 //   finish           takes the constant and the zero point off
@@ -13,12 +14,21 @@
 // (m = 10 in float16, 7 in bfloat16) makes the float 2^m + code, in both halves of a word at once.
 #pragma once
 #include "../ptx/arithmetic.h"
+#include "../ptx/memory.h"
 
 namespace qk {
 
-/// The 16 entries of a table cut into bytes: low bytes of entries 0-3, ... 12-15, then high bytes.
+/// w: the 16 entries of a table cut into bytes: low bytes of entries 0-3, ... 12-15, then high
+/// bytes. book: the codebook in shared memory.
 struct Table {
     uint32_t w[8];
+    const uint32_t* book;
+};
+
+/// What most decoders have not: a codebook, or high bits of their own.
+struct Basic {
+    static constexpr int kHigh = 0, kHighStep = 0, kBook = 0;
+    static constexpr bool kTable = false;
 };
 
 template <typename T>
@@ -27,6 +37,7 @@ template <>
 struct Magic<Half> {
     static constexpr uint32_t kBits = 0x64006400, kMinusZero = 0x80008000;
     static constexpr uint32_t kOne = 0x3C003C00, kMinusOne = 0xBC00BC00;
+    static constexpr uint32_t kHalf = 0x38003800, kMinusMiddle = 0xE000;  // -2^m / 2
     static constexpr float kValue = 1024;
     static constexpr int kMantissa = 10;
 };
@@ -34,6 +45,7 @@ template <>
 struct Magic<BFloat> {
     static constexpr uint32_t kBits = 0x43004300, kMinusZero = 0x80008000;
     static constexpr uint32_t kOne = 0x3F803F80, kMinusOne = 0xBF80BF80;
+    static constexpr uint32_t kHalf = 0x3F003F00, kMinusMiddle = 0xC280;
     static constexpr float kValue = 128;
     static constexpr int kMantissa = 7;
 };
@@ -44,56 +56,42 @@ QK_BOTH uint32_t twice(float value) {
     return pair(v, v);
 }
 
+/// word >> right, or to the left where that is negative.
+QK_BOTH uint32_t moved(uint32_t word, int right) {
+    return right >= 0 ? word >> right : word << -right;
+}
+
 /// Unsigned integers of up to 6 bits, and of 8 bits in float16, less a zero point.
 template <typename T, int BITS>
-struct Linear {
+struct Linear : Basic {
     static constexpr int kWidth = BITS == 3 ? 2 : BITS > 4 && BITS < 8 ? 4 : BITS;
     static constexpr int kPairs = 16 / kWidth;
     static constexpr int kHighStep = BITS - kWidth, kHigh = kHighStep * kPairs / 4;
-    static constexpr bool kTable = false;
     /// What `split` adds to a code.
     static constexpr float kAdded = Magic<T>::kValue;
 
     /// high: of pair s at bits s * kWidth and 16 + s * kWidth.
     static QK_BOTH void split(uint32_t word, uint32_t high, const Table&,
                               uint32_t (&pairs)[kPairs]) {
-        constexpr uint32_t mask = ((1u << kWidth) - 1) * 0x10001;
-        constexpr uint32_t high_mask = (((1u << kHighStep) - 1) << kWidth) * 0x10001;
+        spread<0>(word, high, Magic<T>::kBits, pairs);
+    }
+    /// pairs[s] = base | codes, UP bits up.
+    template <int UP>
+    static QK_BOTH void spread(uint32_t word, uint32_t high, uint32_t base,
+                               uint32_t (&pairs)[kPairs]) {
+        constexpr uint32_t mask = (((1u << kWidth) - 1) << UP) * 0x10001;
+        constexpr uint32_t high_mask = (((1u << kHighStep) - 1) << (kWidth + UP)) * 0x10001;
         QK_UNROLL
         for (int s = 0; s < kPairs; s++) {
-            pairs[s] = lop3<kAndOr>(word >> s * kWidth, mask, Magic<T>::kBits);
+            pairs[s] = lop3<kAndOr>(moved(word, s * kWidth - UP), mask, base);
             if (kHigh > 0) {
-                const uint32_t bits = s == 0 ? high << kWidth : high >> (s - 1) * kWidth;
-                pairs[s] = lop3<kAndOr>(bits, high_mask, pairs[s]);
+                pairs[s] = lop3<kAndOr>(moved(high, (s - 1) * kWidth - UP), high_mask, pairs[s]);
             }
         }
     }
     static QK_BOTH uint32_t offset(float zero) { return twice<T>(kAdded + zero); }
     static QK_BOTH uint32_t finish(uint32_t both, uint32_t offset) {
         return fma2<T>(offset, Magic<T>::kMinusOne, both);
-    }
-};
-
-/// 8 bits in bfloat16, whose mantissa is too short for the trick: by way of float32.
-template <>
-struct Linear<BFloat, 8> {
-    static constexpr int kWidth = 8, kPairs = 2, kHigh = 0, kHighStep = 0;
-    static constexpr bool kTable = false;
-    static constexpr float kAdded = 0;
-
-    static QK_BOTH void split(uint32_t word, uint32_t, const Table&, uint32_t (&pairs)[kPairs]) {
-        QK_UNROLL
-        for (int s = 0; s < kPairs; s++) {
-            const float even =
-                bits_to_float(prmt(word, 0x4B000000, s ? 0x7441 : 0x7440)) - 8388608.0f;
-            const float odd =
-                bits_to_float(prmt(word, 0x4B000000, s ? 0x7443 : 0x7442)) - 8388608.0f;
-            pairs[s] = prmt(float_to_bits(even), float_to_bits(odd), 0x7632);
-        }
-    }
-    static QK_BOTH uint32_t offset(float zero) { return twice<BFloat>(zero); }
-    static QK_BOTH uint32_t finish(uint32_t both, uint32_t offset) {
-        return fma2<BFloat>(offset, Magic<BFloat>::kMinusOne, both);
     }
 };
 
@@ -135,19 +133,53 @@ struct Counted : Linear<T, BITS> {
     }
 };
 
-/// Unsigned integers less half of the largest, in two steps that are exact.
+/// Floats made of 2 * code + 1 -> code + 1/2 - LESS, exactly.
+template <typename T, int LESS>
+QK_BOTH uint32_t halved(uint32_t both) {
+    // -(2^m / 2 + LESS), whose last bit is a half
+    constexpr uint32_t offset = (Magic<T>::kMinusMiddle + 2 * LESS) * 0x10001u;
+    return fma2<T>(both, Magic<T>::kHalf, offset);
+}
+
+/// Unsigned integers less half of the largest one.
 template <typename T, int BITS>
-struct Halfway : Counted<T, BITS> {
+struct Halfway : Linear<T, BITS> {
+    static QK_BOTH void split(uint32_t word, uint32_t high, const Table&,
+                              uint32_t (&pairs)[Linear<T, BITS>::kPairs]) {
+        Linear<T, BITS>::template spread<1>(word, high, Magic<T>::kBits | 0x10001, pairs);
+    }
+    static QK_BOTH uint32_t offset(float) { return 0; }
+    static QK_BOTH uint32_t finish(uint32_t both, uint32_t) {
+        return halved<T, 1 << (BITS - 1)>(both);
+    }
+};
+
+/// 8 bits in bfloat16, whose mantissa is too short for the trick: by way of float32.
+template <>
+struct Linear<BFloat, 8> : Basic {
+    static constexpr int kWidth = 8, kPairs = 2;
+    static constexpr float kAdded = 0;
+
+    static QK_BOTH void split(uint32_t word, uint32_t, const Table&, uint32_t (&pairs)[kPairs]) {
+        QK_UNROLL
+        for (int s = 0; s < kPairs; s++) {
+            const float even =
+                bits_to_float(prmt(word, 0x4B000000, s ? 0x7441 : 0x7440)) - 8388608.0f;
+            const float odd =
+                bits_to_float(prmt(word, 0x4B000000, s ? 0x7443 : 0x7442)) - 8388608.0f;
+            pairs[s] = prmt(float_to_bits(even), float_to_bits(odd), 0x7632);
+        }
+    }
+    static QK_BOTH uint32_t offset(float zero) { return twice<BFloat>(zero); }
     static QK_BOTH uint32_t finish(uint32_t both, uint32_t offset) {
-        constexpr uint32_t less = constant2<T>(-((1 << BITS) - 1) * 0.5f);
-        return fma2<T>(Counted<T, BITS>::finish(both, offset), Magic<T>::kOne, less);
+        return fma2<BFloat>(offset, Magic<BFloat>::kMinusOne, both);
     }
 };
 
 /// Codes of 4 bits that index a table: NF4, FP4, IQ4_NL. Bytes are looked up four at a time.
 template <typename T>
-struct Lut16 {
-    static constexpr int kWidth = 4, kPairs = 4, kHigh = 0, kHighStep = 0;
+struct Lut16 : Basic {
+    static constexpr int kWidth = 4, kPairs = 4;
     static constexpr bool kTable = true;
 
     static QK_BOTH void split(uint32_t word, uint32_t, const Table& t, uint32_t (&pairs)[kPairs]) {
@@ -170,9 +202,8 @@ struct Lut16 {
 
 /// 8-bit floats with EXPONENT bits of exponent: moved into place, then the bias put right.
 template <typename T, int EXPONENT>
-struct Float8 {
-    static constexpr int kWidth = 8, kPairs = 2, kHigh = 0, kHighStep = 0;
-    static constexpr bool kTable = false;
+struct Float8 : Basic {
+    static constexpr int kWidth = 8, kPairs = 2;
     static constexpr bool kIsHalf = Magic<T>::kValue == 1024;
     // Bits of mantissa that T has and the code has not.
     static constexpr int kShift = (kIsHalf ? 10 : 7) - (7 - EXPONENT);

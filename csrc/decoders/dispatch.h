@@ -1,6 +1,7 @@
 // From a number known at run time to a decoder's type.
 #pragma once
 #include "decoders.h"
+#include "e8p.h"
 
 /// Every code, with the decoder that T's values come from; the tests name them in this order.
 #define QK_CODES(X)               \
@@ -22,7 +23,10 @@
     X(kCounted5, Counted<T, 5>)   \
     X(kHalfway2, Halfway<T, 2>)   \
     X(kHalfway3, Halfway<T, 3>)   \
-    X(kHalfway4, Halfway<T, 4>)
+    X(kHalfway4, Halfway<T, 4>)   \
+    X(kE8p2, E8p<T>)              \
+    X(kE8p3, E8pResidual<T, 3>)   \
+    X(kE8p4, E8pResidual<T, 4>)
 
 namespace qk {
 

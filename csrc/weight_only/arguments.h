@@ -16,10 +16,10 @@ enum ScaleType : int { kFloat32, kFloat16, kBFloat16 };
 struct WeightOnlyArgs {
     const void* x;           // (M, K), the 16-bit type
     const Words4* qdata;     // (tiles, N, 4 x 16 bytes)
-    const void* qhigh;       // high bits (tiles, N, 4 x 4 or 8 bytes): 3, 5 and 6-bit codes only
+    const void* qhigh;       // high bits (tiles, N, 4 x 4, 8 or 16 bytes), where codes have them
     const int* perm;         // (KP) or null
     const int* slice_group;  // (KP / 16) or null
-    const uint32_t* table;   // (8) of the 16-bit type, or null
+    const uint32_t* table;   // (8) of the 16-bit type, or a codebook, or null
     const void* scale;       // scales, absmax, or 8-bit codes of absmax
     const uint8_t* zero;     // zero points (groups, N)
     const void* second;      // what else a scaler of quad_scalers.h reads
@@ -42,6 +42,7 @@ struct WeightOnlyArgs {
     int x_stride;  // gemm: features of a row of x, in kernel order, a multiple of 8
     int chunk;     // gemv: tiles whose activations are in shared memory at a time
     int x_rows;    // gemm with outliers: rows of x, padded with zeros to a multiple of 8
+    int is_float;  // y, in float32
 };
 
 /// One launch, as Python asks for it: qkernels/backends/cuda/calls.py has the same struct.

@@ -4,7 +4,7 @@
 // A block has 64 rows of W, 16 a warp, and COLUMNS rows of x; a step is one tile of the weight
 // along K:
 //
-//      stage:  codes (64 rows x 64 bytes [+ 16 or 32 of high bits])  each lane's own 16 bytes
+//      stage:  codes (64 rows x 64 bytes [+ up to 64 of high bits])   each lane's own 16 bytes
 //              x (COLUMNS rows x features of a tile)                 16-byte chunk c of row m at
 //                                                                    c ^ (m % 8), for ldmatrix
 //
@@ -22,6 +22,11 @@ constexpr int kGemmRows = 64, kStages = 4;
 /// Rows of x of a block: fewer where tiles are long, so that four stages fit in 99 KiB.
 template <typename D>
 constexpr int kGemmColumns = D::kPairs == 8 ? 32 : 64;
+
+/// Blocks a multiprocessor is to have registers for, 0 for as the compiler likes. Shared memory
+/// lets no third one in where codes come with a codebook, and the compiler would spill to have it.
+template <typename D>
+constexpr int kGemmBlocks = D::kBook > 0 ? 2 : 0;
 
 /// Bytes of a stage's codes, of its high bits, and of all of it.
 constexpr int kCodeBytes = kGemmRows * 64;
@@ -62,12 +67,12 @@ QK_DEVICE void fetch_codes(const WeightOnlyArgs& args, const Place<D>& place, in
         const int64_t at = live ? (int64_t(tile) * args.n + row) * 4 + unit % 4 : 0;
         copy_async(place.codes(step) + unit * 16, args.qdata + at, live ? 16 : 0);
     }
-    if (D::kHigh > 0 && t < kHighBytes<D> / 16) {
-        const int row = place.n0 + t / kHighUnits<D>;
+    for (int unit = t; unit < kHighBytes<D> / 16; unit += kThreads) {
+        const int row = place.n0 + unit / kHighUnits<D>;
         const bool live = tile < place.end && row < args.n;
-        const int64_t unit =
-            live ? (int64_t(tile) * args.n + row) * kHighUnits<D> + t % kHighUnits<D> : 0;
-        copy_async(place.high_bits(step) + t * 16, static_cast<const Words4*>(args.qhigh) + unit,
+        const int64_t at =
+            live ? (int64_t(tile) * args.n + row) * kHighUnits<D> + unit % kHighUnits<D> : 0;
+        copy_async(place.high_bits(step) + unit * 16, static_cast<const Words4*>(args.qhigh) + at,
                    live ? 16 : 0);
     }
 }
@@ -200,14 +205,15 @@ QK_DEVICE bool reduce_shares(float (&acc)[COUNT][4], const WeightOnlyArgs& args,
 
 /// Grid: (blocks of rows of x, fastest, and of 64 rows of W; shares of K).
 template <typename T, int CODE, typename S>
-__global__ void __launch_bounds__(kGemvThreads)
+__global__ void __launch_bounds__(kThreads, (kGemmBlocks<DecoderOf<T, CODE>>))
     weight_only_gemm(const __grid_constant__ WeightOnlyArgs args) {
     using D = DecoderOf<T, CODE>;
     constexpr int columns = kGemmColumns<D>;
     const int blocks_m = (args.m + columns - 1) / columns, begin = block_index_y() * args.share;
-    const Place<D> place{
-        int(block_index_x() % blocks_m * columns), int(block_index_x() / blocks_m * kGemmRows),
-        begin, begin + args.share < args.tiles ? begin + args.share : args.tiles, shared_memory()};
+    const Place<D> place{int(block_index_x() % blocks_m * columns),
+                         int(block_index_x() / blocks_m * kGemmRows), begin,
+                         begin + args.share < args.tiles ? begin + args.share : args.tiles,
+                         shared_memory() + kBookBytes<D>};
     const int q = lane_index() / 4, j = lane_index() % 4, first = place.n0 + warp_index() * 16 + q;
     const typename S::Rows scaled(args, first);
 
@@ -252,11 +258,7 @@ __global__ void __launch_bounds__(kGemvThreads)
     for (int i = 0; i < columns / 8 * 4; i++) {
         const int n = first + i % 4 / 2 * 8, m = place.m0 + i / 4 * 8 + j * 2 + i % 2;
         if (n < args.n && m < args.m) {
-            float y = acc[i / 4][i % 4];
-            if (args.bias != nullptr) {
-                y += to_float(load_global(static_cast<const T*>(args.bias) + n));
-            }
-            store_global(static_cast<T*>(args.y) + int64_t(m) * args.n + n, from_float<T>(y));
+            store_output<T>(args, m, n, acc[i / 4][i % 4]);
         }
     }
 }

@@ -19,7 +19,7 @@
 
 namespace qk {
 
-constexpr int kGemvWarps = 4, kGemvThreads = 32 * kGemvWarps;
+constexpr int kGemvWarps = kThreads / 32, kGemvThreads = kThreads;
 constexpr int kGemvRows = 16, kGemvColumns = 8, kGemvOutputs = kGemvRows * kGemvColumns;
 
 template <typename S>
@@ -205,8 +205,10 @@ __global__ void __launch_bounds__(kGemvThreads)
     let_next_kernel_start();
     wait_for_last_kernel();
 
-    float* sparse = S::kOutliers ? reinterpret_cast<float*>(shared_memory()) : nullptr;
-    unsigned char* const shared = shared_memory() + (S::kOutliers ? kSparseBytes : 0);
+    float* sparse =
+        S::kOutliers ? reinterpret_cast<float*>(shared_memory() + kBookBytes<D>) : nullptr;
+    unsigned char* const shared =
+        shared_memory() + kBookBytes<D> + (S::kOutliers ? kSparseBytes : 0);
     if (S::kOutliers) {
         sparse_sums<T>(args, sparse, n0, m0);
     }
@@ -234,10 +236,7 @@ __global__ void __launch_bounds__(kGemvThreads)
     if (reduce(total, args, acc, reinterpret_cast<float*>(shared), sparse)) {
         const int n = n0 + thread_index() % kGemvRows, m = m0 + thread_index() / kGemvRows;
         if (n < args.n && m < args.m) {
-            if (args.bias != nullptr) {
-                total += to_float(load_global(static_cast<const T*>(args.bias) + n));
-            }
-            store_global(static_cast<T*>(args.y) + int64_t(m) * args.n + n, from_float<T>(total));
+            store_output<T>(args, m, n, total);
         }
     }
 }

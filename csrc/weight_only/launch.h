@@ -42,8 +42,9 @@ struct AnyPlain {
     }
 };
 
-/// One scaler only, the one that the codes' formats have.
-template <typename S>
+/// One scaler only, the one that the codes' formats have. HOPPER: whether with the kernel of
+/// hopper.h.
+template <typename S, bool HOPPER = true>
 struct Only {
     template <typename T, int CODE>
     static WeightOnlyKernel find(const WeightOnlyCall& call) {
@@ -56,7 +57,10 @@ struct Only {
     }
     template <typename T, int CODE>
     static HopperKernel find_hopper(const WeightOnlyCall&) {
-        return HopperKernel::of<T, CODE, S>();
+        if constexpr (HOPPER) {
+            return HopperKernel::of<T, CODE, S>();
+        }
+        return {nullptr, 0, 0};
     }
 };
 
@@ -72,6 +76,9 @@ std::string launch_weight_only(const WeightOnlyCall& call) {
         return launch<WeightOnlyArgs>(kernel, grid, call.args, call.stream, call.early != 0);
     }
     const HopperKernel hopper = Scalers::template find_hopper<T, CODE>(call);
+    if (hopper.kernel == nullptr) {
+        return "Hopper's kernel is not made for weights with transforms";
+    }
     HopperArgs args{call.args, {}};
     const Element element = call.is_bfloat ? Element::bfloat : Element::half;
     const std::string error =

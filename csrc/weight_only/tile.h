@@ -12,6 +12,8 @@
 
 namespace qk {
 
+/// Threads of a block.
+constexpr int kThreads = 128;
 constexpr int kSlice = 16;
 
 /// Features of a tile.
@@ -20,7 +22,12 @@ constexpr int kTile = 32 * D::kPairs;
 
 /// A lane's high bits of one tile and row.
 template <typename D>
-using HighWords = std::conditional_t<D::kHigh == 1, uint32_t, Words2>;
+using HighWords =
+    std::conditional_t<D::kHigh == 1, uint32_t, std::conditional_t<D::kHigh == 4, Words4, Words2>>;
+
+/// Bytes of the codebook, at the start of shared memory.
+template <typename D>
+constexpr int kBookBytes = D::kBook * 4;
 
 /// The high bits of word (p, h), for `split`.
 template <typename D>
@@ -30,6 +37,10 @@ QK_DEVICE uint32_t high_bits(uint32_t word, int p, int h) {
 template <typename D>
 QK_DEVICE uint32_t high_bits(const Words2& words, int p, int h) {
     return D::kHigh > 0 ? words.w[h] >> p * D::kHighStep : 0;
+}
+template <typename D>
+QK_DEVICE uint32_t high_bits(const Words4& words, int p, int h) {
+    return words.w[p * 2 + h];
 }
 
 /// A lane's packed bytes of one tile, rows q and q + 8.
@@ -119,10 +130,15 @@ QK_CALLED void scale_elements(uint32_t (&a)[4], const WeightOnlyArgs& args,
     }
 }
 
-/// The table, from global memory, where the decoder has one.
+/// The table, from global memory, where the decoder has one; its codebook is in shared memory after
+/// the next barrier.
 template <typename D>
 QK_DEVICE Table load_table(const WeightOnlyArgs& args) {
-    Table table = {};
+    auto* book = reinterpret_cast<uint32_t*>(shared_memory());
+    for (int i = thread_index(); i < D::kBook; i += kThreads) {
+        store_shared(book + i, load_global(args.table + i));
+    }
+    Table table = {{}, book};
     if (D::kTable) {
         QK_UNROLL
         for (int i = 0; i < 8; i++) {
@@ -130,6 +146,20 @@ QK_DEVICE Table load_table(const WeightOnlyArgs& args) {
         }
     }
     return table;
+}
+
+/// Stores an output with its bias, as T, or in float32 for a transform to read.
+template <typename T>
+QK_DEVICE void store_output(const WeightOnlyArgs& args, int m, int n, float value) {
+    const int64_t at = int64_t(m) * args.n + n;
+    if (args.bias != nullptr) {
+        value += to_float(load_global(static_cast<const T*>(args.bias) + n));
+    }
+    if (args.is_float) {
+        store_global(static_cast<float*>(args.y) + at, value);
+    } else {
+        store_global(static_cast<T*>(args.y) + at, from_float<T>(value));
+    }
 }
 
 /// Two neighbours of row m of x at feature kk of kernel order, 0 where there is none.

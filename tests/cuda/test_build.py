@@ -47,6 +47,15 @@ def test_eight_bit_kernels_compile_without_spills() -> None:
     assert [f.problems for f in facts if f.problems] == []
 
 
+@pytest.mark.skipif(build.nvcc() is None, reason="no nvcc")
+def test_transforms_compile_without_spills() -> None:
+    facts = static_cuda.compile_one("transform_rows", "90a")
+    assert sorted((f.kernel, f.dtype) for f in facts) == [
+        (f"transform {side}", dtype) for side in ("after", "before") for dtype in ("BFloat", "Half")
+    ]
+    assert [f.problems for f in facts if f.problems] == []
+
+
 def test_the_static_table_sees_spills_and_missing_kernels() -> None:
     entry = re.search(r"'(\w+)'", PTXAS)
     assert entry is not None
@@ -77,7 +86,7 @@ def test_every_decoder_has_a_source_and_a_binding() -> None:
     binding = (build.sources() / "bindings" / "module.cpp").read_text()
     for name, folder in static_cuda.SOURCES.items():
         assert (build.sources() / folder / f"{name}.cu").is_file()
-        entry = name if folder == "eight_bit" else f"weight_only_{name}"
+        entry = f"weight_only_{name}" if folder == "weight_only" else name
         assert f"X({entry}, " in binding
     assert binding.count("    X(") == len(static_cuda.SOURCES)
 

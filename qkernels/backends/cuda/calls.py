@@ -26,6 +26,7 @@ SCALINGS = {"group": 0, "scale": 1, "scale_flat": 2, "nested": 3, "nested_flat":
 OWN = {
     **{("centered", bits, "scale"): f"centered{bits}" for bits in (4, 5, 8)},
     **{("halfway", bits, "scale"): f"halfway{bits}" for bits in (2, 3, 4)},
+    **{("e8p", bits, "scale"): f"e8p{bits}" for bits in (2, 3, 4)},
     **{("counted", bits, "scale_minus"): f"counted{bits}_scale_minus" for bits in (4, 5)},
     ("counted", 2, "q2_k"): "counted2_q2_k",
     ("centered", 3, "q3_k"): "centered3_q3_k",
@@ -46,6 +47,12 @@ SCALER_TENSORS = {
     "iq4_xs": ("scales_l", "d", "scales_h"),
     "two_level": ("stats", "second_level"),
 }
+#: 32-bit words of the codebooks of (decoder, bits), which lie in front of all else in shared memory
+BOOK_WORDS = {
+    ("e8p", 2): 256,
+    ("e8p", 3): 512,
+    ("e8p", 4): 256,
+}
 SCALE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 _POINTERS = [
@@ -55,7 +62,7 @@ _POINTERS = [
 ]  # fmt: skip
 _SIZES = [
     "m", "n", "k", "kp", "tiles", "share", "group", "shift",
-    "row_run", "run", "scaling", "scale_type", "x_stride", "chunk", "x_rows",
+    "row_run", "run", "scaling", "scale_type", "x_stride", "chunk", "x_rows", "is_float",
 ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from ... import layouts
 from ...layouts import weight_only as layout
 from .. import cuda
 from ..triton import workspace
+from . import transforms
 from . import weight_only as gemv
 
 if TYPE_CHECKING:
@@ -23,14 +24,17 @@ ROWS, STAGES, THREADS = 64, 4, 128
 WORKSPACE_BYTES = 32 * 2**20
 
 
-def columns_of(bits: int) -> int:
+def columns_of(decoder: str, bits: int) -> int:
     """Rows of x of a block: fewer where tiles are long."""
-    return 32 if bits < 4 else 64
+    return 32 if layout.tile_features(bits, decoder == "e8p") == 256 else 64
 
 
-def stage_bytes(bits: int) -> int:
-    codes = ROWS * (64 + 4 * layout.high_words(bits))
-    return codes + 2 * columns_of(bits) * layout.tile_features(bits)
+def shared_bytes(decoder: str, bits: int) -> int:
+    """Shared memory of a block: a codebook, and in each stage codes, their high bits, and x."""
+    vectors = decoder == "e8p"
+    codes = ROWS * (64 + 4 * layout.high_words(bits, vectors))
+    x = 2 * columns_of(decoder, bits) * layout.tile_features(bits, vectors)
+    return gemv.book_bytes(decoder, bits) + STAGES * (codes + x)
 
 
 def rejects(problem: Problem) -> str | None:
@@ -45,20 +49,28 @@ def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Te
     """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout -> y (M, N)."""
     assert p.layout == layouts.WEIGHT_ONLY
     traits = gemv.traits_of(problem)
+    if traits.norms is not None:
+        return transforms.around(multiply, x, p, bias, traits)
+    return multiply(x, p, bias, traits)
+
+
+def multiply(x: Tensor, p: PackedWeight, bias: Tensor | None, traits: layout.WeightOnlyTraits) -> Tensor:
+    """Without transforms: x as the codes want it -> y in x's dtype, in float32 if a transform comes next."""
     call = gemv.call_of(p, traits, x.dtype, kernel=1)
     args, device = call.args, x.device
     m, n = x.shape[0], p.shape[0]
     columns_x = by_columns(x) if traits.outliers else None
     x = in_chunks(x, p.storage.get("perm"))
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    y = torch.empty(m, n, dtype=x.dtype, device=device)
-    columns = columns_of(traits.bits)
+    y = torch.empty(m, n, dtype=gemv.output_dtype(x, traits), device=device)
+    columns = columns_of(traits.decoder, traits.bits)
     blocks_n, blocks_m = -(-n // ROWS), -(-m // columns)
     shares = shares_of(args.tiles, blocks_n * blocks_m, gemv.processors(device), columns)
     args.share = -(-args.tiles // shares)
     args.m, args.x, args.y, args.x_stride = m, x.data_ptr(), y.data_ptr(), x.shape[1]
     args.bias = None if bias is None else bias.data_ptr()
-    call.grid_x, call.grid_y, call.shared = blocks_n * blocks_m, shares, STAGES * stage_bytes(traits.bits)
+    call.grid_x, call.grid_y = blocks_n * blocks_m, shares
+    call.shared = shared_bytes(traits.decoder, traits.bits)
     held: list[Tensor] = []
     if shares > 1:
         partial = workspace.partials(shares * blocks_n * blocks_m * ROWS * columns, device)
@@ -99,8 +111,9 @@ def shares_of(tiles: int, blocks: int, count: int, columns: int) -> int:
 
 def configuration(problem: Problem) -> str:
     """What `explain` says."""
-    bits = gemv.traits_of(problem).bits
-    columns, tiles = columns_of(bits), -(-problem.shape[1] // layout.tile_features(bits))
+    traits = gemv.traits_of(problem)
+    columns = columns_of(traits.decoder, traits.bits)
+    tiles = -(-problem.shape[1] // layout.tile_features(traits.bits, traits.vectors))
     blocks = -(-problem.shape[0] // ROWS) * -(-problem.m // columns)
     shares = shares_of(tiles, blocks, gemv.processors(torch.device(problem.device)), columns)
     return f"{columns} rows of x and {ROWS} of W a block, K in {shares} shares"

@@ -42,6 +42,8 @@ def rejects(problem: Problem) -> str | None:
         return f"for {MIN_ROWS} rows of x and more"
     if problem.batch_invariant:
         return "the GEMV takes these to sum in an order that does not depend on M"
+    if gemv.traits_of(problem).norms is not None:
+        return "a transform wants products in float32, which the GEMM writes"
     return gemv.unsupported(problem)
 
 

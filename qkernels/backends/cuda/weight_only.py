@@ -13,7 +13,16 @@ from ... import formats, layouts
 from ...layouts import weight_only as layout
 from .. import cuda
 from ..triton import workspace
-from .calls import SCALE_TYPES, SCALER_TENSORS, SCALINGS, WeightOnlyArgs, WeightOnlyCall, kernel_name
+from . import transforms
+from .calls import (
+    BOOK_WORDS,
+    SCALE_TYPES,
+    SCALER_TENSORS,
+    SCALINGS,
+    WeightOnlyArgs,
+    WeightOnlyCall,
+    kernel_name,
+)
 
 if TYPE_CHECKING:
     from ...dispatch import Problem
@@ -47,8 +56,6 @@ def rejects(problem: Problem) -> str | None:
 def unsupported(problem: Problem) -> str | None:
     """Why no CUDA weight-only kernel takes the format with these parameters."""
     traits = traits_of(problem)
-    if traits.norms is not None:
-        return "no CUDA kernel for the transforms of its inputs and outputs"
     if kernel_name(traits.decoder, traits.bits, traits.scaler) is None:
         return f"no CUDA kernel for {traits.bits}-bit {traits.decoder} codes with scales {traits.scaler!r}"
     return None
@@ -65,12 +72,19 @@ def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Te
     """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout -> y (M, N)."""
     assert p.layout == layouts.WEIGHT_ONLY
     traits = traits_of(problem)
+    if traits.norms is not None:
+        return transforms.around(multiply, x, p, bias, traits)
+    return multiply(x, p, bias, traits)
+
+
+def multiply(x: Tensor, p: PackedWeight, bias: Tensor | None, traits: layout.WeightOnlyTraits) -> Tensor:
+    """Without transforms: x as the codes want it -> y in x's dtype, in float32 if a transform comes next."""
     call = call_of(p, traits, x.dtype)
     if x.data_ptr() % 4:  # the kernel reads two features at a time
         x = x.clone()
     # A bias of another dtype is cast at each call: N values.
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    y = torch.empty(x.shape[0], p.shape[0], dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape[0], p.shape[0], dtype=output_dtype(x, traits), device=x.device)
     if x.shape[0] <= MAX_ROWS:
         _launch(x, p, bias, y, call, traits)
         return y
@@ -78,6 +92,10 @@ def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Te
         rows = slice(first, first + MAX_ROWS)
         _launch(x[rows], p, bias, y[rows], call, traits)
     return y
+
+
+def output_dtype(x: Tensor, traits: layout.WeightOnlyTraits) -> torch.dtype:
+    return x.dtype if traits.norms is None else torch.float32
 
 
 def _launch(
@@ -90,7 +108,7 @@ def _launch(
 ) -> None:
     m, n = x.shape[0], p.shape[0]
     args = call.args
-    tile = layout.tile_features(traits.bits)
+    tile = layout.tile_features(traits.bits, traits.vectors)
     blocks_n, blocks_m = -(-n // ROWS), -(-m // COLUMNS)
     shares = shares_of(args.tiles, blocks_n, processors(x.device))
     args.share = -(-args.tiles // shares)
@@ -98,7 +116,7 @@ def _launch(
     args.m, args.x, args.y = m, x.data_ptr(), y.data_ptr()
     args.bias = None if bias is None else bias.data_ptr()
     call.grid_x, call.grid_y = blocks_n * blocks_m, shares
-    call.shared = shared_bytes(traits.bits, m, args.share, outliers=traits.outliers)
+    call.shared = shared_bytes(traits.decoder, traits.bits, m, args.share, outliers=traits.outliers)
     held: list[Tensor] = []
     if shares > 1:
         partial = workspace.partials(shares * blocks_n * blocks_m * ROWS * COLUMNS, x.device)
@@ -126,8 +144,10 @@ def _described(p: PackedWeight, traits: layout.WeightOnlyTraits, dtype: torch.dt
     storage = p.storage
     names = SCALER_TENSORS.get(traits.scaler, ("scales" if "scaler.scales" in storage else "absmax",))
     scale = storage[f"scaler.{names[0]}"]
+    if traits.vectors:
+        k = traits.group_size  # x comes out of its transform in whole tiles
     kp = storage["perm"].numel() if "perm" in storage else k
-    tile = layout.tile_features(traits.bits)
+    tile = layout.tile_features(traits.bits, traits.vectors)
     run_length = layout.scale_run(traits, k, lookup="slice_group" in storage)
     group = traits.group_size
     args = WeightOnlyArgs(
@@ -135,6 +155,7 @@ def _described(p: PackedWeight, traits: layout.WeightOnlyTraits, dtype: torch.dt
         shift=group.bit_length() - 1 if group & (group - 1) == 0 else -1,
         scaling=SCALINGS.get(traits.scaler, 0),  # other scalers have kernels of their own
         scale_type=SCALE_TYPES.get(scale.dtype, 0),  # codes of nested scales have no type
+        is_float=traits.norms is not None,
     )  # fmt: skip
     for field, name in (
         ("qdata", "qdata"), ("qhigh", "qhigh"), ("perm", "perm"), ("slice_group", "slice_group"),
@@ -145,8 +166,8 @@ def _described(p: PackedWeight, traits: layout.WeightOnlyTraits, dtype: torch.dt
     ):  # fmt: skip
         if name in storage:
             setattr(args, field, storage[name].data_ptr())
-    if "lut" in storage:  # float16 entries, then bfloat16 entries, 8 words each
-        args.table = storage["lut"].data_ptr() + (32 if dtype == torch.bfloat16 else 0)
+    if "lut" in storage:  # a codebook; or a table's float16 entries, then bfloat16 entries, 8 words each
+        args.table = storage["lut"].data_ptr() + (32 if "table" in storage and dtype == torch.bfloat16 else 0)
     runs = tile // run_length
     return WeightOnlyCall(
         args=args,
@@ -172,17 +193,24 @@ def chunk_of(share: int, tile: int, m: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def shared_bytes(bits: int, m: int = COLUMNS, share: int = 2**20, *, outliers: bool = False) -> int:
+def shared_bytes(
+    decoder: str, bits: int, m: int = COLUMNS, share: int = 2**20, *, outliers: bool = False
+) -> int:
     """Shared memory of a launch; by default of the largest."""
-    tile = layout.tile_features(bits)
+    tile = layout.tile_features(bits, decoder == "e8p")
     staged = max(2 * min(m, COLUMNS) * chunk_of(share, tile, m) * tile, 4 * WARPS * ROWS * COLUMNS)
-    return staged + (SPARSE_BYTES if outliers else 0)
+    return book_bytes(decoder, bits) + staged + (SPARSE_BYTES if outliers else 0)
+
+
+def book_bytes(decoder: str, bits: int) -> int:
+    """Of the decoder's codebook, in front of what else is in shared memory."""
+    return 4 * BOOK_WORDS.get((decoder, bits), 0)
 
 
 def configuration(problem: Problem) -> str:
     """What `explain` says."""
     traits = traits_of(problem)
-    tiles = -(-problem.shape[1] // layout.tile_features(traits.bits))
+    tiles = -(-problem.shape[1] // layout.tile_features(traits.bits, traits.vectors))
     shares = shares_of(tiles, -(-problem.shape[0] // ROWS), processors(torch.device(problem.device)))
     again = f", which reads the weight {-(-problem.m // COLUMNS)} times" if problem.m > COLUMNS else ""
     return f"{COLUMNS} rows of x and {ROWS} of W a block, K in {shares} shares{again}"
