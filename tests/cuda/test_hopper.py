@@ -42,7 +42,11 @@ def takes_hopper(p: qk.PackedWeight, m: int) -> bool:
 
 
 # ---------------------------------------------------------------------- weight-only
-@weight_only.fused_cases
+#: QuIP's products are wanted in float32, which the other GEMM writes
+PLAIN = [case for case in weight_only.FUSED if not case[0].startswith("quip")]
+
+
+@pytest.mark.parametrize(("name", "params"), PLAIN, ids=map(case_id, PLAIN))
 @dtypes
 def test_every_format(name: str, params: dict[str, object], dtype: torch.dtype) -> None:
     y, x, p, bias = weight_only.run(name, params, 40, k_of(name, 384), 130, dtype)
