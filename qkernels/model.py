@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from . import formats
+from . import formats, moe
 from .formats.base import check_weight
 from .linear import QuantLinear, is_linear, linear_of
 from .moe import QuantExperts, expert_modules
@@ -100,9 +100,11 @@ def quantize_model(
             raise ValueError(f"{names[0]}: {error}") from None
     for name, module in stacks if experts else ():
         try:
-            stack = QuantExperts.from_module(module, format, **params)
+            moe.check(module, fmt.name, checked)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+    for name, module in stacks if experts else ():
+        stack = QuantExperts.from_module(module, format, **params)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, stack)
     if chosen is not None:

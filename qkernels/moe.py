@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import formats
 from .experts import PackedExperts, quantize_experts
+from .formats.base import check_weight
 from .grouped import fused_moe
 
 
@@ -82,6 +84,13 @@ def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         own = dict(module.named_parameters(recurse=False))
         if any(key in own and own[key].dim() == 3 for key in ("gate_up_proj", "down_proj")):
             yield name, module
+
+
+def check(module: nn.Module, format: str, params: dict[str, Any]) -> None:
+    """ValueError unless `QuantExperts.from_module` can quantize the module with these parameters."""
+    for stack in _parts(module)[:2]:
+        formats.get(format).resolve((stack.shape[1], stack.shape[2]), params)
+        check_weight(f"{format}: experts", stack.detach().flatten(0, 1))
 
 
 def _parts(module: nn.Module) -> tuple[Tensor, Tensor, str]:

@@ -224,11 +224,38 @@ HOPPERS = [
     (HOPPER8, "warpgroup * P::kRows * kStep", "0 * warpgroup"),
 ]  # fmt: skip
 
+EXPERTS_KERNEL, EXPERTS_LAUNCH = "triton_kernels/experts.py", "qkernels/backends/triton/experts.py"
+EXPERTS = [
+    (EXPERTS_KERNEL, "(found < EXPERTS), found", "(found <= EXPERTS), found"),
+    (EXPERTS_KERNEL, "tl.cumsum(found, 0) - found", "tl.cumsum(found, 0)"),
+    (EXPERTS_KERNEL, "seen += tl.sum(found, 0)", "seen += 0"),
+    (EXPERTS_KERNEL, "mask=rest < own * BLOCK_M)", "mask=rest < own)"),
+    (EXPERTS_KERNEL, "i * 0 - 1, mask", "i * 0, mask"),
+    (EXPERTS_KERNEL, "bins < mine, blocks, 0", "bins <= mine, blocks, 0"),
+    (EXPERTS_KERNEL, "together = tl.minimum(blocks_n - first_n, GROUP_N)", "together = GROUP_N"),
+    (EXPERTS_KERNEL, "pointers[0] + expert * strides[0]", "pointers[0]"),
+    (EXPERTS_KERNEL, "pointers[i] + expert * strides[i]", "pointers[i]"),
+    (EXPERTS_KERNEL, "bias_ptr + expert * N + rows", "bias_ptr + rows"),
+    (EXPERTS_KERNEL, "weights_ptr + slots, mask", "weights_ptr + slots * 0, mask"),
+    (EXPERTS_KERNEL, "acc = tl.where(here, acc, 0.0)", "acc = acc + 0.0"),
+    (EXPERTS_KERNEL, "slots // PER_ROW, M)", "slots, M)"),
+    (EXPERTS_KERNEL, "qhigh_ptr + e * qhigh_stride", "qhigh_ptr"),
+    (EXPERTS_KERNEL, "perm_ptr + e * perm_stride", "perm_ptr"),
+    (EXPERTS_KERNEL, "weight_ptr + e * weight_stride", "weight_ptr"),
+    (EXPERTS_KERNEL, "w_scale_ptr += e * w_scale_stride", "w_scale_ptr += 0"),
+    (EXPERTS_KERNEL, "slots // PER_ROW, 0)", "slots, 0)"),
+    (EXPERTS_KERNEL, "tl.load(row + N, ", "tl.load(row, "),
+    (EXPERTS_KERNEL, "slot = token * TOP_K + choice", "slot = token * TOP_K"),
+    (EXPERTS_LAUNCH, "used = min(slots, experts + 1)", "used = min(slots, experts)"),
+    (EXPERTS_LAUNCH, "block_m = min(first.block_m, second.block_m)", "block_m = first.block_m // 2"),
+]  # fmt: skip
+
 #: what to break, and the tests that must notice
 SUITES = (
     (WEIGHT_ONLY, ("tests/kernels/test_decoders.py", "tests/kernels/test_weight_only.py")),
     (EIGHT_BIT, ("tests/kernels/test_activations.py", "tests/kernels/test_eight_bit.py")),
     (INCOHERENT, ("tests/kernels/test_incoherent.py",)),
+    (EXPERTS, ("tests/kernels/test_experts.py",)),
     (CUDA, ("tests/cuda",)),
     (CUDA_EIGHT_BIT, ("tests/cuda/test_eight_bit.py",)),
     (HOPPERS, ("tests/cuda/test_hopper.py",)),
