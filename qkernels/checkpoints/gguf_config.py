@@ -267,7 +267,7 @@ def rope_table(rope: dict[str, Any], size: int) -> torch.Tensor:
 
 def _llama3(path: Path, table: torch.Tensor, theta: float) -> dict[str, Any]:
     """The parameters of Llama 3.1's scaling that make this table. ValueError if none do."""
-    rope = {
+    rope: dict[str, Any] = {
         "rope_type": "llama3",
         "factor": float(table.max()),
         "low_freq_factor": 1.0,

@@ -190,8 +190,9 @@ def _add_sentencepiece(
     """SentencePiece's BPE. llama.cpp merges the pair whose token has the best score: scores are the merges' order."""
     vocabulary, unknown = described["model"]["vocab"], described["model"].get("unk_token")
     prefix = _space_prefix(name, described)
-    ranks = _ranks(name, vocabulary, merges)
     bytes_ = {f"<0x{byte:02X}>" for byte in range(256)}
+    added = {text for text, kind in listed if kind != _NORMAL}
+    ranks = _ranks(name, vocabulary, merges, bytes_ | added)
     if not bytes_ <= vocabulary.keys() or unknown is None:
         raise ValueError(
             f"tokenizer: {name}: expected a token <0x00> to <0xFF> for each byte, and one for the unknown, "
@@ -228,8 +229,10 @@ def _space_prefix(name: str, described: dict[str, Any]) -> bool:
     )
 
 
-def _ranks(name: str, vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> dict[str, int]:
-    """Token -> place in the order in which merges make tokens.
+def _ranks(
+    name: str, vocabulary: dict[str, int], merges: list[tuple[str, str]], whole: set[str]
+) -> dict[str, int]:
+    """Token -> place in the order in which merges make tokens. `whole` are those that none makes.
 
     ValueError unless a token's merges lie together, and are all pairs of tokens that make it: only then
     do merges by rank and by the token's score give the same.
@@ -246,7 +249,8 @@ def _ranks(name: str, vocabulary: dict[str, int], merges: list[tuple[str, str]])
         ranks.setdefault(token, len(ranks))
         pairs.setdefault(token, set()).add(left)
         last = token
-    for token, lefts in pairs.items():
+    for token in vocabulary.keys() - whole:
+        lefts = pairs.get(token, set())
         halves = {token[:i] for i in range(1, len(token)) if {token[:i], token[i:]} <= vocabulary.keys()}
         if halves != lefts:
             raise ValueError(
