@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .. import formats
 from ..embedding import QuantEmbedding
 from ..linear import QuantLinear
 from ..packed import pack
@@ -64,14 +65,15 @@ def save(
         raise ValueError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes: expected at least 1, got {max_shard_bytes}")
-    quantization = _quantization_config(model)
-    config = _plain_config(model)
+    _check_kinds(model)
+    quantization, packed = _quantization_config(model)
+    config = _plain_config(model, packed)
     target = directories.check_target(Path(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.saving-") as scratch:
         fresh = Path(scratch) / "model"
         fresh.mkdir()
-        tensor_files.write(_stored_tensors(model), fresh, max_shard_bytes)
+        tensor_files.write(_stored_tensors(model, packed), fresh, max_shard_bytes)
         config.save_pretrained(fresh)
         if quantization is not None:
             directories.write_json(fresh / CONFIG, {**read_json(fresh / CONFIG), QUANTIZATION: quantization})
@@ -82,7 +84,18 @@ def save(
         directories.swap_in(fresh, target)
 
 
-def _plain_config(model: PreTrainedModel) -> Any:
+def _check_kinds(model: nn.Module) -> None:
+    """ValueError for a module whose tensors `_stored_tensors` cannot know: they would be lost."""
+    usual = nn.Module._save_to_state_dict
+    for name, module in model.named_modules():
+        own = type(module)._save_to_state_dict is not usual
+        if own and not isinstance(module, (QuantLinear, QuantEmbedding)):
+            raise ValueError(
+                f"{name}: expected no module that keeps its tensors in a way of its own, got {type(module).__name__}"
+            )
+
+
+def _plain_config(model: PreTrainedModel, packed: bool) -> Any:
     config = copy.deepcopy(model.config)
     for mark in (QUANTIZATION, "_pre_quantization_dtype"):
         if hasattr(config, mark):
@@ -91,24 +104,32 @@ def _plain_config(model: PreTrainedModel) -> Any:
     config.dtype = model.dtype
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     shared = isinstance(head, nn.Linear) and head.weight is getattr(embedding, "weight", None)
-    if shared or _tied_head(model) is not None:
+    if shared or _stored_head(model, packed) is not None:
         config.tie_word_embeddings = True  # the tensor is stored once
+    elif isinstance(head, QuantLinear):
+        config.tie_word_embeddings = False
     return config
 
 
-def _quantization_config(model: PreTrainedModel) -> dict[str, Any] | None:
+def _quantization_config(model: PreTrainedModel) -> tuple[dict[str, Any] | None, bool]:
+    """(`quantization_config` or None, whether it speaks of embeddings, which then stay packed).
+
+    Only our own config can say that an embedding is packed. Beside linears of another method it is
+    written dequantized, in the dtype it computes in, so that the model stays the same function.
+    """
     layers = {n: m.packed for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     embeddings = {n: m.packed for n, m in model.named_modules() if isinstance(m, QuantEmbedding)}
-    layers.pop(_tied_head(model) or "", None)
     plain = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    config = quantization.describe({**embeddings, **layers}, plain)
-    if embeddings and (config is None or config["quant_method"] != quantization.OWN):
-        name, packed = next(iter(embeddings.items()))
-        raise ValueError(
-            f"{name}: expected a plain embedding, because no quantization_config of this model's linears "
-            f"can say otherwise, got one in {packed.format}"
-        )
-    return config
+    if any(not formats.get(packed.format).dense for packed in embeddings.values()):
+        tied = _tied_head(model)
+        others = {name: packed for name, packed in layers.items() if name != tied}
+        try:
+            config = quantization.describe({**embeddings, **others}, plain)
+        except ValueError:
+            config = None
+        if config is not None and config["quant_method"] == quantization.OWN:
+            return config, True
+    return quantization.describe(layers, plain), False
 
 
 def _tied_head(model: PreTrainedModel) -> str | None:
@@ -127,18 +148,34 @@ def _tied_head(model: PreTrainedModel) -> str | None:
     return next(name for name, module in model.named_modules() if module is head)
 
 
-def _stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+def _stored_head(model: PreTrainedModel, packed: bool) -> str | None:
+    """Name of a tied head of which the file holds only the embedding's tensors, or None.
+
+    A dequantized embedding is no packed head's weight, unless it is 16 bits wide in the first place.
+    """
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, QuantEmbedding):
+        return None
+    fmt = formats.get(embedding.packed.format)
+    same = fmt.dense and embedding.packed.tensors["weight"].dtype == embedding.dtype
+    return _tied_head(model) if packed or same else None
+
+
+def _stored_tensors(model: PreTrainedModel, packed: bool) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of all that belongs in the file, a tied tensor under its first name only.
 
-    Layer by layer, so that the checkpoint's form of a prepacked weight exists for one layer at a time.
+    packed: embeddings stay so. Layer by layer, so that the checkpoint's form of a prepacked weight exists
+    for one layer at a time.
     """
     seen: set[tuple[Any, ...]] = set()
-    tied = _tied_head(model)
+    tied = _stored_head(model, packed)
     for prefix, module in model.named_modules():
         if prefix == tied:
             continue
+        own: dict[str, Tensor]
         if isinstance(module, QuantEmbedding):
-            own: dict[str, Tensor] = dict(module.packed.tensors)
+            stays = packed and not formats.get(module.packed.format).dense
+            own = dict(module.packed.tensors) if stays else {"weight": module.packed.dequantize(module.dtype)}
         elif isinstance(module, QuantLinear):
             own = dict(module.packed.tensors)
             if module.bias is not None:
@@ -152,7 +189,7 @@ def _stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in own.items():
             if tensor.numel():
                 key = (tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride())
-                if key in seen and not isinstance(module, QuantLinear):
+                if key in seen and not isinstance(module, (QuantLinear, QuantEmbedding)):
                     continue
                 seen.add(key)
             yield (f"{prefix}.{name}" if prefix else name), tensor

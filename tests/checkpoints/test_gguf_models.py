@@ -201,7 +201,7 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
     model = tiny_model()
     with pytest.raises(ValueError, match="tokenizer: expected one"):
         qk.save_model(model, path)
-    with pytest.raises(ValueError, match="tokenizer: expected a BPE model, got WordLevel"):
+    with pytest.raises(ValueError, match="tokenizer: .*: expected a BPE model, got WordLevel"):
         qk.save_model(model, path, tiny_tokenizer())
     qk.quantize_model(model, "gptq", group_size=32, progress=False)
     with pytest.raises(

@@ -13,6 +13,7 @@ import qkernels as qk
 from qkernels.checkpoints import huggingface
 from qkernels.checkpoints.quantization import OWN, Plan
 from qkernels.checkpoints.tensor_files import TensorFiles
+from qkernels.convert import convert_model
 from qkernels.embedding import QuantEmbedding
 
 from ..tiny import ids, tiny_model
@@ -60,18 +61,66 @@ def test_a_changed_head_is_not_taken_for_tied(tmp_path: Path) -> None:
     assert torch.equal(again(ids(9)[None]).logits, model(ids(9)[None]).logits)
 
 
-def test_a_packed_embedding_other_configs_cannot_say(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("format", "params", "kind"),
+    [
+        ("gptq", {"group_size": 32}, "q8_0"),
+        ("int8", {}, "int8"),
+        ("nf4", {}, "fp16"),
+        ("fp16", {}, "bf16"),
+        ("q8_0", {}, "fp16"),
+    ],
+)
+@pytest.mark.parametrize("head", ["plain", "tied", "own"])
+def test_an_embedding_that_no_config_speaks_of_is_dequantized(
+    format: str, params: dict[str, Any], kind: str, head: str, tmp_path: Path
+) -> None:
+    """Never lost: written in the dtype it computes in, so that the reloaded model computes the same."""
+    if head == "tied" and format == "gptq":
+        head = "own"  # gptq and q8_0 linears go by no one config
+    model = tiny_model(tie_word_embeddings=head == "tied")
+    qk.quantize_model(model, format, progress=False, **params)
+    embedding = QuantEmbedding(qk.quantize(torch.randn(128, 64), kind))
+    model.set_input_embeddings(embedding)
+    if head == "tied":
+        model.set_output_embeddings(qk.QuantLinear(embedding.packed))
+    elif head == "own":
+        model.set_output_embeddings(qk.QuantLinear(qk.quantize(torch.randn(128, 64), format, **params)))
+    want = logits(model)
+    qk.save_model(model, tmp_path / "x")
+    again = qk.load_model(tmp_path / "x")
+    assert torch.equal(logits(again), want)
+    assert torch.equal(again.get_input_embeddings().weight, embedding.packed.dequantize())
+
+
+def test_converted_gguf_files_can_be_saved(tmp_path: Path) -> None:
+    """As users do it: 16-bit and packed files, plain and after a conversion."""
+    model = tiny_model().half()
+    qk.save_model(model, tmp_path / "x.gguf", bpe_tokenizer())
+    loaded = qk.load_model(tmp_path / "x.gguf")
+    assert isinstance(loaded.get_input_embeddings(), QuantEmbedding)
+    for i, format in enumerate([None, "gptq"]):
+        if format:
+            convert_model(loaded, format, group_size=32)
+        qk.save_model(loaded, tmp_path / f"d{i}")
+        assert torch.equal(logits(qk.load_model(tmp_path / f"d{i}")), logits(loaded)), format
+    half = qk.load_model(tmp_path / "x.gguf", dtype=torch.float16)
+    qk.save_model(half, tmp_path / "half")
+    with TensorFiles(tmp_path / "half") as files:
+        assert not [name for name in files.infos if name.startswith("lm_head.")], "stored once"
+    assert torch.equal(logits(qk.load_model(tmp_path / "half")), logits(half))
+
+
+def test_nothing_is_written_of_a_model_with_unknown_modules(tmp_path: Path) -> None:
+    class Odd(torch.nn.Linear):
+        def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+            destination[prefix + "secret"] = self.weight
+
     model = tiny_model()
-    qk.quantize_model(model, "gptq", group_size=32, progress=False)
-    model.set_input_embeddings(QuantEmbedding(qk.quantize(torch.randn(128, 64), "q8_0")))
-    with pytest.raises(ValueError, match="expected .* because no quantization_config can say both"):
-        huggingface.save(model, tmp_path / "x")
-    model.set_input_embeddings(QuantEmbedding(qk.quantize(torch.randn(128, 64), "int8")))
-    for layer in model.modules():
-        if isinstance(layer, qk.QuantLinear):
-            layer._hold(qk.quantize(torch.randn(layer.out_features, layer.in_features), "int8"))
-    with pytest.raises(ValueError, match="model.embed_tokens: expected a plain embedding.*got one in int8"):
-        huggingface.save(model, tmp_path / "x")
+    model.model.layers[0].mlp.up_proj = Odd(64, 96)
+    with pytest.raises(ValueError, match="layers.0.mlp.up_proj: expected no module .* got Odd"):
+        qk.save_model(model, tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
