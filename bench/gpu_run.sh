@@ -122,7 +122,7 @@ for part in "${parts[@]}"; do
         model)
             size=${QKERNELS_MODEL_SIZE:-8b} # or 1b
             model=(--size "$size" --deadline 400 --modes eager,graph,compile)
-            [ -z "$tiny" ] || size=tiny model=(--size tiny --modes graph --formats bf16,nf4)
+            [ -z "$tiny" ] || size=tiny model=(--size tiny --backend triton --modes eager,graph --formats bf16,nf4,w8a8)
             timeout 530 "$python" -m bench.llm "${model[@]}" --output "$out/llm-$size.json"
             ;;
         tune)
