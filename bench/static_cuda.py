@@ -2,6 +2,7 @@
 
     python -m bench.static_cuda                         # all kernels, all architectures; minutes
     python -m bench.static_cuda --archs 90a --sources linear4
+    python -m bench.static_cuda --build build/cuda      # builds and links the extension on the way
 
 Exit code 1 if a kernel spills registers or asks for more shared memory than an architecture has. The
 table of the last full run is bench/results/static_cuda.md.
@@ -31,7 +32,7 @@ REGISTERS = 65536
 MAX_WARPS = {80: 64, 90: 64, 100: 64, 120: 48}
 
 _ENTRY = re.compile(
-    r"Compiling entry function '(?P<name>\w+)' for '\w+'.*?"
+    r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\w+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
     r"Used (?P<registers>\d+) registers",
     re.S,
@@ -111,17 +112,32 @@ def compile_one(source: str, arch: str) -> list[Facts]:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise RuntimeError(f"{source} for sm_{arch}: {done.stderr[-4000:]}")
-        tensor = _tensor_instructions(Path(folder) / "out.cubin")
+        tensor = _tensor_instructions(Path(folder) / "out.cubin", arch)
     return parse(done.stderr, source, arch, tensor)
 
 
-def _tensor_instructions(cubin: Path) -> dict[str, str]:
+def of_build(folder: Path, archs: tuple[str, ...]) -> list[Facts]:
+    """Builds the extension in `folder`, imports it, and reads what the compiler left there."""
+    target = folder / f"_cuda{build.SUFFIX}"
+    build.build(target, archs, folder)
+    build.load(target)
+    facts = []
+    for source, where in SOURCES.items():
+        compiled = folder / f"{where}-{source}.o"
+        log = Path(f"{compiled}.log").read_text()
+        for arch in archs:
+            facts += parse(log, source, arch, _tensor_instructions(compiled, arch))
+    return facts
+
+
+def _tensor_instructions(compiled: Path, arch: str) -> dict[str, str]:
     """Mangled name of each kernel with tensor-core instructions -> the first of them."""
     own = tools() / "cuobjdump"  # triton's wheel has one
     tool = str(own) if own.is_file() else shutil.which("cuobjdump")
     if tool is None:
         raise RuntimeError("no cuobjdump found; install triton or the CUDA toolkit's binary utilities")
-    done = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True)
+    command = [tool, "-arch", f"sm_{arch}", "-sass", str(compiled)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = {}
     for name, code in re.findall(r"Function : (\w+)(.*?)(?=Function : |\Z)", done.stdout, re.S):
         if tensor := re.search(r"\b(?:UTC)?[HIQ]G?MMA[\w.]*", code):
@@ -134,8 +150,8 @@ def parse(text: str, source: str, arch: str, tensor: dict[str, str]) -> list[Fac
     found = []
     serialized = set(_SERIALIZED.findall(text))
     for entry in _ENTRY.finditer(text):
-        if "_hopper" in entry["name"] and arch != "90a":
-            continue  # empty there
+        if entry["arch"] != arch or ("_hopper" in entry["name"] and arch != "90a"):
+            continue  # Hopper's kernels are empty elsewhere
         kernel, dtype, runs, dynamic, threads = _kernel(entry["name"], source)
         spilled = int(entry["stores"]) + int(entry["loads"])
         found.append(
@@ -240,14 +256,17 @@ def main() -> int:
     parser.add_argument("--archs", nargs="+", default=list(build.DEFAULT_ARCHS), metavar="ARCH")
     parser.add_argument("--sources", nargs="+", default=list(SOURCES), choices=list(SOURCES))
     parser.add_argument("--output", type=Path, help="write the table to this file")
+    parser.add_argument("--build", type=Path, help="build the whole extension in this folder, and read that")
     options = parser.parse_args()
     facts: list[Facts] = []
-    for source in options.sources:
+    if options.build:
+        facts = of_build(options.build, tuple(options.archs))
+    for source in [] if options.build else options.sources:
         for arch in options.archs:
             facts += compile_one(source, arch)
             print(f"{source} sm_{arch}", file=sys.stderr, flush=True)
-        if options.output:  # what there is so far: the whole run takes a quarter of an hour on one core
-            options.output.write_text(page(facts))
+    if options.output:
+        options.output.write_text(page(facts))
     print(page(facts))
     bad = [(f, why) for f in facts for why in f.problems]
     for f, why in bad:

@@ -67,7 +67,7 @@ def test_the_static_table_sees_spills_and_missing_kernels() -> None:
         "no MMA instruction"
     ]
     words = f"ptxas info : (C7513) Potential Performance Loss: wgmma, in the function '{entry[1]}'\n"
-    slow = static_cuda.parse(words + PTXAS.format(stores=0), "linear4", "90a", tensor)[0]
+    slow = static_cuda.parse(words + PTXAS.format(stores=0), "linear4", "80", tensor)[0]
     assert slow.problems == ["its wgmma instructions are serialized"]
     assert "| gemv | linear4 | 4 | 120 (4) | 8 |" in static_cuda.table([good, bad])
     with pytest.raises(RuntimeError, match="ptxas said nothing of any kernel"):

@@ -83,7 +83,7 @@ def extension() -> Any:
         import torch
 
         major, minor = torch.cuda.get_device_capability()
-        module = _load(build_cached((native_arch(major, minor),)))
+        module = load(build_cached((native_arch(major, minor),)))
     check_versions(module.toolkit_version(), module.driver_version())
     return module
 
@@ -146,7 +146,9 @@ def ninja_file(target: Path, archs: tuple[str, ...]) -> str:
     files = [*sorted(sources().glob("*/*.cu")), sources() / "bindings" / "module.cpp"]
     lines = [
         "rule device",
-        f"  command = {compiler} {common} {codes} -MD -MF $out.d -c $in -o $out",
+        # What ptxas says of registers and spills is kept, for bench/static_cuda.py.
+        f"  command = {compiler} {common} {codes} -Xptxas=-v -MD -MF $out.d -c $in -o $out "
+        "> $out.log 2>&1 || { cat $out.log; exit 1; }",
         "  depfile = $out.d",
         "rule host",
         f"  command = {compiler} {common} -Xcompiler=-DPYBIND11_DETAILED_ERROR_MESSAGES {includes} "
@@ -172,7 +174,8 @@ def _digest(archs: tuple[str, ...]) -> str:
     return digest.hexdigest()[:24]
 
 
-def _load(path: Path) -> Any:
+def load(path: Path) -> Any:
+    """The extension module at `path`."""
     spec = importlib.util.spec_from_file_location("_cuda", path)
     assert spec is not None
     assert spec.loader is not None
