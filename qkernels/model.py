@@ -262,6 +262,10 @@ def save_model(
 ) -> None:
     """Save as a Hugging Face directory: config.json, safetensors, and the tokenizer if given.
 
+    A path that ends in .gguf makes a GGUF file, which needs the tokenizer. In a directory GGUF's types and
+    packed embeddings go by our own `quantization_config`; beside linears of another method an embedding is
+    written dequantized.
+
     Quantized layers are stored in the ecosystem's own tensor names and `quantization_config`. Weights
     above `max_shard_bytes` are cut into shards with an index. The directory appears whole or not at all;
     an earlier save at `path` is replaced. Raises ValueError if the layers differ in a way that no

@@ -37,8 +37,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], tokenizer: Any = None) 
     path = Path(path)
     config: Any = getattr(model, "config", None)
     architecture = kind_of(model)
-    if tokenizer is None:
-        raise ValueError("tokenizer: expected one, since a GGUF file holds model and tokenizer, got none")
+    check(model, tokenizer)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     writer = gguf.GGUFWriter(str(temporary), architecture)
     try:
@@ -55,6 +54,25 @@ def save(model: nn.Module, path: str | os.PathLike[str], tokenizer: Any = None) 
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check(model: nn.Module, tokenizer: Any, format: str | None = None) -> None:
+    """ValueError if `save` would refuse this model once its linears are in `format`; nothing is written."""
+    import gguf
+
+    from ..quantizers.recipes import RECIPES
+
+    architecture = kind_of(model)
+    if format is not None and format not in RECIPES:
+        fmt = formats.get(format)
+        if not fmt.dense and getattr(fmt, "ggml_type", None) is None:
+            raise ValueError(f"{format}: expected one of GGUF's types for a .gguf file, got another format")
+    if tokenizer is None:
+        raise ValueError("tokenizer: expected one, since a GGUF file holds model and tokenizer, got none")
+    config: Any = model.config
+    writer = gguf.GGUFWriter(os.devnull, architecture)
+    _describe(writer, config, "", [])
+    gguf_tokenizer.write(writer, tokenizer, config.vocab_size)
 
 
 def kind_of(model: nn.Module) -> str:

@@ -91,6 +91,11 @@ def quantize(
     net, tokenizer = common.load(str(source), device, dtype)
     ids = common.text_ids(tokenizer, contents, tokens, text) if report else None
 
+    if is_file(target):  # now, not when the work is done
+        from ..checkpoints import gguf_writer
+
+        gguf_writer.check(net, tokenizer, format)
+
     from ..model import model_summary, quantize_model, save_model, shared_copy
     from ..quantizers import ImportanceMatrix
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -365,3 +366,28 @@ def test_a_missing_package_is_named(capsys: pytest.CaptureFixture[str], monkeypa
     monkeypatch.setitem(sys.modules, "transformers", None)
     error = _error(capsys, "generate", "pyproject.toml", "--prompt", "hi")
     assert error.startswith(("needs the package transformers", "pyproject.toml: expected"))
+
+
+@pytest.mark.parametrize(
+    ("format", "message"),
+    [
+        ("gptq", "gptq: expected one of GGUF's types for a .gguf file"),
+        ("q8_0", "tokenizer: .*: expected a BPE model, got WordLevel"),
+    ],
+)
+def test_what_no_gguf_file_holds_is_refused_before_the_work(
+    format: str, message: str, base: Path, text: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setattr("qkernels.model.quantize_model", None)
+    error = _error(capsys, "quantize", base, "-f", format, "-o", tmp_path / "x.gguf", "--text", text,
+        "--tokens", 64, "--window", 32)  # fmt: skip
+    assert re.search(message, error)
+    assert not (tmp_path / "x.gguf").exists()
+
+
+def test_gguf_types_go_into_a_directory(base: Path, tmp_path: Path, capsys: Any) -> None:
+    output = tmp_path / "q"
+    found = _json(capsys, "quantize", base, "-f", "q8_0", "-o", output, "--no-report")
+    assert found["bits_per_weight"] == 8.5
+    kinds = {m.packed.format for m in qk.load_model(output).modules() if isinstance(m, qk.QuantLinear)}
+    assert kinds == {"q8_0"}
