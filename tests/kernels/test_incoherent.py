@@ -153,7 +153,9 @@ def inner_product(x: torch.Tensor, p: qk.PackedWeight) -> torch.Tensor:
     problem = dispatch.problem_of(p, x.shape[0], x.dtype, x.device)
     weight = weight_only.arguments(p, weight_only.traits_of(problem)) | {"outlier_args": ()}
     config = weight_only.tabled(problem)
-    return weight_only._launch(x, p.shape[0], None, weight, config, problem, torch.float32)
+    y = torch.empty(x.shape[0], p.shape[0], dtype=torch.float32, device=x.device)
+    weight_only._launch(x, y, None, weight, config, problem)
+    return y
 
 
 def test_what_is_too_large_says_so() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...layouts import eight_bit as layout
 from .. import cuda
 from ..triton import workspace
-from ..triton.eight_bit import Activations, traits_of
+from ..triton.eight_bit import Activations, row_bytes, traits_of
 from .weight_only import processors
 
 if TYPE_CHECKING:
@@ -202,13 +202,17 @@ def multiply(
     bias: Tensor | None,
     problem: Problem,
     config: Config | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """y (M, N) = what `a` holds, times W^T, plus bias, in the dtype of `a.x`."""
+    """y (M, N) = what `a` holds, times W^T, plus bias, in the dtype of `a.x`; into `out` if it is given.
+
+    `a` may hold some rows of the problem only: they come out as they would among all.
+    """
     traits, storage = traits_of(problem), p.storage
     n, k = p.shape
     m, device = a.x.shape[0], a.x.device
-    config = config or configure(traits.kind, p.shape, m, problem.batch_invariant, processors(device))
-    y = torch.empty(m, n, dtype=a.x.dtype, device=device)
+    config = config or configure(traits.kind, p.shape, problem.m, problem.batch_invariant, processors(device))
+    y = torch.empty(m, n, dtype=a.x.dtype, device=device) if out is None else out
     bias = None if bias is None else bias.to(a.x.dtype).contiguous()
     partial = counter = None
     if config.split > 1:
@@ -236,7 +240,19 @@ def multiply(
 
 def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
     """x (M, K) contiguous float16 or bfloat16, p in the EIGHT_BIT layout -> y (M, N)."""
-    return multiply(quantize(x, p, problem), p, bias, problem)
+    y = torch.empty(x.shape[0], p.shape[0], dtype=x.dtype, device=x.device)
+    for rows in workspace.slices(x.shape[0], scratch_bytes(problem, x.device)):
+        multiply(quantize(x[rows], p, problem), p, bias, problem, out=y[rows])
+    return y
+
+
+def scratch_bytes(problem: Problem, device: torch.device, made: bool = False) -> int:
+    """Scratch memory that a row of x takes, as `row_bytes`, with its partial sums."""
+    n = problem.shape[0]
+    kind, invariant = traits_of(problem).kind, problem.batch_invariant
+    split = configure(kind, problem.shape, problem.m, invariant, processors(device)).split
+    size = row_bytes(problem, made)
+    return size + (split * -(-n // TILE_N) * TILE_N * 4 if split > 1 else 0) if size else 0
 
 
 def configuration(problem: Problem) -> str:

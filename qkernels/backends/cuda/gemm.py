@@ -12,7 +12,7 @@ from ...layouts import weight_only as layout
 from .. import cuda
 from ..triton import workspace
 from . import weight_only as gemv
-from .calls import CODES
+from .calls import CODES, WeightOnlyCall
 
 if TYPE_CHECKING:
     from ...dispatch import Problem
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 #: as in csrc/weight_only/gemm.h
 ROWS, STAGES, THREADS = 64, 4, 128
-#: partial sums of one call may take this much memory
-WORKSPACE_BYTES = 32 * 2**20
 
 
 def columns_of(bits: int) -> int:
@@ -43,19 +41,44 @@ def rejects(problem: Problem) -> str | None:
 
 
 def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout -> y (M, N)."""
+    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout -> y (M, N).
+
+    Where x has to be copied, that is done for a slice of its rows at a time; in how many shares K is summed
+    goes by all rows, so the results are the same bits.
+    """
     assert p.layout == layouts.WEIGHT_ONLY
     traits = gemv.traits_of(problem)
     call = gemv.call_of(p, traits, x.dtype, kernel=1)
     args, device = call.args, x.device
     m, n = x.shape[0], p.shape[0]
-    x = in_chunks(x, p.storage.get("perm"))
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     y = torch.empty(m, n, dtype=x.dtype, device=device)
     columns = columns_of(traits.bits)
     blocks_n, blocks_m = -(-n // ROWS), -(-m // columns)
-    shares = shares_of(args.tiles, blocks_n * blocks_m, gemv.processors(device), columns)
+    perm = p.storage.get("perm")
+    copied = row_bytes(x, perm)
+    shares = shares_of(args.tiles, blocks_n * blocks_m, gemv.processors(device), columns, m * copied)
     args.share = -(-args.tiles // shares)
+    partial = shares * blocks_n * ROWS * 4 if shares > 1 else 0  # bytes a row of x
+    for rows in workspace.slices(m, copied + partial if copied else 0):
+        _launch(in_chunks(x[rows], perm), y[rows], p, bias, call, traits, shares)
+    return y
+
+
+def _launch(
+    x: Tensor,
+    y: Tensor,
+    p: PackedWeight,
+    bias: Tensor | None,
+    call: WeightOnlyCall,
+    traits: layout.WeightOnlyTraits,
+    shares: int,
+) -> None:
+    """The kernel on some rows, with x as `in_chunks` makes it."""
+    args, device = call.args, x.device
+    m, n = y.shape
+    columns = columns_of(traits.bits)
+    blocks_n, blocks_m = -(-n // ROWS), -(-m // columns)
     args.m, args.x, args.y, args.x_stride = m, x.data_ptr(), y.data_ptr(), x.shape[1]
     args.bias = None if bias is None else bias.data_ptr()
     call.grid_x, call.grid_y, call.shared = blocks_n * blocks_m, shares, STAGES * stage_bytes(traits.bits)
@@ -67,7 +90,15 @@ def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Te
         held = [partial, counter]
     reads = [x, *p.storage.values(), *([] if bias is None else [bias])]
     cuda.execute("weight_only_" + CODES[traits.decoder, traits.bits], call, reads, [y, *held])
-    return y
+
+
+def row_bytes(x: Tensor, perm: Tensor | None) -> int:
+    """Memory that `in_chunks` takes at most for a row of x, with what it needs on the way."""
+    k = x.shape[1]
+    if perm is not None:
+        kp = perm.numel()
+        return 2 * (k + 1) + 2 * kp + (2 * (kp + 7) if kp % 8 else 0)
+    return 2 * (k + 7) if k % 8 or x.data_ptr() % 16 else 0
 
 
 def in_chunks(x: Tensor, perm: Tensor | None) -> Tensor:
@@ -80,10 +111,13 @@ def in_chunks(x: Tensor, perm: Tensor | None) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def shares_of(tiles: int, blocks: int, count: int, columns: int) -> int:
-    """Parts to cut K into so that every processor has a block or two, within the workspace."""
+def shares_of(tiles: int, blocks: int, count: int, columns: int, held: int = 0) -> int:
+    """Parts to cut K into so that every processor has a block or two, within the workspace.
+
+    held: bytes of the workspace that copies of x would take.
+    """
     wanted = max(1, min(2 * count // blocks, tiles // STAGES, 32))
-    wanted = min(wanted, max(1, WORKSPACE_BYTES // (blocks * ROWS * columns * 4)))
+    wanted = min(wanted, max(1, (workspace.BYTES - held) // (blocks * ROWS * columns * 4)))
     return -(-tiles // -(-tiles // wanted))
 
 

@@ -56,14 +56,15 @@ def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Te
     assert p.layout == layouts.WEIGHT_ONLY
     traits = traits_of(problem)
     call = call_of(p, traits, x.dtype)
-    if x.data_ptr() % 4:  # the kernel reads two features at a time
-        x = x.clone()
     # A bias of another dtype is cast at each call: N values.
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     y = torch.empty(x.shape[0], p.shape[0], dtype=x.dtype, device=x.device)
     for first in range(0, x.shape[0], MAX_ROWS):
         rows = slice(first, first + MAX_ROWS)
-        _launch(x[rows], p, bias, y[rows], call, traits)
+        part = x[rows]
+        if part.data_ptr() % 4:  # the kernel reads two features at a time
+            part = part.clone()
+        _launch(part, p, bias, y[rows], call, traits)
     return y
 
 

@@ -68,7 +68,22 @@ def has_fp8(capability: tuple[int, int] | None) -> bool:
 
 def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
     """x (M, K) contiguous float16 or bfloat16, p in the EIGHT_BIT layout -> y (M, N)."""
-    return multiply(quantize(x, p, problem), p, bias, problem)
+    y = torch.empty(x.shape[0], p.shape[0], dtype=x.dtype, device=x.device)
+    for rows in workspace.slices(x.shape[0], row_bytes(problem)):
+        multiply(quantize(x[rows], p, problem), p, bias, problem, y[rows])
+    return y
+
+
+def row_bytes(problem: Problem, made: bool = False) -> int:
+    """Scratch memory that a row of x takes in `quantize`; 0 where rows cannot be quantized by slices.
+
+    made: LLM.int8() keeps in 16 bits what is quantized, because that is not x itself.
+    """
+    traits, k = traits_of(problem), problem.shape[1]
+    if traits.threshold > 0 and not problem.batch_invariant:
+        return 0  # an outlier in one row makes the column one of 16 bits in all rows
+    scales = {"token": 1, "group": -(-k // layout.BLOCK), "tensor": 0}[traits.activation]
+    return layout.padded(k) + 4 * scales + (2 * k if made and traits.threshold > 0 else 0)
 
 
 def configuration(problem: Problem) -> str:
@@ -78,9 +93,19 @@ def configuration(problem: Problem) -> str:
 
 # ---------------------------------------------------------------------- activations
 def quantize(
-    x: Tensor, p: PackedWeight, problem: Problem, norm: Tensor | None = None, eps: float = 0.0
+    x: Tensor,
+    p: PackedWeight,
+    problem: Problem,
+    *,
+    up: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
 ) -> Activations:
-    """x (M, K) contiguous -> its codes as the weight `p` wants them, after RMSNorm if `norm` (K) is given."""
+    """x (M, K) contiguous -> its codes as the weight `p` wants them.
+
+    up (M, K): silu(x) * up is quantized. norm (K): RMSNorm with this weight comes first. Both round to
+    x's dtype where a model's operations do. All contiguous.
+    """
     from ...triton_kernels.activations import quantize_rows
 
     assert p.layout == layouts.EIGHT_BIT
@@ -99,12 +124,13 @@ def quantize(
     if outliers:
         columns = torch.empty(k + 1, dtype=torch.int32, device=x.device)
         counter = _counter(1 + k, x.device)
-        if norm is not None:
+        if norm is not None or up is not None:
             normed = torch.empty_like(x)
     block = row_block(kp)
     with torch.cuda.device_of(x):
         quantize_rows[(m,)](
             x_ptr=x,
+            up_ptr=x if up is None else up,
             q_ptr=codes if int8 else codes.view(torch.uint8),
             scale_ptr=scale,
             norm_ptr=x if norm is None else norm,
@@ -122,6 +148,7 @@ def quantize(
             HAS_ZERO="input_zero_point" in p.storage,
             OUTLIERS=outliers,
             NORM=norm is not None,
+            GATED=up is not None,
             NATIVE=has_fp8(problem.capability) and not interpreted(),
             BLOCK=block,
             num_warps=row_warps(block),
@@ -142,7 +169,7 @@ def rms_norm_quantize(
         raise ValueError(f"x: expected float16 or bfloat16 of shape (M, {k}), got {x.dtype} {tuple(x.shape)}")
     if tuple(weight.shape) != (k,) or not weight.is_floating_point():
         raise ValueError(f"weight: expected floats of shape ({k},), got {weight.dtype} {tuple(weight.shape)}")
-    return quantize(x.contiguous(), p, problem, weight.contiguous(), eps)
+    return quantize(x.contiguous(), p, problem, norm=weight.contiguous(), eps=eps)
 
 
 def row_block(kp: int) -> int:
@@ -162,14 +189,20 @@ def _counter(elements: int, device: torch.device) -> Tensor:
 
 
 # ---------------------------------------------------------------------- the product
-def multiply(a: Activations, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-    """y (M, N) = what `a` holds, times W^T, plus bias, in the dtype of `a.x`."""
+def multiply(
+    a: Activations, p: PackedWeight, bias: Tensor | None, problem: Problem, out: Tensor | None = None
+) -> Tensor:
+    """y (M, N) = what `a` holds, times W^T, plus bias, in the dtype of `a.x`; into `out` if it is given.
+
+    `a` may hold some rows of the problem only: they come out as they would among all.
+    """
     traits = traits_of(problem)
     weight = arguments(a, p, traits, problem)
     bias = None if bias is None else bias.contiguous()
+    y = torch.empty(a.x.shape[0], p.shape[0], dtype=a.x.dtype, device=a.x.device) if out is None else out
 
     def launch(config: configs.GemmConfig) -> Tensor:
-        return _launch(a, p.shape[0], bias, weight, config, problem)
+        return _launch(a, y, bias, weight, config, problem)
 
     config = autotune.best(family(traits), problem, tabled(problem), launch, a.x.device)
     return autotune.timed_first(problem, config, lambda: launch(config))
@@ -221,7 +254,7 @@ def arguments(
 
 def _launch(
     a: Activations,
-    n: int,
+    y: Tensor,
     bias: Tensor | None,
     weight: dict[str, Any],
     config: configs.GemmConfig,
@@ -230,12 +263,13 @@ def _launch(
     from ...triton_kernels.eight_bit import eight_bit_gemm
 
     x = a.x
-    m = x.shape[0]
+    m, n = y.shape
     blocks_n, blocks_m = -(-n // config.block_n), -(-m // config.block_m)
-    counted = blocks_n if problem.batch_invariant else blocks_n * blocks_m
+    # In how many shares K is summed goes by all rows of the problem, and so does each row's result.
+    counted = blocks_n if problem.batch_invariant else blocks_n * -(-problem.m // config.block_m)
     shares = configs.shares_of(config, -(-weight["KP"] // STEP), counted, processors(x.device))
-    split = split_of(shares, blocks_n * blocks_m, config)
-    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    held = sum(t.numel() * t.element_size() for t in (a.codes, a.scale))
+    split = split_of(shares, blocks_n * blocks_m, config, held)
     partial = counter = weight["columns_ptr"]
     if split > 1:
         elements = split * blocks_n * blocks_m * config.block_n * config.block_m
@@ -289,6 +323,8 @@ def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
             for m in _JOB_ROWS:
                 yield _product_job(arch, name, params, has_zero, dtype, m)
             yield _quantize_job(arch, name, params, has_zero, dtype, norm=number in (0, 3))
+            if number in (0, 3) and not subset:
+                yield _quantize_job(arch, name, params, has_zero, dtype, norm=False, gated=True)
 
 
 def _job_problem(arch: int, name: str, params: dict[str, Any], dtype: str, m: int) -> Problem:
@@ -343,7 +379,7 @@ def _product_job(
 
 
 def _quantize_job(
-    arch: int, name: str, params: dict[str, Any], has_zero: bool, dtype: str, *, norm: bool
+    arch: int, name: str, params: dict[str, Any], has_zero: bool, dtype: str, *, norm: bool, gated: bool = False
 ) -> CompileJob:
     from ...triton_kernels.activations import quantize_rows
 
@@ -353,11 +389,11 @@ def _quantize_job(
     block = row_block(layout.padded(_JOB_SHAPE[1]))
     return CompileJob(
         kernel="quantize_rows",
-        label=_label(name, params, *(("RMSNorm",) if norm else ()), dtype),
+        label=_label(name, params, *(("RMSNorm",) if norm else ("SiLU",) if gated else ()), dtype),
         arch=arch,
         fn=quantize_rows,
         types={
-            "x_ptr": pointer, "q_ptr": "*i8" if int8 else "*u8", "scale_ptr": "*fp32",
+            "x_ptr": pointer, "up_ptr": pointer, "q_ptr": "*i8" if int8 else "*u8", "scale_ptr": "*fp32",
             "norm_ptr": pointer, "normed_ptr": pointer, "zero_ptr": "*i8", "columns_ptr": "*i32",
             "counter_ptr": "*i32", "eps": "fp32", "threshold": "fp32", "M": "i32", "K": "i32", "KP": "i32",
         },
@@ -367,6 +403,7 @@ def _quantize_job(
             "HAS_ZERO": has_zero,
             "OUTLIERS": traits.threshold > 0,
             "NORM": norm,
+            "GATED": gated,
             "NATIVE": has_fp8(problem.capability),
             "BLOCK": block,
         },

@@ -1,14 +1,34 @@
-"""Scratch memory that kernels which split K need: partial sums and counters."""
+"""Scratch memory of a call: partial sums and counters of kernels that split K, copies of x; how much of it."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 #: blocks of one launch that may count their shares
 MAX_BLOCKS = 65536
+#: what one call may allocate beside its output: partial sums and copies of x together
+BYTES = 32 * 2**20
 
 _counters: dict[tuple[str, int | None, int], Tensor] = {}
+
+
+def slices(rows: int, row_bytes: int) -> Iterator[slice]:
+    """Slices of `rows` rows, in order, that need at most BYTES of scratch at `row_bytes` a row, or one row.
+
+    All of about one size, and of whole tiles of 128 rows as long as that many fit. The slices' kernels
+    decode the weight anew, which costs little where a slice has hundreds of rows.
+    """
+    fits = max(1, BYTES // max(1, row_bytes))
+    if fits < rows:
+        unit = 128 if fits >= 128 else 16 if fits >= 16 else 1
+        fits = fits // unit * unit
+        count = -(-rows // fits)
+        fits = min(fits, -(-rows // (count * unit)) * unit)
+    for first in range(0, rows, fits):
+        yield slice(first, min(first + fits, rows))
 
 
 def partials(elements: int, device: torch.device) -> Tensor:
