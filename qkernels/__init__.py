@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from . import formats
+from . import formats, fused
 from .dispatch import explain
+from .fuse import fuse_norms
 from .linear import QuantLinear
 from .model import load_model, quantize_model, save_model
 from .ops import matmul
@@ -19,6 +20,8 @@ __all__ = [
     "calibration_ids",
     "explain",
     "formats",
+    "fuse_norms",
+    "fused",
     "load_model",
     "matmul",
     "pack",

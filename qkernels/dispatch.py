@@ -53,6 +53,7 @@ class Kernel:
     run: (x (M, K) contiguous, weight, bias (N) or None, problem) -> y (M, N) in x's dtype.
     configuration: words for `explain`: tile sizes and where they come from, cost of the first call.
     automatic: whether backend="auto" may choose it for this problem's device.
+    quantized: for kernels that multiply codes of activations: the two halves of `run`; else None.
     """
 
     name: str
@@ -63,6 +64,21 @@ class Kernel:
     run: Callable[[Tensor, PackedWeight, Tensor | None, Problem], Tensor]
     automatic: Callable[[Problem], str | None] = lambda problem: None
     configuration: Callable[[Problem], str] = lambda problem: ""
+    quantized: Quantized | None = None
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The halves of a kernel that quantizes activations, for what lies before it to be fused with them.
+
+    quantize: (x (M, K), weight, problem, up=, norm=, eps=) -> codes, of x, silu(x) * up or RMSNorm of x.
+    multiply: (codes, weight, bias or None, problem, out=) -> y, into `out` (M, N) if it is given.
+    scratch_bytes: (problem) -> memory a row of x takes meanwhile; 0 if rows cannot be taken by slices.
+    """
+
+    quantize: Callable[..., Any]
+    multiply: Callable[..., Tensor]
+    scratch_bytes: Callable[[Problem], int]
 
 
 @dataclass(frozen=True)

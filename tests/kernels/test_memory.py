@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -116,12 +115,12 @@ def extra_bytes(run: Any, p: qk.PackedWeight, m: int, invariant: bool) -> int:
 
 
 @pytest.fixture(scope="module")
-def weights() -> Iterator[dict[str, qk.PackedWeight]]:
+def weights() -> dict[str, qk.PackedWeight]:
     made = {}
     for name, params in COPYING:
         p = qk.quantize(torch.randn(128, k_of(name, 512)), name, **params)
         made[case_id((name, params))] = p.prepack_("eight_bit" if name in ("w8a8", "fp8") else "weight_only")
-    yield made
+    return made
 
 
 @copying

@@ -63,6 +63,13 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
+_quantized = dispatch.Quantized(
+    lambda *args, **kwargs: _module(layouts.EIGHT_BIT).quantize(*args, **kwargs),
+    lambda *args, **kwargs: _module(layouts.EIGHT_BIT).multiply(*args, **kwargs),
+    lambda problem: int(_module(layouts.EIGHT_BIT).row_bytes(problem, made=True)),
+)
+
+
 def register_kernels() -> None:
     """One kernel a family; the family's module is named like its layout."""
     families = {
@@ -90,5 +97,6 @@ def register_kernels() -> None:
                 run,
                 _automatic,
                 configuration,
+                _quantized if layout == layouts.EIGHT_BIT else None,
             )
         )

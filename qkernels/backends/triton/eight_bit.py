@@ -379,7 +379,14 @@ def _product_job(
 
 
 def _quantize_job(
-    arch: int, name: str, params: dict[str, Any], has_zero: bool, dtype: str, *, norm: bool, gated: bool = False
+    arch: int,
+    name: str,
+    params: dict[str, Any],
+    has_zero: bool,
+    dtype: str,
+    *,
+    norm: bool,
+    gated: bool = False,
 ) -> CompileJob:
     from ...triton_kernels.activations import quantize_rows
 
