@@ -59,7 +59,7 @@ def main(
         if with_peers == "none"
         else peers.contestants(None if with_peers == "all" else set(with_peers.split(",")))
     )
-    groups = {contestant.group for contestant in ours}
+    groups = {contestant.group for contestant in [*ours, *others] if contestant.name.startswith("qkernels")}
     others = [peer for peer in others if tiny or peer.group in groups]
     settings = race.Settings(device, repeats)
     console = Console(stderr=True)

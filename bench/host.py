@@ -1,21 +1,51 @@
-"""What a call costs the host: QuantLinear and qk.matmul with a kernel that does nothing.
+"""What a call costs the host: dispatch alone, and with each backend's launcher, on whatever CPU this is.
 
-TRITON_INTERPRET=1 python -m bench.host
+    python -m bench.host [--markdown] [--output FILE.json]
+
+Nothing runs on a GPU. "dispatch" calls a kernel that does nothing. "triton" runs the real launchers and
+triton's own launch code up to the driver: kernels are compiled for sm_90, and a stand-in for the driver
+takes the launch and does nothing (so not under TRITON_INTERPRET=1). "cuda" runs the real launchers up to
+the extension. What is left out: the driver's own launch, and that torch's CUDA allocator and stream look-up
+are the CPU's here.
 """
 
 from __future__ import annotations
 
+import json
+import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+import typer
 
 import qkernels as qk
 from qkernels import dispatch
+from qkernels.backends import cuda, triton
+from qkernels.presets import FormatSpec
+
+#: format, its parameters, rows of x
+CASES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("gptq", {"bits": 4, "group_size": 128}),
+    ("gptq", {"bits": 4, "group_size": 128, "act_order": True}),
+    ("nf4", {"double_quant": True}),
+    ("q4_k", {}),
+    ("w8a8", {}),
+    ("int8", {}),
+    ("fp8", {"activation": "dynamic"}),
+    ("spqr", {}),
+    ("quip_sharp", {}),
+)
+SHAPE = (512, 1024)
+#: the target of DESIGN section 6
+TARGET = 10.0
 
 
-def microseconds(call: Callable[[], object], calls: int = 2000, rounds: int = 7) -> float:
-    """Best mean of several rounds: what interrupts a round is not the call's."""
+def microseconds(call: Callable[[], object], calls: int = 200, rounds: int = 40) -> float:
+    """Best mean of many short rounds: what interrupts a round is not the call's."""
     best = float("inf")
     for _ in range(rounds):
         start = time.perf_counter()
@@ -25,33 +55,177 @@ def microseconds(call: Callable[[], object], calls: int = 2000, rounds: int = 7)
     return best * 1e6
 
 
+# ---------------------------------------------------------------------- stand-ins
+@contextmanager
+def only(kernel: dispatch.Kernel) -> Iterator[None]:
+    """`kernel` is the one that dispatch knows, whatever the device."""
+    kernels, dispatch._KERNELS = dispatch._KERNELS, {kernel.name: kernel}
+    _forget()
+    try:
+        yield
+    finally:
+        dispatch._KERNELS = kernels
+        _forget()
+
+
+def _forget() -> None:
+    dispatch._choose.cache_clear()
+    qk.ops._kernel.cache_clear()
+
+
+class NullDriver:
+    """For triton: a GPU of sm_90 that takes every launch and runs none. `launches`: what it took."""
+
+    class Utils:
+        def load_binary(self, name: str, binary: bytes, *rest: Any) -> tuple[Any, ...]:
+            function = f"{name} {hash(binary):x}"  # one name, many kernels
+            return function, function, 0, 0, 1024  # module, function, registers, spills, threads
+
+        def unload_module(self, module: Any) -> None:
+            pass
+
+        def get_device_properties(self, device: int) -> dict[str, int]:
+            return {"max_shared_mem": 227 * 1024}
+
+    def __init__(self, record: bool = False) -> None:
+        self.utils = self.Utils()
+        self.launches: list[tuple[str, tuple[int, int, int], tuple[Any, ...]]] = []
+        launches = self.launches
+
+        class Launcher:
+            def __init__(self, source: Any, metadata: Any) -> None:
+                pass
+
+            def __call__(self, x: int, y: int, z: int, stream: int, function: str, *rest: Any) -> None:
+                if record:
+                    launches.append((function, (x, y, z), rest[4:]))
+
+        self.launcher_cls = Launcher
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+@contextmanager
+def null_driver(record: bool = False) -> Iterator[NullDriver]:
+    """triton launches on a `NullDriver`. RuntimeError if triton interprets: then it launches nothing."""
+    if triton.interpreted():
+        raise RuntimeError("TRITON_INTERPRET is set: unset it to measure what launching costs")
+    from triton.runtime import driver
+
+    made = NullDriver(record)
+    driver.set_active(made)  # type: ignore[arg-type]
+    try:
+        yield made
+    finally:
+        driver._active = None
+
+
+def launcher_of(backend: str, name: str, params: dict[str, Any]) -> dispatch.Kernel:
+    """The real launcher of a format's family, taking any device."""
+    fmt = qk.formats.get(name)
+    layout = fmt.kernel_layout({**fmt.defaults, **params})
+    assert layout is not None
+    module = {"triton": triton, "cuda": cuda}[backend]._module(layout)
+    bind = getattr(module, "bind", lambda p, problem: None)
+    return dispatch.Kernel(
+        f"{backend}.launcher", backend, layout, lambda: None, lambda problem: None, module.run, bind=bind
+    )
+
+
+# ---------------------------------------------------------------------- measuring
 def measure() -> dict[str, float]:
-    """Microseconds a call, by what is called; the CPU's, whatever GPU there is."""
+    """Microseconds of dispatch: a call whose kernel does nothing."""
     y = torch.empty(1, 64)
     null = dispatch.Kernel(
         "null", "cuda", dispatch.ANY_LAYOUT, lambda: None, lambda problem: None, lambda *operands: y
     )
-    kernels, dispatch._KERNELS = dispatch._KERNELS, {"null": null}
-    dispatch._choose.cache_clear()
-    qk.ops._kernel.cache_clear()
-    try:
+    with only(null), torch.inference_mode():
         p = qk.quantize(torch.randn(64, 256), "gptq", group_size=64)
         layer, x, bias = qk.QuantLinear(p, torch.zeros(64)), torch.randn(1, 256), torch.zeros(64)
         spec, storage = qk.ops.spec_of(p), list(p.storage.values())
-        with torch.inference_mode():
-            return {
-                "QuantLinear": microseconds(lambda: layer(x)),
-                "qkernels.matmul": microseconds(lambda: qk.matmul(x, p, bias)),
-                "torch.ops.qkernels.matmul": microseconds(
-                    lambda: torch.ops.qkernels.matmul(x, storage, bias, spec, "auto", False)
-                ),
-            }
+        return {
+            "qkernels.matmul": microseconds(lambda: qk.matmul(x, p, bias)),
+            "QuantLinear": microseconds(lambda: layer(x)),
+            "torch.ops.qkernels.matmul": microseconds(
+                lambda: torch.ops.qkernels.matmul(x, storage, bias, spec, "auto", False)
+            ),
+        }
+
+
+def launchers(backend: str, rows: int = 1) -> dict[str, float]:
+    """Microseconds of `matmul` by format, real launchers, for formats that `backend` has kernels for."""
+    found = {}
+    for name, params in CASES:
+        p = qk.quantize(torch.randn(SHAPE), name, **params)
+        x = torch.randn(rows, SHAPE[1]).half()
+        if backend == "cuda":
+            problem = dispatch.problem_of(p, rows, x.dtype, x.device)
+            if cuda._module(launcher_of(backend, name, params).layout).rejects(problem):
+                continue
+        with only(launcher_of(backend, name, params)), torch.inference_mode():
+            for _ in range(3):
+                qk.matmul(x, p)
+            found[str(FormatSpec(name, params))] = microseconds(lambda p=p, x=x: qk.matmul(x, p))
+    return found
+
+
+def everything() -> dict[str, dict[str, float]]:
+    """Backend -> what was called -> microseconds; without those that cannot be measured here."""
+    found = {"dispatch": measure()}
+    if triton._installed() and not triton.interpreted():
+        with null_driver():
+            found["triton"] = launchers("triton")
+    before, cuda.emulator = cuda.emulator, lambda *operands: ""
+    try:
+        found["cuda"] = launchers("cuda")
     finally:
-        dispatch._KERNELS = kernels
-        dispatch._choose.cache_clear()
-        qk.ops._kernel.cache_clear()
+        cuda.emulator = before
+    return found
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def main(
+    markdown: bool = False,
+    output: Annotated[Path | None, typer.Option(help="JSON file.")] = None,
+) -> None:
+    """Microseconds of host time a call, outside CUDA graphs."""
+    torch.set_num_threads(1)
+    found = everything()
+    versions = {"cpu": cpu_name(), "python": platform.python_version(), "torch": torch.__version__}
+    if triton._installed():
+        versions["triton"] = __import__("triton").__version__
+    if markdown:
+        print(", ".join(f"{name} {value}" for name, value in versions.items()) + "\n")
+        print(f"| | call | us | <= {TARGET:.0f} |\n| --- | --- | ---: | --- |")
+    for backend, calls in found.items():
+        for name, value in calls.items():
+            within = "yes" if value <= TARGET else "**no**"
+            print(
+                f"| {backend} | {name} | {value:.1f} | {within} |"
+                if markdown
+                else f"{backend:9} {name:44} {value:6.1f} us"
+            )
+    if "triton" not in found and not markdown:
+        print("triton's launchers: not measured (TRITON_INTERPRET is set, or triton is not installed)")
+    if output is not None:
+        output.write_text(json.dumps({"environment": versions, "microseconds": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    for name, found in measure().items():
-        print(f"{name:28} {found:6.1f} us")
+    typer.run(main)

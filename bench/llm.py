@@ -3,7 +3,10 @@
     python -m bench.llm --size 1b --formats "bf16,gptq:bits=4,group_size=128,nf4" --output llm.json
     TRITON_INTERPRET=1 python -m bench.llm --size tiny     the same path without a GPU
 
-Decode is one token at a time with a static key-value cache, replayed from a CUDA graph.
+Decode is one token at a time with a static key-value cache, by three ways: "eager", which shows what the
+host costs, "graph", a CUDA graph of the eager model, and "compile", a CUDA graph of torch.compile's code
+(without a GPU: the same calls, neither captured nor lowered to code). Prefill is eager. bf16 is the model's
+own nn.Linear.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from rich.table import Table
 
 import qkernels as qk
 from qkernels.benchmark import race, timing
-from qkernels.presets import parse_specs
+from qkernels.presets import FormatSpec, parse_specs
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -35,15 +38,18 @@ SIZES: dict[str, dict[str, int]] = {
 }  # fmt: skip
 
 
+MODES = ("eager", "graph", "compile")
+
+
 @dataclass
 class Row:
-    """tokens per second; `memory`: GiB of weights and of everything at its highest."""
+    """tokens per second, decode by mode; `memory`: GiB of weights and of everything at its highest."""
 
     format: str
     batch: int
     prompt: int
     prefill: float
-    decode: float
+    decode: dict[str, float]
     memory_weights: float | None
     memory_peak: float | None
 
@@ -52,7 +58,7 @@ def model_of(size: str, device: str) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(**SIZES[size], max_position_embeddings=8192, tie_word_embeddings=True)
+    config = LlamaConfig(**SIZES[size], max_position_embeddings=8192, tie_word_embeddings=size != "8b")
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -71,7 +77,9 @@ def seconds(run: Callable[[], Any], device: str, repeats: int) -> float:
 
 
 @torch.inference_mode()
-def measure(model: Any, label: str, batch: int, prompt: int, device: str, repeats: int) -> Row:
+def measure(
+    model: Any, label: str, batch: int, prompt: int, device: str, repeats: int, modes: list[str]
+) -> Row:
     from transformers import StaticCache
 
     gib = 2**30
@@ -79,21 +87,35 @@ def measure(model: Any, label: str, batch: int, prompt: int, device: str, repeat
     ids = torch.randint(0, model.config.vocab_size, (batch, prompt), device=device)
     model(ids, use_cache=False, logits_to_keep=1)  # compiles kernels, prepacks weights
     prefill = seconds(lambda: model(ids, use_cache=False, logits_to_keep=1), device, repeats)
-    cache = StaticCache(config=model.config, max_cache_len=prompt + 8)
-    model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     token, where = ids[:, :1].clone(), torch.tensor([prompt], device=device)
 
-    def step() -> Any:
-        return model(
-            token, past_key_values=cache, use_cache=True, position_ids=where[None], cache_position=where
-        )
+    def step_of(net: Any) -> Callable[[], Any]:
+        # Every step takes a place in the cache, replayed ones too: warm-up, capture, and what is timed.
+        cache = StaticCache(config=model.config, max_cache_len=prompt + repeats + 16)
+        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
-    step()
-    run = timing.graph_of([step]).replay if device == "cuda" else step
-    run()
-    decode = seconds(run, device, repeats)
+        def step() -> Any:
+            return net(
+                token, past_key_values=cache, use_cache=True, position_ids=where[None], cache_position=where
+            )
+
+        return step
+
+    decode = {}
+    for mode in modes:
+        step = step_of(compiled(model, device) if mode == "compile" else model)
+        for _ in range(2):
+            step()
+        run = step if device == "cpu" or mode == "eager" else timing.graph_of([step]).replay
+        run()
+        decode[mode] = batch / seconds(run, device, repeats)
     peak = torch.cuda.max_memory_allocated() / gib if device == "cuda" else None
-    return Row(label, batch, prompt, batch * prompt / prefill, batch / decode, weights, peak)
+    return Row(label, batch, prompt, batch * prompt / prefill, decode, weights, peak)
+
+
+def compiled(model: Any, device: str) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(model, dynamic=False, backend="inductor" if device == "cuda" else "aot_eager")
 
 
 def main(
@@ -103,40 +125,83 @@ def main(
     prompt: int = 1024,
     repeats: int = 10,
     backend: str = "auto",
+    modes: Annotated[str, typer.Option(help=f"Ways to decode: some of {', '.join(MODES)}.")] = "eager,graph",
+    deadline: Annotated[float, typer.Option(help="Seconds after which no further format is begun.")] = 1e9,
     output: Annotated[Path | None, typer.Option(help="JSON file.")] = None,
 ) -> None:
     if size not in SIZES:
         raise typer.BadParameter(f"--size: expected one of {', '.join(SIZES)}, got {size!r}")
+    wanted = modes.split(",")
+    if not set(wanted) <= set(MODES):
+        raise typer.BadParameter(f"--modes: expected some of {', '.join(MODES)}, got {modes!r}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         prompt, batches = min(prompt, 16), "1"
-    rows = []
+    rows: list[Row] = []
+    left_out: list[str] = []
+    start = time.monotonic()
     for spec in parse_specs(formats):
-        model = model_of(size, device)
-        params = {
-            k: min(v, 32) if k == "group_size" and size == "tiny" else v for k, v in spec.params.items()
-        }
-        qk.quantize_model(model, spec.name, progress=False, **params)
-        for module in model.modules():
-            if isinstance(module, qk.QuantLinear):
-                module.backend = (
-                    backend if qk.formats.get(spec.name).kernel_layout(module.packed.params) else "auto"
-                )
-        for batch in (int(part) for part in batches.split(",")):
-            rows.append(measure(model, str(spec), batch, prompt, device, repeats))
+        if time.monotonic() - start > deadline:
+            left_out.append(str(spec))
+            continue
+        model = quantized(size, spec, backend, device)
+        for number, batch in enumerate(int(part) for part in batches.split(",")):
+            # compiling takes a minute a shape: of the first batch size alone
+            ways = [mode for mode in wanted if mode != "compile" or number == 0]
+            rows.append(measure(model, str(spec), batch, prompt, device, repeats, ways))
         del model
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-    table = Table("format", "batch", "prefill tokens/s", "decode tokens/s", "weights GiB", "peak GiB")
+        if output is not None:  # after each format: a run cut short leaves what it had
+            report = {
+                "environment": race.environment(), "size": size, "left_out": left_out,
+                "results": [asdict(row) for row in rows],
+            }  # fmt: skip
+            output.write_text(json.dumps(report, indent=1) + "\n")
+    Console(width=150).print(
+        table_of(rows, wanted, f"Llama {size} on {race.environment()['gpu'] or 'no GPU'}")
+    )
+    if left_out:
+        print("no time was left for", ", ".join(left_out))
+
+
+def quantized(size: str, spec: FormatSpec, backend: str, device: str) -> Any:
+    """A model with random weights in the format; bf16 is left as torch has it."""
+    model = model_of(size, device)
+    if spec.name == "bf16":
+        return model
+    params = {k: min(v, 32) if k == "group_size" and size == "tiny" else v for k, v in spec.params.items()}
+    qk.quantize_model(model, spec.name, progress=False, **params)
+    for module in model.modules():
+        if isinstance(module, qk.QuantLinear):
+            fused = qk.formats.get(spec.name).kernel_layout(module.packed.params)
+            module.backend = backend if fused else "auto"
+    return model
+
+
+def table_of(rows: list[Row], modes: list[str], title: str) -> Table:
+    """Tokens per second, and in brackets the speed against bf16 at the same batch."""
+    table = Table(
+        "format", "batch", "prefill", *(f"decode, {mode}" for mode in modes), "weights GiB", "peak GiB",
+        title=f"{title}: tokens per second (x bf16)",
+    )  # fmt: skip
+    plain = {row.batch: row for row in rows if row.format == "bf16"}
     for row in rows:
+        base = plain.get(row.batch)
+
+        def cell(value: float | None, against: float | None) -> str:
+            if value is None:
+                return ""
+            return f"{value:.1f}" if against is None else f"{value:.1f} ({value / against:.2f})"
+
+        decodes = [cell(row.decode.get(m), base.decode.get(m) if base else None) for m in modes]
         memory = ["" if v is None else f"{v:.2f}" for v in (row.memory_weights, row.memory_peak)]
-        table.add_row(row.format, str(row.batch), f"{row.prefill:.0f}", f"{row.decode:.1f}", *memory)
-    Console(width=120).print(table)
-    if output is not None:
-        report = {"environment": race.environment(), "size": size, "results": [asdict(row) for row in rows]}
-        output.write_text(json.dumps(report, indent=1) + "\n")
+        table.add_row(
+            row.format, str(row.batch), cell(row.prefill, base.prefill if base else None), *decodes, *memory
+        )
+    return table
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ python -m bench.report RESULTS.json [--output FOLDER]
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from collections import defaultdict
@@ -13,8 +14,10 @@ from typing import Annotated, Any
 
 import typer
 
+from . import targets
+
 Rows = list[dict[str, Any]]
-#: DESIGN section 6: family -> (least speedup over bf16 at decode, M in 32..256, M >= 1024)
+#: name, least and most rows of x
 CLASSES = (("decode", 1, 16), ("middle", 17, 256), ("prefill", 257, 10**9))
 
 
@@ -51,6 +54,31 @@ def against_peers(rows: Rows) -> list[tuple[str, str, float, str]]:
     return sorted(listed, key=lambda item: item[2])
 
 
+def against_targets(report: dict[str, Any]) -> list[str]:
+    """What falls short of DESIGN section 6, worst first, what reaches it, and what nobody measured."""
+    lines = ["## What falls short", ""]
+    if report["environment"]["gpu"] is None:
+        return [*lines, "No GPU measured, so nothing can be said about the targets of DESIGN section 6.", ""]
+    found = targets.findings(report)
+    headings = ["target", "format", "measured", "of the target", "worst at", "kernel"]
+    body = [
+        [str(one.target), one.format, f"{one.measured:.2f}", f"{one.reached:.0%}", one.where, one.kernel]
+        for one in found
+    ]
+    short = [row for one, row in zip(found, body, strict=True) if one.reached < 1]
+    met = [row for one, row in zip(found, body, strict=True) if one.reached >= 1]
+    lines += [
+        "Each target at the worst shape and M, by the faster of our backends there; worst first.",
+        "",
+        table(headings, short) if short else "Nothing that was measured.\n",
+    ]
+    if met:
+        lines += ["## What reaches its target", "", table(headings, met)]
+    if missing := targets.unmeasured(report):
+        lines += ["## Targets that this run did not measure", "", *(f"- {target}" for target in missing), ""]
+    return lines
+
+
 def table(headings: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(headings) + " |", "| " + " | ".join(["---"] * len(headings)) + " |"]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
@@ -62,9 +90,10 @@ def write(report: dict[str, Any], folder: Path) -> Path:
     where = report["environment"]
     lines = ["# Race", "", ", ".join(f"{key} {value}" for key, value in where.items() if value), ""]
     if where["gpu"] is None:
-        lines += ["**No GPU took part: these times are the interpreter's and mean nothing.**", ""]
+        lines += ["**No GPU measured: these times are the interpreter's and mean nothing.**", ""]
     if report["copy_bandwidth"]:
         lines += [f"A large copy moves {report['copy_bandwidth']:.0f} GB/s, reads and writes.", ""]
+    lines += against_targets(report)
     lines += ["## Speed against torch bf16", "", "Geometric mean over all shapes, by rows of x.", ""]
     speeds = mean_speedups(rows)
     names = [name for name, _, _ in CLASSES]
@@ -131,8 +160,15 @@ def _all(rows: Rows) -> tuple[list[str], list[list[str]]]:
     return headings, body
 
 
+def _roof(row: dict[str, Any]) -> float:
+    """TFLOP/s at the predicted time."""
+    return 2 * row["m"] * row["n"] * row["k"] / row["predicted"] / 1e6
+
+
 def pictures(rows: Rows, copy_bandwidth: float | None, folder: Path) -> list[str]:
-    """Speedup and bandwidth by M, one picture a shape; file names."""
+    """Speedup, bandwidth and TFLOP/s by M, one picture a shape; file names. None without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return []
     import matplotlib
 
     matplotlib.use("Agg")
@@ -141,15 +177,21 @@ def pictures(rows: Rows, copy_bandwidth: float | None, folder: Path) -> list[str
     files = []
     for n, k in sorted({(row["n"], row["k"]) for row in timed(rows)}):
         here = [row for row in timed(rows) if (row["n"], row["k"]) == (n, k)]
-        figure, axes = pyplot.subplots(1, 2, figsize=(15, 5), layout="constrained")
+        figure, axes = pyplot.subplots(1, 3, figsize=(20, 5), layout="constrained")
         for who in dict.fromkeys(row["contestant"] for row in here):
             mine = sorted((row for row in here if row["contestant"] == who), key=lambda row: row["m"])
             rows_of_x = [row["m"] for row in mine]
             axes[0].plot(rows_of_x, [row["speedup"] for row in mine], marker=".", label=who)
             axes[1].plot(rows_of_x, [row["bandwidth"] for row in mine], marker=".")
+            axes[2].plot(rows_of_x, [row["tflops"] for row in mine], marker=".")
+            if mine[0]["predicted"]:
+                axes[2].plot(
+                    rows_of_x, [_roof(row) for row in mine], color="black", linestyle=":", linewidth=0.5
+                )
         axes[0].axhline(1, color="black", linewidth=0.5)
         axes[0].set(title=f"{n} x {k}: speed against torch bf16", xlabel="M", xscale="log", yscale="log")
         axes[1].set(title="packed bytes per second (GB/s)", xlabel="M", xscale="log")
+        axes[2].set(title="TFLOP/s, dotted: roofline", xlabel="M", xscale="log", yscale="log")
         if copy_bandwidth:
             axes[1].axhline(copy_bandwidth, color="black", linestyle=":")
         figure.legend(loc="outside right", fontsize=7)

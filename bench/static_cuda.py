@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,9 +19,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from qkernels.backends.cuda import build, eight_bit, gemm
+from bench.static.facts import tools
+from qkernels.backends.cuda import build, eight_bit, gemm, hopper, transforms
 from qkernels.backends.cuda import weight_only as gemv
-from qkernels.backends.cuda.calls import CODES
+from qkernels.backends.cuda.calls import CODES, OWN
 from qkernels.backends.triton.configs import SHARED_KIB
 
 THREADS = 128
@@ -34,19 +36,32 @@ _ENTRY = re.compile(
     r"Used (?P<registers>\d+) registers",
     re.S,
 )
-_NAME = re.compile(r"weight_only_(?P<kernel>gem[vm])INS_\d+(?P<dtype>Half|BFloat)ELi\d+ELi(?P<runs>\d+)E")
+_NAME = re.compile(
+    r"weight_only_(?P<kernel>gem[vm]|hopper)INS_\d+(?P<dtype>Half|BFloat)ELi\d+ENS_(?P<scaler>\w+)"
+)
+#: `Plain` for so many scales of a tile; other scalers have a number of their own
+_RUNS = re.compile(r"\d+PlainILi(\d+)E")
 _EIGHT_BIT = re.compile(r"eight_bit_(?P<kernel>gem[vm])ILi\d+ELb(?P<blocks>\d)ELi(?P<rows>\d+)E")
 _QUANTIZE = re.compile(r"quantize_kernelINS_\d+(?P<dtype>Half|BFloat)ELb(?P<int8>\d)ELi(?P<shared>\d)E")
+_HOPPER_EIGHT = re.compile(r"eight_bit_hopperILi\d+ELb(?P<blocks>\d)E")
+#: ptxas lets one wgmma wait for the next where it cannot follow their registers
+_SERIALIZED = re.compile(r"\(C75\d\d\) Potential Performance Loss: wgmma.* in the function '(\w+)'")
+_TRANSFORM = re.compile(r"transform_kernelI.*?NS_\d+(?P<dtype>Half|BFloat)E.*?Lb(?P<after>\d)E")
+#: decoder and bits of a weight-only source's codes
+DECODED = {name: codes for codes, name in CODES.items()} | {name: own[:2] for own, name in OWN.items()}
 #: every source, by its name, with its folder in csrc
-SOURCES = dict.fromkeys(sorted(CODES.values()), "weight_only") | dict.fromkeys(
-    (*(f"eight_bit_{kind}" for kind in eight_bit.KINDS), "quantize_rows"), "eight_bit"
-)
+SOURCES = {
+    **dict.fromkeys(sorted(DECODED), "weight_only"),
+    **dict.fromkeys((*(f"eight_bit_{kind}" for kind in eight_bit.KINDS), "quantize_rows"), "eight_bit"),
+    "transform_rows": "transforms",
+}
 
 
 class Facts(NamedTuple):
     """One kernel on one architecture. Sizes in bytes; dynamic: shared memory a launch asks for at most.
 
-    runs: scales of a tile that a weight-only kernel is made for, 0 for any number; -1 for other kernels.
+    runs: scales of a tile that a weight-only kernel is made for, 0 for any number; -1 for kernels that are
+    made for one scaler, or have none.
     """
 
     source: str
@@ -59,6 +74,10 @@ class Facts(NamedTuple):
     stack: int
     dynamic: int
     threads: int = THREADS
+    #: products of a warpgroup wait for one another
+    serialized: bool = False
+    #: the tensor-core instruction, "" if there is none
+    tensor: str = ""
 
     @property
     def blocks(self) -> int:
@@ -73,7 +92,10 @@ class Facts(NamedTuple):
         found = [f"spills {self.spilled} bytes"] if self.spilled else []
         if self.dynamic > SHARED_KIB[int(self.arch.rstrip("a"))] * 1024:
             found.append(f"{self.dynamic} bytes of shared memory do not fit")
-        return found
+        wanted = "GMMA" if self.kernel.startswith("wgmma") else "MMA" if self.kernel.startswith("gem") else ""
+        if wanted not in self.tensor:
+            found.append(f"no {wanted} instruction")
+        return found + ["its wgmma instructions are serialized"] * self.serialized
 
 
 def compile_one(source: str, arch: str) -> list[Facts]:
@@ -87,21 +109,40 @@ def compile_one(source: str, arch: str) -> list[Facts]:
             str(build.sources() / SOURCES[source] / f"{source}.cu"), "-o", str(Path(folder) / "out.cubin"),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{source} for sm_{arch}: {done.stderr[-4000:]}")
-    return parse(done.stderr, source, arch)
+        if done.returncode != 0:
+            raise RuntimeError(f"{source} for sm_{arch}: {done.stderr[-4000:]}")
+        tensor = _tensor_instructions(Path(folder) / "out.cubin")
+    return parse(done.stderr, source, arch, tensor)
 
 
-def parse(text: str, source: str, arch: str) -> list[Facts]:
-    """What ptxas -v says, one entry a kernel."""
+def _tensor_instructions(cubin: Path) -> dict[str, str]:
+    """Mangled name of each kernel with tensor-core instructions -> the first of them."""
+    own = tools() / "cuobjdump"  # triton's wheel has one
+    tool = str(own) if own.is_file() else shutil.which("cuobjdump")
+    if tool is None:
+        raise RuntimeError("no cuobjdump found; install triton or the CUDA toolkit's binary utilities")
+    done = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True)
+    found = {}
+    for name, code in re.findall(r"Function : (\w+)(.*?)(?=Function : |\Z)", done.stdout, re.S):
+        if tensor := re.search(r"\b(?:UTC)?[HIQ]G?MMA[\w.]*", code):
+            found[name] = tensor[0]
+    return found
+
+
+def parse(text: str, source: str, arch: str, tensor: dict[str, str]) -> list[Facts]:
+    """What ptxas -v says, one entry a kernel; `tensor`: name -> tensor-core instruction."""
     found = []
+    serialized = set(_SERIALIZED.findall(text))
     for entry in _ENTRY.finditer(text):
+        if "_hopper" in entry["name"] and arch != "90a":
+            continue  # empty there
         kernel, dtype, runs, dynamic, threads = _kernel(entry["name"], source)
         spilled = int(entry["stores"]) + int(entry["loads"])
         found.append(
             Facts(
                 source, kernel, dtype, runs, arch, int(entry["registers"]), spilled, int(entry["stack"]),
-                dynamic, threads,
+                dynamic, threads, entry["name"] in serialized,
+                tensor.get(entry["name"], ""),
             )
         )  # fmt: skip
     if not found:
@@ -112,21 +153,38 @@ def parse(text: str, source: str, arch: str) -> list[Facts]:
 def _kernel(mangled: str, source: str) -> tuple[str, str, int, int, int]:
     """Of a kernel's mangled name: kernel, dtype, runs, shared memory, threads."""
     if name := _NAME.search(mangled):
-        bits = next(bits for (_, bits), code in CODES.items() if code == source)
-        is_gemm = name["kernel"] == "gemm"
-        dynamic = gemm.STAGES * gemm.stage_bytes(bits) if is_gemm else gemv.shared_bytes(bits)
-        return name["kernel"], name["dtype"], int(name["runs"]), dynamic, THREADS
+        return _weight_only(name, source)
     if name := _EIGHT_BIT.search(mangled):
         is_gemv, rows = name["kernel"] == "gemv", int(name["rows"])
         rows = rows * 8 if is_gemv else rows
         label = f"{name['kernel']} {rows} rows{', blocks' * int(name['blocks'])}"
         threads = eight_bit.GEMV_THREADS if is_gemv else eight_bit.GEMM_THREADS
         return label, "", -1, eight_bit.shared_bytes(is_gemv, rows), threads
+    if name := _HOPPER_EIGHT.search(mangled):
+        kind = source.removeprefix("eight_bit_")
+        label = f"wgmma{', blocks' * int(name['blocks'])}"
+        return label, "", -1, eight_bit.hopper_shared_bytes(kind), eight_bit.HOPPER_THREADS
     if name := _QUANTIZE.search(mangled):
         shared = {number: what for what, number in eight_bit.SHARED.items()}[int(name["shared"])]
         label = f"{'int8' if name['int8'] == '1' else 'e4m3'} per {shared}"
         return label, name["dtype"], -1, eight_bit.QUANTIZE_SHARED, eight_bit.GEMM_THREADS
+    if name := _TRANSFORM.search(mangled):
+        label = "transform after" if name["after"] == "1" else "transform before"
+        return label, name["dtype"], -1, transforms.LARGEST_SHARED, transforms.THREADS
     raise RuntimeError(f"a kernel of another kind: {mangled}")
+
+
+def _weight_only(name: re.Match[str], source: str) -> tuple[str, str, int, int, int]:
+    codes, threads = DECODED[source], THREADS
+    outliers = any(own == source and scaler == "two_level" for (_, _, scaler), own in OWN.items())
+    kernel, found = name["kernel"], _RUNS.match(name["scaler"])
+    if kernel == "hopper":
+        kernel, dynamic, threads = "wgmma", hopper.shared_bytes(codes[1], outliers), hopper.THREADS
+    elif kernel == "gemm":
+        dynamic = gemm.shared_bytes(*codes)
+    else:
+        dynamic = gemv.shared_bytes(*codes, outliers=outliers)
+    return kernel, name["dtype"], int(found[1]) if found else -1, dynamic, threads
 
 
 def table(facts: list[Facts]) -> str:
@@ -138,8 +196,8 @@ def table(facts: list[Facts]) -> str:
     lines = [
         "| kernel | codes | scales a tile | "
         + " | ".join(f"sm_{a}" for a in archs)
-        + " | spills | shared KiB |",
-        "|---|---|---|" + "---|" * (len(archs) + 2),
+        + " | spills | shared KiB | tensor core |",
+        "|---|---|---|" + "---|" * (len(archs) + 3),
     ]
     for (kernel, source, runs), by_arch in sorted(rows.items(), key=lambda item: (item[0][0][::-1], item[0])):
         all_of = [f for found in by_arch.values() for f in found]
@@ -155,6 +213,7 @@ def table(facts: list[Facts]) -> str:
             *cells,
             str(spilled),
             f"{shared:.0f}",
+            ", ".join(sorted({f.tensor.split(".")[0] for f in all_of} - {""})) or "-",
         ]
         lines.append("| " + " | ".join(shown) + " |")
     return "\n".join(lines)
@@ -168,7 +227,7 @@ def page(facts: list[Facts]) -> str:
     release = re.search(r"release [\d.]+, V[\d.]+", compiler.stdout)
     return (
         f"# CUDA kernels, by ptxas\n\nMade by `python -m bench.static_cuda{chosen}`, nvcc "
-        f"{release[0] if release else 'of unknown version'}. Blocks have {THREADS} threads, those of the 8-bit GEMM and of quantize_rows 256. Per architecture: "
+        f"{release[0] if release else 'of unknown version'}. Blocks have {THREADS} threads, those of the 8-bit GEMM, of quantize_rows and transform_rows 256, of wgmma 384 (whose consumers take 240 registers, whatever is said here). Per architecture: "
         "registers a thread (blocks that fit on a multiprocessor), the larger of float16 and bfloat16; spills "
         "in bytes, the largest; shared memory of the largest launch.\n\n" + table(facts) + "\n"
     )

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from . import formats, layouts, roofline
 
 if TYPE_CHECKING:
+    from .experts import PackedExperts
     from .packed import PackedWeight
 
 BACKENDS = ("auto", "reference", "triton", "cuda")
@@ -29,6 +30,7 @@ class Problem(NamedTuple):
 
     params: sorted items of the format's parameters.
     batch_invariant: whether a row's result must be bitwise the same whatever M it is computed with.
+    experts: 0 for one matrix; else how many of them there are, m rows each going through one (grouped.py).
     """
 
     format: str
@@ -39,20 +41,30 @@ class Problem(NamedTuple):
     device: str
     capability: tuple[int, int] | None
     batch_invariant: bool = False
+    experts: int = 0
+
+
+#: (x (M, K) contiguous, weight, bias (N) or None, problem) -> y (M, N) in x's dtype
+Run: TypeAlias = "Callable[[Tensor, PackedWeight, Tensor | None, Problem], Tensor]"
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A way to compute y = x @ W^T + bias.
+    """A way to compute y = x @ W^T + bias, or with `grouped` that of rows with the expert each is sent to.
 
     name: "backend.kernel", unique.
     backend: "reference", "triton" or "cuda".
     layout: the layout its weight must be in; ANY_LAYOUT if it takes all.
     unavailable: why this machine cannot run it at all, or None.
     rejects: why it does not take this problem, or None.
-    run: (x (M, K) contiguous, weight, bias (N) or None, problem) -> y (M, N) in x's dtype.
+    run: (x (M, K) contiguous, weight, bias (N) or None, problem) -> y (M, N) in x's dtype. With `grouped`
+        what qkernels/grouped.py says.
     configuration: words for `explain`: tile sizes and where they come from, cost of the first call.
     automatic: whether backend="auto" may choose it for this problem's device.
+    grouped: whether it takes problems with experts, instead of those without.
+    fused: with `grouped`, runs a whole layer of experts; see qkernels/grouped.py.
+    bind: a `run` for one weight and problem, which finds out once what every such call has in common;
+        None where there is no such thing. The weight is in `layout` and its tensors stay.
     quantized: for kernels that multiply codes of activations: the two halves of `run`; else None.
     """
 
@@ -61,9 +73,12 @@ class Kernel:
     layout: str
     unavailable: Callable[[], str | None]
     rejects: Callable[[Problem], str | None]
-    run: Callable[[Tensor, PackedWeight, Tensor | None, Problem], Tensor]
+    run: Callable[..., Tensor]
     automatic: Callable[[Problem], str | None] = lambda problem: None
     configuration: Callable[[Problem], str] = lambda problem: ""
+    grouped: bool = False
+    fused: Callable[..., Tensor] | None = None
+    bind: Callable[[PackedWeight, Problem], Run | None] = lambda p, problem: None
     quantized: Quantized | None = None
 
 
@@ -96,8 +111,9 @@ class Explanation:
         device = self.problem.device
         if self.problem.capability:
             device += f" sm_{self.problem.capability[0]}{self.problem.capability[1]}"
+        experts = f"{self.problem.experts} experts of " if self.problem.experts else ""
         lines = [
-            f"{self.problem.format} ({n}, {k}), M={self.problem.m}, "
+            f"{experts}{self.problem.format} ({n}, {k}), M={self.problem.m}, "
             f"{str(self.problem.dtype).removeprefix('torch.')} on {device}: {self.kernel}",
             f"  {self.kernel}: {self.reason}",
         ]
@@ -115,15 +131,27 @@ def register(kernel: Kernel) -> None:
     _choose.cache_clear()
 
 
-def kernels() -> list[Kernel]:
-    """All registered kernels, most preferred first."""
-    return list(_KERNELS.values())
+def kernels(*, grouped: bool = False) -> list[Kernel]:
+    """All registered kernels for one matrix, or for experts, most preferred first."""
+    return [kernel for kernel in _KERNELS.values() if kernel.grouped == grouped]
+
+
+#: what os.environ wraps: a look-up in it costs a twentieth of one in os.environ, and every call makes two
+_VARIABLES: Any = getattr(os.environ, "_data", os.environ)
+_ENCODED: dict[str, Any] = {
+    name: getattr(os.environ, "encodekey", str)(name)
+    for name in ("QKERNELS_BACKEND", "QKERNELS_BATCH_INVARIANT")
+}
+
+
+def _environment(name: str, default: str) -> str:
+    return os.environ[name] if _ENCODED[name] in _VARIABLES else default
 
 
 def resolve_backend(backend: str) -> str:
     """Apply QKERNELS_BACKEND to "auto". ValueError for a name that is no backend."""
     if backend == "auto":
-        backend = os.environ.get("QKERNELS_BACKEND", "auto")
+        backend = _environment("QKERNELS_BACKEND", "auto")
         where = "QKERNELS_BACKEND"
     else:
         where = "backend"
@@ -136,18 +164,22 @@ def resolve_batch_invariant(wanted: bool | None) -> bool:
     """`wanted`, or what QKERNELS_BATCH_INVARIANT says if it is None."""
     if wanted is not None:
         return bool(wanted)
-    text = os.environ.get("QKERNELS_BATCH_INVARIANT", "0")
+    text = _environment("QKERNELS_BATCH_INVARIANT", "0")
     if text not in ("0", "1"):
         raise ValueError(f"QKERNELS_BATCH_INVARIANT: expected 0 or 1, got {text!r}")
     return text == "1"
 
 
 def problem_of(
-    p: PackedWeight, m: int, dtype: torch.dtype, device: torch.device, batch_invariant: bool | None = None
+    p: PackedWeight | PackedExperts,
+    m: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    batch_invariant: bool | None = None,
 ) -> Problem:
     params = tuple(sorted(p.params.items()))
     invariant = resolve_batch_invariant(batch_invariant)
-    return Problem(p.format, params, p.shape, m, dtype, device.type, _capability(device), invariant)
+    return Problem(p.format, params, p.shape, m, dtype, device.type, _capability(device), invariant, p.count)
 
 
 @lru_cache(maxsize=64)
@@ -171,7 +203,7 @@ def select(problem: Problem, backend: str = "auto") -> Kernel:
 def _choose(problem: Problem, backend: str) -> tuple[Kernel | None, list[tuple[str, str]]]:
     chosen: Kernel | None = None
     rejected: list[tuple[str, str]] = []
-    for kernel in _KERNELS.values():
+    for kernel in kernels(grouped=problem.experts > 0):
         why = None
         if backend not in ("auto", kernel.backend):
             why = f"backend {backend!r} was asked for"
@@ -190,7 +222,7 @@ def _choose(problem: Problem, backend: str) -> tuple[Kernel | None, list[tuple[s
 
 
 def explain(
-    p: PackedWeight,
+    p: PackedWeight | PackedExperts,
     m: int = 1,
     dtype: torch.dtype = torch.float16,
     device: torch.device | str | None = None,
@@ -199,7 +231,8 @@ def explain(
 ) -> Explanation:
     """Which kernel `matmul` runs for x of shape (m, K) and `dtype`, why, and why not the others.
 
-    `device` defaults to the weight's. Raises ValueError if `backend` has no kernel for it.
+    For experts it is `grouped_matmul` of m pairs of a token and an expert. `device` defaults to the
+    weight's. Raises ValueError if `backend` has no kernel for it.
     """
     where = p.device if device is None else torch.device(device)
     problem = problem_of(p, m, dtype, where, batch_invariant)
@@ -208,7 +241,7 @@ def explain(
     if kernel.backend == "reference":
         reason = (
             "plain torch operations; dequantizes the whole weight into temporary memory at each call"
-            if kernel.name == "reference.dequantize"
+            if kernel.name.startswith("reference.")
             else "torch's own dense matmul"
         )
     else:
@@ -217,7 +250,7 @@ def explain(
             reason += f"; the first call moves the weight to the {kernel.layout!r} layout, once"
         if configuration := kernel.configuration(problem):
             reason += f"\n  configuration: {configuration}"
-    if where.type == "cuda":
+    if where.type == "cuda" and not problem.experts:  # which experts' bytes are read, only the data says
         reason += at_best(problem, p.nbytes, torch.cuda.get_device_name(where))
     return Explanation(problem, kernel.name, kernel.backend, reason, rejected)
 
@@ -258,16 +291,20 @@ _INVARIANT_ROWS = 64
 
 
 def _run_reference(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-    fmt, tensors = formats.get(p.format), p.tensors
-    if problem.batch_invariant:
-        padded = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[0] % _INVARIANT_ROWS))
-        chunks = padded.split(_INVARIANT_ROWS)
-        y = torch.cat([fmt.matmul(c, tensors, p.shape, p.params, True) for c in chunks])[: x.shape[0]]
-    else:
-        y = fmt.matmul(x, tensors, p.shape, p.params, False)
+    y = reference(x, p, problem.batch_invariant)
     if bias is not None:
         y = y + bias.to(y.dtype)
     return y.to(x.dtype)
+
+
+def reference(x: Tensor, p: PackedWeight, batch_invariant: bool) -> Tensor:
+    """x (M, K) @ W^T by the format's own reference, in the dtype it accumulates in."""
+    fmt, tensors = formats.get(p.format), p.tensors
+    if batch_invariant:
+        padded = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[0] % _INVARIANT_ROWS))
+        chunks = padded.split(_INVARIANT_ROWS)
+        return torch.cat([fmt.matmul(c, tensors, p.shape, p.params, True) for c in chunks])[: x.shape[0]]
+    return fmt.matmul(x, tensors, p.shape, p.params, False)
 
 
 def _register_all() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import formats
-from .packed import PackedWeight
+from .packed import PackedWeight, pack
 from .sharding import take_rows
 
 
@@ -24,19 +24,26 @@ class QuantEmbedding(nn.Module):
         super().__init__()
         self.num_embeddings, self.embedding_dim = packed.shape
         self.dtype = dtype
-        self._meta = (packed.format, packed.shape, dict(packed.params))
-        self._names = list(packed.tensors)
-        for name, tensor in packed.tensors.items():
-            self.register_buffer("packed_" + name.replace(".", "__"), tensor, persistent=False)
+        self._names: list[str] = []
+        self._hold(packed)
         take_rows(
             self.packed, torch.zeros(1, dtype=torch.int64, device=packed.device)
         )  # ValueError now, not later
+
+    def _hold(self, packed: PackedWeight) -> None:
+        for name in self._names:
+            del self._buffers[_mangle(name)]
+        tensors = packed.tensors
+        self._meta = (packed.format, packed.shape, dict(packed.params))
+        self._names = list(tensors)
+        for name, tensor in tensors.items():
+            self.register_buffer(_mangle(name), tensor, persistent=False)
 
     @property
     def packed(self) -> PackedWeight:
         """The weight, sharing this module's tensors."""
         format, shape, params = self._meta
-        tensors = {name: self._buffers["packed_" + name.replace(".", "__")] for name in self._names}
+        tensors = {name: self._buffers[_mangle(name)] for name in self._names}
         return PackedWeight(format, shape, tensors, params)  # type: ignore[arg-type]
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -58,7 +65,36 @@ class QuantEmbedding(nn.Module):
         for name, tensor in self.packed.tensors.items():
             destination[prefix + name] = tensor
 
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        format, shape, params = self._meta
+        specs = formats.get(format).specs(shape, params)
+        tensors = {name: state_dict[prefix + name] for name in specs if prefix + name in state_dict}
+        missing = [prefix + name for name, s in specs.items() if s.required and name not in tensors]
+        if missing:
+            missing_keys += missing
+        else:
+            device = self.packed.device
+            self._hold(pack(format, {k: v.to(device) for k, v in tensors.items()}, shape, **params))
+        rest = {k: v for k, v in state_dict.items() if k.removeprefix(prefix) not in tensors}
+        super()._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
     def extra_repr(self) -> str:
         format, shape, _ = self._meta
         bits = formats.get(format) and self.packed.bits_per_weight
         return f"{shape[0]}, {shape[1]}, format={format!r}, bits_per_weight={bits:.2f}, dtype={self.dtype}"
+
+
+def _mangle(name: str) -> str:
+    """A tensor's name as a buffer name, which may hold no dot and must not hide an attribute."""
+    return "packed_" + name.replace(".", "__")

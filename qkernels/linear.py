@@ -108,17 +108,21 @@ class QuantLinear(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(x, self._parameters["bias"])
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x @ W^T + bias, with a bias (N) that is not the layer's own."""
         if not torch.compiler.is_compiling():
             packed = self.packed
-            y = ops.matmul(x, packed, self._parameters["bias"], self.backend, self.batch_invariant)
+            y = ops.matmul(x, packed, bias, self.backend, self.batch_invariant)
             if packed.layout != self._meta[3]:  # the first call moved it
                 self._hold(packed)
             return y
         shape = (self.out_features, self.in_features)
         storage = [self._buffers[key] for key in self._keys]
-        ops.check_operands(x, shape, storage[0].device, self.bias)
+        ops.check_operands(x, shape, storage[0].device, bias)
         invariant = dispatch.resolve_batch_invariant(self.batch_invariant)
-        return ops.call(x, storage, self.bias, self._spec, self.backend, shape, invariant)
+        return ops.call(x, storage, bias, self._spec, self.backend, shape, invariant)
 
     # ------------------------------------------------------------------ nn.Module's protocol
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from . import formats
+from . import formats, moe
 from .formats.base import check_weight
 from .linear import QuantLinear, is_linear, linear_of
+from .moe import QuantExperts, expert_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,6 +35,7 @@ def quantize_model(
     algorithm: str | None = None,
     resume: str | os.PathLike[str] | None = None,
     skip: Iterable[str] | None = None,
+    experts: bool = False,
     progress: bool = True,
     **params: Any,
 ) -> nn.Module:
@@ -52,6 +55,10 @@ def quantize_model(
     alone, and so is each module whose full name matches one of the fnmatch patterns in `skip`, and each
     QuantLinear that is there already. `progress` shows a bar on stderr, or one line if that is no terminal.
 
+    Experts of a mixture that are linear layers are quantized like any. Those that are parameters of three
+    dimensions, as in transformers from version 5 on, are left alone with a warning; with `experts` they
+    become QuantExperts, by round-to-nearest, which `save_model` cannot save yet.
+
     Raises ValueError, naming the module, if one does not fit the format (a group size that does not
     divide its input features, a NaN in its weight), if a `skip` pattern matches nothing, or if
     calibration data or algorithm do not fit the format. The model is then unchanged: every layer is
@@ -67,6 +74,7 @@ def quantize_model(
         given = next(iter(params), "resume")
         raise ValueError(f"{recipe}: {given}: expected none, because a recipe chooses formats itself")
     places = linears(model, skip)
+    stacks = _expert_stacks(model, skip, experts, recipe, calibration)
     kinds = {names[0]: fmt.name for names, _ in places}
     if recipe:
         kinds = recipes.assign(recipe, model, {names[0]: linear for names, linear in places})
@@ -90,6 +98,15 @@ def quantize_model(
             check_weight(f"{format}: weight", linear.weight)
         except ValueError as error:
             raise ValueError(f"{names[0]}: {error}") from None
+    for name, module in stacks if experts else ():
+        try:
+            moe.check(module, fmt.name, checked)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    for name, module in stacks if experts else ():
+        stack = QuantExperts.from_module(module, format, **params)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, stack)
     if chosen is not None:
         wanted = {names[0]: linear for names, linear in places}
         for name, linear in wanted.items():  # those of GPT-2 come as another module
@@ -116,6 +133,26 @@ def quantize_model(
                 setattr(model.get_submodule(parent), leaf, layer)
             advance(total)
     return model
+
+
+def _expert_stacks(
+    model: nn.Module, skip: Iterable[str] | None, wanted: bool, recipe: str | None, calibration: Any
+) -> list[tuple[str, nn.Module]]:
+    """(name, module) of experts that are no linear layers; says so if they are not `wanted`."""
+    patterns = [skip] if isinstance(skip, str) else list(skip or ())
+    found = [(n, m) for n, m in expert_modules(model) if not any(fnmatchcase(n, p) for p in patterns)]
+    if wanted and (recipe or calibration is not None):
+        raise ValueError(
+            "experts: expected False with a recipe or calibration data: they are rounded to nearest"
+        )
+    if found and not wanted:
+        count = sum(p.numel() for _, m in found for p in m.parameters())
+        warnings.warn(
+            f"qkernels: the experts of {len(found)} layers ({found[0][0]}, ...), {count:,} weights, are no linear "
+            "layers and stay as they are; experts=True quantizes them, too",
+            stacklevel=3,
+        )
+    return found
 
 
 def _weighted(importance: Any, name: str, linear: nn.Linear, format: str) -> dict[str, Any]:
@@ -232,6 +269,9 @@ def save_model(
     """
     from . import checkpoints
 
+    for name, module in model.named_modules():
+        if isinstance(module, QuantExperts):
+            raise ValueError(f"{name}: expected no quantized experts: they cannot be saved yet")
     checkpoints.save(model, path, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
 
 
@@ -242,7 +282,8 @@ class ModelSummary:
 
     Attributes:
         weights: number of weights, packed ones counted as the (N, K) matrix they stand for, tied once.
-        quantized_layers, quantized_weights, quantized_bytes: the QuantLinear layers, their N*K in sum,
+        quantized_layers, quantized_weights, quantized_bytes: the QuantLinear layers and the matrices of
+            QuantExperts, their N*K in sum,
             and the bytes of their checkpoint tensors.
         bits_per_weight: 8 * quantized_bytes / quantized_weights, None if no layer is quantized.
         total_bytes: bytes of everything in the model.
@@ -270,6 +311,11 @@ def model_summary(model: nn.Module) -> ModelSummary:
         quantized_bytes += packed.nbytes
         kinds[packed.format] = kinds.get(packed.format, 0) + 1
         packed_buffers |= {id(buffer) for buffer in layer.buffers()}
+    stacks = [s for m in model.modules() if isinstance(m, QuantExperts) for s in (m.gate_up, m.down)]
+    for stack in stacks:
+        quantized_weights += stack.count * math.prod(stack.shape)
+        quantized_bytes += stack.nbytes
+        kinds[stack.format] = kinds.get(stack.format, 0) + stack.count
     for parameter in model.parameters():
         weights += parameter.numel()
         other += parameter.numel() * parameter.element_size()
@@ -278,7 +324,7 @@ def model_summary(model: nn.Module) -> ModelSummary:
             other += buffer.numel() * buffer.element_size()
     return ModelSummary(
         weights=weights + quantized_weights,
-        quantized_layers=len(layers),
+        quantized_layers=len(layers) + sum(stack.count for stack in stacks),
         quantized_weights=quantized_weights,
         quantized_bytes=quantized_bytes,
         bits_per_weight=8 * quantized_bytes / quantized_weights if quantized_weights else None,

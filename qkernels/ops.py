@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ _LIB.define(
 )
 _LIB.define("grad_input(Tensor grad, Tensor[] storage, str spec) -> Tensor")
 
-_X_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+X_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def spec_of(p: PackedWeight) -> str:
@@ -169,7 +168,7 @@ def matmul(
 class _Plan(NamedTuple):
     """What a product of operands of certain shapes, dtypes and devices needs to know: found once."""
 
-    run: Callable[[Tensor, PackedWeight, Tensor | None, dispatch.Problem], Tensor]
+    run: dispatch.Run
     problem: dispatch.Problem
     y_shape: tuple[int, ...]
 
@@ -188,7 +187,7 @@ def _planned(
     kernel, problem = _kernel(spec_of(p), m, x.dtype, x.device, backend, batch_invariant)
     if len(p.plans) >= _MAX_PLANS:
         p.plans.clear()
-    run = kernel.run if m else _empty
+    run = (kernel.bind(p, problem) or kernel.run) if m else _empty
     p.plans[key] = plan = _Plan(run, problem, (*x.shape[:-1], p.shape[0]))
     return plan
 
@@ -246,7 +245,7 @@ def check_operands(x: Tensor, shape: tuple[int, int], device: torch.device, bias
         raise ValueError(
             f"x: expected shape (..., {k}) for a weight of shape ({n}, {k}), got {tuple(x.shape)}"
         )
-    if x.dtype not in _X_DTYPES:
+    if x.dtype not in X_DTYPES:
         raise ValueError(f"x: expected float16, bfloat16, float32 or float64, got {x.dtype}")
     if x.device != device:
         raise ValueError(f"x: expected device {device}, the weight's, got {x.device}")

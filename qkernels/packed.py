@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ class PackedWeight:
     """
 
     __slots__ = ("_nbytes", "format", "layout", "params", "plans", "shape", "storage")
+    #: experts in it; see experts.PackedExperts
+    count: ClassVar[int] = 0
 
     def __init__(
         self,

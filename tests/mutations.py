@@ -140,6 +140,7 @@ INCOHERENT = [
 ]  # fmt: skip
 
 GEMV, GEMM, TILE, CUDA_SCALERS = (f"csrc/weight_only/{f}.h" for f in ("gemv", "gemm", "tile", "scalers"))
+QUAD, SPARSE = (f"csrc/weight_only/{f}.h" for f in ("quad_scalers", "outliers"))
 CUDA_DECODERS, MEMORY = "csrc/decoders/decoders.h", "csrc/ptx/memory.h"
 CUDA = [
     (GEMV, "acc[i] += factor[i / 2] * sums[i]", "acc[i] += factor[0] * sums[i]"),
@@ -154,7 +155,8 @@ CUDA = [
     (GEMM, "k < args.x_stride", "k <= args.x_stride"),
     (GEMM, "place.m0 + m < args.m", "place.m0 + m <= args.m"),
     (GEMM, "x[c][p * 2], x[c][p * 2 + 1]", "x[c][p * 2 + 1], x[c][p * 2]"),
-    (TILE, "packed.high[r].w[h] >> p", "packed.high[r].w[h]"),
+    (TILE, "words.w[h] >> p * D::kHighStep", "words.w[h]"),
+    (TILE, "word >> (p * 2 + h) * D::kHighStep", "word >> (h * 2 + p) * D::kHighStep"),
     (TILE, "tile < end && rows[r] < args.n", "tile < end && rows[r] <= args.n"),
     (TILE, "scale_at(&args, scales[i % 2], at + 1)", "scale_at(&args, scales[i % 2], at)"),
     (TILE, "if (k >= 0)", "if (k > 0)"),
@@ -162,6 +164,24 @@ CUDA = [
     (CUDA_SCALERS, "/ 256);", "/ 255);"),
     (CUDA_SCALERS, "row_(row / args.row_run)", "row_(row % args.row_run)"),
     (CUDA_SCALERS, "inner + load_global(args.nested_offset)", "inner"),
+    (GEMV, "minus[i / 2] * x_sums[i]", "minus[0] * x_sums[i]"),
+    (GEMV, "x_sums[i] = 0;", ""),
+    (GEMV, "total += sparse_total(sparse, t);", ""),
+    (GEMM, "minus[i % 2]);", "minus[0]);"),
+    (GEMM, "add_sparse<T>(acc, args, first, place.m0);", ""),
+    (QUAD, "group < last ? group : last", "group"),
+    (QUAD, "const bool late = tile % 2 != 0", "const bool late = false"),
+    (QUAD, ">> tile % 2 * 16", ">> 0"),
+    (QUAD, "(run % 4 * 8 + run / 8 * 4)", "(run % 4 * 8)"),
+    (QUAD, "of_quad(raw.w[r], run / 2)", "raw.w[r]"),
+    (QUAD, "of_quad(raw.w[r], run / 4)", "raw.w[r]"),
+    (QUAD, "slice < slices ? slice : slices - 1", "slice"),
+    (QUAD, "rows.row[r] / args.row_run", "rows.row[r] / 16"),
+    (SPARSE, "i += blocks_y() * kSparseParts", "i += kSparseParts"),
+    (SPARSE, "const bool live = i + o * shares < end &&", "const bool live ="),
+    (SPARSE, "m + c * 8 < args.x_rows", "true"),
+    (CUDA_DECODERS, "high >> (s - 1) * kWidth", "high >> s * kWidth"),
+    (CUDA_DECODERS, "((1 << BITS) - 1) * 0.5f", "(1 << BITS) * 0.5f"),
     (CUDA_DECODERS, "kBits = 0x43004300", "kBits = 0x43004301"),
     (CUDA_DECODERS, "prmt(low, high, 0x7362)", "prmt(low, high, 0x5140)"),
     (CUDA_DECODERS, "EXPONENT == 4 ? 0x7B807B80", "EXPONENT == 4 ? 0x7B007B00"),
@@ -174,7 +194,7 @@ EIGHT_BIT_GEMM, EIGHT_BIT_GEMV, EIGHT_BIT_ROWS, OUTLIERS = (
 CUDA_EIGHT_BIT = [
     (EIGHT_BIT_GEMM, "copy_async_wait<P::kStages - 2>();", "copy_async_wait<P::kStages - 1>();"),
     (EIGHT_BIT_GEMM, "        sync_block();  // this step is there for all", "        // this step is there"),
-    (EIGHT_BIT_GEMM, "    sync_block();  // all warps are done with the ring", ""),
+    (EIGHT_BIT_GEMM, "    P::sync();  // all are done with what lay there", ""),
     (EIGHT_BIT_GEMM, "(step + 1) % args.share == 0 ||", ""),
     (EIGHT_BIT_GEMV, "args.counter + block_index_x(), 0)", "args.counter + block_index_x(), 1)"),
     (EIGHT_BIT_GEMV, "    sync_block();  // whoever still reads what was here", ""),
@@ -183,13 +203,62 @@ CUDA_EIGHT_BIT = [
     (OUTLIERS, "x -= float(int8_t(load_global(args.x + int64_t(m) * args.kp + k))) * scale;", ""),
 ]  # fmt: skip
 
+HOPPER, HOPPER8 = "csrc/weight_only/hopper.h", "csrc/eight_bit/hopper.h"
+HOPPERS = [
+    (HOPPER, "factor[i % 2], factor[i % 2]);", "factor[0], factor[0]);"),
+    (HOPPER, "product_wait<1>();", "product_wait<2>();"),
+    (HOPPER, "in_chunk * kSlice * 2", "in_chunk * kSlice"),
+    (HOPPER, "barrier_wait(me.shared.codes_full(me.codes.at), me.codes.parity);", ""),
+    (HOPPER, "barrier_wait(me.shared.chunk_full(me.chunk.at), me.chunk.parity);", ""),
+    (HOPPER, "barrier_wait(shared.chunk_empty(chunk.at), chunk.parity ^ 1);", ""),
+    (HOPPER, "release(me.shared.codes_empty(me.codes.at));", ""),
+    (HOPPER, "(unit ^ m % 8) * 16, in)", "unit * 16, in)"),
+    (HOPPER, "    sync_warpgroup(1 + warpgroup);  // what was stored before has been read", ""),
+    (HOPPER, "m < args.m && n < args.n", "m <= args.m && n < args.n"),
+    (HOPPER, "w.n - place.n0 < kHopperRows ? w.n - place.n0 : kHopperRows", "kHopperRows"),
+    (HOPPER8, "scale[i / 2 % 2]", "scale[i % 2]"),
+    (HOPPER8, "accumulate || k > 0", "accumulate"),
+    (HOPPER8, "product_wait<1>();", "product_wait<2>();"),
+    (HOPPER8, "release(P::empty(turn.at));", "barrier_arrive(P::empty(turn.at));"),
+    (HOPPER8, "tile.n + n, tile.block", "tile.n, tile.block"),
+    (HOPPER8, "warpgroup * P::kRows * kStep", "0 * warpgroup"),
+]  # fmt: skip
+
+EXPERTS_KERNEL, EXPERTS_LAUNCH = "triton_kernels/experts.py", "qkernels/backends/triton/experts.py"
+EXPERTS = [
+    (EXPERTS_KERNEL, "(found < EXPERTS), found", "(found <= EXPERTS), found"),
+    (EXPERTS_KERNEL, "tl.cumsum(found, 0) - found", "tl.cumsum(found, 0)"),
+    (EXPERTS_KERNEL, "seen += tl.sum(found, 0)", "seen += 0"),
+    (EXPERTS_KERNEL, "mask=rest < own * BLOCK_M)", "mask=rest < own)"),
+    (EXPERTS_KERNEL, "i * 0 - 1, mask", "i * 0, mask"),
+    (EXPERTS_KERNEL, "bins < mine, blocks, 0", "bins <= mine, blocks, 0"),
+    (EXPERTS_KERNEL, "together = tl.minimum(blocks_n - first_n, GROUP_N)", "together = GROUP_N"),
+    (EXPERTS_KERNEL, "pointers[0] + expert * strides[0]", "pointers[0]"),
+    (EXPERTS_KERNEL, "pointers[i] + expert * strides[i]", "pointers[i]"),
+    (EXPERTS_KERNEL, "bias_ptr + expert * N + rows", "bias_ptr + rows"),
+    (EXPERTS_KERNEL, "weights_ptr + slots, mask", "weights_ptr + slots * 0, mask"),
+    (EXPERTS_KERNEL, "acc = tl.where(here, acc, 0.0)", "acc = acc + 0.0"),
+    (EXPERTS_KERNEL, "slots // PER_ROW, M)", "slots, M)"),
+    (EXPERTS_KERNEL, "qhigh_ptr + e * qhigh_stride", "qhigh_ptr"),
+    (EXPERTS_KERNEL, "perm_ptr + e * perm_stride", "perm_ptr"),
+    (EXPERTS_KERNEL, "weight_ptr + e * weight_stride", "weight_ptr"),
+    (EXPERTS_KERNEL, "w_scale_ptr += e * w_scale_stride", "w_scale_ptr += 0"),
+    (EXPERTS_KERNEL, "slots // PER_ROW, 0)", "slots, 0)"),
+    (EXPERTS_KERNEL, "tl.load(row + N, ", "tl.load(row, "),
+    (EXPERTS_KERNEL, "slot = token * TOP_K + choice", "slot = token * TOP_K"),
+    (EXPERTS_LAUNCH, "used = min(slots, experts + 1)", "used = min(slots, experts)"),
+    (EXPERTS_LAUNCH, "block_m = min(first.block_m, second.block_m)", "block_m = first.block_m // 2"),
+]  # fmt: skip
+
 #: what to break, and the tests that must notice
 SUITES = (
     (WEIGHT_ONLY, ("tests/kernels/test_decoders.py", "tests/kernels/test_weight_only.py")),
     (EIGHT_BIT, ("tests/kernels/test_activations.py", "tests/kernels/test_eight_bit.py")),
     (INCOHERENT, ("tests/kernels/test_incoherent.py",)),
+    (EXPERTS, ("tests/kernels/test_experts.py",)),
     (CUDA, ("tests/cuda",)),
     (CUDA_EIGHT_BIT, ("tests/cuda/test_eight_bit.py",)),
+    (HOPPERS, ("tests/cuda/test_hopper.py",)),
 )
 
 

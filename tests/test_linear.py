@@ -170,3 +170,12 @@ def test_modes_and_transforms_see_an_operator() -> None:
     assert "qkernels.matmul.default" in seen
     with pytest.raises(RuntimeError, match="functorch"):  # refused by the operator, not computed wrongly
         torch.func.jacrev(lambda v: layer(v))(x[0])
+
+
+def test_multiply_takes_another_bias() -> None:
+    layer = qk.QuantLinear(qk.quantize(torch.randn(8, 64), "nf4"), torch.randn(8))
+    x, bias = torch.randn(3, 64), torch.randn(8)
+    plain = x @ layer.packed.dequantize().T
+    torch.testing.assert_close(layer.multiply(x, None), plain)
+    torch.testing.assert_close(layer.multiply(x, bias), plain + bias)
+    torch.testing.assert_close(layer(x), plain + layer.bias)

@@ -27,7 +27,10 @@ def _odd_bits(i):
 @triton.jit
 def _mixed(box, factor_ptr, A: tl.constexpr, B: tl.constexpr, NEXT: tl.constexpr, TOTAL: tl.constexpr,
            ROWS: tl.constexpr, SYLVESTER: tl.constexpr, TRANSPOSED: tl.constexpr):  # fmt: skip
-    """Multiplies the last axis (B, of which A exist) and turns the one before it, NEXT wide, to the end."""
+    """Multiplies the last axis (B, of which A exist) and turns the one before it, NEXT wide, to the end.
+
+    A dense factor of order 1 is +-1; a SYLVESTER one has nothing to read.
+    """
     if A > 1:
         i, j = tl.arange(0, B), tl.arange(0, B)
         inside = (i < A)[:, None] & (j < A)[None, :]
@@ -39,6 +42,8 @@ def _mixed(box, factor_ptr, A: tl.constexpr, B: tl.constexpr, NEXT: tl.constexpr
         box = box.reshape(ROWS * TOTAL // B, B)
         high = (box.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
         box = tl.dot(box - high, factor, tl.dot(high, factor, input_precision="tf32"), input_precision="tf32")
+    elif not SYLVESTER:
+        box *= tl.load(factor_ptr).to(tl.float32)
     box = box.reshape(ROWS, TOTAL // B // NEXT, NEXT, B).permute(0, 3, 1, 2)
     return box.reshape(ROWS * TOTAL // NEXT, NEXT)
 
@@ -51,11 +56,13 @@ def kronecker_rows(
     B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, ROWS: tl.constexpr, SYLVESTER: tl.constexpr,
     HAS_PRE: tl.constexpr, HAS_POST: tl.constexpr, HAS_BIAS: tl.constexpr,
     GATHERED: tl.constexpr, SCATTERED: tl.constexpr, VECTORS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    MIDDLE: tl.constexpr,
 ):  # fmt: skip
     """x (M, n) and y (M, STRIDE) row-major, n = A0*C*A1*A2; pre, post, bias (n). Grid: (blocks of rows, C).
 
     y is also multiplied by `scale`. SYLVESTER: all but A0 are Hadamard matrices of powers of two, and only
-    factor0 is read; otherwise factor0, factor1 and factor2 are those of A0, C and A2, and A1 is 1. GATHERED: inner feature i is outer feature gather[i] of x; pre is in x's order.
+    factor0 is read, if A0 > 1; otherwise factor0, with MIDDLE factor1, and factor2 are those of A0, C and A2,
+    and A1 is 1. GATHERED: inner feature i is outer feature gather[i] of x; pre is in x's order.
     SCATTERED: y's feature scatter[i] is inner feature i; post and bias are in y's order. VECTORS: y in the
     kernel order of codes of eight weights. TRANSPOSED: with the factors' transposes.
     """
@@ -80,14 +87,14 @@ def kronecker_rows(
             part *= tl.load(pre_ptr + source, mask=inside, other=0).to(tl.float32)
         if SYLVESTER:
             box += part * (1.0 - 2.0 * _odd_bits(own & c).to(tl.float32))
-        elif C == 1:
+        elif not MIDDLE:
             box += part
         else:
             at = c * C + own if TRANSPOSED else own * C + c
             box += part * tl.load(factor1_ptr + at).to(tl.float32)
     box = _mixed(box, factor2_ptr, A2, B2, B1, TOTAL, ROWS, SYLVESTER, TRANSPOSED)
     box = _mixed(box, factor1_ptr, A1, B1, B0, TOTAL, ROWS, True, TRANSPOSED)
-    box = _mixed(box, factor0_ptr, A0, B0, B2, TOTAL, ROWS, False, TRANSPOSED)
+    box = _mixed(box, factor0_ptr, A0, B0, B2, TOTAL, ROWS, SYLVESTER and A0 == 1, TRANSPOSED)
     box = box.reshape(ROWS * B0 * B1, B2) * scale
 
     target = (i0 * C + own)[:, None] * (A1 * A2) + rest

@@ -1,7 +1,12 @@
 """Other people's products, raced in the same loop on the same weights; one small file each.
 
-A module here has CONTESTANTS. A peer whose package is not installed says so and takes no part. Peers are
-checked against the product with the unrounded weight, within what their format may cost.
+A module here has CONTESTANTS. A peer whose package is not installed says so and takes no part; one whose
+package is there but does not do what its adapter expects is listed as failed, with why. Peers that take our
+own codes (`same_weight`) are held to our reference as closely as our kernels; those that quantize by
+themselves are checked against the product with the unrounded weight, within what their format may cost.
+
+No adapter for llama.cpp: its Python bindings (llama-cpp-python, ggml-python) run graphs and models, and offer
+no product of a torch CUDA tensor with a packed weight that could be timed in this loop.
 """
 
 from __future__ import annotations
@@ -14,10 +19,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+import qkernels as qk
 from qkernels.benchmark.race import Contestant, Layer
+from qkernels.packed import PackedWeight
 
 #: relative error that rounding the weights (and activations) may cost, on Gaussian data
 FOUR_BIT, EIGHT_BIT = 0.2, 0.05
+#: what 16-bit scales and outputs may cost where the codes are the same
+SAME_WEIGHT = 0.02
 
 
 class Peer(Contestant):
@@ -43,6 +52,12 @@ def layer(
     call: Callable[[Tensor], Tensor], nbytes: int, weight: Tensor, tolerance: float, kind: str = "bf16"
 ) -> Layer:
     return Layer(call, nbytes, unrounded(weight), tolerance, kind)
+
+
+def same_weight(call: Callable[[Tensor], Tensor], p: PackedWeight, kind: str = "bf16") -> Layer:
+    """Of a peer that was given the tensors of `p`: held to our reference of the same codes."""
+    dtype = torch.float64 if p.shape[0] * p.shape[1] <= 2**26 else torch.float32
+    return Layer(call, p.nbytes, lambda x: qk.matmul(x.to(dtype), p, backend="reference"), SAME_WEIGHT, kind)
 
 
 def contestants(only: set[str] | None = None) -> list[Contestant]:

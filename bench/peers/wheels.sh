@@ -1,20 +1,81 @@
 #!/usr/bin/env bash
-# Fetch peers into .whl/ (ignored by git) for a machine without network: bench/peers/wheels.sh [FOLDER]
-# For Python 3.12 on x86-64 Linux, without what they need: torch and triton are there already.
+# Fetch peers into a folder (ignored by git) for a machine without network:
+#     bench/peers/wheels.sh [--only NAME,NAME...] [--list] [FOLDER]        FOLDER: .whl
+# For Python 3.12 on x86-64 Linux, without what that machine has: torch, triton, transformers, nvcc. Names are
+# those of bench/peers (bitsandbytes, torchao, humming, gemlite, gptqmodel, spqr_quant, fast_hadamard) and
+# `tools`, what running our own tests and tables takes. What has no wheel is carried as sources, which
+# `bench/gpu_run.sh OUT --part build` compiles. The last line says whether it all fits into one call of 64 MiB
+# with this checkout; --only leaves the large ones (bitsandbytes: 41 MiB) for a call of their own.
+# DeepGEMM is not here: PyPI's deep-gemm is an old one without the headers it compiles with.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-folder=${1:-.whl}
+
+peers=(tools bitsandbytes torchao humming gemlite gptqmodel spqr_quant fast_hadamard)
+packages_of() { # what a peer needs, as NAME==VERSION or NAME
+    case $1 in
+        tools) echo "pytest-xdist execnet hypothesis sortedcontainers safetensors typer rich markdown-it-py mdurl pygments gguf" ;;
+        bitsandbytes) echo "bitsandbytes==0.50.2" ;;
+        torchao) echo "torchao==0.18.0" ;;
+        humming) echo "humming-kernels==0.1.19" ;;
+        gemlite) echo "gemlite==0.6.0.post2" ;;
+        gptqmodel) echo "gptqmodel==7.7.0 logbar device-smi pypcre tokenicer defuser threadpoolctl dill" ;;
+        spqr_quant) echo "spqr-quant==0.2.0" ;;
+        fast_hadamard) echo "fast-hadamard-transform==1.1.0" ;;
+        *) return 1 ;;
+    esac
+}
+
+folder=.whl only=
+while [ $# -gt 0 ]; do
+    case $1 in
+        --only) only=${2:?--only needs names} && shift 2 ;;
+        --list) for peer in "${peers[@]}"; do echo "$peer: $(packages_of "$peer")"; done && exit 0 ;;
+        -*) echo "unknown option $1" >&2 && exit 2 ;;
+        *) folder=$1 && shift ;;
+    esac
+done
+[ -z "$only" ] || IFS=, read -r -a peers <<<"$only"
 mkdir -p "$folder"
+
 platforms=()
-for tag in manylinux_2_28 manylinux_2_27 manylinux_2_24 manylinux_2_17 manylinux2014 manylinux1; do
+for tag in manylinux_2_35 manylinux_2_34 manylinux_2_31 manylinux_2_28 manylinux_2_27 manylinux_2_24 manylinux_2_17 \
+    manylinux2014 manylinux1; do
     platforms+=(--platform "${tag}_x86_64")
 done
-for name in bitsandbytes==0.50.2 humming-kernels==0.1.19 torchao==0.18.0 pytest-xdist execnet hypothesis sortedcontainers \
-    safetensors typer rich markdown-it-py mdurl pygments; do
-    python3 -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
-        "${platforms[@]}" -d "$folder" "$name" || echo "not fetched: $name" >&2
+pip=("${PYTHON:-python3}" -m pip)
+wheel() {
+    "${pip[@]}" download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+        "${platforms[@]}" -d "$folder" "$1" 2>/dev/null
+}
+pure() { # sources without a compiled part become a wheel here
+    case $1 in gemlite* | gptqmodel* | logbar | device-smi | tokenicer | defuser) ;; *) return 1 ;; esac
+    "${pip[@]}" wheel -q --no-deps -w "$folder" "$1" 2>/dev/null
+}
+sources() { # whose set-up would look for nvcc here
+    FAST_HADAMARD_TRANSFORM_SKIP_CUDA_BUILD=TRUE "${pip[@]}" download -q --no-deps --no-binary :all: \
+        --no-build-isolation -d "$folder" "$1" 2>/dev/null
+}
+
+failed=()
+for peer in "${peers[@]}"; do
+    wanted=$(packages_of "$peer") || { echo "no peer $peer; --list names them" >&2 && exit 2; }
+    for package in $wanted; do
+        if wheel "$package" || pure "$package" || sources "$package"; then
+            echo "$peer: $package"
+        else
+            failed+=("$package")
+            echo "$peer: NOT FETCHED: $package" >&2
+        fi
+    done
 done
-# Source packages of pure Python become wheels here.
-python3 -m pip wheel -q --no-deps --no-build-isolation -w "$folder" gemlite==0.6.0.post2 ||
-    python3 -m pip wheel -q --no-deps -w "$folder" gemlite==0.6.0.post2
-du -sh "$folder"
+
+echo
+(cd "$folder" && du -h --apparent-size -- * | sort -h)
+carried=$(find "$folder" -type f -printf '%s\n' | awk '{sum += $1} END {print sum + 0}')
+tree=$(git ls-files -z --cached --others --exclude-standard | xargs -0 -r stat -c %s 2>/dev/null |
+    awk '{sum += $1} END {print sum + 0}')
+total=$(((carried + tree) >> 20))
+verdict="fits into"
+[ "$total" -lt 64 ] || verdict="IS TOO LARGE FOR"
+echo "$folder $((carried >> 20)) MiB + checkout $((tree >> 20)) MiB = $total MiB: $verdict one call of 64 MiB"
+[ ${#failed[@]} -eq 0 ] || { echo "not fetched: ${failed[*]}" >&2 && exit 1; }

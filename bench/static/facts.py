@@ -173,7 +173,8 @@ def _parameters(job: CompileJob) -> list[str]:
 
 
 @lru_cache(maxsize=1)
-def _tools() -> Path:
+def tools() -> Path:
+    """Where the programs of the CUDA toolkit are that triton's wheel carries."""
     import triton
 
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -186,7 +187,7 @@ def _disassembled(cubin: bytes) -> tuple[str, dict[str, str]]:
         file.flush()
 
         def tool(name: str, option: str) -> str:
-            command = [str(_tools() / name), option, file.name]
+            command = [str(tools() / name), option, file.name]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
         return tool("nvdisasm", "-c"), dict(re.findall(r"(\w+):(\d+)", tool("cuobjdump", "-res-usage")))

@@ -1,4 +1,5 @@
-// Decodes words on the host, for a test that compares every code with the Python reference.
+// Decodes words on the host, for a test that compares every code with the Python reference. One
+// thread of the emulator does it, for codebooks are in shared memory.
 #include "dispatch.h"
 
 namespace qk {
@@ -17,25 +18,48 @@ void decode(const uint32_t* words, const uint32_t* high, const Table& table, int
     }
 }
 
-using Function = void (*)(const uint32_t*, const uint32_t*, const Table&, int, float, uint32_t*);
+/// With the first words of `table` as the codebook.
+template <typename T, int CODE>
+std::string run(const uint32_t* words, const uint32_t* high, const uint32_t* table, int count,
+                float zero, uint32_t* out) {
+    constexpr int book = DecoderOf<T, CODE>::kBook;
+    return emulation::Machine::get().launch({1, 1, 1}, {32, 1, 1}, book * 4, [=] {
+        auto* shared = reinterpret_cast<uint32_t*>(shared_memory());
+        Table entries = {{}, shared};
+        if (thread_index() == 0) {
+            for (int i = 0; i < book; i++) {
+                store_shared(shared + i, table[i]);
+            }
+            if (DecoderOf<T, CODE>::kTable) {
+                memcpy(entries.w, table, sizeof entries.w);
+            }
+            decode<T, CODE>(words, high, entries, count, zero, out);
+        }
+    });
+}
+
+using Function = std::string (*)(const uint32_t*, const uint32_t*, const uint32_t*, int, float,
+                                 uint32_t*);
 template <typename T>
 Function find(int code) {
-    const Function all[] = {decode<T, kLinear2>, decode<T, kLinear3>, decode<T, kLinear4>,
-                            decode<T, kLinear8>, decode<T, kLut16>,   decode<T, kE4M3>,
-                            decode<T, kE5M2>};
+#define QK_RUN(CODE, ...) run<T, CODE>,
+    const Function all[] = {QK_CODES(QK_RUN)};
+#undef QK_RUN
     return all[code];
 }
 
 }  // namespace
 }  // namespace qk
 
-/// words, high (count); out (count, pairs of a word), each two values of the 16-bit type.
-extern "C" void qk_decode(int code, int is_bfloat, const uint32_t* words, const uint32_t* high,
-                          const uint32_t* table, int count, float zero, uint32_t* out) {
-    qk::Table entries;
-    memcpy(entries.w, table, sizeof entries.w);
-    const auto decode = is_bfloat ? qk::find<qk::BFloat>(code) : qk::find<qk::Half>(code);
-    decode(words, high, entries, count, zero, out);
+/// words, high (count); table: 8 words, or a codebook; out (count, pairs of a word), each two
+/// values of the 16-bit type. Returns "" or what the emulator found wrong.
+extern "C" const char* qk_decode(int code, int is_bfloat, const uint32_t* words,
+                                 const uint32_t* high, const uint32_t* table, int count, float zero,
+                                 uint32_t* out) {
+    static std::string error;
+    const auto run = is_bfloat ? qk::find<qk::BFloat>(code) : qk::find<qk::Half>(code);
+    error = run(words, high, table, count, zero, out);
+    return error.c_str();
 }
 
 /// float32 -> the 16-bit type -> float32, in place: the conversions themselves.

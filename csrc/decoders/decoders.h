@@ -1,8 +1,11 @@
 // Decoders: a word of codes -> pairs of 16-bit floats, exact, before scaling. One policy per kind
 // of code; the words are those of qkernels/layouts/weight_only.py.
 //
-//   kWidth           bits of a code in its word (3-bit codes keep their low 2 there)
+//   kWidth           bits of a code in its word (codes of 3, 5, 6 bits keep their low 2 or 4 there)
 //   kPairs           pairs of neighbouring features in a word
+//   kHigh            words of high bits that a lane has of a tile and row: 0, 1, 2 or 4
+//   kHighStep        how far apart the high bits of words that share one lie
+//   kBook            words of a codebook that `split` looks up in shared memory
 //   split            word -> pairs[s]; values may be off by a constant or a power of two
 //   offset           the zero point as `finish` wants it, in both halves
 //   finish           takes the constant and the zero point off
@@ -11,25 +14,40 @@
 // (m = 10 in float16, 7 in bfloat16) makes the float 2^m + code, in both halves of a word at once.
 #pragma once
 #include "../ptx/arithmetic.h"
+#include "../ptx/memory.h"
 
 namespace qk {
 
-/// The 16 entries of a table cut into bytes: low bytes of entries 0-3, ... 12-15, then high bytes.
+/// w: the 16 entries of a table cut into bytes: low bytes of entries 0-3, ... 12-15, then high
+/// bytes. book: the codebook in shared memory.
 struct Table {
     uint32_t w[8];
+    const uint32_t* book;
+};
+
+/// What most decoders have not: a codebook, or high bits of their own.
+struct Basic {
+    static constexpr int kHigh = 0, kHighStep = 0, kBook = 0;
+    static constexpr bool kTable = false;
 };
 
 template <typename T>
 struct Magic;
 template <>
 struct Magic<Half> {
-    static constexpr uint32_t kBits = 0x64006400, kMinusOne = 0xBC00BC00, kMinusZero = 0x80008000;
+    static constexpr uint32_t kBits = 0x64006400, kMinusZero = 0x80008000;
+    static constexpr uint32_t kOne = 0x3C003C00, kMinusOne = 0xBC00BC00;
+    static constexpr uint32_t kHalf = 0x38003800, kMinusMiddle = 0xE000;  // -2^m / 2
     static constexpr float kValue = 1024;
+    static constexpr int kMantissa = 10;
 };
 template <>
 struct Magic<BFloat> {
-    static constexpr uint32_t kBits = 0x43004300, kMinusOne = 0xBF80BF80, kMinusZero = 0x80008000;
+    static constexpr uint32_t kBits = 0x43004300, kMinusZero = 0x80008000;
+    static constexpr uint32_t kOne = 0x3F803F80, kMinusOne = 0xBF80BF80;
+    static constexpr uint32_t kHalf = 0x3F003F00, kMinusMiddle = 0xC280;
     static constexpr float kValue = 128;
+    static constexpr int kMantissa = 7;
 };
 
 template <typename T>
@@ -38,37 +56,109 @@ QK_BOTH uint32_t twice(float value) {
     return pair(v, v);
 }
 
-/// Unsigned integers of 2, 3 and 4 bits, and of 8 bits in float16.
-template <typename T, int BITS>
-struct Linear {
-    static constexpr int kWidth = BITS == 3 ? 2 : BITS;
-    static constexpr int kPairs = 16 / kWidth;
-    static constexpr bool kHigh = BITS == 3, kTable = false, kZero = true;
+/// word >> right, or to the left where that is negative.
+QK_BOTH uint32_t moved(uint32_t word, int right) {
+    return right >= 0 ? word >> right : word << -right;
+}
 
-    /// high: third bits, of pair s at bits 2s and 16 + 2s.
+/// Unsigned integers of up to 6 bits, and of 8 bits in float16, less a zero point.
+template <typename T, int BITS>
+struct Linear : Basic {
+    static constexpr int kWidth = BITS == 3 ? 2 : BITS > 4 && BITS < 8 ? 4 : BITS;
+    static constexpr int kPairs = 16 / kWidth;
+    static constexpr int kHighStep = BITS - kWidth, kHigh = kHighStep * kPairs / 4;
+    /// What `split` adds to a code.
+    static constexpr float kAdded = Magic<T>::kValue;
+
+    /// high: of pair s at bits s * kWidth and 16 + s * kWidth.
     static QK_BOTH void split(uint32_t word, uint32_t high, const Table&,
                               uint32_t (&pairs)[kPairs]) {
-        constexpr uint32_t mask = ((1u << kWidth) - 1) * 0x10001;
+        spread<0>(word, high, Magic<T>::kBits, pairs);
+    }
+    /// pairs[s] = base | codes, UP bits up.
+    template <int UP>
+    static QK_BOTH void spread(uint32_t word, uint32_t high, uint32_t base,
+                               uint32_t (&pairs)[kPairs]) {
+        constexpr uint32_t mask = (((1u << kWidth) - 1) << UP) * 0x10001;
+        constexpr uint32_t high_mask = (((1u << kHighStep) - 1) << (kWidth + UP)) * 0x10001;
         QK_UNROLL
         for (int s = 0; s < kPairs; s++) {
-            pairs[s] = lop3<kAndOr>(word >> s * kWidth, mask, Magic<T>::kBits);
-            if (kHigh) {
-                const uint32_t bit = s == 0 ? high << 2 : high >> (2 * s - 2);
-                pairs[s] = lop3<kAndOr>(bit, 0x40004, pairs[s]);
+            pairs[s] = lop3<kAndOr>(moved(word, s * kWidth - UP), mask, base);
+            if (kHigh > 0) {
+                pairs[s] = lop3<kAndOr>(moved(high, (s - 1) * kWidth - UP), high_mask, pairs[s]);
             }
         }
     }
-    static QK_BOTH uint32_t offset(float zero) { return twice<T>(Magic<T>::kValue + zero); }
+    static QK_BOTH uint32_t offset(float zero) { return twice<T>(kAdded + zero); }
     static QK_BOTH uint32_t finish(uint32_t both, uint32_t offset) {
         return fma2<T>(offset, Magic<T>::kMinusOne, both);
     }
 };
 
+/// A normal number's bits in both halves, for constants: T's own conversions are instructions.
+template <typename T>
+constexpr uint32_t constant2(float value) {
+    const bool negative = value < 0;
+    float size = negative ? -value : value;
+    int exponent = 0;
+    for (; size >= 2; size /= 2) {
+        exponent++;
+    }
+    for (; size < 1; size *= 2) {
+        exponent--;
+    }
+    const int bias = Magic<T>::kMantissa == 10 ? 15 : 127;
+    const uint32_t bits = (uint32_t(exponent + bias) << Magic<T>::kMantissa) +
+                          uint32_t((size - 1) * (1 << Magic<T>::kMantissa));
+    return (bits | (negative ? 0x8000u : 0)) * 0x10001u;
+}
+
+/// Unsigned integers less the middle of their range, 2^(BITS - 1).
+template <typename T, int BITS>
+struct Centered : Linear<T, BITS> {
+    static QK_BOTH uint32_t offset(float) { return 0; }
+    static QK_BOTH uint32_t finish(uint32_t both, uint32_t) {
+        constexpr uint32_t less = constant2<T>(-(Linear<T, BITS>::kAdded + (1 << (BITS - 1))));
+        return fma2<T>(both, Magic<T>::kOne, less);
+    }
+};
+
+/// Unsigned integers as they are.
+template <typename T, int BITS>
+struct Counted : Linear<T, BITS> {
+    static QK_BOTH uint32_t offset(float) { return 0; }
+    static QK_BOTH uint32_t finish(uint32_t both, uint32_t) {
+        constexpr uint32_t less = constant2<T>(-Linear<T, BITS>::kAdded);
+        return fma2<T>(both, Magic<T>::kOne, less);
+    }
+};
+
+/// Floats made of 2 * code + 1 -> code + 1/2 - LESS, exactly.
+template <typename T, int LESS>
+QK_BOTH uint32_t halved(uint32_t both) {
+    // -(2^m / 2 + LESS), whose last bit is a half
+    constexpr uint32_t offset = (Magic<T>::kMinusMiddle + 2 * LESS) * 0x10001u;
+    return fma2<T>(both, Magic<T>::kHalf, offset);
+}
+
+/// Unsigned integers less half of the largest one.
+template <typename T, int BITS>
+struct Halfway : Linear<T, BITS> {
+    static QK_BOTH void split(uint32_t word, uint32_t high, const Table&,
+                              uint32_t (&pairs)[Linear<T, BITS>::kPairs]) {
+        Linear<T, BITS>::template spread<1>(word, high, Magic<T>::kBits | 0x10001, pairs);
+    }
+    static QK_BOTH uint32_t offset(float) { return 0; }
+    static QK_BOTH uint32_t finish(uint32_t both, uint32_t) {
+        return halved<T, 1 << (BITS - 1)>(both);
+    }
+};
+
 /// 8 bits in bfloat16, whose mantissa is too short for the trick: by way of float32.
 template <>
-struct Linear<BFloat, 8> {
+struct Linear<BFloat, 8> : Basic {
     static constexpr int kWidth = 8, kPairs = 2;
-    static constexpr bool kHigh = false, kTable = false, kZero = true;
+    static constexpr float kAdded = 0;
 
     static QK_BOTH void split(uint32_t word, uint32_t, const Table&, uint32_t (&pairs)[kPairs]) {
         QK_UNROLL
@@ -88,9 +178,9 @@ struct Linear<BFloat, 8> {
 
 /// Codes of 4 bits that index a table: NF4, FP4, IQ4_NL. Bytes are looked up four at a time.
 template <typename T>
-struct Lut16 {
+struct Lut16 : Basic {
     static constexpr int kWidth = 4, kPairs = 4;
-    static constexpr bool kHigh = false, kTable = true, kZero = false;
+    static constexpr bool kTable = true;
 
     static QK_BOTH void split(uint32_t word, uint32_t, const Table& t, uint32_t (&pairs)[kPairs]) {
         // prmt picks among eight bytes by three bits of a nibble; a second one by the fourth bit.
@@ -112,9 +202,8 @@ struct Lut16 {
 
 /// 8-bit floats with EXPONENT bits of exponent: moved into place, then the bias put right.
 template <typename T, int EXPONENT>
-struct Float8 {
+struct Float8 : Basic {
     static constexpr int kWidth = 8, kPairs = 2;
-    static constexpr bool kHigh = false, kTable = false, kZero = false;
     static constexpr bool kIsHalf = Magic<T>::kValue == 1024;
     // Bits of mantissa that T has and the code has not.
     static constexpr int kShift = (kIsHalf ? 10 : 7) - (7 - EXPONENT);

@@ -52,9 +52,10 @@ struct QuantizeCall {
 struct EightBitCall {
     EightBitArgs args;
     uint64_t stream;
-    uint32_t split;  // blocks along K
+    uint32_t split;  // blocks along K; of Hopper's kernel all blocks
     int is_gemv;
-    int rows;    // of x in a block: 8 or 16 of the gemv, 16, 32, 64 or 128 of the gemm
+    int rows;    // of x in a block: 8 or 16 of the gemv, 16, 32, 64 or 128 of the gemm; 0: Hopper's
+                 // kernel
     int blocks;  // scales are of 128-blocks
     int early, size;
 };

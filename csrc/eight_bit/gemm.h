@@ -16,33 +16,39 @@
 namespace qk {
 
 constexpr int kTileN = 128, kGemmThreads = 256, kUnits = kStep / 16;
-/// 16-bit numbers between rows of the result in shared memory.
-constexpr int kOutStride = kTileN + 8;
 /// Blocks of W whose blocks of x follow one another, so that both are in the L2.
 constexpr int kTogether = 8;
 
 template <int ROWS>
 struct Tiling {
+    static constexpr int kRows = ROWS, kColumns = kTileN;
+    /// 16-bit numbers between rows of the result in shared memory.
+    static constexpr int kOutStride = kColumns + 8;
     static constexpr int kStages = ROWS == 128 ? 3 : 4;  // 96 KiB at most: sm_120 has 99
     static constexpr int kWarpsM = ROWS >= 64 ? 2 : 1, kWarpsN = 8 / kWarpsM;
     static constexpr int kTilesM = ROWS / kWarpsM / 16, kTilesN = kTileN / kWarpsN / 8;
     static constexpr int kSums = kTilesM * kTilesN * 4;
     static constexpr int kStageBytes = (ROWS + kTileN) * kStep;
     static constexpr size_t kRing = size_t(kStages) * kStageBytes;
-    static constexpr size_t kShared = kRing > ROWS * kOutStride * 2 ? kRing : ROWS * kOutStride * 2;
+    /// Who stores a tile together.
+    static constexpr int kThreads = kGemmThreads;
+    static QK_DEVICE int index() { return thread_index(); }
+    static QK_DEVICE void sync() { sync_block(); }
+    static constexpr size_t kOut = size_t(ROWS) * kOutStride * 2;
+    static constexpr size_t kShared = kRing > kOut ? kRing : kOut;
 };
 
 struct Tile {
     int m, n, block;
 };
-/// Which tile this block has: kTogether blocks of W at a time.
-template <int ROWS>
-QK_DEVICE Tile tile_of(const EightBitArgs& args) {
-    const int blocks_n = (args.n + kTileN - 1) / kTileN, blocks_m = (args.m + ROWS - 1) / ROWS;
-    const int block = block_index_x(), per_group = kTogether * blocks_m;
+/// Tile number `block`: kTogether blocks of W at a time.
+template <int ROWS, int COLUMNS>
+QK_DEVICE Tile tile_of(const EightBitArgs& args, int block) {
+    const int blocks_n = (args.n + COLUMNS - 1) / COLUMNS, blocks_m = (args.m + ROWS - 1) / ROWS;
+    const int per_group = kTogether * blocks_m;
     const int first = block / per_group * kTogether;
     const int together = blocks_n - first < kTogether ? blocks_n - first : kTogether;
-    return {block % per_group / together * ROWS, (first + block % per_group % together) * kTileN,
+    return {block % per_group / together * ROWS, (first + block % per_group % together) * COLUMNS,
             block};
 }
 
@@ -139,11 +145,11 @@ QK_DEVICE void gemm_outliers(Sums<P, float>& sums, const EightBitArgs& args, int
     }
 }
 
-/// Scales, bias, rounding; by way of shared memory, so that rows of y are stored 16 bytes at a
-/// time.
-template <int KIND, bool BLOCKS, int ROWS, typename P, typename Sum>
+/// Scales, bias, rounding; by way of shared memory `out`, so that rows of y are stored 16 bytes at
+/// a time.
+template <int KIND, bool BLOCKS, typename P, typename Sum>
 QK_DEVICE void store_tile(const EightBitArgs& args, const Sums<P, Sum>& acc, const Tile& tile,
-                          int warp_m, int warp_n) {
+                          int warp_m, int warp_n, uint16_t* out) {
     const int q = lane_index() / 4, j = lane_index() % 4, m0 = tile.m + warp_m,
               n0 = tile.n + warp_n;
     float values[P::kTilesM][P::kTilesN][4];
@@ -171,8 +177,7 @@ QK_DEVICE void store_tile(const EightBitArgs& args, const Sums<P, Sum>& acc, con
             gemm_outliers<Half, P>(values, args, m0, n0);
         }
     }
-    auto* out = reinterpret_cast<uint16_t*>(shared_memory());
-    sync_block();  // all warps are done with the ring
+    P::sync();  // all are done with what lay there
     QK_UNROLL
     for (int c = 0; c < P::kTilesN; c++) {
         float scale[2] = {}, bias[2] = {};
@@ -195,17 +200,17 @@ QK_DEVICE void store_tile(const EightBitArgs& args, const Sums<P, Sum>& acc, con
                     both |= uint32_t(bits_16(y, args.is_bfloat)) << 16 * b;
                 }
                 const int row = warp_m + t * 16 + q + h * 8, column = warp_n + c * 8 + j * 2;
-                store_shared(reinterpret_cast<uint32_t*>(out + row * kOutStride + column), both);
+                store_shared(reinterpret_cast<uint32_t*>(out + row * P::kOutStride + column), both);
             }
         }
     }
-    sync_block();
+    P::sync();
     auto* y = static_cast<uint16_t*>(args.y);
-    for (int i = thread_index(); i < ROWS * (kTileN / 8); i += kGemmThreads) {
-        const int row = i / (kTileN / 8), column = i % (kTileN / 8) * 8;
+    for (int i = P::index(); i < P::kRows * (P::kColumns / 8); i += P::kThreads) {
+        const int row = i / (P::kColumns / 8), column = i % (P::kColumns / 8) * 8;
         const int m = tile.m + row, n = tile.n + column;
         if (m < args.m && n < args.n) {
-            const uint16_t* from = out + row * kOutStride + column;
+            const uint16_t* from = out + row * P::kOutStride + column;
             uint16_t* to = y + int64_t(m) * args.n + n;
             if (args.n % 8 == 0) {
                 store_global(reinterpret_cast<Words4*>(to),
@@ -236,7 +241,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1) eight_bit_gemm(EightBitArgs a
     using P = Tiling<ROWS>;
     using Sum = typename MmaCodes<KIND == kInt8 ? kInt8 : kE4M3Kind, KIND>::Sum;
     unsigned char* ring = shared_memory();
-    const Tile tile = tile_of<ROWS>(args);
+    const Tile tile = tile_of<ROWS, kTileN>(args, block_index_x());
     const int warp = warp_index(), q = lane_index() / 4;
     const int warp_m = warp / P::kWarpsN * (P::kTilesM * 16),
               warp_n = warp % P::kWarpsN * (P::kTilesN * 8);
@@ -312,7 +317,8 @@ __global__ void __launch_bounds__(kGemmThreads, 1) eight_bit_gemm(EightBitArgs a
         sync_block();  // the flag below lies in the ring
     }
     if (add_shares<P::kSums, kGemmThreads, Sum>(flat, args, reinterpret_cast<int*>(ring))) {
-        store_tile<KIND, BLOCKS, ROWS, P, Sum>(args, acc, tile, warp_m, warp_n);
+        store_tile<KIND, BLOCKS, P, Sum>(args, acc, tile, warp_m, warp_n,
+                                         reinterpret_cast<uint16_t*>(ring));
     }
 }
 

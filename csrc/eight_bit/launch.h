@@ -2,7 +2,7 @@
 // compile side by side.
 #pragma once
 #include "../ptx/launch.h"
-#include "gemm.h"
+#include "hopper.h"
 #include "quantize.h"
 
 namespace qk {
@@ -25,7 +25,26 @@ std::string launch_gemm(const EightBitCall& call) {
 }
 
 template <int KIND, bool BLOCKS>
+std::string launch_hopper(const EightBitCall& call) {
+    using P = HopperTiling<KIND>;
+    EightBitHopperArgs all{call.args, {}, {}};
+    const EightBitArgs& a = call.args;
+    std::string error = describe(all.x, Element::byte, a.x, a.kp, a.m, a.kp, kHopperM);
+    if (error.empty()) {
+        error = describe(all.weight, Element::byte, a.weight, a.kp, a.n, a.kp, P::kColumns);
+    }
+    if (!error.empty()) {
+        return error;
+    }
+    return launch(eight_bit_hopper<KIND, BLOCKS>, {call.split, 1, kHopperThreads8, P::kShared}, all,
+                  call.stream, call.early != 0);
+}
+
+template <int KIND, bool BLOCKS>
 std::string launch_eight_bit(const EightBitCall& call) {
+    if (call.rows == 0) {
+        return launch_hopper<KIND, BLOCKS>(call);
+    }
     if (call.is_gemv) {
         return call.rows == 8 ? launch_gemv<KIND, BLOCKS, 1>(call)
                               : launch_gemv<KIND, BLOCKS, 2>(call);

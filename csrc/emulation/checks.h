@@ -8,7 +8,9 @@ inline bool ordered(const Machine& m, const Moment& before) {
     const Moment now = m.now();
     return before.block_epoch < m.first_epoch || before.thread == now.thread ||
            before.block_epoch != now.block_epoch ||
-           (before.thread / kWarp == now.thread / kWarp && before.warp_epoch != now.warp_epoch);
+           (before.thread / kWarp == now.thread / kWarp
+                ? before.warp_epoch != now.warp_epoch
+                : before.warp_epoch < m.seen[now.thread / kWarp][before.thread / kWarp]);
 }
 
 inline void check_aligned(const void* p, size_t bytes) {
@@ -64,7 +66,7 @@ inline void note_shared_read(const void* p, size_t bytes) {
             m.fail("read of unwritten shared memory");
         }
         if (s[i].pending) {
-            m.fail("read of shared memory before its cp.async was waited for");
+            m.fail("read of shared memory before its asynchronous copy was waited for");
         }
         if (!ordered(m, s[i].written)) {
             m.fail("shared race: read after write of thread %u", s[i].written.thread);
@@ -72,19 +74,22 @@ inline void note_shared_read(const void* p, size_t bytes) {
         if (s[i].read.thread != m.thread || s[i].read.block_epoch < m.first_epoch) {
             s[i].read_too = s[i].read;
         }
+        if (s[i].read.thread / kWarpgroup != m.thread / kWarpgroup) {
+            s[i].read_far = s[i].read;
+        }
         s[i].read = m.now();
     }
 }
 
-/// `pending`: a cp.async sets out; otherwise the bytes are there now.
+/// `pending`: an asynchronous copy sets out; otherwise the bytes are there now.
 inline void note_shared_write(const void* p, size_t bytes, bool pending = false) {
     Machine& m = Machine::get();
     ShadowByte* s = shadow_of(p, bytes);
     for (size_t i = 0; i < bytes; i++) {
         if (s[i].pending && pending && s[i].written.block_epoch >= m.first_epoch) {
-            m.fail("shared write over a cp.async on its way");
+            m.fail("shared write over a copy on its way");
         }
-        for (const Moment* before : {&s[i].written, &s[i].read, &s[i].read_too}) {
+        for (const Moment* before : {&s[i].written, &s[i].read, &s[i].read_too, &s[i].read_far}) {
             if (!ordered(m, *before)) {
                 m.fail("shared race: write after access of thread %u", before->thread);
             }

@@ -2,7 +2,7 @@
 //
 // Barriers and warp collectives are rendezvous points: a fiber that reaches one gives way, and goes
 // on when everybody concerned has come. Between two rendezvous a thread runs undisturbed, so races
-// never show in results; `shadow.h` finds them instead, from who touched which byte in which epoch.
+// never show in results; `checks.h` finds them instead, from who touched which byte in which epoch.
 // The first violation of anything ends the launch, and `launch` returns it as text.
 #pragma once
 #include <ucontext.h>
@@ -29,14 +29,37 @@ struct Index {
     uint32_t x = 1, y = 1, z = 1;
 };
 
-/// What a fiber waits for: nothing, its block, its warp.
-enum class Waits { nothing, block, warp };
+constexpr int kWarpgroup = 128;
+
+/// What a fiber waits for: nothing, its block, its warp, its warpgroup, or that something happens.
+enum class Waits { nothing, block, warp, warpgroup, event };
 
 /// One cp.async that has not arrived yet.
 struct Copy {
     unsigned char* to;
     const unsigned char* from;
     uint32_t bytes, live;
+};
+
+/// A wgmma on its way: what a thread gave and gets. async.h computes it when it is waited for.
+struct Product {
+    uint32_t given[4], *a;     // registers of the first operand as they were, and where they are
+    void* sums;                // this thread's sums
+    const void *left, *right;  // descriptors' addresses; left is null if `a` is the first operand
+    bool accumulate;
+    void (*finish)(const Product&);
+};
+
+/// An mbarrier in shared memory.
+struct Mbarrier {
+    uint32_t count = 0, arrived = 0, phase = 0;
+    int64_t bytes = 0;  // still to come
+    struct Arrival {
+        Copy copy;
+        uint32_t warp, epoch;  // whose copy it is, and when it set out
+    };
+    std::vector<Arrival> copies;
+    std::vector<uint32_t> known, published;  // per warp: what arrivals know, and waits learn
 };
 
 struct Fiber {
@@ -49,8 +72,13 @@ struct Fiber {
     // read.
     unsigned char operands[2][kOperandBytes];
     int parity = 0;
+    std::function<bool()> happened;  // of Waits::event
     std::vector<Copy> uncommitted;
     std::vector<std::vector<Copy>> committed;  // oldest first
+    // Products of a warpgroup that this thread takes part in: not committed, committed, and those
+    // that the last wait finished.
+    std::vector<Product> issued, finished;
+    std::vector<std::vector<Product>> groups;
 };
 
 /// A thread at a moment, for telling whether two accesses were ordered by a barrier.
@@ -58,10 +86,11 @@ struct Moment {
     uint32_t thread = 0, block_epoch = 0, warp_epoch = 0;
 };
 
-/// Per byte of shared memory: the last write, and the last reads by two different threads.
+/// Per byte of shared memory: the last write, the last reads by two different threads, and the last
+/// one by another warpgroup.
 struct ShadowByte {
-    Moment written, read, read_too;
-    bool pending = false;  // a cp.async is on its way here
+    Moment written, read, read_too, read_far;
+    bool pending = false;  // an asynchronous copy is on its way here
 };
 
 /// Per byte of global memory that a kernel may write: which thread of the launch wrote it.
@@ -83,6 +112,9 @@ class Machine {
     std::vector<ShadowByte> shadow;
     uint32_t first_epoch = 1, block_epoch = 1;
     std::vector<uint32_t> warp_epoch;
+    // seen[a][b]: what warp b did before this epoch of its own happened before what warp a does now
+    std::vector<std::vector<uint32_t>> seen;
+    std::map<const void*, Mbarrier> mbarriers;
     std::vector<Fiber> fibers;
     std::string error;
 
@@ -92,6 +124,7 @@ class Machine {
     }
 
     Fiber& me() { return fibers[thread]; }
+    uint32_t warp() const { return thread / kWarp; }
     Moment now() const { return {thread, block_epoch, warp_epoch[thread / kWarp]}; }
 
     void register_region(const void* p, size_t bytes, bool writable) {
@@ -118,6 +151,13 @@ class Machine {
         me().waits = what;
         me().where = where;
         swapcontext(&me().context, &scheduler_);
+    }
+
+    void wait_until(std::function<bool()> happened, const char* where) {
+        if (!happened()) {
+            me().happened = std::move(happened);
+            wait(Waits::event, where);
+        }
     }
 
     /// Waits until all 32 lanes of the warp have come here; then `lane(i)` is what lane i brought.
@@ -194,6 +234,9 @@ class Machine {
     static void entry() {
         Machine& m = get();
         m.kernel_();
+        if (!m.me().issued.empty() || !m.me().groups.empty()) {
+            m.fail("wgmma: a product was never waited for");
+        }
         m.me().done = true;
         setcontext(&m.scheduler_);
     }
@@ -202,6 +245,8 @@ class Machine {
         const uint32_t threads = block_size.x;
         first_epoch = ++block_epoch;
         warp_epoch.assign(threads / kWarp, 0);
+        seen.assign(threads / kWarp, std::vector<uint32_t>(threads / kWarp, 0));
+        mbarriers.clear();
         // What a block finds in shared memory is no one's; a pattern makes results wrong rather
         // than lucky.
         std::fill(shared, shared + shared_bytes, 0xFF);
@@ -211,6 +256,9 @@ class Machine {
             f.waits = Waits::nothing;
             f.uncommitted.clear();
             f.committed.clear();
+            f.issued.clear();
+            f.groups.clear();
+            f.finished.clear();
             f.parity = 0;
             getcontext(&f.context);
             f.context.uc_stack.ss_sp = f.stack.get();
@@ -221,12 +269,18 @@ class Machine {
         for (;;) {
             bool ran = false;
             for (thread = 0; thread < threads && error.empty(); thread++) {
+                if (!me().done && me().waits == Waits::event && me().happened()) {
+                    me().waits = Waits::nothing;
+                }
                 if (!me().done && me().waits == Waits::nothing) {
                     ran = true;
                     resume();
                 }
                 if (thread % kWarp == kWarp - 1) {
                     ran |= release(thread - (kWarp - 1), kWarp, Waits::warp);
+                }
+                if (thread % kWarpgroup == kWarpgroup - 1) {
+                    ran |= release(thread - (kWarpgroup - 1), kWarpgroup, Waits::warpgroup);
                 }
             }
             if (!error.empty()) {
@@ -257,6 +311,21 @@ class Machine {
         }
     }
 
+    /// What these warps did until now happened before what each of them does from now on.
+    void order_warps(uint32_t first, uint32_t count) {
+        std::vector<uint32_t> all(warp_epoch.size(), 0);
+        for (uint32_t w = first; w < first + count; w++) {
+            warp_epoch[w]++;
+            seen[w][w] = warp_epoch[w];
+            for (size_t other = 0; other < all.size(); other++) {
+                all[other] = std::max(all[other], seen[w][other]);
+            }
+        }
+        for (uint32_t w = first; w < first + count; w++) {
+            seen[w] = all;
+        }
+    }
+
     /// Lets threads [first, first + count) go on if all wait for the same thing; whether it did.
     bool release(uint32_t first, uint32_t count, Waits what) {
         for (uint32_t t = first; t < first + count; t++) {
@@ -269,6 +338,8 @@ class Machine {
             block_epoch++;
         } else if (strcmp(fibers[first].where, "__syncwarp") == 0) {
             warp_epoch[first / kWarp]++;
+        } else if (strcmp(fibers[first].where, "bar.sync of a warpgroup") == 0) {
+            order_warps(first / kWarp, count / kWarp);
         }
         for (uint32_t t = first; t < first + count; t++) {
             fibers[t].waits = Waits::nothing;

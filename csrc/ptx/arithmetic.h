@@ -129,6 +129,30 @@ QK_BOTH T high_of(uint32_t both) {
     return {uint16_t(both >> 16)};
 }
 
+/// Two float32, rounded to nearest even, as a pair.
+template <typename T>
+QK_BOTH uint32_t round_pair(float low, float high);
+template <>
+QK_BOTH uint32_t round_pair<Half>(float low, float high) {
+#ifdef __CUDA_ARCH__
+    uint32_t d;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+#else
+    return pair(from_float<Half>(low), from_float<Half>(high));
+#endif
+}
+template <>
+QK_BOTH uint32_t round_pair<BFloat>(float low, float high) {
+#ifdef __CUDA_ARCH__
+    uint32_t d;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+#else
+    return pair(from_float<BFloat>(low), from_float<BFloat>(high));
+#endif
+}
+
 #ifndef __CUDA_ARCH__
 template <typename T>
 inline uint32_t fma2_model(uint32_t a, uint32_t b, uint32_t c) {

@@ -11,12 +11,15 @@
 #define QK_BOTH __host__ __device__ __forceinline__
 #define QK_CALLED static __device__ __noinline__
 #define QK_UNROLL _Pragma("unroll")
+#define QK_PRAGMA(TEXT) _Pragma(#TEXT)
+#define QK_UNROLL_BY(COUNT) QK_PRAGMA(unroll COUNT)
 #else
 #include "../emulation/checks.h"
 #define QK_DEVICE inline
 #define QK_BOTH inline
 #define QK_CALLED inline
 #define QK_UNROLL
+#define QK_UNROLL_BY(COUNT)
 #define __global__
 #define __grid_constant__
 #define __launch_bounds__(...)

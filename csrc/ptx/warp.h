@@ -19,6 +19,17 @@ QK_DEVICE uint32_t shuffle_xor(uint32_t value, uint32_t mask) {
 QK_DEVICE float shuffle_xor(float value, uint32_t mask) {
     return bits_to_float(shuffle_xor(float_to_bits(value), mask));
 }
+/// The value of lane `from`.
+QK_DEVICE uint32_t shuffle_from(uint32_t value, uint32_t from) {
+#ifdef __CUDACC__
+    return __shfl_sync(0xFFFFFFFF, value, from);
+#else
+    return emulation::Machine::get().meet("shfl.idx", value).lane(from);
+#endif
+}
+QK_DEVICE float shuffle_from(float value, uint32_t from) {
+    return bits_to_float(shuffle_from(float_to_bits(value), from));
+}
 /// Bit i: whether lane i's predicate holds.
 QK_DEVICE uint32_t ballot(bool predicate) {
 #ifdef __CUDACC__

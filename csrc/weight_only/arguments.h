@@ -8,26 +8,32 @@ namespace qk {
 struct Words4;
 struct Words2;
 
-/// qkernels/backends/cuda/weight_only.py names scalers and dtypes by the same numbers.
+/// Scalers that one kernel tells apart as it runs, and dtypes; qkernels/backends/cuda/calls.py
+/// names them by the same numbers.
 enum Scaling : int { kGroup, kScale, kScaleFlat, kNested, kNestedFlat };
 enum ScaleType : int { kFloat32, kFloat16, kBFloat16 };
 
 struct WeightOnlyArgs {
     const void* x;           // (M, K), the 16-bit type
     const Words4* qdata;     // (tiles, N, 4 x 16 bytes)
-    const Words2* qhigh;     // (tiles, N, 4 x 8 bytes), 3-bit codes only
+    const void* qhigh;       // high bits (tiles, N, 4 x 4, 8 or 16 bytes), where codes have them
     const int* perm;         // (KP) or null
     const int* slice_group;  // (KP / 16) or null
-    const uint32_t* table;   // (8) of the 16-bit type, or null
+    const uint32_t* table;   // (8) of the 16-bit type, or a codebook, or null
     const void* scale;       // scales, absmax, or 8-bit codes of absmax
     const uint8_t* zero;     // zero points (groups, N)
+    const void* second;      // what else a scaler of quad_scalers.h reads
+    const void* third;
     const float* nested_map;
     const float* nested_outer;
     const float* nested_offset;
-    const void* bias;  // (N) or null
-    void* y;           // (M, N)
-    float* partial;    // (shares, blocks, rows of a block x columns of a block)
-    int* counter;      // (blocks), zero before and after
+    const int* row_offsets;    // of outliers, (N + 1)
+    const uint32_t* col_vals;  // float16 value << 16 | input feature
+    const void* x_columns;     // gemm with outliers: x^T (K, x_rows), in the checkpoint's order
+    const void* bias;          // (N) or null
+    void* y;                   // (M, N)
+    float* partial;            // (shares, blocks, rows of a block x columns of a block)
+    int* counter;              // (blocks), zero before and after
     int m, n, k, kp;
     int tiles, share;  // tiles of 16 words along K in all, and for one block
     int group, shift;  // features in a group, and log2 of it or -1
@@ -35,6 +41,8 @@ struct WeightOnlyArgs {
     int scaling, scale_type;
     int x_stride;  // gemm: features of a row of x, in kernel order, a multiple of 8
     int chunk;     // gemv: tiles whose activations are in shared memory at a time
+    int x_rows;    // gemm with outliers: rows of x, padded with zeros to a multiple of 8
+    int is_float;  // y, in float32
 };
 
 /// One launch, as Python asks for it: qkernels/backends/cuda/calls.py has the same struct.
@@ -44,7 +52,7 @@ struct WeightOnlyCall {
     uint32_t grid_x, grid_y, shared;
     int kernel;     // 0: gemv, 1: gemm
     int is_bfloat;  // of x, y and bias
-    int runs;       // scales of a tile and row: 1, 2, 4, or 0 for any other number
+    int runs;       // scales of a tile and row, if not the kernel's own: 1, 2, 4, or 0 for any
     int early;      // launch before the last kernel is done (sm_90+)
     int size;       // of this struct, as the caller knows it
 };

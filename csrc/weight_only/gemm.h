@@ -4,12 +4,14 @@
 // A block has 64 rows of W, 16 a warp, and COLUMNS rows of x; a step is one tile of the weight
 // along K:
 //
-//      stage:  codes (64 rows x 64 bytes [+ 32 of third bits])       each lane's own 16 bytes
+//      stage:  codes (64 rows x 64 bytes [+ up to 64 of high bits])   each lane's own 16 bytes
 //              x (COLUMNS rows x features of a tile)                 16-byte chunk c of row m at
 //                                                                    c ^ (m % 8), for ldmatrix
 //
 // Codes become operands of mma.m16n8k16 in registers, used COLUMNS / 8 times each. Sums of a run
-// are scaled as in gemv.h. K is cut into shares, summed in order by the block that finishes last.
+// are scaled as in gemv.h, or each weight is, rounded to 16 bits once, which costs less than adding
+// up COLUMNS sums where runs are short. K is cut into shares, summed in order by the block that
+// finishes last.
 #pragma once
 #include "gemv.h"
 
@@ -21,12 +23,17 @@ constexpr int kGemmRows = 64, kStages = 4;
 template <typename D>
 constexpr int kGemmColumns = D::kPairs == 8 ? 32 : 64;
 
-/// Bytes of a stage's codes, of its third bits, and of all of it.
+/// Blocks a multiprocessor is to have registers for, 0 for as the compiler likes. Shared memory
+/// lets no third one in where codes come with a codebook, and the compiler would spill to have it.
 template <typename D>
+constexpr int kGemmBlocks = D::kBook > 0 ? 2 : 0;
+
+/// Bytes of a stage's codes, of its high bits, and of all of it.
 constexpr int kCodeBytes = kGemmRows * 64;
 template <typename D>
-constexpr int kStageBytes =
-    kCodeBytes<D> + (D::kHigh ? kGemmRows * 32 : 0) + kGemmColumns<D> * kTile<D> * 2;
+constexpr int kHighBytes = kGemmRows * 16 * D::kHigh;
+template <typename D>
+constexpr int kStageBytes = kCodeBytes + kHighBytes<D> + kGemmColumns<D> * kTile<D> * 2;
 
 /// Where this block is, and its stages.
 template <typename D>
@@ -37,15 +44,17 @@ struct Place {
     QK_DEVICE unsigned char* codes(int step) const {
         return shared + step % kStages * kStageBytes<D>;
     }
-    QK_DEVICE unsigned char* third_bits(int step) const { return codes(step) + kCodeBytes<D>; }
-    QK_DEVICE unsigned char* x(int step) const {
-        return third_bits(step) + (D::kHigh ? kGemmRows * 32 : 0);
-    }
+    QK_DEVICE unsigned char* high_bits(int step) const { return codes(step) + kCodeBytes; }
+    QK_DEVICE unsigned char* x(int step) const { return high_bits(step) + kHighBytes<D>; }
     /// 16-byte chunk c of row m of x.
     QK_DEVICE unsigned char* chunk(int step, int m, int c) const {
         return x(step) + (m * (kTile<D> / 8) + (c ^ m % 8)) * 16;
     }
 };
+
+/// 16-byte units of a tile's high bits of one row.
+template <typename D>
+constexpr int kHighUnits = D::kHigh > 0 ? D::kHigh : 1;
 
 /// Codes of a step set out. Rows and tiles that do not exist become zeros.
 template <typename D>
@@ -58,11 +67,13 @@ QK_DEVICE void fetch_codes(const WeightOnlyArgs& args, const Place<D>& place, in
         const int64_t at = live ? (int64_t(tile) * args.n + row) * 4 + unit % 4 : 0;
         copy_async(place.codes(step) + unit * 16, args.qdata + at, live ? 16 : 0);
     }
-    if (D::kHigh) {
-        const int row = place.n0 + t / 2;
+    for (int unit = t; unit < kHighBytes<D> / 16; unit += kThreads) {
+        const int row = place.n0 + unit / kHighUnits<D>;
         const bool live = tile < place.end && row < args.n;
-        const int64_t at = live ? (int64_t(tile) * args.n + row) * 4 + t % 2 * 2 : 0;
-        copy_async(place.third_bits(step) + t * 16, args.qhigh + at, live ? 16 : 0);
+        const int64_t at =
+            live ? (int64_t(tile) * args.n + row) * kHighUnits<D> + unit % kHighUnits<D> : 0;
+        copy_async(place.high_bits(step) + unit * 16, static_cast<const Words4*>(args.qhigh) + at,
+                   live ? 16 : 0);
     }
 }
 
@@ -89,25 +100,26 @@ QK_DEVICE Packed<D> packed_of(const Place<D>& place, int step) {
         const int row = warp_index() * 16 + r * 8 + q;
         packed.low[r] =
             load_shared(reinterpret_cast<const Words4*>(place.codes(step)) + row * 4 + j);
-        if (D::kHigh) {
-            packed.high[r] =
-                load_shared(reinterpret_cast<const Words2*>(place.third_bits(step)) + row * 4 + j);
+        if (D::kHigh > 0) {
+            packed.high[r] = load_shared(
+                reinterpret_cast<const HighWords<D>*>(place.high_bits(step)) + row * 4 + j);
         }
     }
     return packed;
 }
 
 /// acc += one step.
-template <typename T, typename D, int RUNS>
+template <typename T, typename D, typename S>
 QK_DEVICE void multiply_step(float (&acc)[kGemmColumns<D> / 8][4], const WeightOnlyArgs& args,
-                             const Place<D>& place, int step, const Held<D, RUNS>& held,
-                             const Table& table, const RowScales (&scales)[2]) {
+                             const Place<D>& place, int step, const Held<D, S>& held,
+                             const Table& table, const typename S::Rows& scaled) {
     constexpr int columns = kGemmColumns<D> / 8;
     const Values<D> values = decode<D>(packed_of<D>(place, step), table);
+    S scales(args, held.raw, place.begin + step);
     const int j = lane_index() % 4;
-    const bool by_element = RUNS == 0 && args.run < kSlice;
-    const int run = RUNS == 0 ? args.run : kTile<D> / kHeld<RUNS>;
-    float sums[columns][4] = {}, factor[2] = {1, 1};
+    const bool by_element = S::kRuns == 0 && args.run < kSlice;
+    const int run = S::kRuns == 0 ? args.run : kTile<D> / kRunsHeld<S>;
+    float sums[columns][4] = {}, factor[2] = {1, 1}, minus[2] = {};
     uint32_t offset[2] = {};
     QK_UNROLL
     for (int s = 0; s < D::kPairs; s++) {
@@ -123,17 +135,30 @@ QK_DEVICE void multiply_step(float (&acc)[kGemmColumns<D> / 8][4], const WeightO
             if (!by_element && slice * kSlice % run == 0) {
                 QK_UNROLL
                 for (int r = 0; r < 2; r++) {
-                    const ScaleZero found =
-                        RUNS == 0 ? scale_at(&args, scales[r], kk)
-                                  : RowScales::finish(args, held.raw[r][slice * kSlice / run]);
+                    const int number = slice * kRunsHeld<S> / (2 * D::kPairs);
+                    const ScaleZero found = scales.get(args, scaled, r, number, kk);
                     factor[r] = found.scale;
-                    offset[r] = D::offset(found.zero);
+                    minus[r] = S::kMinus ? found.zero : 0;
+                    offset[r] = D::offset(S::kMinus ? 0 : found.zero);
                 }
             }
             uint32_t a[4];
             operand<D>(a, values, s, p, offset);
-            if (by_element) {
-                scale_elements<T>(a, args, scales, kk + j * 2);
+            if constexpr (S::kElements) {
+                QK_UNROLL
+                for (int i = 0; i < 4; i++) {
+                    a[i] = scaled_less<T>(a[i], factor[i % 2], minus[i % 2]);
+                }
+                QK_UNROLL
+                for (int c = 0; c < columns; c++) {
+                    mma<T>(acc[c], a, x[c][p * 2], x[c][p * 2 + 1]);
+                }
+                continue;
+            }
+            if constexpr (S::kRuns == 0) {
+                if (by_element) {
+                    scale_elements<T>(a, args, scaled.of, kk + j * 2);
+                }
             }
             const bool fold = by_element || (slice + 1) * kSlice % run == 0;
             QK_UNROLL
@@ -179,25 +204,26 @@ QK_DEVICE bool reduce_shares(float (&acc)[COUNT][4], const WeightOnlyArgs& args,
 }
 
 /// Grid: (blocks of rows of x, fastest, and of 64 rows of W; shares of K).
-template <typename T, int CODE, int RUNS>
-__global__ void __launch_bounds__(kGemvThreads)
+template <typename T, int CODE, typename S>
+__global__ void __launch_bounds__(kThreads, (kGemmBlocks<DecoderOf<T, CODE>>))
     weight_only_gemm(const __grid_constant__ WeightOnlyArgs args) {
     using D = DecoderOf<T, CODE>;
     constexpr int columns = kGemmColumns<D>;
     const int blocks_m = (args.m + columns - 1) / columns, begin = block_index_y() * args.share;
-    const Place<D> place{
-        int(block_index_x() % blocks_m * columns), int(block_index_x() / blocks_m * kGemmRows),
-        begin, begin + args.share < args.tiles ? begin + args.share : args.tiles, shared_memory()};
+    const Place<D> place{int(block_index_x() % blocks_m * columns),
+                         int(block_index_x() / blocks_m * kGemmRows), begin,
+                         begin + args.share < args.tiles ? begin + args.share : args.tiles,
+                         shared_memory() + kBookBytes<D>};
     const int q = lane_index() / 4, j = lane_index() % 4, first = place.n0 + warp_index() * 16 + q;
-    const RowScales scales[2] = {RowScales(args, first), RowScales(args, first + 8)};
+    const typename S::Rows scaled(args, first);
 
     // The weight depends on no kernel before this one.
     QK_UNROLL
     for (int step = 0; step < kStages - 1; step++) {
         fetch_codes<D>(args, place, step);
     }
-    Held<D, RUNS> held = {}, next = {};
-    load_scales(held, args, place.begin, place.end, scales);
+    Held<D, S> held = {}, next = {};
+    load_scales(held, args, place.begin, place.end, scaled);
     const Table table = load_table<D>(args);
     let_next_kernel_start();
     wait_for_last_kernel();
@@ -208,6 +234,9 @@ __global__ void __launch_bounds__(kGemvThreads)
     }
 
     float acc[columns / 8][4] = {};
+    if (S::kOutliers) {
+        add_sparse<T>(acc, args, first, place.m0);
+    }
     for (int step = 0; step < place.end - place.begin; step++) {
         copy_async_wait<kStages - 2>();
         sync_block();  // everybody's copies of this step are there, and everybody is done with the
@@ -215,8 +244,8 @@ __global__ void __launch_bounds__(kGemvThreads)
         fetch_codes<D>(args, place, step + kStages - 1);
         fetch_x<T, D>(args, place, step + kStages - 1);
         copy_async_commit();
-        load_scales(next, args, place.begin + step + 1, place.end, scales);
-        multiply_step<T, D, RUNS>(acc, args, place, step, held, table, scales);
+        load_scales(next, args, place.begin + step + 1, place.end, scaled);
+        multiply_step<T, D, S>(acc, args, place, step, held, table, scaled);
         held = next;
     }
     copy_async_wait<0>();
@@ -229,11 +258,7 @@ __global__ void __launch_bounds__(kGemvThreads)
     for (int i = 0; i < columns / 8 * 4; i++) {
         const int n = first + i % 4 / 2 * 8, m = place.m0 + i / 4 * 8 + j * 2 + i % 2;
         if (n < args.n && m < args.m) {
-            float y = acc[i / 4][i % 4];
-            if (args.bias != nullptr) {
-                y += to_float(load_global(static_cast<const T*>(args.bias) + n));
-            }
-            store_global(static_cast<T*>(args.y) + int64_t(m) * args.n + n, from_float<T>(y));
+            store_output<T>(args, m, n, acc[i / 4][i % 4]);
         }
     }
 }

@@ -14,46 +14,36 @@
 // The order of every sum depends on the weight's shape and `share` alone: warps are added in order,
 // then shares, by the block that finishes last. It never depends on M or on timing.
 #pragma once
+#include "outliers.h"
 #include "tile.h"
 
 namespace qk {
 
-constexpr int kGemvWarps = 4, kGemvThreads = 32 * kGemvWarps;
+constexpr int kGemvWarps = kThreads / 32, kGemvThreads = kThreads;
 constexpr int kGemvRows = 16, kGemvColumns = 8, kGemvOutputs = kGemvRows * kGemvColumns;
 
-/// How scales are had. RUNS of 1, 2, 4: that many a tile and row, loaded with the codes. 0: any
-/// number, looked up when needed, if need be for each weight.
-template <int RUNS>
-constexpr int kDepth = RUNS == 1 || RUNS == 2 ? 4 : 2;
-template <int RUNS>
-constexpr int kHeld = RUNS == 0 ? 1 : RUNS;
+template <typename S>
+constexpr int kRunsHeld = S::kRuns == 0 ? 1 : S::kRuns;
 
-/// What a lane holds of one tile to come.
-template <typename D, int RUNS>
+/// What a lane holds of one tile to come. S: a scaler, see scalers.h.
+template <typename D, typename S>
 struct Held {
     Packed<D> packed;
-    RawScale raw[2][kHeld<RUNS>];
+    typename S::Raw raw;
 };
 
-template <typename D, int RUNS>
-QK_DEVICE void load_scales(Held<D, RUNS>& held, const WeightOnlyArgs& args, int tile, int end,
-                           const RowScales (&scales)[2]) {
-    if (RUNS > 0 && tile < end) {
-        QK_UNROLL
-        for (int r = 0; r < 2; r++) {
-            QK_UNROLL
-            for (int i = 0; i < kHeld<RUNS>; i++) {
-                held.raw[r][i] =
-                    scales[r].fetch(args, tile * kTile<D> + i * (kTile<D> / kHeld<RUNS>));
-            }
-        }
+template <typename D, typename S>
+QK_DEVICE void load_scales(Held<D, S>& held, const WeightOnlyArgs& args, int tile, int end,
+                           const typename S::Rows& scaled) {
+    if (tile < end) {
+        S::fetch(held.raw, args, scaled, tile, kTile<D>);
     }
 }
-template <typename D, int RUNS>
-QK_DEVICE void load_held(Held<D, RUNS>& held, const WeightOnlyArgs& args, int tile, int end,
-                         const int (&rows)[2], const RowScales (&scales)[2], uint64_t policy) {
+template <typename D, typename S>
+QK_DEVICE void load_held(Held<D, S>& held, const WeightOnlyArgs& args, int tile, int end,
+                         const int (&rows)[2], const typename S::Rows& scaled, uint64_t policy) {
     held.packed = load_packed<D>(args, tile, end, rows, policy);
-    load_scales(held, args, tile, end, scales);
+    load_scales(held, args, tile, end, scaled);
 }
 
 /// Where 16 bytes of staged activations are: 32 features of one row are 4 units, one per j, each
@@ -79,16 +69,19 @@ QK_DEVICE void stage(const WeightOnlyArgs& args, Words4* staged, int m0, int fir
     }
 }
 
-/// acc += one tile times its activations, scaled.
-template <typename T, typename D, int RUNS>
-QK_DEVICE void multiply(float (&acc)[4], const WeightOnlyArgs& args, const Held<D, RUNS>& held,
-                        const Table& table, const RowScales (&scales)[2], int tile,
+/// acc += one tile times its activations, scaled. Minima are taken off once a run, times the sum of
+/// its activations: a product of these with a matrix of ones has that sum where `sums` has the
+/// row's.
+template <typename T, typename D, typename S>
+QK_DEVICE void multiply(float (&acc)[4], const WeightOnlyArgs& args, const Held<D, S>& held,
+                        const Table& table, const typename S::Rows& scaled, int tile,
                         const Words4* staged, int units, int group, bool live) {
     const Values<D> values = decode<D>(held.packed, table);
+    S scales(args, held.raw, tile);
     const int q = lane_index() / 4, j = lane_index() % 4;
-    const bool by_element = RUNS == 0 && args.run < kSlice;
-    const int run = RUNS == 0 ? args.run : kTile<D> / kHeld<RUNS>;
-    float sums[4] = {}, factor[2] = {1, 1};
+    const bool by_element = S::kRuns == 0 && args.run < kSlice;
+    const int run = S::kRuns == 0 ? args.run : kTile<D> / kRunsHeld<S>;
+    float sums[4] = {}, x_sums[4] = {}, factor[2] = {1, 1}, minus[2] = {};
     uint32_t offset[2] = {};
     QK_UNROLL
     for (int slice = 0; slice < 2 * D::kPairs; slice++) {
@@ -96,17 +89,19 @@ QK_DEVICE void multiply(float (&acc)[4], const WeightOnlyArgs& args, const Held<
         if (!by_element && slice * kSlice % run == 0) {
             QK_UNROLL
             for (int r = 0; r < 2; r++) {
-                const ScaleZero found =
-                    RUNS == 0 ? scale_at(&args, scales[r], kk)
-                              : RowScales::finish(args, held.raw[r][slice * kSlice / run]);
+                const int number = slice * kRunsHeld<S> / (2 * D::kPairs);
+                const ScaleZero found = scales.get(args, scaled, r, number, kk);
                 factor[r] = found.scale;
-                offset[r] = D::offset(found.zero);
+                minus[r] = S::kMinus ? found.zero : 0;
+                offset[r] = D::offset(S::kMinus ? 0 : found.zero);
             }
         }
         uint32_t a[4];
         operand<D>(a, values, s, p, offset);
-        if (by_element) {
-            scale_elements<T>(a, args, scales, kk + j * 2);
+        if constexpr (S::kRuns == 0) {
+            if (by_element) {
+                scale_elements<T>(a, args, scaled.of, kk + j * 2);
+            }
         }
         Words2 x = {};
         if (live) {
@@ -114,11 +109,19 @@ QK_DEVICE void multiply(float (&acc)[4], const WeightOnlyArgs& args, const Held<
                 reinterpret_cast<const Words2*>(staged + unit_of(units, q, group + s, j)) + p);
         }
         mma<T>(sums, a, x.w[0], x.w[1]);
+        if (S::kMinus) {
+            constexpr uint32_t one = Magic<T>::kOne, ones[4] = {one, one, one, one};
+            mma<T>(x_sums, ones, x.w[0], x.w[1]);
+        }
         if (by_element || (slice + 1) * kSlice % run == 0) {
             QK_UNROLL
             for (int i = 0; i < 4; i++) {
                 acc[i] += factor[i / 2] * sums[i];
                 sums[i] = 0;
+                if (S::kMinus) {
+                    acc[i] -= minus[i / 2] * x_sums[i];
+                    x_sums[i] = 0;
+                }
             }
         }
     }
@@ -139,10 +142,10 @@ QK_DEVICE bool last_share(const WeightOnlyArgs& args, int* last) {
     return load_shared(last) != 0;
 }
 
-/// Sums of this block's warps, and of all shares if this block is the last: value i of 16 x 8 to
-/// thread i. Returns whether there is something to store.
+/// Sums of this block's warps and outliers, and of all shares if this block is the last: value i of
+/// 16 x 8 to thread i. Returns whether there is something to store.
 QK_DEVICE bool reduce(float& total, const WeightOnlyArgs& args, const float (&acc)[4],
-                      float* shared) {
+                      float* shared, const float* sparse) {
     const int t = thread_index(), q = lane_index() / 4, j = lane_index() % 4;
     sync_block();  // the activations are read
     QK_UNROLL
@@ -155,6 +158,9 @@ QK_DEVICE bool reduce(float& total, const WeightOnlyArgs& args, const float (&ac
     QK_UNROLL
     for (int w = 0; w < kGemvWarps; w++) {
         total += load_shared(shared + w * kGemvOutputs + t);
+    }
+    if (sparse != nullptr) {
+        total += sparse_total(sparse, t);
     }
     const int shares = blocks_y();
     if (shares == 1) {
@@ -173,7 +179,7 @@ QK_DEVICE bool reduce(float& total, const WeightOnlyArgs& args, const float (&ac
 }
 
 /// Grid: (blocks of 8 rows of x, fastest, and of 16 rows of W; shares of K).
-template <typename T, int CODE, int RUNS>
+template <typename T, int CODE, typename S>
 __global__ void __launch_bounds__(kGemvThreads)
     weight_only_gemv(const __grid_constant__ WeightOnlyArgs args) {
     using D = DecoderOf<T, CODE>;
@@ -182,24 +188,31 @@ __global__ void __launch_bounds__(kGemvThreads)
     const int n0 = block_index_x() / blocks_m * kGemvRows;
     const int q = lane_index() / 4;
     const int rows[2] = {n0 + q, n0 + q + 8};
-    const RowScales scales[2] = {RowScales(args, rows[0]), RowScales(args, rows[1])};
+    const typename S::Rows scaled(args, rows[0]);
     const int begin = block_index_y() * args.share;
     const int end = begin + args.share < args.tiles ? begin + args.share : args.tiles;
     const uint64_t policy = evict_first();
 
     // The weight depends on no kernel before this one: its loads start before anything is waited
     // for.
-    constexpr int depth = kDepth<RUNS>;
-    Held<D, RUNS> held[depth];
+    constexpr int depth = S::kDepth;
+    Held<D, S> held[depth];
     QK_UNROLL
     for (int d = 0; d < depth; d++) {
-        load_held(held[d], args, begin + d * kGemvWarps + warp_index(), end, rows, scales, policy);
+        load_held(held[d], args, begin + d * kGemvWarps + warp_index(), end, rows, scaled, policy);
     }
     const Table table = load_table<D>(args);
     let_next_kernel_start();
     wait_for_last_kernel();
 
-    Words4* staged = reinterpret_cast<Words4*>(shared_memory());
+    float* sparse =
+        S::kOutliers ? reinterpret_cast<float*>(shared_memory() + kBookBytes<D>) : nullptr;
+    unsigned char* const shared =
+        shared_memory() + kBookBytes<D> + (S::kOutliers ? kSparseBytes : 0);
+    if (S::kOutliers) {
+        sparse_sums<T>(args, sparse, n0, m0);
+    }
+    Words4* staged = reinterpret_cast<Words4*>(shared);
     const int units = args.chunk * D::kPairs * 4;
     float acc[4] = {};
     for (int first = begin; first < end; first += args.chunk) {
@@ -211,22 +224,19 @@ __global__ void __launch_bounds__(kGemvThreads)
             for (int d = 0; d < depth; d++) {
                 const int local = step + d * kGemvWarps + warp_index(), tile = first + local;
                 if (tile < end) {
-                    multiply<T, D, RUNS>(acc, args, held[d], table, scales, tile, staged, units,
-                                         local * D::kPairs, m0 + q < args.m);
+                    multiply<T, D, S>(acc, args, held[d], table, scaled, tile, staged, units,
+                                      local * D::kPairs, m0 + q < args.m);
                 }
-                load_held(held[d], args, tile + depth * kGemvWarps, end, rows, scales, policy);
+                load_held(held[d], args, tile + depth * kGemvWarps, end, rows, scaled, policy);
             }
         }
     }
 
     float total;
-    if (reduce(total, args, acc, reinterpret_cast<float*>(shared_memory()))) {
+    if (reduce(total, args, acc, reinterpret_cast<float*>(shared), sparse)) {
         const int n = n0 + thread_index() % kGemvRows, m = m0 + thread_index() / kGemvRows;
         if (n < args.n && m < args.m) {
-            if (args.bias != nullptr) {
-                total += to_float(load_global(static_cast<const T*>(args.bias) + n));
-            }
-            store_global(static_cast<T*>(args.y) + int64_t(m) * args.n + n, from_float<T>(total));
+            store_output<T>(args, m, n, total);
         }
     }
 }

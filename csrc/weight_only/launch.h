@@ -2,33 +2,103 @@
 // compile side by side.
 #pragma once
 #include "../ptx/launch.h"
-#include "gemm.h"
+#include "hopper.h"
 
 namespace qk {
 
-template <typename T, int CODE>
+using WeightOnlyKernel = void (*)(WeightOnlyArgs);
+
+/// One of the kernels of hopper.h, with what its launch needs to know.
+struct HopperKernel {
+    void (*kernel)(HopperArgs);
+    int columns, shared;
+
+    template <typename T, int CODE, typename S>
+    static HopperKernel of() {
+        using D = DecoderOf<T, CODE>;
+        constexpr int columns = kHopperColumns<D, S>;
+        return {weight_only_hopper<T, CODE, S>, columns, HopperShared<D, columns>::kBytes};
+    }
+};
+
+/// The scalers of `Plain`, by how many scales a tile has.
+struct AnyPlain {
+    template <typename T, int CODE>
+    static WeightOnlyKernel find(const WeightOnlyCall& call) {
+        const WeightOnlyKernel gemv[] = {
+            weight_only_gemv<T, CODE, Plain<0>>, weight_only_gemv<T, CODE, Plain<1>>,
+            weight_only_gemv<T, CODE, Plain<2>>, nullptr, weight_only_gemv<T, CODE, Plain<4>>};
+        // A tile's two scales are its four, twice each.
+        const WeightOnlyKernel gemm[] = {
+            weight_only_gemm<T, CODE, Plain<0>>, weight_only_gemm<T, CODE, Plain<1>>,
+            weight_only_gemm<T, CODE, Plain<4>>, nullptr, weight_only_gemm<T, CODE, Plain<4>>};
+        return call.kernel == 0 ? gemv[call.runs] : gemm[call.runs];
+    }
+    template <typename T, int CODE>
+    static HopperKernel find_hopper(const WeightOnlyCall& call) {
+        return call.runs == 0   ? HopperKernel::of<T, CODE, Plain<0>>()
+               : call.runs == 1 ? HopperKernel::of<T, CODE, Plain<1>>()
+                                : HopperKernel::of<T, CODE, Plain<4>>();
+    }
+};
+
+/// One scaler only, the one that the codes' formats have. HOPPER: whether with the kernel of
+/// hopper.h.
+template <typename S, bool HOPPER = true>
+struct Only {
+    template <typename T, int CODE>
+    static WeightOnlyKernel find(const WeightOnlyCall& call) {
+        static_assert(S::kRuns > 0, "");
+        if (call.args.run % (kTile<DecoderOf<T, CODE>> / S::kRuns) != 0) {
+            return nullptr;
+        }
+        return call.kernel == 0 ? WeightOnlyKernel(weight_only_gemv<T, CODE, S>)
+                                : WeightOnlyKernel(weight_only_gemm<T, CODE, S>);
+    }
+    template <typename T, int CODE>
+    static HopperKernel find_hopper(const WeightOnlyCall&) {
+        if constexpr (HOPPER) {
+            return HopperKernel::of<T, CODE, S>();
+        }
+        return {nullptr, 0, 0};
+    }
+};
+
+template <typename T, int CODE, typename Scalers>
 std::string launch_weight_only(const WeightOnlyCall& call) {
-    const Grid grid{call.grid_x, call.grid_y, kGemvThreads, call.shared};
-    void (*const gemv[])(WeightOnlyArgs) = {
-        weight_only_gemv<T, CODE, 0>, weight_only_gemv<T, CODE, 1>, weight_only_gemv<T, CODE, 2>,
-        nullptr, weight_only_gemv<T, CODE, 4>};
-    // A tile's two scales are its four, twice each.
-    void (*const gemm[])(WeightOnlyArgs) = {
-        weight_only_gemm<T, CODE, 0>, weight_only_gemm<T, CODE, 1>, weight_only_gemm<T, CODE, 4>,
-        nullptr, weight_only_gemm<T, CODE, 4>};
-    const auto kernel = call.kernel == 0 ? gemv[call.runs] : gemm[call.runs];
-    return launch<WeightOnlyArgs>(kernel, grid, call.args, call.stream, call.early != 0);
+    // The scalers find a kernel of the other two, or say that they have none for such groups.
+    const WeightOnlyKernel kernel = Scalers::template find<T, CODE>(call);
+    if (kernel == nullptr) {
+        return "it is made for longer groups than these";
+    }
+    if (call.kernel != 2) {
+        const Grid grid{call.grid_x, call.grid_y, kGemvThreads, call.shared};
+        return launch<WeightOnlyArgs>(kernel, grid, call.args, call.stream, call.early != 0);
+    }
+    const HopperKernel hopper = Scalers::template find_hopper<T, CODE>(call);
+    if (hopper.kernel == nullptr) {
+        return "Hopper's kernel is not made for weights with transforms";
+    }
+    HopperArgs args{call.args, {}};
+    const Element element = call.is_bfloat ? Element::bfloat : Element::half;
+    const std::string error =
+        describe(args.x, element, call.args.x, call.args.x_stride, call.args.m,
+                 int64_t(call.args.x_stride) * 2, hopper.columns);
+    const Grid grid{call.grid_x, 1, kHopperThreads, size_t(hopper.shared)};
+    return !error.empty()
+               ? error
+               : launch<HopperArgs>(hopper.kernel, grid, args, call.stream, call.early != 0);
 }
 
 /// Text that stays until the next call of this thread; "" if all is well.
-template <int CODE>
+template <int CODE, typename Scalers = AnyPlain>
 const char* run_weight_only(const WeightOnlyCall* call) {
     static thread_local std::string error;
     if (call->size != int(sizeof(WeightOnlyCall))) {
         error = "the compiled kernels and the Python code are of different versions";
     } else {
-        error = call->is_bfloat ? launch_weight_only<BFloat, CODE>(*call)
-                                : launch_weight_only<Half, CODE>(*call);
+        error = call->is_bfloat ? launch_weight_only<BFloat, CODE, Scalers>(*call)
+                                : launch_weight_only<Half, CODE, Scalers>(*call);
     }
     return error.c_str();
 }

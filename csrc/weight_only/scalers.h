@@ -1,8 +1,22 @@
 // Scalers: where the scale and the zero point of (row, feature) come from.
 //
-// `fetch` only loads, so that it can be done long before; `finish` does the arithmetic. The kind of
-// scaler is the same for every thread, so its branches cost little and no kernel is compiled per
-// kind.
+// A kernel is compiled for one class like `Plain`. Of a lane's two rows, q and q + 8 of its warp's
+// 16:
+//
+//   kRuns       scales of a tile and row, 0 for any number
+//   kMinus      weight = scale * value - zero, instead of scale * (value - zero)
+//   kElements   the gemm scales each weight (runs are short), not sums of a run
+//   kOutliers   sparse weights are added
+//   kDepth      tiles that a warp of the gemv has on their way
+//   Rows        what stays the same for all tiles
+//   fetch       only loads, so that it can be done long before
+//   a value     of the class itself: the scales of one tile while it is used. All lanes of a warp
+//   make
+//               it and `get` of it together, run after run.
+//
+// `Plain` has the scalers of GPTQ, bitsandbytes and FP8. Which of them is the same for every
+// thread, so its branches cost little and no kernel is compiled per kind. quad_scalers.h has the
+// others.
 #pragma once
 #include "../ptx/arithmetic.h"
 #include "../ptx/memory.h"
@@ -83,5 +97,47 @@ class RowScales {
 QK_CALLED ScaleZero scale_at(const WeightOnlyArgs* args, RowScales scales, int kk) {
     return RowScales::finish(*args, scales.fetch(*args, kk));
 }
+
+/// Any of `Scaling`. RUNS of 1, 2, 4: loaded with the codes; 0: looked up when needed, if need be
+/// for each weight.
+template <int RUNS>
+struct Plain {
+    static constexpr int kRuns = RUNS, kHeld = RUNS == 0 ? 1 : RUNS;
+    static constexpr bool kMinus = false, kElements = false, kOutliers = false;
+    static constexpr int kDepth = RUNS == 1 || RUNS == 2 ? 4 : 2;
+
+    struct Rows {
+        RowScales of[2];
+        QK_DEVICE Rows(const WeightOnlyArgs& args, int first)
+            : of{RowScales(args, first), RowScales(args, first + 8)} {}
+    };
+    struct Raw {
+        RawScale of[2][kHeld];
+    };
+
+    /// features: of a tile.
+    QK_DEVICE static void fetch(Raw& raw, const WeightOnlyArgs& args, const Rows& rows, int tile,
+                                int features) {
+        if (RUNS > 0) {
+            QK_UNROLL
+            for (int r = 0; r < 2; r++) {
+                QK_UNROLL
+                for (int i = 0; i < kHeld; i++) {
+                    raw.of[r][i] = rows.of[r].fetch(args, tile * features + i * (features / kHeld));
+                }
+            }
+        }
+    }
+
+    const Raw& raw;
+    QK_DEVICE Plain(const WeightOnlyArgs&, const Raw& fetched, int) : raw(fetched) {}
+
+    /// Of row r of the two; kk: the run's first feature.
+    QK_DEVICE ScaleZero get(const WeightOnlyArgs& args, const Rows& rows, int r, int run,
+                            int kk) const {
+        return RUNS == 0 ? scale_at(&args, rows.of[r], kk)
+                         : RowScales::finish(args, raw.of[r][run]);
+    }
+};
 
 }  // namespace qk

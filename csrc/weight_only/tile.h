@@ -4,23 +4,50 @@
 // % 4, has rows q and q + 8 and of each slice of 16 features 2j, 2j+1, 2j+8, 2j+9. The layout puts
 // just these features of all slices of a tile into the 16 bytes that the lane loads of a row.
 #pragma once
+#include <type_traits>
+
 #include "../decoders/dispatch.h"
 #include "../ptx/warp.h"
-#include "scalers.h"
+#include "quad_scalers.h"
 
 namespace qk {
 
+/// Threads of a block.
+constexpr int kThreads = 128;
 constexpr int kSlice = 16;
 
 /// Features of a tile.
 template <typename D>
 constexpr int kTile = 32 * D::kPairs;
 
+/// A lane's high bits of one tile and row.
+template <typename D>
+using HighWords =
+    std::conditional_t<D::kHigh == 1, uint32_t, std::conditional_t<D::kHigh == 4, Words4, Words2>>;
+
+/// Bytes of the codebook, at the start of shared memory.
+template <typename D>
+constexpr int kBookBytes = D::kBook * 4;
+
+/// The high bits of word (p, h), for `split`.
+template <typename D>
+QK_DEVICE uint32_t high_bits(uint32_t word, int p, int h) {
+    return word >> (p * 2 + h) * D::kHighStep;
+}
+template <typename D>
+QK_DEVICE uint32_t high_bits(const Words2& words, int p, int h) {
+    return D::kHigh > 0 ? words.w[h] >> p * D::kHighStep : 0;
+}
+template <typename D>
+QK_DEVICE uint32_t high_bits(const Words4& words, int p, int h) {
+    return words.w[p * 2 + h];
+}
+
 /// A lane's packed bytes of one tile, rows q and q + 8.
 template <typename D>
 struct Packed {
     Words4 low[2];
-    Words2 high[2];
+    HighWords<D> high[2];
 };
 
 /// Loads a lane's bytes; zeros past the last tile and the last row.
@@ -33,8 +60,9 @@ QK_DEVICE Packed<D> load_packed(const WeightOnlyArgs& args, int tile, int end, c
         if (tile < end && rows[r] < args.n) {
             const int64_t at = (int64_t(tile) * args.n + rows[r]) * 4 + lane_index() % 4;
             packed.low[r] = load_stream(args.qdata + at, policy);
-            if (D::kHigh) {
-                packed.high[r] = load_stream(args.qhigh + at, policy);
+            if (D::kHigh > 0) {
+                packed.high[r] =
+                    load_stream(static_cast<const HighWords<D>*>(args.qhigh) + at, policy);
             }
         }
     }
@@ -57,7 +85,7 @@ QK_DEVICE Values<D> decode(const Packed<D>& packed, const Table& table) {
         for (int p = 0; p < 2; p++) {
             QK_UNROLL
             for (int h = 0; h < 2; h++) {
-                const uint32_t high = D::kHigh ? packed.high[r].w[h] >> p : 0;
+                const uint32_t high = high_bits<D>(packed.high[r], p, h);
                 D::split(packed.low[r].w[p * 2 + h], high, table, values.pairs[r][p][h]);
             }
         }
@@ -81,8 +109,13 @@ QK_DEVICE void operand(uint32_t (&a)[4], const Values<D>& values, int s, int p,
 /// Both halves times a scale of their own, rounded to T once.
 template <typename T>
 QK_DEVICE uint32_t scaled(uint32_t both, float low, float high) {
-    return pair(from_float<T>(to_float(low_of<T>(both)) * low),
-                from_float<T>(to_float(high_of<T>(both)) * high));
+    return round_pair<T>(to_float(low_of<T>(both)) * low, to_float(high_of<T>(both)) * high);
+}
+/// Both halves times a scale less a minimum, rounded to T once.
+template <typename T>
+QK_DEVICE uint32_t scaled_less(uint32_t both, float scale, float minus) {
+    return round_pair<T>(to_float(low_of<T>(both)) * scale - minus,
+                         to_float(high_of<T>(both)) * scale - minus);
 }
 
 /// The first operand of a slice, each weight times its own scale; kk: the lane's first feature of
@@ -97,10 +130,15 @@ QK_CALLED void scale_elements(uint32_t (&a)[4], const WeightOnlyArgs& args,
     }
 }
 
-/// The table, from global memory, where the decoder has one.
+/// The table, from global memory, where the decoder has one; its codebook is in shared memory after
+/// the next barrier.
 template <typename D>
 QK_DEVICE Table load_table(const WeightOnlyArgs& args) {
-    Table table = {};
+    auto* book = reinterpret_cast<uint32_t*>(shared_memory());
+    for (int i = thread_index(); i < D::kBook; i += kThreads) {
+        store_shared(book + i, load_global(args.table + i));
+    }
+    Table table = {{}, book};
     if (D::kTable) {
         QK_UNROLL
         for (int i = 0; i < 8; i++) {
@@ -108,6 +146,20 @@ QK_DEVICE Table load_table(const WeightOnlyArgs& args) {
         }
     }
     return table;
+}
+
+/// Stores an output with its bias, as T, or in float32 for a transform to read.
+template <typename T>
+QK_DEVICE void store_output(const WeightOnlyArgs& args, int m, int n, float value) {
+    const int64_t at = int64_t(m) * args.n + n;
+    if (args.bias != nullptr) {
+        value += to_float(load_global(static_cast<const T*>(args.bias) + n));
+    }
+    if (args.is_float) {
+        store_global(static_cast<float*>(args.y) + at, value);
+    } else {
+        store_global(static_cast<T*>(args.y) + at, from_float<T>(value));
+    }
 }
 
 /// Two neighbours of row m of x at feature kk of kernel order, 0 where there is none.

@@ -179,7 +179,7 @@ def _race(
                 copies = timing.copies_for(first.nbytes, settings.device)
                 layers = [first, *(copy.deepcopy(first) for _ in range(copies - 1))]
         except Exception as error:  # a peer that fails is a result, too
-            why = f"{type(error).__name__}: {error}"
+            why = f"failed: {type(error).__name__}: {error}"
     for m, x in inputs.items():
         row = Row(contestant.name, contestant.group, n, k, m)
         if why is not None:
@@ -190,7 +190,7 @@ def _race(
             with torch.inference_mode():
                 _time(row, layers, x, settings)
         except Exception as error:
-            row.failed = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            row.failed = " ".join(f"failed: {type(error).__name__}: {error}".split())[:300]
         yield row
 
 

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..embedding import QuantEmbedding
+from ..linear import QuantLinear
+from . import gguf_config
 from .gguf_header import GgufHeader, GgufTensor, read_header
 
 if TYPE_CHECKING:
@@ -50,11 +53,10 @@ def load(
     """
     from . import gguf_model
 
-    header = read_header(Path(path).resolve())
-    architecture = header.metadata.get("general.architecture")
-    if architecture in gguf_model.ARCHITECTURES:
+    architecture = gguf_config.architecture_of(Path(path), read_header(Path(path).resolve()))
+    if architecture in gguf_config.ARCHITECTURES:
         return gguf_model.load_packed(Path(path), device, dtype)
-    known = ", ".join(gguf_model.ARCHITECTURES)
+    known = ", ".join(gguf_config.ARCHITECTURES)
     warnings.warn(
         f"{path}: weights of the architecture {architecture!r} are dequantized to {dtype}; packed: {known}",
         stacklevel=2,
@@ -81,25 +83,61 @@ def load_dequantized(
     """
     path = Path(path).resolve()
     header = read_header(path)
+    architecture = gguf_config.architecture_of(path, header)
+    tokenizer = load_tokenizer(path)  # first: it may be bad, and it is quick
+    if architecture in gguf_config.ARCHITECTURES:
+        from . import gguf_model
+
+        return _dequantized(gguf_model.load_packed(path, dtype=dtype), dtype).to(device), tokenizer  # type: ignore[arg-type]
     try:
-        loaded = _from_pretrained(path, dtype)
-    except (ValueError, KeyError, NotImplementedError) as error:
-        architecture = header.metadata.get("general.architecture")
+        loaded = _plain(_from_pretrained(path, dtype))
+    except MemoryError:
+        raise
+    except Exception as error:  # what is wrong with a file shows in any way there
         raise ValueError(
-            f"{path}: expected an architecture transformers reads from GGUF, got {architecture!r}: {error}"
+            f"{path}: expected an architecture transformers reads from GGUF, got {architecture!r}: {error!r:.300}"
         ) from error
-    return _plain(loaded).to(device).eval(), load_tokenizer(path)  # type: ignore[arg-type]
+    return loaded.to(device).eval(), tokenizer  # type: ignore[arg-type]
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
-    """The tokenizer described in a GGUF file's metadata."""
-    from transformers import AutoTokenizer
+    """The tokenizer described in a GGUF file's metadata. ValueError if it has none, or a bad one."""
+    from . import gguf_tokenizer
 
     path = Path(path).resolve()
-    read_header(path)
-    found = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
+    found = gguf_tokenizer.load(path)
     found.gguf_file = str(path)  # which has more of it than transformers keeps: gguf_writer copies that
     return found
+
+
+def _dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with plain linears and embeddings; a head that shares the embedding's bytes stays tied."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    weight = getattr(embedding, "weight", None)
+    tied = weight is not None and weight is getattr(head, "weight", None)
+    if isinstance(head, QuantLinear) and isinstance(embedding, QuantEmbedding):
+        tied = head.qweight.data_ptr() == next(iter(embedding.packed.tensors.values())).data_ptr()
+    for name, module in list(model.named_modules()):
+        plain: nn.Module
+        if isinstance(module, QuantEmbedding):
+            rows = nn.Parameter(module.packed.dequantize(dtype))
+            plain = nn.Embedding(*rows.shape, device="meta")
+            plain.weight = rows
+        elif isinstance(module, QuantLinear) and not (tied and module is head):
+            weight = nn.Parameter(module.packed.dequantize(dtype))
+            plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            plain.weight = weight
+            plain.bias = None if module.bias is None else nn.Parameter(module.bias.detach().to(dtype))
+        else:
+            continue
+        model.set_submodule(name, plain.eval())
+    if tied:
+        shared = model.get_input_embeddings().weight
+        plain = nn.Linear(shared.shape[1], shared.shape[0], bias=False, device="meta").eval()
+        plain.weight = shared
+        model.set_output_embeddings(plain)
+    model.config.tie_word_embeddings = tied
+    return model.requires_grad_(True)  # type: ignore[no-any-return]
 
 
 def _from_pretrained(path: Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -54,9 +54,10 @@ class GgufHeader:
     tensors: list[GgufTensor]
 
 
-def read_header(path: str | os.PathLike[str]) -> GgufHeader:
+def read_header(path: str | os.PathLike[str], keep: str | None = None) -> GgufHeader:
     """Read and check the header; the tensor data is not touched.
 
+    keep: arrays whose keys begin so are kept whole.
     Raises FileNotFoundError, or ValueError naming the file, the field, what was expected and found.
     """
     path = Path(path)
@@ -64,12 +65,13 @@ def read_header(path: str | os.PathLike[str]) -> GgufHeader:
     if size < 24:
         raise ValueError(f"{path}: expected a GGUF header of at least 24 bytes, got a file of {size}")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return _Reader(path, data).header()
+        return _Reader(path, data, keep).header()
 
 
 class _Reader:
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
+    def __init__(self, path: Path, data: mmap.mmap, keep: str | None) -> None:
         self.path, self.data, self.size, self.at = path, data, len(data), 0
+        self.keep = keep
 
     def fail(self, field: str, expected: str, got: Any) -> ValueError:
         return ValueError(f"{self.path}: {field}: expected {expected}, got {got}")
@@ -115,11 +117,14 @@ class _Reader:
             key = self.string(f"metadata key {i}", _MAX_NAME)
             if key in metadata:
                 raise self.fail("metadata", "each key once", f"{key!r} twice")
-            metadata[key] = self.value(f"metadata {key!r}", self.number("I", f"metadata {key!r}: type"))
+            most = self.size if self.keep is not None and key.startswith(self.keep) else _MAX_KEPT
+            kind = self.number("I", f"metadata {key!r}: type")
+            metadata[key] = self.value(f"metadata {key!r}", kind, most)
         infos = [self.info(i) for i in range(tensor_count)]
         return GgufHeader(version, metadata, self.place(infos, metadata))
 
-    def value(self, field: str, kind: int, depth: int = 0) -> Any:
+    def value(self, field: str, kind: int, most: int, depth: int = 0) -> Any:
+        """One value; of an array with more than `most` items only the length."""
         if kind in _SCALARS:
             return self.number(_SCALARS[kind], field)
         if kind == _STRING:
@@ -129,17 +134,17 @@ class _Reader:
         item, count = self.number("I", f"{field}: item type"), self.number("Q", f"{field}: length")
         if item in _SCALARS:
             raw = self.take(count * struct.calcsize("<" + _SCALARS[item]), field)
-            if count > _MAX_KEPT:
+            if count > most:
                 return f"{count} values"
             return list(struct.unpack(f"<{count}{_SCALARS[item]}", raw))
         if count * 8 > self.size:
             raise self.fail(f"{field}: length", f"at most {self.size // 8} items", count)
         kept = []
         for i in range(count):
-            one = self.value(f"{field}[{i}]", item, depth + 1)
-            if i < _MAX_KEPT:
+            one = self.value(f"{field}[{i}]", item, most, depth + 1)
+            if i < most:
                 kept.append(one)
-        return kept if count <= _MAX_KEPT else f"{count} values"
+        return kept if count <= most else f"{count} values"
 
     def info(self, i: int) -> tuple[str, tuple[int, ...], int, int]:
         name = self.string(f"tensor {i}: name", _MAX_NAME)
@@ -181,4 +186,11 @@ class _Reader:
                     f"{field}: data", f"bytes up to {start + offset + nbytes}", f"a file of {self.size}"
                 )
             tensors[name] = GgufTensor(name, type.name, shape, nbytes, start + offset)
+        end, before = 0, ""
+        for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
+            if tensor.offset < end:
+                raise self.fail(
+                    f"tensor {tensor.name!r}: data", f"bytes from {end} on, after {before!r}", tensor.offset
+                )
+            end, before = tensor.offset + tensor.nbytes, tensor.name
         return list(tensors.values())

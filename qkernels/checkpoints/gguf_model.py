@@ -18,13 +18,12 @@ from .. import formats
 from ..embedding import QuantEmbedding
 from ..linear import QuantLinear
 from ..packed import PackedWeight, pack
+from .gguf_config import ARCHITECTURES, ROPE_TABLE, read_config
 from .gguf_header import GgufHeader, GgufTensor, read_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: general.architecture -> whether rows of query and key weights are permuted
-ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}
 #: ggml types that are no blocks
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -38,19 +37,13 @@ def load_packed(
     Raises ValueError naming the file and the tensor that is missing, of a wrong shape or an unknown type.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     path = path.resolve()
     header = read_header(path)
-    config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
-    size = header.metadata.get(f"{header.metadata['general.architecture']}.attention.key_length")
-    if size is not None and hasattr(config, "head_dim"):  # which transformers does not take from the file
-        if type(size) is not int or not 0 < size < 2**16:
-            raise ValueError(f"{path}: attention.key_length: expected a positive integer, got {size!r}")
-        config.head_dim = size
+    config = read_config(path, header)  # whose sizes are the tensors'
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    _check_sizes(path, header, config)
     reader = _Reader(path, header, config)
     device = torch.device(device)
     embedding = model.get_input_embeddings()
@@ -78,18 +71,6 @@ def load_packed(
     model.config.tie_word_embeddings = False
     model.config.dtype = dtype
     return model.to(device).eval()  # type: ignore[no-any-return]
-
-
-def _check_sizes(path: Path, header: GgufHeader, config: Any) -> None:
-    for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-        value = getattr(config, field, None)
-        if type(value) is not int or not 0 < value < 2**31:
-            raise ValueError(f"{path}: {field}: expected a positive integer, got {value!r}")
-    if config.num_hidden_layers > len(header.tensors):
-        raise ValueError(
-            f"{path}: block_count: expected no more blocks than the {len(header.tensors)} tensors, "
-            f"got {config.num_hidden_layers}"
-        )
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -126,7 +107,7 @@ class _Reader:
 
         self.path, self.config = path, config
         self.tensors = {tensor.name: tensor for tensor in header.tensors}
-        self.used = {"rope_freqs.weight"}  # a table that transformers computes
+        self.used = {ROPE_TABLE}  # a table that transformers computes: see gguf_config
         self.permuted = ARCHITECTURES[header.metadata["general.architecture"]]
         kinds = {str(name): kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
         kind = kinds[header.metadata["general.architecture"]]

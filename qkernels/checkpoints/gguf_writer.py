@@ -6,7 +6,6 @@ put in ggml's order on the way out, packed bytes and all.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -18,17 +17,12 @@ from torch import Tensor, nn
 from .. import formats
 from ..embedding import QuantEmbedding
 from ..linear import QuantLinear
-from .gguf_model import ARCHITECTURES, row_order
+from . import gguf_tokenizer
+from .gguf_config import ARCHITECTURES, ROPE_TABLE, rope_table
+from .gguf_model import row_order
 
 #: config.model_type -> general.architecture
 _KINDS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-#: what a BPE tokenizer's splitting regex or rule holds -> llama.cpp's name for it
-_PRE_TOKENIZERS = (
-    ('"individual_digits":true', "smollm"),
-    (r"\\p{N}{1,3}", "llama-bpe"),
-    (r"\\p{N}", "qwen2"),
-)
-_NORMAL, _CONTROL, _USER, _UNUSED = 1, 3, 4, 5
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], tokenizer: Any = None) -> None:
@@ -50,7 +44,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], tokenizer: Any = None) 
     try:
         tensors = _tensors(model, architecture)
         _describe(writer, config, path.stem, [kind for _, _, kind in tensors])
-        _add_tokenizer(writer, tokenizer, config)
+        gguf_tokenizer.write(writer, tokenizer, config.vocab_size)
         for name, tensor, ggml_type in tensors:
             raw = None if ggml_type is None else gguf.GGMLQuantizationType[ggml_type]
             writer.add_tensor(name, tensor.contiguous().cpu().numpy(), raw_dtype=raw)
@@ -94,6 +88,10 @@ def _tensors(model: nn.Module, architecture: str) -> list[tuple[str, Tensor, str
             tensor = tensor[order.argsort().to(tensor.device)]
         found.append((f"{stored}.{leaf}", tensor, ggml_type))
 
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "llama3":
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        found.append((ROPE_TABLE, rope_table(rope, size), None))
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     for name, module in model.named_modules():
@@ -149,8 +147,15 @@ def _describe(writer: Any, config: Any, name: str, types: list[str | None]) -> N
     rope = getattr(config, "rope_parameters", None) or {}
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"config: rope_type: expected 'default', got {rope['rope_type']!r}")
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < config.max_position_embeddings:
+        raise ValueError(
+            f"config: sliding_window: expected none below the {config.max_position_embeddings} positions, "
+            f"because {writer.arch} has none in GGUF, got {window}"
+        )
+    if getattr(config, "hidden_act", "silu") != "silu":
+        raise ValueError(f"config: hidden_act: expected 'silu', got {config.hidden_act!r}")
+    _add_rope_scaling(writer, config, rope)
     writer.add_name(name)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -173,44 +178,35 @@ def _describe(writer: Any, config: Any, name: str, types: list[str | None]) -> N
             break
 
 
-def _add_tokenizer(writer: Any, tokenizer: Any, config: Any) -> None:
-    source = getattr(tokenizer, "gguf_file", None)
-    if source is not None and Path(source).is_file():
-        _copy_tokenizer(writer, Path(source))
+#: rope_type -> parameters it may have; what else it has must be None
+_ROPE_PARAMETERS = {
+    "default": set(),
+    "linear": {"factor"},
+    "yarn": {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow"},
+    "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
+}
+
+
+def _add_rope_scaling(writer: Any, config: Any, rope: dict[str, Any]) -> None:
+    """The scaling of positions, but for llama3's, which is a tensor. ValueError for one that GGUF has not."""
+    kind = rope.get("rope_type", "default")
+    if kind not in _ROPE_PARAMETERS:
+        raise ValueError(f"config: rope_type: expected one of {', '.join(_ROPE_PARAMETERS)}, got {kind!r}")
+    usual = {"rope_type", "type", "rope_theta"} | _ROPE_PARAMETERS[kind]
+    neutral = {"partial_rotary_factor": (1, None), "truncate": (True, None)}
+    for key, value in rope.items():
+        if key not in usual and value not in neutral.get(key, (None,)):
+            raise ValueError(
+                f"config: rope_parameters: {key}: expected none for {kind} in GGUF, got {value!r}"
+            )
+    if kind not in ("linear", "yarn"):
         return
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise ValueError(f"tokenizer: expected a fast tokenizer, got {type(tokenizer).__name__}")
-    described = json.loads(backend.to_str())
-    if described["model"]["type"] != "BPE":
-        raise ValueError(f"tokenizer: expected a BPE model, got {described['model']['type']}")
-    rules = json.dumps(described.get("pre_tokenizer"), separators=(",", ":"))
-    pre = next((name for part, name in _PRE_TOKENIZERS if part in rules), "gpt-2")
-    by_id = {number: (text, _NORMAL) for text, number in described["model"]["vocab"].items()}
-    for token in described.get("added_tokens", ()):
-        by_id[token["id"]] = (token["content"], _CONTROL if token["special"] else _USER)
-    listed = [by_id.get(i, (f"[PAD{i}]", _UNUSED)) for i in range(config.vocab_size)]
-    merges = [m if isinstance(m, str) else " ".join(m) for m in described["model"]["merges"]]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list([text for text, _ in listed])
-    writer.add_token_types([kind for _, kind in listed])
-    writer.add_token_merges(merges)
-    for key in ("bos", "eos", "pad", "unk"):
-        number = getattr(tokenizer, f"{key}_token_id", None)
-        if number is not None:
-            getattr(writer, f"add_{key}_token_id")(number)
-    if getattr(tokenizer, "chat_template", None):
-        writer.add_chat_template(tokenizer.chat_template)
-
-
-def _copy_tokenizer(writer: Any, source: Path) -> None:
-    """The tokenizer's entries of the file it was read from, which hold more than transformers keeps."""
-    import gguf
-
-    for key, field in gguf.GGUFReader(str(source)).fields.items():
-        if not key.startswith("tokenizer."):
-            continue
-        kind = field.types[0]
-        sub = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(key, field.contents(), kind, sub_type=sub)
+    prefix = f"{writer.arch}.rope.scaling"
+    writer.add_string(f"{prefix}.type", kind)
+    writer.add_float32(f"{prefix}.factor", float(rope["factor"]))
+    if kind == "yarn":
+        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        writer.add_uint32(f"{prefix}.original_context_length", original)
+    for name in ("beta_fast", "beta_slow"):
+        if rope.get(name) is not None:
+            writer.add_float32(f"{prefix}.yarn_{name}", float(rope[name]))

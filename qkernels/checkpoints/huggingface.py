@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .. import formats
+from ..embedding import QuantEmbedding
 from ..linear import QuantLinear
 from ..packed import pack
 from . import directories, quantization, tensor_files
@@ -63,14 +65,15 @@ def save(
         raise ValueError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes: expected at least 1, got {max_shard_bytes}")
-    quantization = _quantization_config(model)
-    config = _plain_config(model)
+    _check_kinds(model)
+    quantization, packed = _quantization_config(model)
+    config = _plain_config(model, packed)
     target = directories.check_target(Path(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.saving-") as scratch:
         fresh = Path(scratch) / "model"
         fresh.mkdir()
-        tensor_files.write(_stored_tensors(model), fresh, max_shard_bytes)
+        tensor_files.write(_stored_tensors(model, packed), fresh, max_shard_bytes)
         config.save_pretrained(fresh)
         if quantization is not None:
             directories.write_json(fresh / CONFIG, {**read_json(fresh / CONFIG), QUANTIZATION: quantization})
@@ -81,29 +84,99 @@ def save(
         directories.swap_in(fresh, target)
 
 
-def _plain_config(model: PreTrainedModel) -> Any:
+def _check_kinds(model: nn.Module) -> None:
+    """ValueError for a module whose tensors `_stored_tensors` cannot know: they would be lost."""
+    usual = nn.Module._save_to_state_dict
+    for name, module in model.named_modules():
+        own = type(module)._save_to_state_dict is not usual
+        if own and not isinstance(module, (QuantLinear, QuantEmbedding)):
+            raise ValueError(
+                f"{name}: expected no module that keeps its tensors in a way of its own, got {type(module).__name__}"
+            )
+
+
+def _plain_config(model: PreTrainedModel, packed: bool) -> Any:
     config = copy.deepcopy(model.config)
     for mark in (QUANTIZATION, "_pre_quantization_dtype"):
         if hasattr(config, mark):
             delattr(config, mark)
     config.architectures = [type(model).__name__]
     config.dtype = model.dtype
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    shared = isinstance(head, nn.Linear) and head.weight is getattr(embedding, "weight", None)
+    if shared or _stored_head(model, packed) is not None:
+        config.tie_word_embeddings = True  # the tensor is stored once
+    elif isinstance(head, QuantLinear):
+        config.tie_word_embeddings = False
     return config
 
 
-def _quantization_config(model: nn.Module) -> dict[str, Any] | None:
+def _quantization_config(model: PreTrainedModel) -> tuple[dict[str, Any] | None, bool]:
+    """(`quantization_config` or None, whether it speaks of embeddings, which then stay packed).
+
+    Only our own config can say that an embedding is packed. Beside linears of another method it is
+    written dequantized, in the dtype it computes in, so that the model stays the same function.
+    """
     layers = {n: m.packed for n, m in model.named_modules() if isinstance(m, QuantLinear)}
-    return quantization.describe(layers, [n for n, m in model.named_modules() if isinstance(m, nn.Linear)])
+    embeddings = {n: m.packed for n, m in model.named_modules() if isinstance(m, QuantEmbedding)}
+    plain = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    if any(not formats.get(packed.format).dense for packed in embeddings.values()):
+        tied = _tied_head(model)
+        others = {name: packed for name, packed in layers.items() if name != tied}
+        try:
+            config = quantization.describe({**embeddings, **others}, plain)
+        except ValueError:
+            config = None
+        if config is not None and config["quant_method"] == quantization.OWN:
+            return config, True
+    return quantization.describe(layers, plain), False
 
 
-def _stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _tied_head(model: PreTrainedModel) -> str | None:
+    """Name of a QuantLinear output projection that holds the same bytes as the QuantEmbedding, or None."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if not isinstance(head, QuantLinear) or not isinstance(embedding, QuantEmbedding):
+        return None
+    ours, theirs = head.packed, embedding.packed
+    if head.bias is not None or (ours.format, ours.shape, ours.params) != (
+        theirs.format, theirs.shape, theirs.params
+    ):  # fmt: skip
+        return None
+    pairs = [(tensor, theirs.tensors[name]) for name, tensor in ours.tensors.items()]
+    if not all(a.data_ptr() == b.data_ptr() or torch.equal(a, b) for a, b in pairs):
+        return None
+    return next(name for name, module in model.named_modules() if module is head)
+
+
+def _stored_head(model: PreTrainedModel, packed: bool) -> str | None:
+    """Name of a tied head of which the file holds only the embedding's tensors, or None.
+
+    A dequantized embedding is no packed head's weight, unless it is 16 bits wide in the first place.
+    """
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, QuantEmbedding):
+        return None
+    fmt = formats.get(embedding.packed.format)
+    same = fmt.dense and embedding.packed.tensors["weight"].dtype == embedding.dtype
+    return _tied_head(model) if packed or same else None
+
+
+def _stored_tensors(model: PreTrainedModel, packed: bool) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of all that belongs in the file, a tied tensor under its first name only.
 
-    Layer by layer, so that the checkpoint's form of a prepacked weight exists for one layer at a time.
+    packed: embeddings stay so. Layer by layer, so that the checkpoint's form of a prepacked weight exists
+    for one layer at a time.
     """
     seen: set[tuple[Any, ...]] = set()
+    tied = _stored_head(model, packed)
     for prefix, module in model.named_modules():
-        if isinstance(module, QuantLinear):
+        if prefix == tied:
+            continue
+        own: dict[str, Tensor]
+        if isinstance(module, QuantEmbedding):
+            stays = packed and not formats.get(module.packed.format).dense
+            own = dict(module.packed.tensors) if stays else {"weight": module.packed.dequantize(module.dtype)}
+        elif isinstance(module, QuantLinear):
             own = dict(module.packed.tensors)
             if module.bias is not None:
                 own["bias"] = module.bias
@@ -116,7 +189,7 @@ def _stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in own.items():
             if tensor.numel():
                 key = (tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride())
-                if key in seen and not isinstance(module, QuantLinear):
+                if key in seen and not isinstance(module, (QuantLinear, QuantEmbedding)):
                     continue
                 seen.add(key)
             yield (f"{prefix}.{name}" if prefix else name), tensor
@@ -155,15 +228,19 @@ def load(
             scheme = None
             if prefix is not None:
                 scheme = scheme_of(prefix, owned[prefix], files, plan)
-                if scheme is None and dtype is None:
+                linear = isinstance(model.get_submodule(prefix), nn.Linear)
+                if scheme is None and dtype is None and linear:
                     scheme = _mixed_dense(owned[prefix], files, around)
             if prefix is not None and scheme is not None:
-                layer = quantized_layer(directory, model, prefix, owned[prefix], files, scheme, device)
+                layer = quantized_layer(directory, model, prefix, owned[prefix], files, scheme, device, dtype)
                 parent, _, leaf = prefix.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, layer)
                 used |= set(owned[prefix].values())
             elif _assign(model, name, files, device, dtype):
                 used.add(name)
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, QuantEmbedding) and model.config.tie_word_embeddings:
+        model.set_output_embeddings(QuantLinear(embedding.packed))
     if isinstance(model.get_output_embeddings(), QuantLinear):
         model.config.tie_word_embeddings = False  # it has its own weight: nothing left to tie
     model.tie_weights()
@@ -265,8 +342,9 @@ def read_config(directory: Path) -> tuple[Any, Mapping[str, Any] | None]:
 
 
 def owned_tensors(model: nn.Module, files: TensorFiles) -> dict[str, dict[str, str]]:
-    """Linear's name -> {tensor name within it: name in the file}, for the linears found in the files."""
-    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    """Module's name -> {tensor name within it: name in the file}, for the linears and embeddings in the files."""
+    kinds = (nn.Linear, nn.Embedding)
+    linears = {name for name, module in model.named_modules() if isinstance(module, kinds)}
     owned: dict[str, dict[str, str]] = {}
     for name in files.infos:
         if _CACHE_SCALE.search(name):
@@ -325,9 +403,15 @@ def quantized_layer(
     files: TensorFiles,
     scheme: Scheme,
     device: torch.device | str,
-) -> QuantLinear:
-    """The packed weight of the linear `prefix` from the files, checked. ValueError names file and module."""
+    dtype: torch.dtype | None = None,
+) -> QuantLinear | QuantEmbedding:
+    """The packed weight of the linear or embedding `prefix` from the files, checked.
+
+    dtype: of an embedding's rows; None for the config's. ValueError names file and module.
+    """
     linear = model.get_submodule(prefix)
+    if isinstance(linear, nn.Embedding):
+        return _packed_embedding(linear, prefix, names, files, scheme, device, dtype or model.dtype)  # type: ignore[arg-type]
     assert isinstance(linear, nn.Linear)
     # GPTQ files often hold a bias of zeros for layers that have none in the model; it is kept.
     if linear.bias is not None and "bias" not in names:
@@ -340,6 +424,23 @@ def quantized_layer(
     except ValueError as error:
         raise ValueError(f"{files.infos[next(iter(names.values()))].file}: {prefix}: {error}") from None
     return layer.requires_grad_(False)
+
+
+def _packed_embedding(
+    embedding: nn.Embedding,
+    prefix: str,
+    names: dict[str, str],
+    files: TensorFiles,
+    scheme: Scheme,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> QuantEmbedding:
+    tensors = {own: files.read(full) for own, full in names.items()}
+    shape = (embedding.num_embeddings, embedding.embedding_dim)
+    try:
+        return QuantEmbedding(pack(scheme.format, tensors, shape, **scheme.params).to(device), dtype)
+    except ValueError as error:
+        raise ValueError(f"{files.infos[next(iter(names.values()))].file}: {prefix}: {error}") from None
 
 
 def _assign(

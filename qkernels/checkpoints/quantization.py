@@ -8,6 +8,8 @@ picks one by the linear's name:
     gptq, awq (GPTQModel)           `dynamic`: "-:regex" leaves alone, "+:regex" overrides fields; first match
     compressed-tensors              `config_groups` with `targets`, and `ignore`; "re:" marks a regex, an exact
                                     name goes before a regex, and a regex before a class
+    qkernels                        `groups`, each with `format`, `params` and the full names of its `modules`: our own,
+                                    for what no other method's config can say (GGUF's types, embeddings)
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ Pick = Callable[[str], int | None]
 
 _SKIP_LISTS = ("modules_to_not_convert", "llm_int8_skip_modules", "ignored_layers")
 _METHODS = "gptq, awq, bitsandbytes (4 or 8 bits), compressed-tensors (pack-quantized integers, int8 or float8) or fp8"
+#: the `quant_method` of our own config
+OWN = formats.base.OWN_METHOD
 _MAX_PATTERN = 1000
 
 
@@ -66,6 +70,8 @@ def _method(config: Config) -> str:
 
 
 def _parse(config: Config) -> Scheme:
+    if _method(config) == OWN:
+        return _parse_own(config)
     for name in formats.names():
         params = type(formats.get(name)).from_hf_config(config)
         if params is not None:
@@ -134,6 +140,35 @@ def _split_groups(config: Config) -> tuple[list[Config], Pick]:
     return variants, pick
 
 
+def _split_own(config: Config) -> tuple[list[Config], Pick]:
+    groups = config.get("groups")
+    if not isinstance(groups, list) or not groups:
+        raise ValueError(f"{FIELD}.groups: expected a non-empty list, got {groups!r:.60}")
+    variants: list[Config] = []
+    place: dict[str, int] = {}
+    for i, group in enumerate(groups):
+        if not isinstance(group, Mapping):
+            raise ValueError(f"{FIELD}.groups[{i}]: expected an object, got {group!r:.60}")
+        variants.append({**group, "quant_method": OWN})
+        for name in _strings(f"groups[{i}].modules", group.get("modules")):
+            if name in place:
+                raise ValueError(f"{FIELD}.groups[{i}].modules: {name}: expected in one group, got it in two")
+            place[name] = i
+    return variants, place.get
+
+
+def _parse_own(group: Config) -> Scheme:
+    format, params = group.get("format"), group.get("params", {})
+    if not isinstance(format, str) or format not in formats.names():
+        raise ValueError(f"{FIELD}.groups: format: expected one of {formats.names()}, got {format!r:.60}")
+    if not isinstance(params, Mapping):
+        raise ValueError(f"{FIELD}.groups: params: expected an object, got {params!r:.60}")
+    unknown = sorted(set(params) - set(formats.get(format).defaults))
+    if unknown:
+        raise ValueError(f"{FIELD}.groups: params: {format}: unknown parameter {unknown[0]!r:.60}")
+    return Scheme(format, dict(params))
+
+
 def _target(field: str, entry: str) -> tuple[int, Callable[[str], bool]]:
     """(0 for an exact name, 1 for a regex, 2 for a class, the rule)."""
     if entry.startswith("re:"):
@@ -173,7 +208,12 @@ def _regex(field: str, text: str) -> re.Pattern[str]:
         ) from None
 
 
-_SPLIT = {"gptq": _split_dynamic, "awq": _split_dynamic, "compressed-tensors": _split_groups}
+_SPLIT = {
+    "gptq": _split_dynamic,
+    "awq": _split_dynamic,
+    "compressed-tensors": _split_groups,
+    OWN: _split_own,
+}
 
 
 # ---------------------------------------------------------------------- writing
@@ -196,7 +236,7 @@ def describe(layers: Mapping[str, PackedWeight], skipped: list[str]) -> dict[str
             variants.append(config)
             names.append([])
         names[variants.index(config)].append(name)
-    if len(variants) == 1:
+    if len(variants) == 1 and _method(variants[0]) != OWN:
         return variants[0]
     join = _JOIN.get(_method(variants[0]))
     joined = None
@@ -234,4 +274,12 @@ def _join_groups(variants: list[dict[str, Any]], names: list[list[str]]) -> dict
     return {**variants[0], "format": storage, "config_groups": groups}
 
 
-_JOIN = {"gptq": _join_gptq, "compressed-tensors": _join_groups}
+def _join_own(variants: list[dict[str, Any]], names: list[list[str]]) -> dict[str, Any]:
+    groups = [
+        {"format": variant["format"], "params": variant["params"], "modules": members}
+        for variant, members in zip(variants, names, strict=True)
+    ]
+    return {"quant_method": OWN, "groups": groups}
+
+
+_JOIN = {"gptq": _join_gptq, "compressed-tensors": _join_groups, OWN: _join_own}

@@ -48,7 +48,8 @@ def convert(
 
     GPTQ, AWQ, pack_quantized and the int8 formats hold integer grids: codes, scales and zero points go
     from one to another without loss where the target can hold them. Otherwise layers are dequantized and
-    rounded again, and the report says how many, why, and by how much they changed.
+    rounded again, and the report says how many, why, and by how much they changed. A GGUF file without
+    --format becomes a directory that holds its tensors bit for bit, which load_model and vLLM read.
 
     Example: qkernels convert ./my-model-gptq ./my-model-awq --format awq
     """
@@ -62,7 +63,7 @@ def convert(
     source, target = common.model_path(model), Path(output)
     if directories.check_target(target) == source.resolve():
         raise ValueError(f"OUTPUT: expected another directory than the model's, got {output}")
-    net, tokenizer = _load(source, device, dtype)
+    net, tokenizer = _load(source, device, dtype, packed=format is None and source == Path(model))
     layers: list[dict[str, Any]] = []
     if format is not None:
         with common.progress(f"Converting to {format}") as report:
@@ -89,13 +90,16 @@ def convert(
         _print(result)
 
 
-def _load(source: Path, device: str, dtype: str | None) -> tuple[Any, Any]:
-    """(model, tokenizer or None): weights are converted whether or not there is a tokenizer."""
+def _load(source: Path, device: str, dtype: str | None, *, packed: bool) -> tuple[Any, Any]:
+    """(model, tokenizer or None): weights are converted whether or not there is a tokenizer.
+
+    packed: tensors of a GGUF file are kept bit for bit, which a directory of ours can hold.
+    """
     from ..checkpoints import gguf, load_tokenizer
     from ..model import load_model
 
     if gguf.is_gguf(source):
-        return common.load(str(source), device, dtype)
+        return common.load(str(source), device, dtype, packed=packed)
     common.status(f"Loading {source}")
     common.quiet_transformers()
     try:

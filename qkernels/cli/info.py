@@ -81,7 +81,8 @@ def collect() -> dict:  # type: ignore[type-arg]
         ],
         "formats": [{"name": name, "summary": formats.get(name).summary} for name in formats.names()],
         "kernels": [
-            {"name": k.name, "backend": k.backend, "unavailable": k.unavailable()} for k in dispatch.kernels()
+            {"name": k.name, "backend": k.backend, "unavailable": k.unavailable()}
+            for k in [*dispatch.kernels(), *dispatch.kernels(grouped=True)]
         ],
     }
 

@@ -143,21 +143,20 @@ def cuts(params: dict[str, Any], word: int) -> tuple[int, int]:
     return word, word if size == -1 else math.lcm(size, word)
 
 
-def cut_group_index(
-    fmt: str, name: str, index: Tensor, params: dict[str, Any], begin: int, end: int
-) -> Tensor:
-    """Group of each of the columns begin..end-1, already cut out, counted from the first they have.
+def cut_groups(index: Tensor, group_size: int, begin: int, end: int) -> tuple[Tensor, Tensor, int]:
+    """(group of each column, groups kept, group_size) of the columns begin..end-1 of a weight in act-order.
 
-    Raises ValueError unless they have their groups to themselves.
+    index: int32 (end - begin), their groups, already cut out. Columns that have their groups to themselves
+    (static groups) keep those. Others have columns of a group elsewhere, too: then every group they have is
+    kept, and group_size only says how many that are: some group comes twice where their number does not
+    divide the columns.
     """
-    size = params["group_size"]
-    if size == -1:
-        return index
-    first, last = begin // size, end // size
-    if int(index.min()) < first or int(index.max()) >= last:
-        raise ValueError(
-            f"{fmt}: {name}: expected columns {begin}..{end - 1} to have the groups {first}..{last - 1} to "
-            "themselves, got others: act_order mixes groups over all columns; cut rows, or quantize with "
-            "static_groups"
-        )
-    return index - first
+    if group_size == -1:
+        return index, torch.zeros(1, dtype=torch.int64, device=index.device), -1
+    first, last = begin // group_size, end // group_size
+    if int(index.min()) >= first and int(index.max()) < last:
+        return index - first, torch.arange(first, last, device=index.device), group_size
+    used, length = torch.unique(index.long()), end - begin
+    count = next(c for c in range(used.numel(), length + 1) if length % c == 0)
+    kept = torch.cat((used, used[-1:].expand(count - used.numel())))
+    return torch.searchsorted(used, index.long()).to(index.dtype), kept, length // count

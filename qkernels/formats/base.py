@@ -27,6 +27,9 @@ Params = dict[str, Any]
 #: elements turned to float32 at a time while a tensor is checked, so that loading needs no copy of it
 _CHECKED_AT_ONCE = 1 << 20
 
+#: `quant_method` of the config that says any format: qkernels/checkpoints/quantization.py
+OWN_METHOD = "qkernels"
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -268,8 +271,9 @@ class Format(ABC):
         """`quantization_config` as the ecosystem writes it; None for plain weights.
 
         `skipped` are the linear modules left unquantized; each format knows the key they go under.
+        Formats that the ecosystem keeps in no directory (GGUF's types) go by our own config.
         """
-        raise ValueError(f"{self.name}: no Hugging Face checkpoint form is defined for this format")
+        return {"quant_method": OWN_METHOD, "format": self.name, "params": dict(params)}
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any]) -> Params | None:

@@ -60,8 +60,9 @@ class Gptq(Format):
     ) -> tuple[dict[str, Tensor], Params]:
         found, params = super().cut(tensors, shape, params, dim, begin, end)
         if dim == 1 and "g_idx" in found:
-            index = affine.cut_group_index(self.name, "g_idx", found["g_idx"], params, begin, end)
-            found["g_idx"] = index
+            index, kept, size = affine.cut_groups(found["g_idx"], params["group_size"], begin, end)
+            found |= {name: tensors[name][kept] for name in ("scales", "qzeros")} | {"g_idx": index}
+            params = {**params, "group_size": size}
         return found, params
 
     def check_values(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> None:

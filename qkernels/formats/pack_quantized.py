@@ -65,8 +65,12 @@ class PackQuantized(Format):
         found["weight_shape"] = found["weight_shape"].clone()
         found["weight_shape"][dim] = end - begin
         if dim == 1 and "weight_g_idx" in found:
-            name = "weight_g_idx"
-            found[name] = affine.cut_group_index(self.name, name, found[name], params, begin, end)
+            index, kept, size = affine.cut_groups(found["weight_g_idx"], params["group_size"], begin, end)
+            for name in ("weight_scale", "weight_zero_point"):
+                if name in found:
+                    found[name] = tensors[name][:, kept].contiguous()
+            found["weight_g_idx"] = index
+            params = {**params, "group_size": size}
         return found, params
 
     def check_values(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> None:

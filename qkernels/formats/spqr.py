@@ -125,7 +125,37 @@ class Spqr(Format):
 
     # ------------------------------------------------------------------ tensors
     def cuts(self, shape: Shape, params: Params) -> Shape:
-        return shape  # its lists of outliers are not cut
+        # In act-order a group's columns lie anywhere, and groups of unequal sizes cannot be said.
+        return min(shape[0], params["row_group"]), shape[1] if params["act_order"] else params["group_size"]
+
+    def cut(
+        self, tensors: Mapping[str, Tensor], shape: Shape, params: Params, dim: int, begin: int, end: int
+    ) -> tuple[dict[str, Tensor], Params]:
+        """Outliers go with their rows or columns."""
+        grid = self._grid(tensors, shape, params)
+        place = [_rows(grid.row_offsets), outlier_columns(grid.col_vals).long()]
+        kept = (place[dim] >= begin) & (place[dim] < end)
+        place[dim] = place[dim] - begin
+        part = (end - begin, shape[1]) if dim == 0 else (shape[0], end - begin)
+        counts = torch.bincount(place[0][kept], minlength=part[0])
+        offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(grid.row_offsets.dtype)
+        col_vals = pack_outliers(outlier_values(grid.col_vals)[kept], place[1][kept])
+        if dim == 0:
+            rows, levels = (
+                slice(begin, end),
+                slice(begin // params["row_group"], -(-end // params["row_group"])),
+            )
+            cut = SpqrGrid(
+                grid.codes[rows], grid.scale_codes[rows], grid.zero_codes[rows],
+                grid.second_level[:, levels].contiguous(), offsets, col_vals, grid.perm,
+            )  # fmt: skip
+        else:
+            groups = slice(begin // params["group_size"], end // params["group_size"])
+            cut = SpqrGrid(
+                grid.codes[:, begin:end], grid.scale_codes[:, groups], grid.zero_codes[:, groups],
+                grid.second_level[groups], offsets, col_vals, grid.perm,
+            )  # fmt: skip
+        return self.from_spqr(cut, part, params), params
 
     def specs(self, shape: Shape, params: Params) -> dict[str, TensorSpec]:
         n, k = shape

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import subprocess
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -10,7 +15,7 @@ import torch
 from torch import Tensor
 
 import qkernels as qk
-from bench import host, peers, report
+from bench import host, peers, report, targets
 from qkernels import dispatch, roofline
 from qkernels.benchmark import race, shapes, timing
 from qkernels.cli import main
@@ -105,10 +110,13 @@ def test_what_is_wrong_is_not_timed(how: str, why: str) -> None:
 
 def test_every_peer_says_why_it_is_not_there() -> None:
     found = peers.contestants()
-    assert {"bitsandbytes", "gemlite", "humming", "torchao", "torch._scaled_mm"} <= {p.name for p in found}
+    names = {p.name for p in found}
+    assert {"bitsandbytes", "gemlite", "humming", "torchao", "torch._scaled_mm"} <= names
+    assert {"gptqmodel marlin", "spqr-quant", "DeepGEMM", "fast-hadamard-transform"} <= names
     if not torch.cuda.is_available():
-        assert all(p.unavailable() for p in found)
+        assert all(p.unavailable() for p in found if isinstance(p, peers.Peer))
     groups = {race.Ours(name, params, "triton").group for name, params in shapes.formats_of("all")}
+    groups |= {p.group for p in found if not isinstance(p, peers.Peer)}
     assert {p.group for p in found} <= groups, "a peer that races nobody"
 
 
@@ -155,3 +163,136 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--rows: expected numbers from 1" in capsys.readouterr().err
     assert main(["bench", "--formats", "nf5"]) == 2
     assert main(["bench", "--formats", "gptq:group_size=128", "--shapes", "16x64", "--rows", "1"]) == 2
+
+
+def synthetic(spec: str, m: int, chain: float, dense: float, backend: str = "triton", n: int = 8192) -> dict:
+    """A row as a race makes it, of round numbers that nobody measured."""
+    group = race.GROUPS.get(spec, spec)
+    made = race.Row(
+        f"qkernels {backend} {spec}", group, n, 8192, m, "kernel", n * 4096, 1e-3, chain, 0.1, chain
+    )
+    made.speedup, made.bandwidth, made.tflops = dense / chain, n * 4096 / chain / 1e3, 1.0
+    return vars(made)
+
+
+def test_what_falls_short_of_the_targets_worst_first() -> None:
+    four, copy = "gptq:bits=4,group_size=128", 8192 * 4096 / 10 / 1e3  # a copy of such a weight takes 10 us
+    rows = [
+        synthetic(four, 1, 40, 100),  # 2.5x of 3.5, a quarter of the bandwidth
+        synthetic(four, 1, 20, 100, backend="cuda"),  # the faster one counts: 5x, half of it
+        synthetic(four, 64, 50, 100),  # exactly 2x
+        synthetic(four, 1024, 200, 100),  # 0.5x of 0.95
+        synthetic("quip_sharp:bits=4", 1, 90, 100),  # no target but peers
+        vars(race.Row("gone", "int4 g128", 8192, 8192, 1, failed="not installed")),
+    ]
+    rows.append({**synthetic(four, 1, 10, 100), "contestant": "marlin"})
+    made = {"environment": {"gpu": "synthetic"}, "copy_bandwidth": copy, "results": rows}
+    found = targets.findings(made)
+    assert [(str(one.target), round(one.measured, 3), one.where) for one in found] == [
+        ("every format, M>=1: 1 x the fastest peer", 0.5, "8192x8192, M=1"),
+        ("4-bit weight-only, M>=1024: 0.95 x torch bf16", 0.5, "8192x8192, M=1024"),
+        (
+            "4-bit weight-only, M=1..16: 0.9 of the copy bandwidth, in a chain from 8192x8192 on",
+            0.5,
+            "8192x8192, M=1",
+        ),
+        ("4-bit weight-only, M=1..16: 0.8 of the copy bandwidth, alone of 8192x8192", 0.5, "8192x8192, M=1"),
+        ("4-bit weight-only, M=64: 2 x torch bf16", 2.0, "8192x8192, M=64"),
+        ("4-bit weight-only, M=1..16: 3.5 x torch bf16", 5.0, "8192x8192, M=1"),
+        ("4-bit weight-only, M=32..256: 1 x torch bf16", 2.0, "8192x8192, M=64"),
+    ]
+    reached = [one.reached for one in found]
+    assert reached == sorted(reached)
+    missing = [str(target) for target in targets.unmeasured(made)]
+    assert "SpQR, M=1: 1.5 x torch bf16" in missing
+    assert not any(text.startswith("4-bit") for text in missing)
+    text = "\n".join(report.against_targets(made))
+    short, met = text.split("## What reaches its target")
+    assert short.count("| 50% |") == 1, "the peer's; 0.5 / 0.95 = 53%, 0.5 / 0.9 = 56%, 0.5 / 0.8 = 62%"
+    assert "| 53% |" in short
+    assert "M=64" not in short
+    assert "| 100% |" in met
+
+
+def test_without_a_gpu_the_targets_are_not_judged() -> None:
+    rows = [synthetic("nf4", 1, 1, 100)]
+    made = {"environment": {"gpu": None}, "copy_bandwidth": None, "results": rows}
+    assert "No GPU measured" in "\n".join(report.against_targets(made))
+
+
+def test_every_target_belongs_to_a_format_that_is_raced() -> None:
+    specs = [race.FormatSpec(name, params) for name, params in shapes.formats_of("all")]
+    for target in targets.TARGETS:
+        assert any(targets.FAMILIES[target.family](spec) for spec in specs), target
+        assert target.metric in targets.METRICS
+
+
+def gpu_run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    script = Path(__file__).parents[2] / "bench" / "gpu_run.sh"
+    return subprocess.run(
+        ["bash", str(script), *arguments], capture_output=True, text=True, check=False, timeout=300,
+        env={**os.environ, "PYTHON": sys.executable, "QKERNELS_SITE": "/nonexistent", **environment},
+    )  # fmt: skip
+
+
+def test_gpu_run_says_what_is_wrong(tmp_path: Path) -> None:
+    assert "usage: bench/gpu_run.sh OUT" in gpu_run().stderr
+    wrong = gpu_run(str(tmp_path), "--part", "lunch")
+    assert (wrong.returncode, "no part lunch" in wrong.stderr) == (2, True)
+    if not torch.cuda.is_available():
+        without = gpu_run(str(tmp_path), "--part", "gguf")
+        assert (without.returncode, "no CUDA device is visible" in without.stderr) == (3, True)
+
+
+def test_gpu_run_walks_its_parts_without_a_gpu(tmp_path: Path) -> None:
+    """The parts differ in their arguments; what they share is a race, which one format stands for. CI walks
+    the part with everything, and the models'."""
+    done = gpu_run(
+        str(tmp_path), "--tiny", "--part", "build", "--part", "gguf", BENCH_ARGS="--suite nf4 --repeats 1"
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "CUDA kernels:" in done.stdout
+    raced = json.loads((tmp_path / "gguf.json").read_text())
+    assert {"torch bf16", "qkernels triton nf4"} <= {row["contestant"] for row in raced["results"]}
+    assert not [row for row in raced["results"] if row["failed"]]
+    assert "No GPU measured" in (tmp_path / "gguf.md").read_text()
+
+
+def test_every_part_is_one_the_command_line_knows() -> None:
+    """What gpu_run.sh passes to `python -m bench` must parse: a typo would show on the GPU alone."""
+    text = (Path(__file__).parents[2] / "bench" / "gpu_run.sh").read_text().replace("\\\n", " ")
+    races = [shlex.split(line.split(" race ", 1)[1]) for line in text.splitlines() if " race " in f" {line}"
+             and "--suite" in line]  # fmt: skip
+    assert len(races) >= 5
+    for words in races:
+        options = dict(zip(words[1::2], words[2::2], strict=False))
+        suite = words[0] if options["--suite"] == "$part" else options["--suite"]
+        for name in ("weight_only", "eight_bit") if suite == "$part" else (suite,):
+            assert shapes.formats_of(name)
+        assert shapes.shapes_of(options["--shapes"])
+        assert options["--peers"] in ("all", "none")
+        assert set(options.get("--backend", "triton").split(",")) <= set(dispatch.BACKENDS)
+
+
+def test_a_peer_that_is_not_what_its_adapter_expects_is_listed_as_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its package is there, and empty: nothing is dropped, and the reason is told."""
+    for peer in peers.contestants({"gptqmodel", "spqr_quant", "deep_gemm", "fast_hadamard"}):
+        if not isinstance(peer, peers.Peer):
+            continue
+        monkeypatch.setitem(sys.modules, peer.module, types.ModuleType(peer.module))
+        monkeypatch.setattr(type(peer), "unavailable", lambda self: None)
+        x = {1: torch.randn(1, 256).bfloat16()}
+        (row,) = race._race(peer, torch.randn(128, 256), x, race.Settings("cpu", 1))
+        assert row.failed.startswith("failed: "), (peer.name, row.failed)
+        assert "Error" in row.failed
+
+
+def test_a_peer_of_the_same_codes_is_held_to_them() -> None:
+    p = qk.quantize(torch.randn(64, 128), "gptq", bits=4, group_size=128)
+    right = peers.same_weight(lambda x: qk.matmul(x, p), p)
+    x = torch.randn(3, 128).bfloat16()
+    for layer, wrong in ((right, False), (peers.same_weight(lambda x: 1.03 * qk.matmul(x, p), p), True)):
+        error = (layer.call(x) - layer.want(x)).norm() / layer.want(x).norm()
+        assert bool(error > layer.tolerance) is wrong

@@ -20,8 +20,7 @@ DEFINES: list[str] = []
 
 
 def emulate(name: str, call: ctypes.Structure, reads: list[torch.Tensor], writes: list[torch.Tensor]) -> str:
-    folder, file = ("weight_only", name[12:]) if name.startswith("weight_only_") else ("eight_bit", name)
-    lib = host.library(f"{folder}/{file}.cu", tuple(DEFINES))
+    lib = host.library(host.source_of(name), tuple(DEFINES))
     function = getattr(lib, f"qk_{name}")
     function.restype = ctypes.c_char_p
     host.expose(lib, reads, writes, ORDER[0])

@@ -20,7 +20,14 @@ CSRC = Path(__file__).parents[2] / "csrc"
 FLAGS = ["-std=c++17", "-O1", "-Wall", "-Werror", "-fPIC", "-shared"]
 
 
-@lru_cache(maxsize=8)
+def source_of(kernel: str) -> str:
+    """The file, relative to csrc, with the entry point of `kernel`, a name of csrc/bindings."""
+    found = sorted({*CSRC.glob(f"*/{kernel}.cu"), *CSRC.glob(f"*/{kernel.removeprefix('weight_only_')}.cu")})
+    assert len(found) == 1, f"{kernel}: {found}"
+    return str(found[0].relative_to(CSRC))
+
+
+@lru_cache(maxsize=32)
 def library(source: str, defines: tuple[str, ...] = ()) -> ctypes.CDLL:
     """csrc/`source` as a shared library that runs in the emulator."""
     compiler = shutil.which("g++")

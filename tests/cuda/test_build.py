@@ -16,8 +16,8 @@ from qkernels.backends.cuda import build, calls
 from . import host
 
 PTXAS = """
-ptxas info    : Compiling entry function '_ZN2qk16weight_only_gemvINS_4HalfELi2ELi4EEEvNS_14WeightOnlyArgsE' for 'sm_80'
-ptxas info    : Function properties for _ZN2qk16weight_only_gemvINS_4HalfELi2ELi4EEEvNS_14WeightOnlyArgsE
+ptxas info    : Compiling entry function '_ZN2qk16weight_only_gemvINS_4HalfELi2ENS_5PlainILi4EEEEEvNS_14WeightOnlyArgsE' for 'sm_80'
+ptxas info    : Function properties for _ZN2qk16weight_only_gemvINS_4HalfELi2ENS_5PlainILi4EEEEEvNS_14WeightOnlyArgsE
     64 bytes stack frame, {stores} bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 120 registers, used 1 barriers, 64 bytes cumulative stack size
 """
@@ -29,7 +29,7 @@ def test_kernels_compile_without_spills() -> None:
     facts = static_cuda.compile_one("e4m3", "90a")
     assert {(f.kernel, f.dtype, f.runs) for f in facts} == {
         (kernel, dtype, runs)
-        for kernel, all_runs in (("gemv", (0, 1, 2, 4)), ("gemm", (0, 1, 4)))
+        for kernel, all_runs in (("gemv", (0, 1, 2, 4)), ("gemm", (0, 1, 4)), ("wgmma", (0, 1, 4)))
         for dtype in ("Half", "BFloat")
         for runs in all_runs
     }
@@ -40,19 +40,38 @@ def test_kernels_compile_without_spills() -> None:
 def test_eight_bit_kernels_compile_without_spills() -> None:
     facts = static_cuda.compile_one("eight_bit_e4m3", "90a")
     assert {f.kernel.replace(", blocks", "") for f in facts} == {
-        *(f"gemv {rows} rows" for rows in (8, 16)), *(f"gemm {rows} rows" for rows in (16, 32, 64, 128))
+        *(f"gemv {rows} rows" for rows in (8, 16)), *(f"gemm {rows} rows" for rows in (16, 32, 64, 128)),
+        "wgmma",
     }  # fmt: skip
-    assert len(facts) == 12
+    assert len(facts) == 14
+    assert [f.problems for f in facts if f.problems] == []
+
+
+@pytest.mark.skipif(build.nvcc() is None, reason="no nvcc")
+def test_transforms_compile_without_spills() -> None:
+    facts = static_cuda.compile_one("transform_rows", "90a")
+    assert sorted((f.kernel, f.dtype) for f in facts) == [
+        (f"transform {side}", dtype) for side in ("after", "before") for dtype in ("BFloat", "Half")
+    ]
     assert [f.problems for f in facts if f.problems] == []
 
 
 def test_the_static_table_sees_spills_and_missing_kernels() -> None:
-    good, bad = (static_cuda.parse(PTXAS.format(stores=n), "linear4", "80")[0] for n in (0, 8))
+    entry = re.search(r"'(\w+)'", PTXAS)
+    assert entry is not None
+    tensor = {entry[1]: "HMMA.16816.F32"}
+    good, bad = (static_cuda.parse(PTXAS.format(stores=n), "linear4", "80", tensor)[0] for n in (0, 8))
     assert (good.registers, good.stack, good.blocks, good.problems) == (120, 64, 4, [])
     assert bad.problems == ["spills 8 bytes"]
+    assert static_cuda.parse(PTXAS.format(stores=0), "linear4", "80", {})[0].problems == [
+        "no MMA instruction"
+    ]
+    words = f"ptxas info : (C7513) Potential Performance Loss: wgmma, in the function '{entry[1]}'\n"
+    slow = static_cuda.parse(words + PTXAS.format(stores=0), "linear4", "90a", tensor)[0]
+    assert slow.problems == ["its wgmma instructions are serialized"]
     assert "| gemv | linear4 | 4 | 120 (4) | 8 |" in static_cuda.table([good, bad])
     with pytest.raises(RuntimeError, match="ptxas said nothing of any kernel"):
-        static_cuda.parse("", "linear4", "80")
+        static_cuda.parse("", "linear4", "80", {})
 
 
 def test_structs_are_the_same_in_both_languages() -> None:
@@ -67,7 +86,7 @@ def test_every_decoder_has_a_source_and_a_binding() -> None:
     binding = (build.sources() / "bindings" / "module.cpp").read_text()
     for name, folder in static_cuda.SOURCES.items():
         assert (build.sources() / folder / f"{name}.cu").is_file()
-        entry = name if folder == "eight_bit" else f"weight_only_{name}"
+        entry = f"weight_only_{name}" if folder == "weight_only" else name
         assert f"X({entry}, " in binding
     assert binding.count("    X(") == len(static_cuda.SOURCES)
 

@@ -7,11 +7,17 @@ import ctypes
 import pytest
 import torch
 
+from qkernels.formats import e8p
 from qkernels.layouts import weight_only as layout
 
 from . import host
 
-CODES = ["linear2", "linear3", "linear4", "linear8", "lut16", "e4m3", "e5m2"]
+#: in the order of QK_CODES in csrc/decoders/dispatch.h
+CODES = [
+    "linear2", "linear3", "linear4", "linear8", "lut16", "e4m3", "e5m2",
+    *(f"centered{bits}" for bits in (3, 4, 5, 6, 8)), *(f"counted{bits}" for bits in (2, 3, 4, 5)),
+    *(f"halfway{bits}" for bits in (2, 3, 4)), *(f"e8p{bits}" for bits in (2, 3, 4)),
+]  # fmt: skip
 dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 
 
@@ -25,24 +31,41 @@ def decoded(
 ) -> torch.Tensor:
     """codes uint8 (N, K), K a whole number of tiles -> values (N, K), through layout and decoder."""
     bits = {"lut16": 4, "e4m3": 8, "e5m2": 8}.get(kind) or int(kind[-1])
-    n, k = codes.shape
     packed = layout.pack_codes(codes, bits, table=kind == "lut16")
-    words = packed["qdata"]
-    tiles, pairs = words.shape[0], 16 // layout.plane_bits(bits)
-    high = torch.zeros_like(words)
-    if bits == 3:  # word (j, p, h): the kernel shifts the plane's word (j, h) by p
-        plane = packed["qhigh"].view(tiles, n, 4, 1, 2)
-        high = torch.cat([plane, plane >> 1], dim=3).contiguous()
     lut = layout.lut(torch.zeros(16) if table is None else table)
     lut = lut[8:] if dtype == torch.bfloat16 else lut[:8]
+    return in_kernel_order(kind, packed, bits, dtype, lut, zero)
+
+
+def in_kernel_order(
+    kind: str,
+    packed: dict[str, torch.Tensor],
+    bits: int,
+    dtype: torch.dtype,
+    table: torch.Tensor,
+    zero: float = 0,
+) -> torch.Tensor:
+    """What `pack_codes` or `pack_vectors` made -> values (N, KP)."""
+    words, vectors = packed["qdata"], kind.startswith("e8p")
+    tiles, n = words.shape[:2]
+    pairs = 16 // layout.plane_bits(bits, vectors)
+    high = packed.get("qhigh", torch.zeros_like(words))
+    if high.shape[2] < 16:  # word (j, p, h): what the kernel makes of the plane's words of j
+        plane, step = high.view(tiles, n, 4, 1, -1), layout.high_step(bits, vectors)
+        if high.shape[2] == 4:
+            plane = torch.cat([plane, plane >> step], dim=4)
+            step *= 2
+        high = torch.cat([plane, plane >> step], dim=3).contiguous()
     out = torch.empty(words.numel() * pairs, dtype=torch.int32)
     lib = host.library("decoders/all_codes.cpp")
-    lib.qk_decode(
+    lib.qk_decode.restype = ctypes.c_char_p
+    error = lib.qk_decode(
         CODES.index(kind), int(dtype == torch.bfloat16), pointer(words), pointer(high),
-        pointer(lut.contiguous()), words.numel(), ctypes.c_float(zero), pointer(out),
+        pointer(table.contiguous()), words.numel(), ctypes.c_float(zero), pointer(out),
     )  # fmt: skip
+    assert error == b""
     values = out.view(dtype).view(tiles, n, 4, 2, 2, pairs, 2)  # t, n, j, p, h, s, b
-    return values.permute(1, 0, 5, 3, 4, 2, 6).reshape(n, k)
+    return values.permute(1, 0, 5, 3, 4, 2, 6).reshape(n, -1)
 
 
 @dtypes
@@ -55,6 +78,45 @@ def test_integers(bits: int, dtype: torch.dtype) -> None:
     for zero in range(count + 1):  # GPTQ stores the zero point minus one, so it may be one too many
         found = decoded(f"linear{bits}", codes, dtype, zero)
         assert torch.equal(found.float(), codes.float() - zero)
+
+
+def middle(kind: str, bits: int) -> float:
+    """What the decoders that take no zero point take off a code."""
+    return {"centered": 1 << (bits - 1), "counted": 0, "halfway": ((1 << bits) - 1) / 2}[kind]
+
+
+@dtypes
+@pytest.mark.parametrize("code", CODES[7:-3])
+def test_integers_about_a_fixed_middle(code: str, dtype: torch.dtype) -> None:
+    """Every code in every place of a tile, whatever zero point is given."""
+    kind, bits = code[:-1], int(code[-1])
+    count = 1 << bits
+    tile = layout.tile_features(bits)
+    codes = (torch.arange(count)[:, None] + torch.arange(tile)).remainder(count).to(torch.uint8)
+    for zero in (0, 3):
+        found = decoded(code, codes, dtype, zero)
+        assert torch.equal(found.float(), codes.float() - middle(kind, bits))
+
+
+@dtypes
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_codes_of_eight_weights(bits: int, dtype: torch.dtype) -> None:
+    """All 65536, and all of the residual, in both halves of words: units of half a weight, rounded once at most."""
+    every = torch.arange(1 << 16, dtype=torch.int32)
+    codes = torch.cat([every, every.roll(1)])
+    if bits > 2:
+        second = torch.arange(codes.numel(), dtype=torch.int32) % (256 if bits == 3 else 1 << 16)
+        codes = codes | second[torch.randperm(codes.numel())] << 16
+    codes = codes.view(64, -1)
+    packed = layout.pack_vectors(codes, bits)
+    found = in_kernel_order(f"e8p{bits}", packed, bits, dtype, e8p.table(codes.device)).float()
+    want = 2 * e8p.decode(codes, bits).view(64, -1)
+    found = found[:, layout.vector_order(want.shape[1])]
+    if bits == 2:
+        assert torch.equal(found, want)
+    else:
+        u = 2.0**-11 if dtype == torch.float16 else 2.0**-8  # and 2^-20: of float32 where both cancel
+        assert bool(((found - want).abs() <= u * (1 + 2.0**-10) * want.abs() + 2.0**-20).all())
 
 
 @dtypes

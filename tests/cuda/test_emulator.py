@@ -24,9 +24,9 @@ BUGS = {
     "write after read": "shared race: write after access",
     "deadlock": "deadlock: waits for ever at __syncthreads",
     "diverged": "deadlock",
-    "copy waited for too late": "before its cp.async was waited for",
+    "copy waited for too late": "before its asynchronous copy was waited for",
     "copy without barrier": "shared race: read after write",
-    "copy over a copy": "shared write over a cp.async on its way",
+    "copy over a copy": "shared write over a copy on its way",
 }
 
 
@@ -57,3 +57,49 @@ def test_sound_kernels_pass() -> None:
         error, out, _ = run(name)
         assert error == "", f"{name}: {error}"
         assert torch.equal(out, want.to(torch.int32)), name
+
+
+# ---------------------------------------------------------------------- what only Hopper has
+HOPPER_BUGS = {
+    "copy: not waited for": "asynchronous copy was waited for|unwritten",
+    "copy: waited for by one warp": "shared race: read after write",
+    "copy: over what is on its way": "copy on its way|asynchronous copy was waited for",
+    "copy: freed by one warp for all": "shared race: write after access",
+    "copy: freed without a warp barrier": "shared race: write after access",
+    "copy: barrier not initialized": "unwritten|mbarrier that was not initialized",
+    "copy: fewer bytes announced": "deadlock: waits for ever at mbarrier",
+    "product: not committed": "waits for a product that was not committed",
+    "product: its registers change": "registers of a wgmma on its way were changed",
+    "product: never waited for": "a product was never waited for",
+    "barrier of a warp for a warpgroup": "unwritten|shared race",
+}
+
+
+def run_hopper(bug: str) -> tuple[str, torch.Tensor]:
+    lib = host.library("emulation/planted_hopper.cpp")
+    lib.qk_planted.restype = ctypes.c_char_p
+    given, out = torch.arange(256, dtype=torch.int32), torch.full((256,), -1, dtype=torch.int32)
+    host.expose(lib, [given], [out])
+    error = lib.qk_planted(bug.encode(), *(ctypes.c_void_p(t.data_ptr()) for t in (given, out)))
+    return error.decode(), out
+
+
+@pytest.mark.parametrize("bug", HOPPER_BUGS)
+def test_planted_bugs_of_hopper_are_found(bug: str) -> None:
+    found = run_hopper(bug)[0]
+    assert re.search(HOPPER_BUGS[bug], found), found
+
+
+def test_sound_kernels_of_hopper_pass() -> None:
+    lanes = torch.arange(128, dtype=torch.int32)
+    columns = lanes % 4 * 2 + 1  # of the sum that is shown: row r of b is r % 4, times 16 features
+    twice = (lanes + lanes + 128).repeat(2)
+    for name, want in (
+        ("copy: sound", twice),
+        ("copy: beyond the rows: sound", (lanes + 128).repeat(2)),
+        ("product: sound", torch.cat([columns % 4 * 16, torch.zeros(128, dtype=torch.int32)])),
+        ("barrier of a warpgroup: sound", torch.arange(256, dtype=torch.int32) ^ 64),
+    ):
+        error, out = run_hopper(name)
+        assert error == "", f"{name}: {error}"
+        assert torch.equal(out, want), name

@@ -22,7 +22,7 @@ def has_kernel(name: str, params: dict[str, object]) -> bool:
     fmt, shape = qk.formats.get(name), (40, k_of(name, 192))
     known = {key: value for key, value in params.items() if key not in fmt.quantize_only}
     traits = fmt.weight_only_traits(shape, fmt.resolve(shape, known))
-    return (traits.decoder, traits.bits) in calls.CODES and traits.scaler in calls.SCALINGS
+    return calls.kernel_name(traits.decoder, traits.bits, traits.scaler) is not None
 
 
 FUSED = [case for case in FAMILY if has_kernel(*case)]
@@ -37,29 +37,20 @@ def run(name, params, n, k, m, dtype, with_bias=True, **options):
     return qk.matmul(x, p, bias, backend="cuda", **options), x, p, bias
 
 
-def test_what_has_no_kernel_yet_says_so() -> None:
-    missing = {name for name, params in FAMILY if (name, params) not in FUSED}
-    assert missing == {
-        "q4_0",
-        "q4_1",
-        "q5_0",
-        "q5_1",
-        "q8_0",
-        *(f"q{i}_k" for i in range(2, 7)),
-        "iq4_xs",
-        "spqr",
-        "quip",
-        "quip_sharp",
-    }
-    for name in missing:
-        p = qk.quantize(torch.randn(8, 256), name)
-        with pytest.raises(ValueError, match="no CUDA decoder|no CUDA scaler"):
-            qk.matmul(torch.randn(2, 256).half(), p, backend="cuda")
+def test_every_format_has_a_kernel() -> None:
+    assert FUSED == FAMILY
+
+
+def test_what_has_no_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(calls.OWN, ("halfway", 2, "scale"))
+    p = qk.quantize(torch.randn(8, 256), "quip", bits=2).to(DEVICE)
+    with pytest.raises(ValueError, match="no CUDA kernel for 2-bit halfway codes with scales 'scale'"):
+        qk.matmul(torch.randn(2, 256).half().to(DEVICE), p, backend="cuda")
 
 
 @fused_cases
 @dtypes
-@pytest.mark.parametrize("m", [1, 3, 8, 9, 33])
+@pytest.mark.parametrize("m", [1, 8, 33])
 def test_every_format(name: str, params: dict[str, object], m: int, dtype: torch.dtype) -> None:
     y, x, p, bias = run(name, params, 40, k_of(name, 192), m, dtype)
     assert p.layout == "weight_only"
@@ -70,7 +61,16 @@ def test_every_format(name: str, params: dict[str, object], m: int, dtype: torch
 SPLIT_PAIRS = [("nf4", {"block_size": 64}, 37, 45), ("fp4", {"block_size": 32, "double_quant": True}, 20, 51)]
 
 
-@pytest.mark.parametrize(("name", "params", "n", "k"), ODD + SPLIT_PAIRS, ids=str)
+#: N that ends inside a block, K of a single block or that ends inside a tile; groups of SpQR that cross slices
+ONE_SCALER = [
+    ("q4_0", {}, 3, 32), ("q5_1", {}, 37, 160), ("q8_0", {}, 21, 96), ("q2_k", {}, 19, 256), ("q6_k", {}, 9, 256),
+    ("spqr", {"group_size": 10, "row_group": 7}, 33, 70),
+    ("spqr", {"bits": 4, "group_size": 144, "row_group": 16, "threshold": 0.01}, 21, 144),
+    ("spqr", {"bits": 2, "group_size": 1, "row_group": 1}, 5, 9),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "params", "n", "k"), ODD + SPLIT_PAIRS + ONE_SCALER, ids=str)
 @dtypes
 def test_odd_shapes(name: str, params: dict[str, object], n: int, k: int, dtype: torch.dtype) -> None:
     for m in (5, 17):
@@ -104,7 +104,12 @@ def test_gemm_of_several_blocks(m: int, dtype: torch.dtype) -> None:
     assert_fused_close(y, x, p, bias)
 
 
-LONG = [("gptq", {"bits": 4, "group_size": 128}), ("gptq", {"bits": 2, "group_size": 64}), ("nf4", {})]
+LONG = [
+    ("gptq", {"bits": 4, "group_size": 128}), ("gptq", {"bits": 2, "group_size": 64}), ("nf4", {}),
+    ("q5_k", {}), ("spqr", {"threshold": 0.05}),
+]  # fmt: skip
+#: not a multiple of a tile where the format allows it
+LONG_K = {"nf4": 4500, "q5_k": 2048, "spqr": 3600}
 
 
 def shares(p: qk.PackedWeight, m: int) -> int:
@@ -116,7 +121,7 @@ def shares(p: qk.PackedWeight, m: int) -> int:
 @pytest.mark.parametrize(("name", "params"), LONG, ids=str)
 def test_split_k_in_any_order_of_blocks(name: str, params: dict[str, object], m: int) -> None:
     """K in several shares: right, and bitwise the same whichever block is last. The counters end at 0."""
-    y, x, p, bias = run(name, params, 20, 4500 if name == "nf4" else 4480, m, torch.float16)
+    y, x, p, bias = run(name, params, 20, LONG_K.get(name, 4480), m, torch.float16)
     assert shares(p, m) > 1
     assert_fused_close(y, x, p, bias)
     for order in (1, 2, 3):
@@ -127,9 +132,9 @@ def test_split_k_in_any_order_of_blocks(name: str, params: dict[str, object], m:
 
 @fused_cases
 def test_rows_do_not_depend_on_m(name: str, params: dict[str, object]) -> None:
-    dtype = torch.bfloat16
-    p = qk.quantize(torch.randn(24, 1152), name, **params).to(DEVICE)
-    x = torch.randn(19, 1152).to(dtype).to(DEVICE)
+    dtype, k = torch.bfloat16, k_of(name, 1152)
+    p = qk.quantize(torch.randn(24, k), name, **params).to(DEVICE)
+    x = torch.randn(19, k).to(dtype).to(DEVICE)
     full = qk.matmul(x, p, backend="cuda", batch_invariant=True)
     assert_fused_close(full, x, p)
     for m in (1, 2, 7, 8, 9, 16, 17):
@@ -149,6 +154,42 @@ def test_many_rows_go_in_several_launches(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("qkernels.backends.cuda.weight_only.MAX_ROWS", 16)
     y, x, p, bias = run("gptq", {"group_size": 32}, 8, 64, 35, torch.float16, batch_invariant=True)
     assert_fused_close(y, x, p, bias)
+
+
+def with_outliers(weight: torch.Tensor, counts: torch.Tensor, first: int) -> qk.PackedWeight:
+    """`weight` in SpQR, with random outliers instead of its own: so many in each row, in columns from `first` on."""
+    shape = (weight.shape[0], weight.shape[1])
+    tensors = dict(qk.quantize(weight, "spqr", bits=4, group_size=16).tensors)
+    columns = [first + torch.randperm(shape[1] - first)[:count].sort().values for count in counts.tolist()]
+    values = torch.randn(int(counts.sum())).half().view(torch.int16).int()
+    tensors["row_offsets"] = torch.cat([torch.zeros(1), counts.cumsum(0)]).int()
+    tensors["col_vals"] = (values << 16) | torch.cat(columns).int()
+    return qk.pack("spqr", tensors, shape=shape, bits=4, group_size=16).to(DEVICE)
+
+
+@pytest.mark.parametrize("m", [2, 9])
+def test_weights_that_are_all_outliers_or_none(m: int) -> None:
+    """SpQR's sparse weights, apart from the codes: rows with all, with none, and with many."""
+    counts = torch.randint(0, 40, (18,))
+    counts[1], counts[-1] = 96, 0
+    p = with_outliers(torch.zeros(18, 96), counts, 0)
+    x = torch.randn(m, 96).half().to(DEVICE)
+    y = qk.matmul(x, p, backend="cuda")
+    assert y.abs().max() > 1
+    assert_fused_close(y, x, p)
+
+
+def test_one_input_that_is_infinite_stays_with_its_row() -> None:
+    """What is read for outliers that do not exist must not turn into NaN, nor reach other rows."""
+    p = with_outliers(torch.randn(20, 96), torch.arange(20), 1)
+    for m in (3, 11):
+        x = torch.randn(m, 96).half().to(DEVICE)
+        want = qk.matmul(x, p, backend="cuda")
+        x[1, 0] = float("inf")
+        y = qk.matmul(x, p, backend="cuda")
+        others = [i for i in range(m) if i != 1]
+        assert torch.equal(y[others], want[others])
+        assert m == 3 or bool(y[1].isinf().all())  # few rows: scale * inf - minimum * inf
 
 
 def test_uneven_groups_of_act_order() -> None:

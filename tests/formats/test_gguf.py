@@ -42,6 +42,26 @@ def test_dequantizes_as_the_gguf_package_bit_for_bit(fmt: GgufFormat) -> None:
 
 
 @types
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_a_single_row(fmt: GgufFormat, blocks: int) -> None:
+    """Dimensions of size 1, whose strides say nothing; bytes at an odd address, as in a mapped file."""
+    shape = (1, blocks * fmt.block)
+    data = random_blocks(fmt, *shape)
+    want = theirs(fmt, data)
+    shifted = torch.cat([torch.zeros(1, dtype=torch.uint8), data.view(-1)])[1:].view(1, -1)
+    for bytes_ in (data, shifted):
+        p = qk.pack(fmt.name, {"data": bytes_}, shape)
+        assert torch.equal(p.dequantize().view(torch.int32), want.view(torch.int32))
+        assert torch.equal(p.prepack_("weight_only").tensors["data"], data)
+    weight = torch.randn(shape)
+    found = qk.quantize(weight, fmt.name).dequantize()
+    assert (found - weight).norm() < weight.norm() * 2.0 ** (1 - fmt.bits)
+    layer = qk.QuantLinear(qk.quantize(weight, fmt.name))
+    x = torch.randn(2, shape[1])
+    torch.testing.assert_close(layer(x), x @ found.T, rtol=1e-4, atol=1e-4 * shape[1] ** 0.5)
+
+
+@types
 def test_sizes_are_ggml_s(fmt: GgufFormat) -> None:
     kind = package.GGMLQuantizationType[fmt.ggml_type]
     assert package.GGML_QUANT_SIZES[kind] == (fmt.block, fmt.block_bytes)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+import qkernels as qk
+
 from ..conftest import DEVICE
 from ..kernels.test_graphs import fused_cases, layer_of
 
@@ -28,3 +30,35 @@ def test_cuda_graph_replay(name: str, params: dict[str, object], m: int) -> None
         x.copy_(torch.randn_like(x))
         graph.replay()
         assert torch.equal(y, layer(x))
+
+
+@pytest.mark.parametrize("case", [("awq", {}), ("q4_k", {}), ("fp8", {"activation": "dynamic"})], ids=str)
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_cuda_graph_of_experts(case: tuple[str, dict[str, object]], tokens: int) -> None:
+    """Wherever tokens go: the graph is captured with one routing and replayed with others."""
+    gate_up, down = (
+        qk.quantize_experts(torch.randn(8, *shape), case[0], **case[1]).to(DEVICE)
+        for shape in ((1024, 512), (512, 512))
+    )
+    x = torch.randn(tokens, 512, device=DEVICE).half()
+    ids = torch.zeros(tokens, 2, dtype=torch.int64, device=DEVICE)
+    weights = torch.rand(tokens, 2, device=DEVICE)
+
+    def layer() -> torch.Tensor:
+        return qk.fused_moe(x, gate_up, down, weights, ids)
+
+    layer()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer()
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        ids.copy_(torch.randint(-1, 8, ids.shape))
+        graph.replay()
+        assert torch.equal(y, layer())

@@ -27,10 +27,8 @@ MODEL_FORMATS: list[tuple[str, dict[str, Any]]] = [
 
 
 def cannot_be_cut(p: qk.PackedWeight, dim: int) -> bool:
-    """Whether two parts would cut a group, a block or a word, or act-order mixes the groups of both."""
-    if p.shape[dim] % (2 * qk.formats.get(p.format).cuts(p.shape, p.params)[dim]):
-        return True
-    return dim == COLUMNS and bool(p.params.get("act_order")) and p.params["group_size"] != -1
+    """Whether two parts would cut a group, a block or a word."""
+    return bool(p.shape[dim] % (2 * qk.formats.get(p.format).cuts(p.shape, p.params)[dim]))
 
 
 def tolerance(name: str, params: dict[str, Any], dim: int) -> float:

@@ -55,14 +55,21 @@ class _StandIn:
         self.name, self.calls = name, calls
 
     def __getitem__(self, grid: Any) -> Any:
-        return lambda *args, **kwargs: self.calls.append((self.name, args, kwargs))
+        return lambda *args, **kwargs: self.calls.append((self.name, _noted(args), _noted(kwargs)))
+
+
+def _noted(value: Any) -> Any:
+    """Tensors by their dtype: a record that held them would keep their memory from being used again."""
+    if isinstance(value, dict):
+        return {key: _noted(v) for key, v in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(_noted, value))
+    return str(value.dtype) if isinstance(value, Tensor) else value
 
 
 def _decided(value: Any, m: int | None) -> Hashable:
     if isinstance(value, tuple):
         return tuple(_decided(v, m) for v in value)
-    if isinstance(value, Tensor):
-        return str(value.dtype)
     if type(value) is int and value == m:
         return "M"
     return value if isinstance(value, (int, float, str)) else str(getattr(value, "__name__", value))

@@ -39,10 +39,12 @@ def decisions(
     with monkeypatch.context() as patch:
         patch.setattr(autotune, "_first_calls", {})
         launches = Launches(patch)
+        p.plans.clear()  # kept launches hold the kernels themselves
         for m in range(1, MOST + 1):
             launches.calls.clear()
             qk.matmul(x[:m], p, backend="triton", batch_invariant=True)
             found.setdefault(launches.decisions(m), []).append(m)
+    p.plans.clear()
     return found
 
 

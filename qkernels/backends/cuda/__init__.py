@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -52,6 +52,13 @@ def _automatic(problem: dispatch.Problem) -> str | None:
     return "not measured on a GPU yet: only used when backend='cuda' asks for it"
 
 
+@lru_cache(maxsize=64)
+def _starts_early(index: int) -> bool:
+    """Whether GPU `index` can start a kernel before the one before it is done."""
+    return torch.cuda.get_device_capability(index) >= (9, 0)
+
+
+@lru_cache(maxsize=16)
 def _module(name: str) -> Any:
     return importlib.import_module(f"{__name__}.{name}")
 
@@ -61,14 +68,19 @@ def execute(name: str, call: Any, reads: list[Tensor], writes: list[Tensor]) -> 
     if emulator is not None:
         error = emulator(name, call, reads, writes)
     else:
-        device = reads[0].device
-        call.stream = torch.cuda.current_stream(device).cuda_stream
+        index = reads[0].get_device()
+        call.stream = torch._C._cuda_getCurrentRawStream(index)
         # A kernel that starts early reads its weight before the kernel before it is done. That one may just
         # have written the weight, so the first call of a weight does not start early.
-        call.early = int(call.launched and torch.cuda.get_device_capability(device) >= (9, 0))
-        call.launched = True
-        with torch.cuda.device_of(reads[0]):
-            error = build.extension().run(name, ctypes.addressof(call))
+        kept = call.kept or call
+        call.early = int(kept.launched and _starts_early(index))
+        kept.launched = True
+        run, address = build.extension().run, ctypes.addressof(call)
+        if torch.cuda.current_device() == index:
+            error = run(name, address)
+        else:
+            with torch.cuda.device(index):
+                error = run(name, address)
     if error:
         raise RuntimeError(f"qkernels: CUDA kernel {name}: {error}")
 
@@ -84,6 +96,7 @@ def register_kernels() -> None:
     """Each kernel with the module that launches it."""
     kernels = (
         ("cuda.weight_only_gemv", "weight_only", layouts.WEIGHT_ONLY),
+        ("cuda.weight_only_hopper", "hopper", layouts.WEIGHT_ONLY),
         ("cuda.weight_only_gemm", "gemm", layouts.WEIGHT_ONLY),
         ("cuda.eight_bit", "eight_bit", layouts.EIGHT_BIT),
     )
@@ -102,6 +115,14 @@ def register_kernels() -> None:
         quantized = _quantized if layout == layouts.EIGHT_BIT else None
         dispatch.register(
             dispatch.Kernel(
-                name, "cuda", layout, unavailable, rejects, run, _automatic, configuration, quantized
+                name,
+                "cuda",
+                layout,
+                unavailable,
+                rejects,
+                run,
+                _automatic,
+                configuration,
+                quantized=quantized,
             )
         )

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from typing import TYPE_CHECKING
 
 import torch
 
-#: (decoder, bits) -> csrc/weight_only/NAME.cu
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+#: (decoder, bits) -> csrc/weight_only/NAME.cu, for all scalers of SCALINGS
 CODES = {
     ("linear", 2): "linear2",
     ("linear", 3): "linear3",
@@ -16,27 +20,80 @@ CODES = {
     ("e4m3", 8): "e4m3",
     ("e5m2", 8): "e5m2",
 }
+#: scalers that a kernel tells apart as it runs
 SCALINGS = {"group": 0, "scale": 1, "scale_flat": 2, "nested": 3, "nested_flat": 4}
+#: (decoder, bits, scaler) -> csrc/weight_only/NAME.cu, made for this scaler alone
+OWN = {
+    **{("centered", bits, "scale"): f"centered{bits}" for bits in (4, 5, 8)},
+    **{("halfway", bits, "scale"): f"halfway{bits}" for bits in (2, 3, 4)},
+    **{("e8p", bits, "scale"): f"e8p{bits}" for bits in (2, 3, 4)},
+    **{("counted", bits, "scale_minus"): f"counted{bits}_scale_minus" for bits in (4, 5)},
+    ("counted", 2, "q2_k"): "counted2_q2_k",
+    ("centered", 3, "q3_k"): "centered3_q3_k",
+    ("counted", 4, "q4_k"): "counted4_q4_k",
+    ("counted", 5, "q4_k"): "counted5_q4_k",
+    ("centered", 6, "q6_k"): "centered6_q6_k",
+    ("lut16", 4, "iq4_xs"): "lut16_iq4_xs",
+    # Real zero points are a minimum, scale * zero, taken off after scaling.
+    **{("linear_real", bits, "two_level"): f"counted{bits}_two_level" for bits in (2, 3, 4)},
+}
+#: the tensors that a scaler has in `scale`, `second` and `third`; others have one, by either of its names
+SCALER_TENSORS = {
+    "scale_minus": ("d", "m"),
+    "q2_k": ("scales", "d", "dmin"),
+    "q3_k": ("scales", "d"),
+    "q4_k": ("scales", "d", "dmin"),
+    "q6_k": ("scales", "d"),
+    "iq4_xs": ("scales_l", "d", "scales_h"),
+    "two_level": ("stats", "second_level"),
+}
+#: 32-bit words of the codebooks of (decoder, bits), which lie in front of all else in shared memory
+BOOK_WORDS = {
+    ("e8p", 2): 256,
+    ("e8p", 3): 512,
+    ("e8p", 4): 256,
+}
 SCALE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 _POINTERS = [
-    "x", "qdata", "qhigh", "perm", "slice_group", "table", "scale", "zero",
-    "nested_map", "nested_outer", "nested_offset", "bias", "y", "partial", "counter",
+    "x", "qdata", "qhigh", "perm", "slice_group", "table", "scale", "zero", "second", "third",
+    "nested_map", "nested_outer", "nested_offset", "row_offsets", "col_vals", "x_columns",
+    "bias", "y", "partial", "counter",
 ]  # fmt: skip
 _SIZES = [
     "m", "n", "k", "kp", "tiles", "share", "group", "shift",
-    "row_run", "run", "scaling", "scale_type", "x_stride", "chunk",
+    "row_run", "run", "scaling", "scale_type", "x_stride", "chunk", "x_rows", "is_float",
 ]  # fmt: skip
+
+
+def kernel_name(decoder: str, bits: int, scaler: str) -> str | None:
+    """The weight-only kernel for these, as csrc/bindings names it, or None."""
+    name = OWN.get((decoder, bits, scaler))
+    if name is None and scaler in SCALINGS:
+        name = CODES.get((decoder, bits))
+    return None if name is None else f"weight_only_{name}"
 
 
 class WeightOnlyArgs(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in _POINTERS] + [(name, ctypes.c_int) for name in _SIZES]
 
 
-class WeightOnlyCall(ctypes.Structure):
-    #: whether it was launched before
-    launched = False
+class Call(ctypes.Structure):
+    """What the extension is called with. A weight keeps one a kernel; calls fill in and launch copies of it,
+    for several threads may use one weight."""
 
+    #: whether it, or a copy of it, was launched before
+    launched = False
+    #: what it is a copy of
+    kept: Call | None = None
+
+    def copy(self) -> Self:
+        made = type(self).from_buffer_copy(self)
+        made.kept = self
+        return made
+
+
+class WeightOnlyCall(Call):
     _fields_ = [
         ("args", WeightOnlyArgs),
         ("stream", ctypes.c_uint64),

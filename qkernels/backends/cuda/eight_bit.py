@@ -6,6 +6,7 @@ Structs mirror csrc/eight_bit/arguments.h, field for field.
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from ...layouts import eight_bit as layout
 from .. import cuda
 from ..triton import workspace
 from ..triton.eight_bit import Activations, row_bytes, traits_of
+from .calls import Call
 from .weight_only import processors
 
 if TYPE_CHECKING:
@@ -31,6 +33,10 @@ GEMV_ROWS = (8, 16)
 TILE_ROWS = (16, 32, 64, 128)
 #: as in csrc/eight_bit/gemv.h, gemm.h and quantize.h: threads of a block, shared memory
 GEMV_THREADS, GEMM_THREADS, QUANTIZE_SHARED = 128, 256, 128
+#: as in csrc/eight_bit/hopper.h: rows of x of a tile, and of W by kind of code, threads of a block
+HOPPER_M, HOPPER_N, HOPPER_THREADS = 128, {"int8": 256, "e4m3": 128, "e5m2": 128}, 384
+#: fewer rows of x than this are left to the other kernel
+HOPPER_ROWS = 129
 #: blocks of the GEMV that one processor holds at a time
 GEMV_BLOCKS = 4
 #: bytes of partial sums that one product may take
@@ -60,13 +66,13 @@ class EightBitArgs(ctypes.Structure):
     ]  # fmt: skip
 
 
-class QuantizeCall(ctypes.Structure):
+class QuantizeCall(Call):
     _fields_ = [
         ("args", QuantizeArgs), ("stream", ctypes.c_uint64), ("early", ctypes.c_int), ("size", ctypes.c_int),
     ]  # fmt: skip
 
 
-class EightBitCall(ctypes.Structure):
+class EightBitCall(Call):
     _fields_ = [
         ("args", EightBitArgs), ("stream", ctypes.c_uint64), ("split", ctypes.c_uint32),
         *((name, ctypes.c_int) for name in ("is_gemv", "rows", "blocks", "early", "size")),
@@ -74,7 +80,10 @@ class EightBitCall(ctypes.Structure):
 
 
 class Config(NamedTuple):
-    """gemv: which kernel. rows: of x in a block. share: steps summed on their own. split: blocks along K."""
+    """gemv: which kernel. rows: of x in a block. share: steps summed on their own. split: blocks along K.
+
+    rows = 0: Hopper's kernel, in `split` blocks.
+    """
 
     gemv: bool
     rows: int
@@ -82,10 +91,22 @@ class Config(NamedTuple):
     split: int
 
 
-def configure(kind: str, shape: tuple[int, int], m: int, invariant: bool, count: int) -> Config:
+def configure(
+    kind: str, shape: tuple[int, int], m: int, invariant: bool, count: int, hopper: bool = False
+) -> Config:
     """Tiles for M = m on a GPU of `count` processors. With `invariant`, `share` does not depend on m."""
+    return _configure(kind, shape, m, invariant, count, hopper, PARTIAL_BYTES)
+
+
+@lru_cache(maxsize=4096)
+def _configure(
+    kind: str, shape: tuple[int, int], m: int, invariant: bool, count: int, hopper: bool, partial_bytes: int
+) -> Config:
     n, k = shape
     steps = -(-layout.padded(k) // STEP)
+    if hopper and m >= HOPPER_ROWS and not invariant:
+        tiles = -(-n // HOPPER_N[kind]) * -(-m // HOPPER_M)
+        return Config(False, 0, steps, min(tiles, count))
     if m <= GEMV_ROWS[-1] and not invariant:
         rows = next(r for r in GEMV_ROWS if m <= r)
         blocks, least = -(-n // GEMV_N), 8  # two steps for each of four warps
@@ -99,10 +120,29 @@ def configure(kind: str, shape: tuple[int, int], m: int, invariant: bool, count:
     blocks_n = -(-n // TILE_N)
     tiles = blocks_n * -(-m // rows)
     share, split = _evenly(steps, _shares(steps, blocks_n if sequential else tiles, count, 4))
-    too_many = split * tiles * rows * TILE_N * 4 > PARTIAL_BYTES or tiles > workspace.MAX_BLOCKS
+    too_many = split * tiles * rows * TILE_N * 4 > partial_bytes or tiles > workspace.MAX_BLOCKS
     if too_many or tiles >= count:
         split = 1
     return Config(False, rows, share if sequential or split > 1 else steps, split)
+
+
+def hopper_shared_bytes(kind: str) -> int:
+    """Shared memory of a block of Hopper's kernel: ring of steps, results of two warpgroups, barriers."""
+    stages, piece = (4, 32) if kind == "int8" else (6, 64)
+    return stages * (HOPPER_M + HOPPER_N[kind]) * STEP + HOPPER_M * (piece + 8) * 2 + 16 * stages
+
+
+def has_wgmma(device: torch.device) -> bool:
+    """Whether Hopper's kernel runs on this device, or in its emulator."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def configured(problem: Problem, device: torch.device) -> Config:
+    """Tiles for a call, by all rows of the problem: its slices are computed with the same."""
+    kind = traits_of(problem).kind
+    return configure(
+        kind, problem.shape, problem.m, problem.batch_invariant, processors(device), has_wgmma(device)
+    )  # fmt: skip
 
 
 def shared_bytes(gemv: bool, rows: int) -> int:
@@ -160,32 +200,51 @@ def quantize(
             raise ValueError(
                 f"{name}: expected contiguous {x.dtype} of shape {shape}, got {t.dtype} {tuple(t.shape)}"
             )
-    kp, int8 = layout.padded(k), traits.kind == "int8"
-    codes = torch.empty(m, kp, dtype=torch.int8 if int8 else torch.float8_e4m3fn, device=x.device)
+    call = _quantize_call(p, traits, x.dtype, m, eps)
+    args, storage, outliers = call.args, p.storage, traits.threshold > 0
+    codes_dtype = torch.int8 if args.is_int8 else torch.float8_e4m3fn
+    codes = torch.empty(m, args.kp, dtype=codes_dtype, device=x.device)
     if traits.activation == "tensor":
-        scale = p.storage["input_scale"]
+        scale = storage["input_scale"]
     else:
         groups = (-(-k // layout.BLOCK),) if traits.activation == "group" else ()
         scale = torch.empty(*groups, m, dtype=torch.float32, device=x.device)
-    rounded = torch.empty_like(x) if (keep or traits.threshold > 0) and (up is not None or norm is not None) \
-        else None  # fmt: skip
-    columns = counter = None
-    if traits.threshold > 0:
+    rounded = columns = counter = None
+    if (keep or outliers) and (up is not None or norm is not None):
+        rounded = torch.empty_like(x)
+    if outliers:
         columns = torch.empty(k + 1, dtype=torch.int32, device=x.device)
         counter = counters(1 + -(-k // 32), x.device)
-    wide = [t for t in (x, up, norm, rounded) if t is not None]
-    args = QuantizeArgs(
-        x=_address(x), up=_address(up), norm=_address(norm), rounded=_address(rounded), codes=_address(codes),
-        scale=_address(scale), zero=_address(p.storage.get("input_zero_point")), columns=_address(columns),
-        counter=_address(counter), eps=eps, threshold=traits.threshold, m=m, k=k, kp=kp,
-        shared=SHARED[traits.activation], is_int8=int8, is_bfloat=x.dtype == torch.bfloat16,
-        vector=k % 8 == 0 and all(t.data_ptr() % 16 == 0 for t in wide),
-    )  # fmt: skip
-    reads = _held(x, up, norm, p.storage.get("input_zero_point"))
+        args.columns, args.counter = columns.data_ptr(), counter.data_ptr()
+    args.x, args.codes, args.scale = x.data_ptr(), codes.data_ptr(), scale.data_ptr()
+    together = args.x
+    for name, t in (("up", up), ("norm", norm), ("rounded", rounded)):
+        if t is not None:
+            setattr(args, name, t.data_ptr())
+            together |= t.data_ptr()
+    args.vector = k % 8 == 0 and together % 16 == 0
+    reads = _held(x, up, norm, storage.get("input_zero_point"))
     writes = _held(codes, rounded, columns, counter)
     (reads if traits.activation == "tensor" else writes).append(scale)
-    cuda.execute("quantize_rows", QuantizeCall(args=args, size=ctypes.sizeof(QuantizeCall)), reads, writes)
+    cuda.execute("quantize_rows", call, reads, writes)
     return Activations(codes, scale, x if rounded is None else rounded, columns)
+
+
+def _quantize_call(
+    p: PackedWeight, traits: layout.EightBitTraits, dtype: torch.dtype, m: int, eps: float
+) -> QuantizeCall:
+    """A copy of the call with all fields but the addresses of a call's tensors, found once."""
+    key = ("cuda.quantize", dtype, m, eps)
+    found: QuantizeCall | None = p.plans.get(key)
+    if found is None:
+        k = p.shape[1]
+        args = QuantizeArgs(
+            zero=_address(p.storage.get("input_zero_point")), eps=eps, threshold=traits.threshold,
+            m=m, k=k, kp=layout.padded(k), shared=SHARED[traits.activation], is_int8=traits.kind == "int8",
+            is_bfloat=dtype == torch.bfloat16,
+        )  # fmt: skip
+        found = p.plans[key] = QuantizeCall(args=args, size=ctypes.sizeof(QuantizeCall))
+    return found.copy()
 
 
 def counters(elements: int, device: torch.device) -> Tensor:
@@ -209,33 +268,54 @@ def multiply(
     `a` may hold some rows of the problem only: they come out as they would among all.
     """
     traits, storage = traits_of(problem), p.storage
-    n, k = p.shape
-    m, device = a.x.shape[0], a.x.device
-    config = config or configure(traits.kind, p.shape, problem.m, problem.batch_invariant, processors(device))
+    n, m, device = p.shape[0], a.x.shape[0], a.x.device
+    config = config or configured(problem, device)
     y = torch.empty(m, n, dtype=a.x.dtype, device=device) if out is None else out
     bias = None if bias is None else bias.to(a.x.dtype).contiguous()
-    partial = counter = None
-    if config.split > 1:
+    call = _product_call(p, traits, a.x.dtype, m, problem.batch_invariant, config)
+    args, partial, counter = call.args, None, None
+    if config.split > 1 and config.rows:
         tile = config.rows * (GEMV_N if config.gemv else TILE_N)
         blocks = -(-n // GEMV_N) if config.gemv else -(-n // TILE_N) * -(-m // config.rows)
         partial = workspace.partials(config.split * blocks * tile, device)
         counter = counters(blocks, device)
-    args = EightBitArgs(
-        x=_address(a.codes), weight=_address(storage["weight"]), x_scale=_address(a.scale),
-        w_scale=_address(storage["weight_scale"]), zero=_address(storage.get("input_zero_point")),
-        row_sum=_address(storage.get("row_sum")), bias=_address(bias), x16=_address(a.x),
-        columns=_address(a.columns), y=_address(y), partial=_address(partial), counter=_address(counter),
-        threshold=traits.threshold, m=m, n=n, k=k, kp=layout.padded(k), share=config.share,
-        one_scale=traits.activation == "tensor", by_element=problem.batch_invariant,
-        is_bfloat=a.x.dtype == torch.bfloat16,
-    )  # fmt: skip
-    call = EightBitCall(
-        args=args, split=config.split, is_gemv=config.gemv, rows=config.rows,
-        blocks=traits.weight_scale == "block", size=ctypes.sizeof(EightBitCall),
-    )  # fmt: skip
-    held = _held(a.codes, a.scale, a.x, a.columns, bias, *p.storage.values())
+        args.partial, args.counter = partial.data_ptr(), counter.data_ptr()
+    args.x, args.x_scale, args.x16, args.y = (t.data_ptr() for t in (a.codes, a.scale, a.x, y))
+    if a.columns is not None:
+        args.columns = a.columns.data_ptr()
+    if bias is not None:
+        args.bias = bias.data_ptr()
+    held = _held(a.codes, a.scale, a.x, a.columns, bias, *storage.values())
     cuda.execute(f"eight_bit_{traits.kind}", call, held, _held(y, partial, counter))
     return y
+
+
+def _product_call(
+    p: PackedWeight,
+    traits: layout.EightBitTraits,
+    dtype: torch.dtype,
+    m: int,
+    invariant: bool,
+    config: Config,
+) -> EightBitCall:
+    """A copy of the call with all fields but the addresses of a call's tensors."""
+    key = ("cuda.eight_bit", dtype, invariant)
+    found: EightBitCall | None = p.plans.get(key)
+    if found is None:
+        storage, (n, k) = p.storage, p.shape
+        args = EightBitArgs(
+            weight=_address(storage["weight"]), w_scale=_address(storage["weight_scale"]),
+            zero=_address(storage.get("input_zero_point")), row_sum=_address(storage.get("row_sum")),
+            threshold=traits.threshold, n=n, k=k, kp=layout.padded(k),
+            one_scale=traits.activation == "tensor", by_element=invariant, is_bfloat=dtype == torch.bfloat16,
+        )  # fmt: skip
+        found = p.plans[key] = EightBitCall(
+            args=args, blocks=traits.weight_scale == "block", size=ctypes.sizeof(EightBitCall)
+        )
+    call = found.copy()
+    call.args.m, call.args.share = m, config.share
+    call.split, call.is_gemv, call.rows = config.split, config.gemv, config.rows
+    return call
 
 
 def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
@@ -249,15 +329,17 @@ def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Te
 def scratch_bytes(problem: Problem, device: torch.device, made: bool = False) -> int:
     """Scratch memory that a row of x takes, as `row_bytes`, with its partial sums."""
     n = problem.shape[0]
-    kind, invariant = traits_of(problem).kind, problem.batch_invariant
-    split = configure(kind, problem.shape, problem.m, invariant, processors(device)).split
+    config = configured(problem, device)
     size = row_bytes(problem, made)
-    return size + (split * -(-n // TILE_N) * TILE_N * 4 if split > 1 else 0) if size else 0
+    partial = config.split * -(-n // TILE_N) * TILE_N * 4 if config.split > 1 and config.rows else 0
+    return size + partial if size else 0
 
 
 def configuration(problem: Problem) -> str:
     """What `explain` says."""
-    count = processors(torch.device(problem.device))
-    config = configure(traits_of(problem).kind, problem.shape, problem.m, problem.batch_invariant, count)
+    config = configured(problem, torch.device(problem.device))
+    if not config.rows:
+        tile = f"{HOPPER_M} rows of x and {HOPPER_N[traits_of(problem).kind]} of W a tile"
+        return f"wgmma, {tile}, {config.split} blocks; activations quantized before"
     name = "GEMV, 16 rows of W" if config.gemv else f"GEMM, tiles of {TILE_N} rows of W"
     return f"{name} by {config.rows} of x, {config.split} shares of K; activations quantized before"

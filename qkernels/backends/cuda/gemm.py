@@ -11,8 +11,9 @@ from ... import layouts
 from ...layouts import weight_only as layout
 from .. import cuda
 from ..triton import workspace
+from . import transforms
 from . import weight_only as gemv
-from .calls import CODES, WeightOnlyCall
+from .calls import WeightOnlyCall
 
 if TYPE_CHECKING:
     from ...dispatch import Problem
@@ -22,14 +23,17 @@ if TYPE_CHECKING:
 ROWS, STAGES, THREADS = 64, 4, 128
 
 
-def columns_of(bits: int) -> int:
+def columns_of(decoder: str, bits: int) -> int:
     """Rows of x of a block: fewer where tiles are long."""
-    return 32 if bits < 4 else 64
+    return 32 if layout.tile_features(bits, decoder == "e8p") == 256 else 64
 
 
-def stage_bytes(bits: int) -> int:
-    codes = ROWS * (96 if bits == 3 else 64)
-    return codes + 2 * columns_of(bits) * layout.tile_features(bits)
+def shared_bytes(decoder: str, bits: int) -> int:
+    """Shared memory of a block: a codebook, and in each stage codes, their high bits, and x."""
+    vectors = decoder == "e8p"
+    codes = ROWS * (64 + 4 * layout.high_words(bits, vectors))
+    x = 2 * columns_of(decoder, bits) * layout.tile_features(bits, vectors)
+    return gemv.book_bytes(decoder, bits) + STAGES * (codes + x)
 
 
 def rejects(problem: Problem) -> str | None:
@@ -43,25 +47,31 @@ def rejects(problem: Problem) -> str | None:
 def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
     """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout -> y (M, N).
 
-    Where x has to be copied, that is done for a slice of its rows at a time; in how many shares K is summed
-    goes by all rows, so the results are the same bits.
+    Where x has to be copied or transformed, that is done for a slice of its rows at a time; in how many
+    shares K is summed goes by all rows, so the results are the same bits.
     """
     assert p.layout == layouts.WEIGHT_ONLY
     traits = gemv.traits_of(problem)
     call = gemv.call_of(p, traits, x.dtype, kernel=1)
-    args, device = call.args, x.device
     m, n = x.shape[0], p.shape[0]
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    y = torch.empty(m, n, dtype=x.dtype, device=device)
-    columns = columns_of(traits.bits)
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    columns = columns_of(traits.decoder, traits.bits)
     blocks_n, blocks_m = -(-n // ROWS), -(-m // columns)
-    perm = p.storage.get("perm")
-    copied = row_bytes(x, perm)
-    shares = shares_of(args.tiles, blocks_n * blocks_m, gemv.processors(device), columns, m * copied)
-    args.share = -(-args.tiles // shares)
+    copied, held = row_bytes(x, p, traits), copied_once(x, traits)
+    taken = m * copied + held
+    shares = shares_of(call.args.tiles, blocks_n * blocks_m, gemv.processors(x.device), columns, taken)
+    call.args.share = -(-call.args.tiles // shares)
     partial = shares * blocks_n * ROWS * 4 if shares > 1 else 0  # bytes a row of x
-    for rows in workspace.slices(m, copied + partial if copied else 0):
-        _launch(in_chunks(x[rows], perm), y[rows], p, bias, call, traits, shares)
+
+    def multiply(x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        _launch(x, y, p, bias, call, traits, shares)
+
+    for rows in workspace.slices(m, copied + partial if copied else 0, held):
+        if traits.norms is None:
+            multiply(x[rows], bias, y[rows])
+        else:
+            transforms.around(multiply, x[rows], p, bias, traits, y[rows])
     return y
 
 
@@ -74,31 +84,60 @@ def _launch(
     traits: layout.WeightOnlyTraits,
     shares: int,
 ) -> None:
-    """The kernel on some rows, with x as `in_chunks` makes it."""
+    """The kernel on some rows: without transforms, x as the codes want it, y in its dtype, or float32."""
     args, device = call.args, x.device
     m, n = y.shape
-    columns = columns_of(traits.bits)
+    columns = columns_of(traits.decoder, traits.bits)
     blocks_n, blocks_m = -(-n // ROWS), -(-m // columns)
-    args.m, args.x, args.y, args.x_stride = m, x.data_ptr(), y.data_ptr(), x.shape[1]
-    args.bias = None if bias is None else bias.data_ptr()
-    call.grid_x, call.grid_y, call.shared = blocks_n * blocks_m, shares, STAGES * stage_bytes(traits.bits)
+    call.grid_x, call.grid_y = blocks_n * blocks_m, shares
+    call.shared = shared_bytes(traits.decoder, traits.bits)
     held: list[Tensor] = []
     if shares > 1:
         partial = workspace.partials(shares * blocks_n * blocks_m * ROWS * columns, device)
         counter = workspace.counters(device)
         args.partial, args.counter = partial.data_ptr(), counter.data_ptr()
         held = [partial, counter]
-    reads = [x, *p.storage.values(), *([] if bias is None else [bias])]
-    cuda.execute("weight_only_" + CODES[traits.decoder, traits.bits], call, reads, [y, *held])
+    start(x, y, p, bias, call, traits, held)
 
 
-def row_bytes(x: Tensor, perm: Tensor | None) -> int:
-    """Memory that `in_chunks` takes at most for a row of x, with what it needs on the way."""
-    k = x.shape[1]
-    if perm is not None:
-        kp = perm.numel()
-        return 2 * (k + 1) + 2 * kp + (2 * (kp + 7) if kp % 8 else 0)
-    return 2 * (k + 7) if k % 8 or x.data_ptr() % 16 else 0
+def start(
+    x: Tensor,
+    y: Tensor,
+    p: PackedWeight,
+    bias: Tensor | None,
+    call: WeightOnlyCall,
+    traits: layout.WeightOnlyTraits,
+    held: list[Tensor],
+) -> None:
+    """Start a kernel that takes x in chunks, on some rows. held: what else it writes."""
+    args = call.args
+    reads = [*p.storage.values(), *([] if bias is None else [bias])]
+    if traits.outliers:
+        columns_x = by_columns(x)
+        args.x_columns, args.x_rows = columns_x.data_ptr(), columns_x.shape[1]
+        reads.append(columns_x)
+    x = in_chunks(x, p.storage.get("perm"))
+    args.m, args.x, args.y, args.x_stride = y.shape[0], x.data_ptr(), y.data_ptr(), x.shape[1]
+    args.bias = None if bias is None else bias.data_ptr()
+    cuda.execute(gemv.kernel_of(traits), call, [x, *reads], [y, *held])
+
+
+def row_bytes(x: Tensor, p: PackedWeight, traits: layout.WeightOnlyTraits) -> int:
+    """Memory that copies and transforms take at most for a row of x, with what they need on the way."""
+    k, aligned, size = x.shape[1], x.data_ptr() % 16 == 0, 0
+    if traits.norms is not None:
+        k, aligned, size = transforms.width_of(k, traits), True, transforms.row_bytes(p, traits)
+    if traits.outliers:
+        size += 2 * k
+    if "perm" in p.storage:
+        kp = p.storage["perm"].numel()
+        return size + 2 * (k + 1) + 2 * kp + (2 * (kp + 7) if kp % 8 else 0)
+    return size + (2 * (k + 7) if k % 8 or not aligned else 0)
+
+
+def copied_once(x: Tensor, traits: layout.WeightOnlyTraits) -> int:
+    """Memory that a slice takes whatever its rows: `by_columns` pads them."""
+    return 14 * x.shape[1] if traits.outliers else 0
 
 
 def in_chunks(x: Tensor, perm: Tensor | None) -> Tensor:
@@ -109,6 +148,13 @@ def in_chunks(x: Tensor, perm: Tensor | None) -> Tensor:
     if x.shape[1] % 8:
         x = torch.nn.functional.pad(x, (0, -x.shape[1] % 8))
     return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def by_columns(x: Tensor) -> Tensor:
+    """x (M, K) -> x^T (K, M padded to a multiple of 8), zeros where there is no row: for outliers."""
+    columns = torch.zeros(x.shape[1], x.shape[0] + -x.shape[0] % 8, dtype=x.dtype, device=x.device)
+    columns[:, : x.shape[0]] = x.T
+    return columns
 
 
 def shares_of(tiles: int, blocks: int, count: int, columns: int, held: int = 0) -> int:
@@ -123,8 +169,9 @@ def shares_of(tiles: int, blocks: int, count: int, columns: int, held: int = 0) 
 
 def configuration(problem: Problem) -> str:
     """What `explain` says."""
-    bits = gemv.traits_of(problem).bits
-    columns, tiles = columns_of(bits), -(-problem.shape[1] // layout.tile_features(bits))
+    traits = gemv.traits_of(problem)
+    columns = columns_of(traits.decoder, traits.bits)
+    tiles = -(-problem.shape[1] // layout.tile_features(traits.bits, traits.vectors))
     blocks = -(-problem.shape[0] // ROWS) * -(-problem.m // columns)
     shares = shares_of(tiles, blocks, gemv.processors(torch.device(problem.device)), columns)
     return f"{columns} rows of x and {ROWS} of W a block, K in {shares} shares"

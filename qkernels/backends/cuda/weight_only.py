@@ -13,7 +13,16 @@ from ... import formats, layouts
 from ...layouts import weight_only as layout
 from .. import cuda
 from ..triton import workspace
-from .calls import CODES, SCALE_TYPES, SCALINGS, WeightOnlyArgs, WeightOnlyCall
+from . import transforms
+from .calls import (
+    BOOK_WORDS,
+    SCALE_TYPES,
+    SCALER_TENSORS,
+    SCALINGS,
+    WeightOnlyArgs,
+    WeightOnlyCall,
+    kernel_name,
+)
 
 if TYPE_CHECKING:
     from ...dispatch import Problem
@@ -25,12 +34,15 @@ WARPS, ROWS, COLUMNS = 4, 16, 8
 CHUNK = 16
 #: shared memory for activations
 STAGED_BYTES = 32 * 1024
+#: and for sums of outliers, as in csrc/weight_only/outliers.h
+SPARSE_BYTES = 4 * 8 * (ROWS * COLUMNS + 4)
 #: blocks that run on a multiprocessor at a time: 128 threads of 128 registers
 BLOCKS_PER_PROCESSOR = 4
 #: rows of x in one launch, so that the workspace stays small
 MAX_ROWS = 384
 
 
+@lru_cache(maxsize=4096)
 def traits_of(problem: Problem) -> layout.WeightOnlyTraits:
     return formats.get(problem.format).weight_only_traits(problem.shape, dict(problem.params))
 
@@ -44,28 +56,65 @@ def rejects(problem: Problem) -> str | None:
 def unsupported(problem: Problem) -> str | None:
     """Why no CUDA weight-only kernel takes the format with these parameters."""
     traits = traits_of(problem)
-    if (traits.decoder, traits.bits) not in CODES:
-        return f"no CUDA decoder for {traits.bits}-bit {traits.decoder}"
-    if traits.scaler not in SCALINGS:
-        return f"no CUDA scaler {traits.scaler!r}"
+    if kernel_name(traits.decoder, traits.bits, traits.scaler) is None:
+        return f"no CUDA kernel for {traits.bits}-bit {traits.decoder} codes with scales {traits.scaler!r}"
     return None
 
 
+def kernel_of(traits: layout.WeightOnlyTraits) -> str:
+    """The kernel's name, of traits that `unsupported` has nothing against."""
+    name = kernel_name(traits.decoder, traits.bits, traits.scaler)
+    assert name is not None
+    return name
+
+
 def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout -> y (M, N)."""
+    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout -> y (M, N).
+
+    What is transformed goes by slices of rows. Nothing that orders a sum depends on M, so they change no bit.
+    """
     assert p.layout == layouts.WEIGHT_ONLY
     traits = traits_of(problem)
     call = call_of(p, traits, x.dtype)
+    m, n = x.shape[0], p.shape[0]
     # A bias of another dtype is cast at each call: N values.
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    y = torch.empty(x.shape[0], p.shape[0], dtype=x.dtype, device=x.device)
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+
+    def multiply(x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        _multiply(x, p, bias, y, call, traits)
+
+    if traits.norms is None:
+        multiply(x, bias, y)
+        return y
+    held = partial_elements(call.args.tiles, n, min(m, MAX_ROWS), x.device) * 4
+    for rows in workspace.slices(m, transforms.row_bytes(p, traits), held):
+        transforms.around(multiply, x[rows], p, bias, traits, y[rows])
+    return y
+
+
+def _multiply(
+    x: Tensor,
+    p: PackedWeight,
+    bias: Tensor | None,
+    y: Tensor,
+    call: WeightOnlyCall,
+    traits: layout.WeightOnlyTraits,
+) -> None:
+    """Without transforms: x as the codes want it, y in x's dtype, in float32 if a transform comes next. MAX_ROWS rows at a time."""
     for first in range(0, x.shape[0], MAX_ROWS):
         rows = slice(first, first + MAX_ROWS)
-        part = x[rows]
+        part, into = (x, y) if x.shape[0] <= MAX_ROWS else (x[rows], y[rows])
         if part.data_ptr() % 4:  # the kernel reads two features at a time
             part = part.clone()
-        _launch(part, p, bias, y[rows], call, traits)
-    return y
+        _launch(part, p, bias, into, call, traits)
+
+
+def partial_elements(tiles: int, n: int, m: int, device: torch.device) -> int:
+    """Of the partial sums of a launch."""
+    blocks_n, blocks_m = -(-n // ROWS), -(-m // COLUMNS)
+    shares = shares_of(tiles, blocks_n, processors(device))
+    return shares * blocks_n * blocks_m * ROWS * COLUMNS if shares > 1 else 0
 
 
 def _launch(
@@ -78,7 +127,7 @@ def _launch(
 ) -> None:
     m, n = x.shape[0], p.shape[0]
     args = call.args
-    tile = layout.tile_features(traits.bits)
+    tile = layout.tile_features(traits.bits, traits.vectors)
     blocks_n, blocks_m = -(-n // ROWS), -(-m // COLUMNS)
     shares = shares_of(args.tiles, blocks_n, processors(x.device))
     args.share = -(-args.tiles // shares)
@@ -86,7 +135,7 @@ def _launch(
     args.m, args.x, args.y = m, x.data_ptr(), y.data_ptr()
     args.bias = None if bias is None else bias.data_ptr()
     call.grid_x, call.grid_y = blocks_n * blocks_m, shares
-    call.shared = shared_bytes(traits.bits, m, args.share)
+    call.shared = shared_bytes(traits.decoder, traits.bits, m, args.share, outliers=traits.outliers)
     held: list[Tensor] = []
     if shares > 1:
         partial = workspace.partials(shares * blocks_n * blocks_m * ROWS * COLUMNS, x.device)
@@ -94,45 +143,50 @@ def _launch(
         args.partial, args.counter = partial.data_ptr(), counter.data_ptr()
         held = [partial, counter]
     reads = [x, *p.storage.values(), *([] if bias is None else [bias])]
-    cuda.execute("weight_only_" + CODES[traits.decoder, traits.bits], call, reads, [y, *held])
+    cuda.execute(kernel_of(traits), call, reads, [y, *held])
 
 
 def call_of(
     p: PackedWeight, traits: layout.WeightOnlyTraits, dtype: torch.dtype, kernel: int = 0
 ) -> WeightOnlyCall:
-    """The fields that depend on the weight and x's dtype alone, found once."""
+    """A copy of the call with the fields that depend on the weight and x's dtype alone, found once."""
     key = ("cuda.weight_only", dtype, kernel)
     if key not in p.plans:
         p.plans[key] = _described(p, traits, dtype)
         p.plans[key].kernel = kernel
     found: WeightOnlyCall = p.plans[key]
-    return found
+    return found.copy()
 
 
 def _described(p: PackedWeight, traits: layout.WeightOnlyTraits, dtype: torch.dtype) -> WeightOnlyCall:
     n, k = p.shape
     storage = p.storage
-    scale = storage.get("scaler.scales", storage.get("scaler.absmax"))
-    assert scale is not None
+    names = SCALER_TENSORS.get(traits.scaler, ("scales" if "scaler.scales" in storage else "absmax",))
+    scale = storage[f"scaler.{names[0]}"]
+    if traits.vectors:
+        k = traits.group_size  # x comes out of its transform in whole tiles
     kp = storage["perm"].numel() if "perm" in storage else k
-    tile = layout.tile_features(traits.bits)
+    tile = layout.tile_features(traits.bits, traits.vectors)
     run_length = layout.scale_run(traits, k, lookup="slice_group" in storage)
     group = traits.group_size
     args = WeightOnlyArgs(
         n=n, k=k, kp=kp, tiles=-(-kp // tile), group=group, row_run=traits.row_run, run=run_length,
         shift=group.bit_length() - 1 if group & (group - 1) == 0 else -1,
-        scaling=SCALINGS[traits.scaler], scale=scale.data_ptr(),
+        scaling=SCALINGS.get(traits.scaler, 0),  # other scalers have kernels of their own
         scale_type=SCALE_TYPES.get(scale.dtype, 0),  # codes of nested scales have no type
+        is_float=traits.norms is not None,
     )  # fmt: skip
     for field, name in (
         ("qdata", "qdata"), ("qhigh", "qhigh"), ("perm", "perm"), ("slice_group", "slice_group"),
         ("zero", "scaler.zeros"), ("nested_map", "scaler.nested_map"),
         ("nested_outer", "scaler.nested_absmax"), ("nested_offset", "scaler.offset"),
+        ("row_offsets", "outlier.row_offsets"), ("col_vals", "outlier.col_vals"),
+        *zip(("scale", "second", "third"), (f"scaler.{name}" for name in names), strict=False),
     ):  # fmt: skip
         if name in storage:
             setattr(args, field, storage[name].data_ptr())
-    if "lut" in storage:  # float16 entries, then bfloat16 entries, 8 words each
-        args.table = storage["lut"].data_ptr() + (32 if dtype == torch.bfloat16 else 0)
+    if "lut" in storage:  # a codebook; or a table's float16 entries, then bfloat16 entries, 8 words each
+        args.table = storage["lut"].data_ptr() + (32 if "table" in storage and dtype == torch.bfloat16 else 0)
     runs = tile // run_length
     return WeightOnlyCall(
         args=args,
@@ -142,6 +196,7 @@ def _described(p: PackedWeight, traits: layout.WeightOnlyTraits, dtype: torch.dt
     )
 
 
+@lru_cache(maxsize=4096)
 def shares_of(tiles: int, blocks_n: int, count: int) -> int:
     """Parts to cut K into so that all blocks run at once; depends on the weight and the GPU, never on M."""
     wanted = max(1, BLOCKS_PER_PROCESSOR * count // blocks_n)
@@ -149,22 +204,32 @@ def shares_of(tiles: int, blocks_n: int, count: int) -> int:
     return -(-tiles // -(-tiles // wanted))
 
 
+@lru_cache(maxsize=4096)
 def chunk_of(share: int, tile: int, m: int) -> int:
     """Tiles whose activations are staged at a time."""
     fits = STAGED_BYTES // (2 * min(m, COLUMNS) * tile * CHUNK)
     return CHUNK * max(1, min(fits, -(-share // CHUNK)))
 
 
-def shared_bytes(bits: int, m: int = COLUMNS, share: int = 2**20) -> int:
+@lru_cache(maxsize=4096)
+def shared_bytes(
+    decoder: str, bits: int, m: int = COLUMNS, share: int = 2**20, *, outliers: bool = False
+) -> int:
     """Shared memory of a launch; by default of the largest."""
-    tile = layout.tile_features(bits)
-    return max(2 * min(m, COLUMNS) * chunk_of(share, tile, m) * tile, 4 * WARPS * ROWS * COLUMNS)
+    tile = layout.tile_features(bits, decoder == "e8p")
+    staged = max(2 * min(m, COLUMNS) * chunk_of(share, tile, m) * tile, 4 * WARPS * ROWS * COLUMNS)
+    return book_bytes(decoder, bits) + staged + (SPARSE_BYTES if outliers else 0)
+
+
+def book_bytes(decoder: str, bits: int) -> int:
+    """Of the decoder's codebook, in front of what else is in shared memory."""
+    return 4 * BOOK_WORDS.get((decoder, bits), 0)
 
 
 def configuration(problem: Problem) -> str:
     """What `explain` says."""
     traits = traits_of(problem)
-    tiles = -(-problem.shape[1] // layout.tile_features(traits.bits))
+    tiles = -(-problem.shape[1] // layout.tile_features(traits.bits, traits.vectors))
     shares = shares_of(tiles, -(-problem.shape[0] // ROWS), processors(torch.device(problem.device)))
     again = f", which reads the weight {-(-problem.m // COLUMNS)} times" if problem.m > COLUMNS else ""
     return f"{COLUMNS} rows of x and {ROWS} of W a block, K in {shares} shares{again}"

@@ -7,6 +7,7 @@ import importlib.util
 import os
 from functools import lru_cache, partial
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,8 +71,36 @@ _quantized = dispatch.Quantized(
 )
 
 
+def _rejects_experts(problem: dispatch.Problem, layout: str) -> str | None:
+    why = _rejects(problem, layout) or _module("experts").obstacle(problem, layout)
+    return None if why is None else str(why)
+
+
+def _fused(*args: Any) -> Tensor:
+    result: Tensor = _module("experts").fused(*args)
+    return result
+
+
+def _register_experts(name: str, layout: str) -> None:
+    def run(*args: Any) -> Tensor:
+        result: Tensor = _module("experts").run(*args)
+        return result
+
+    def configuration(problem: dispatch.Problem) -> str:
+        return str(_module("experts").configuration(problem))
+
+    rejects = partial(_rejects_experts, layout=layout)
+    dispatch.register(
+        dispatch.Kernel(
+            name, "triton", layout, unavailable, rejects, run, _automatic, configuration, True, _fused
+        )
+    )
+
+
 def register_kernels() -> None:
-    """One kernel a family; the family's module is named like its layout."""
+    """One kernel a family, for one matrix and for experts; the family's module is named like its layout."""
+    _register_experts("triton.experts_weight_only", layouts.WEIGHT_ONLY)
+    _register_experts("triton.experts_eight_bit", layouts.EIGHT_BIT)
     families = {
         "triton.weight_only_gemm": layouts.WEIGHT_ONLY,
         "triton.eight_bit_gemm": layouts.EIGHT_BIT,
@@ -87,6 +116,10 @@ def register_kernels() -> None:
         def configuration(problem: dispatch.Problem, layout: str = layout) -> str:
             return str(_module(layout).configuration(problem))
 
+        def bind(p: PackedWeight, problem: dispatch.Problem, layout: str = layout) -> dispatch.Run | None:
+            found: dispatch.Run | None = _module(layout).bind(p, problem)
+            return found
+
         dispatch.register(
             dispatch.Kernel(
                 name,
@@ -97,6 +130,7 @@ def register_kernels() -> None:
                 run,
                 _automatic,
                 configuration,
-                _quantized if layout == layouts.EIGHT_BIT else None,
+                bind=bind,
+                quantized=_quantized if layout == layouts.EIGHT_BIT else None,
             )
         )

@@ -84,6 +84,12 @@ TABLE: dict[tuple[str, int, str], GemmConfig] = {
     # Out of tensor memory, through registers, for the scales of each step.
     ("eight_bit.block", 100, "prefill"): GemmConfig(64, 128, 8, 4),
 }
+#: what replaces the table's entries for more than decoding in the kernels of experts, by (family, major
+#: architecture): they hold a little more in registers, and would spill
+EXPERTS = {
+    ("weight_only.wide", 80): GemmConfig(16, 128, 8, 3),
+    ("weight_only.wide", 120): GemmConfig(16, 128, 8, 3),
+}
 #: the order of the sum over K must not depend on M here: all but block_m is the same for every M
 BATCH_INVARIANT = {
     "weight_only": GemmConfig(16, 64, 4, 4, post_scale=True, shares=0),

@@ -13,10 +13,11 @@ from ... import formats, layouts
 from ...layouts import eight_bit as layout
 from . import autotune, configs, interpreted, workspace
 from .jobs import CompileJob
+from .launch import Launch
 from .weight_only import processors, split_of
 
 if TYPE_CHECKING:
-    from ...dispatch import Problem
+    from ...dispatch import Problem, Run
     from ...packed import PackedWeight
 
 #: features of one step along K
@@ -106,54 +107,79 @@ def quantize(
     up (M, K): silu(x) * up is quantized. norm (K): RMSNorm with this weight comes first. Both round to
     x's dtype where a model's operations do. All contiguous.
     """
-    from ...triton_kernels.activations import quantize_rows
+    return Quantizer(p, problem, x, norm is not None, up is not None, eps)(x, norm, up)
 
-    assert p.layout == layouts.EIGHT_BIT
-    traits = traits_of(problem)
-    m, k = x.shape
-    kp = layout.padded(k)
-    int8, outliers = traits.kind == "int8", traits.threshold > 0
-    codes = torch.empty(m, kp, dtype=torch.int8 if int8 else torch.float8_e4m3fn, device=x.device)
-    if traits.activation == "tensor":
-        scale = p.storage["input_scale"]
-    else:
+
+class Quantizer:
+    """`quantize` for one weight and x of one shape and dtype: everything but the tensors of a call."""
+
+    def __init__(
+        self,
+        p: PackedWeight,
+        problem: Problem,
+        x: Tensor,
+        has_norm: bool = False,
+        gated: bool = False,
+        eps: float = 0.0,
+    ) -> None:
+        from ...triton_kernels.activations import quantize_rows
+
+        assert p.layout == layouts.EIGHT_BIT
+        traits = traits_of(problem)
+        m, k = x.shape
+        kp = layout.padded(k)
+        int8 = traits.kind == "int8"
+        self.device, self.outliers = x.device, traits.threshold > 0
+        self.codes_shape, self.codes_dtype = (m, kp), torch.int8 if int8 else torch.float8_e4m3fn
         groups = (-(-k // layout.BLOCK),) if traits.activation == "group" else ()
-        scale = torch.empty(*groups, m, dtype=torch.float32, device=x.device)
-    # A pointer that is never used still has to be one: x stands in.
-    normed, columns, counter = x, x, x
-    if outliers:
-        columns = torch.empty(k + 1, dtype=torch.int32, device=x.device)
-        counter = _counter(1 + k, x.device)
-        if norm is not None or up is not None:
-            normed = torch.empty_like(x)
-    block = row_block(kp)
-    with torch.cuda.device_of(x):
-        quantize_rows[(m,)](
-            x_ptr=x,
-            up_ptr=x if up is None else up,
-            q_ptr=codes if int8 else codes.view(torch.uint8),
-            scale_ptr=scale,
-            norm_ptr=x if norm is None else norm,
-            normed_ptr=normed,
-            zero_ptr=p.storage.get("input_zero_point", x),
-            columns_ptr=columns,
-            counter_ptr=counter,
-            eps=eps,
-            threshold=traits.threshold,
-            M=m,
-            K=k,
-            KP=kp,
-            INT8=int8,
-            SHARED=traits.activation,
-            HAS_ZERO="input_zero_point" in p.storage,
-            OUTLIERS=outliers,
-            NORM=norm is not None,
-            GATED=up is not None,
-            NATIVE=has_fp8(problem.capability) and not interpreted(),
-            BLOCK=block,
-            num_warps=row_warps(block),
+        self.scale_shape = (*groups, m)
+        self.scale = p.storage["input_scale"] if traits.activation == "tensor" else None
+        block = row_block(kp)
+        fixed = {
+            # A pointer that is never used still has to be one: a scale stands in.
+            "zero_ptr": p.storage.get("input_zero_point", p.storage["weight_scale"]),
+            "eps": eps,
+            "threshold": traits.threshold,
+            "M": m,
+            "K": k,
+            "KP": kp,
+            "INT8": int8,
+            "SHARED": traits.activation,
+            "HAS_ZERO": "input_zero_point" in p.storage,
+            "OUTLIERS": self.outliers,
+            "NORM": has_norm,
+            "GATED": gated,
+            "NATIVE": has_fp8(problem.capability) and not interpreted(),
+            "BLOCK": block,
+            "num_warps": row_warps(block),
+        }
+        slots = (
+            "x_ptr", "up_ptr", "q_ptr", "scale_ptr", "norm_ptr", "normed_ptr", "columns_ptr", "counter_ptr",
+        )  # fmt: skip
+        self.launch = Launch(quantize_rows, (m, 1), fixed, slots)
+
+    def __call__(self, x: Tensor, norm: Tensor | None = None, up: Tensor | None = None) -> Activations:
+        # The kernel writes the bits of fp8 codes: older GPUs have no such type.
+        codes = torch.empty(
+            self.codes_shape,
+            dtype=torch.int8 if self.codes_dtype == torch.int8 else torch.uint8,
+            device=self.device,
         )
-    return Activations(codes, scale, normed, columns if outliers else None)
+        scale = self.scale
+        if scale is None:
+            scale = torch.empty(self.scale_shape, dtype=torch.float32, device=self.device)
+        # A pointer that is never used still has to be one: x stands in.
+        normed, columns, counter = x, x, x
+        if self.outliers:
+            columns = torch.empty(x.shape[1] + 1, dtype=torch.int32, device=self.device)
+            counter = _counter(1 + x.shape[1], self.device)
+            if norm is not None or up is not None:
+                normed = torch.empty_like(x)
+        gate = x if up is None else up
+        self.launch(x, gate, codes, scale, x if norm is None else norm, normed, columns, counter)
+        if codes.dtype != self.codes_dtype:
+            codes = codes.view(self.codes_dtype)
+        return Activations(codes, scale, normed, columns if self.outliers else None)
 
 
 def rms_norm_quantize(
@@ -198,11 +224,9 @@ def multiply(
     """
     traits = traits_of(problem)
     weight = arguments(a, p, traits, problem)
-    bias = None if bias is None else bias.contiguous()
-    y = torch.empty(a.x.shape[0], p.shape[0], dtype=a.x.dtype, device=a.x.device) if out is None else out
 
     def launch(config: configs.GemmConfig) -> Tensor:
-        return _launch(a, y, bias, weight, config, problem)
+        return Product(a, p.shape[0], bias is not None, weight, config, problem)(a, bias, out)
 
     config = autotune.best(family(traits), problem, tabled(problem), launch, a.x.device)
     return autotune.timed_first(problem, config, lambda: launch(config))
@@ -252,53 +276,88 @@ def arguments(
     }
 
 
-def _launch(
-    a: Activations,
-    y: Tensor,
-    bias: Tensor | None,
-    weight: dict[str, Any],
-    config: configs.GemmConfig,
-    problem: Problem,
-) -> Tensor:
-    from ...triton_kernels.eight_bit import eight_bit_gemm
+class Product:
+    """`multiply` for one weight and x of one shape and dtype: everything but the tensors of a call."""
 
-    x = a.x
-    m, n = y.shape
-    blocks_n, blocks_m = -(-n // config.block_n), -(-m // config.block_m)
-    # In how many shares K is summed goes by all rows of the problem, and so does each row's result.
-    counted = blocks_n if problem.batch_invariant else blocks_n * -(-problem.m // config.block_m)
-    shares = configs.shares_of(config, -(-weight["KP"] // STEP), counted, processors(x.device))
-    held = sum(t.numel() * t.element_size() for t in (a.codes, a.scale))
-    split = split_of(shares, blocks_n * blocks_m, config, held)
-    partial = counter = weight["columns_ptr"]
-    if split > 1:
-        elements = split * blocks_n * blocks_m * config.block_n * config.block_m
-        partial, counter = workspace.partials(elements, x.device), workspace.counters(x.device)
-        if weight["KIND"] == "int8":
-            partial = partial.view(torch.int32)
-    with torch.cuda.device_of(x):  # triton launches on the current device, whatever its arguments say
-        eight_bit_gemm[(blocks_n * blocks_m, split)](
-            bias_ptr=x if bias is None else bias,
-            y_ptr=y,
-            partial_ptr=partial,
-            counter_ptr=counter,
-            M=m,
-            HAS_BIAS=bias is not None,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            SHARES=shares,
-            SPLIT_K=split,
-            GROUP_N=config.group_n,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            **weight,
-        )
-    return y
+    def __init__(
+        self,
+        a: Activations,
+        n: int,
+        has_bias: bool,
+        weight: dict[str, Any],
+        config: configs.GemmConfig,
+        problem: Problem,
+    ) -> None:
+        from ...triton_kernels.eight_bit import eight_bit_gemm
+
+        x = a.x
+        m = x.shape[0]
+        blocks_n, blocks_m = -(-n // config.block_n), -(-m // config.block_m)
+        # In how many shares K is summed goes by all rows of the problem, and so does each row's result.
+        counted = blocks_n if problem.batch_invariant else blocks_n * -(-problem.m // config.block_m)
+        shares = configs.shares_of(config, -(-weight["KP"] // STEP), counted, processors(x.device))
+        held = sum(t.numel() * t.element_size() for t in (a.codes, a.scale))
+        split = split_of(shares, blocks_n * blocks_m, config, held)
+        self.shape, self.dtype, self.device, self.widen = (m, n), x.dtype, x.device, weight["WIDEN"]
+        self.elements = split * blocks_n * blocks_m * config.block_n * config.block_m if split > 1 else 0
+        self.sums = torch.int32 if weight["KIND"] == "int8" else torch.float32
+        self.unused = weight["weight_ptr"]  # what is never read still needs an address
+        slots = (
+            "x_ptr", "x_scale_ptr", "x16_ptr", "columns_ptr", "bias_ptr", "y_ptr", "partial_ptr", "counter_ptr",
+        )  # fmt: skip
+        fixed = {
+            **{name: value for name, value in weight.items() if name not in slots},
+            "M": m,
+            "HAS_BIAS": has_bias,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "SHARES": shares,
+            "SPLIT_K": split,
+            "GROUP_N": config.group_n,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        }
+        self.launch = Launch(eight_bit_gemm, (blocks_n * blocks_m, split), fixed, slots)
+
+    def __call__(self, a: Activations, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+        y = torch.empty(self.shape, dtype=self.dtype, device=self.device) if out is None else out
+        partial = counter = self.unused
+        if self.elements:
+            partial = workspace.partials(self.elements, self.device, self.sums)
+            counter = workspace.counters(self.device)
+        codes = a.codes.view(torch.uint8) if self.widen else a.codes
+        columns = self.unused if a.columns is None else a.columns
+        bias = a.x if bias is None else bias.contiguous()
+        self.launch(codes, a.scale, a.x, columns, bias, y, partial, counter)
+        return y
+
+
+def bind(p: PackedWeight, problem: Problem) -> Run | None:
+    """`run` for this weight and problem alone: from its second call on it only starts the two kernels. None
+    where the rows go by slices."""
+    if not workspace.fits(problem.m, row_bytes(problem)):
+        return None
+    found: list[tuple[Quantizer, Product]] = []
+
+    def call(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
+        if found:
+            quantizer, product = found[0]
+            return product(quantizer(x), bias)
+        a = quantize(x, p, problem)
+        y = multiply(a, p, bias, problem)  # tunes and compiles
+        traits = traits_of(problem)
+        config = autotune.tuned(family(traits), problem) or tabled(problem)
+        weight = arguments(a, p, traits, problem)
+        product = Product(a, p.shape[0], bias is not None, weight, config, problem)
+        found.append((Quantizer(p, problem, x), product))
+        return y
+
+    return call
 
 
 # ---------------------------------------------------------------------- ahead of time
 #: format, parameters, and whether there is a zero point
-_JOBS: tuple[tuple[str, dict[str, Any], bool], ...] = (
+JOBS: tuple[tuple[str, dict[str, Any], bool], ...] = (
     ("w8a8", {}, False),
     ("w8a8", {"activation": "static"}, True),
     ("int8", {}, False),
@@ -310,12 +369,12 @@ _JOBS: tuple[tuple[str, dict[str, Any], bool], ...] = (
 _JOB_ROWS = (1, 64, 4096)
 _JOB_SHAPE = (8192, 8192)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_CODES = {"int8": ("*i8", "*i8"), "e4m3": ("*fp8e4nv", "*fp8e4nv"), "e5m2": ("*fp8e5", "*fp8e4nv")}
+CODES = {"int8": ("*i8", "*i8"), "e4m3": ("*fp8e4nv", "*fp8e4nv"), "e5m2": ("*fp8e5", "*fp8e4nv")}
 
 
 def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
     """Every configuration the table gives `arch`; a few of them with `subset`."""
-    for number, (name, params, has_zero) in enumerate(_JOBS):
+    for number, (name, params, has_zero) in enumerate(JOBS):
         # Only LLM.int8() computes in 16 bits, too; elsewhere the dtype is one conversion at the end.
         for dtype in ("bf16", "fp16") if name == "int8" else ("bf16",):
             if subset and (number, dtype) not in ((2, "bf16"), (3, "bf16")):
@@ -348,7 +407,7 @@ def _product_job(
     config, traits = tabled(problem), traits_of(problem)
     fixed = constants(traits, _JOB_SHAPE, problem, has_zero=has_zero)
     shares = 4 if config.shares == 0 else config.shares
-    weight, codes = ("*u8", "*u8") if fixed["WIDEN"] else _CODES[traits.kind]
+    weight, codes = ("*u8", "*u8") if fixed["WIDEN"] else CODES[traits.kind]
     pointer = "*" + dtype
     return CompileJob(
         kernel="eight_bit_gemm",

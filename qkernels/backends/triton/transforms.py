@@ -108,7 +108,7 @@ def constants(n: int, stored: tuple[int, ...], decode: bool) -> tuple[dict[str, 
     rows = max(1, 16 * max(padded) // total)  # a dot has at least 16 rows
     warps = max(4, min(16, rows * total // _ELEMENTS_PER_WARP))
     sizes = {f"A{i}": order for i, order in enumerate(orders)} | {f"B{i}": b for i, b in enumerate(padded)}
-    return {**sizes, "C": c, "ROWS": rows, "SYLVESTER": len(stored) < 2}, warps
+    return {**sizes, "C": c, "ROWS": rows, "SYLVESTER": len(stored) < 2, "MIDDLE": len(stored) == 3}, warps
 
 
 def _padded(order: int) -> int:

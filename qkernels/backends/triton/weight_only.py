@@ -13,9 +13,10 @@ from ... import formats, layouts
 from ...layouts import weight_only as layout
 from . import autotune, configs, interpreted, transforms, workspace
 from .jobs import CompileJob
+from .launch import Launch
 
 if TYPE_CHECKING:
-    from ...dispatch import Problem
+    from ...dispatch import Problem, Run
     from ...packed import PackedWeight
 
 #: M from which x is gathered once, by a kernel of its own, instead of by every program (act-order)
@@ -81,8 +82,6 @@ def constants(
 
 def arguments(p: PackedWeight, traits: layout.WeightOnlyTraits) -> dict[str, Any]:
     """The kernel's arguments that depend on the weight alone."""
-    from ...triton_kernels import scalers
-
     n, k = p.shape
     storage = p.storage
     qdata = storage["qdata"]
@@ -90,7 +89,7 @@ def arguments(p: PackedWeight, traits: layout.WeightOnlyTraits) -> dict[str, Any
         k = traits.group_size  # x comes out of its transform in whole tiles
     indexed = "perm" in storage
     # A pointer that is never read still has to be one: qdata stands in.
-    read = [storage.get(name, qdata) for name in scalers.SCALER_TENSORS[traits.scaler]]
+    read = [storage.get(name, qdata) for name in scaler_tensors(traits)]
     return {
         "qdata_ptr": qdata,
         "qhigh_ptr": storage.get("qhigh", qdata),
@@ -102,6 +101,13 @@ def arguments(p: PackedWeight, traits: layout.WeightOnlyTraits) -> dict[str, Any
         "KP": storage["perm"].numel() if indexed else k,
         **constants(traits, p.shape, lookup="slice_group" in storage, indexed=indexed),
     }
+
+
+def scaler_tensors(traits: layout.WeightOnlyTraits) -> tuple[str, ...]:
+    """Names of the tensors that a format's scaler reads, in its order."""
+    from ...triton_kernels import scalers
+
+    return scalers.SCALER_TENSORS[traits.scaler]
 
 
 def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
@@ -172,6 +178,84 @@ def configuration(problem: Problem) -> str:
     return autotune.words(family(traits_of(problem)), problem, tabled(problem))
 
 
+def bind(p: PackedWeight, problem: Problem) -> Run | None:
+    """`run` for this weight and problem alone: from its second call on it only starts the kernel. None
+    where more than that one kernel is to be started: also wherever x is copied, be it by slices."""
+    traits = traits_of(problem)
+    if traits.norms or traits.outliers or ("perm" in p.storage and problem.m >= GATHER_ROWS):
+        return None
+    products: list[Product] = []
+
+    def call(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
+        if products:
+            return products[0](x, bias)
+        y = run(x, p, bias, problem)  # tunes and compiles
+        config = autotune.tuned(family(traits), problem) or tabled(problem)
+        weight = {**arguments(p, traits), "outlier_args": ()}
+        products.append(Product(x, p.shape[0], bias is not None, weight, config, problem, x.dtype))
+        return y
+
+    return call
+
+
+class Product:
+    """The product with one weight, for x of one shape and dtype: everything but the tensors of a call."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        n: int,
+        has_bias: bool,
+        weight: dict[str, Any],
+        config: configs.GemmConfig,
+        problem: Problem,
+        dtype: torch.dtype,
+        held: int = 0,
+    ) -> None:
+        """x may be some rows of the problem only. held: bytes of scratch memory that a call has taken already."""
+        from ...triton_kernels.weight_only import weight_only_gemm
+
+        m = x.shape[0]
+        blocks_n, blocks_m = -(-n // config.block_n), -(-m // config.block_m)
+        tiles = -(-weight["KP"] // (16 * 32 // weight["WIDTH"]))
+        # In how many shares K is summed goes by all rows of the problem, and so does each row's result.
+        counted = blocks_n if problem.batch_invariant else blocks_n * -(-problem.m // config.block_m)
+        shares = configs.shares_of(config, tiles, counted, processors(x.device))
+        split = split_of(shares, blocks_n * blocks_m, config, held)
+        self.shape, self.dtype, self.device = (m, n), dtype, x.device
+        self.elements = split * blocks_n * blocks_m * config.block_n * config.block_m if split > 1 else 0
+        self.unused = weight["qdata_ptr"]  # what is never read still needs an address
+        fixed = {
+            "M": m,
+            "HAS_BIAS": has_bias,
+            "UPCAST": x.dtype == torch.bfloat16 and interpreted(),
+            "POST_SCALE": config.post_scale,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "SHARES": shares,
+            "SPLIT_K": split,
+            "GROUP_N": config.group_n,
+            "WARPS": config.num_warps,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+            **weight,
+        }
+        slots = ("x_ptr", "bias_ptr", "y_ptr", "partial_ptr", "counter_ptr")
+        self.launch = Launch(weight_only_gemm, (blocks_n * blocks_m, split), fixed, slots)
+
+    def __call__(self, x: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+        y = torch.empty(self.shape, dtype=self.dtype, device=self.device) if out is None else out
+        partial = counter = self.unused
+        if self.elements:
+            partial, counter = (
+                workspace.partials(self.elements, self.device),
+                workspace.counters(self.device),
+            )
+        bias = x if bias is None else bias.contiguous()
+        self.launch(x, bias, y, partial, counter)
+        return y
+
+
 def _launch(
     x: Tensor,
     y: Tensor,
@@ -182,40 +266,7 @@ def _launch(
     held: int = 0,
 ) -> None:
     """The kernel on some rows of the problem. held: bytes of scratch memory taken already."""
-    from ...triton_kernels.weight_only import weight_only_gemm
-
-    m, n = y.shape
-    blocks_n, blocks_m = -(-n // config.block_n), -(-m // config.block_m)
-    tiles = -(-weight["KP"] // (16 * 32 // weight["WIDTH"]))
-    # In how many shares K is summed goes by all rows of the problem, and so does each row's result.
-    counted = blocks_n if problem.batch_invariant else blocks_n * -(-problem.m // config.block_m)
-    shares = configs.shares_of(config, tiles, counted, processors(x.device))
-    split = split_of(shares, blocks_n * blocks_m, config, held)
-    partial = counter = weight["qdata_ptr"]
-    if split > 1:
-        elements = split * blocks_n * blocks_m * config.block_n * config.block_m
-        partial, counter = workspace.partials(elements, x.device), workspace.counters(x.device)
-    with torch.cuda.device_of(x):  # triton launches on the current device, whatever its arguments say
-        weight_only_gemm[(blocks_n * blocks_m, split)](
-            x_ptr=x,
-            bias_ptr=x if bias is None else bias,
-            y_ptr=y,
-            partial_ptr=partial,
-            counter_ptr=counter,
-            M=m,
-            HAS_BIAS=bias is not None,
-            UPCAST=x.dtype == torch.bfloat16 and interpreted(),
-            POST_SCALE=config.post_scale,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            SHARES=shares,
-            SPLIT_K=split,
-            GROUP_N=config.group_n,
-            WARPS=config.num_warps,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            **weight,
-        )
+    Product(x, y.shape[1], bias is not None, weight, config, problem, y.dtype, held)(x, bias, y)
 
 
 def split_of(shares: int, blocks: int, config: configs.GemmConfig, held: int = 0) -> int:
@@ -255,7 +306,7 @@ def processors(device: torch.device) -> int:
 
 # ---------------------------------------------------------------------- ahead of time
 #: format, parameters and the dtypes of its scaler's tensors
-_JOBS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
+JOBS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("gptq", {"bits": 4, "group_size": 128}, ("*fp16", "*u8", "*i32")),
     ("gptq", {"bits": 4, "group_size": 32}, ("*fp16", "*u8", "*i32")),
     ("gptq", {"bits": 4, "group_size": 128, "act_order": True}, ("*fp16", "*u8", "*i32")),
@@ -283,6 +334,7 @@ _JOBS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
 #: M of each job: one a class
 _JOB_ROWS = (1, 64, 4096)
 _JOB_SHAPE = (8192, 8192)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
@@ -290,17 +342,16 @@ def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
     from ...dispatch import Problem
     from ...triton_kernels.weight_only import weight_only_gemm
 
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    for number, (name, params, pointers) in enumerate(_JOBS):
+    for number, (name, params, pointers) in enumerate(JOBS):
         fmt = formats.get(name)
         resolved = fmt.resolve(_JOB_SHAPE, params)
         for m in _JOB_ROWS:
-            for dtype in dtypes:
+            for dtype in DTYPES:
                 if subset and (number, dtype) not in ((0, "fp16"), (4, "bf16"), (7, "bf16")):
                     continue
                 capability = (arch // 10, arch % 10)
                 items = tuple(sorted(resolved.items()))
-                problem = Problem(name, items, _JOB_SHAPE, m, dtypes[dtype], "cuda", capability)
+                problem = Problem(name, items, _JOB_SHAPE, m, DTYPES[dtype], "cuda", capability)
                 config = tabled(problem)
                 traits = traits_of(problem)
                 indexed = bool(params.get("act_order")) and m < GATHER_ROWS

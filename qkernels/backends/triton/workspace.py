@@ -15,25 +15,34 @@ BYTES = 32 * 2**20
 _counters: dict[tuple[str, int | None, int], Tensor] = {}
 
 
-def slices(rows: int, row_bytes: int) -> Iterator[slice]:
+def fits(rows: int, row_bytes: int, held: int = 0) -> bool:
+    """Whether `slices` of these is one."""
+    return rows <= 1 or held + rows * row_bytes <= BYTES or not row_bytes
+
+
+def slices(rows: int, row_bytes: int, held: int = 0) -> Iterator[slice]:
     """Slices of `rows` rows, in order, that need at most BYTES of scratch at `row_bytes` a row, or one row.
 
-    All of about one size, and of whole tiles of 128 rows as long as that many fit. The slices' kernels
-    decode the weight anew, which costs little where a slice has hundreds of rows.
+    held: bytes of scratch that every slice takes, whatever its rows. All are of about one size, and of whole
+    tiles of 128 rows as long as that many fit. The slices' kernels decode the weight anew, which costs
+    little where a slice has hundreds of rows.
     """
-    fits = max(1, BYTES // max(1, row_bytes))
-    if fits < rows:
-        unit = 128 if fits >= 128 else 16 if fits >= 16 else 1
-        fits = fits // unit * unit
-        count = -(-rows // fits)
-        fits = min(fits, -(-rows // (count * unit)) * unit)
-    for first in range(0, rows, fits):
-        yield slice(first, min(first + fits, rows))
+    if fits(rows, row_bytes, held):
+        if rows:
+            yield slice(0, rows)
+        return
+    most = max(1, (BYTES - held) // row_bytes)
+    unit = 128 if most >= 128 else 16 if most >= 16 else 1
+    most = most // unit * unit
+    count = -(-rows // most)
+    most = min(most, -(-rows // (count * unit)) * unit)
+    for first in range(0, rows, most):
+        yield slice(first, min(first + most, rows))
 
 
-def partials(elements: int, device: torch.device) -> Tensor:
-    """Uninitialized float32 for one launch, from torch's caching allocator: safe on every stream, in graphs."""
-    return torch.empty(elements, dtype=torch.float32, device=device)
+def partials(elements: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Uninitialized memory of one launch, from torch's caching allocator: safe on every stream, in graphs."""
+    return torch.empty(elements, dtype=dtype, device=device)
 
 
 def counters(device: torch.device) -> Tensor:
@@ -42,7 +51,7 @@ def counters(device: torch.device) -> Tensor:
     Launches on one stream follow one another and share them. A CUDA graph uses those of the stream it
     is captured on: replay graphs captured on one stream one after another, as torch does.
     """
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
     key = (device.type, device.index, stream)
     found = _counters.get(key)
     if found is None:

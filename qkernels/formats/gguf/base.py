@@ -125,7 +125,7 @@ class GgufFormat(Format):
         at = 0
         for field in self.fields:
             if field.dtype.is_floating_point:
-                part = data[:, at : at + field.nbytes].contiguous().view(field.dtype)
+                part = _as(data[:, at : at + field.nbytes], field.dtype)
                 self.check_finite(f"data: {field.name}", part)
             at += field.nbytes
 
@@ -133,11 +133,16 @@ class GgufFormat(Format):
     def split(self, data: Tensor) -> Fields:
         """Bytes (..., multiple of block_bytes) -> each field (B, items), contiguous."""
         parts = data.reshape(-1, self.block_bytes).split([f.nbytes for f in self.fields], dim=1)
-        return {f.name: p.contiguous().view(f.dtype) for f, p in zip(self.fields, parts, strict=True)}
+        return {f.name: _as(p, f.dtype) for f, p in zip(self.fields, parts, strict=True)}
 
     def join(self, fields: Fields) -> Tensor:
         """The inverse of `split`: (B, block_bytes)."""
-        return torch.cat([fields[f.name].contiguous().view(torch.uint8) for f in self.fields], dim=1)
+
+        def octets(field: Tensor) -> Tensor:
+            # By way of one dimension: a dimension of size 1 may have any stride and be called contiguous.
+            return field.contiguous().flatten().view(torch.uint8).view(field.shape[0], -1)
+
+        return torch.cat([octets(fields[f.name]) for f in self.fields], dim=1)
 
     def codes(self, fields: Fields) -> Tensor:
         """uint8 (B, block)."""
@@ -252,3 +257,11 @@ class GgufFormat(Format):
     def _scale_fields(self) -> list[Field]:
         held = {plane.field for plane in self.planes}
         return [field for field in self.fields if field.name not in held]
+
+
+def _as(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """Some columns of bytes (B, bytes) as numbers (B, items), contiguous.
+
+    Cloned: a cut of a single block counts as contiguous, with a stride and an offset that no number fits.
+    """
+    return part.clone(memory_format=torch.contiguous_format).view(dtype)

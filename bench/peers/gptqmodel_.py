@@ -1,0 +1,65 @@
+"""GPTQModel 7.7: Marlin, Machete, Swordfish and its Triton kernel, each on our own GPTQ tensors.
+
+Its kernels are compiled with nvcc at first use, from sources that its source package carries; that takes
+minutes, so `bench/gpu_run.sh --part build` does it before anything is timed. Codes and scales are ours, so
+the product is held to our reference as closely as our own.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor, nn
+
+import qkernels as qk
+from qkernels.benchmark.race import Layer
+
+from . import Peer, same_weight
+
+
+class GPTQModel(Peer):
+    """`kernel`: module under gptqmodel.nn_modules.qlinear. `zeros`: how it wants zero points stored."""
+
+    module = "gptqmodel"
+
+    def __init__(self, kernel: str, cls: str, bits: int, zeros: str) -> None:
+        self.kernel, self.cls, self.bits, self.zeros = kernel, cls, bits, zeros
+        self.name = f"gptqmodel {kernel}"
+        self.group = f"int{bits} g128"
+
+    def prepare(self, weight: Tensor) -> Layer:
+        made = importlib.import_module(f"gptqmodel.nn_modules.qlinear.{self.kernel}")
+        n, k = weight.shape
+        p = qk.quantize(weight, "gptq", bits=self.bits, group_size=128, checkpoint_format=self.zeros)
+        linear = getattr(made, self.cls)(
+            bits=self.bits, group_size=128, desc_act=False, sym=True, in_features=k, out_features=n, bias=False,
+            dtype=torch.bfloat16, register_buffers=True,
+        )  # fmt: skip
+        tensors = dict(p.tensors)
+        tensors.setdefault("g_idx", torch.arange(k, dtype=torch.int32, device=weight.device) // 128)
+        for name, tensor in tensors.items():
+            self._put(linear, name, tensor)
+        linear = linear.to(weight.device).eval()
+        linear.post_init()
+        return same_weight(linear, p)
+
+    def _put(self, linear: nn.Module, name: str, tensor: Tensor) -> None:
+        """ValueError if the layer has no such tensor, or one of another shape: its layout has changed."""
+        held = getattr(linear, name, None)
+        if held is None or tuple(held.shape) != tuple(tensor.shape):
+            got = "none" if held is None else f"{tuple(held.shape)}"
+            raise ValueError(
+                f"{self.cls}.{name}: expected a tensor of shape {tuple(tensor.shape)}, got {got}"
+            )
+        dtype = torch.bfloat16 if name == "scales" else tensor.dtype
+        held.data = tensor.to(dtype)
+
+
+CONTESTANTS = [
+    GPTQModel("marlin", "MarlinLinear", 4, "gptq"),
+    GPTQModel("marlin", "MarlinLinear", 8, "gptq"),
+    GPTQModel("machete", "MacheteLinear", 4, "gptq_v2"),
+    GPTQModel("swordfish", "SwordfishLinear", 4, "gptq_v2"),
+    GPTQModel("tritonv2", "TritonV2Linear", 4, "gptq_v2"),
+]

@@ -1,0 +1,181 @@
+"""What DESIGN section 6 asks for, as data, and how far a race's results are from it: worst first."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from qkernels.presets import FormatSpec, parse_specs
+
+Row = dict[str, Any]
+LARGE = 8192 * 8192
+
+
+@dataclass(frozen=True)
+class Target:
+    """family: of FAMILIES. rows: least and most rows of x. metric: of METRICS. least: of the metric.
+    weights: least N * K it is asked of; most: largest."""
+
+    family: str
+    rows: tuple[int, int]
+    metric: str
+    least: float
+    weights: int = 0
+    most: int = 10**12
+
+    def __str__(self) -> str:
+        low, high = self.rows
+        m = f"M={low}" if low == high else f"M={low}..{high}" if high < 10**9 else f"M>={low}"
+        size = " of 8192x8192" if self.most == LARGE else " from 8192x8192 on" if self.weights else ""
+        return f"{self.family}, {m}: {self.least:g} {METRICS[self.metric].unit}{size}"
+
+
+class Metric(NamedTuple):
+    """of: (row, every row of ours and others at its shape and M, GB/s of a copy) -> value, None without one."""
+
+    unit: str
+    of: Callable[[Row, list[Row], float], float | None]
+
+
+def _against(*names: str) -> Callable[[Row, list[Row], float], float | None]:
+    """Our speed against the fastest of the named contestants with the same weights."""
+
+    def of(row: Row, others: list[Row], copy: float) -> float | None:
+        times = [
+            other["chain"]
+            for other in others
+            if other["group"] == row["group"] and any(other["contestant"].startswith(n) for n in names)
+        ]
+        return min(times) / row["chain"] if times else None
+
+    return of
+
+
+def _against_peers(row: Row, others: list[Row], copy: float) -> float | None:
+    times = [o["chain"] for o in others if o["group"] == row["group"] and not _is_ours(o)]
+    return min(times) / row["chain"] if times else None
+
+
+METRICS = {
+    "speedup": Metric("x torch bf16", lambda row, others, copy: row["speedup"]),
+    "bandwidth": Metric(
+        "of the copy bandwidth, in a chain",
+        lambda row, others, copy: row["bandwidth"] / copy if copy else None,
+    ),
+    "alone": Metric(
+        "of the copy bandwidth, alone",
+        lambda row, others, copy: row["nbytes"] / row["alone"] / 1e3 / copy if copy else None,
+    ),
+    "torch": Metric("x torch's own 8-bit product", _against("torch._int_mm", "torch._scaled_mm")),
+    "bitsandbytes": Metric("x bitsandbytes", _against("bitsandbytes")),
+    "unfused": Metric("x dequantize + bf16", _against("qkernels reference")),
+    "peers": Metric("x the fastest peer", _against_peers),
+}
+
+#: family -> whether a format with these parameters belongs to it
+FAMILIES: dict[str, Callable[[FormatSpec], bool]] = {
+    "4-bit weight-only": lambda spec: (
+        spec.name in ("awq", "nf4", "q4_k", "iq4_nl")
+        or (spec.name == "gptq" and spec.params.get("bits") == 4)
+    ),
+    "W8A8 and FP8": lambda spec: spec.name == "w8a8" or (spec.name == "fp8" and "activation" in spec.params),
+    "LLM.int8()": lambda spec: spec.name == "int8",
+    "SpQR": lambda spec: spec.name == "spqr",
+    "QuIP# 2-bit": lambda spec: spec.name in ("quip", "quip_sharp") and spec.params.get("bits", 2) == 2,
+    "every format": lambda spec: True,
+}
+_DECODE, _MIDDLE, _PREFILL = (1, 16), (32, 256), (1024, 10**9)
+TARGETS = (
+    Target("4-bit weight-only", _DECODE, "bandwidth", 0.9, LARGE),
+    Target("4-bit weight-only", _DECODE, "alone", 0.8, LARGE, LARGE),
+    Target("4-bit weight-only", _DECODE, "speedup", 3.5),
+    Target("4-bit weight-only", (64, 64), "speedup", 2.0),
+    Target("4-bit weight-only", _MIDDLE, "speedup", 1.0),
+    Target("4-bit weight-only", _PREFILL, "speedup", 0.95),
+    Target("W8A8 and FP8", _DECODE, "bandwidth", 0.9, LARGE),
+    Target("W8A8 and FP8", _DECODE, "speedup", 1.8),
+    Target("W8A8 and FP8", _MIDDLE, "speedup", 1.6),
+    Target("W8A8 and FP8", _PREFILL, "speedup", 1.7),
+    Target("W8A8 and FP8", _PREFILL, "torch", 1.0),
+    Target("LLM.int8()", _DECODE, "speedup", 1.7),
+    Target("LLM.int8()", _MIDDLE, "speedup", 1.3),
+    Target("LLM.int8()", _PREFILL, "speedup", 1.3),
+    Target("LLM.int8()", (1, 10**9), "bitsandbytes", 3.0),
+    Target("SpQR", (1, 1), "speedup", 1.5),
+    Target("SpQR", _MIDDLE, "unfused", 1.0),
+    Target("SpQR", _PREFILL, "speedup", 0.8),
+    Target("QuIP# 2-bit", (1, 1), "speedup", 4.0),
+    Target("QuIP# 2-bit", _MIDDLE, "unfused", 1.0),
+    Target("QuIP# 2-bit", _PREFILL, "speedup", 0.8),
+    Target("every format", (1, 10**9), "peers", 1.0),
+)
+
+
+class Finding(NamedTuple):
+    """One target and format: the worst place. reached: measured over asked; measured is None without data."""
+
+    target: Target
+    format: str
+    measured: float | None
+    where: str
+    kernel: str
+
+    @property
+    def reached(self) -> float | None:
+        return None if self.measured is None else self.measured / self.target.least
+
+
+def _is_ours(row: Row) -> bool:
+    return str(row["contestant"]).startswith("qkernels ")
+
+
+def _fused(rows: list[Row]) -> Iterator[tuple[FormatSpec, Row, list[Row]]]:
+    """At each place, the fastest of our kernels for each format, and all rows there."""
+    places: dict[tuple[int, int, int], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["chain"] is not None:
+            places[row["n"], row["k"], row["m"]].append(row)
+    for here in places.values():
+        best: dict[str, Row] = {}
+        for row in here:
+            if _is_ours(row) and not row["contestant"].startswith("qkernels reference "):
+                spec = row["contestant"].split(" ", 2)[2]
+                if spec not in best or row["chain"] < best[spec]["chain"]:
+                    best[spec] = row
+        for text, row in best.items():
+            yield _spec_of(text), row, here
+
+
+def _spec_of(text: str) -> FormatSpec:
+    """Of what races is not always a format: the Hadamard transform is none."""
+    try:
+        return parse_specs(text)[0]
+    except ValueError:
+        return FormatSpec(text)
+
+
+def findings(report: dict[str, Any]) -> list[Finding]:
+    """Every target of every format raced, at its worst place: what falls short first, and by how much most."""
+    copy = report["copy_bandwidth"] or 0.0
+    worst: dict[tuple[Target, str], Finding] = {}
+    for spec, row, here in _fused(report["results"]):
+        for target in TARGETS:
+            if not FAMILIES[target.family](spec) or not target.rows[0] <= row["m"] <= target.rows[1]:
+                continue
+            if not target.weights <= row["n"] * row["k"] <= target.most:
+                continue
+            value = METRICS[target.metric].of(row, here, copy)
+            where = f"{row['n']}x{row['k']}, M={row['m']}"
+            found = Finding(target, str(spec), value, where, row["kernel"] or row["contestant"].split()[1])
+            known = worst.get((target, str(spec)))
+            if value is not None and (known is None or known.measured is None or value < known.measured):
+                worst[target, str(spec)] = found
+    return sorted(worst.values(), key=lambda one: one.reached or 0.0)
+
+
+def unmeasured(report: dict[str, Any]) -> list[Target]:
+    """Targets that no row of the race says anything about."""
+    seen = {found.target for found in findings(report)}
+    return [target for target in TARGETS if target not in seen]

