@@ -204,6 +204,19 @@ def test_slices_change_no_bit(
         assert torch.equal(sliced, whole)
 
 
+def test_shares_of_k_go_by_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU so small that a slice alone would cut K otherwise. Of sums that cancel only rounding is left."""
+    weight, half = torch.randn(24, 512), torch.randn(70, 512)
+    p = qk.quantize(torch.cat([weight, weight], 1), "spqr").to(DEVICE)
+    x = torch.cat([half, -half], 1).bfloat16().to(DEVICE)
+    monkeypatch.setattr(weight_only, "processors", lambda device: 1)
+    whole = qk.matmul(x, p, backend="triton")
+    assert bool(whole.any())
+    monkeypatch.setattr(workspace, "BYTES", 33 * 2 * 1024)
+    assert len(list(workspace.slices(70, 2 * 1024))) > 1
+    assert torch.equal(qk.matmul(x, p, backend="triton"), whole)
+
+
 @pytest.mark.parametrize("rows", [1, 127, 128, 129, 1000, 4096])
 @pytest.mark.parametrize("size", [0, 1, 4096, 60_000, 300_000, 2**21, 2**30])
 def test_slices_cover_all_rows_once(rows: int, size: int) -> None:
