@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 from qkernels.backends import cuda
 from qkernels.backends.cuda import eight_bit as cuda_eight_bit
 from qkernels.backends.cuda import gemm as cuda_gemm
+from qkernels.backends.cuda import hopper
 from qkernels.backends.cuda import weight_only as cuda_gemv
 from qkernels.backends.triton import eight_bit, weight_only, workspace
 
@@ -132,18 +133,31 @@ def test_triton_stays_within_32_mb(
     assert extra >= 16 * 2**20
 
 
-CUDA = [case for case in COPYING if case[0] in ("gptq", "w8a8", "fp8")]
+def cuda_kernels(name: str) -> list[str]:
+    """Those that may copy x. The GEMV takes many rows in batch-invariant mode only, and copies by itself."""
+    if name in ("w8a8", "fp8"):
+        return ["eight_bit"]
+    return ["gemv", "gemm"] if name.startswith("quip") else ["gemm", "hopper"]
 
 
-@pytest.mark.parametrize(("name", "params"), CUDA, ids=map(case_id, CUDA))
+CUDA = [(*case, kernel) for case in COPYING for kernel in cuda_kernels(case[0])]
+CUDA_RUN = {
+    "eight_bit": cuda_eight_bit.run, "gemv": cuda_gemv.run, "gemm": cuda_gemm.run, "hopper": hopper.run
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "params", "kernel"), CUDA, ids=lambda part: str(part))
 def test_cuda_stays_within_32_mb(
-    name: str, params: dict[str, object], weights: dict[str, qk.PackedWeight], no_kernels: Counted
+    name: str,
+    params: dict[str, object],
+    kernel: str,
+    weights: dict[str, qk.PackedWeight],
+    no_kernels: Counted,
 ) -> None:
     p = weights[case_id((name, params))]
-    run = cuda_eight_bit.run if p.layout == "eight_bit" else cuda_gemm.run
     for m in (60, 1000, 70_000):
         no_kernels.clear()
-        extra = extra_bytes(run, p, m, False)
+        extra = extra_bytes(CUDA_RUN[kernel], p, m, kernel == "gemv")
         assert extra <= 32 * 2**20, f"M={m}: {extra / 2**20:.1f} MB"
     assert no_kernels.products() > 1
     assert extra >= 16 * 2**20
@@ -208,6 +222,19 @@ def test_slices_change_no_bit(
                 assert seen[0] > 1, "one slice: this test compared nothing"
                 assert torch.equal(sliced, whole)
         p.plans.clear()
+
+
+def test_shares_of_k_go_by_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU so small that a slice alone would cut K otherwise. Of sums that cancel only rounding is left."""
+    weight, half = torch.randn(24, 512), torch.randn(70, 512)
+    p = qk.quantize(torch.cat([weight, weight], 1), "spqr").to(DEVICE)
+    x = torch.cat([half, -half], 1).bfloat16().to(DEVICE)
+    monkeypatch.setattr(weight_only, "processors", lambda device: 1)
+    whole = qk.matmul(x, p, backend="triton")
+    assert bool(whole.any())
+    monkeypatch.setattr(workspace, "BYTES", 33 * 2 * 1024)
+    assert len(list(workspace.slices(70, 2 * 1024))) > 1
+    assert torch.equal(qk.matmul(x, p, backend="triton"), whole)
 
 
 @pytest.mark.parametrize("rows", [1, 127, 128, 129, 1000, 4096])
