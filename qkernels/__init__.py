@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from . import formats
+from . import formats, fused
 from .dispatch import explain
 from .experts import PackedExperts, quantize_experts
+from .fuse import fuse_norms
 from .grouped import fused_moe, grouped_matmul
 from .linear import QuantLinear
 from .model import load_model, quantize_model, save_model
@@ -24,6 +25,8 @@ __all__ = [
     "calibration_ids",
     "explain",
     "formats",
+    "fuse_norms",
+    "fused",
     "fused_moe",
     "grouped_matmul",
     "load_model",

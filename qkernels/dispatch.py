@@ -65,6 +65,7 @@ class Kernel:
     fused: with `grouped`, runs a whole layer of experts; see qkernels/grouped.py.
     bind: a `run` for one weight and problem, which finds out once what every such call has in common;
         None where there is no such thing. The weight is in `layout` and its tensors stay.
+    quantized: for kernels that multiply codes of activations: the two halves of `run`; else None.
     """
 
     name: str
@@ -78,6 +79,21 @@ class Kernel:
     grouped: bool = False
     fused: Callable[..., Tensor] | None = None
     bind: Callable[[PackedWeight, Problem], Run | None] = lambda p, problem: None
+    quantized: Quantized | None = None
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The halves of a kernel that quantizes activations, for what lies before it to be fused with them.
+
+    quantize: (x (M, K), weight, problem, up=, norm=, eps=) -> codes, of x, silu(x) * up or RMSNorm of x.
+    multiply: (codes, weight, bias or None, problem, out=) -> y, into `out` (M, N) if it is given.
+    scratch_bytes: (problem) -> memory a row of x takes meanwhile; 0 if rows cannot be taken by slices.
+    """
+
+    quantize: Callable[..., Any]
+    multiply: Callable[..., Tensor]
+    scratch_bytes: Callable[[Problem], int]
 
 
 @dataclass(frozen=True)

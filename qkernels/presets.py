@@ -52,14 +52,39 @@ PRESETS = (
 )
 
 
+_GPTQ = {"symmetric": False, "act_order": True, "clip_search": True, "algorithm": "gptq"}
+_SPQR = {"act_order": True, "damp": 1, "threshold": 0.4, "algorithm": "spqr"}
+#: `--formats low-bit`: the table of bench/results/low-bit.md, in its order; needs a calibration text
+LOW_BIT = (
+    FormatSpec("quip_sharp", {"bits": 2, "algorithm": "ldlq"}),
+    FormatSpec("quip", {"bits": 2, "algorithm": "ldlq"}),
+    FormatSpec("gptq", {"bits": 2, "group_size": 64, **_GPTQ}),
+    FormatSpec("gptq", {"bits": 2, "group_size": 64, "symmetric": False}),
+    FormatSpec("quip_sharp", {"bits": 3, "algorithm": "ldlq"}),
+    FormatSpec("quip", {"bits": 3, "algorithm": "ldlq"}),
+    FormatSpec("gptq", {"bits": 3, "group_size": 64, **_GPTQ}),
+    FormatSpec("gptq", {"bits": 3, "group_size": 64, "symmetric": False}),
+    FormatSpec("spqr", {"bits": 3, "group_size": 64, **_SPQR}),
+    FormatSpec("gptq", {"bits": 3, "group_size": 32, **_GPTQ}),
+    FormatSpec("quip_sharp", {"bits": 4, "algorithm": "ldlq"}),
+    FormatSpec("quip", {"bits": 4, "algorithm": "ldlq"}),
+    FormatSpec("gptq", {"bits": 4, "group_size": 64, "symmetric": False}),
+    FormatSpec("nf4"),
+    FormatSpec("spqr", {"bits": 4, "group_size": 32, **_SPQR}),
+    FormatSpec("gptq", {"bits": 4, "group_size": 32, **_GPTQ}),
+)
+#: lists of specs that go by a name
+LISTS = {"all": PRESETS, "low-bit": LOW_BIT}
+
+
 def parse_specs(text: str) -> list[FormatSpec]:
-    """ "all", or specs separated by commas: "nf4,gptq:bits=3,group_size=32,awq".
+    """ "all", "low-bit", or specs separated by commas: "nf4,gptq:bits=3,group_size=32,awq".
 
     A piece with "=" and no ":" before it continues the parameters of the spec it follows. Raises
     ValueError for an unknown format or parameter, or text that is no spec.
     """
-    if text.strip() == "all":
-        return list(PRESETS)
+    if text.strip() in LISTS:
+        return list(LISTS[text.strip()])
     specs: list[tuple[str, list[str]]] = []
     for piece in (p.strip() for p in text.split(",")):
         head, colon, rest = piece.partition(":")

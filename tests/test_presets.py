@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import qkernels as qk
-from qkernels.presets import PRESETS, FormatSpec, parse_params, parse_specs
+from qkernels.presets import LISTS, LOW_BIT, PRESETS, FormatSpec, parse_params, parse_specs
 
 
 def test_presets_are_valid_for_real_sizes_and_parse_back() -> None:
@@ -15,6 +15,24 @@ def test_presets_are_valid_for_real_sizes_and_parse_back() -> None:
     assert parse_specs("all") == list(PRESETS)
     everywhere = {name for name in qk.formats.names() if qk.formats.get(name).k_multiple < 256}
     assert {spec.name for spec in PRESETS} == everywhere
+
+
+def test_low_bit_is_the_table_of_its_results() -> None:
+    """Row by row: one command prints the whole table."""
+    from pathlib import Path
+
+    for spec in LOW_BIT:
+        assert parse_specs(str(spec)) == [spec]
+    assert parse_specs("low-bit") == list(LISTS["low-bit"])
+    text = (Path(__file__).parents[1] / "bench/results/low-bit.md").read_text()
+    rows = [line.split("|")[1:4] for line in text.splitlines() if line.startswith("| ") and ":bits=" in line]
+    rows += [["nf4", "", ""]]
+    named = []
+    for spec in LOW_BIT:
+        label = {key: spec.params[key] for key in ("bits", "group_size") if key in spec.params}
+        named.append((str(FormatSpec(spec.name, label)), "algorithm" in spec.params))
+    shown = [(row[0].strip(), "nearest" not in row[1] and row[0] != "nf4") for row in rows]
+    assert sorted(named) == sorted(shown)
 
 
 def test_lists_of_specs() -> None:

@@ -1,4 +1,4 @@
-"""Activations to 8 bits: one program quantizes one row of x, optionally after RMSNorm.
+"""Activations to 8 bits: one program quantizes one row of x, optionally after RMSNorm or SiLU.
 
     SHARED   what shares a scale           codes
     token    a row                         int8 round(x * 127 / absmax), e4m3 x / scale
@@ -72,8 +72,13 @@ def _e4m3(value, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _load(x_row, k, K):
-    return tl.load(x_row + k, mask=k < K, other=0).to(tl.float32)
+def _load(x_row, up_row, k, K, DTYPE: tl.constexpr, GATED: tl.constexpr):
+    """A chunk of a row as float32: x, or with GATED silu(x) * up, rounded to DTYPE after each step."""
+    x = tl.load(x_row + k, mask=k < K, other=0).to(tl.float32)
+    if GATED:
+        up = tl.load(up_row + k, mask=k < K, other=0).to(tl.float32)
+        x = _as(_as(tl.div_rn(x, 1.0 + tl.exp(-x)), DTYPE) * up, DTYPE)
+    return x
 
 
 @triton.jit
@@ -115,15 +120,16 @@ def _codes(x, k, scale, zero, threshold, K, INT8: tl.constexpr, SHARED: tl.const
 
 @triton.jit
 def quantize_rows(
-    x_ptr, q_ptr, scale_ptr, norm_ptr, normed_ptr, zero_ptr, columns_ptr, counter_ptr,
+    x_ptr, up_ptr, q_ptr, scale_ptr, norm_ptr, normed_ptr, zero_ptr, columns_ptr, counter_ptr,
     eps, threshold, M, K, KP,
     INT8: tl.constexpr, SHARED: tl.constexpr, HAS_ZERO: tl.constexpr, OUTLIERS: tl.constexpr,
-    NORM: tl.constexpr, NATIVE: tl.constexpr, BLOCK: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr, NATIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """x (M, K) -> codes q (M, KP), int8 or uint8 of E4M3, zeros beyond K, and their scales.
 
     scale: float32, (M) per token, (groups, M) per group: written; (1) per tensor: read. zero: int8 (1).
-    NORM: RMSNorm with weight `norm` (K) comes first; with OUTLIERS its result is written to `normed`.
+    NORM: RMSNorm with weight `norm` (K) comes first. GATED: silu(x) * up, with up like x. With OUTLIERS the
+    result of either is written to `normed`.
     columns: int32 (K + 1), the outlier columns, and at K their number. counter: int32 (1 + K), zeros: of
     finished programs, and flags of columns.
     Grid: (M). A row is worked on in chunks of BLOCK, of which the first stays in registers.
@@ -132,15 +138,16 @@ def quantize_rows(
     CHUNK: tl.constexpr = min(BLOCK, 2048)  # flags summed up at a time
     row = tl.program_id(0)
     x_row = x_ptr + row.to(tl.int64) * K
+    up_row = up_ptr + row.to(tl.int64) * K
     q_row = q_ptr + row.to(tl.int64) * KP
     k = tl.arange(0, BLOCK)
 
-    first = _load(x_row, k, K)
+    first = _load(x_row, up_row, k, K, DTYPE, GATED)
     inverse = 1.0
     if NORM:
         total = tl.sum(first * first, 0)
         for start in range(BLOCK, K, BLOCK):
-            more = _load(x_row, start + k, K)
+            more = _load(x_row, up_row, start + k, K, DTYPE, GATED)
             total += tl.sum(more * more, 0)
         inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(total, K.to(tl.float32)) + eps))
     first = _normed(first, inverse, norm_ptr, k, K, DTYPE, NORM)
@@ -149,7 +156,8 @@ def quantize_rows(
     if SHARED == "token":
         size = tl.max(_size(first, threshold, OUTLIERS), 0)
         for start in range(BLOCK, K, BLOCK):
-            more = _normed(_load(x_row, start + k, K), inverse, norm_ptr, start + k, K, DTYPE, NORM)
+            more = _load(x_row, up_row, start + k, K, DTYPE, GATED)
+            more = _normed(more, inverse, norm_ptr, start + k, K, DTYPE, NORM)
             size = tl.maximum(size, tl.max(_size(more, threshold, OUTLIERS), 0))
         absmax = size.to(tl.float32, bitcast=True)
         if INT8:
@@ -169,7 +177,8 @@ def quantize_rows(
         here = start + k
         x = first
         if start > 0:
-            x = _normed(_load(x_row, here, K), inverse, norm_ptr, here, K, DTYPE, NORM)
+            x = _load(x_row, up_row, here, K, DTYPE, GATED)
+            x = _normed(x, inverse, norm_ptr, here, K, DTYPE, NORM)
         if SHARED == "group":
             x = x.reshape(BLOCK // GROUP, GROUP)
             absmax = tl.max(_size(x, threshold, False), 1).to(tl.float32, bitcast=True)
@@ -181,7 +190,7 @@ def quantize_rows(
             q = _codes(x, here, scale, zero, threshold, K, INT8, SHARED, HAS_ZERO, OUTLIERS, NATIVE)
         tl.store(q_row + here, q, mask=here < KP)
         if OUTLIERS:
-            if NORM:
+            if NORM or GATED:
                 tl.store(normed_ptr + row.to(tl.int64) * K + here, x.to(DTYPE), mask=here < K)
             found = (tl.abs(x) >= threshold) & (here < K)
             # Rows that flag the same column store the same value: no race that could be seen.

@@ -20,7 +20,8 @@ def evaluate(
     formats: Annotated[
         str | None,
         typer.Option(
-            "--formats", help='Quantize to these: all, or a list such as "nf4,gptq:bits=3,group_size=32".'
+            "--formats",
+            help='Quantize to these: all, low-bit, or a list such as "nf4,gptq:bits=3,group_size=32".',
         ),
     ] = None,
     calibration: common.CalibrationOption = None,

@@ -19,11 +19,22 @@ class Rule(NamedTuple):
     layers: tuple[str, ...]
 
 
+class Gated(NamedTuple):
+    """A feed-forward module of a block that computes down(activation(gate(x)) * up(x)), by its children's names."""
+
+    module: str
+    gate: str
+    up: str
+    down: str
+    activation: str
+
+
 class Architecture(NamedTuple):
-    """blocks: the nn.ModuleList of decoder blocks. rules: in order of execution."""
+    """blocks: the nn.ModuleList of decoder blocks. rules: in order of execution. gated: where there is one."""
 
     blocks: str
     rules: tuple[Rule, ...]
+    gated: Gated | None = None
 
 
 _LLAMA = Architecture(
@@ -34,6 +45,7 @@ _LLAMA = Architecture(
         Rule("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
         Rule("mlp.up_proj", ("mlp.down_proj",)),
     ),
+    Gated("mlp", "gate_proj", "up_proj", "down_proj", "act_fn"),
 )
 _OPT = Architecture(
     "model.decoder.layers",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import pytest
 import torch
 
@@ -11,28 +13,94 @@ from qkernels import dispatch
 from ..conftest import CASES, DEVICE, case_id, k_of, layout_of
 
 pytest.importorskip("triton")
+from qkernels.backends.triton import autotune, configs
+
+from .launches import Launches
 
 QUANTIZED = [case for case in CASES if layout_of(*case) is not None]
-#: where block size and shape class change, and odd ones between
-ROWS = [1, 3, 16, 17, 33, 65, 129, 257]
-if DEVICE == "cuda":
-    ROWS = list(range(1, 301))  # the interpreter would take an hour over all of them
+quantized_cases = pytest.mark.parametrize(("name", "params"), QUANTIZED, ids=map(case_id, QUANTIZED))
+MOST = 300
 
 
-@pytest.mark.parametrize(("name", "params"), QUANTIZED, ids=map(case_id, QUANTIZED))
-@pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_rows_do_not_depend_on_m(name: str, params: dict[str, object], backend: str) -> None:
-    n, k = 24, k_of(name, 576)
-    p = qk.quantize(torch.randn(n, k), name, **params).to(DEVICE)
-    x = torch.randn(300, k, dtype=torch.float32)
+def operands(
+    name: str, params: dict[str, object], dtype: torch.dtype
+) -> tuple[qk.PackedWeight, torch.Tensor]:
+    p = qk.quantize(torch.randn(24, k_of(name, 576)), name, **params).to(DEVICE)
+    x = torch.randn(MOST, p.shape[1], dtype=torch.float32)
     x[::7, ::50] *= 8  # outliers, for LLM.int8(): in some rows only
-    x = x.to(torch.float16 if backend == "triton" else torch.float32).to(DEVICE)
-    full = qk.matmul(x, p, backend=backend, batch_invariant=True)
-    for m in ROWS:
-        part = qk.matmul(x[:m], p, backend=backend, batch_invariant=True)
+    return p, x.to(dtype).to(DEVICE)
+
+
+def decisions(
+    p: qk.PackedWeight, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> dict[Hashable, list[int]]:
+    """What launches decide by M -> the M in 1..300 for which they decide so. Nothing is computed."""
+    found: dict[Hashable, list[int]] = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(autotune, "_first_calls", {})
+        launches = Launches(patch)
+        p.plans.clear()  # kept launches hold the kernels themselves
+        for m in range(1, MOST + 1):
+            launches.calls.clear()
+            qk.matmul(x[:m], p, backend="triton", batch_invariant=True)
+            found.setdefault(launches.decisions(m), []).append(m)
+    p.plans.clear()
+    return found
+
+
+@quantized_cases
+def test_rows_do_not_depend_on_m(
+    name: str, params: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every M from 1 to 300 on a GPU. In the interpreter, which would take an hour: those that stand for all.
+
+    A program sees M only through what the host decides by it (which kernels, compile-time constants, shares
+    of K, strides) and through the bounds that mask rows off, `m < M`, which leave the arithmetic of other
+    rows alone. So all M are walked with kernels that only record what was decided, and of the M that
+    share all decisions the least and the largest are computed: of each such group these have the fewest
+    and the most blocks, and a last block that is full or nearly empty. The groups come from the tables
+    and launchers as they are, so a new entry or threshold brings its own M.
+    """
+    p, x = operands(name, params, torch.float16)
+    full = qk.matmul(x, p, backend="triton", batch_invariant=True)
+    assert bool(full.isfinite().all())
+    groups = decisions(p, x, monkeypatch)
+    assert sorted(m for group in groups.values() for m in group) == list(range(1, MOST + 1))
+    assert len(groups) > 1, "one tile for all M: this test would compare little"
+    ends = sorted({end for group in groups.values() for end in (group[0], group[-1])} - {MOST})
+    assert len(ends) < 12, f"too many to compute in the interpreter: {ends}"
+    for m in ends if DEVICE == "cpu" else range(1, MOST):
+        part = qk.matmul(x[:m], p, backend="triton", batch_invariant=True)
         assert torch.equal(part, full[:m]), f"M={m}"
-    one = qk.matmul(x[299:], p, backend=backend, batch_invariant=True)
-    assert torch.equal(one, full[299:])
+    one = qk.matmul(x[MOST - 1 :], p, backend="triton", batch_invariant=True)
+    assert torch.equal(one, full[MOST - 1 :])
+
+
+@pytest.mark.parametrize("arch", sorted(configs.SHARED_KIB))
+@pytest.mark.parametrize("family", sorted(configs.BATCH_INVARIANT))
+def test_only_the_rows_of_a_tile_depend_on_m_on_any_gpu(family: str, arch: int) -> None:
+    """What the interpreter cannot meet, other GPUs' tables: nothing that orders the sum over K varies with M.
+
+    Stages only say how far ahead loads are; the width of a tile and the shares decide how K is cut.
+    """
+    sizes = {"eight_bit": (64, 128, 0), "weight_only": (256, 96, 160)}[family.split(".")[0]]
+    found = {
+        configs.choose(family, arch, m, True, *sizes)._replace(block_m=0, num_stages=0)
+        for m in range(1, MOST + 1)
+    }
+    assert len(found) == 1
+    for processors in (46, 132, 148):
+        shares = {configs.shares_of(config, 64, -(-8192 // config.block_n), processors) for config in found}
+        assert len(shares) == 1
+
+
+@quantized_cases
+def test_the_reference_does_not_depend_on_m(name: str, params: dict[str, object]) -> None:
+    p, x = operands(name, params, torch.float32)
+    full = qk.matmul(x, p, backend="reference", batch_invariant=True)
+    for m in (1, 3, 16, 17, 33, 63, 64, 65, 129, 257):  # it takes 64 rows at a time
+        assert torch.equal(qk.matmul(x[:m], p, backend="reference", batch_invariant=True), full[:m]), f"M={m}"
+    assert torch.equal(qk.matmul(x[299:], p, backend="reference", batch_invariant=True), full[299:])
 
 
 def test_split_and_sequential_shares_sum_alike(monkeypatch: pytest.MonkeyPatch) -> None:

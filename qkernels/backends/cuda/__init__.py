@@ -85,6 +85,13 @@ def execute(name: str, call: Any, reads: list[Tensor], writes: list[Tensor]) -> 
         raise RuntimeError(f"qkernels: CUDA kernel {name}: {error}")
 
 
+_quantized = dispatch.Quantized(
+    lambda *args, **kwargs: _module("eight_bit").quantize(*args, **kwargs),
+    lambda *args, **kwargs: _module("eight_bit").multiply(*args, **kwargs),
+    lambda problem: int(_module("eight_bit").scratch_bytes(problem, torch.device(problem.device), made=True)),
+)
+
+
 def register_kernels() -> None:
     """Each kernel with the module that launches it."""
     kernels = (
@@ -105,6 +112,17 @@ def register_kernels() -> None:
             return str(_module(module).configuration(problem))
 
         rejects = partial(_rejects, module=module, layout=layout)
+        quantized = _quantized if layout == layouts.EIGHT_BIT else None
         dispatch.register(
-            dispatch.Kernel(name, "cuda", layout, unavailable, rejects, run, _automatic, configuration)
+            dispatch.Kernel(
+                name,
+                "cuda",
+                layout,
+                unavailable,
+                rejects,
+                run,
+                _automatic,
+                configuration,
+                quantized=quantized,
+            )
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...layouts import eight_bit as layout
 from .. import cuda
 from ..triton import workspace
-from ..triton.eight_bit import Activations, traits_of
+from ..triton.eight_bit import Activations, row_bytes, traits_of
 from .calls import Call
 from .weight_only import processors
 
@@ -137,11 +137,11 @@ def has_wgmma(device: torch.device) -> bool:
     return device.type == "cpu" or torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def configured(problem: Problem, m: int, device: torch.device) -> Config:
-    """Tiles for a call."""
+def configured(problem: Problem, device: torch.device) -> Config:
+    """Tiles for a call, by all rows of the problem: its slices are computed with the same."""
     kind = traits_of(problem).kind
     return configure(
-        kind, problem.shape, m, problem.batch_invariant, processors(device), has_wgmma(device)
+        kind, problem.shape, problem.m, problem.batch_invariant, processors(device), has_wgmma(device)
     )  # fmt: skip
 
 
@@ -261,12 +261,16 @@ def multiply(
     bias: Tensor | None,
     problem: Problem,
     config: Config | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """y (M, N) = what `a` holds, times W^T, plus bias, in the dtype of `a.x`."""
+    """y (M, N) = what `a` holds, times W^T, plus bias, in the dtype of `a.x`; into `out` if it is given.
+
+    `a` may hold some rows of the problem only: they come out as they would among all.
+    """
     traits, storage = traits_of(problem), p.storage
     n, m, device = p.shape[0], a.x.shape[0], a.x.device
-    config = config or configured(problem, m, device)
-    y = torch.empty(m, n, dtype=a.x.dtype, device=device)
+    config = config or configured(problem, device)
+    y = torch.empty(m, n, dtype=a.x.dtype, device=device) if out is None else out
     bias = None if bias is None else bias.to(a.x.dtype).contiguous()
     call = _product_call(p, traits, a.x.dtype, m, problem.batch_invariant, config)
     args, partial, counter = call.args, None, None
@@ -316,12 +320,24 @@ def _product_call(
 
 def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
     """x (M, K) contiguous float16 or bfloat16, p in the EIGHT_BIT layout -> y (M, N)."""
-    return multiply(quantize(x, p, problem), p, bias, problem)
+    y = torch.empty(x.shape[0], p.shape[0], dtype=x.dtype, device=x.device)
+    for rows in workspace.slices(x.shape[0], scratch_bytes(problem, x.device)):
+        multiply(quantize(x[rows], p, problem), p, bias, problem, out=y[rows])
+    return y
+
+
+def scratch_bytes(problem: Problem, device: torch.device, made: bool = False) -> int:
+    """Scratch memory that a row of x takes, as `row_bytes`, with its partial sums."""
+    n = problem.shape[0]
+    config = configured(problem, device)
+    size = row_bytes(problem, made)
+    partial = config.split * -(-n // TILE_N) * TILE_N * 4 if config.split > 1 and config.rows else 0
+    return size + partial if size else 0
 
 
 def configuration(problem: Problem) -> str:
     """What `explain` says."""
-    config = configured(problem, problem.m, torch.device(problem.device))
+    config = configured(problem, torch.device(problem.device))
     if not config.rows:
         tile = f"{HOPPER_M} rows of x and {HOPPER_N[traits_of(problem).kind]} of W a tile"
         return f"wgmma, {tile}, {config.split} blocks; activations quantized before"

@@ -13,6 +13,7 @@ from .. import cuda
 from ..triton import workspace
 from . import transforms
 from . import weight_only as gemv
+from .calls import WeightOnlyCall
 
 if TYPE_CHECKING:
     from ...dispatch import Problem
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
 #: as in csrc/weight_only/gemm.h
 ROWS, STAGES, THREADS = 64, 4, 128
-#: partial sums of one call may take this much memory
-WORKSPACE_BYTES = 32 * 2**20
 
 
 def columns_of(decoder: str, bits: int) -> int:
@@ -46,29 +45,50 @@ def rejects(problem: Problem) -> str | None:
 
 
 def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout -> y (M, N)."""
+    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout -> y (M, N).
+
+    Where x has to be copied or transformed, that is done for a slice of its rows at a time; in how many
+    shares K is summed goes by all rows, so the results are the same bits.
+    """
     assert p.layout == layouts.WEIGHT_ONLY
     traits = gemv.traits_of(problem)
-    if traits.norms is not None:
-        return transforms.around(multiply, x, p, bias, traits)
-    return multiply(x, p, bias, traits)
-
-
-def multiply(x: Tensor, p: PackedWeight, bias: Tensor | None, traits: layout.WeightOnlyTraits) -> Tensor:
-    """Without transforms: x as the codes want it -> y in x's dtype, in float32 if a transform comes next."""
     call = gemv.call_of(p, traits, x.dtype, kernel=1)
-    args, device = call.args, x.device
     m, n = x.shape[0], p.shape[0]
-    columns_x = by_columns(x) if traits.outliers else None
-    x = in_chunks(x, p.storage.get("perm"))
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    y = torch.empty(m, n, dtype=gemv.output_dtype(x, traits), device=device)
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     columns = columns_of(traits.decoder, traits.bits)
     blocks_n, blocks_m = -(-n // ROWS), -(-m // columns)
-    shares = shares_of(args.tiles, blocks_n * blocks_m, gemv.processors(device), columns)
-    args.share = -(-args.tiles // shares)
-    args.m, args.x, args.y, args.x_stride = m, x.data_ptr(), y.data_ptr(), x.shape[1]
-    args.bias = None if bias is None else bias.data_ptr()
+    copied, held = row_bytes(x, p, traits), copied_once(x, traits)
+    taken = m * copied + held
+    shares = shares_of(call.args.tiles, blocks_n * blocks_m, gemv.processors(x.device), columns, taken)
+    call.args.share = -(-call.args.tiles // shares)
+    partial = shares * blocks_n * ROWS * 4 if shares > 1 else 0  # bytes a row of x
+
+    def multiply(x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        _launch(x, y, p, bias, call, traits, shares)
+
+    for rows in workspace.slices(m, copied + partial if copied else 0, held):
+        if traits.norms is None:
+            multiply(x[rows], bias, y[rows])
+        else:
+            transforms.around(multiply, x[rows], p, bias, traits, y[rows])
+    return y
+
+
+def _launch(
+    x: Tensor,
+    y: Tensor,
+    p: PackedWeight,
+    bias: Tensor | None,
+    call: WeightOnlyCall,
+    traits: layout.WeightOnlyTraits,
+    shares: int,
+) -> None:
+    """The kernel on some rows: without transforms, x as the codes want it, y in its dtype, or float32."""
+    args, device = call.args, x.device
+    m, n = y.shape
+    columns = columns_of(traits.decoder, traits.bits)
+    blocks_n, blocks_m = -(-n // ROWS), -(-m // columns)
     call.grid_x, call.grid_y = blocks_n * blocks_m, shares
     call.shared = shared_bytes(traits.decoder, traits.bits)
     held: list[Tensor] = []
@@ -77,12 +97,47 @@ def multiply(x: Tensor, p: PackedWeight, bias: Tensor | None, traits: layout.Wei
         counter = workspace.counters(device)
         args.partial, args.counter = partial.data_ptr(), counter.data_ptr()
         held = [partial, counter]
-    reads = [x, *p.storage.values(), *([] if bias is None else [bias])]
-    if columns_x is not None:
+    start(x, y, p, bias, call, traits, held)
+
+
+def start(
+    x: Tensor,
+    y: Tensor,
+    p: PackedWeight,
+    bias: Tensor | None,
+    call: WeightOnlyCall,
+    traits: layout.WeightOnlyTraits,
+    held: list[Tensor],
+) -> None:
+    """Start a kernel that takes x in chunks, on some rows. held: what else it writes."""
+    args = call.args
+    reads = [*p.storage.values(), *([] if bias is None else [bias])]
+    if traits.outliers:
+        columns_x = by_columns(x)
         args.x_columns, args.x_rows = columns_x.data_ptr(), columns_x.shape[1]
         reads.append(columns_x)
-    cuda.execute(gemv.kernel_of(traits), call, reads, [y, *held])
-    return y
+    x = in_chunks(x, p.storage.get("perm"))
+    args.m, args.x, args.y, args.x_stride = y.shape[0], x.data_ptr(), y.data_ptr(), x.shape[1]
+    args.bias = None if bias is None else bias.data_ptr()
+    cuda.execute(gemv.kernel_of(traits), call, [x, *reads], [y, *held])
+
+
+def row_bytes(x: Tensor, p: PackedWeight, traits: layout.WeightOnlyTraits) -> int:
+    """Memory that copies and transforms take at most for a row of x, with what they need on the way."""
+    k, aligned, size = x.shape[1], x.data_ptr() % 16 == 0, 0
+    if traits.norms is not None:
+        k, aligned, size = transforms.width_of(k, traits), True, transforms.row_bytes(p, traits)
+    if traits.outliers:
+        size += 2 * k
+    if "perm" in p.storage:
+        kp = p.storage["perm"].numel()
+        return size + 2 * (k + 1) + 2 * kp + (2 * (kp + 7) if kp % 8 else 0)
+    return size + (2 * (k + 7) if k % 8 or not aligned else 0)
+
+
+def copied_once(x: Tensor, traits: layout.WeightOnlyTraits) -> int:
+    """Memory that a slice takes whatever its rows: `by_columns` pads them."""
+    return 14 * x.shape[1] if traits.outliers else 0
 
 
 def in_chunks(x: Tensor, perm: Tensor | None) -> Tensor:
@@ -102,10 +157,13 @@ def by_columns(x: Tensor) -> Tensor:
     return columns
 
 
-def shares_of(tiles: int, blocks: int, count: int, columns: int) -> int:
-    """Parts to cut K into so that every processor has a block or two, within the workspace."""
+def shares_of(tiles: int, blocks: int, count: int, columns: int, held: int = 0) -> int:
+    """Parts to cut K into so that every processor has a block or two, within the workspace.
+
+    held: bytes of the workspace that copies of x would take.
+    """
     wanted = max(1, min(2 * count // blocks, tiles // STAGES, 32))
-    wanted = min(wanted, max(1, WORKSPACE_BYTES // (blocks * ROWS * columns * 4)))
+    wanted = min(wanted, max(1, (workspace.BYTES - held) // (blocks * ROWS * columns * 4)))
     return -(-tiles // -(-tiles // wanted))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import layouts
 from ...layouts import weight_only as layout
-from .. import cuda
+from ..triton import workspace
 from . import gemm
 from . import weight_only as gemv
 
@@ -48,24 +48,20 @@ def rejects(problem: Problem) -> str | None:
 
 
 def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout -> y (M, N)."""
+    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout -> y (M, N).
+
+    Where x has to be copied, that is done for a slice of its rows at a time, as in gemm.py.
+    """
     assert p.layout == layouts.WEIGHT_ONLY
     traits = gemv.traits_of(problem)
     call = gemv.call_of(p, traits, x.dtype, kernel=2)
-    args, device = call.args, x.device
     m, n = x.shape[0], p.shape[0]
-    columns_x = gemm.by_columns(x) if traits.outliers else None
-    x = gemm.in_chunks(x, p.storage.get("perm"))
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    y = torch.empty(m, n, dtype=x.dtype, device=device)
-    args.m, args.x, args.y, args.x_stride = m, x.data_ptr(), y.data_ptr(), x.shape[1]
-    args.bias = None if bias is None else bias.data_ptr()
-    call.grid_x, call.grid_y = min(_tiles(n, m, traits), gemv.processors(device)), 1
-    reads = [x, *p.storage.values(), *([] if bias is None else [bias])]
-    if columns_x is not None:
-        args.x_columns, args.x_rows = columns_x.data_ptr(), columns_x.shape[1]
-        reads.append(columns_x)
-    cuda.execute(gemv.kernel_of(traits), call, reads, [y])
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    for rows in workspace.slices(m, gemm.row_bytes(x, p, traits), gemm.copied_once(x, traits)):
+        part = y[rows]
+        call.grid_x, call.grid_y = min(_tiles(n, part.shape[0], traits), gemv.processors(x.device)), 1
+        gemm.start(x[rows], part, p, bias, call, traits, [])
     return y
 
 

@@ -61,28 +61,49 @@ class Box(NamedTuple):
 
 
 def around(
-    multiply: Callable[[Tensor, PackedWeight, Tensor | None, layout.WeightOnlyTraits], Tensor],
+    multiply: Callable[[Tensor, Tensor | None, Tensor], None],
     x: Tensor,
     p: PackedWeight,
     bias: Tensor | None,
     traits: layout.WeightOnlyTraits,
-) -> Tensor:
-    """x (M, K) -> the weight's output (M, N), `multiply` giving what the codes make of transformed x."""
-    return after(multiply(before(x, p, traits), p, None, traits), p, traits, bias, x.dtype)
+    y: Tensor,
+) -> None:
+    """x (M, K) -> the weight's output y (M, N), `multiply` (x, bias, y) writing what the codes make of transformed x.
+
+    M is of a slice of rows: `row_bytes` says what each takes.
+    """
+    inside = torch.empty(y.shape, dtype=torch.float32, device=y.device)
+    multiply(before(x, p, traits), None, inside)
+    after(inside, p, traits, bias, y.dtype, y)
+
+
+def width_of(k: int, traits: layout.WeightOnlyTraits) -> int:
+    """Features of a row that `before` gives."""
+    return traits.group_size if traits.vectors else k
+
+
+def row_bytes(p: PackedWeight, traits: layout.WeightOnlyTraits) -> int:
+    """Memory that a row takes in `around`, without what `multiply` needs."""
+    n, k = p.shape
+    return 2 * width_of(k, traits) + 4 * n
 
 
 def before(x: Tensor, p: PackedWeight, traits: layout.WeightOnlyTraits) -> Tensor:
     """x (M, K) contiguous -> what the codes multiply, in x's dtype: (M, K), of vectors (M, whole tiles)."""
-    width = traits.group_size if traits.vectors else x.shape[1]
-    y = torch.empty(x.shape[0], width, dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape[0], width_of(x.shape[1], traits), dtype=x.dtype, device=x.device)
     return _launch(x, y, p, traits, "input", None)
 
 
 def after(
-    y: Tensor, p: PackedWeight, traits: layout.WeightOnlyTraits, bias: Tensor | None, dtype: torch.dtype
+    y: Tensor,
+    p: PackedWeight,
+    traits: layout.WeightOnlyTraits,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Products (M, N), float32 -> the weight's output with bias, (M, N) of `dtype`."""
-    z = torch.empty(y.shape, dtype=dtype, device=y.device)
+    """Products (M, N), float32 -> the weight's output with bias, (M, N) of `dtype`; into `out` if it is given."""
+    z = torch.empty(y.shape, dtype=dtype, device=y.device) if out is None else out
     bias = None if bias is None else bias.to(dtype).contiguous()
     return _launch(y, z, p, traits, "output", bias)
 

@@ -69,33 +69,52 @@ def kernel_of(traits: layout.WeightOnlyTraits) -> str:
 
 
 def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout -> y (M, N)."""
+    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout -> y (M, N).
+
+    What is transformed goes by slices of rows. Nothing that orders a sum depends on M, so they change no bit.
+    """
     assert p.layout == layouts.WEIGHT_ONLY
     traits = traits_of(problem)
-    if traits.norms is not None:
-        return transforms.around(multiply, x, p, bias, traits)
-    return multiply(x, p, bias, traits)
-
-
-def multiply(x: Tensor, p: PackedWeight, bias: Tensor | None, traits: layout.WeightOnlyTraits) -> Tensor:
-    """Without transforms: x as the codes want it -> y in x's dtype, in float32 if a transform comes next."""
     call = call_of(p, traits, x.dtype)
-    if x.data_ptr() % 4:  # the kernel reads two features at a time
-        x = x.clone()
+    m, n = x.shape[0], p.shape[0]
     # A bias of another dtype is cast at each call: N values.
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    y = torch.empty(x.shape[0], p.shape[0], dtype=output_dtype(x, traits), device=x.device)
-    if x.shape[0] <= MAX_ROWS:
-        _launch(x, p, bias, y, call, traits)
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+
+    def multiply(x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        _multiply(x, p, bias, y, call, traits)
+
+    if traits.norms is None:
+        multiply(x, bias, y)
         return y
-    for first in range(0, x.shape[0], MAX_ROWS):
-        rows = slice(first, first + MAX_ROWS)
-        _launch(x[rows], p, bias, y[rows], call, traits)
+    held = partial_elements(call.args.tiles, n, min(m, MAX_ROWS), x.device) * 4
+    for rows in workspace.slices(m, transforms.row_bytes(p, traits), held):
+        transforms.around(multiply, x[rows], p, bias, traits, y[rows])
     return y
 
 
-def output_dtype(x: Tensor, traits: layout.WeightOnlyTraits) -> torch.dtype:
-    return x.dtype if traits.norms is None else torch.float32
+def _multiply(
+    x: Tensor,
+    p: PackedWeight,
+    bias: Tensor | None,
+    y: Tensor,
+    call: WeightOnlyCall,
+    traits: layout.WeightOnlyTraits,
+) -> None:
+    """Without transforms: x as the codes want it, y in x's dtype, in float32 if a transform comes next. MAX_ROWS rows at a time."""
+    for first in range(0, x.shape[0], MAX_ROWS):
+        rows = slice(first, first + MAX_ROWS)
+        part, into = (x, y) if x.shape[0] <= MAX_ROWS else (x[rows], y[rows])
+        if part.data_ptr() % 4:  # the kernel reads two features at a time
+            part = part.clone()
+        _launch(part, p, bias, into, call, traits)
+
+
+def partial_elements(tiles: int, n: int, m: int, device: torch.device) -> int:
+    """Of the partial sums of a launch."""
+    blocks_n, blocks_m = -(-n // ROWS), -(-m // COLUMNS)
+    shares = shares_of(tiles, blocks_n, processors(device))
+    return shares * blocks_n * blocks_m * ROWS * COLUMNS if shares > 1 else 0
 
 
 def _launch(

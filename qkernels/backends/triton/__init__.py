@@ -64,6 +64,13 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
+_quantized = dispatch.Quantized(
+    lambda *args, **kwargs: _module(layouts.EIGHT_BIT).quantize(*args, **kwargs),
+    lambda *args, **kwargs: _module(layouts.EIGHT_BIT).multiply(*args, **kwargs),
+    lambda problem: int(_module(layouts.EIGHT_BIT).row_bytes(problem, made=True)),
+)
+
+
 def _rejects_experts(problem: dispatch.Problem, layout: str) -> str | None:
     why = _rejects(problem, layout) or _module("experts").obstacle(problem, layout)
     return None if why is None else str(why)
@@ -124,5 +131,6 @@ def register_kernels() -> None:
                 _automatic,
                 configuration,
                 bind=bind,
+                quantized=_quantized if layout == layouts.EIGHT_BIT else None,
             )
         )

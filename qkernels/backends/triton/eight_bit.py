@@ -69,7 +69,22 @@ def has_fp8(capability: tuple[int, int] | None) -> bool:
 
 def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
     """x (M, K) contiguous float16 or bfloat16, p in the EIGHT_BIT layout -> y (M, N)."""
-    return multiply(quantize(x, p, problem), p, bias, problem)
+    y = torch.empty(x.shape[0], p.shape[0], dtype=x.dtype, device=x.device)
+    for rows in workspace.slices(x.shape[0], row_bytes(problem)):
+        multiply(quantize(x[rows], p, problem), p, bias, problem, y[rows])
+    return y
+
+
+def row_bytes(problem: Problem, made: bool = False) -> int:
+    """Scratch memory that a row of x takes in `quantize`; 0 where rows cannot be quantized by slices.
+
+    made: LLM.int8() keeps in 16 bits what is quantized, because that is not x itself.
+    """
+    traits, k = traits_of(problem), problem.shape[1]
+    if traits.threshold > 0 and not problem.batch_invariant:
+        return 0  # an outlier in one row makes the column one of 16 bits in all rows
+    scales = {"token": 1, "group": -(-k // layout.BLOCK), "tensor": 0}[traits.activation]
+    return layout.padded(k) + 4 * scales + (2 * k if made and traits.threshold > 0 else 0)
 
 
 def configuration(problem: Problem) -> str:
@@ -79,16 +94,34 @@ def configuration(problem: Problem) -> str:
 
 # ---------------------------------------------------------------------- activations
 def quantize(
-    x: Tensor, p: PackedWeight, problem: Problem, norm: Tensor | None = None, eps: float = 0.0
+    x: Tensor,
+    p: PackedWeight,
+    problem: Problem,
+    *,
+    up: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
 ) -> Activations:
-    """x (M, K) contiguous -> its codes as the weight `p` wants them, after RMSNorm if `norm` (K) is given."""
-    return Quantizer(p, problem, x, norm is not None, eps)(x, norm)
+    """x (M, K) contiguous -> its codes as the weight `p` wants them.
+
+    up (M, K): silu(x) * up is quantized. norm (K): RMSNorm with this weight comes first. Both round to
+    x's dtype where a model's operations do. All contiguous.
+    """
+    return Quantizer(p, problem, x, norm is not None, up is not None, eps)(x, norm, up)
 
 
 class Quantizer:
     """`quantize` for one weight and x of one shape and dtype: everything but the tensors of a call."""
 
-    def __init__(self, p: PackedWeight, problem: Problem, x: Tensor, has_norm: bool, eps: float) -> None:
+    def __init__(
+        self,
+        p: PackedWeight,
+        problem: Problem,
+        x: Tensor,
+        has_norm: bool = False,
+        gated: bool = False,
+        eps: float = 0.0,
+    ) -> None:
         from ...triton_kernels.activations import quantize_rows
 
         assert p.layout == layouts.EIGHT_BIT
@@ -115,14 +148,17 @@ class Quantizer:
             "HAS_ZERO": "input_zero_point" in p.storage,
             "OUTLIERS": self.outliers,
             "NORM": has_norm,
+            "GATED": gated,
             "NATIVE": has_fp8(problem.capability) and not interpreted(),
             "BLOCK": block,
             "num_warps": row_warps(block),
         }
-        slots = ("x_ptr", "q_ptr", "scale_ptr", "norm_ptr", "normed_ptr", "columns_ptr", "counter_ptr")
+        slots = (
+            "x_ptr", "up_ptr", "q_ptr", "scale_ptr", "norm_ptr", "normed_ptr", "columns_ptr", "counter_ptr",
+        )  # fmt: skip
         self.launch = Launch(quantize_rows, (m, 1), fixed, slots)
 
-    def __call__(self, x: Tensor, norm: Tensor | None = None) -> Activations:
+    def __call__(self, x: Tensor, norm: Tensor | None = None, up: Tensor | None = None) -> Activations:
         # The kernel writes the bits of fp8 codes: older GPUs have no such type.
         codes = torch.empty(
             self.codes_shape,
@@ -137,9 +173,10 @@ class Quantizer:
         if self.outliers:
             columns = torch.empty(x.shape[1] + 1, dtype=torch.int32, device=self.device)
             counter = _counter(1 + x.shape[1], self.device)
-            if norm is not None:
+            if norm is not None or up is not None:
                 normed = torch.empty_like(x)
-        self.launch(x, codes, scale, x if norm is None else norm, normed, columns, counter)
+        gate = x if up is None else up
+        self.launch(x, gate, codes, scale, x if norm is None else norm, normed, columns, counter)
         if codes.dtype != self.codes_dtype:
             codes = codes.view(self.codes_dtype)
         return Activations(codes, scale, normed, columns if self.outliers else None)
@@ -158,7 +195,7 @@ def rms_norm_quantize(
         raise ValueError(f"x: expected float16 or bfloat16 of shape (M, {k}), got {x.dtype} {tuple(x.shape)}")
     if tuple(weight.shape) != (k,) or not weight.is_floating_point():
         raise ValueError(f"weight: expected floats of shape ({k},), got {weight.dtype} {tuple(weight.shape)}")
-    return quantize(x.contiguous(), p, problem, weight.contiguous(), eps)
+    return quantize(x.contiguous(), p, problem, norm=weight.contiguous(), eps=eps)
 
 
 def row_block(kp: int) -> int:
@@ -178,13 +215,18 @@ def _counter(elements: int, device: torch.device) -> Tensor:
 
 
 # ---------------------------------------------------------------------- the product
-def multiply(a: Activations, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-    """y (M, N) = what `a` holds, times W^T, plus bias, in the dtype of `a.x`."""
+def multiply(
+    a: Activations, p: PackedWeight, bias: Tensor | None, problem: Problem, out: Tensor | None = None
+) -> Tensor:
+    """y (M, N) = what `a` holds, times W^T, plus bias, in the dtype of `a.x`; into `out` if it is given.
+
+    `a` may hold some rows of the problem only: they come out as they would among all.
+    """
     traits = traits_of(problem)
     weight = arguments(a, p, traits, problem)
 
     def launch(config: configs.GemmConfig) -> Tensor:
-        return _launch(a, p.shape[0], bias, weight, config, problem)
+        return Product(a, p.shape[0], bias is not None, weight, config, problem)(a, bias, out)
 
     config = autotune.best(family(traits), problem, tabled(problem), launch, a.x.device)
     return autotune.timed_first(problem, config, lambda: launch(config))
@@ -234,17 +276,6 @@ def arguments(
     }
 
 
-def _launch(
-    a: Activations,
-    n: int,
-    bias: Tensor | None,
-    weight: dict[str, Any],
-    config: configs.GemmConfig,
-    problem: Problem,
-) -> Tensor:
-    return Product(a, n, bias is not None, weight, config, problem)(a, bias)
-
-
 class Product:
     """`multiply` for one weight and x of one shape and dtype: everything but the tensors of a call."""
 
@@ -262,9 +293,11 @@ class Product:
         x = a.x
         m = x.shape[0]
         blocks_n, blocks_m = -(-n // config.block_n), -(-m // config.block_m)
-        counted = blocks_n if problem.batch_invariant else blocks_n * blocks_m
+        # In how many shares K is summed goes by all rows of the problem, and so does each row's result.
+        counted = blocks_n if problem.batch_invariant else blocks_n * -(-problem.m // config.block_m)
         shares = configs.shares_of(config, -(-weight["KP"] // STEP), counted, processors(x.device))
-        split = split_of(shares, blocks_n * blocks_m, config)
+        held = sum(t.numel() * t.element_size() for t in (a.codes, a.scale))
+        split = split_of(shares, blocks_n * blocks_m, config, held)
         self.shape, self.dtype, self.device, self.widen = (m, n), x.dtype, x.device, weight["WIDEN"]
         self.elements = split * blocks_n * blocks_m * config.block_n * config.block_m if split > 1 else 0
         self.sums = torch.int32 if weight["KIND"] == "int8" else torch.float32
@@ -286,8 +319,8 @@ class Product:
         }
         self.launch = Launch(eight_bit_gemm, (blocks_n * blocks_m, split), fixed, slots)
 
-    def __call__(self, a: Activations, bias: Tensor | None) -> Tensor:
-        y = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+    def __call__(self, a: Activations, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+        y = torch.empty(self.shape, dtype=self.dtype, device=self.device) if out is None else out
         partial = counter = self.unused
         if self.elements:
             partial = workspace.partials(self.elements, self.device, self.sums)
@@ -299,8 +332,11 @@ class Product:
         return y
 
 
-def bind(p: PackedWeight, problem: Problem) -> Run:
-    """`run` for this weight and problem alone: from its second call on it only starts the two kernels."""
+def bind(p: PackedWeight, problem: Problem) -> Run | None:
+    """`run` for this weight and problem alone: from its second call on it only starts the two kernels. None
+    where the rows go by slices."""
+    if not workspace.fits(problem.m, row_bytes(problem)):
+        return None
     found: list[tuple[Quantizer, Product]] = []
 
     def call(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
@@ -313,7 +349,7 @@ def bind(p: PackedWeight, problem: Problem) -> Run:
         config = autotune.tuned(family(traits), problem) or tabled(problem)
         weight = arguments(a, p, traits, problem)
         product = Product(a, p.shape[0], bias is not None, weight, config, problem)
-        found.append((Quantizer(p, problem, x, False, 0.0), product))
+        found.append((Quantizer(p, problem, x), product))
         return y
 
     return call
@@ -346,6 +382,8 @@ def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
             for m in _JOB_ROWS:
                 yield _product_job(arch, name, params, has_zero, dtype, m)
             yield _quantize_job(arch, name, params, has_zero, dtype, norm=number in (0, 3))
+            if number in (0, 3) and not subset:
+                yield _quantize_job(arch, name, params, has_zero, dtype, norm=False, gated=True)
 
 
 def _job_problem(arch: int, name: str, params: dict[str, Any], dtype: str, m: int) -> Problem:
@@ -400,7 +438,14 @@ def _product_job(
 
 
 def _quantize_job(
-    arch: int, name: str, params: dict[str, Any], has_zero: bool, dtype: str, *, norm: bool
+    arch: int,
+    name: str,
+    params: dict[str, Any],
+    has_zero: bool,
+    dtype: str,
+    *,
+    norm: bool,
+    gated: bool = False,
 ) -> CompileJob:
     from ...triton_kernels.activations import quantize_rows
 
@@ -410,11 +455,11 @@ def _quantize_job(
     block = row_block(layout.padded(_JOB_SHAPE[1]))
     return CompileJob(
         kernel="quantize_rows",
-        label=_label(name, params, *(("RMSNorm",) if norm else ()), dtype),
+        label=_label(name, params, *(("RMSNorm",) if norm else ("SiLU",) if gated else ()), dtype),
         arch=arch,
         fn=quantize_rows,
         types={
-            "x_ptr": pointer, "q_ptr": "*i8" if int8 else "*u8", "scale_ptr": "*fp32",
+            "x_ptr": pointer, "up_ptr": pointer, "q_ptr": "*i8" if int8 else "*u8", "scale_ptr": "*fp32",
             "norm_ptr": pointer, "normed_ptr": pointer, "zero_ptr": "*i8", "columns_ptr": "*i32",
             "counter_ptr": "*i32", "eps": "fp32", "threshold": "fp32", "M": "i32", "K": "i32", "KP": "i32",
         },
@@ -424,6 +469,7 @@ def _quantize_job(
             "HAS_ZERO": has_zero,
             "OUTLIERS": traits.threshold > 0,
             "NORM": norm,
+            "GATED": gated,
             "NATIVE": has_fp8(problem.capability),
             "BLOCK": block,
         },

@@ -22,8 +22,12 @@ DECODE_ROWS = 16
 _ELEMENTS_PER_WARP = 1024
 
 
-def before(x: Tensor, storage: Mapping[str, Tensor], norm: float, vectors: bool, invariant: bool) -> Tensor:
-    """x (M, K) -> what the codes multiply, (M, K) in x's dtype; `vectors`: (M, whole tiles), in their order."""
+def before(x: Tensor, storage: Mapping[str, Tensor], norm: float, vectors: bool, few: bool) -> Tensor:
+    """x (M, K) -> what the codes multiply, (M, K) in x's dtype; `vectors`: (M, whole tiles), in their order.
+
+    few: cut the transform as it suits few rows; the same for all slices of a product, and for every M in
+    batch-invariant mode, because it decides the order of sums.
+    """
     width = -(-x.shape[1] // tile_features(2)) * tile_features(2) if vectors else x.shape[1]
     # Tiles are multiplied whole, so what lies behind the last feature must be no NaN.
     empty = torch.empty if width == x.shape[1] else torch.zeros
@@ -31,22 +35,16 @@ def before(x: Tensor, storage: Mapping[str, Tensor], norm: float, vectors: bool,
     side = _section(storage, "input.")
     gather = side.get("perm")
     return _launch(
-        x, y, side, norm, invariant, pre=side["diagonal"], gather=gather, vectors=vectors, transposed=True
+        x, y, side, norm, few, pre=side["diagonal"], gather=gather, vectors=vectors, transposed=True
     )
 
 
 def after(
-    y: Tensor,
-    storage: Mapping[str, Tensor],
-    norm: float,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    invariant: bool,
-) -> Tensor:
-    """Products (M, N), float32 -> the weight's output with bias, (M, N) of `dtype`."""
-    z = torch.empty(y.shape, dtype=dtype, device=y.device)
+    x: Tensor, y: Tensor, storage: Mapping[str, Tensor], norm: float, bias: Tensor | None, few: bool
+) -> None:
+    """Products x (M, N), float32 -> y (M, N), the weight's output with bias. few: as in `before`."""
     side = _section(storage, "output.")
-    return _launch(y, z, side, norm, invariant, post=side["diagonal"], bias=bias, scatter=side.get("perm"))
+    _launch(x, y, side, norm, few, post=side["diagonal"], bias=bias, scatter=side.get("perm"))
 
 
 def _section(storage: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -58,7 +56,7 @@ def _launch(
     y: Tensor,
     side: Mapping[str, Tensor],
     norm: float,
-    invariant: bool,
+    few: bool,
     *,
     pre: Tensor | None = None,
     post: Tensor | None = None,
@@ -73,7 +71,7 @@ def _launch(
     factors = [side[f"factor{i}"] for i in range(3) if f"factor{i}" in side]
     orders = tuple(f.shape[0] for f in factors)
     m, n = x.shape
-    options, warps = constants(n, orders, m <= DECODE_ROWS or invariant)
+    options, warps = constants(n, orders, few)
     if len(factors) < 3:  # those of the kernel's axes a0, c and a2; x stands for what is never read
         factors = [*factors[:1], x, *factors[1:], x, x][:3]
     with torch.cuda.device_of(x):

@@ -111,25 +111,66 @@ def scaler_tensors(traits: layout.WeightOnlyTraits) -> tuple[str, ...]:
 
 
 def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout -> y (M, N)."""
+    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout -> y (M, N).
+
+    Where x has to be copied, to gather, transpose or transform it, that is done for a slice of its rows
+    at a time. Every slice is computed as all rows together would be, so the results are the same bits.
+    """
     assert p.layout == layouts.WEIGHT_ONLY
     traits = traits_of(problem)
     weight = arguments(p, traits)
-    weight["outlier_args"] = _outliers(p, x) if traits.outliers else ()
-    if traits.norms:
-        x = transforms.before(x, p.storage, traits.norms[0], traits.vectors, problem.batch_invariant)
-    if weight["INDEXED"] and x.shape[0] >= GATHER_ROWS:
-        x = _gathered(x, weight["perm_ptr"])
-        weight |= {"K": x.shape[1], "KP": x.shape[1], "INDEXED": False}
+    bias = None if bias is None else bias.contiguous()
+    y = torch.empty(x.shape[0], p.shape[0], dtype=x.dtype, device=x.device)
+    copied = row_bytes(p, traits, problem)
 
     def launch(config: configs.GemmConfig) -> Tensor:
-        if traits.norms is None:
-            return _launch(x, p.shape[0], bias, weight, config, problem, x.dtype)
-        y = _launch(x, p.shape[0], None, weight, config, problem, torch.float32)
-        return transforms.after(y, p.storage, traits.norms[1], bias, x.dtype, problem.batch_invariant)
+        for rows in workspace.slices(x.shape[0], copied):
+            _rows(x[rows], y[rows], p, bias, weight, config, problem)
+        return y
 
     config = autotune.best(family(traits), problem, tabled(problem), launch, x.device)
     return autotune.timed_first(problem, config, lambda: launch(config))
+
+
+def row_bytes(p: PackedWeight, traits: layout.WeightOnlyTraits, problem: Problem) -> int:
+    """Scratch memory that a row of x takes in `_rows`, without partial sums."""
+    n, k = p.shape
+    size = 0
+    if traits.outliers and problem.m >= TRANSPOSE_ROWS:
+        size += 2 * k
+    if traits.norms:
+        size += 2 * (traits.group_size if traits.vectors else k) + 4 * n
+    if "perm" in p.storage and problem.m >= GATHER_ROWS:
+        size += 2 * p.storage["perm"].numel()
+    return size
+
+
+def _rows(
+    x: Tensor,
+    y: Tensor,
+    p: PackedWeight,
+    bias: Tensor | None,
+    weight: dict[str, Any],
+    config: configs.GemmConfig,
+    problem: Problem,
+) -> None:
+    """The product of some rows of x, into the same rows of y. `problem` is that of all rows."""
+    traits = traits_of(problem)
+    held = x.shape[0] * row_bytes(p, traits, problem)
+    # What the kernel reads and how transforms are cut goes by all rows, lest the last slice differ.
+    few = problem.m <= transforms.DECODE_ROWS or problem.batch_invariant
+    weight = {**weight, "outlier_args": _outliers(p, x, problem.m) if traits.outliers else ()}
+    if traits.norms:
+        x = transforms.before(x, p.storage, traits.norms[0], traits.vectors, few)
+    if weight["INDEXED"] and problem.m >= GATHER_ROWS:
+        x = _gathered(x, weight["perm_ptr"])
+        weight |= {"K": x.shape[1], "KP": x.shape[1], "INDEXED": False}
+    if traits.norms is None:
+        _launch(x, y, bias, weight, config, problem, held)
+        return
+    inside = torch.empty(y.shape, dtype=torch.float32, device=y.device)
+    _launch(x, inside, None, weight, config, problem, held)
+    transforms.after(inside, y, p.storage, traits.norms[1], bias, few)
 
 
 def configuration(problem: Problem) -> str:
@@ -139,7 +180,7 @@ def configuration(problem: Problem) -> str:
 
 def bind(p: PackedWeight, problem: Problem) -> Run | None:
     """`run` for this weight and problem alone: from its second call on it only starts the kernel. None
-    where more than that one kernel is to be started."""
+    where more than that one kernel is to be started: also wherever x is copied, be it by slices."""
     traits = traits_of(problem)
     if traits.norms or traits.outliers or ("perm" in p.storage and problem.m >= GATHER_ROWS):
         return None
@@ -169,15 +210,18 @@ class Product:
         config: configs.GemmConfig,
         problem: Problem,
         dtype: torch.dtype,
+        held: int = 0,
     ) -> None:
+        """x may be some rows of the problem only. held: bytes of scratch memory that a call has taken already."""
         from ...triton_kernels.weight_only import weight_only_gemm
 
         m = x.shape[0]
         blocks_n, blocks_m = -(-n // config.block_n), -(-m // config.block_m)
         tiles = -(-weight["KP"] // (16 * 32 // weight["WIDTH"]))
-        counted = blocks_n if problem.batch_invariant else blocks_n * blocks_m
+        # In how many shares K is summed goes by all rows of the problem, and so does each row's result.
+        counted = blocks_n if problem.batch_invariant else blocks_n * -(-problem.m // config.block_m)
         shares = configs.shares_of(config, tiles, counted, processors(x.device))
-        split = split_of(shares, blocks_n * blocks_m, config)
+        split = split_of(shares, blocks_n * blocks_m, config, held)
         self.shape, self.dtype, self.device = (m, n), dtype, x.device
         self.elements = split * blocks_n * blocks_m * config.block_n * config.block_m if split > 1 else 0
         self.unused = weight["qdata_ptr"]  # what is never read still needs an address
@@ -199,8 +243,8 @@ class Product:
         slots = ("x_ptr", "bias_ptr", "y_ptr", "partial_ptr", "counter_ptr")
         self.launch = Launch(weight_only_gemm, (blocks_n * blocks_m, split), fixed, slots)
 
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        y = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+    def __call__(self, x: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+        y = torch.empty(self.shape, dtype=self.dtype, device=self.device) if out is None else out
         partial = counter = self.unused
         if self.elements:
             partial, counter = (
@@ -214,33 +258,33 @@ class Product:
 
 def _launch(
     x: Tensor,
-    n: int,
+    y: Tensor,
     bias: Tensor | None,
     weight: dict[str, Any],
     config: configs.GemmConfig,
     problem: Problem,
-    dtype: torch.dtype,
-) -> Tensor:
-    return Product(x, n, bias is not None, weight, config, problem, dtype)(x, bias)
+    held: int = 0,
+) -> None:
+    """The kernel on some rows of the problem. held: bytes of scratch memory taken already."""
+    Product(x, y.shape[1], bias is not None, weight, config, problem, y.dtype, held)(x, bias, y)
 
 
-#: partial sums of one call may take this much memory
-WORKSPACE_BYTES = 32 * 2**20
+def split_of(shares: int, blocks: int, config: configs.GemmConfig, held: int = 0) -> int:
+    """Programs along K: one a share, or one for all where the workspace or the counters would not do.
+
+    held: bytes of the workspace that others have.
+    """
+    needed = held + shares * blocks * config.block_m * config.block_n * 4
+    return shares if needed <= workspace.BYTES and blocks <= workspace.MAX_BLOCKS else 1
 
 
-def split_of(shares: int, blocks: int, config: configs.GemmConfig) -> int:
-    """Programs along K: one a share, or one for all where the workspace or the counters would not do."""
-    needed = shares * blocks * config.block_m * config.block_n * 4
-    return shares if needed <= WORKSPACE_BYTES and blocks <= workspace.MAX_BLOCKS else 1
-
-
-def _outliers(p: PackedWeight, x: Tensor) -> tuple[Any, ...]:
-    """What the kernel wants to know of them, with x in the order of its features."""
+def _outliers(p: PackedWeight, x: Tensor, total: int) -> tuple[Any, ...]:
+    """What the kernel wants to know of them, with x in the order of its features. total: rows of the problem."""
     m, k = x.shape
     sparse = (p.storage["outlier.row_offsets"], p.storage["outlier.col_vals"])
     if sparse[1].numel() == 0:
         sparse = (sparse[0], sparse[0])  # an empty tensor has no address
-    return (*sparse, x, k, 1) if m < TRANSPOSE_ROWS else (*sparse, x.T.contiguous(), 1, m)
+    return (*sparse, x, k, 1) if total < TRANSPOSE_ROWS else (*sparse, x.T.contiguous(), 1, m)
 
 
 def _gathered(x: Tensor, perm: Tensor) -> Tensor:

@@ -1,14 +1,43 @@
-"""Scratch memory that kernels which split K need: partial sums and counters."""
+"""Scratch memory of a call: partial sums and counters of kernels that split K, copies of x; how much of it."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 #: blocks of one launch that may count their shares
 MAX_BLOCKS = 65536
+#: what one call may allocate beside its output: partial sums and copies of x together
+BYTES = 32 * 2**20
 
 _counters: dict[tuple[str, int | None, int], Tensor] = {}
+
+
+def fits(rows: int, row_bytes: int, held: int = 0) -> bool:
+    """Whether `slices` of these is one."""
+    return rows <= 1 or held + rows * row_bytes <= BYTES or not row_bytes
+
+
+def slices(rows: int, row_bytes: int, held: int = 0) -> Iterator[slice]:
+    """Slices of `rows` rows, in order, that need at most BYTES of scratch at `row_bytes` a row, or one row.
+
+    held: bytes of scratch that every slice takes, whatever its rows. All are of about one size, and of whole
+    tiles of 128 rows as long as that many fit. The slices' kernels decode the weight anew, which costs
+    little where a slice has hundreds of rows.
+    """
+    if fits(rows, row_bytes, held):
+        if rows:
+            yield slice(0, rows)
+        return
+    most = max(1, (BYTES - held) // row_bytes)
+    unit = 128 if most >= 128 else 16 if most >= 16 else 1
+    most = most // unit * unit
+    count = -(-rows // most)
+    most = min(most, -(-rows // (count * unit)) * unit)
+    for first in range(0, rows, most):
+        yield slice(first, min(first + most, rows))
 
 
 def partials(elements: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:

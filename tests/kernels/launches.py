@@ -1,0 +1,75 @@
+"""Stand-ins for the Triton kernels: they record their launches and compute nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+#: every kernel that a product launches, by its module in triton_kernels/
+KERNELS = {
+    "weight_only": "weight_only_gemm",
+    "eight_bit": "eight_bit_gemm",
+    "gather": "gather_columns",
+    "kronecker": "kronecker_rows",
+    "activations": "quantize_rows",
+}
+
+
+class Launches:
+    """calls: (kernel, positional arguments, named arguments) of each launch."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        """Puts the stand-ins in the kernels' places until `patch` is undone."""
+        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        for module, name in KERNELS.items():
+            patch.setattr(f"qkernels.triton_kernels.{module}.{name}", _StandIn(name, self.calls))
+
+    def products(self) -> int:
+        """Launches of matrix products."""
+        return sum(name.endswith("gemm") for name, _, _ in self.calls)
+
+    def decisions(self, m: int) -> Hashable:
+        """What was decided for M = m: kernels in order, and every argument that is no tensor and not m itself.
+
+        Arguments without a name, and parts of tuples, that happen to equal m are taken for it, too.
+        """
+        return tuple(
+            (
+                name,
+                _decided(given, m),
+                *(
+                    (key, _decided(value, m if type(value) is tuple else None))
+                    for key, value in sorted(named.items())
+                    if key != "M"
+                ),
+            )
+            for name, given, named in self.calls
+        )
+
+
+class _StandIn:
+    def __init__(self, name: str, calls: list[Any]) -> None:
+        self.name, self.calls = name, calls
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **kwargs: self.calls.append((self.name, _noted(args), _noted(kwargs)))
+
+
+def _noted(value: Any) -> Any:
+    """Tensors by their dtype: a record that held them would keep their memory from being used again."""
+    if isinstance(value, dict):
+        return {key: _noted(v) for key, v in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(_noted, value))
+    return str(value.dtype) if isinstance(value, Tensor) else value
+
+
+def _decided(value: Any, m: int | None) -> Hashable:
+    if isinstance(value, tuple):
+        return tuple(_decided(v, m) for v in value)
+    if type(value) is int and value == m:
+        return "M"
+    return value if isinstance(value, (int, float, str)) else str(getattr(value, "__name__", value))
