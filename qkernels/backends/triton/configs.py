@@ -87,13 +87,18 @@ TABLE: dict[tuple[str, int, str], GemmConfig] = {
 #: what replaces the table's entries in the kernels of experts, with the same keys: those kernels hold a
 #: little more in registers, slots and the weights' offsets, and what just fits otherwise would spill
 EXPERTS: dict[tuple[str, int, str], GemmConfig] = {
-    ("weight_only", 120, "decode"): GemmConfig(16, 128, 8, 4, post_scale=True),
+    # Weights are scaled, not sums of a tile, which would have to be held beside the total.
+    ("weight_only", 120, "decode"): GemmConfig(16, 64, 4, 5, post_scale=False),
     ("weight_only.wide", 80, "middle"): GemmConfig(16, 128, 8, 3),
     ("weight_only.wide", 80, "prefill"): GemmConfig(16, 128, 8, 3),
+    # A third stage of 3-bit codes takes 104 KiB.
+    **{
+        ("weight_only.wide", arch, rows): GemmConfig(16, 128, 8, 2)
+        for arch in (86, 89, 120)
+        for rows in ("middle", "prefill")
+    },
     ("weight_only.wide", 90, "prefill"): GemmConfig(64, 128, 8, 3),
     ("weight_only.wide", 100, "prefill"): GemmConfig(64, 128, 8, 2),
-    ("weight_only.wide", 120, "middle"): GemmConfig(16, 128, 8, 3),
-    ("weight_only.wide", 120, "prefill"): GemmConfig(16, 128, 8, 3),
     ("eight_bit.block", 80, "prefill"): GemmConfig(64, 128, 8, 4),
     ("eight_bit.block", 90, "prefill"): GemmConfig(64, 128, 8, 4),
 }
