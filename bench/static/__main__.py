@@ -88,7 +88,12 @@ def main() -> None:
     )
     parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="repeatable; all")
     parser.add_argument("--kernel", metavar="NAME", help="only kernels whose name contains this")
-    parser.add_argument("--job", metavar="TEXT", help="only jobs whose label contains this")
+    parser.add_argument(
+        "--job",
+        metavar="TEXT",
+        action="append",
+        help="repeatable; only jobs whose label contains one of these",
+    )
     parser.add_argument("--subset", action="store_true", help="the few jobs that tests compile")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all facts here")
@@ -103,7 +108,7 @@ def main() -> None:
         for family in families()
         for arch in sorted(set(args.arch or ARCHITECTURES))
         for number, job in enumerate(listed(family, arch, args.subset))
-        if (args.kernel or "") in job.kernel and (args.job or "") in job.label
+        if (args.kernel or "") in job.kernel and any(text in job.label for text in args.job or [""])
     ]
     if not tasks:
         parser.error("no kernel or job has such a name")

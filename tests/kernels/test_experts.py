@@ -16,7 +16,7 @@ from ..reference import ROUNDOFF, assert_fused_close
 from .test_eight_bit import assert_close as assert_eight_bit_close
 
 pytest.importorskip("triton")
-from qkernels.backends.triton import configs
+from qkernels.backends.triton import configs, eight_bit, weight_only
 from qkernels.backends.triton import experts as backend
 
 
@@ -30,8 +30,6 @@ def obstacle_of(name: str, params: dict[str, Any]) -> str | None:
 
 LAID_OUT = [case for case in CASES if layout_of(*case) is not None]
 FUSED = [case for case in LAID_OUT if obstacle_of(*case) is None]
-WEIGHT_ONLY = [case for case in FUSED if layout_of(*case) == "weight_only"]
-fused_cases = pytest.mark.parametrize(("name", "params"), FUSED, ids=map(case_id, FUSED))
 dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 
 
@@ -77,13 +75,36 @@ def assert_experts_close(
 
 
 # ---------------------------------------------------------------------- products
-@fused_cases
-def test_every_format(name: str, params: dict[str, Any]) -> None:
-    k = k_of(name, 192)
-    experts = make(name, params, 3, 72, k)
+def decoder_of(name: str, params: dict[str, Any]) -> tuple[str, int | str]:
+    """What turns a case's codes into numbers; the dtype matters from there on."""
+    fmt, shape = qk.formats.get(name), (40, k_of(name, 192))
+    known = fmt.resolve(shape, {k: v for k, v in params.items() if k not in fmt.quantize_only})
+    if layout_of(name, params) == "weight_only":
+        traits = fmt.weight_only_traits(shape, known)
+        return traits.decoder, traits.bits
+    codes = fmt.eight_bit_traits(shape, known)
+    return codes.kind, codes.weight_scale
+
+
+def with_dtypes(cases: list[tuple[str, dict[str, Any]]]) -> list[Any]:
+    """Cases of one decoder take turns with float16 and bfloat16; one that is alone has both."""
+    found, both = [], (torch.float16, torch.bfloat16)
+    decoders = [decoder_of(*case) for case in cases]
+    for i, (case, decoder) in enumerate(zip(cases, decoders, strict=True)):
+        turn = decoders[:i].count(decoder) % 2
+        dtypes = both if decoders.count(decoder) == 1 else both[turn : turn + 1]
+        found.append(pytest.param(*case, dtypes, id=case_id(case)))
+    return found
+
+
+@pytest.mark.parametrize(("name", "params", "dtypes"), with_dtypes(FUSED))
+def test_every_format(name: str, params: dict[str, Any], dtypes: tuple[torch.dtype, ...]) -> None:
+    # Whole tiles and a part of one, not a whole block of N: two blocks are test_odd_shapes'.
+    k, n = k_of(name, 192), 40
+    experts = make(name, params, 3, n, k)
     ids = torch.tensor([[2, 0], [-1, 2], [2, 3], [0, 2]], device=DEVICE)  # expert 1 has no token
-    for dtype in (torch.float16, torch.bfloat16):
-        x, bias = activations(4, k, dtype=dtype), activations(3, 72, dtype=dtype)
+    for dtype in dtypes:
+        x, bias = activations(4, k, dtype=dtype), activations(3, n, dtype=dtype)
         y = qk.grouped_matmul(x, experts, ids, bias=bias, backend="triton")
         assert experts.layout == layout_of(name, params)
         assert_experts_close(y, x, experts, ids, bias)
@@ -168,6 +189,32 @@ def test_configurations_met_here() -> None:
     met = [backend.tabled(dispatch.problem_of(experts, m, x.dtype, x.device)).block_m for m in (4, 140, 320)]
     if DEVICE == "cpu":
         assert met == [configs.TABLE["weight_only", 0, c].block_m for c in ("decode", "middle", "prefill")]
+
+
+def test_entries_of_their_own() -> None:
+    """EXPERTS replaces the table's entry of one architecture and class of M, and never the same bits' ones."""
+    block = {"granularity": "block", "activation": "dynamic"}
+    for name, params, capability, m, key in [
+        ("gptq", {"bits": 2}, (9, 0), 1200, ("weight_only.wide", 90, "prefill")),
+        ("gptq", {"bits": 3}, (8, 6), 200, ("weight_only.wide", 80, "middle")),
+        ("q4_1", {}, (12, 1), 8, ("weight_only", 120, "decode")),
+        ("fp8", block, (8, 9), 1200, ("eight_bit.block", 80, "prefill")),
+        ("fp8", block, (9, 0), 200, None),
+        ("fp8", {"activation": "dynamic"}, (9, 0), 1200, None),
+    ]:
+        items = tuple(sorted(qk.formats.get(name).resolve((64, 256), params).items()))
+        four = dispatch.Problem(name, items, (64, 256), m, torch.float16, "cuda", capability, experts=4)
+        one = four._replace(m=m // 4, experts=0)
+        family = weight_only if name in ("gptq", "q4_1") else eight_bit
+        found, theirs = backend.tabled(four), family.tabled(one)._replace(shares=1)
+        if key is None:
+            assert found == theirs
+        else:
+            assert found[:2] == configs.EXPERTS[key][:2], key  # stages may be fewer
+            assert found != theirs, key
+        same = four._replace(batch_invariant=True)
+        invariant = family.tabled(one._replace(batch_invariant=True))._replace(shares=1)
+        assert backend.tabled(same) == invariant
 
 
 # ---------------------------------------------------------------------- slots
@@ -309,8 +356,8 @@ def test_allocations_do_not_depend_on_the_data(
 
 
 def test_compiles_whole_and_equals_eager() -> None:
-    gate_up, down = make("nf4", {}, 3, 128, 64).prepack(), make("nf4", {}, 3, 40, 64).prepack()
-    x, ids, weights = activations(5, 64), route(5, 2, 3), torch.rand(5, 2, device=DEVICE)
+    gate_up, down = (make("awq", {"group_size": 32}, 3, *shape).prepack() for shape in ((64, 32), (40, 32)))
+    x, ids, weights = activations(4, 32), route(4, 2, 3), torch.rand(4, 2, device=DEVICE)
     torch._dynamo.reset()
 
     def layer(x: Tensor, ids: Tensor) -> Tensor:

@@ -84,11 +84,23 @@ TABLE: dict[tuple[str, int, str], GemmConfig] = {
     # Out of tensor memory, through registers, for the scales of each step.
     ("eight_bit.block", 100, "prefill"): GemmConfig(64, 128, 8, 4),
 }
-#: what replaces the table's entries for more than decoding in the kernels of experts, by (family, major
-#: architecture): they hold a little more in registers, and would spill
-EXPERTS = {
-    ("weight_only.wide", 80): GemmConfig(16, 128, 8, 3),
-    ("weight_only.wide", 120): GemmConfig(16, 128, 8, 3),
+#: what replaces the table's entries in the kernels of experts, with the same keys: those kernels hold a
+#: little more in registers, slots and the weights' offsets, and what just fits otherwise would spill
+EXPERTS: dict[tuple[str, int, str], GemmConfig] = {
+    # Weights are scaled, not sums of a tile, which would have to be held beside the total.
+    ("weight_only", 120, "decode"): GemmConfig(16, 64, 4, 5, post_scale=False),
+    ("weight_only.wide", 80, "middle"): GemmConfig(16, 128, 8, 3),
+    ("weight_only.wide", 80, "prefill"): GemmConfig(16, 128, 8, 3),
+    # A third stage of 3-bit codes takes 104 KiB.
+    **{
+        ("weight_only.wide", arch, rows): GemmConfig(16, 128, 8, 2)
+        for arch in (86, 89, 120)
+        for rows in ("middle", "prefill")
+    },
+    ("weight_only.wide", 90, "prefill"): GemmConfig(64, 128, 8, 3),
+    ("weight_only.wide", 100, "prefill"): GemmConfig(64, 128, 8, 2),
+    ("eight_bit.block", 80, "prefill"): GemmConfig(64, 128, 8, 4),
+    ("eight_bit.block", 90, "prefill"): GemmConfig(64, 128, 8, 4),
 }
 #: the order of the sum over K must not depend on M here: all but block_m is the same for every M
 BATCH_INVARIANT = {
@@ -113,19 +125,31 @@ def architecture(capability: tuple[int, int] | None) -> int:
     return 0 if capability is None else capability[0] * 10 + capability[1]
 
 
-def _tabled(family: str, arch: int, m: int) -> GemmConfig:
+def _tabled(family: str, arch: int, m: int, experts: bool) -> GemmConfig:
     major = arch // 10 * 10
-    for known in (arch, major, 0):
-        if (family, known, m_class(m)) in TABLE:
-            return TABLE[family, known, m_class(m)]
+    for table in (EXPERTS, TABLE) if experts else (TABLE,):
+        for known in (arch, major, 0):
+            if (family, known, m_class(m)) in table:
+                return table[family, known, m_class(m)]
     raise KeyError(family)
 
 
 def choose(
-    family: str, arch: int, m: int, batch_invariant: bool, tile: int, row_bytes: int, row_scratch: int = 0
+    family: str,
+    arch: int,
+    m: int,
+    batch_invariant: bool,
+    tile: int,
+    row_bytes: int,
+    row_scratch: int = 0,
+    *,
+    experts: bool = False,
 ) -> GemmConfig:
-    """The table's configuration for M rows, made to fit `arch`; the last three as in `fitted`."""
-    config = _tabled(family, arch, m)
+    """The table's configuration for M rows, of each expert with `experts`, made to fit `arch`.
+
+    tile, row_bytes, row_scratch: as in `fitted`.
+    """
+    config = _tabled(family, arch, m, experts)
     if batch_invariant:
         config = BATCH_INVARIANT[family]._replace(block_m=_INVARIANT_BLOCK_M[m_class(m)])
     return fitted(config, arch, tile, row_bytes, row_scratch)

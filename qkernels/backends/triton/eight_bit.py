@@ -55,11 +55,10 @@ def family(traits: layout.EightBitTraits) -> str:
 
 @lru_cache(maxsize=4096)
 def tabled(problem: Problem) -> configs.GemmConfig:
-    arch = configs.architecture(problem.capability)
+    """The table's entry for problem.m rows; of each expert where the problem has experts."""
+    own = (family(traits_of(problem)), configs.architecture(problem.capability), problem.m)
     # STEP // 2: `fitted` counts 2 bytes a feature of x, and codes have one
-    return configs.choose(
-        family(traits_of(problem)), arch, problem.m, problem.batch_invariant, STEP // 2, STEP
-    )
+    return configs.choose(*own, problem.batch_invariant, STEP // 2, STEP, experts=problem.experts > 0)
 
 
 def has_fp8(capability: tuple[int, int] | None) -> bool:

@@ -58,15 +58,8 @@ def obstacle(problem: Problem, layout: str) -> str | None:
 def tabled(problem: Problem) -> configs.GemmConfig:
     """The family's entry for the rows that an expert gets on average; K is not split."""
     rows = -(-problem.m // problem.experts)
-    one = problem._replace(m=rows, experts=0)
-    if _eight_bit(problem):
-        return eight_bit.tabled(one)._replace(shares=1)
-    traits = weight_only.traits_of(one)
-    arch = configs.architecture(problem.capability)
-    other = configs.EXPERTS.get((weight_only.family(traits), arch // 10 * 10))
-    if other is not None and not problem.batch_invariant and configs.m_class(rows) != "decode":
-        return configs.fitted(other, arch, *weight_only.sizes(traits))
-    return weight_only.tabled(one)._replace(shares=1)
+    family = eight_bit if _eight_bit(problem) else weight_only
+    return family.tabled(problem._replace(m=rows))._replace(shares=1)
 
 
 def _eight_bit(problem: Problem) -> bool:

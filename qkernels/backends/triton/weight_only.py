@@ -50,8 +50,10 @@ def family(traits: layout.WeightOnlyTraits) -> str:
 
 @lru_cache(maxsize=4096)
 def tabled(problem: Problem) -> configs.GemmConfig:
+    """The table's entry for problem.m rows; of each expert where the problem has experts."""
     traits, arch = traits_of(problem), configs.architecture(problem.capability)
-    return configs.choose(family(traits), arch, problem.m, problem.batch_invariant, *sizes(traits))
+    own = (family(traits), arch, problem.m, problem.batch_invariant)
+    return configs.choose(*own, *sizes(traits), experts=problem.experts > 0)
 
 
 def constants(
