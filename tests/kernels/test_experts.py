@@ -219,7 +219,7 @@ def test_entries_of_their_own() -> None:
 
 # ---------------------------------------------------------------------- slots
 @pytest.mark.parametrize("block_m", [16, 128])
-@pytest.mark.parametrize(("slots", "experts"), [(1, 1), (5, 130), (200, 3), (2500, 12)])
+@pytest.mark.parametrize(("slots", "experts"), [(1, 1), (5, 40), (200, 3), (2500, 12)])
 def test_sorted_slots(slots: int, experts: int, block_m: int) -> None:
     """Every slot once, in order, in a block of its expert; padding elsewhere; the bound on blocks holds."""
     spread = torch.randint(-2, experts + 2, (slots, 1), device=DEVICE)
