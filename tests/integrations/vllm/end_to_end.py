@@ -120,7 +120,7 @@ CASES = [
     Case("Mixtral nf4", "nf4", asked=False, moe="mixtral"),
     Case("Mixtral fp8", "fp8", moe="mixtral"),
     Case("Mixtral fine-grained fp8", "fp8", {"granularity": "block"}, moe="mixtral"),
-    Case("Mixtral q4_k, down q6_k", "q4_k", asked=False, moe="mixtral", down="q6_k"),
+    Case("Mixtral q4_k, down q8_0", "q4_k", asked=False, moe="mixtral", down="q8_0"),
     Case("Mixtral q8_0, batch-invariant", "q8_0", asked=False, moe="mixtral", batch_invariant=True),
     Case("Qwen3-MoE gptq", "gptq", {"group_size": 64}, moe="qwen3_moe"),
     Case("Qwen3-MoE nf4, double quantization", "nf4", {"double_quant": True}, asked=False, moe="qwen3_moe"),
