@@ -6,9 +6,10 @@ one a range of input features (columns of W). Nothing is requantized: a part's v
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import formats
@@ -70,6 +71,46 @@ def narrow(p: PackedWeight, dim: int, begin: int, end: int) -> PackedWeight:
     tensors, params = fmt.cut(p.tensors, p.shape, p.params, dim, begin, end)
     shape = (end - begin, p.shape[1]) if dim == ROWS else (p.shape[0], end - begin)
     return pack(p.format, tensors, shape, **params)
+
+
+def join_rows(parts: Sequence[PackedWeight]) -> PackedWeight | None:
+    """The parts, weights of one format, K and parameters, one below the other: the inverse of cutting rows.
+
+    None where they are no such weights, or where one weight cannot hold them bit for bit: their scales of a whole
+    tensor, orders of columns or tables differ, or their rows do not end where a block or word does.
+    """
+    first = parts[0]
+    n, k = sum(p.shape[0] for p in parts), first.shape[1]
+    if any((p.format, p.shape[1], p.params) != (first.format, k, first.params) for p in parts):
+        return None
+    fmt = formats.get(first.format)
+    tensors = [p.tensors for p in parts]
+    specs = [fmt.specs(p.shape, p.params) for p in parts]
+    joined = {}
+    try:
+        whole = fmt.specs((n, k), first.params)
+        for name, tensor in tensors[0].items():
+            pieces = [t[name] for t in tensors]
+            shape = whole[name].shape
+            grown = [] if shape is None else [d for d, size in enumerate(shape) if size != tensor.shape[d]]
+            if grown:
+                joined[name] = torch.cat(pieces, grown[0])
+            elif all(torch.equal(tensor, piece) for piece in pieces[1:]):
+                joined[name] = tensor
+            else:
+                return None
+        found = pack(first.format, joined, (n, k), **first.params)
+        begin = 0
+        for p, own, spec in zip(parts, tensors, specs, strict=True):
+            again = narrow(found, ROWS, begin, begin + p.shape[0]).tensors
+            if set(again) != set(own) or not all(
+                torch.equal(again[name], own[name]) for name in spec if name in own
+            ):
+                return None
+            begin += p.shape[0]
+    except (ValueError, KeyError, RuntimeError):  # what no whole weight of the format looks like
+        return None
+    return found
 
 
 def take_rows(p: PackedWeight, index: Tensor) -> PackedWeight:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import qkernels as qk
-from qkernels.sharding import COLUMNS, ROWS, narrow, shard
+from qkernels.sharding import COLUMNS, ROWS, join_rows, narrow, shard
 
 from .conftest import DEVICE, all_cases
 
@@ -94,3 +94,33 @@ def test_columns_in_act_order_keep_every_group_they_have(name: str, count: int) 
         tensors = part.tensors
         part.prepack_("weight_only")
         assert all(torch.equal(t, part.tensors[key]) for key, t in tensors.items())
+
+
+def _alone(name: str, params: dict[str, object]) -> bool:
+    """Whether two weights of random values have something that one weight has once."""
+    if name in ("nf4", "fp4", "pack_quantized", "spqr", "quip", "quip_sharp"):
+        return True  # state their shape, or have signs of their own
+    return bool(params.get("act_order")) or params.get("granularity") == "tensor"
+
+
+@all_cases
+def test_rows_joined_are_the_parts(name: str, params: dict[str, object]) -> None:
+    k = 768 if params.get("block_size") != 4096 else 12288
+    parts = [qk.quantize(torch.randn(n, k), name, **params) for n in (256, 128)]
+    joined = join_rows(parts)
+    assert (joined is None) == _alone(name, params)
+    if joined is not None:
+        assert joined.shape == (384, k)
+        want = torch.cat([p.dequantize(torch.float64) for p in parts])
+        assert torch.equal(joined.dequantize(torch.float64), want)
+        assert joined.nbytes <= sum(p.nbytes for p in parts)
+
+
+def test_rows_that_cannot_be_joined() -> None:
+    gptq = [qk.quantize(torch.randn(32, 64), "gptq", group_size=size) for size in (32, 64)]
+    assert join_rows(gptq) is None, "other parameters"
+    assert join_rows([gptq[0], qk.quantize(torch.randn(32, 64), "q8_0")]) is None, "other formats"
+    assert join_rows([gptq[0], qk.quantize(torch.randn(32, 128), "gptq", group_size=32)]) is None, "other K"
+    blocks = [qk.quantize(torch.randn(100, 128), "fp8", granularity="block") for _ in range(2)]
+    assert join_rows(blocks) is None, "rows end within a block"
+    assert join_rows([gptq[0]]).dequantize().equal(gptq[0].dequantize())

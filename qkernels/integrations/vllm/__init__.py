@@ -7,7 +7,9 @@ The package's entry point `vllm.general_plugins` calls `register`; nothing here 
 
     checkpoint.py   what a checkpoint's config and file headers say of each module   (no vLLM)
     loading.py      a checkpoint's weights -> the packed parts that one process holds (no vLLM)
-    config.py       vLLM's interface: QuantizationConfig and the layers' methods
+    experts.py      the experts of a layer that one process holds, and their product  (no vLLM)
+    config.py       vLLM's interface: QuantizationConfig and the methods of linears and embeddings
+    moe.py          vLLM's interface: the method of mixtures of experts
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ from ...embedding import QuantEmbedding
 from ...linear import QuantLinear
 from . import NAME
 from .checkpoint import Checkpoint
-from .loading import Piece, Source, fused_pieces, layer_pieces, shard_index
+from .loading import Piece, Source, fused_pieces, layer_pieces, shard_index, source_of
+from .moe import experts_method
 
 #: methods of `qk.save_model` that vLLM has no name for: taken without being asked
 _OURS = (OWN, "quip", "spqr", "quip_sharp", "bitsandbytes")
@@ -93,14 +94,7 @@ class QKernelsConfig(QuantizationConfig):
         if isinstance(layer, VocabParallelEmbedding):
             return self._vocabulary_method(layer, prefix)
         if isinstance(layer, RoutedExperts):
-            packed = self.checkpoint.packed_below(prefix) or self.checkpoint.packed_below(
-                prefix.removesuffix(".routed_experts")
-            )
-            if packed is not None or self.checkpoint.files is None:
-                raise ValueError(
-                    f"{prefix}: expected plain experts, because quantized ones are not served by {NAME} yet, "
-                    f"got {packed or 'a model whose files are not here to look at'}"
-                )
+            return experts_method(layer, prefix, self.checkpoint)
         return None
 
     def _vocabulary_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -128,15 +122,7 @@ class _Method:
         self.config, self.names = config, names
 
     def _source(self, name: str, shape: tuple[int, int], pieces: list[Piece], **more: Any) -> Source:
-        checkpoint = self.config.checkpoint
-        tensors = checkpoint.tensors(name)
-        wanted = None if tensors is None else frozenset(tensors)
-        source = Source(name, checkpoint.scheme(name), shape, pieces, wanted=wanted, **more)
-        try:
-            source.check(tensors)
-        except ValueError as error:
-            raise ValueError(f"{checkpoint.where}: {error}") from None
-        return source
+        return source_of(self.config.checkpoint, name, shape, pieces, **more)
 
     def _expect(self, layer: nn.Module, sources: list[Source]) -> None:
         """Make the layer take these sources' tensors.
@@ -164,7 +150,7 @@ class _Method:
                 yield own
 
         layer.load_weights = load_weights  # type: ignore[assignment]
-        for own in sorted({own for source in sources for own in _tensor_names(source)}):
+        for own in sorted({own for source in sources for own in source.names()}):
             empty = nn.Parameter(torch.empty(0), requires_grad=False)
             empty.weight_loader = _loader(take, own)  # type: ignore[attr-defined]
             layer._parameters[own] = empty  # not register_parameter, which refuses dots
@@ -176,7 +162,7 @@ class _Method:
         if "bias" in layer._parameters and layer.bias is not None:
             device = layer.bias.device  # type: ignore[union-attr]
         for source in sources:
-            for own in _tensor_names(source):
+            for own in source.names():
                 layer._parameters.pop(own, None)
         parts = [part for source in sources for part in source.finish(device)]
         layer.qkernels_sources = []  # type: ignore[assignment]
@@ -308,16 +294,6 @@ def _load_bias(layer: nn.Module, tensor: Tensor, shard: Any) -> None:
 
 def _loader(take: Callable[[str, Tensor, Any], None], own: str) -> Callable[..., None]:
     return lambda param, tensor, shard=None: take(own, tensor, shard)
-
-
-def _tensor_names(source: Source) -> set[str]:
-    """Names that a source's tensors may have."""
-    if source.wanted is not None:
-        return set(source.wanted)
-    if source.scheme is None:
-        return {"weight"}
-    fmt = formats.get(source.scheme.format)
-    return set(fmt.specs(source.shape, fmt.resolve(source.shape, source.scheme.params)))
 
 
 def _check_rows(source: Source) -> None:

@@ -20,6 +20,7 @@ from ... import formats
 from ...checkpoints.quantization import Scheme
 from ...packed import PackedWeight, pack
 from ...sharding import COLUMNS, ROWS, check_cut, check_shard, narrow, shard
+from .checkpoint import Checkpoint
 
 #: dtype -> the format of a plain weight, which is a part like any other beside packed ones
 _DENSE = {torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -108,6 +109,15 @@ class Source:
             return dict(tensors)
         return {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
 
+    def names(self) -> set[str]:
+        """Names that its tensors may have."""
+        if self.wanted is not None:
+            return set(self.wanted)
+        if self.scheme is None:
+            return {"weight"}
+        fmt = formats.get(self.scheme.format)
+        return set(fmt.specs(self.shape, fmt.resolve(self.shape, self.scheme.params)))
+
     # ------------------------------------------------------------------ while loading
     def add(self, own: str, tensor: Tensor, device: torch.device) -> None:
         """Take a tensor of the checkpoint; finish if it is the last. ValueError if it is one too many."""
@@ -143,6 +153,20 @@ class Source:
 
 def _owned(tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def source_of(
+    checkpoint: Checkpoint, name: str, shape: tuple[int, int], pieces: Sequence[Piece], **more: Any
+) -> Source:
+    """The source of the checkpoint's module `name`, checked. ValueError, naming it, if it cannot be served so."""
+    tensors = checkpoint.tensors(name)
+    wanted = None if tensors is None else frozenset(tensors)
+    source = Source(name, checkpoint.scheme(name), shape, pieces, wanted=wanted, **more)
+    try:
+        source.check(tensors)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.where}: {error}") from None
+    return source
 
 
 # ---------------------------------------------------------------------- which rows a layer has

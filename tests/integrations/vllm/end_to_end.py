@@ -36,9 +36,12 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import qkernels as qk
 from qkernels.embedding import QuantEmbedding
+from tests.moe_checkpoint import save_moe
 from tests.tiny import ids, tiny_model, tiny_tokenizer
 
 #: vLLM's attention on the CPU wants heads of 32 or more
@@ -53,7 +56,9 @@ class Case:
     """asked: whether `quantization="qkernels"` must be said, because vLLM has a method of the checkpoint's.
     alone: prompts go one at a time; LLM.int8()'s outlier columns are those of all rows of a batch.
     batch_invariant: our layers see vLLM's switch on (the rest of that mode of vLLM's needs a GPU). skip: modules left alone. head: the output projection is
-    packed, too, and not tied.
+    packed, too, and not tied. moe: a mixture of experts, mixtral or qwen3_moe, against transformers with the same
+    values dequantized (our own load_model reads no such files). down: format of the experts' down projections.
+    parallel: whether processes have some experts each, not a part of each expert.
     """
 
     name: str
@@ -66,6 +71,9 @@ class Case:
     alone: bool = False
     skip: tuple[str, ...] = ()
     head: bool = False
+    moe: str = ""
+    down: str | None = None
+    parallel: bool = False
 
 
 CASES = [
@@ -105,10 +113,34 @@ CASES = [
     Case("awq, batch-invariant", "awq", {"group_size": 64}, batch_invariant=True),
     Case("gptq act-order, two processes", "gptq", {"group_size": 64, "act_order": True}, processes=2),
     Case("q5_1, two processes", "q5_1", asked=False, processes=2),
+    Case("Mixtral gptq", "gptq", {"group_size": 64}, moe="mixtral"),
+    Case("Mixtral gptq act-order", "gptq", {"group_size": 64, "act_order": True}, moe="mixtral"),
+    Case("Mixtral awq", "awq", {"group_size": 64}, moe="mixtral"),
+    Case("Mixtral pack-quantized", "pack_quantized", {"group_size": 64}, moe="mixtral"),
+    Case("Mixtral nf4", "nf4", asked=False, moe="mixtral"),
+    Case("Mixtral fp8", "fp8", moe="mixtral"),
+    Case("Mixtral fine-grained fp8", "fp8", {"granularity": "block"}, moe="mixtral"),
+    Case("Mixtral q4_k, down q8_0", "q4_k", asked=False, moe="mixtral", down="q8_0"),
+    Case("Mixtral q8_0, batch-invariant", "q8_0", asked=False, moe="mixtral", batch_invariant=True),
+    Case("Qwen3-MoE gptq", "gptq", {"group_size": 64}, moe="qwen3_moe"),
+    Case("Qwen3-MoE nf4, double quantization", "nf4", {"double_quant": True}, asked=False, moe="qwen3_moe"),
+    Case("Qwen3-MoE fp8", "fp8", moe="qwen3_moe"),
+    Case("Qwen3-MoE gptq, two processes", "gptq", {"group_size": 64}, moe="qwen3_moe", processes=2),
+    Case(
+        "Qwen3-MoE q5_1, experts in two processes",
+        "q5_1",
+        asked=False,
+        moe="qwen3_moe",
+        processes=2,
+        parallel=True,
+    ),
 ]
 
 
 def make(case: Case, directory: Path) -> None:
+    if case.moe:
+        save_moe(case.moe, case.format, case.params, directory, plain_of(directory), case.down)
+        return
     model = tiny_model(**SIZES, tie_word_embeddings=not case.head).to(getattr(torch, case.dtype))
     if case.format == "q4_k_m":  # as llama.cpp has it: the embedding is packed and tied
         qk.quantize_model(model, "q4_k_m", progress=False)
@@ -123,14 +155,23 @@ def make(case: Case, directory: Path) -> None:
     qk.save_model(model, directory, tiny_tokenizer())
 
 
+def plain_of(directory: Path) -> Path:
+    """Where a mixture's dequantized twin is."""
+    return directory.with_name(f"{directory.name}-plain")
+
+
 def prompts(count: int = 3) -> list[list[int]]:
     return [ids(5 + 9 * i, seed=i + 1).tolist() for i in range(count)]
 
 
 @torch.no_grad()
-def ours(directory: Path, dtype: str, asked: list[list[int]], count: int) -> tuple[Any, list[list[int]]]:
-    """(our own load_model, its greedy continuations)."""
-    model = qk.load_model(directory, dtype=getattr(torch, dtype))
+def ours(case: Case, directory: Path, asked: list[list[int]], count: int) -> tuple[Any, list[list[int]]]:
+    """(our own load_model, or a mixture's dequantized twin, its greedy continuations)."""
+    dtype = getattr(torch, case.dtype)
+    if case.moe:
+        model = AutoModelForCausalLM.from_pretrained(plain_of(directory), dtype=dtype)
+    else:
+        model = qk.load_model(directory, dtype=dtype)
     found = []
     for prompt in asked:
         tokens = torch.tensor([prompt])
@@ -156,22 +197,30 @@ def _bytes(model: torch.nn.Module) -> int:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if "rotary" not in name and "cos_sin" not in name:
             seen[tensor.data_ptr()] = max(seen.get(tensor.data_ptr(), 0), tensor.nbytes)
-    return sum(seen.values())
+    experts = [m.qkernels_experts for m in model.modules() if hasattr(m, "qkernels_experts")]
+    return sum(seen.values()) + sum(part.stored_bytes for part in experts)  # type: ignore[union-attr]
 
 
-def make_llm(directory: Path, asked: bool, dtype: str, processes: int = 1) -> Any:
+def _file_bytes(directory: Path) -> int:
+    return sum(t.nbytes for file in directory.glob("*.safetensors") for t in load_file(file).values())
+
+
+def make_llm(directory: Path, asked: bool, dtype: str, processes: int = 1, parallel: bool = False) -> Any:
     from vllm import LLM
 
     return LLM(
         str(directory), quantization="qkernels" if asked else None, dtype=dtype, max_model_len=256,
         enforce_eager=True, max_num_batched_tokens=256, max_num_seqs=8, tensor_parallel_size=processes,
-        disable_log_stats=True,
+        disable_log_stats=True, enable_expert_parallel=parallel,
     )  # fmt: skip
 
 
 def invariant_layers(model: torch.nn.Module) -> bool:
     layers = [m for m in model.modules() if isinstance(m, qk.QuantLinear)]
-    return bool(layers) and all(m.batch_invariant for m in layers)
+    experts = [m for m in model.modules() if hasattr(m, "qkernels_experts")]
+    return bool(layers) and all(
+        [*(m.batch_invariant for m in layers), *(m.quant_method.invariant for m in experts)]
+    )  # type: ignore[union-attr]
 
 
 def theirs(
@@ -182,10 +231,12 @@ def theirs(
     from vllm.distributed import cleanup_dist_env_and_memory
 
     import qkernels.integrations.vllm.config as plugin
+    import qkernels.integrations.vllm.moe as moe_plugin
 
-    switch, plugin.envs = plugin.envs, SimpleNamespace(VLLM_BATCH_INVARIANT=case.batch_invariant)
+    switch = plugin.envs
+    plugin.envs = moe_plugin.envs = SimpleNamespace(VLLM_BATCH_INVARIANT=case.batch_invariant)
     try:
-        llm = make_llm(directory, case.asked, case.dtype, case.processes)
+        llm = make_llm(directory, case.asked, case.dtype, case.processes, case.parallel)
         sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
         asked = [{"prompt_token_ids": t} for t in texts]
         groups = [[a] for a in asked] if case.alone else [asked]
@@ -193,7 +244,7 @@ def theirs(
         held = max(llm.apply_model(_bytes))
         invariant = all(llm.apply_model(invariant_layers))
     finally:
-        plugin.envs = switch
+        plugin.envs = moe_plugin.envs = switch
     found = [list(output.outputs[0].token_ids) for output in outputs]
     del llm
     cleanup_dist_env_and_memory()
@@ -203,10 +254,10 @@ def theirs(
 def check(case: Case, directory: Path, texts: list[list[int]], count: int) -> bool:
     begin = time.monotonic()
     os.environ["QKERNELS_BATCH_INVARIANT"] = str(int(case.batch_invariant))
-    model, want = ours(directory, case.dtype, texts, count)
+    model, want = ours(case, directory, texts, count)
     os.environ["QKERNELS_BATCH_INVARIANT"] = "0"  # vLLM's switch alone must do
     found, their_bytes, invariant = theirs(case, directory, texts, count)
-    our_bytes = _bytes(model)
+    our_bytes = _file_bytes(directory) if case.moe else _bytes(model)
     pairs = list(zip(texts, want, found, strict=True))
     same = sum(a == b for _, w, f in pairs for a, b in zip(w, f, strict=True))
     gaps = [near_tie(model, t, w, f) for t, w, f in pairs if w != f]
