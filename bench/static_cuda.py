@@ -260,7 +260,7 @@ def main() -> int:
     options = parser.parse_args()
     facts: list[Facts] = []
     if options.build:
-        facts = of_build(options.build, tuple(options.archs))
+        facts = of_build(options.build.resolve(), tuple(options.archs))
     for source in [] if options.build else options.sources:
         for arch in options.archs:
             facts += compile_one(source, arch)
