@@ -57,6 +57,17 @@ SOURCES = {
     "transform_rows": "transforms",
 }
 
+#: (kernel, source, scales a tile, architecture) -> bytes that nvcc 13.0 is known to spill there: a value or
+#: two around a call or a wait, in kernels for groups that no checkpoint has, but for the third and fourth.
+#: More, or elsewhere, is a problem.
+KNOWN_SPILLS = {
+    **{("gemv", f"e{kind}", 0, "100a"): 8 for kind in ("4m3", "5m2")},
+    ("gemv", "e5m2", 1, "90a"): 12,
+    ("gemm", "counted4_two_level", -1, "90a"): 8,
+    **{("gemm", f"e{kind}", 0, "120a"): 8 for kind in ("4m3", "5m2")},
+    ("gemv", "linear8", 0, "120a"): 16,
+}
+
 
 class Facts(NamedTuple):
     """One kernel on one architecture. Sizes in bytes; dynamic: shared memory a launch asks for at most.
@@ -90,7 +101,8 @@ class Facts(NamedTuple):
 
     @property
     def problems(self) -> list[str]:
-        found = [f"spills {self.spilled} bytes"] if self.spilled else []
+        known = KNOWN_SPILLS.get((self.kernel, self.source, self.runs, self.arch), 0)
+        found = [f"spills {self.spilled} bytes"] if self.spilled > known else []
         if self.dynamic > SHARED_KIB[int(self.arch.rstrip("a"))] * 1024:
             found.append(f"{self.dynamic} bytes of shared memory do not fit")
         wanted = "GMMA" if self.kernel.startswith("wgmma") else "MMA" if self.kernel.startswith("gem") else ""

@@ -253,7 +253,7 @@ QK_DEVICE void multiply_tile(float (&sums)[COLUMNS / 2], uint32_t (&a)[2][4],
             const Operand x =
                 further(operand_at(me.shared.chunk(me.chunk.at)), in_chunk * kSlice * 2);
             product_fence();
-            product<T, COLUMNS>(sums, now, x, S::kOutliers || tile + slice > 0);
+            product<T, COLUMNS>(sums, now, x, tile + slice > 0);
             product_commit();
             product_wait<1>();  // the slice before: its operand's registers and, perhaps, its chunk
             if (in_chunk == 0 && tile + slice > 0 && !(drain && slice == 0)) {
@@ -279,13 +279,6 @@ QK_DEVICE void multiply_all(const HopperArgs& args, const HopperShared<D, COLUMN
         Held<D, S> held = {}, next = {};
         load_scales(held, w, 0, w.tiles, scaled_rows);
         float sums[COLUMNS / 2];
-        if constexpr (S::kOutliers) {
-            QK_UNROLL
-            for (int i = 0; i < COLUMNS / 2; i++) {
-                sums[i] = 0;
-            }
-            add_sparse<T>(reinterpret_cast<float (&)[COLUMNS / 8][4]>(sums), w, row, place.m0);
-        }
         uint32_t a[2][4];
         QK_NO_UNROLL
         for (int tile = 0; tile < w.tiles; tile++) {
@@ -296,6 +289,9 @@ QK_DEVICE void multiply_all(const HopperArgs& args, const HopperShared<D, COLUMN
         }
         product_wait<0>();
         release(shared.chunk_empty(me.chunk_before()));
+        if constexpr (S::kOutliers) {  // afterwards: ptxas would order the products after the sums
+            add_sparse<T>(reinterpret_cast<float (&)[COLUMNS / 8][4]>(sums), w, row, place.m0);
+        }
         store_sums<T, COLUMNS>(w, sums, place, shared.out(me.warpgroup), me.warpgroup);
     }
 }

@@ -242,7 +242,7 @@ def test_eval_formats_all_on_markdown(
     # The tiny model's sizes have no divisor 64 in common.
     small = [presets.FormatSpec(s.name, {k: 32 if k == "group_size" else v for k, v in s.params.items()})
              for s in presets.PRESETS]  # fmt: skip
-    monkeypatch.setattr(presets, "PRESETS", small)
+    monkeypatch.setitem(presets.LISTS, "all", small)
     command = ["eval", str(base), "--formats", "all", "--text", str(text), "--tokens", "60", "--markdown"]
     assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()
