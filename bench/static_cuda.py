@@ -58,7 +58,7 @@ SOURCES = {
 }
 
 #: (kernel, source, scales a tile, architecture) -> bytes that nvcc 13.0 is known to spill there: a value or
-#: two around a call or a wait, in kernels for groups that no checkpoint has, but for the third and fourth.
+#: two around a call or a wait, in kernels for groups that hardly a checkpoint has, but for the third and fourth.
 #: More, or elsewhere, is a problem.
 KNOWN_SPILLS = {
     **{("gemv", f"e{kind}", 0, "100a"): 8 for kind in ("4m3", "5m2")},
