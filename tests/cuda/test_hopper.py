@@ -77,6 +77,12 @@ def test_several_tiles_a_block(name: str, params: dict[str, object], two_process
     assert_fused_close(y, x, p, bias)
 
 
+def test_tiles_shorter_than_a_ring(two_processors: None) -> None:
+    """No ring goes round between two tiles, so nothing but the warpgroup's own barrier keeps one's rows apart."""
+    y, x, p, bias = weight_only.run("gptq", {"bits": 4, "group_size": 64}, 300, 64, 600, torch.float16)
+    assert_fused_close(y, x, p, bias)
+
+
 def test_rows_do_not_depend_on_m() -> None:
     p = qk.quantize(torch.randn(72, 256), "nf4").to(DEVICE)
     x = torch.randn(270, 256).bfloat16().to(DEVICE)
