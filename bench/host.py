@@ -5,17 +5,19 @@
 Nothing runs on a GPU. "dispatch" calls a kernel that does nothing. "triton" runs the real launchers and
 triton's own launch code up to the driver: kernels are compiled for sm_90, and a stand-in for the driver
 takes the launch and does nothing (so not under TRITON_INTERPRET=1). "cuda" runs the real launchers up to
-the extension. What is left out: the driver's own launch, and that torch's CUDA allocator and stream look-up
-are the CPU's here.
+the extension. What is left out: cuLaunchKernel and what C code does before it, and that torch's CUDA
+allocator and stream look-up are the CPU's here.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -100,7 +102,7 @@ class NullDriver:
                 if record:
                     launches.append((function, (x, y, z), rest[4:]))
 
-        self.launcher_cls = Launcher
+        self.launcher_cls = Launcher if record else _launcher_class() or Launcher
 
     def get_current_device(self) -> int:
         return 0
@@ -112,6 +114,34 @@ class NullDriver:
         from triton.backends.compiler import GPUTarget
 
         return GPUTarget("cuda", 90, 32)
+
+
+def _launcher_class() -> Any:
+    """triton's own launcher up to where C code takes over, of the versions whose __call__ is known to do so."""
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    if "self.launch(gridX, gridY, gridZ, stream, function" not in inspect.getsource(CudaLauncher.__call__):
+        return None
+
+    class Launcher(CudaLauncher):
+        def __init__(self, source: Any, metadata: Any) -> None:
+            self.gsan_enabled, self.num_ctas = False, metadata.num_ctas
+            self.global_scratch_size = metadata.global_scratch_size
+            self.global_scratch_align = metadata.global_scratch_align
+            self.profile_scratch_size = metadata.profile_scratch_size
+            self.profile_scratch_align = metadata.profile_scratch_align
+            self.launch_cooperative_grid, self.launch_pdl = (
+                metadata.launch_cooperative_grid,
+                metadata.launch_pdl,
+            )
+            self.arg_annotations = self.kernel_signature = ()
+            self.launch = _nothing
+
+    return Launcher
+
+
+def _nothing(*arguments: Any) -> None:
+    pass
 
 
 @contextmanager
@@ -129,16 +159,52 @@ def null_driver(record: bool = False) -> Iterator[NullDriver]:
         driver._active = None
 
 
-def launcher_of(backend: str, name: str, params: dict[str, Any]) -> dispatch.Kernel:
-    """The real launcher of a format's family, taking any device."""
-    fmt = qk.formats.get(name)
-    layout = fmt.kernel_layout({**fmt.defaults, **params})
-    assert layout is not None
-    module = {"triton": triton, "cuda": cuda}[backend]._module(layout)
-    bind = getattr(module, "bind", lambda p, problem: None)
-    return dispatch.Kernel(
-        f"{backend}.launcher", backend, layout, lambda: None, lambda problem: None, module.run, bind=bind
+def launcher_of(backend: str, name: str, params: dict[str, Any], rows: int = 1) -> dispatch.Kernel | None:
+    """The real launcher for a format and so many rows, taking any device."""
+    p = qk.quantize(torch.zeros(SHAPE), name, **params)
+    problem = dispatch.problem_of(p, rows, torch.float16, torch.device("cpu"))
+    layout = qk.formats.get(name).kernel_layout(p.params)
+    for kernel in dispatch.kernels():
+        if (kernel.backend, kernel.layout) == (backend, layout) and not _not_here(kernel, problem):
+            taken = lambda *problem: None  # noqa: E731
+            return replace(kernel, unavailable=taken, rejects=taken, automatic=taken)
+    return None
+
+
+def _not_here(kernel: dispatch.Kernel, problem: dispatch.Problem) -> str | None:
+    """Why the kernel would not take the problem on a GPU."""
+    if kernel.backend != "cuda":
+        return None
+    before, cuda.emulator = cuda.emulator, lambda *operands: ""  # then this is the device
+    try:
+        return kernel.rejects(problem)
+    finally:
+        cuda.emulator = before
+
+
+@contextmanager
+def null_extension() -> Iterator[None]:
+    """The CUDA backend up to the extension: a GPU 0 of sm_90 whose kernels do nothing."""
+
+    class Extension:
+        @staticmethod
+        def run(name: str, address: int) -> str:
+            return ""
+
+    stand_ins: tuple[tuple[Any, str, Any], ...] = (
+        (cuda.build, "extension", lambda: Extension),
+        (cuda, "stream_of", lambda index: 0),
+        (cuda, "current_device", lambda: -1),
+        (cuda, "starts_early", lambda index: True),
     )
+    real = [getattr(where, name) for where, name, _ in stand_ins]
+    for where, name, value in stand_ins:
+        setattr(where, name, value)
+    try:
+        yield
+    finally:
+        for (where, name, _), value in zip(stand_ins, real, strict=True):
+            setattr(where, name, value)
 
 
 # ---------------------------------------------------------------------- measuring
@@ -165,16 +231,23 @@ def launchers(backend: str, rows: int = 1) -> dict[str, float]:
     """Microseconds of `matmul` by format, real launchers, for formats that `backend` has kernels for."""
     found = {}
     for name, params in CASES:
+        kernel = launcher_of(backend, name, params, rows)
+        if kernel is None:
+            continue
         p = qk.quantize(torch.randn(SHAPE), name, **params)
         x = torch.randn(rows, SHAPE[1]).half()
-        if backend == "cuda":
-            problem = dispatch.problem_of(p, rows, x.dtype, x.device)
-            if cuda._module(launcher_of(backend, name, params).layout).rejects(problem):
-                continue
-        with only(launcher_of(backend, name, params)), torch.inference_mode():
+        with only(kernel), torch.inference_mode():
             for _ in range(3):
                 qk.matmul(x, p)
             found[str(FormatSpec(name, params))] = microseconds(lambda p=p, x=x: qk.matmul(x, p))
+            if "act_order" in params:
+                continue
+            operands = (x, list(p.storage.values()), None, qk.ops.spec_of(p), "auto", False)
+            for _ in range(3):
+                torch.ops.qkernels.matmul(*operands)
+            found[f"torch.ops: {FormatSpec(name, params)}"] = microseconds(
+                lambda operands=operands: torch.ops.qkernels.matmul(*operands)
+            )
     return found
 
 
@@ -184,11 +257,8 @@ def everything() -> dict[str, dict[str, float]]:
     if triton._installed() and not triton.interpreted():
         with null_driver():
             found["triton"] = launchers("triton")
-    before, cuda.emulator = cuda.emulator, lambda *operands: ""
-    try:
+    with null_extension():
         found["cuda"] = launchers("cuda")
-    finally:
-        cuda.emulator = before
     return found
 
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -48,6 +48,15 @@ class Problem(NamedTuple):
 Run: TypeAlias = "Callable[[Tensor, PackedWeight, Tensor | None, Problem], Tensor]"
 
 
+class Bound(Protocol):
+    """A `run` for one weight and problem, which finds out once what every such call has in common."""
+
+    def __call__(self, x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor: ...
+
+    def replay(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The same from what was found out, without the weight; None if that is not all known yet."""
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A way to compute y = x @ W^T + bias, or with `grouped` that of rows with the expert each is sent to.
@@ -63,8 +72,8 @@ class Kernel:
     automatic: whether backend="auto" may choose it for this problem's device.
     grouped: whether it takes problems with experts, instead of those without.
     fused: with `grouped`, runs a whole layer of experts; see qkernels/grouped.py.
-    bind: a `run` for one weight and problem, which finds out once what every such call has in common;
-        None where there is no such thing. The weight is in `layout` and its tensors stay.
+    bind: a `run` for one weight and problem; None where there is no such thing. The weight is in `layout`
+        and its tensors stay.
     quantized: for kernels that multiply codes of activations: the two halves of `run`; else None.
     """
 
@@ -78,7 +87,7 @@ class Kernel:
     configuration: Callable[[Problem], str] = lambda problem: ""
     grouped: bool = False
     fused: Callable[..., Tensor] | None = None
-    bind: Callable[[PackedWeight, Problem], Run | None] = lambda p, problem: None
+    bind: Callable[[PackedWeight, Problem], Bound | None] = lambda p, problem: None
     quantized: Quantized | None = None
 
 

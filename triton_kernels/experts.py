@@ -129,7 +129,7 @@ def experts_weight_only(
     scalers = _of_expert(scaler_args, scaler_strides, e)
     # `outlier_args` of a kernel without outliers is never looked at; the scaler's stand in.
     acc = _accumulate(
-        0, tiles, 0, scalers,
+        0, tiles, 0, scalers, x_ptr,
         x_ptr, qdata_ptr + e * qdata_stride, qhigh_ptr + e * qhigh_stride, perm_ptr + e * perm_stride,
         table_ptr + e * table_stride, scalers, pid_n, tl.where(slots < S, slots // PER_ROW, M), M, N, K, KP,
         BITS, WIDTH, HIGH, STEP, SPLIT, FINISH, SCALER,

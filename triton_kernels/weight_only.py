@@ -68,7 +68,7 @@ def _memory_row(r, BLOCK_N: tl.constexpr, WARPS: tl.constexpr):
 
 @triton.jit
 def _accumulate(
-    begin, end, s, outlier_args,
+    begin, end, s, outlier_args, sparse_x_ptr,
     x_ptr, qdata_ptr, qhigh_ptr, perm_ptr, table_ptr, scaler_args, pid_n, m, M, N, K, KP,
     BITS: tl.constexpr, WIDTH: tl.constexpr, HIGH: tl.constexpr, STEP: tl.constexpr,
     SPLIT: tl.constexpr, FINISH: tl.constexpr, SCALER: tl.constexpr,
@@ -162,18 +162,18 @@ def _accumulate(
         scale, zero = SCALER(scaler_args, rows, rows < N, tl.arange(0, 1), N, K, KP, GROUP, ROW_RUN, LOOKUP)
         acc *= scale.to(tl.float32)
     if OUTLIERS:
-        acc += _sparse(outlier_args, s, rows, m, M, N, UPCAST, BLOCK_M, BLOCK_N, SHARES)
+        acc += _sparse(outlier_args, sparse_x_ptr, s, rows, m, M, N, UPCAST, BLOCK_M, BLOCK_N, SHARES)
     return acc
 
 
 @triton.jit
-def _sparse(args, s, rows, m, M, N, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-            SHARES: tl.constexpr):  # fmt: skip
+def _sparse(args, x_ptr, s, rows, m, M, N, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr,
+            BLOCK_N: tl.constexpr, SHARES: tl.constexpr):  # fmt: skip
     """Outliers s, s + SHARES, ... of each row times x, (BLOCK_N, BLOCK_M) float32.
 
-    args: row_offsets (N + 1), col_vals, x, and what x's row and feature are multiplied by to find them.
+    args: row_offsets (N + 1), col_vals, and what x's row and feature are multiplied by to find them.
     """
-    offsets_ptr, col_vals_ptr, x_ptr, x_row, x_column = args
+    offsets_ptr, col_vals_ptr, x_row, x_column = args
     first = tl.load(offsets_ptr + rows, mask=rows < N, other=0)
     count = tl.load(offsets_ptr + rows + 1, mask=rows < N, other=0) - first
     x_rows = x_ptr + m.to(tl.int64)[None, :] * x_row
@@ -234,7 +234,7 @@ def _scaled(value, scale, DTYPE: tl.constexpr):
 @triton.jit
 def weight_only_gemm(
     x_ptr, qdata_ptr, qhigh_ptr, perm_ptr, table_ptr, scaler_args, bias_ptr, y_ptr, partial_ptr, counter_ptr,
-    outlier_args, M, N, K, KP,
+    outlier_args, sparse_x_ptr, M, N, K, KP,
     BITS: tl.constexpr, WIDTH: tl.constexpr, HIGH: tl.constexpr, STEP: tl.constexpr,
     SPLIT: tl.constexpr, FINISH: tl.constexpr, SCALER: tl.constexpr,
     GROUP: tl.constexpr, ROW_RUN: tl.constexpr, RUN: tl.constexpr, LOOKUP: tl.constexpr, MINUS: tl.constexpr,
@@ -263,7 +263,7 @@ def weight_only_gemm(
     if SHARES == SPLIT_K:
         begin = tl.program_id(1) * share
         acc = _accumulate(
-            begin, tl.minimum(begin + share, tiles), tl.program_id(1), outlier_args,
+            begin, tl.minimum(begin + share, tiles), tl.program_id(1), outlier_args, sparse_x_ptr,
             x_ptr, qdata_ptr, qhigh_ptr, perm_ptr, table_ptr, scaler_args, pid_n, m, M, N, K, KP,
             BITS, WIDTH, HIGH, STEP, SPLIT, FINISH, SCALER,
             GROUP, ROW_RUN, RUN, LOOKUP, MINUS, INDEXED, POST_SCALE, LAST_SCALE, UPCAST,
@@ -273,7 +273,7 @@ def weight_only_gemm(
         acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
         for s in range(SHARES):
             acc += _accumulate(
-                s * share, tl.minimum(s * share + share, tiles), s, outlier_args,
+                s * share, tl.minimum(s * share + share, tiles), s, outlier_args, sparse_x_ptr,
                 x_ptr, qdata_ptr, qhigh_ptr, perm_ptr, table_ptr, scaler_args, pid_n, m, M, N, K, KP,
                 BITS, WIDTH, HIGH, STEP, SPLIT, FINISH, SCALER,
             GROUP, ROW_RUN, RUN, LOOKUP, MINUS, INDEXED, POST_SCALE, LAST_SCALE, UPCAST,

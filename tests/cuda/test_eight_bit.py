@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 import qkernels as qk
-from qkernels.backends import cuda
-from qkernels.backends.cuda import eight_bit
+from qkernels.backends.cuda import eight_bit, launch
 from qkernels.backends.triton import workspace
 
 from ..conftest import DEVICE, case_id
@@ -40,7 +39,7 @@ def test_structs_of_another_version_are_refused() -> None:
     x = torch.randn(1, 16).half().to(DEVICE)
     for call, name in ((eight_bit.QuantizeCall, "quantize_rows"), (eight_bit.EightBitCall, "eight_bit_int8")):
         with pytest.raises(RuntimeError, match="different versions"):
-            cuda.execute(name, call(size=ctypes.sizeof(call) + 8), [x], [])
+            launch.start(name, call(size=ctypes.sizeof(call) + 8), [x], [])
 
 
 # ---------------------------------------------------------------------- activations

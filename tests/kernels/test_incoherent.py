@@ -154,10 +154,10 @@ def inner_product(x: torch.Tensor, p: qk.PackedWeight) -> torch.Tensor:
     from qkernels.backends.triton import weight_only
 
     problem = dispatch.problem_of(p, x.shape[0], x.dtype, x.device)
-    weight = weight_only.arguments(p, weight_only.traits_of(problem)) | {"outlier_args": ()}
+    weight = weight_only.arguments(p, weight_only.traits_of(problem))
     config = weight_only.tabled(problem)
     y = torch.empty(x.shape[0], p.shape[0], dtype=torch.float32, device=x.device)
-    weight_only._launch(x, y, None, weight, config, problem)
+    weight_only._launch(x, x, y, None, weight, config, problem)
     return y
 
 

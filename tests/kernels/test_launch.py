@@ -1,14 +1,16 @@
-"""Launches that are kept: the same kernel with the same arguments as triton's own way of launching it.
+"""Products that are recorded and replayed: the same kernels with the same arguments, and the same results.
 
-A stand-in for the driver takes the launches of kernels compiled for sm_90, so this needs no GPU; it needs a
-process of its own, for in this one kernels may be interpreted.
+For the arguments a stand-in for the driver takes the launches of kernels compiled for sm_90, so this needs
+no GPU; it needs a process of its own, for in this one kernels may be interpreted.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,11 @@ import torch
 
 import qkernels as qk
 from bench import host
-from qkernels.backends import triton
+from qkernels import dispatch
+from qkernels.backends.work import Recorded, Recording
+
+from ..conftest import DEVICE
+from .test_graphs import fused_cases, k_of
 
 pytest.importorskip("triton")
 
@@ -32,7 +38,7 @@ def launched(name: str, params: dict[str, object], bias: bool, m: int) -> None:
     with host.null_driver(record=True) as driver, host.only(host.launcher_of("triton", name, params)):
         for x in (plain, odd):
             taken = []
-            for _ in range(4):  # triton's, triton's by the kept one's first call, kept, kept
+            for _ in range(4):  # triton's, triton's and recorded, replayed, replayed
                 driver.launches.clear()
                 with torch.inference_mode():
                     y = qk.matmul(x, p, added)
@@ -56,6 +62,15 @@ def launched(name: str, params: dict[str, object], bias: bool, m: int) -> None:
                         assert b > 2**20, "an address"
                     else:
                         assert addresses([a]) == [b]
+            # What one kernel writes the next one reads, in both.
+            assert shared(first) == shared(kept)
+
+
+def shared(launches: list[tuple[Any, Any, tuple[Any, ...]]]) -> list[tuple[int, int]]:
+    """Pairs of arguments, of all kernels together, that are one address."""
+    found = [a for _, _, values in launches for a in addresses(values)]
+    large = [(i, a) for i, a in enumerate(found) if isinstance(a, int) and a > 2**20]
+    return [(i, j) for i, a in large for j, b in large if i < j and a == b]
 
 
 def flat(values: Any) -> list[Any]:
@@ -70,13 +85,46 @@ def addresses(values: Any) -> list[Any]:
     "case",
     [
         ("gptq", {"bits": 4, "group_size": 64}, True, 1),
+        ("gptq", {"bits": 4, "group_size": 64, "act_order": True}, True, 20),
         ("w8a8", {}, False, 1),
         ("int8", {}, True, 3),
+        ("spqr", {}, True, 1),
+        ("quip_sharp", {}, True, 2),
     ],
-    ids=lambda case: case[0],
+    ids=lambda case: f"{case[0]}-{case[3]}",
 )
 def test_kept_launches_are_tritons_own(case: tuple[str, dict[str, object], bool, int]) -> None:
-    code = f"from tests.kernels.test_launch import launched; launched(*{case!r})"
+    elsewhere(f"launched(*{case!r})")
+
+
+def freed() -> None:
+    """In a process without the interpreter: an operator's recordings do not keep its weight alive."""
+    p = qk.quantize(torch.randn(96, 256), "gptq", group_size=64)
+    kernel = host.launcher_of("triton", "gptq", {"group_size": 64})
+    with host.null_driver(record=True) as driver, host.only(kernel), torch.inference_mode():
+        x, spec = torch.randn(1, 256).half(), ""
+        for _ in range(4):
+            driver.launches.clear()
+            p.prepack_("weight_only")
+            spec = qk.ops.spec_of(p)
+            torch.ops.qkernels.matmul(x, list(p.storage.values()), None, spec, "auto", False)
+        kept = driver.launches[-1][2]
+        assert not any(isinstance(v, torch.Tensor) for v in flat(kept)), "this was no kept launch"
+        assert len(qk.ops._BOUND) == 1
+        gone = [weakref.ref(t) for t in p.storage.values()]
+        del p
+        gc.collect()
+        assert [t() for t in gone] == [None] * len(gone)
+        assert not qk.ops._BOUND
+
+
+def test_weights_of_operators_are_freed() -> None:
+    elsewhere("freed()")
+
+
+def elsewhere(call: str) -> None:
+    """Run it in a process without the interpreter."""
+    code = f"from tests.kernels import test_launch; test_launch.{call}"
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
@@ -85,18 +133,101 @@ def test_kept_launches_are_tritons_own(case: tuple[str, dict[str, object], bool,
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_no_kept_launch_in_the_interpreter() -> None:
-    if not triton.interpreted():
-        pytest.skip("kernels are compiled here")
-    from qkernels.backends.triton.launch import Launch
-    from qkernels.triton_kernels.gather import gather_columns
+def recorded(p: qk.PackedWeight) -> Recorded:
+    """The one product of `p`."""
+    (plan,) = [plan for plan in p.plans.values() if isinstance(getattr(plan, "run", None), Recorded)]
+    run: Recorded = plan.run
+    return run
 
-    x, perm, y = torch.randn(2, 32).half(), torch.arange(32, dtype=torch.int32), torch.empty(2, 32).half()
-    launch = Launch(gather_columns, (2, 1), {"BLOCK": 32}, ())
-    launch.slots = tuple(gather_columns.arg_names[:3])
-    launch.fixed |= dict(zip(gather_columns.arg_names[3:5], (32, 32), strict=True))
-    for _ in range(2):
-        y.fill_(float("nan"))
-        launch(x, perm, y)
-        assert torch.equal(y, x)
-    assert not launch._ready
+
+def replays(
+    name: str, params: dict[str, object], m: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five calls with other x and bias each; new memory is full of NaN."""
+    n, k = 40, k_of(name, 192)
+    p = qk.quantize(torch.randn(n, k), name, **params).to(DEVICE)
+    real = torch.empty
+
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        made = real(*args, **kwargs)
+        made.view(-1).view(torch.uint8).fill_(255)
+        return made
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    for call in range(5):
+        x, bias = torch.randn(m, k).to(dtype).to(DEVICE), torch.randn(n).to(DEVICE)
+        y = qk.matmul(x, p, bias, backend="triton")
+        problem = dispatch.problem_of(p, m, dtype, x.device)
+        want = dispatch.select(problem, "triton").run(x, p, bias, problem)
+        assert bool(want.isfinite().all())
+        assert torch.equal(y, want), f"call {call}"
+        as_operator = torch.ops.qkernels.matmul(
+            x, list(p.storage.values()), bias, qk.ops.spec_of(p), "triton", False
+        )
+        assert torch.equal(as_operator, want), f"call {call}"
+    (operator,) = [run for first, run in qk.ops._BOUND.values() if first() in set(p.storage.values())]
+    for run in (recorded(p), operator):
+        assert list(run._replays) == [0]
+        assert run._replays[0] is not None
+
+
+@fused_cases
+def test_replays_equal_runs(name: str, params: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    replays(name, params, 3, torch.bfloat16, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("gptq", {"bits": 3, "group_size": 64, "act_order": True}, 20),  # x is gathered first
+        ("spqr", {}, 64),  # outliers read a transposed copy of x
+        ("quip_sharp", {}, 17),
+        ("int8", {}, 17),
+    ],
+    ids=lambda case: f"{case[0]}-{case[2]}",
+)
+def test_replays_equal_runs_for_many_rows(
+    case: tuple[str, dict[str, object], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replays(*case, torch.float16, monkeypatch)
+
+
+def test_operands_of_another_alignment_are_recorded_anew() -> None:
+    p = qk.quantize(torch.randn(40, 192), "spqr").to(DEVICE)
+    room = torch.randn(4 * 192 + 1).half().to(DEVICE)
+    biases = torch.randn(41).half().to(DEVICE)
+    assert room.data_ptr() % 16 == biases.data_ptr() % 16 == 0
+    for _ in range(3):
+        for at in (0, 1):
+            for bias_at in (0, 1):
+                room.normal_()
+                x, bias = room[at : at + 4 * 192].view(4, 192), biases[bias_at : bias_at + 40]
+                y = qk.matmul(x, p, bias, backend="triton")
+                problem = dispatch.problem_of(p, 4, x.dtype, x.device)
+                assert torch.equal(y, dispatch.select(problem, "triton").run(x, p, bias, problem))
+    assert sorted(recorded(p)._replays) == [0, 1, 2, 3]
+
+
+def test_bias_within_x_is_not_replayed() -> None:
+    """Addresses would not tell which of them a kernel was given."""
+    p = qk.quantize(torch.randn(192, 192), "w8a8").to(DEVICE)
+    for _ in range(4):
+        x = torch.randn(2, 192).half().to(DEVICE)
+        for bias in (x[0], torch.randn(192).half().to(DEVICE)):
+            y = qk.matmul(x, p, bias, backend="triton")
+            problem = dispatch.problem_of(p, 2, x.dtype, x.device)
+            assert torch.equal(y, dispatch.select(problem, "triton").run(x, p, bias, problem))
+
+
+def test_memory_of_nobody_is_found() -> None:
+    """A launcher that gives a kernel memory it did not say it takes cannot be replayed."""
+    x, y, weight = torch.randn(1, 8), torch.empty(1, 8), torch.randn(8, 8)
+    recording = Recording(x, None, y, [weight])
+    part = recording.empty((4,), torch.float32, x.device)
+    again = recording.empty((4,), torch.float32, x.device)
+    assert recording.place(weight.data_ptr()) is None
+    assert recording.place(x[0, 2:].data_ptr()) == (0, 8)
+    assert recording.place(part.data_ptr()) == (4, 0)
+    assert recording.place(again.data_ptr() + 4) == (4, 512 + 4)
+    with pytest.raises(ValueError, match="is in no memory that a call has"):
+        recording.place(torch.randn(8).data_ptr())

@@ -16,10 +16,10 @@ from qkernels import dispatch
 from ..conftest import DEVICE, case_id, k_of
 
 pytest.importorskip("triton")
-from qkernels.backends import cuda
+
 from qkernels.backends.cuda import eight_bit as cuda_eight_bit
 from qkernels.backends.cuda import gemm as cuda_gemm
-from qkernels.backends.cuda import hopper
+from qkernels.backends.cuda import hopper, launch
 from qkernels.backends.cuda import weight_only as cuda_gemv
 from qkernels.backends.triton import eight_bit, weight_only, workspace
 
@@ -78,7 +78,7 @@ class Counted:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.triton = Launches(patch)
         self.cuda: list[str] = []
-        patch.setattr(cuda, "execute", lambda name, *rest: self.cuda.append(name))
+        patch.setattr(launch.Launch, "__call__", lambda one, *tensors: self.cuda.append(one.name))
 
     def clear(self) -> None:
         self.triton.calls.clear()

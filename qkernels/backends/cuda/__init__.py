@@ -6,7 +6,6 @@ compiled, at the first call (build.py).
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from ... import dispatch, formats, layouts
 from ...packed import PackedWeight
+from ..work import Recorded
 from . import build
 
 MIN_CAPABILITY = (8, 0)
@@ -53,9 +53,19 @@ def _automatic(problem: dispatch.Problem) -> str | None:
 
 
 @lru_cache(maxsize=64)
-def _starts_early(index: int) -> bool:
-    """Whether GPU `index` can start a kernel before the one before it is done."""
-    return torch.cuda.get_device_capability(index) >= (9, 0)
+def starts_early(index: int) -> bool:
+    """Whether GPU `index` can start a kernel before the one before it is done; the emulator (-1) can't."""
+    return index >= 0 and torch.cuda.get_device_capability(index) >= (9, 0)
+
+
+def stream_of(index: int) -> int:
+    """The current stream of GPU `index`."""
+    return int(torch._C._cuda_getCurrentRawStream(index))
+
+
+def current_device() -> int:
+    """The index of the GPU that kernels are started on."""
+    return int(torch._C._cuda_getDevice())
 
 
 @lru_cache(maxsize=16)
@@ -63,24 +73,15 @@ def _module(name: str) -> Any:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def execute(name: str, call: Any, reads: list[Tensor], writes: list[Tensor]) -> None:
-    """Start kernel `name` on the current stream. RuntimeError with CUDA's words if it does not start."""
-    if emulator is not None:
-        error = emulator(name, call, reads, writes)
+def run(name: str, address: int, index: int) -> None:
+    """Start kernel `name` with the call struct at `address` on GPU `index`. RuntimeError with CUDA's words if it
+    does not start."""
+    start = build.extension().run
+    if current_device() == index:
+        error = start(name, address)
     else:
-        index = reads[0].get_device()
-        call.stream = torch._C._cuda_getCurrentRawStream(index)
-        # A kernel that starts early reads its weight before the kernel before it is done. That one may just
-        # have written the weight, so the first call of a weight does not start early.
-        kept = call.kept or call
-        call.early = int(kept.launched and _starts_early(index))
-        kept.launched = True
-        run, address = build.extension().run, ctypes.addressof(call)
-        if torch.cuda.current_device() == index:
-            error = run(name, address)
-        else:
-            with torch.cuda.device(index):
-                error = run(name, address)
+        with torch.cuda.device(index):
+            error = start(name, address)
     if error:
         raise RuntimeError(f"qkernels: CUDA kernel {name}: {error}")
 
@@ -108,6 +109,9 @@ def register_kernels() -> None:
             result: Tensor = _module(module).run(x, p, bias, problem)
             return result
 
+        def bind(p: PackedWeight, problem: dispatch.Problem, module: str = module) -> Recorded:
+            return Recorded(_module(module).run, _module(module).compute, _module("launch").Replay, True)
+
         def configuration(problem: dispatch.Problem, module: str = module) -> str:
             return str(_module(module).configuration(problem))
 
@@ -123,6 +127,7 @@ def register_kernels() -> None:
                 run,
                 _automatic,
                 configuration,
+                bind=bind,
                 quantized=quantized,
             )
         )

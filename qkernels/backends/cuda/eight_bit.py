@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ...layouts import eight_bit as layout
-from .. import cuda
 from ..triton import workspace
 from ..triton.eight_bit import Activations, row_bytes, traits_of
+from ..work import NOW, Work
 from .calls import Call
+from .launch import start
 from .weight_only import processors
 
 if TYPE_CHECKING:
@@ -186,6 +187,7 @@ def quantize(
     norm: Tensor | None = None,
     eps: float = 0.0,
     keep: bool = False,
+    work: Work = NOW,
 ) -> Activations:
     """x (M, K) contiguous -> its codes as the weight `p` wants them.
 
@@ -203,18 +205,18 @@ def quantize(
     call = _quantize_call(p, traits, x.dtype, m, eps)
     args, storage, outliers = call.args, p.storage, traits.threshold > 0
     codes_dtype = torch.int8 if args.is_int8 else torch.float8_e4m3fn
-    codes = torch.empty(m, args.kp, dtype=codes_dtype, device=x.device)
+    codes = work.empty((m, args.kp), codes_dtype, x.device)
     if traits.activation == "tensor":
         scale = storage["input_scale"]
     else:
         groups = (-(-k // layout.BLOCK),) if traits.activation == "group" else ()
-        scale = torch.empty(*groups, m, dtype=torch.float32, device=x.device)
+        scale = work.empty((*groups, m), torch.float32, x.device)
     rounded = columns = counter = None
     if (keep or outliers) and (up is not None or norm is not None):
-        rounded = torch.empty_like(x)
+        rounded = work.empty((m, k), x.dtype, x.device)
     if outliers:
-        columns = torch.empty(k + 1, dtype=torch.int32, device=x.device)
-        counter = counters(1 + -(-k // 32), x.device)
+        columns = work.empty((k + 1,), torch.int32, x.device)
+        counter = counters(1 + -(-k // 32), x.device, work)
         args.columns, args.counter = columns.data_ptr(), counter.data_ptr()
     args.x, args.codes, args.scale = x.data_ptr(), codes.data_ptr(), scale.data_ptr()
     together = args.x
@@ -226,7 +228,7 @@ def quantize(
     reads = _held(x, up, norm, storage.get("input_zero_point"))
     writes = _held(codes, rounded, columns, counter)
     (reads if traits.activation == "tensor" else writes).append(scale)
-    cuda.execute("quantize_rows", call, reads, writes)
+    start("quantize_rows", call, reads, writes, work)
     return Activations(codes, scale, x if rounded is None else rounded, columns)
 
 
@@ -247,11 +249,11 @@ def _quantize_call(
     return found.copy()
 
 
-def counters(elements: int, device: torch.device) -> Tensor:
+def counters(elements: int, device: torch.device, work: Work) -> Tensor:
     """int32 zeros, which kernels leave zero: the backend's counters, where they are enough of them."""
     if elements <= workspace.MAX_BLOCKS:
         return workspace.counters(device)
-    return torch.zeros(elements, dtype=torch.int32, device=device)
+    return work.zeros((elements,), torch.int32, device)
 
 
 # ---------------------------------------------------------------------- the product
@@ -262,6 +264,7 @@ def multiply(
     problem: Problem,
     config: Config | None = None,
     out: Tensor | None = None,
+    work: Work = NOW,
 ) -> Tensor:
     """y (M, N) = what `a` holds, times W^T, plus bias, in the dtype of `a.x`; into `out` if it is given.
 
@@ -277,8 +280,8 @@ def multiply(
     if config.split > 1 and config.rows:
         tile = config.rows * (GEMV_N if config.gemv else TILE_N)
         blocks = -(-n // GEMV_N) if config.gemv else -(-n // TILE_N) * -(-m // config.rows)
-        partial = workspace.partials(config.split * blocks * tile, device)
-        counter = counters(blocks, device)
+        partial = work.empty((config.split * blocks * tile,), torch.float32, device)
+        counter = counters(blocks, device, work)
         args.partial, args.counter = partial.data_ptr(), counter.data_ptr()
     args.x, args.x_scale, args.x16, args.y = (t.data_ptr() for t in (a.codes, a.scale, a.x, y))
     if a.columns is not None:
@@ -286,7 +289,7 @@ def multiply(
     if bias is not None:
         args.bias = bias.data_ptr()
     held = _held(a.codes, a.scale, a.x, a.columns, bias, *storage.values())
-    cuda.execute(f"eight_bit_{traits.kind}", call, held, _held(y, partial, counter))
+    start(f"eight_bit_{traits.kind}", call, held, _held(y, partial, counter), work)
     return y
 
 
@@ -321,9 +324,16 @@ def _product_call(
 def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
     """x (M, K) contiguous float16 or bfloat16, p in the EIGHT_BIT layout -> y (M, N)."""
     y = torch.empty(x.shape[0], p.shape[0], dtype=x.dtype, device=x.device)
-    for rows in workspace.slices(x.shape[0], scratch_bytes(problem, x.device)):
-        multiply(quantize(x[rows], p, problem), p, bias, problem, out=y[rows])
+    compute(x, p, bias, problem, y)
     return y
+
+
+def compute(
+    x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem, y: Tensor, work: Work = NOW
+) -> None:
+    """`run` into y."""
+    for rows in work.slices(x.shape[0], scratch_bytes(problem, x.device)):
+        multiply(quantize(x[rows], p, problem, work=work), p, bias, problem, out=y[rows], work=work)
 
 
 def scratch_bytes(problem: Problem, device: torch.device, made: bool = False) -> int:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ... import layouts
 from ...layouts import weight_only as layout
-from .. import cuda
 from ..triton import workspace
-from . import transforms
+from ..work import NOW, Work
+from . import launch, transforms
 from . import weight_only as gemv
 from .calls import WeightOnlyCall
 
@@ -45,7 +45,16 @@ def rejects(problem: Problem) -> str | None:
 
 
 def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout -> y (M, N).
+    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout -> y (M, N)."""
+    y = torch.empty(x.shape[0], p.shape[0], dtype=x.dtype, device=x.device)
+    compute(x, p, None if bias is None else bias.to(x.dtype).contiguous(), problem, y)
+    return y
+
+
+def compute(
+    x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem, y: Tensor, work: Work = NOW
+) -> None:
+    """`run` into y, with a bias in x's dtype.
 
     Where x has to be copied or transformed, that is done for a slice of its rows at a time; in how many
     shares K is summed goes by all rows, so the results are the same bits.
@@ -54,8 +63,6 @@ def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Te
     traits = gemv.traits_of(problem)
     call = gemv.call_of(p, traits, x.dtype, kernel=1)
     m, n = x.shape[0], p.shape[0]
-    bias = None if bias is None else bias.to(x.dtype).contiguous()
-    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     columns = columns_of(traits.decoder, traits.bits)
     blocks_n, blocks_m = -(-n // ROWS), -(-m // columns)
     copied, held = row_bytes(x, p, traits), copied_once(x, traits)
@@ -65,14 +72,10 @@ def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Te
     partial = shares * blocks_n * ROWS * 4 if shares > 1 else 0  # bytes a row of x
 
     def multiply(x: Tensor, bias: Tensor | None, y: Tensor) -> None:
-        _launch(x, y, p, bias, call, traits, shares)
+        _launch(x, y, p, bias, call, traits, shares, work)
 
-    for rows in workspace.slices(m, copied + partial if copied else 0, held):
-        if traits.norms is None:
-            multiply(x[rows], bias, y[rows])
-        else:
-            transforms.around(multiply, x[rows], p, bias, traits, y[rows])
-    return y
+    for rows in work.slices(m, copied + partial if copied else 0, held):
+        transforms.around(multiply, x[rows], p, bias, traits, y[rows], work)
 
 
 def _launch(
@@ -83,6 +86,7 @@ def _launch(
     call: WeightOnlyCall,
     traits: layout.WeightOnlyTraits,
     shares: int,
+    work: Work,
 ) -> None:
     """The kernel on some rows: without transforms, x as the codes want it, y in its dtype, or float32."""
     args, device = call.args, x.device
@@ -93,11 +97,11 @@ def _launch(
     call.shared = shared_bytes(traits.decoder, traits.bits)
     held: list[Tensor] = []
     if shares > 1:
-        partial = workspace.partials(shares * blocks_n * blocks_m * ROWS * columns, device)
+        partial = work.empty((shares * blocks_n * blocks_m * ROWS * columns,), torch.float32, device)
         counter = workspace.counters(device)
         args.partial, args.counter = partial.data_ptr(), counter.data_ptr()
         held = [partial, counter]
-    start(x, y, p, bias, call, traits, held)
+    start(x, y, p, bias, call, traits, held, work)
 
 
 def start(
@@ -108,18 +112,20 @@ def start(
     call: WeightOnlyCall,
     traits: layout.WeightOnlyTraits,
     held: list[Tensor],
+    work: Work,
 ) -> None:
     """Start a kernel that takes x in chunks, on some rows. held: what else it writes."""
     args = call.args
     reads = [*p.storage.values(), *([] if bias is None else [bias])]
     if traits.outliers:
-        columns_x = by_columns(x)
+        columns_x = work.made(by_columns(x))
         args.x_columns, args.x_rows = columns_x.data_ptr(), columns_x.shape[1]
         reads.append(columns_x)
-    x = in_chunks(x, p.storage.get("perm"))
+    chunks = in_chunks(x, p.storage.get("perm"))
+    x = chunks if chunks is x else work.made(chunks)
     args.m, args.x, args.y, args.x_stride = y.shape[0], x.data_ptr(), y.data_ptr(), x.shape[1]
     args.bias = None if bias is None else bias.data_ptr()
-    cuda.execute(gemv.kernel_of(traits), call, [x, *reads], [y, *held])
+    launch.start(gemv.kernel_of(traits), call, [x, *reads], [y, *held], work)
 
 
 def row_bytes(x: Tensor, p: PackedWeight, traits: layout.WeightOnlyTraits) -> int:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ... import layouts
 from ...layouts import weight_only as layout
-from ..triton import workspace
-from . import gemm
+from ..work import NOW, Work
+from . import gemm, transforms
 from . import weight_only as gemv
 
 if TYPE_CHECKING:
@@ -48,21 +48,30 @@ def rejects(problem: Problem) -> str | None:
 
 
 def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout -> y (M, N).
+    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout -> y (M, N)."""
+    y = torch.empty(x.shape[0], p.shape[0], dtype=x.dtype, device=x.device)
+    compute(x, p, None if bias is None else bias.to(x.dtype).contiguous(), problem, y)
+    return y
 
-    Where x has to be copied, that is done for a slice of its rows at a time, as in gemm.py.
+
+def compute(
+    x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem, y: Tensor, work: Work = NOW
+) -> None:
+    """`run` into y, with a bias in x's dtype.
+
+    Where x has to be copied or transformed, that is done for a slice of its rows at a time, as in gemm.py.
     """
     assert p.layout == layouts.WEIGHT_ONLY
     traits = gemv.traits_of(problem)
     call = gemv.call_of(p, traits, x.dtype, kernel=2)
-    m, n = x.shape[0], p.shape[0]
-    bias = None if bias is None else bias.to(x.dtype).contiguous()
-    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    for rows in workspace.slices(m, gemm.row_bytes(x, p, traits), gemm.copied_once(x, traits)):
-        part = y[rows]
-        call.grid_x, call.grid_y = min(_tiles(n, part.shape[0], traits), gemv.processors(x.device)), 1
-        gemm.start(x[rows], part, p, bias, call, traits, [])
-    return y
+    n = p.shape[0]
+
+    def multiply(x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        call.grid_x, call.grid_y = min(_tiles(n, y.shape[0], traits), gemv.processors(x.device)), 1
+        gemm.start(x, y, p, bias, call, traits, [], work)
+
+    for rows in work.slices(x.shape[0], gemm.row_bytes(x, p, traits), gemm.copied_once(x, traits)):
+        transforms.around(multiply, x[rows], p, bias, traits, y[rows], work)
 
 
 def _tiles(n: int, m: int, traits: layout.WeightOnlyTraits) -> int:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from ...layouts import weight_only as layout
-from .. import cuda
+from ..work import NOW, Work
+from .calls import Call
+from .launch import start
 
 if TYPE_CHECKING:
     from ...packed import PackedWeight
@@ -39,10 +41,7 @@ class TransformArgs(ctypes.Structure):
     ]
 
 
-class TransformCall(ctypes.Structure):
-    #: whether it was launched before
-    launched = False
-
+class TransformCall(Call):
     _fields_ = [
         ("args", TransformArgs),
         ("stream", ctypes.c_uint64),
@@ -67,14 +66,18 @@ def around(
     bias: Tensor | None,
     traits: layout.WeightOnlyTraits,
     y: Tensor,
+    work: Work = NOW,
 ) -> None:
     """x (M, K) -> the weight's output y (M, N), `multiply` (x, bias, y) writing what the codes make of transformed x.
 
-    M is of a slice of rows: `row_bytes` says what each takes.
+    Without transforms it is that product. M is of a slice of rows: `row_bytes` says what each takes.
     """
-    inside = torch.empty(y.shape, dtype=torch.float32, device=y.device)
-    multiply(before(x, p, traits), None, inside)
-    after(inside, p, traits, bias, y.dtype, y)
+    if traits.norms is None:
+        multiply(x, bias, y)
+        return
+    inside = work.empty(tuple(y.shape), torch.float32, y.device)
+    multiply(before(x, p, traits, work), None, inside)
+    after(inside, p, traits, bias, y.dtype, y, work)
 
 
 def width_of(k: int, traits: layout.WeightOnlyTraits) -> int:
@@ -88,10 +91,10 @@ def row_bytes(p: PackedWeight, traits: layout.WeightOnlyTraits) -> int:
     return 2 * width_of(k, traits) + 4 * n
 
 
-def before(x: Tensor, p: PackedWeight, traits: layout.WeightOnlyTraits) -> Tensor:
+def before(x: Tensor, p: PackedWeight, traits: layout.WeightOnlyTraits, work: Work = NOW) -> Tensor:
     """x (M, K) contiguous -> what the codes multiply, in x's dtype: (M, K), of vectors (M, whole tiles)."""
-    y = torch.empty(x.shape[0], width_of(x.shape[1], traits), dtype=x.dtype, device=x.device)
-    return _launch(x, y, p, traits, "input", None)
+    y = work.empty((x.shape[0], width_of(x.shape[1], traits)), x.dtype, x.device)
+    return _launch(x, y, p, traits, "input", None, work)
 
 
 def after(
@@ -101,11 +104,12 @@ def after(
     bias: Tensor | None,
     dtype: torch.dtype,
     out: Tensor | None = None,
+    work: Work = NOW,
 ) -> Tensor:
     """Products (M, N), float32 -> the weight's output with bias, (M, N) of `dtype`; into `out` if it is given."""
     z = torch.empty(y.shape, dtype=dtype, device=y.device) if out is None else out
     bias = None if bias is None else bias.to(dtype).contiguous()
-    return _launch(y, z, p, traits, "output", bias)
+    return _launch(y, z, p, traits, "output", bias, work)
 
 
 def box_of(n: int, orders: tuple[int, ...]) -> Box:
@@ -133,6 +137,7 @@ def _launch(
     traits: layout.WeightOnlyTraits,
     side: str,
     bias: Tensor | None,
+    work: Work,
 ) -> Tensor:
     tensors = {k.removeprefix(side + "."): v for k, v in p.storage.items() if k.startswith(side + ".")}
     call = _call_of(p, tensors, traits, side, y.dtype)
@@ -145,7 +150,7 @@ def _launch(
     call.rows = min(x.shape[0], ROWS)
     reads = [x, *tensors.values(), *([] if bias is None else [bias])]
     if x.shape[0]:
-        cuda.execute("transform_rows", call, reads, [y])
+        start("transform_rows", call, reads, [y], work)
     return y
 
 
@@ -183,4 +188,4 @@ def _call_of(
             is_after=is_after, size=ctypes.sizeof(TransformCall),
         )  # fmt: skip
     found: TransformCall = p.plans[key]
-    return found
+    return found.copy()

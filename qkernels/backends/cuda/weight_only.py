@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ... import formats, layouts
 from ...layouts import weight_only as layout
-from .. import cuda
 from ..triton import workspace
+from ..work import NOW, Work
 from . import transforms
 from .calls import (
     BOOK_WORDS,
@@ -23,6 +23,7 @@ from .calls import (
     WeightOnlyCall,
     kernel_name,
 )
+from .launch import start
 
 if TYPE_CHECKING:
     from ...dispatch import Problem
@@ -69,28 +70,33 @@ def kernel_of(traits: layout.WeightOnlyTraits) -> str:
 
 
 def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout -> y (M, N).
+    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout -> y (M, N)."""
+    y = torch.empty(x.shape[0], p.shape[0], dtype=x.dtype, device=x.device)
+    # A bias of another dtype is cast at each call: N values.
+    compute(x, p, None if bias is None else bias.to(x.dtype).contiguous(), problem, y)
+    return y
+
+
+def compute(
+    x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem, y: Tensor, work: Work = NOW
+) -> None:
+    """`run` into y, with a bias in x's dtype.
 
     What is transformed goes by slices of rows. Nothing that orders a sum depends on M, so they change no bit.
     """
     assert p.layout == layouts.WEIGHT_ONLY
     traits = traits_of(problem)
     call = call_of(p, traits, x.dtype)
-    m, n = x.shape[0], p.shape[0]
-    # A bias of another dtype is cast at each call: N values.
-    bias = None if bias is None else bias.to(x.dtype).contiguous()
-    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
 
     def multiply(x: Tensor, bias: Tensor | None, y: Tensor) -> None:
-        _multiply(x, p, bias, y, call, traits)
+        _multiply(x, p, bias, y, call, traits, work)
 
     if traits.norms is None:
         multiply(x, bias, y)
-        return y
-    held = partial_elements(call.args.tiles, n, min(m, MAX_ROWS), x.device) * 4
-    for rows in workspace.slices(m, transforms.row_bytes(p, traits), held):
-        transforms.around(multiply, x[rows], p, bias, traits, y[rows])
-    return y
+        return
+    held = partial_elements(call.args.tiles, p.shape[0], min(x.shape[0], MAX_ROWS), x.device) * 4
+    for rows in work.slices(x.shape[0], transforms.row_bytes(p, traits), held):
+        transforms.around(multiply, x[rows], p, bias, traits, y[rows], work)
 
 
 def _multiply(
@@ -100,14 +106,15 @@ def _multiply(
     y: Tensor,
     call: WeightOnlyCall,
     traits: layout.WeightOnlyTraits,
+    work: Work,
 ) -> None:
     """Without transforms: x as the codes want it, y in x's dtype, in float32 if a transform comes next. MAX_ROWS rows at a time."""
     for first in range(0, x.shape[0], MAX_ROWS):
         rows = slice(first, first + MAX_ROWS)
         part, into = (x, y) if x.shape[0] <= MAX_ROWS else (x[rows], y[rows])
         if part.data_ptr() % 4:  # the kernel reads two features at a time
-            part = part.clone()
-        _launch(part, p, bias, into, call, traits)
+            part = work.made(part.clone())
+        _launch(part, p, bias, into, call, traits, work)
 
 
 def partial_elements(tiles: int, n: int, m: int, device: torch.device) -> int:
@@ -124,6 +131,7 @@ def _launch(
     y: Tensor,
     call: WeightOnlyCall,
     traits: layout.WeightOnlyTraits,
+    work: Work,
 ) -> None:
     m, n = x.shape[0], p.shape[0]
     args = call.args
@@ -138,12 +146,12 @@ def _launch(
     call.shared = shared_bytes(traits.decoder, traits.bits, m, args.share, outliers=traits.outliers)
     held: list[Tensor] = []
     if shares > 1:
-        partial = workspace.partials(shares * blocks_n * blocks_m * ROWS * COLUMNS, x.device)
+        partial = work.empty((shares * blocks_n * blocks_m * ROWS * COLUMNS,), torch.float32, x.device)
         counter = workspace.counters(x.device)
         args.partial, args.counter = partial.data_ptr(), counter.data_ptr()
         held = [partial, counter]
     reads = [x, *p.storage.values(), *([] if bias is None else [bias])]
-    cuda.execute(kernel_of(traits), call, reads, [y, *held])
+    start(kernel_of(traits), call, reads, [y, *held], work)
 
 
 def call_of(

@@ -116,8 +116,8 @@ def register_kernels() -> None:
         def configuration(problem: dispatch.Problem, layout: str = layout) -> str:
             return str(_module(layout).configuration(problem))
 
-        def bind(p: PackedWeight, problem: dispatch.Problem, layout: str = layout) -> dispatch.Run | None:
-            found: dispatch.Run | None = _module(layout).bind(p, problem)
+        def bind(p: PackedWeight, problem: dispatch.Problem, layout: str = layout) -> dispatch.Bound | None:
+            found: dispatch.Bound | None = _module(layout).bind(p, problem)
             return found
 
         dispatch.register(

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from ... import formats, layouts
 from ...layouts import eight_bit as layout
+from ..work import NOW, Recorded, Work
 from . import autotune, configs, interpreted, workspace
 from .jobs import CompileJob
-from .launch import Launch
+from .launch import Launch, Replay
 from .weight_only import processors, split_of
 
 if TYPE_CHECKING:
-    from ...dispatch import Problem, Run
+    from ...dispatch import Problem
     from ...packed import PackedWeight
 
 #: features of one step along K
@@ -100,85 +101,62 @@ def quantize(
     up: Tensor | None = None,
     norm: Tensor | None = None,
     eps: float = 0.0,
+    work: Work = NOW,
 ) -> Activations:
     """x (M, K) contiguous -> its codes as the weight `p` wants them.
 
     up (M, K): silu(x) * up is quantized. norm (K): RMSNorm with this weight comes first. Both round to
     x's dtype where a model's operations do. All contiguous.
     """
-    return Quantizer(p, problem, x, norm is not None, up is not None, eps)(x, norm, up)
+    from ...triton_kernels.activations import quantize_rows
 
-
-class Quantizer:
-    """`quantize` for one weight and x of one shape and dtype: everything but the tensors of a call."""
-
-    def __init__(
-        self,
-        p: PackedWeight,
-        problem: Problem,
-        x: Tensor,
-        has_norm: bool = False,
-        gated: bool = False,
-        eps: float = 0.0,
-    ) -> None:
-        from ...triton_kernels.activations import quantize_rows
-
-        assert p.layout == layouts.EIGHT_BIT
-        traits = traits_of(problem)
-        m, k = x.shape
-        kp = layout.padded(k)
-        int8 = traits.kind == "int8"
-        self.device, self.outliers = x.device, traits.threshold > 0
-        self.codes_shape, self.codes_dtype = (m, kp), torch.int8 if int8 else torch.float8_e4m3fn
+    assert p.layout == layouts.EIGHT_BIT
+    traits = traits_of(problem)
+    (m, k), device = x.shape, x.device
+    kp = layout.padded(k)
+    int8 = traits.kind == "int8"
+    # The kernel writes the bits of fp8 codes: older GPUs have no such type.
+    codes = work.empty((m, kp), torch.int8 if int8 else torch.uint8, device)
+    if traits.activation == "tensor":
+        scale = p.storage["input_scale"]
+    else:
         groups = (-(-k // layout.BLOCK),) if traits.activation == "group" else ()
-        self.scale_shape = (*groups, m)
-        self.scale = p.storage["input_scale"] if traits.activation == "tensor" else None
-        block = row_block(kp)
-        fixed = {
-            # A pointer that is never used still has to be one: a scale stands in.
-            "zero_ptr": p.storage.get("input_zero_point", p.storage["weight_scale"]),
-            "eps": eps,
-            "threshold": traits.threshold,
-            "M": m,
-            "K": k,
-            "KP": kp,
-            "INT8": int8,
-            "SHARED": traits.activation,
-            "HAS_ZERO": "input_zero_point" in p.storage,
-            "OUTLIERS": self.outliers,
-            "NORM": has_norm,
-            "GATED": gated,
-            "NATIVE": has_fp8(problem.capability) and not interpreted(),
-            "BLOCK": block,
-            "num_warps": row_warps(block),
-        }
-        slots = (
-            "x_ptr", "up_ptr", "q_ptr", "scale_ptr", "norm_ptr", "normed_ptr", "columns_ptr", "counter_ptr",
-        )  # fmt: skip
-        self.launch = Launch(quantize_rows, (m, 1), fixed, slots)
-
-    def __call__(self, x: Tensor, norm: Tensor | None = None, up: Tensor | None = None) -> Activations:
-        # The kernel writes the bits of fp8 codes: older GPUs have no such type.
-        codes = torch.empty(
-            self.codes_shape,
-            dtype=torch.int8 if self.codes_dtype == torch.int8 else torch.uint8,
-            device=self.device,
-        )
-        scale = self.scale
-        if scale is None:
-            scale = torch.empty(self.scale_shape, dtype=torch.float32, device=self.device)
-        # A pointer that is never used still has to be one: x stands in.
-        normed, columns, counter = x, x, x
-        if self.outliers:
-            columns = torch.empty(x.shape[1] + 1, dtype=torch.int32, device=self.device)
-            counter = _counter(1 + x.shape[1], self.device)
-            if norm is not None or up is not None:
-                normed = torch.empty_like(x)
-        gate = x if up is None else up
-        self.launch(x, gate, codes, scale, x if norm is None else norm, normed, columns, counter)
-        if codes.dtype != self.codes_dtype:
-            codes = codes.view(self.codes_dtype)
-        return Activations(codes, scale, normed, columns if self.outliers else None)
+        scale = work.empty((*groups, m), torch.float32, device)
+    # A pointer that is never used still has to be one: x stands in.
+    normed, columns, counter = x, x, x
+    outliers = traits.threshold > 0
+    if outliers:
+        columns = work.empty((k + 1,), torch.int32, device)
+        enough = 1 + k <= workspace.MAX_BLOCKS
+        counter = workspace.counters(device) if enough else work.zeros((1 + k,), torch.int32, device)
+        if norm is not None or up is not None:
+            normed = work.empty((m, k), x.dtype, device)
+    block = row_block(kp)
+    fixed = {
+        "zero_ptr": p.storage.get("input_zero_point", p.storage["weight_scale"]),
+        "eps": eps,
+        "threshold": traits.threshold,
+        "M": m,
+        "K": k,
+        "KP": kp,
+        "INT8": int8,
+        "SHARED": traits.activation,
+        "HAS_ZERO": "input_zero_point" in p.storage,
+        "OUTLIERS": outliers,
+        "NORM": norm is not None,
+        "GATED": up is not None,
+        "NATIVE": has_fp8(problem.capability) and not interpreted(),
+        "BLOCK": block,
+        "num_warps": row_warps(block),
+    }
+    slots = (
+        "x_ptr", "up_ptr", "q_ptr", "scale_ptr", "norm_ptr", "normed_ptr", "columns_ptr", "counter_ptr",
+    )  # fmt: skip
+    gate, weight = x if up is None else up, x if norm is None else norm
+    launch = Launch(quantize_rows, (m, 1), fixed, slots)
+    work.start(launch, x, gate, codes, scale, weight, normed, columns, counter)
+    codes = codes if int8 else codes.view(torch.float8_e4m3fn)
+    return Activations(codes, scale, normed, columns if outliers else None)
 
 
 def rms_norm_quantize(
@@ -206,13 +184,6 @@ def row_warps(block: int) -> int:
     return min(16, max(1, block // 512))
 
 
-def _counter(elements: int, device: torch.device) -> Tensor:
-    """int32 zeros, which the kernel leaves zero: the family's counters, where they are enough of them."""
-    if elements <= workspace.MAX_BLOCKS:
-        return workspace.counters(device)
-    return torch.zeros(elements, dtype=torch.int32, device=device)
-
-
 # ---------------------------------------------------------------------- the product
 def multiply(
     a: Activations, p: PackedWeight, bias: Tensor | None, problem: Problem, out: Tensor | None = None
@@ -223,9 +194,12 @@ def multiply(
     """
     traits = traits_of(problem)
     weight = arguments(a, p, traits, problem)
+    y = torch.empty(a.x.shape[0], p.shape[0], dtype=a.x.dtype, device=a.x.device) if out is None else out
+    bias = None if bias is None else bias.contiguous()
 
     def launch(config: configs.GemmConfig) -> Tensor:
-        return Product(a, p.shape[0], bias is not None, weight, config, problem)(a, bias, out)
+        _launch(a, y, bias, weight, config, problem)
+        return y
 
     config = autotune.best(family(traits), problem, tabled(problem), launch, a.x.device)
     return autotune.timed_first(problem, config, lambda: launch(config))
@@ -275,83 +249,71 @@ def arguments(
     }
 
 
-class Product:
-    """`multiply` for one weight and x of one shape and dtype: everything but the tensors of a call."""
+def _launch(
+    a: Activations,
+    y: Tensor,
+    bias: Tensor | None,
+    weight: dict[str, Any],
+    config: configs.GemmConfig,
+    problem: Problem,
+    work: Work = NOW,
+) -> None:
+    """The kernel on some rows of the problem. weight: `arguments`."""
+    from ...triton_kernels.eight_bit import eight_bit_gemm
 
-    def __init__(
-        self,
-        a: Activations,
-        n: int,
-        has_bias: bool,
-        weight: dict[str, Any],
-        config: configs.GemmConfig,
-        problem: Problem,
-    ) -> None:
-        from ...triton_kernels.eight_bit import eight_bit_gemm
-
-        x = a.x
-        m = x.shape[0]
-        blocks_n, blocks_m = -(-n // config.block_n), -(-m // config.block_m)
-        # In how many shares K is summed goes by all rows of the problem, and so does each row's result.
-        counted = blocks_n if problem.batch_invariant else blocks_n * -(-problem.m // config.block_m)
-        shares = configs.shares_of(config, -(-weight["KP"] // STEP), counted, processors(x.device))
-        held = sum(t.numel() * t.element_size() for t in (a.codes, a.scale))
-        split = split_of(shares, blocks_n * blocks_m, config, held)
-        self.shape, self.dtype, self.device, self.widen = (m, n), x.dtype, x.device, weight["WIDEN"]
-        self.elements = split * blocks_n * blocks_m * config.block_n * config.block_m if split > 1 else 0
-        self.sums = torch.int32 if weight["KIND"] == "int8" else torch.float32
-        self.unused = weight["weight_ptr"]  # what is never read still needs an address
-        slots = (
-            "x_ptr", "x_scale_ptr", "x16_ptr", "columns_ptr", "bias_ptr", "y_ptr", "partial_ptr", "counter_ptr",
-        )  # fmt: skip
-        fixed = {
-            **{name: value for name, value in weight.items() if name not in slots},
-            "M": m,
-            "HAS_BIAS": has_bias,
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "SHARES": shares,
-            "SPLIT_K": split,
-            "GROUP_N": config.group_n,
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
-        }
-        self.launch = Launch(eight_bit_gemm, (blocks_n * blocks_m, split), fixed, slots)
-
-    def __call__(self, a: Activations, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-        y = torch.empty(self.shape, dtype=self.dtype, device=self.device) if out is None else out
-        partial = counter = self.unused
-        if self.elements:
-            partial = workspace.partials(self.elements, self.device, self.sums)
-            counter = workspace.counters(self.device)
-        codes = a.codes.view(torch.uint8) if self.widen else a.codes
-        columns = self.unused if a.columns is None else a.columns
-        bias = a.x if bias is None else bias.contiguous()
-        self.launch(codes, a.scale, a.x, columns, bias, y, partial, counter)
-        return y
+    m, n = y.shape
+    blocks_n, blocks_m = -(-n // config.block_n), -(-m // config.block_m)
+    # In how many shares K is summed goes by all rows of the problem, and so does each row's result.
+    counted = blocks_n if problem.batch_invariant else blocks_n * -(-problem.m // config.block_m)
+    shares = configs.shares_of(config, -(-weight["KP"] // STEP), counted, processors(y.device))
+    held = sum(t.numel() * t.element_size() for t in (a.codes, a.scale))
+    split = split_of(shares, blocks_n * blocks_m, config, held)
+    partial = counter = weight["weight_ptr"]  # what is never read still needs an address
+    if split > 1:
+        elements = split * blocks_n * blocks_m * config.block_n * config.block_m
+        sums = torch.int32 if weight["KIND"] == "int8" else torch.float32
+        partial, counter = work.empty((elements,), sums, y.device), workspace.counters(y.device)
+    calls = {
+        "x_ptr": weight["x_ptr"],
+        "x_scale_ptr": weight["x_scale_ptr"],
+        "x16_ptr": weight["x16_ptr"],
+        "columns_ptr": weight["columns_ptr"],
+        "bias_ptr": a.x if bias is None else bias,
+        "y_ptr": y,
+        "partial_ptr": partial,
+        "counter_ptr": counter,
+    }
+    fixed = {
+        **{name: value for name, value in weight.items() if name not in calls},
+        "M": m,
+        "HAS_BIAS": bias is not None,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "SHARES": shares,
+        "SPLIT_K": split,
+        "GROUP_N": config.group_n,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    launch = Launch(eight_bit_gemm, (blocks_n * blocks_m, split), fixed, tuple(calls))
+    work.start(launch, *calls.values())
 
 
-def bind(p: PackedWeight, problem: Problem) -> Run | None:
-    """`run` for this weight and problem alone: from its second call on it only starts the two kernels. None
+def bind(p: PackedWeight, problem: Problem) -> Recorded | None:
+    """`run` for this weight and problem alone: from its third call on it only starts the two kernels. None
     where the rows go by slices."""
     if not workspace.fits(problem.m, row_bytes(problem)):
         return None
-    found: list[tuple[Quantizer, Product]] = []
 
-    def call(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-        if found:
-            quantizer, product = found[0]
-            return product(quantizer(x), bias)
-        a = quantize(x, p, problem)
-        y = multiply(a, p, bias, problem)  # tunes and compiles
+    def compute(
+        x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem, y: Tensor, work: Work
+    ) -> None:
         traits = traits_of(problem)
+        a = quantize(x, p, problem, work=work)
         config = autotune.tuned(family(traits), problem) or tabled(problem)
-        weight = arguments(a, p, traits, problem)
-        product = Product(a, p.shape[0], bias is not None, weight, config, problem)
-        found.append((Quantizer(p, problem, x), product))
-        return y
+        _launch(a, y, bias, arguments(a, p, traits, problem), config, problem, work)
 
-    return call
+    return Recorded(run, compute, Replay)
 
 
 # ---------------------------------------------------------------------- ahead of time

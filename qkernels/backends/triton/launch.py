@@ -1,8 +1,8 @@
-"""Launches a kernel again and again without asking triton each time what its arguments mean.
+"""Launches kernels, and launches them again without asking triton each time what their arguments mean.
 
 `kernel[grid](...)` costs the host tens of microseconds: it binds 40 arguments, derives the specialization
-and looks the compiled kernel up by it. Where all but a few tensors stay the same from call to call, the
-compiled kernel and its list of arguments can be kept, and a call only puts the addresses in.
+and looks the compiled kernel up by it. Where all but a few addresses stay the same from call to call, the
+compiled kernels and their lists of arguments are kept, and a call only puts the addresses in.
 """
 
 from __future__ import annotations
@@ -14,62 +14,93 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..work import Recording, Y, view
+
 
 class Launch:
     """A kernel with its grid and all its arguments but some tensors.
 
-    kernel: the @triton.jit function. fixed: argument -> value, launch options (num_warps, ...) too; tensors
-    in it must stay alive and in place, which holding them here sees to. slots: the arguments that calls
-    give, tensors of the same dtypes at every call.
-
-    The compiled kernel depends on which pointers are divisible by 16, so one is kept a pattern of that.
+    kernel: the @triton.jit function. fixed: argument -> value, launch options (num_warps, ...) too.
+    slots: the arguments that calls give.
     """
 
     def __init__(
         self, kernel: Any, grid: tuple[int, int], fixed: dict[str, Any], slots: tuple[str, ...]
     ) -> None:
         self.kernel, self.grid, self.fixed, self.slots = kernel, grid, fixed, slots
-        #: pattern of alignment -> compiled kernel, and its arguments once they are needed
-        self._ready: dict[int, tuple[Any, list[Any] | None]] = {}
-        self._places: list[int] = []
 
-    def __call__(self, *tensors: Tensor) -> None:
-        """Start the kernel on the current stream of the tensors' device."""
-        pointers = [t.data_ptr() for t in tensors]
-        together = pattern = 0
-        for pointer in pointers:
-            together |= pointer
-        if together & 15:
-            pattern = sum((pointer & 15 != 0) << place for place, pointer in enumerate(pointers))
-        compiled, arguments = self._ready.get(pattern, (None, None))
-        if compiled is None:
-            self._first(pattern, tensors)
-            return
-        active, index = _runtime().driver.active, tensors[0].get_device()
-        current = active.get_current_device()
-        if index not in (-1, current):  # triton launches on the current device, whatever its arguments say
-            with torch.cuda.device(index):
-                self(*tensors)
-            return
-        arguments = self._arguments(pattern, compiled) if arguments is None else arguments.copy()
-        for place, pointer in zip(self._places, pointers):  # noqa: B905  # a keyword costs here
-            arguments[place] = pointer
-        _start(compiled, self.grid, active.get_current_stream(current), arguments)
-
-    def _first(self, pattern: int, tensors: tuple[Tensor, ...]) -> None:
-        """Through triton, which compiles if need be; keeps what it compiled."""
+    def __call__(self, *tensors: Tensor) -> Any:
+        """Start the kernel through triton, on the current stream of the tensors' device, compiling it if need
+        be. Returns the compiled kernel; None from the interpreter."""
         with torch.cuda.device_of(tensors[0]):
-            compiled = self.kernel[self.grid](**dict(zip(self.slots, tensors, strict=True)), **self.fixed)
-        if compiled is not None:  # the interpreter has nothing to keep
-            self._ready[pattern] = (compiled, None)
+            return self.kernel[self.grid](**dict(zip(self.slots, tensors, strict=True)), **self.fixed)
 
-    def _arguments(self, pattern: int, compiled: Any) -> list[Any]:
-        """In the kernel's order, with holes for the slots."""
+    def arguments(self) -> tuple[list[Any], list[int]]:
+        """In the kernel's order, with holes for the slots, and where those are."""
         names = list(self.kernel.signature.parameters)
-        self._places = [names.index(slot) for slot in self.slots]
         found = [None if name in self.slots else _address(self.fixed[name]) for name in names]
-        self._ready[pattern] = (compiled, found)
-        return found.copy()
+        return found, [names.index(slot) for slot in self.slots]
+
+
+class Replay:
+    """What a recording has noted, for operands of the same shapes, dtypes, device and alignment."""
+
+    def __init__(self, recording: Recording, y: Tensor) -> None:
+        self._index = y.get_device()
+        self._steps = [_Step(recording, *step) for step in recording.steps]
+        self._compiled = any(step.compiled is not None for step in self._steps)
+        self._memory = recording.memory()
+
+    def __call__(self, x: Tensor, at: int, bias: Tensor | None, bias_at: int) -> Tensor:
+        """at, bias_at: their addresses; 0 if there is no bias."""
+        stream = 0
+        if self._compiled:
+            active = _runtime().driver.active
+            current = active.get_current_device()
+            if self._index not in (-1, current):  # triton launches on the current device
+                with torch.cuda.device(self._index):
+                    return self(x, at, bias, bias_at)
+            stream = active.get_current_stream(current)
+        tensors, bases = self._memory.take(x, at, bias, bias_at)
+        for step in self._steps:
+            if step.compiled is None:
+                step.slowly(tensors)
+                continue
+            arguments = step.arguments.copy()
+            for place, base, offset in step.places:
+                arguments[place] = bases[base] + offset
+            _start(step.compiled, step.grid, stream, arguments)
+        return tensors[Y]
+
+
+class _Step:
+    """One kernel, or a transposing copy. compiled: None where it is started through torch or the interpreter."""
+
+    def __init__(
+        self, recording: Recording, launch: Launch | None, tensors: tuple[Tensor, ...], compiled: Any
+    ) -> None:
+        self.compiled = compiled
+        if compiled is None:
+            self._launch, self._tensors = launch, [recording.moving(t) for t in tensors]
+            return
+        assert launch is not None
+        found = [recording.place(t.data_ptr()) for t in tensors]
+        # Of the weight only addresses are kept: whoever keeps this need not keep the weight alive.
+        self.grid = launch.grid
+        self.arguments, holes = launch.arguments()
+        #: index of the argument, base, offset
+        self.places = [(hole, *place) for hole, place in zip(holes, found, strict=True) if place is not None]
+        for hole, t, place in zip(holes, tensors, found, strict=True):
+            if place is None:
+                self.arguments[hole] = t.data_ptr()
+
+    def slowly(self, memory: list[Tensor]) -> None:
+        """With tensors, views of a call's memory."""
+        tensors = [view(memory, t) for t in self._tensors]
+        if self._launch is None:
+            tensors[1].copy_(tensors[0].T)
+        else:
+            self._launch(*tensors)
 
 
 @lru_cache(maxsize=1)

@@ -7,22 +7,34 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...layouts.weight_only import tile_features
+from ..work import NOW, Work
 from .jobs import CompileJob
+from .launch import Launch
 
 #: features a program holds: so many that two tf32 copies fit in shared memory everywhere, ...
 LARGEST_BOX = 4096
 #: ... and for few rows only so many that several multiprocessors share a row
 DECODE_BOX = 2048
 DECODE_ROWS = 16
+_SLOTS = (
+    "x_ptr", "y_ptr", "pre_ptr", "post_ptr", "bias_ptr", "gather_ptr", "scatter_ptr",
+    "factor0_ptr", "factor1_ptr", "factor2_ptr",
+)  # fmt: skip
 #: features that one warp holds
 _ELEMENTS_PER_WARP = 1024
 
 
-def before(x: Tensor, storage: Mapping[str, Tensor], norm: float, vectors: bool, few: bool) -> Tensor:
+def before(
+    x: Tensor,
+    storage: Mapping[str, Tensor],
+    norm: float,
+    vectors: bool,
+    few: bool,
+    work: Work = NOW,
+) -> Tensor:
     """x (M, K) -> what the codes multiply, (M, K) in x's dtype; `vectors`: (M, whole tiles), in their order.
 
     few: cut the transform as it suits few rows; the same for all slices of a product, and for every M in
@@ -30,21 +42,27 @@ def before(x: Tensor, storage: Mapping[str, Tensor], norm: float, vectors: bool,
     """
     width = -(-x.shape[1] // tile_features(2)) * tile_features(2) if vectors else x.shape[1]
     # Tiles are multiplied whole, so what lies behind the last feature must be no NaN.
-    empty = torch.empty if width == x.shape[1] else torch.zeros
-    y = empty(x.shape[0], width, dtype=x.dtype, device=x.device)
+    empty = work.empty if width == x.shape[1] else work.zeros
+    y = empty((x.shape[0], width), x.dtype, x.device)
     side = _section(storage, "input.")
     gather = side.get("perm")
     return _launch(
-        x, y, side, norm, few, pre=side["diagonal"], gather=gather, vectors=vectors, transposed=True
+        x, y, side, norm, few, work, pre=side["diagonal"], gather=gather, vectors=vectors, transposed=True
     )
 
 
 def after(
-    x: Tensor, y: Tensor, storage: Mapping[str, Tensor], norm: float, bias: Tensor | None, few: bool
+    x: Tensor,
+    y: Tensor,
+    storage: Mapping[str, Tensor],
+    norm: float,
+    bias: Tensor | None,
+    few: bool,
+    work: Work = NOW,
 ) -> None:
     """Products x (M, N), float32 -> y (M, N), the weight's output with bias. few: as in `before`."""
     side = _section(storage, "output.")
-    _launch(x, y, side, norm, few, post=side["diagonal"], bias=bias, scatter=side.get("perm"))
+    _launch(x, y, side, norm, few, work, post=side["diagonal"], bias=bias, scatter=side.get("perm"))
 
 
 def _section(storage: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -57,6 +75,7 @@ def _launch(
     side: Mapping[str, Tensor],
     norm: float,
     few: bool,
+    work: Work = NOW,
     *,
     pre: Tensor | None = None,
     post: Tensor | None = None,
@@ -74,15 +93,22 @@ def _launch(
     options, warps = constants(n, orders, few)
     if len(factors) < 3:  # those of the kernel's axes a0, c and a2; x stands for what is never read
         factors = [*factors[:1], x, *factors[1:], x, x][:3]
-    with torch.cuda.device_of(x):
-        kronecker_rows[(-(-m // options["ROWS"]), options["C"])](
-            x, y, *(x if t is None else t for t in (pre, post, bias, gather, scatter)), *factors,
-            1 / norm, m, y.shape[1],
-            **options,
-            HAS_PRE=pre is not None, HAS_POST=post is not None, HAS_BIAS=bias is not None,
-            GATHERED=gather is not None, SCATTERED=scatter is not None,
-            VECTORS=vectors, TRANSPOSED=transposed, num_warps=warps,
-        )  # fmt: skip
+    fixed = {
+        "scale": 1 / norm,
+        "M": m,
+        "STRIDE": y.shape[1],
+        **options,
+        "HAS_PRE": pre is not None,
+        "HAS_POST": post is not None,
+        "HAS_BIAS": bias is not None,
+        "GATHERED": gather is not None,
+        "SCATTERED": scatter is not None,
+        "VECTORS": vectors,
+        "TRANSPOSED": transposed,
+        "num_warps": warps,
+    }
+    launch = Launch(kronecker_rows, (-(-m // options["ROWS"]), options["C"]), fixed, _SLOTS)
+    work.start(launch, x, y, *(x if t is None else t for t in (pre, post, bias, gather, scatter)), *factors)
     return y
 
 

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ... import formats, layouts
 from ...layouts import weight_only as layout
+from ..work import NOW, Recorded, Work
 from . import autotune, configs, interpreted, transforms, workspace
 from .jobs import CompileJob
-from .launch import Launch
+from .launch import Launch, Replay
 
 if TYPE_CHECKING:
-    from ...dispatch import Problem, Run
+    from ...dispatch import Problem
     from ...packed import PackedWeight
 
 #: M from which x is gathered once, by a kernel of its own, instead of by every program (act-order)
@@ -134,6 +135,22 @@ def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Te
     return autotune.timed_first(problem, config, lambda: launch(config))
 
 
+def bind(p: PackedWeight, problem: Problem) -> Recorded | None:
+    """`run` for this weight and problem alone: from its third call on it only starts kernels. None where the
+    rows go by slices."""
+    traits = traits_of(problem)
+    if not workspace.fits(problem.m, row_bytes(p, traits, problem)):
+        return None
+
+    def compute(
+        x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem, y: Tensor, work: Work
+    ) -> None:
+        config = autotune.tuned(family(traits), problem) or tabled(problem)
+        _rows(x, y, p, bias, arguments(p, traits), config, problem, work)
+
+    return Recorded(run, compute, Replay)
+
+
 def row_bytes(p: PackedWeight, traits: layout.WeightOnlyTraits, problem: Problem) -> int:
     """Scratch memory that a row of x takes in `_rows`, without partial sums."""
     n, k = p.shape
@@ -155,24 +172,30 @@ def _rows(
     weight: dict[str, Any],
     config: configs.GemmConfig,
     problem: Problem,
+    work: Work = NOW,
 ) -> None:
     """The product of some rows of x, into the same rows of y. `problem` is that of all rows."""
     traits = traits_of(problem)
     held = x.shape[0] * row_bytes(p, traits, problem)
     # What the kernel reads and how transforms are cut goes by all rows, lest the last slice differ.
     few = problem.m <= transforms.DECODE_ROWS or problem.batch_invariant
-    weight = {**weight, "outlier_args": _outliers(p, x, problem.m) if traits.outliers else ()}
+    sparse_x = x
+    if traits.outliers:
+        strides = (x.shape[1], 1)
+        if problem.m >= TRANSPOSE_ROWS:
+            sparse_x, strides = work.transposed(x), (1, x.shape[0])
+        weight = {**weight, "outlier_args": (*_outliers(p), *strides)}
     if traits.norms:
-        x = transforms.before(x, p.storage, traits.norms[0], traits.vectors, few)
+        x = transforms.before(x, p.storage, traits.norms[0], traits.vectors, few, work)
     if weight["INDEXED"] and problem.m >= GATHER_ROWS:
-        x = _gathered(x, weight["perm_ptr"])
-        weight |= {"K": x.shape[1], "KP": x.shape[1], "INDEXED": False}
+        x = _gathered(x, weight["perm_ptr"], work)
+        weight = {**weight, "K": x.shape[1], "KP": x.shape[1], "INDEXED": False}
     if traits.norms is None:
-        _launch(x, y, bias, weight, config, problem, held)
+        _launch(x, sparse_x, y, bias, weight, config, problem, held, work)
         return
-    inside = torch.empty(y.shape, dtype=torch.float32, device=y.device)
-    _launch(x, inside, None, weight, config, problem, held)
-    transforms.after(inside, y, p.storage, traits.norms[1], bias, few)
+    inside = work.empty(tuple(y.shape), torch.float32, y.device)
+    _launch(x, sparse_x, inside, None, weight, config, problem, held, work)
+    transforms.after(inside, y, p.storage, traits.norms[1], bias, few, work)
 
 
 def configuration(problem: Problem) -> str:
@@ -180,95 +203,52 @@ def configuration(problem: Problem) -> str:
     return autotune.words(family(traits_of(problem)), problem, tabled(problem))
 
 
-def bind(p: PackedWeight, problem: Problem) -> Run | None:
-    """`run` for this weight and problem alone: from its second call on it only starts the kernel. None
-    where more than that one kernel is to be started: also wherever x is copied, be it by slices."""
-    traits = traits_of(problem)
-    if traits.norms or traits.outliers or ("perm" in p.storage and problem.m >= GATHER_ROWS):
-        return None
-    products: list[Product] = []
-
-    def call(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-        if products:
-            return products[0](x, bias)
-        y = run(x, p, bias, problem)  # tunes and compiles
-        config = autotune.tuned(family(traits), problem) or tabled(problem)
-        weight = {**arguments(p, traits), "outlier_args": ()}
-        products.append(Product(x, p.shape[0], bias is not None, weight, config, problem, x.dtype))
-        return y
-
-    return call
-
-
-class Product:
-    """The product with one weight, for x of one shape and dtype: everything but the tensors of a call."""
-
-    def __init__(
-        self,
-        x: Tensor,
-        n: int,
-        has_bias: bool,
-        weight: dict[str, Any],
-        config: configs.GemmConfig,
-        problem: Problem,
-        dtype: torch.dtype,
-        held: int = 0,
-    ) -> None:
-        """x may be some rows of the problem only. held: bytes of scratch memory that a call has taken already."""
-        from ...triton_kernels.weight_only import weight_only_gemm
-
-        m = x.shape[0]
-        blocks_n, blocks_m = -(-n // config.block_n), -(-m // config.block_m)
-        tiles = -(-weight["KP"] // (16 * 32 // weight["WIDTH"]))
-        # In how many shares K is summed goes by all rows of the problem, and so does each row's result.
-        counted = blocks_n if problem.batch_invariant else blocks_n * -(-problem.m // config.block_m)
-        shares = configs.shares_of(config, tiles, counted, processors(x.device))
-        split = split_of(shares, blocks_n * blocks_m, config, held)
-        self.shape, self.dtype, self.device = (m, n), dtype, x.device
-        self.elements = split * blocks_n * blocks_m * config.block_n * config.block_m if split > 1 else 0
-        self.unused = weight["qdata_ptr"]  # what is never read still needs an address
-        fixed = {
-            "M": m,
-            "HAS_BIAS": has_bias,
-            "UPCAST": x.dtype == torch.bfloat16 and interpreted(),
-            "POST_SCALE": config.post_scale,
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "SHARES": shares,
-            "SPLIT_K": split,
-            "GROUP_N": config.group_n,
-            "WARPS": config.num_warps,
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
-            **weight,
-        }
-        slots = ("x_ptr", "bias_ptr", "y_ptr", "partial_ptr", "counter_ptr")
-        self.launch = Launch(weight_only_gemm, (blocks_n * blocks_m, split), fixed, slots)
-
-    def __call__(self, x: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-        y = torch.empty(self.shape, dtype=self.dtype, device=self.device) if out is None else out
-        partial = counter = self.unused
-        if self.elements:
-            partial, counter = (
-                workspace.partials(self.elements, self.device),
-                workspace.counters(self.device),
-            )
-        bias = x if bias is None else bias.contiguous()
-        self.launch(x, bias, y, partial, counter)
-        return y
-
-
 def _launch(
     x: Tensor,
+    sparse_x: Tensor,
     y: Tensor,
     bias: Tensor | None,
     weight: dict[str, Any],
     config: configs.GemmConfig,
     problem: Problem,
     held: int = 0,
+    work: Work = NOW,
 ) -> None:
-    """The kernel on some rows of the problem. held: bytes of scratch memory taken already."""
-    Product(x, y.shape[1], bias is not None, weight, config, problem, y.dtype, held)(x, bias, y)
+    """The kernel on some rows of the problem. sparse_x: what outliers multiply. held: bytes of scratch memory
+    taken already."""
+    from ...triton_kernels.weight_only import weight_only_gemm
+
+    m, n = y.shape
+    blocks_n, blocks_m = -(-n // config.block_n), -(-m // config.block_m)
+    tiles = -(-weight["KP"] // (16 * 32 // weight["WIDTH"]))
+    # In how many shares K is summed goes by all rows of the problem, and so does each row's result.
+    counted = blocks_n if problem.batch_invariant else blocks_n * -(-problem.m // config.block_m)
+    shares = configs.shares_of(config, tiles, counted, processors(x.device))
+    split = split_of(shares, blocks_n * blocks_m, config, held)
+    partial = counter = weight["qdata_ptr"]  # what is never read still needs an address
+    if split > 1:
+        elements = split * blocks_n * blocks_m * config.block_n * config.block_m
+        partial = work.empty((elements,), torch.float32, x.device)
+        counter = workspace.counters(x.device)
+    fixed = {
+        "M": m,
+        "HAS_BIAS": bias is not None,
+        "UPCAST": x.dtype == torch.bfloat16 and interpreted(),
+        "POST_SCALE": config.post_scale,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "SHARES": shares,
+        "SPLIT_K": split,
+        "GROUP_N": config.group_n,
+        "WARPS": config.num_warps,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "outlier_args": (),
+        **weight,
+    }
+    slots = ("x_ptr", "sparse_x_ptr", "bias_ptr", "y_ptr", "partial_ptr", "counter_ptr")
+    launch = Launch(weight_only_gemm, (blocks_n * blocks_m, split), fixed, slots)
+    work.start(launch, x, sparse_x, x if bias is None else bias, y, partial, counter)
 
 
 def split_of(shares: int, blocks: int, config: configs.GemmConfig, held: int = 0) -> int:
@@ -280,23 +260,20 @@ def split_of(shares: int, blocks: int, config: configs.GemmConfig, held: int = 0
     return shares if needed <= workspace.BYTES and blocks <= workspace.MAX_BLOCKS else 1
 
 
-def _outliers(p: PackedWeight, x: Tensor, total: int) -> tuple[Any, ...]:
-    """What the kernel wants to know of them, with x in the order of its features. total: rows of the problem."""
-    m, k = x.shape
-    sparse = (p.storage["outlier.row_offsets"], p.storage["outlier.col_vals"])
-    if sparse[1].numel() == 0:
-        sparse = (sparse[0], sparse[0])  # an empty tensor has no address
-    return (*sparse, x, k, 1) if total < TRANSPOSE_ROWS else (*sparse, x.T.contiguous(), 1, m)
+def _outliers(p: PackedWeight) -> tuple[Tensor, Tensor]:
+    """Where they are, and what."""
+    offsets, values = p.storage["outlier.row_offsets"], p.storage["outlier.col_vals"]
+    return (offsets, values) if values.numel() else (offsets, offsets)  # an empty tensor has no address
 
 
-def _gathered(x: Tensor, perm: Tensor) -> Tensor:
+def _gathered(x: Tensor, perm: Tensor, work: Work) -> Tensor:
     """x (M, K) -> (M, KP) in kernel order, zeros where it is padded."""
     from ...triton_kernels.gather import gather_columns
 
     m, kp = x.shape[0], perm.numel()
-    y = torch.empty(m, kp, dtype=x.dtype, device=x.device)
-    with torch.cuda.device_of(x):
-        gather_columns[(m, -(-kp // 1024))](x, perm, y, x.shape[1], kp, BLOCK=1024)
+    y = work.empty((m, kp), x.dtype, x.device)
+    fixed = {"K": x.shape[1], "KP": kp, "BLOCK": 1024}
+    work.start(Launch(gather_columns, (m, -(-kp // 1024)), fixed, ("x_ptr", "perm_ptr", "y_ptr")), x, perm, y)
     return y
 
 
@@ -369,7 +346,8 @@ def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
                         "qdata_ptr": "*i32",
                         "qhigh_ptr": "*i32", "perm_ptr": "*i32", "table_ptr": "*i32",
                         "scaler_args": pointers, "partial_ptr": "*fp32", "counter_ptr": "*i32",
-                        "outlier_args": ("*i32", "*i32", pointer, "i32", "i32") if traits.outliers else (),
+                        "sparse_x_ptr": pointer,
+                        "outlier_args": ("*i32", "*i32", "i32", "i32") if traits.outliers else (),
                         "M": "i32", "N": "i32", "K": "i32", "KP": "i32",
                     },
                     constants={

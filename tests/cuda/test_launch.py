@@ -1,0 +1,165 @@
+"""Products that are recorded and replayed: the same results, and the calls that the extension is given."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+import qkernels as qk
+from bench import host
+from qkernels import dispatch
+from qkernels.backends.cuda.calls import WeightOnlyCall
+from qkernels.backends.cuda.eight_bit import EightBitCall, QuantizeCall
+from qkernels.backends.cuda.transforms import TransformCall
+from qkernels.backends.work import Recorded
+
+from ..conftest import DEVICE
+
+CASES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("gptq", {"bits": 4, "group_size": 64}),
+    ("gptq", {"bits": 3, "group_size": 64, "act_order": True}),
+    ("q4_k", {}),
+    ("spqr", {}),
+    ("quip", {"bits": 2}),
+    ("quip_sharp", {}),
+    ("w8a8", {}),
+    ("int8", {}),
+    ("fp8", {"activation": "dynamic", "granularity": "block"}),
+)
+cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
+
+
+def recorded(p: qk.PackedWeight) -> list[Recorded]:
+    return [plan.run for plan in p.plans.values() if isinstance(getattr(plan, "run", None), Recorded)]
+
+
+@pytest.mark.usefixtures("emulated", "poisoned")
+@cases
+@pytest.mark.parametrize("m", [1, 12])
+def test_replays_equal_runs(case: tuple[str, dict[str, Any]], m: int) -> None:
+    name, params = case
+    p = qk.quantize(torch.randn(40, 256), name, **params).to(DEVICE)
+    for call in range(4):
+        # The bias is not in x's dtype, so it is cast at each call.
+        x, bias = torch.randn(m, 256).bfloat16().to(DEVICE), torch.randn(40).to(DEVICE)
+        y = qk.matmul(x, p, bias, backend="cuda")
+        problem = dispatch.problem_of(p, m, x.dtype, x.device)
+        want = dispatch.select(problem, "cuda").run(x, p, bias, problem)
+        assert bool(want.isfinite().all())
+        assert torch.equal(y, want), f"call {call}"
+    (run,) = recorded(p)
+    # For many rows torch gathers x for act-order, and transposes it for outliers, which can't be replayed.
+    copied = m > 8 and ("act_order" in params or name == "spqr")
+    assert (run._replays[0] is None) == copied
+
+
+@pytest.mark.usefixtures("emulated", "poisoned")
+def test_rows_at_odd_addresses_are_copied_at_every_call() -> None:
+    p = qk.quantize(torch.randn(40, 256), "gptq", group_size=64).to(DEVICE)
+    for _ in range(4):
+        x = torch.randn(12 * 256 + 1).half().to(DEVICE)[1:].view(12, 256)
+        y = qk.matmul(x, p, backend="cuda")
+        assert torch.equal(y, qk.matmul(x.clone(), p, backend="cuda"))
+    (run,) = recorded(p)
+    assert run._replays[1] is None
+    assert run._replays[0] is not None
+
+
+def struct_of(name: str) -> type[Any]:
+    if name.startswith("weight_only"):
+        return WeightOnlyCall
+    return {"quantize_rows": QuantizeCall, "transform_rows": TransformCall}.get(name, EightBitCall)
+
+
+def values(call: Any) -> dict[str, Any]:
+    fields = {name: getattr(call, name) for name, _ in call._fields_ if name != "args"}
+    return fields | {f"args.{name}": getattr(call.args, name) for name, _ in call.args._fields_}
+
+
+@cases
+@pytest.mark.parametrize("m", [1, 12])
+def test_the_extension_is_given_the_same(
+    case: tuple[str, dict[str, Any]], m: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for the extension notes the calls: first, recorded, replayed, replayed."""
+    name, params = case
+    taken: list[tuple[str, dict[str, Any]]] = []
+    streams = iter(range(7, 100))
+
+    class Extension:
+        @staticmethod
+        def run(name: str, address: int) -> str:
+            call = struct_of(name).from_address(address)
+            assert call.size == ctypes.sizeof(call)
+            taken.append((name, values(call)))
+            return ""
+
+    from qkernels.backends import cuda
+
+    kernel = host.launcher_of("cuda", name, params, m)
+    assert kernel is not None
+    p = qk.quantize(torch.randn(64, 256), name, **params)
+    bias = torch.randn(64).half()
+    with host.null_extension(), host.only(kernel), torch.inference_mode():
+        monkeypatch.setattr(cuda.build, "extension", lambda: Extension)
+        monkeypatch.setattr(cuda, "stream_of", lambda index: next(streams))
+        calls = []
+        for _ in range(4):
+            taken.clear()
+            x = torch.randn(m, 256).half()
+            y = qk.matmul(x, p, bias)
+            ends = (taken[0][1]["args.x"], taken[-1][1]["args.y"], taken[-1][1]["args.bias"])
+            assert ends[1:] == (y.data_ptr(), bias.data_ptr())
+            # Where x is copied it is the copy that the kernel gets.
+            assert ends[0] == x.data_ptr() or (m > 8 and "act_order" in params)
+            calls.append(list(taken))
+    for call in calls[1:]:
+        for (name, first), (other, later) in zip(calls[0], call, strict=True):
+            assert name == other
+            for field, value in first.items():
+                if isinstance(value, int) and value > 2**20:
+                    assert later[field] > 2**20, f"{name}.{field}: an address"
+                elif field not in ("stream", "early"):
+                    assert later[field] == value, f"{name}.{field}"
+        assert all(fields["early"] for _, fields in call), "only the weight's first call has to wait"
+    assert not calls[0][0][1]["early"]
+    starts = [{fields["stream"] for _, fields in call} for call in calls]
+    assert all(stream >= {7} or min(stream) > 7 for stream in starts)
+    assert not starts[2] & starts[3], "a replay asks for the stream at each call"
+
+
+def test_threads_share_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls of other threads do not get into one's own call."""
+    from qkernels.backends import cuda
+
+    mine = threading.local()
+
+    class Extension:
+        @staticmethod
+        def run(name: str, address: int) -> str:
+            time.sleep(0)  # lets others run
+            mine.taken.append(values(struct_of(name).from_address(address)))
+            return ""
+
+    def check(number: int) -> None:
+        x = torch.randn(1, 256).half()
+        for _ in range(50):
+            mine.taken = []
+            y = qk.matmul(x, p)
+            quantize, product = mine.taken
+            assert (quantize["args.x"], product["args.y"]) == (x.data_ptr(), y.data_ptr())
+            assert quantize["args.codes"] == product["args.x"]
+            assert quantize["args.scale"] == product["args.x_scale"]
+
+    kernel = host.launcher_of("cuda", "w8a8", {})
+    p = qk.quantize(torch.randn(64, 256), "w8a8")
+    with host.null_extension(), host.only(kernel):
+        monkeypatch.setattr(cuda.build, "extension", lambda: Extension)
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(check, range(8)))
