@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from .early import let_next_begin, wait_for_last
+
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 GROUP = tl.constexpr(128)
@@ -124,6 +126,7 @@ def quantize_rows(
     eps, threshold, M, K, KP,
     INT8: tl.constexpr, SHARED: tl.constexpr, HAS_ZERO: tl.constexpr, OUTLIERS: tl.constexpr,
     NORM: tl.constexpr, GATED: tl.constexpr, NATIVE: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """x (M, K) -> codes q (M, KP), int8 or uint8 of E4M3, zeros beyond K, and their scales.
 
@@ -136,6 +139,8 @@ def quantize_rows(
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     CHUNK: tl.constexpr = min(BLOCK, 2048)  # flags summed up at a time
+    let_next_begin(EARLY)
+    wait_for_last(EARLY)
     row = tl.program_id(0)
     x_row = x_ptr + row.to(tl.int64) * K
     up_row = up_ptr + row.to(tl.int64) * K

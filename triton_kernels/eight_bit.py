@@ -24,6 +24,8 @@ import os
 import triton
 import triton.language as tl
 
+from .early import fetch, let_next_begin, wait_for_last
+
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 STEP = tl.constexpr(128)
 #: outlier columns of one 16-bit product
@@ -144,15 +146,16 @@ def eight_bit_gemm(
     HAS_BIAS: tl.constexpr, OUTLIERS: tl.constexpr, BY_ELEMENT: tl.constexpr,
     WIDEN: tl.constexpr, UPCAST: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHARES: tl.constexpr, SPLIT_K: tl.constexpr,
-    GROUP_N: tl.constexpr,
+    GROUP_N: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """x (M, KP) and weight (N, KP) codes, x16 (M, K) what x was, y (M, N); all row-major.
 
     KIND: of the weight's codes. BLOCKS: scales of 128-blocks, x_scale (groups, M). ONE_SCALE: x_scale
     is one number instead of (M). WIDEN: fp8 codes come as uint8 and are multiplied as float16, for GPUs
     without fp8. UPCAST: outliers in float32, for triton's interpreter, which takes bfloat16 for integers.
-    Grid: (blocks of N x blocks of M, SPLIT_K).
+    AHEAD: steps of W fetched before x is waited for (early.py). Grid: (blocks of N x blocks of M, SPLIT_K).
     """
+    let_next_begin(EARLY)
     # Programs that run together share rows of W and of x: GROUP_N blocks of N at a time.
     blocks_n = tl.cdiv(N, BLOCK_N)
     blocks_m = tl.cdiv(M, BLOCK_M)
@@ -171,6 +174,10 @@ def eight_bit_gemm(
     x_rows = x_ptr + m.to(tl.int64)[None, :] * KP
     steps = tl.cdiv(KP, STEP)
     share = tl.cdiv(steps, SHARES)
+    if EARLY and AHEAD > 0:
+        ahead = tl.minimum(tl.program_id(1) * share + tl.arange(0, AHEAD), steps - 1)
+        fetch(w_rows + ahead[None, :] * STEP)
+    wait_for_last(EARLY)
     if SHARES == SPLIT_K:
         begin = tl.program_id(1) * share
         acc = _accumulate(

@@ -3,10 +3,14 @@
 import triton
 import triton.language as tl
 
+from .early import let_next_begin, wait_for_last
+
 
 @triton.jit
-def gather_columns(x_ptr, perm_ptr, y_ptr, K, KP, BLOCK: tl.constexpr):
+def gather_columns(x_ptr, perm_ptr, y_ptr, K, KP, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """y[m, kk] = x[m, perm[kk]], 0 where perm is -1. x (M, K), y (M, KP). Grid: (M, blocks of KP)."""
+    let_next_begin(EARLY)
+    wait_for_last(EARLY)
     kk = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m = tl.program_id(0).to(tl.int64)
     k = tl.load(perm_ptr + kk, mask=kk < KP, other=-1)

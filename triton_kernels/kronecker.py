@@ -14,6 +14,8 @@ does not change a row's result.
 import triton
 import triton.language as tl
 
+from .early import let_next_begin, wait_for_last
+
 
 @triton.jit
 def _odd_bits(i):
@@ -56,7 +58,7 @@ def kronecker_rows(
     B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, ROWS: tl.constexpr, SYLVESTER: tl.constexpr,
     HAS_PRE: tl.constexpr, HAS_POST: tl.constexpr, HAS_BIAS: tl.constexpr,
     GATHERED: tl.constexpr, SCATTERED: tl.constexpr, VECTORS: tl.constexpr, TRANSPOSED: tl.constexpr,
-    MIDDLE: tl.constexpr,
+    MIDDLE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """x (M, n) and y (M, STRIDE) row-major, n = A0*C*A1*A2; pre, post, bias (n). Grid: (blocks of rows, C).
 
@@ -68,6 +70,8 @@ def kronecker_rows(
     """
     N: tl.constexpr = A0 * C * A1 * A2
     TOTAL: tl.constexpr = B0 * B1 * B2
+    let_next_begin(EARLY)
+    wait_for_last(EARLY)
     # (ROWS * B0 * B1, B2): the box as it lies in memory, without the axis c
     r = tl.arange(0, ROWS * B0 * B1)
     i0, i1, i2 = r // B1 % B0, r % B1, tl.arange(0, B2)

@@ -36,6 +36,8 @@ and with the same SHARES and block sizes along K not with the way of splitting o
 import triton
 import triton.language as tl
 
+from .early import fetch, let_next_begin, wait_for_last
+
 
 @triton.jit
 def _in_feature_order(value, BLOCK_N: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
@@ -178,16 +180,31 @@ def _sparse(args, x_ptr, s, rows, m, M, N, UPCAST: tl.constexpr, BLOCK_M: tl.con
     count = tl.load(offsets_ptr + rows + 1, mask=rows < N, other=0) - first
     x_rows = x_ptr + m.to(tl.int64)[None, :] * x_row
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for j in range(s, tl.max(count, axis=0), SHARES):
-        live = j < count
-        found = tl.load(col_vals_ptr + first + j, mask=live, other=0)
-        value = (found >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        at = (found & 0xFFFF).to(tl.int64) * x_column
-        x = tl.load(x_rows + at[:, None], mask=live[:, None] & (m < M)[None, :], other=0)
-        if UPCAST:
-            x = _widened(x)
-        acc += value[:, None] * x.to(tl.float32)
+    # Where an outlier's x lies only the outlier says. So several are on their way at a time, as many as
+    # registers hold; they are added one after another all the same.
+    AT_ONCE: tl.constexpr = 4 if BLOCK_M <= 16 else 2 if BLOCK_M <= 32 else 1
+    for j in range(s, tl.max(count, axis=0), SHARES * AT_ONCE):
+        found = (tl.load(col_vals_ptr + first + j, mask=j < count, other=0),)
+        for i in tl.static_range(1, AT_ONCE):
+            at = j + i * SHARES
+            found = found + (tl.load(col_vals_ptr + first + at, mask=at < count, other=0),)  # noqa: RUF005
+        x = (_outlier_x(x_rows, found[0], x_column, (j < count)[:, None] & (m < M)[None, :]),)
+        for i in tl.static_range(1, AT_ONCE):
+            live = (j + i * SHARES < count)[:, None] & (m < M)[None, :]
+            x = x + (_outlier_x(x_rows, found[i], x_column, live),)  # noqa: RUF005
+        for i in tl.static_range(AT_ONCE):
+            value = (found[i] >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            factor = x[i]
+            if UPCAST:
+                factor = _widened(factor)
+            acc += value[:, None] * factor.to(tl.float32)
     return acc
+
+
+@triton.jit
+def _outlier_x(x_rows, found, x_column, live):
+    """The features of x that outliers multiply, (BLOCK_N, BLOCK_M)."""
+    return tl.load(x_rows + ((found & 0xFFFF).to(tl.int64) * x_column)[:, None], mask=live, other=0)
 
 
 @triton.jit
@@ -241,12 +258,15 @@ def weight_only_gemm(
     INDEXED: tl.constexpr, HAS_BIAS: tl.constexpr, POST_SCALE: tl.constexpr, LAST_SCALE: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHARES: tl.constexpr, SPLIT_K: tl.constexpr,
     GROUP_N: tl.constexpr, WARPS: tl.constexpr, OUTLIERS: tl.constexpr,
+    AHEAD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """x (M, K) and y (M, N) row-major; see the module's docstring for the rest.
 
     INDEXED: x is gathered through perm. UPCAST: compute in float32, for triton's interpreter, which
-    takes bfloat16 for integers. Grid: (blocks of N x blocks of M, SPLIT_K).
+    takes bfloat16 for integers. AHEAD: tiles of W fetched before x is waited for (early.py).
+    Grid: (blocks of N x blocks of M, SPLIT_K).
     """
+    let_next_begin(EARLY)
     # Programs that run together share rows of W and columns of x: GROUP_N blocks of N at a time.
     blocks_n = tl.cdiv(N, BLOCK_N)
     blocks_m = tl.cdiv(M, BLOCK_M)
@@ -260,6 +280,12 @@ def weight_only_gemm(
     m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     tiles = tl.cdiv(KP, 16 * (32 // WIDTH))
     share = tl.cdiv(tiles, SHARES)
+    if EARLY and AHEAD > 0:
+        # A tile of the block's rows is BLOCK_N * 64 bytes in one piece: lines of 32 words.
+        ahead = tl.minimum(tl.program_id(1) * share + tl.arange(0, AHEAD), tiles - 1)
+        line = tl.minimum(pid_n * BLOCK_N * 16 + tl.arange(0, BLOCK_N // 2) * 32, N * 16 - 1)
+        fetch(qdata_ptr + (ahead.to(tl.int64) * N * 16)[:, None] + line[None, :])
+    wait_for_last(EARLY)
     if SHARES == SPLIT_K:
         begin = tl.program_id(1) * share
         acc = _accumulate(

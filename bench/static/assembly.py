@@ -20,6 +20,11 @@ _WARP = r"[HIQO]MMA"
 _NATIVE = {90: r"[HIQ]GMMA", 100: r"UTC[HIQO]MMA", 103: r"UTC[HIQO]MMA", 110: r"UTC[HIQO]MMA"}
 _SASS_TENSOR = re.compile(r"(UTC)?[DHIQO]G?MMA")
 _PTX_TENSOR = re.compile(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma")
+#: what griddepcontrol.wait becomes, and accesses to global memory but for prefetches
+_SASS_WAIT = "ACQBULK"
+_SASS_GLOBAL = re.compile(
+    r"(LDG|LDGSTS|LD|STG|ST|ATOM|ATOMG|RED|REDG|UBLKCP|UBLKRED|UTMALDG|UTMASTG|UTMAREDG)$"
+)
 _SASS_LOAD = re.compile(r"LDG|UBLKCP|UTMALDG")
 #: a bulk copy (TMA) moves whole lines
 BULK_BYTES = 128
@@ -189,6 +194,15 @@ def tensor_core(code: list[Instruction]) -> str | None:
     """The tensor-core instruction that occurs most, with its suffixes."""
     counts = Counter(found.opcode for found in code if _is_tensor(found))
     return counts.most_common(1)[0][0] if counts else None
+
+
+def too_early(program: Program) -> str | None:
+    """What SASS of a kernel that starts early (triton_kernels/early.py) does before it has waited, and must not."""
+    waits = [i for i, found in enumerate(program.instructions) if found.name == _SASS_WAIT]
+    if not waits:
+        return "no wait for the kernel before"
+    before = program.instructions[: waits[0]]
+    return next((found.opcode for found in before if _SASS_GLOBAL.match(found.name)), None)
 
 
 def is_native(opcode: str, arch: int) -> bool:

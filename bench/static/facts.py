@@ -36,7 +36,7 @@ class Facts:
     held back by `limit`. loads: pointer argument -> bytes of the widest load through it; weight_load: the
     narrowest of those among the weight's. steps: how often the main loop is unrolled. loop: opcode ->
     count in the main loop. per_weight: instructions all threads of a block execute in one step, per
-    weight decoded in it.
+    weight decoded in it. too_early: an access to memory before the wait for the last kernel.
     """
 
     family: str
@@ -62,6 +62,7 @@ class Facts:
     loop_instructions: int = 0
     loop: dict[str, int] = field(default_factory=dict)
     per_weight: float | None = None
+    too_early: str | None = None
 
     @property
     def name(self) -> str:
@@ -80,6 +81,8 @@ def failures(facts: Facts) -> list[str]:
         found.append(f"needs {facts.shared} bytes of shared memory, a block may have {limit}")
     elif facts.blocks == 0:
         found.append(f"no block fits on a multiprocessor: too many {facts.limit}")
+    if facts.too_early:
+        found.append(f"starts before the last kernel is done, and then: {facts.too_early}")
     if facts.needs_tensor_core:
         if facts.tensor_core is None:
             found.append("has no tensor-core instruction")
@@ -128,6 +131,8 @@ def facts_of(family: str, job: CompileJob, keep: Path | None = None) -> Facts:
     facts.blocks, facts.warps, facts.limit = fit
 
     program, source = assembly.sass(sass_text), assembly.ptx(kernel.asm["ptx"])
+    if job.constants.get("EARLY"):
+        facts.too_early = assembly.too_early(program)
     loop = assembly.main_loop(program)
     facts.tensor_core = assembly.tensor_core(loop) or assembly.tensor_core(program.instructions)
     facts.steps = assembly.steps(loop, assembly.main_loop(source))

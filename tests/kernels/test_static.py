@@ -101,6 +101,7 @@ def test_good_facts_pass() -> None:
         ({"arch": 100}, "only HGMMA"),
         ({"arch": 80}, "only HGMMA"),
         ({"blocks": 0, "limit": "registers"}, "too many registers"),
+        ({"too_early": "LDG.E"}, "starts before the last kernel is done, and then: LDG.E"),
         ({"error": "PTXASError: no"}, "does not compile: PTXASError"),
     ],
 )
@@ -208,6 +209,18 @@ def test_loads_of_ptx() -> None:
     program = assembly.ptx(PTX)
     assert assembly.load_bytes(program) == {0: 16, 1: 8}
     assert len(assembly.main_loop(program)) == 8
+
+
+def test_what_comes_before_the_wait() -> None:
+    def code(*opcodes: str) -> assembly.Program:
+        return assembly.sass(
+            "\n".join(f"        /*{i:04x}*/ {opcode} R0, R2 ;" for i, opcode in enumerate(opcodes))
+        )
+
+    assert assembly.too_early(code("S2R", "CCTL.E.PF2", "LDC", "ACQBULK", "LDG.E", "STG.E")) is None
+    for opcode in ("LDG.E.128", "STG.E", "ATOMG.E.ADD", "LDGSTS.E.BYPASS.128", "UTMALDG.2D"):
+        assert assembly.too_early(code("S2R", opcode, "ACQBULK", "LDG.E")) == opcode
+    assert assembly.too_early(code("S2R", "LDG.E")) == "no wait for the kernel before"
 
 
 def test_unrolled_steps() -> None:

@@ -14,7 +14,7 @@ from ...layouts import eight_bit as layout
 from ..work import NOW, Recorded, Work
 from . import autotune, configs, interpreted, workspace
 from .jobs import CompileJob
-from .launch import Launch, Replay
+from .launch import Launch, Replay, ahead, early
 from .weight_only import processors, split_of
 
 if TYPE_CHECKING:
@@ -148,6 +148,7 @@ def quantize(
         "NATIVE": has_fp8(problem.capability) and not interpreted(),
         "BLOCK": block,
         "num_warps": row_warps(block),
+        **early(device),
     }
     slots = (
         "x_ptr", "up_ptr", "q_ptr", "scale_ptr", "norm_ptr", "normed_ptr", "columns_ptr", "counter_ptr",
@@ -294,6 +295,8 @@ def _launch(
         "GROUP_N": config.group_n,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        "AHEAD": ahead(config.block_m),
+        **early(y.device),
     }
     launch = Launch(eight_bit_gemm, (blocks_n * blocks_m, split), fixed, tuple(calls))
     work.start(launch, *calls.values())
@@ -390,6 +393,8 @@ def _product_job(
             "SHARES": shares,
             "SPLIT_K": shares,
             "GROUP_N": config.group_n,
+            "AHEAD": ahead(config.block_m),
+            "EARLY": arch >= 90,
         },
         aligned=("x_ptr", "weight_ptr", "x_scale_ptr", "w_scale_ptr", "x16_ptr", "y_ptr", "N", "K", "KP"),
         num_warps=config.num_warps,
@@ -433,6 +438,7 @@ def _quantize_job(
             "GATED": gated,
             "NATIVE": has_fp8(problem.capability),
             "BLOCK": block,
+            "EARLY": arch >= 90,
         },
         aligned=("x_ptr", "q_ptr", "norm_ptr", "normed_ptr", "K", "KP"),
         num_warps=row_warps(block),

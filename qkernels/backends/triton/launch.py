@@ -8,6 +8,7 @@ compiled kernels and their lists of arguments are kept, and a call only puts the
 from __future__ import annotations
 
 import importlib
+import os
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +16,27 @@ import torch
 from torch import Tensor
 
 from ..work import Recording, Y, view
+
+#: rows of x up to which a program fetches its first AHEAD_TILES of weights before it waits for x: where the
+#: weights' bytes are what a product waits for
+AHEAD_ROWS, AHEAD_TILES = 64, 4
+
+
+@lru_cache(maxsize=64)
+def early(device: torch.device) -> dict[str, bool]:
+    """Arguments with which a kernel starts before the one before it is done, where GPUs can (triton_kernels/early.py).
+
+    QKERNELS_EARLY=0 in the environment turns that off.
+    """
+    if device.type != "cuda" or os.environ.get("QKERNELS_EARLY", "1") == "0":
+        return {"EARLY": False}
+    capable = torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"EARLY": True, "launch_pdl": True} if capable else {"EARLY": False}
+
+
+def ahead(block_m: int) -> int:
+    """The kernels' AHEAD."""
+    return AHEAD_TILES if block_m <= AHEAD_ROWS else 0
 
 
 class Launch:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...layouts.weight_only import tile_features
 from ..work import NOW, Work
 from .jobs import CompileJob
-from .launch import Launch
+from .launch import Launch, early
 
 #: features a program holds: so many that two tf32 copies fit in shared memory everywhere, ...
 LARGEST_BOX = 4096
@@ -106,6 +106,7 @@ def _launch(
         "VECTORS": vectors,
         "TRANSPOSED": transposed,
         "num_warps": warps,
+        **early(x.device),
     }
     launch = Launch(kronecker_rows, (-(-m // options["ROWS"]), options["C"]), fixed, _SLOTS)
     work.start(launch, x, y, *(x if t is None else t for t in (pre, post, bias, gather, scatter)), *factors)
@@ -176,7 +177,7 @@ def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
                         **options,
                         "HAS_PRE": before, "HAS_POST": not before, "HAS_BIAS": not before,
                         "GATHERED": before and permuted, "SCATTERED": not before and permuted,
-                        "VECTORS": before and not permuted, "TRANSPOSED": before,
+                        "VECTORS": before and not permuted, "TRANSPOSED": before, "EARLY": arch >= 90,
                     },
                     aligned=("x_ptr", "y_ptr", "pre_ptr", "post_ptr", "bias_ptr", "STRIDE"),
                     num_warps=warps,

@@ -14,7 +14,7 @@ from ...layouts import weight_only as layout
 from ..work import NOW, Recorded, Work
 from . import autotune, configs, interpreted, transforms, workspace
 from .jobs import CompileJob
-from .launch import Launch, Replay
+from .launch import Launch, Replay, ahead, early
 
 if TYPE_CHECKING:
     from ...dispatch import Problem
@@ -244,6 +244,8 @@ def _launch(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         "outlier_args": (),
+        "AHEAD": ahead(config.block_m),
+        **early(x.device),
         **weight,
     }
     slots = ("x_ptr", "sparse_x_ptr", "bias_ptr", "y_ptr", "partial_ptr", "counter_ptr")
@@ -272,7 +274,7 @@ def _gathered(x: Tensor, perm: Tensor, work: Work) -> Tensor:
 
     m, kp = x.shape[0], perm.numel()
     y = work.empty((m, kp), x.dtype, x.device)
-    fixed = {"K": x.shape[1], "KP": kp, "BLOCK": 1024}
+    fixed = {"K": x.shape[1], "KP": kp, "BLOCK": 1024, **early(x.device)}
     work.start(Launch(gather_columns, (m, -(-kp // 1024)), fixed, ("x_ptr", "perm_ptr", "y_ptr")), x, perm, y)
     return y
 
@@ -361,6 +363,8 @@ def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
                         "SPLIT_K": shares,
                         "GROUP_N": config.group_n,
                         "WARPS": config.num_warps,
+                        "AHEAD": ahead(config.block_m),
+                        "EARLY": arch >= 90,
                     },
                     aligned=("x_ptr", "qdata_ptr", "qhigh_ptr", "perm_ptr", "y_ptr", "N", "K", "KP"),
                     num_warps=config.num_warps,
