@@ -126,33 +126,47 @@ def _finish_real(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _split_byte(words, high, table, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """8-bit codes; those of bfloat16, whose mantissa is too short for the trick, go by way of float32."""
+    """8-bit codes, in bfloat16 less 128: its mantissa has 7 bits, so the top bit of a code comes as another
+    number to take off,
+
+        code < 128:  (128 + code)       - 256        code >= 128:  (128 + code - 128) - 128
+    """
     if DTYPE == tl.float16:
         return _split_linear(words, high, table, BITS, DTYPE)
     else:
         pair = _pairs(words, high, BITS)
-        low = (pair & 0xFF | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-        odd = (pair >> 16 | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-        return low.to(DTYPE), odd.to(DTYPE)
+        low, odd = _halves((pair & 0x007F007F) | 0x43004300, DTYPE)
+        from_low, from_odd = _halves((pair & 0x00800080) ^ 0x43804380, DTYPE)  # 256 or 128
+        if INTERPRETED:  # it takes bfloat16 for integers
+            low, odd = _widened(low) - _widened(from_low), _widened(odd) - _widened(from_odd)
+            return low.to(DTYPE), odd.to(DTYPE)
+        else:
+            return low - from_low, odd - from_odd
+
+
+@triton.jit
+def _widened(value):
+    """bfloat16 -> float32 by its bits."""
+    return (value.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _finish_byte(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    OFFSET: tl.constexpr = 1024.0 if DTYPE == tl.float16 else 0.0
+    OFFSET: tl.constexpr = 1024.0 if DTYPE == tl.float16 else -128.0
     return value - (zero + OFFSET).to(value.dtype)
 
 
 @triton.jit
 def _finish_centered(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
     """Takes off the middle of the codes, whatever `zero` is."""
-    MAGIC: tl.constexpr = 1024.0 if DTYPE == tl.float16 else (0.0 if BITS == 8 else 128.0)
+    MAGIC: tl.constexpr = 1024.0 if DTYPE == tl.float16 else (-128.0 if BITS == 8 else 128.0)
     return value - (MAGIC + (1 << (BITS - 1)))
 
 
 @triton.jit
 def _finish_counted(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
     """The code itself."""
-    MAGIC: tl.constexpr = 1024.0 if DTYPE == tl.float16 else (0.0 if BITS == 8 else 128.0)
+    MAGIC: tl.constexpr = 1024.0 if DTYPE == tl.float16 else 128.0  # of 5 bits at most
     return value - MAGIC
 
 

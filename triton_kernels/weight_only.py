@@ -13,9 +13,23 @@ The K loop walks the tiles of qkernels/layouts/weight_only.py: one load of (BLOC
 shift and mask -> DECODER -> one dot over the tile's features. Scales go where they cost least:
 
     LAST_SCALE  acc = scale * sum of dot(value, x)   one scale for all of a row
+    FOLDED      acc += scale * dot(value, x')    very few columns: see below
     POST_SCALE  acc += scale * dot(value, x)     few columns: one multiply-add per group and output,
                                                  one dot for each of up to 4 groups of the tile
     otherwise   acc += dot(round(value * scale), x)          many columns: one multiply per weight
+
+FOLDED: a dot has at least 16 columns. Where x has fewer, the others take what is scaled differently: of a tile
+with 4 groups of features (runs) and x of up to 4 rows, column 4 * run + m is row m of x with zeros for the
+features of other runs, so that one dot gives the product of each run apart,
+
+      features        m = 0 1 2 3 | 0 1 2 3 | 0 1 2 3 | 0 1 2 3
+      of run 0            x x x x     .         .         .
+      of run 1            .           x x x x   .         .         . : zeros
+      of run 2            .           .         x x x x   .
+      of run 3            .           .         .         x x x x
+
+and the columns of a row of x are added up once, at the end. Zero points and minimums take the sum of x over the
+run with them, which a dot of ones with x' has ready in the same registers.
 
 Order of the rows: a warp's 16-byte loads cover 8 rows, and its half of a tensor-core tile is 16 rows,
 8 apart in registers. So that the words land where the dot wants them, memory row (t, h, w, q) of the
@@ -75,7 +89,7 @@ def _accumulate(
     BITS: tl.constexpr, WIDTH: tl.constexpr, HIGH: tl.constexpr, STEP: tl.constexpr,
     SPLIT: tl.constexpr, FINISH: tl.constexpr, SCALER: tl.constexpr,
     GROUP: tl.constexpr, ROW_RUN: tl.constexpr, RUN: tl.constexpr, LOOKUP: tl.constexpr, MINUS: tl.constexpr,
-    INDEXED: tl.constexpr, POST_SCALE: tl.constexpr, LAST_SCALE: tl.constexpr, UPCAST: tl.constexpr,
+    ZERO: tl.constexpr, FOLDED: tl.constexpr, INDEXED: tl.constexpr, POST_SCALE: tl.constexpr, LAST_SCALE: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WARPS: tl.constexpr, OUTLIERS: tl.constexpr,
     SHARES: tl.constexpr,
 ):  # fmt: skip
@@ -117,16 +131,47 @@ def _accumulate(
 
         first = tile * TILE
         if LAST_SCALE:
-            x = _columns(x_rows, perm_ptr, first + tl.arange(0, TILE), m < M, K, KP, INDEXED)
+            x = _columns(x_rows, perm_ptr, first + tl.arange(0, TILE), (m < M)[None, :], K, KP, INDEXED)
             if UPCAST:
                 value, x = _widened(value), _widened(x)
             value = FINISH(value, tl.zeros((BLOCK_N, 1), dtype=tl.float32), BITS, DTYPE)
             acc = tl.dot(value.to(x.dtype), x, acc, input_precision="ieee")
+        elif FOLDED:
+            run = tl.arange(0, BLOCK_M) // (BLOCK_M // RUNS)
+            kk = first + tl.arange(0, TILE)
+            live = (m < M)[None, :] & ((tl.arange(0, TILE) // RUN)[:, None] == run[None, :])
+            x = _columns(x_rows, perm_ptr, kk, live, K, KP, INDEXED)
+            scale, zero = SCALER(
+                scaler_args,
+                rows,
+                rows < N,
+                first + tl.arange(0, RUNS) * RUN,
+                N,
+                K,
+                KP,
+                GROUP,
+                ROW_RUN,
+                LOOKUP,
+            )
+            scale = _repeated(scale.to(tl.float32), BLOCK_N, BLOCK_M, RUNS)
+            if UPCAST:
+                value, x = _widened(value), _widened(x)
+            value = FINISH(value, tl.zeros((BLOCK_N, 1), dtype=tl.float32), BITS, DTYPE).to(x.dtype)
+            part = tl.dot(value, x, input_precision="ieee")
+            if MINUS or ZERO:
+                # Every row of this is the sum of x over the run.
+                total = tl.dot(tl.full((BLOCK_N, TILE), 1.0, x.dtype), x, input_precision="ieee")
+                zero = _repeated(zero.to(tl.float32), BLOCK_N, BLOCK_M, RUNS)
+                if ZERO:
+                    part -= zero * total
+                else:
+                    acc -= zero * total
+            acc += scale * part
         elif POST_SCALE and RUNS <= 4:
             parts = _cut(value, BLOCK_N, TILE, RUNS)
             for part in tl.static_range(RUNS):
                 kk = first + part * RUN
-                x = _columns(x_rows, perm_ptr, kk + tl.arange(0, RUN), m < M, K, KP, INDEXED)
+                x = _columns(x_rows, perm_ptr, kk + tl.arange(0, RUN), (m < M)[None, :], K, KP, INDEXED)
                 scale, zero = SCALER(
                     scaler_args, rows, rows < N, kk + tl.arange(0, 1), N, K, KP, GROUP, ROW_RUN, LOOKUP
                 )
@@ -138,7 +183,7 @@ def _accumulate(
                 if MINUS:
                     acc -= zero * tl.sum(x.to(tl.float32), axis=0)[None, :]
         else:
-            x = _columns(x_rows, perm_ptr, first + tl.arange(0, TILE), m < M, K, KP, INDEXED)
+            x = _columns(x_rows, perm_ptr, first + tl.arange(0, TILE), (m < M)[None, :], K, KP, INDEXED)
             scale, zero = SCALER(
                 scaler_args,
                 rows,
@@ -164,6 +209,8 @@ def _accumulate(
         scale, zero = SCALER(scaler_args, rows, rows < N, tl.arange(0, 1), N, K, KP, GROUP, ROW_RUN, LOOKUP)
         acc *= scale.to(tl.float32)
     if OUTLIERS:
+        if FOLDED:  # once for each column of y
+            m = tl.where(tl.arange(0, BLOCK_M) < BLOCK_M // RUNS, m, M)
         acc += _sparse(outlier_args, sparse_x_ptr, s, rows, m, M, N, UPCAST, BLOCK_M, BLOCK_N, SHARES)
     return acc
 
@@ -208,6 +255,13 @@ def _outlier_x(x_rows, found, x_column, live):
 
 
 @triton.jit
+def _repeated(value, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, RUNS: tl.constexpr):
+    """(BLOCK_N, RUNS) -> (BLOCK_N, BLOCK_M), to all columns of a run."""
+    value = tl.broadcast_to(value[:, :, None], (BLOCK_N, RUNS, BLOCK_M // RUNS))
+    return value.reshape(BLOCK_N, BLOCK_M)
+
+
+@triton.jit
 def _cut(value, BLOCK_N: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr):
     """(BLOCK_N, TILE) -> tuple of RUNS (at most 4) tiles of neighbouring features."""
     if RUNS == 1:
@@ -222,15 +276,15 @@ def _cut(value, BLOCK_N: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr):
 
 
 @triton.jit
-def _columns(x_rows, perm_ptr, kk, m_mask, K, KP, INDEXED: tl.constexpr):
-    """x^T (features kk in kernel order, BLOCK_M), 0 where there is none."""
+def _columns(x_rows, perm_ptr, kk, wanted, K, KP, INDEXED: tl.constexpr):
+    """x^T (features kk in kernel order, BLOCK_M), 0 where there is none, or `wanted` is false."""
     if INDEXED:
         k = tl.load(perm_ptr + kk, mask=kk < KP, other=-1)
         live = k >= 0
     else:
         k = kk
         live = kk < K
-    return tl.load(x_rows + k[:, None], mask=live[:, None] & m_mask[None, :], other=0)
+    return tl.load(x_rows + k[:, None], mask=live[:, None] & wanted, other=0)
 
 
 @triton.jit
@@ -255,7 +309,7 @@ def weight_only_gemm(
     BITS: tl.constexpr, WIDTH: tl.constexpr, HIGH: tl.constexpr, STEP: tl.constexpr,
     SPLIT: tl.constexpr, FINISH: tl.constexpr, SCALER: tl.constexpr,
     GROUP: tl.constexpr, ROW_RUN: tl.constexpr, RUN: tl.constexpr, LOOKUP: tl.constexpr, MINUS: tl.constexpr,
-    INDEXED: tl.constexpr, HAS_BIAS: tl.constexpr, POST_SCALE: tl.constexpr, LAST_SCALE: tl.constexpr, UPCAST: tl.constexpr,
+    ZERO: tl.constexpr, FOLDED: tl.constexpr, INDEXED: tl.constexpr, HAS_BIAS: tl.constexpr, POST_SCALE: tl.constexpr, LAST_SCALE: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHARES: tl.constexpr, SPLIT_K: tl.constexpr,
     GROUP_N: tl.constexpr, WARPS: tl.constexpr, OUTLIERS: tl.constexpr,
     AHEAD: tl.constexpr, EARLY: tl.constexpr,
@@ -277,7 +331,11 @@ def weight_only_gemm(
     pid_m = pid % (GROUP_N * blocks_m) // together
 
     r = tl.arange(0, BLOCK_N)
-    m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    if FOLDED:
+        RUNS: tl.constexpr = 16 * (32 // WIDTH) // RUN
+        m = tl.arange(0, BLOCK_M) % (BLOCK_M // RUNS)
+    else:
+        m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     tiles = tl.cdiv(KP, 16 * (32 // WIDTH))
     share = tl.cdiv(tiles, SHARES)
     if EARLY and AHEAD > 0:
@@ -292,7 +350,7 @@ def weight_only_gemm(
             begin, tl.minimum(begin + share, tiles), tl.program_id(1), outlier_args, sparse_x_ptr,
             x_ptr, qdata_ptr, qhigh_ptr, perm_ptr, table_ptr, scaler_args, pid_n, m, M, N, K, KP,
             BITS, WIDTH, HIGH, STEP, SPLIT, FINISH, SCALER,
-            GROUP, ROW_RUN, RUN, LOOKUP, MINUS, INDEXED, POST_SCALE, LAST_SCALE, UPCAST,
+            GROUP, ROW_RUN, RUN, LOOKUP, MINUS, ZERO, FOLDED, INDEXED, POST_SCALE, LAST_SCALE, UPCAST,
             BLOCK_M, BLOCK_N, WARPS, OUTLIERS, SHARES,
         )  # fmt: skip
     else:
@@ -302,7 +360,7 @@ def weight_only_gemm(
                 s * share, tl.minimum(s * share + share, tiles), s, outlier_args, sparse_x_ptr,
                 x_ptr, qdata_ptr, qhigh_ptr, perm_ptr, table_ptr, scaler_args, pid_n, m, M, N, K, KP,
                 BITS, WIDTH, HIGH, STEP, SPLIT, FINISH, SCALER,
-            GROUP, ROW_RUN, RUN, LOOKUP, MINUS, INDEXED, POST_SCALE, LAST_SCALE, UPCAST,
+            GROUP, ROW_RUN, RUN, LOOKUP, MINUS, ZERO, FOLDED, INDEXED, POST_SCALE, LAST_SCALE, UPCAST,
                 BLOCK_M, BLOCK_N, WARPS, OUTLIERS, SHARES,
             )  # fmt: skip
 
@@ -322,7 +380,13 @@ def weight_only_gemm(
                 acc += tl.load(partial_ptr + theirs + inside, cache_modifier=".cg")
     if last:
         rows = pid_n * BLOCK_N + _memory_row(r, BLOCK_N, WARPS)
+        if FOLDED:
+            found = tl.sum(acc.reshape(BLOCK_N, RUNS, BLOCK_M // RUNS), axis=1)
+            columns = tl.arange(0, BLOCK_M // RUNS)
+        else:
+            found = acc
+            columns = m
         if HAS_BIAS:
-            acc += tl.load(bias_ptr + rows, mask=rows < N, other=0).to(tl.float32)[:, None]
-        y = y_ptr + m.to(tl.int64)[None, :] * N + rows[:, None]
-        tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=(rows < N)[:, None] & (m < M)[None, :])
+            found += tl.load(bias_ptr + rows, mask=rows < N, other=0).to(tl.float32)[:, None]
+        y = y_ptr + columns.to(tl.int64)[None, :] * N + rows[:, None]
+        tl.store(y, found.to(y_ptr.dtype.element_ty), mask=(rows < N)[:, None] & (columns < M)[None, :])

@@ -44,6 +44,40 @@ def test_every_format(name: str, params: dict[str, object]) -> None:
     assert p.layout == "weight_only"
 
 
+@pytest.mark.parametrize(
+    ("name", "params", "rows"),
+    [
+        ("nf4", {"block_size": 64}, 8),
+        ("q4_k", {}, 4),  # minimums
+        ("gptq", {"bits": 4, "group_size": 32, "act_order": True}, 4),  # zero points
+        ("gptq", {"bits": 2, "group_size": 128}, 8),
+        ("q6_k", {}, 2),
+        ("q2_k", {}, 1),
+        (
+            "spqr",
+            {"bits": 4},
+            2,
+        ),  # zero points that are no integers, and outliers, which are to be added once
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+@dtypes
+def test_runs_in_columns_of_their_own(
+    name: str, params: dict[str, object], rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to so many rows; batch-invariant mode and more rows sum in the other order."""
+    from qkernels.backends.triton import weight_only
+
+    p, bias = packed(name, params, 72, k_of(name, 640), dtype)
+    seen, real = [], weight_only.folded
+    monkeypatch.setattr(weight_only, "folded", lambda *a: seen.append(real(*a)) or seen[-1])
+    for m in {1, rows, rows + 1}:
+        assert_right(p, bias, m, dtype)
+        assert seen.pop() == (m <= rows), m
+    qk.matmul(torch.randn(1, p.shape[1]).to(dtype).to(DEVICE), p, backend="triton", batch_invariant=True)
+    assert not seen.pop()
+
+
 ODD = [
     # K that ends inside a tile and inside a slice, N that ends inside a block, blocks across rows.
     ("gptq", {"bits": 4, "group_size": -1}, 40, 88),

@@ -77,6 +77,7 @@ def constants(
         "RUN": layout.scale_run(traits, shape[1], lookup=lookup),
         "LOOKUP": lookup,
         "MINUS": traits.scaler in scalers.MINUS,
+        "ZERO": traits.scaler in scalers.ZERO,
         "LAST_SCALE": traits.scaler == "scale" and traits.group_size >= shape[1],
         "INDEXED": indexed,
         "OUTLIERS": traits.outliers,
@@ -244,6 +245,7 @@ def _launch(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         "outlier_args": (),
+        "FOLDED": folded(weight, config, problem),
         "AHEAD": ahead(config.block_m),
         **early(x.device),
         **weight,
@@ -251,6 +253,16 @@ def _launch(
     slots = ("x_ptr", "sparse_x_ptr", "bias_ptr", "y_ptr", "partial_ptr", "counter_ptr")
     launch = Launch(weight_only_gemm, (blocks_n * blocks_m, split), fixed, slots)
     work.start(launch, x, sparse_x, x if bias is None else bias, y, partial, counter)
+
+
+def folded(weight: dict[str, Any], config: configs.GemmConfig, problem: Problem) -> bool:
+    """Whether the runs of a tile go to columns of their own: where those that x leaves free suffice.
+
+    Not in batch-invariant mode: it sums in another order.
+    """
+    runs = 16 * 32 // weight["WIDTH"] // weight["RUN"]
+    fits = runs > 1 and problem.m * runs <= config.block_m
+    return fits and config.post_scale and not weight["LAST_SCALE"] and not problem.batch_invariant
 
 
 def split_of(shares: int, blocks: int, config: configs.GemmConfig, held: int = 0) -> int:
@@ -336,6 +348,7 @@ def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
                 config = tabled(problem)
                 traits = traits_of(problem)
                 indexed = bool(params.get("act_order")) and m < GATHER_ROWS
+                fixed = constants(traits, _JOB_SHAPE, lookup=False, indexed=indexed)
                 shares = 4 if config.shares == 0 else config.shares
                 pointer = "*" + dtype
                 yield CompileJob(
@@ -353,7 +366,7 @@ def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
                         "M": "i32", "N": "i32", "K": "i32", "KP": "i32",
                     },
                     constants={
-                        **constants(traits, _JOB_SHAPE, lookup=False, indexed=indexed),
+                        **fixed,
                         "HAS_BIAS": True,
                         "UPCAST": False,
                         "POST_SCALE": config.post_scale,
@@ -363,6 +376,7 @@ def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
                         "SPLIT_K": shares,
                         "GROUP_N": config.group_n,
                         "WARPS": config.num_warps,
+                        "FOLDED": folded(fixed, config, problem),
                         "AHEAD": ahead(config.block_m),
                         "EARLY": arch >= 90,
                     },
