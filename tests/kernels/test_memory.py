@@ -107,9 +107,9 @@ def extra_bytes(run: Any, p: qk.PackedWeight, m: int, invariant: bool) -> int:
 @pytest.fixture(scope="module")
 def weights() -> dict[str, qk.PackedWeight]:
     made = {}
-    for name, params in COPYING:
+    for name, params in COPYING + BY_COLUMNS:
         p = qk.quantize(torch.randn(128, k_of(name, 512)), name, **params)
-        made[case_id((name, params))] = p.prepack_("eight_bit" if name in ("w8a8", "fp8") else "weight_only")
+        made[case_id((name, params))] = p.prepack_(qk.formats.get(name).kernel_layout(p.params))
     return made
 
 
@@ -135,12 +135,14 @@ def test_triton_stays_within_32_mb(
 
 def cuda_kernels(name: str) -> list[str]:
     """Those that may copy x. The GEMV takes many rows in batch-invariant mode only, and copies by itself."""
-    if name in ("w8a8", "fp8"):
+    if name in ("w8a8", "fp8", "int8"):
         return ["eight_bit"]
     return ["gemv", "gemm"] if name.startswith("quip") else ["gemm", "hopper"]
 
 
-CUDA = [(*case, kernel) for case in COPYING for kernel in cuda_kernels(case[0])]
+#: where Triton's kernel takes all rows at once, and CUDA's finds the outlier columns first
+BY_COLUMNS: list[tuple[str, dict[str, object]]] = [("int8", {})]
+CUDA = [(*case, kernel) for case in COPYING + BY_COLUMNS for kernel in cuda_kernels(case[0])]
 CUDA_RUN = {
     "eight_bit": cuda_eight_bit.run, "gemv": cuda_gemv.run, "gemm": cuda_gemm.run, "hopper": hopper.run
 }  # fmt: skip
