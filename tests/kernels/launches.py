@@ -16,6 +16,10 @@ KERNELS = (
     ("kronecker", "kronecker_rows"),
     ("activations", "quantize_rows"),
     ("activations", "outlier_columns"),
+    *(
+        ("experts", name)
+        for name in ("sort_slots", "experts_weight_only", "experts_eight_bit", "gate", "combine")
+    ),
 )
 
 
