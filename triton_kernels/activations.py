@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from .launchable import kernel
+
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 GROUP = tl.constexpr(128)
@@ -154,7 +156,7 @@ def _list_columns(columns_ptr, counter_ptr, M, K, BLOCK: tl.constexpr):
         tl.store(columns_ptr + K, count)
 
 
-@triton.jit
+@kernel
 def outlier_columns(
     x_ptr, up_ptr, norm_ptr, columns_ptr, counter_ptr, eps, threshold, M, K,
     NORM: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
@@ -176,7 +178,7 @@ def outlier_columns(
     _list_columns(columns_ptr, counter_ptr, M, K, BLOCK)
 
 
-@triton.jit
+@kernel
 def quantize_rows(
     x_ptr, up_ptr, q_ptr, scale_ptr, norm_ptr, normed_ptr, zero_ptr, columns_ptr, counter_ptr,
     eps, threshold, M, K, KP,

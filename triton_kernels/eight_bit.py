@@ -24,6 +24,8 @@ import os
 import triton
 import triton.language as tl
 
+from .launchable import kernel
+
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 STEP = tl.constexpr(128)
 #: outlier columns of one 16-bit product
@@ -135,7 +137,7 @@ def _outliers(
     return acc
 
 
-@triton.jit
+@kernel
 def eight_bit_gemm(
     x_ptr, weight_ptr, x_scale_ptr, w_scale_ptr, zero_ptr, row_sum_ptr, bias_ptr, x16_ptr, columns_ptr,
     y_ptr, partial_ptr, counter_ptr,

@@ -1,10 +1,11 @@
 """Columns of x in kernel order, for weights whose features are sorted by group (act-order)."""
 
-import triton
 import triton.language as tl
 
+from .launchable import kernel
 
-@triton.jit
+
+@kernel
 def gather_columns(x_ptr, perm_ptr, y_ptr, K, KP, BLOCK: tl.constexpr):
     """y[m, kk] = x[m, perm[kk]], 0 where perm is -1. x (M, K), y (M, KP). Grid: (M, blocks of KP)."""
     kk = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

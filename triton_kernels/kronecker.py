@@ -14,6 +14,8 @@ does not change a row's result.
 import triton
 import triton.language as tl
 
+from .launchable import kernel
+
 
 @triton.jit
 def _odd_bits(i):
@@ -48,7 +50,7 @@ def _mixed(box, factor_ptr, A: tl.constexpr, B: tl.constexpr, NEXT: tl.constexpr
     return box.reshape(ROWS * TOTAL // NEXT, NEXT)
 
 
-@triton.jit
+@kernel
 def kronecker_rows(
     x_ptr, y_ptr, pre_ptr, post_ptr, bias_ptr, gather_ptr, scatter_ptr, factor0_ptr, factor1_ptr, factor2_ptr,
     scale, M, STRIDE,

@@ -36,6 +36,8 @@ and with the same SHARES and block sizes along K not with the way of splitting o
 import triton
 import triton.language as tl
 
+from .launchable import kernel
+
 
 @triton.jit
 def _in_feature_order(value, BLOCK_N: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
@@ -231,7 +233,7 @@ def _scaled(value, scale, DTYPE: tl.constexpr):
         return (value.to(tl.float32) * scale.to(tl.float32)).to(DTYPE)
 
 
-@triton.jit
+@kernel
 def weight_only_gemm(
     x_ptr, qdata_ptr, qhigh_ptr, perm_ptr, table_ptr, scaler_args, bias_ptr, y_ptr, partial_ptr, counter_ptr,
     outlier_args, M, N, K, KP,
