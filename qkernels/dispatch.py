@@ -95,14 +95,18 @@ class Kernel:
 class Quantized:
     """The halves of a kernel that quantizes activations, for what lies before it to be fused with them.
 
-    quantize: (x (M, K), weight, problem, up=, norm=, eps=) -> codes, of x, silu(x) * up or RMSNorm of x.
+    quantize: (x (M, K), weight, problem, up=, norm=, eps=) -> codes, of x, silu(x) * up or RMSNorm of x. With
+        columns=, where `columns` was asked before.
     multiply: (codes, weight, bias or None, problem, out=) -> y, into `out` (M, N) if it is given.
     scratch_bytes: (problem) -> memory a row of x takes meanwhile; 0 if rows cannot be taken by slices.
+    columns: as `quantize`, of all rows before they are taken by slices -> what `quantize` must know of them, the
+        outlier columns of LLM.int8(), or None.
     """
 
     quantize: Callable[..., Any]
     multiply: Callable[..., Tensor]
     scratch_bytes: Callable[[Problem], int]
+    columns: Callable[..., Tensor | None] = lambda *args, **kwargs: None
 
 
 @dataclass(frozen=True)

@@ -220,10 +220,15 @@ def _group(
     norm = None if before.norm is None else before.norm.to(x.dtype).contiguous()
     ys = [torch.empty(m, p.shape[0], dtype=x.dtype, device=x.device) for p, _, _ in parts]
     scratch = max(halves.scratch_bytes(problem) for _, _, problem in parts)
-    for rows in workspace.slices(m, scratch):
-        codes = halves.quantize(
-            x[rows], parts[0][0], parts[0][2], up=None if up is None else up[rows], norm=norm, eps=before.eps
-        )
+    slices = list(workspace.slices(m, scratch))
+    first, problem = parts[0][0], parts[0][2]
+    known: dict[str, Any] = {}
+    if len(slices) > 1:
+        columns = halves.columns(x, first, problem, up=up, norm=norm, eps=before.eps)
+        known = {} if columns is None else {"columns": columns}
+    for rows in slices:
+        part = None if up is None else up[rows]
+        codes = halves.quantize(x[rows], first, problem, up=part, norm=norm, eps=before.eps, **known)
         for (p, bias, problem), y in zip(parts, ys, strict=True):
             halves.multiply(codes, p, bias, problem, out=y[rows])
     return ys

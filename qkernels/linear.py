@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import dispatch, formats, ops
-from .packed import PackedWeight, pack, quantize
+from . import dispatch, ops
+from .holding import Holder, mangled
+from .packed import PackedWeight, quantize
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(Holder):
     """y = x @ W^T + bias with a packed (N, K) weight.
 
     The packed tensors are non-persistent buffers, so they follow `.to(device)` but keep their dtypes
@@ -34,7 +34,6 @@ class QuantLinear(nn.Module):
         self.out_features, self.in_features = packed.shape
         self.backend = backend
         self.batch_invariant = batch_invariant
-        self._names: list[str] = []
         if bias is not None:
             if tuple(bias.shape) != (self.out_features,) or not bias.is_floating_point():
                 raise ValueError(
@@ -57,13 +56,8 @@ class QuantLinear(nn.Module):
 
     # ------------------------------------------------------------------ the weight
     def _hold(self, packed: PackedWeight) -> None:
-        for name in self._names:
-            del self._buffers[_mangle(name)]
-            self._non_persistent_buffers_set.discard(_mangle(name))
-        self._names = list(packed.storage)
-        self._keys = [_mangle(name) for name in self._names]
-        for name, tensor in packed.storage.items():
-            self.register_buffer(_mangle(name), tensor, persistent=False)
+        self._keep(packed.storage)
+        self._keys = [mangled(name) for name in self._names]
         self._meta = (packed.format, packed.shape, dict(packed.params), packed.layout)
         self._spec = ops.spec_of(packed)
         self._packed: PackedWeight | None = packed
@@ -92,7 +86,7 @@ class QuantLinear(nn.Module):
     @property
     def qweight(self) -> Tensor:
         """The codes as held now. Other libraries (PEFT) learn the layer's device from it."""
-        tensors: list[Tensor] = [self._buffers[_mangle(name)] for name in self._names]  # type: ignore[misc]
+        tensors: list[Tensor] = [self._buffers[mangled(name)] for name in self._names]  # type: ignore[misc]
         return max(tensors, key=lambda tensor: tensor.numel() * tensor.element_size())
 
     def prepack(self, x: Tensor) -> QuantLinear:
@@ -124,47 +118,6 @@ class QuantLinear(nn.Module):
         invariant = dispatch.resolve_batch_invariant(self.batch_invariant)
         return ops.call(x, storage, bias, self._spec, self.backend, shape, invariant)
 
-    # ------------------------------------------------------------------ nn.Module's protocol
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        packed_tensors = {id(self._buffers[_mangle(name)]) for name in self._names}
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if id(tensor) in packed_tensors and moved.dtype != tensor.dtype:
-                return tensor.to(moved.device)
-            return moved
-
-        return super()._apply(keep_dtype, recurse)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, tensor in self.packed.tensors.items():
-            destination[prefix + name] = tensor
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        format, shape, params, _ = self._meta
-        specs = formats.get(format).specs(shape, params)
-        tensors = {name: state_dict[prefix + name] for name in specs if prefix + name in state_dict}
-        missing = [name for name, s in specs.items() if s.required and name not in tensors]
-        if missing:
-            missing_keys += [prefix + name for name in missing]
-        else:
-            device = self.packed.device
-            self._hold(pack(format, {k: v.to(device) for k, v in tensors.items()}, shape, **params))
-        rest = {k: v for k, v in state_dict.items() if k.removeprefix(prefix) not in tensors}
-        super()._load_from_state_dict(
-            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
     def extra_repr(self) -> str:
         format, _, params, layout = self._meta
         shown = ", ".join(f"{k}={v!r}" for k, v in params.items())
@@ -193,8 +146,3 @@ def linear_of(module: nn.Module) -> nn.Linear:
     linear.weight = nn.Parameter(weight.detach().T, requires_grad=weight.requires_grad)
     linear.bias = bias  # type: ignore[assignment]
     return linear.train(module.training)
-
-
-def _mangle(name: str) -> str:
-    """A tensor's name as a buffer name, which may hold no dot and must not hide an attribute."""
-    return "packed_" + name.replace(".", "__")

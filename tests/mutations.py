@@ -143,7 +143,7 @@ GEMV, GEMM, TILE, CUDA_SCALERS = (f"csrc/weight_only/{f}.h" for f in ("gemv", "g
 QUAD, SPARSE = (f"csrc/weight_only/{f}.h" for f in ("quad_scalers", "outliers"))
 CUDA_DECODERS, MEMORY = "csrc/decoders/decoders.h", "csrc/ptx/memory.h"
 CUDA = [
-    (GEMV, "acc[i] += factor[i / 2] * sums[i]", "acc[i] += factor[0] * sums[i]"),
+    (GEMV, "acc[i] += now.factor[i / 2] * sums[i]", "acc[i] += now.factor[0] * sums[i]"),
     (GEMV, "    sync_block();  // the activations are read", ""),
     (GEMV, "        sync_block();\n        stage<T, D>", "        stage<T, D>"),
     (GEMV, "store_global(counter, 0)", "store_global(counter, 1)"),
@@ -151,7 +151,7 @@ CUDA = [
     (GEMV, "for (int s = 0; s < shares; s++)", "for (int s = 1; s < shares; s++)"),
     (GEMM, "copy_async_wait<kStages - 2>", "copy_async_wait<kStages - 1>"),
     (GEMM, "        sync_block();  // everybody's copies", "        // everybody's copies"),
-    (GEMM, "acc[c][i] += factor[i / 2] * sums", "acc[c][i] += factor[i % 2] * sums"),
+    (GEMM, "acc[c][i] += now.factor[i / 2] * sums", "acc[c][i] += now.factor[i % 2] * sums"),
     (GEMM, "k < args.x_stride", "k <= args.x_stride"),
     (GEMM, "place.m0 + m < args.m", "place.m0 + m <= args.m"),
     (GEMM, "x[c][p * 2], x[c][p * 2 + 1]", "x[c][p * 2 + 1], x[c][p * 2]"),
@@ -170,6 +170,8 @@ CUDA = [
     (GEMM, "minus[i % 2]);", "minus[0]);"),
     (GEMM, "add_sparse<T>(acc, args, first, place.m0);", ""),
     (QUAD, "group < last ? group : last", "group"),
+    (QUAD, "rows.row[r] < args.n ? word(rows.row[r]) : 0", "word(rows.row[r])"),
+    (QUAD, "nibble | top << 4) - 32", "nibble | top << 4) - 31"),
     (QUAD, "const bool late = tile % 2 != 0", "const bool late = false"),
     (QUAD, ">> tile % 2 * 16", ">> 0"),
     (QUAD, "(run % 4 * 8 + run / 8 * 4)", "(run % 4 * 8)"),
@@ -180,8 +182,8 @@ CUDA = [
     (SPARSE, "i += blocks_y() * kSparseParts", "i += kSparseParts"),
     (SPARSE, "const bool live = i + o * shares < end &&", "const bool live ="),
     (SPARSE, "m + c * 8 < args.x_rows", "true"),
-    (CUDA_DECODERS, "high >> (s - 1) * kWidth", "high >> s * kWidth"),
-    (CUDA_DECODERS, "((1 << BITS) - 1) * 0.5f", "(1 << BITS) * 0.5f"),
+    (CUDA_DECODERS, "moved(high, (s - 1) * kWidth - UP)", "moved(high, s * kWidth - UP)"),
+    (CUDA_DECODERS, "halved<T, 1 << (BITS - 1)>", "halved<T, 1 << BITS>"),
     (CUDA_DECODERS, "kBits = 0x43004300", "kBits = 0x43004301"),
     (CUDA_DECODERS, "prmt(low, high, 0x7362)", "prmt(low, high, 0x5140)"),
     (CUDA_DECODERS, "EXPONENT == 4 ? 0x7B807B80", "EXPONENT == 4 ? 0x7B007B00"),

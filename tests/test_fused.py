@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -42,7 +43,7 @@ def quantizations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             seen.append(kernel.name)
             return kernel.quantized.quantize(*args, **kwargs)
 
-        halves = dispatch.Quantized(quantize, kernel.quantized.multiply, kernel.quantized.scratch_bytes)
+        halves = dataclasses.replace(kernel.quantized, quantize=quantize)
         changed = {**kernel.__dict__, "quantized": halves}
         monkeypatch.setitem(dispatch._KERNELS, name, dispatch.Kernel(**changed))
     dispatch._choose.cache_clear()
@@ -168,6 +169,32 @@ def test_rows_by_slices_and_batch_invariance(
     (sliced,) = fused.rms_norm_matmul(x, norm, 1e-6, [p], backend="triton", batch_invariant=True)
     assert len(quantizations) > 1
     assert torch.equal(sliced, whole)
+
+
+def test_slices_know_the_outlier_columns_of_all_rows(
+    monkeypatch: pytest.MonkeyPatch,
+    quantizations: list[str],
+    emulated: None,  # noqa: F811
+) -> None:
+    """LLM.int8() in the CUDA kernels: a column with an outlier in one slice is one of 16 bits in all."""
+    from qkernels.backends.triton import workspace
+
+    (p,) = weights("int8", {}, 24)
+    gate, up = torch.randn(2, 40, K).half().to(DEVICE)
+    gate[33, 70] = up[33, 70] = 6
+    norm = torch.ones(K).half().to(DEVICE)
+    norm[5] = 4
+
+    def products() -> list[Tensor]:
+        (normed,) = fused.rms_norm_matmul(gate, norm, 1e-6, [p], backend="cuda")
+        return [normed, fused.silu_mul_matmul(gate, up, p, backend="cuda")]
+
+    whole = products()
+    quantizations.clear()
+    monkeypatch.setattr(workspace, "BYTES", 16 * 5 * K)
+    sliced = products()
+    assert len(quantizations) > 4
+    assert all(torch.equal(a, b) for a, b in zip(sliced, whole, strict=True))
 
 
 def test_who_watches_gets_plain_operators_and_no_rows_none(quantizations: list[str]) -> None:

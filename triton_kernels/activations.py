@@ -10,7 +10,8 @@ that codes agree bit for bit: divisions are IEEE's, rounding is half to even, fp
 
 LLM.int8(): elements from `threshold` on count neither for the absmax nor in the codes, where they are 0,
 and flag their column. The program that finishes last, as a counter tells, writes the flagged columns in
-order, and how many they are, for the matrix product to read; it leaves flags and counter zero.
+order, and how many they are, for the matrix product to read; it leaves flags and counter zero. Where rows
+are quantized by slices, `outlier_columns` makes that list for all of them first.
 """
 
 import os
@@ -20,6 +21,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from .early import let_next_begin, wait_for_last
+from .launchable import kernel
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
@@ -121,6 +123,65 @@ def _codes(x, k, scale, zero, threshold, K, INT8: tl.constexpr, SHARED: tl.const
 
 
 @triton.jit
+def _inverse_rms(first, x_row, up_row, K, eps, DTYPE: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr):
+    """1 / rms of a row; `first`: its first chunk."""
+    total = tl.sum(first * first, 0)
+    for start in range(BLOCK, K, BLOCK):
+        more = _load(x_row, up_row, start + tl.arange(0, BLOCK), K, DTYPE, GATED)
+        total += tl.sum(more * more, 0)
+    return tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(total, K.to(tl.float32)) + eps))
+
+
+@triton.jit
+def _flag_columns(x, k, counter_ptr, threshold, K):
+    """Columns of a chunk of a row that have an outlier. Rows that flag the same one store the same value: no
+    race that could be seen."""
+    found = (tl.abs(x) >= threshold) & (k < K)
+    tl.store(counter_ptr + 1 + k, found.to(tl.int32), mask=found, cache_modifier=".cg")
+
+
+@triton.jit
+def _list_columns(columns_ptr, counter_ptr, M, K, BLOCK: tl.constexpr):
+    """The last of M programs writes the flagged columns and their number; flags and counter become zero."""
+    CHUNK: tl.constexpr = min(BLOCK, 2048)  # flags summed up at a time
+    tl.debug_barrier()  # all of this program's flags, before one thread says so
+    if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == M - 1:
+        tl.store(counter_ptr, 0)
+        count = 0
+        for start in range(0, K, CHUNK):
+            here = start + tl.arange(0, CHUNK)
+            flag = tl.load(counter_ptr + 1 + here, mask=here < K, other=0, cache_modifier=".cg")
+            tl.store(columns_ptr + count + tl.cumsum(flag, 0) - flag, here, mask=flag != 0)
+            tl.store(counter_ptr + 1 + here, flag * 0, mask=here < K)
+            count += tl.sum(flag, 0)
+        tl.store(columns_ptr + K, count)
+
+
+@kernel
+def outlier_columns(
+    x_ptr, up_ptr, norm_ptr, columns_ptr, counter_ptr, eps, threshold, M, K,
+    NORM: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """The `columns` of quantize_rows alone, of the same operands. Grid: (M)."""
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    let_next_begin(EARLY)
+    wait_for_last(EARLY)
+    row = tl.program_id(0).to(tl.int64)
+    x_row, up_row = x_ptr + row * K, up_ptr + row * K
+    k = tl.arange(0, BLOCK)
+    x = _load(x_row, up_row, k, K, DTYPE, GATED)
+    inverse = 1.0
+    if NORM:
+        inverse = _inverse_rms(x, x_row, up_row, K, eps, DTYPE, GATED, BLOCK)
+    _flag_columns(_normed(x, inverse, norm_ptr, k, K, DTYPE, NORM), k, counter_ptr, threshold, K)
+    for start in range(BLOCK, K, BLOCK):
+        x = _load(x_row, up_row, start + k, K, DTYPE, GATED)
+        x = _normed(x, inverse, norm_ptr, start + k, K, DTYPE, NORM)
+        _flag_columns(x, start + k, counter_ptr, threshold, K)
+    _list_columns(columns_ptr, counter_ptr, M, K, BLOCK)
+
+
+@kernel
 def quantize_rows(
     x_ptr, up_ptr, q_ptr, scale_ptr, norm_ptr, normed_ptr, zero_ptr, columns_ptr, counter_ptr,
     eps, threshold, M, K, KP,
@@ -134,11 +195,10 @@ def quantize_rows(
     NORM: RMSNorm with weight `norm` (K) comes first. GATED: silu(x) * up, with up like x. With OUTLIERS the
     result of either is written to `normed`.
     columns: int32 (K + 1), the outlier columns, and at K their number. counter: int32 (1 + K), zeros: of
-    finished programs, and flags of columns.
+    finished programs, and flags of columns. Both of them with OUTLIERS 1 alone; 2: somebody knows the columns.
     Grid: (M). A row is worked on in chunks of BLOCK, of which the first stays in registers.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    CHUNK: tl.constexpr = min(BLOCK, 2048)  # flags summed up at a time
     let_next_begin(EARLY)
     wait_for_last(EARLY)
     row = tl.program_id(0)
@@ -150,11 +210,7 @@ def quantize_rows(
     first = _load(x_row, up_row, k, K, DTYPE, GATED)
     inverse = 1.0
     if NORM:
-        total = tl.sum(first * first, 0)
-        for start in range(BLOCK, K, BLOCK):
-            more = _load(x_row, up_row, start + k, K, DTYPE, GATED)
-            total += tl.sum(more * more, 0)
-        inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(total, K.to(tl.float32)) + eps))
+        inverse = _inverse_rms(first, x_row, up_row, K, eps, DTYPE, GATED, BLOCK)
     first = _normed(first, inverse, norm_ptr, k, K, DTYPE, NORM)
 
     scale = 1.0
@@ -197,19 +253,8 @@ def quantize_rows(
         if OUTLIERS:
             if NORM or GATED:
                 tl.store(normed_ptr + row.to(tl.int64) * K + here, x.to(DTYPE), mask=here < K)
-            found = (tl.abs(x) >= threshold) & (here < K)
-            # Rows that flag the same column store the same value: no race that could be seen.
-            tl.store(counter_ptr + 1 + here, found.to(tl.int32), mask=found, cache_modifier=".cg")
+            if OUTLIERS == 1:
+                _flag_columns(x, here, counter_ptr, threshold, K)
 
-    if OUTLIERS:
-        tl.debug_barrier()  # all of this program's flags, before one thread says so
-        if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == M - 1:
-            tl.store(counter_ptr, 0)
-            count = 0
-            for start in range(0, K, CHUNK):
-                here = start + tl.arange(0, CHUNK)
-                flag = tl.load(counter_ptr + 1 + here, mask=here < K, other=0, cache_modifier=".cg")
-                tl.store(columns_ptr + count + tl.cumsum(flag, 0) - flag, here, mask=flag != 0)
-                tl.store(counter_ptr + 1 + here, flag * 0, mask=here < K)
-                count += tl.sum(flag, 0)
-            tl.store(columns_ptr + K, count)
+    if OUTLIERS == 1:
+        _list_columns(columns_ptr, counter_ptr, M, K, BLOCK)

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from .early import fetch, let_next_begin, wait_for_last
+from .launchable import kernel
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 STEP = tl.constexpr(128)
@@ -137,7 +138,7 @@ def _outliers(
     return acc
 
 
-@triton.jit
+@kernel
 def eight_bit_gemm(
     x_ptr, weight_ptr, x_scale_ptr, w_scale_ptr, zero_ptr, row_sum_ptr, bias_ptr, x16_ptr, columns_ptr,
     y_ptr, partial_ptr, counter_ptr,

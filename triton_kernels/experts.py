@@ -18,6 +18,7 @@ import triton.language as tl
 
 from .eight_bit import STEP
 from .eight_bit import _accumulate as _accumulate_codes
+from .launchable import kernel
 from .weight_only import _accumulate, _memory_row
 
 
@@ -29,7 +30,7 @@ def _bucket(ids_ptr, slot, S, EXPERTS):
     return tl.where(slot < S, bucket, EXPERTS + 1)
 
 
-@triton.jit
+@kernel
 def sort_slots(
     ids_ptr, slots_ptr, experts_ptr, S, EXPERTS, BLOCKS,
     BLOCK_M: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
@@ -105,7 +106,7 @@ def _store(
     tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=(rows < N)[:, None] & live[None, :])
 
 
-@triton.jit
+@kernel
 def experts_weight_only(
     x_ptr, qdata_ptr, qhigh_ptr, perm_ptr, table_ptr, scaler_args, bias_ptr, weights_ptr, y_ptr, slots_ptr,
     experts_ptr, qdata_stride, qhigh_stride, perm_stride, table_stride, scaler_strides,
@@ -140,7 +141,7 @@ def experts_weight_only(
     _store(acc, here, e, rows, slots, bias_ptr, weights_ptr, y_ptr, S, N, HAS_BIAS, HAS_WEIGHTS)
 
 
-@triton.jit
+@kernel
 def experts_eight_bit(
     x_ptr, weight_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, weights_ptr, y_ptr, slots_ptr, experts_ptr,
     weight_stride, w_scale_stride, S, EXPERTS, BLOCKS, M, PER_ROW, N, KP,
@@ -172,7 +173,7 @@ def experts_eight_bit(
     _store(acc, here, e, rows, slots, bias_ptr, weights_ptr, y_ptr, S, N, HAS_BIAS, HAS_WEIGHTS)
 
 
-@triton.jit
+@kernel
 def gate(h_ptr, y_ptr, N, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     """y (S, N) = activation(h[:, :N]) * h[:, N:], h (S, 2 * N). Grid: (S, blocks of N)."""
     slot = tl.program_id(0).to(tl.int64)
@@ -187,7 +188,7 @@ def gate(h_ptr, y_ptr, N, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(y_ptr + slot * N + n, value.to(y_ptr.dtype.element_ty), mask=n < N)
 
 
-@triton.jit
+@kernel
 def combine(h_ptr, weights_ptr, y_ptr, TOP_K, N, BLOCK: tl.constexpr):
     """y (T, N) = sum of weights (T, TOP_K) times h (T, TOP_K, N), in order. Grid: (T, blocks of N)."""
     token = tl.program_id(0).to(tl.int64)

@@ -1,12 +1,12 @@
 """Columns of x in kernel order, for weights whose features are sorted by group (act-order)."""
 
-import triton
 import triton.language as tl
 
 from .early import let_next_begin, wait_for_last
+from .launchable import kernel
 
 
-@triton.jit
+@kernel
 def gather_columns(x_ptr, perm_ptr, y_ptr, K, KP, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """y[m, kk] = x[m, perm[kk]], 0 where perm is -1. x (M, K), y (M, KP). Grid: (M, blocks of KP)."""
     let_next_begin(EARLY)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .early import let_next_begin, wait_for_last
+from .launchable import kernel
 
 
 @triton.jit
@@ -50,7 +51,7 @@ def _mixed(box, factor_ptr, A: tl.constexpr, B: tl.constexpr, NEXT: tl.constexpr
     return box.reshape(ROWS * TOTAL // NEXT, NEXT)
 
 
-@triton.jit
+@kernel
 def kronecker_rows(
     x_ptr, y_ptr, pre_ptr, post_ptr, bias_ptr, gather_ptr, scatter_ptr, factor0_ptr, factor1_ptr, factor2_ptr,
     scale, M, STRIDE,

@@ -51,6 +51,7 @@ import triton
 import triton.language as tl
 
 from .early import fetch, let_next_begin, wait_for_last
+from .launchable import kernel
 
 
 @triton.jit
@@ -302,7 +303,7 @@ def _scaled(value, scale, DTYPE: tl.constexpr):
         return (value.to(tl.float32) * scale.to(tl.float32)).to(DTYPE)
 
 
-@triton.jit
+@kernel
 def weight_only_gemm(
     x_ptr, qdata_ptr, qhigh_ptr, perm_ptr, table_ptr, scaler_args, bias_ptr, y_ptr, partial_ptr, counter_ptr,
     outlier_args, sparse_x_ptr, M, N, K, KP,

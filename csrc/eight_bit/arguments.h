@@ -12,11 +12,12 @@ struct QuantizeArgs {
     const void* up;      // (M, K) or null: what is quantized is silu(x) * up
     const void* norm;    // (K) or null: RMSNorm with this weight comes first
     void* rounded;       // (M, K) or null: gets what was quantized, in 16 bits
-    uint8_t* codes;      // (M, KP), zeros beyond K
+    uint8_t* codes;      // (M, KP), zeros beyond K; or null: only `columns` are wanted
     float* scale;        // (M), (groups, M): written; (1): read
     const int8_t* zero;  // (1) or null
-    int* columns;  // (K + 1) or null: gets the outlier columns in order, and at K their number
-    int* counter;  // (1 + ceil(K / 32)), zero before and after
+    int* columns;        // (K + 1) or null: the outlier columns in order, and at K their number
+    int*
+        counter;  // (1 + ceil(K / 32)), zero before and after; or null: `columns` are there already
     float eps, threshold;
     int m, k, kp;
     int shared, is_int8, is_bfloat;

@@ -15,7 +15,8 @@
 // LLM.int8(): elements from `threshold` on count neither for the absmax nor in the codes, where
 // they are 0, and set their column's bit in a mask. The block that finishes last, as a counter
 // tells, turns the mask into a list for the matrix product to read, and leaves mask and counter
-// zero.
+// zero. Where rows go by slices, a launch for all of them finds the list alone (no `codes`), and
+// those for slices make codes alone (no `counter`).
 #pragma once
 #include "../ptx/eight_bit.h"
 #include "arguments.h"
@@ -261,7 +262,7 @@ __global__ void __launch_bounds__(kRowThreads) quantize_kernel(QuantizeArgs args
     }
 
     float scale = 1;
-    if (SHARED == kToken) {
+    if (SHARED == kToken && args.codes != nullptr) {
         uint32_t size = 0;
         QK_UNROLL
         for (int i = 0; i < kKept; i++) {
@@ -333,13 +334,13 @@ __global__ void __launch_bounds__(kRowThreads) quantize_kernel(QuantizeArgs args
             outliers |= (uint32_t(is_outlier(args, low)) | uint32_t(is_outlier(args, high)) << 1)
                         << e;
         }
-        if (live) {
+        if (live && args.codes != nullptr) {
             store_global(reinterpret_cast<Words2*>(args.codes + int64_t(row) * args.kp) + u, codes);
             if (args.rounded != nullptr) {
                 store_unit(args, static_cast<T*>(args.rounded) + int64_t(row) * args.k, u, unit);
             }
         }
-        if (INT8 && SHARED == kToken && args.columns != nullptr) {
+        if (INT8 && SHARED == kToken && args.counter != nullptr) {
             // The bits of four neighbours are a word of the mask.
             outliers <<= lane_index() % 4 * 8;
             outliers |= shuffle_xor(outliers, 1);
@@ -349,7 +350,7 @@ __global__ void __launch_bounds__(kRowThreads) quantize_kernel(QuantizeArgs args
             }
         }
     }
-    if (INT8 && SHARED == kToken && args.columns != nullptr) {
+    if (INT8 && SHARED == kToken && args.counter != nullptr) {
         auto* last = reinterpret_cast<int*>(slots) + 2 * kRowWarps;
         fence_global();
         sync_block();  // all of this block's bits, before one thread says so

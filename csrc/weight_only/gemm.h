@@ -119,8 +119,8 @@ QK_DEVICE void multiply_step(float (&acc)[kGemmColumns<D> / 8][4], const WeightO
     const int j = lane_index() % 4;
     const bool by_element = S::kRuns == 0 && args.run < kSlice;
     const int run = S::kRuns == 0 ? args.run : kTile<D> / kRunsHeld<S>;
-    float sums[columns][4] = {}, factor[2] = {1, 1}, minus[2] = {};
-    uint32_t offset[2] = {};
+    float sums[columns][4] = {};
+    RunScales<D, S> now;
     QK_UNROLL
     for (int s = 0; s < D::kPairs; s++) {
         uint32_t x[columns][4];  // of each 8 columns, slices p = 0 and 1
@@ -133,21 +133,14 @@ QK_DEVICE void multiply_step(float (&acc)[kGemmColumns<D> / 8][4], const WeightO
         for (int p = 0; p < 2; p++) {
             const int slice = s * 2 + p, kk = (place.begin + step) * kTile<D> + slice * kSlice;
             if (!by_element && slice * kSlice % run == 0) {
-                QK_UNROLL
-                for (int r = 0; r < 2; r++) {
-                    const int number = slice * kRunsHeld<S> / (2 * D::kPairs);
-                    const ScaleZero found = scales.get(args, scaled, r, number, kk);
-                    factor[r] = found.scale;
-                    minus[r] = S::kMinus ? found.zero : 0;
-                    offset[r] = D::offset(S::kMinus ? 0 : found.zero);
-                }
+                now.take(scales, args, scaled, slice, kk);
             }
             uint32_t a[4];
-            operand<D>(a, values, s, p, offset);
+            operand<D>(a, values, s, p, now.offset);
             if constexpr (S::kElements) {
                 QK_UNROLL
                 for (int i = 0; i < 4; i++) {
-                    a[i] = scaled_less<T>(a[i], factor[i % 2], minus[i % 2]);
+                    a[i] = scaled_less<T>(a[i], now.factor[i % 2], now.minus[i % 2]);
                 }
                 QK_UNROLL
                 for (int c = 0; c < columns; c++) {
@@ -167,7 +160,7 @@ QK_DEVICE void multiply_step(float (&acc)[kGemmColumns<D> / 8][4], const WeightO
                 if (fold) {
                     QK_UNROLL
                     for (int i = 0; i < 4; i++) {
-                        acc[c][i] += factor[i / 2] * sums[c][i];
+                        acc[c][i] += now.factor[i / 2] * sums[c][i];
                         sums[c][i] = 0;
                     }
                 }

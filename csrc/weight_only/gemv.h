@@ -22,9 +22,6 @@ namespace qk {
 constexpr int kGemvWarps = kThreads / 32, kGemvThreads = kThreads;
 constexpr int kGemvRows = 16, kGemvColumns = 8, kGemvOutputs = kGemvRows * kGemvColumns;
 
-template <typename S>
-constexpr int kRunsHeld = S::kRuns == 0 ? 1 : S::kRuns;
-
 /// What a lane holds of one tile to come. S: a scaler, see scalers.h.
 template <typename D, typename S>
 struct Held {
@@ -81,23 +78,16 @@ QK_DEVICE void multiply(float (&acc)[4], const WeightOnlyArgs& args, const Held<
     const int q = lane_index() / 4, j = lane_index() % 4;
     const bool by_element = S::kRuns == 0 && args.run < kSlice;
     const int run = S::kRuns == 0 ? args.run : kTile<D> / kRunsHeld<S>;
-    float sums[4] = {}, x_sums[4] = {}, factor[2] = {1, 1}, minus[2] = {};
-    uint32_t offset[2] = {};
+    float sums[4] = {}, x_sums[4] = {};
+    RunScales<D, S> now;
     QK_UNROLL
     for (int slice = 0; slice < 2 * D::kPairs; slice++) {
         const int s = slice / 2, p = slice % 2, kk = tile * kTile<D> + slice * kSlice;
         if (!by_element && slice * kSlice % run == 0) {
-            QK_UNROLL
-            for (int r = 0; r < 2; r++) {
-                const int number = slice * kRunsHeld<S> / (2 * D::kPairs);
-                const ScaleZero found = scales.get(args, scaled, r, number, kk);
-                factor[r] = found.scale;
-                minus[r] = S::kMinus ? found.zero : 0;
-                offset[r] = D::offset(S::kMinus ? 0 : found.zero);
-            }
+            now.take(scales, args, scaled, slice, kk);
         }
         uint32_t a[4];
-        operand<D>(a, values, s, p, offset);
+        operand<D>(a, values, s, p, now.offset);
         if constexpr (S::kRuns == 0) {
             if (by_element) {
                 scale_elements<T>(a, args, scaled.of, kk + j * 2);
@@ -116,10 +106,10 @@ QK_DEVICE void multiply(float (&acc)[4], const WeightOnlyArgs& args, const Held<
         if (by_element || (slice + 1) * kSlice % run == 0) {
             QK_UNROLL
             for (int i = 0; i < 4; i++) {
-                acc[i] += factor[i / 2] * sums[i];
+                acc[i] += now.factor[i / 2] * sums[i];
                 sums[i] = 0;
                 if (S::kMinus) {
-                    acc[i] -= minus[i / 2] * x_sums[i];
+                    acc[i] -= now.minus[i / 2] * x_sums[i];
                     x_sums[i] = 0;
                 }
             }

@@ -16,6 +16,11 @@ QK_DEVICE V of_quad(V value, int from) {
     return shuffle_from(value, lane_index() / 4 * 4 + from);
 }
 
+/// d times a scale of 6 bits that means -32 .. 31, of its low four and its high two.
+QK_DEVICE float signed_six(float d, uint32_t nibble, uint32_t top) {
+    return d * float(int(nibble | top << 4) - 32);
+}
+
 QK_DEVICE float half_bits(uint32_t bits) { return to_float(Half{uint16_t(bits & 0xFFFF)}); }
 
 /// What the scalers here have in common.
@@ -33,6 +38,16 @@ struct Quad {
     struct Raw {
         uint32_t w[2];
     };
+
+    /// word(row) of the rows there are, 0 of others.
+    template <typename F>
+    QK_DEVICE static void of_rows(uint32_t (&words)[2], const WeightOnlyArgs& args,
+                                  const Rows& rows, F word) {
+        QK_UNROLL
+        for (int r = 0; r < 2; r++) {
+            words[r] = rows.row[r] < args.n ? word(rows.row[r]) : 0;
+        }
+    }
 };
 
 /// Item `at` of row `row` of the (.., N) tensor at `p`.
@@ -58,16 +73,10 @@ struct Blocks : Quad<RUNS, MINUS, 4> {
                                 int) {
         const int group = tile * RUNS + lane_index() % RUNS, last = args.kp / 32 - 1;
         const int at = group < last ? group : last;
-        QK_UNROLL
-        for (int r = 0; r < 2; r++) {
-            if (rows.row[r] >= args.n) {
-                raw.w[r] = 0;
-            } else if (MINUS) {
-                raw.w[r] = halves(args, args.scale, args.second, at, rows.row[r]);
-            } else {
-                raw.w[r] = item<uint16_t>(args, args.scale, at, rows.row[r]);
-            }
-        }
+        Base::of_rows(raw.w, args, rows, [&](int row) {
+            return MINUS ? halves(args, args.scale, args.second, at, row)
+                         : item<uint16_t>(args, args.scale, at, row);
+        });
     }
 
     Raw raw;
@@ -85,14 +94,10 @@ struct Q4K : Quad<4, true, 4> {
     QK_DEVICE static void fetch(Raw& raw, const WeightOnlyArgs& args, const Rows& rows, int tile,
                                 int) {
         const int block = tile / 2, j = lane_index() % 4;
-        QK_UNROLL
-        for (int r = 0; r < 2; r++) {
-            raw.w[r] = 0;
-            if (rows.row[r] < args.n) {
-                raw.w[r] = j < 3 ? item<uint32_t>(args, args.scale, block * 3 + j, rows.row[r])
-                                 : halves(args, args.second, args.third, block, rows.row[r]);
-            }
-        }
+        of_rows(raw.w, args, rows, [&](int row) {
+            return j < 3 ? item<uint32_t>(args, args.scale, block * 3 + j, row)
+                         : halves(args, args.second, args.third, block, row);
+        });
     }
 
     /// Bytes: scales and minima of the tile's four runs.
@@ -125,18 +130,17 @@ struct Q2K : Quad<16, true, 2> {
     };
     QK_DEVICE static void fetch(Raw& raw, const WeightOnlyArgs& args, const Rows& rows, int tile,
                                 int) {
-        QK_UNROLL
-        for (int r = 0; r < 2; r++) {
-            raw.w[r] = raw.d[r] = 0;
-            if (rows.row[r] < args.n) {
-                const int at = tile * 16 + lane_index() % 4 * 4;
-                QK_UNROLL
-                for (int i = 0; i < 4; i++) {
-                    raw.w[r] |= item<uint8_t>(args, args.scale, at + i, rows.row[r]) << 8 * i;
-                }
-                raw.d[r] = halves(args, args.second, args.third, tile, rows.row[r]);
+        of_rows(raw.w, args, rows, [&](int row) {
+            const int at = tile * 16 + lane_index() % 4 * 4;
+            uint32_t four = 0;
+            QK_UNROLL
+            for (int i = 0; i < 4; i++) {
+                four |= item<uint8_t>(args, args.scale, at + i, row) << 8 * i;
             }
-        }
+            return four;
+        });
+        of_rows(raw.d, args, rows,
+                [&](int row) { return halves(args, args.second, args.third, tile, row); });
     }
 
     const Raw& raw;
@@ -158,14 +162,10 @@ struct Q3K : Quad<16, false, 2> {
     QK_DEVICE static void fetch(Raw& raw, const WeightOnlyArgs& args, const Rows& rows, int tile,
                                 int) {
         const int j = lane_index() % 4;
-        QK_UNROLL
-        for (int r = 0; r < 2; r++) {
-            raw.w[r] = 0;
-            if (rows.row[r] < args.n) {
-                raw.w[r] = j < 3 ? item<uint32_t>(args, args.scale, tile * 3 + j, rows.row[r])
-                                 : item<uint16_t>(args, args.second, tile, rows.row[r]);
-            }
-        }
+        of_rows(raw.w, args, rows, [&](int row) {
+            return j < 3 ? item<uint32_t>(args, args.scale, tile * 3 + j, row)
+                         : item<uint16_t>(args, args.second, tile, row);
+        });
     }
 
     /// low: nibbles of runs 0-7 (low) and 8-15 (high), four a word; high: pairs of bits.
@@ -184,7 +184,7 @@ struct Q3K : Quad<16, false, 2> {
     QK_DEVICE ScaleZero get(const WeightOnlyArgs&, const Rows&, int r, int run, int) const {
         const uint32_t nibble = low[r][run / 4 % 2] >> (run % 4 * 8 + run / 8 * 4) & 15;
         const uint32_t top = high[r] >> (run % 4 * 8 + run / 4 * 2) & 3;
-        return {d[r] * float(int(nibble | top << 4) - 32), 0};
+        return {signed_six(d[r], nibble, top), 0};
     }
 };
 
@@ -192,16 +192,12 @@ struct Q3K : Quad<16, false, 2> {
 struct Q6K : Quad<8, false, 4> {
     QK_DEVICE static void fetch(Raw& raw, const WeightOnlyArgs& args, const Rows& rows, int tile,
                                 int) {
-        QK_UNROLL
-        for (int r = 0; r < 2; r++) {
-            raw.w[r] = 0;
-            if (rows.row[r] < args.n) {
-                const int at = tile * 8 + lane_index() % 4 * 2;
-                raw.w[r] = item<uint8_t>(args, args.scale, at, rows.row[r]) |
-                           item<uint8_t>(args, args.scale, at + 1, rows.row[r]) << 8 |
-                           item<uint16_t>(args, args.second, tile / 2, rows.row[r]) << 16;
-            }
-        }
+        const int at = tile * 8 + lane_index() % 4 * 2;
+        of_rows(raw.w, args, rows, [&](int row) {
+            return item<uint8_t>(args, args.scale, at, row) |
+                   item<uint8_t>(args, args.scale, at + 1, row) << 8 |
+                   item<uint16_t>(args, args.second, tile / 2, row) << 16;
+        });
     }
 
     Raw raw;
@@ -222,15 +218,10 @@ struct Q6K : Quad<8, false, 4> {
 struct Iq4Xs : Quad<4, false, 2> {
     QK_DEVICE static void fetch(Raw& raw, const WeightOnlyArgs& args, const Rows& rows, int tile,
                                 int) {
-        QK_UNROLL
-        for (int r = 0; r < 2; r++) {
-            raw.w[r] = 0;
-            if (rows.row[r] < args.n) {
-                raw.w[r] = lane_index() % 2 == 0
-                               ? item<uint32_t>(args, args.scale, tile / 2, rows.row[r])
-                               : halves(args, args.second, args.third, tile / 2, rows.row[r]);
-            }
-        }
+        of_rows(raw.w, args, rows, [&](int row) {
+            return lane_index() % 2 == 0 ? item<uint32_t>(args, args.scale, tile / 2, row)
+                                         : halves(args, args.second, args.third, tile / 2, row);
+        });
     }
 
     uint32_t low[2], high[2];
@@ -247,7 +238,7 @@ struct Iq4Xs : Quad<4, false, 2> {
 
     QK_DEVICE ScaleZero get(const WeightOnlyArgs&, const Rows&, int r, int run, int) const {
         const uint32_t nibble = low[r] >> run * 4 & 15, top = high[r] >> run * 2 & 3;
-        return {d[r] * float(int(nibble | top << 4) - 32), 0};
+        return {signed_six(d[r], nibble, top), 0};
     }
 };
 

@@ -106,6 +106,31 @@ QK_DEVICE void operand(uint32_t (&a)[4], const Values<D>& values, int s, int p,
     }
 }
 
+/// Scales of a tile that a lane loads ahead.
+template <typename S>
+constexpr int kRunsHeld = S::kRuns == 0 ? 1 : S::kRuns;
+
+/// What the run of a slice is multiplied by and what is taken off it, for each of a lane's two
+/// rows. S: a scaler, see scalers.h.
+template <typename D, typename S>
+struct RunScales {
+    float factor[2] = {1, 1}, minus[2] = {};
+    uint32_t offset[2] = {};
+
+    /// kk: the slice's first feature.
+    QK_DEVICE void take(S& scales, const WeightOnlyArgs& args, const typename S::Rows& rows,
+                        int slice, int kk) {
+        QK_UNROLL
+        for (int r = 0; r < 2; r++) {
+            const int number = slice * kRunsHeld<S> / (2 * D::kPairs);
+            const ScaleZero found = scales.get(args, rows, r, number, kk);
+            factor[r] = found.scale;
+            minus[r] = S::kMinus ? found.zero : 0;
+            offset[r] = D::offset(S::kMinus ? 0 : found.zero);
+        }
+    }
+};
+
 /// Both halves times a scale of their own, rounded to T once.
 template <typename T>
 QK_DEVICE uint32_t scaled(uint32_t both, float low, float high) {

@@ -9,6 +9,7 @@ import torch
 
 import qkernels as qk
 from qkernels import dispatch
+from qkernels.backends import cuda
 from qkernels.backends.cuda import eight_bit, gemm, hopper, weight_only
 from qkernels.backends.triton import workspace
 
@@ -28,6 +29,7 @@ CASES: list[tuple[Any, str, dict[str, object], int, bool]] = [
     (eight_bit, "w8a8", {}, 150, False),
     (eight_bit, "fp8", {"activation": "dynamic"}, 40, False),
     (eight_bit, "int8", {}, 40, True),
+    (eight_bit, "int8", {}, 40, False),
 ]
 
 
@@ -44,6 +46,7 @@ def test_slices_change_no_bit(
     n = 40
     p = qk.quantize(torch.randn(n, k_of(name, 320)), name, **params).to(DEVICE)
     x = torch.randn(m, p.shape[1]).half().to(DEVICE)
+    x[5, ::50], x[m - 1, 7] = 9, -8  # outliers of LLM.int8(), which other slices have to know of
     bias = torch.randn(n).half().to(DEVICE)
     problem = dispatch.problem_of(p, m, x.dtype, x.device, invariant)
     p.prepack_("eight_bit" if module is eight_bit else "weight_only")
@@ -61,3 +64,42 @@ def test_slices_change_no_bit(
     assert len(sizes) == 1
     assert len(sizes[0]) > 1
     assert torch.equal(sliced, whole)
+
+
+EXPLAINED: list[tuple[Any, str, dict[str, object], int, int]] = [
+    (weight_only, "gptq", {"group_size": 64}, 3, 4480),
+    (weight_only, "gptq", {"group_size": 24}, 3, 4800),  # padded to more tiles than K has
+    (weight_only, "quip_sharp", {"bits": 2}, 3, 4096),
+    (gemm, "gptq", {"group_size": 64}, 20, 4480),
+    (gemm, "gptq", {"group_size": 24}, 20, 4800),
+    (gemm, "gptq", {"group_size": 64, "act_order": True}, 100, 4480),
+    (gemm, "spqr", {}, 100, 3600),
+    (gemm, "quip", {"bits": 4}, 100, 4096),
+]
+
+
+@pytest.mark.parametrize("case", EXPLAINED, ids=case_of)
+@pytest.mark.parametrize("megabytes", [32, 1])
+def test_explain_names_the_shares_that_run(
+    megabytes: int, case: tuple[Any, str, dict[str, object], int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where copies of x leave little of the workspace, and of slices; which stay within it."""
+    module, name, params, m, k = case
+    monkeypatch.setattr(workspace, "BYTES", megabytes * 2**20)
+    p = qk.quantize(torch.randn(40, k), name, **params).to(DEVICE).prepack_("weight_only")
+    x = torch.randn(m, k).half().to(DEVICE)
+    launched: list[int] = []
+    real = cuda.execute
+
+    def execute(kernel: str, call: Any, *rest: Any) -> None:
+        if kernel.startswith("weight_only"):
+            launched.append(call.grid_y)
+        real(kernel, call, *rest)
+
+    monkeypatch.setattr(cuda, "execute", execute)
+    problem = dispatch.problem_of(p, m, x.dtype, x.device)
+    words = module.configuration(problem)
+    y = module.run(x, p, None, problem)
+    assert bool(y.isfinite().all())
+    assert set(launched) == {int(words.split("K in ")[1].split(" shares")[0])}
+    assert launched[0] > 1, "nothing was split"

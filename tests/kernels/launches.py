@@ -8,14 +8,19 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-#: every kernel that a product launches, by its module in triton_kernels/
-KERNELS = {
-    "weight_only": "weight_only_gemm",
-    "eight_bit": "eight_bit_gemm",
-    "gather": "gather_columns",
-    "kronecker": "kronecker_rows",
-    "activations": "quantize_rows",
-}
+#: every kernel that a product launches, with its module in triton_kernels/
+KERNELS = (
+    ("weight_only", "weight_only_gemm"),
+    ("eight_bit", "eight_bit_gemm"),
+    ("gather", "gather_columns"),
+    ("kronecker", "kronecker_rows"),
+    ("activations", "quantize_rows"),
+    ("activations", "outlier_columns"),
+    *(
+        ("experts", name)
+        for name in ("sort_slots", "experts_weight_only", "experts_eight_bit", "gate", "combine")
+    ),
+)
 
 
 class Launches:
@@ -24,7 +29,7 @@ class Launches:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         """Puts the stand-ins in the kernels' places until `patch` is undone."""
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
-        for module, name in KERNELS.items():
+        for module, name in KERNELS:
             patch.setattr(f"qkernels.triton_kernels.{module}.{name}", _StandIn(name, self.calls))
 
     def products(self) -> int:

@@ -33,6 +33,7 @@ COPYING: list[tuple[str, dict[str, object]]] = [
     ("quip", {"bits": 4}),
     ("quip_sharp", {"bits": 2}),
     ("w8a8", {}),
+    ("int8", {}),
     ("fp8", {"granularity": "block", "activation": "dynamic"}),
 ]
 copying = pytest.mark.parametrize(("name", "params"), COPYING, ids=map(case_id, COPYING))
@@ -109,7 +110,7 @@ def weights() -> dict[str, qk.PackedWeight]:
     made = {}
     for name, params in COPYING:
         p = qk.quantize(torch.randn(128, k_of(name, 512)), name, **params)
-        made[case_id((name, params))] = p.prepack_("eight_bit" if name in ("w8a8", "fp8") else "weight_only")
+        made[case_id((name, params))] = p.prepack_(qk.formats.get(name).kernel_layout(p.params))
     return made
 
 
@@ -135,7 +136,7 @@ def test_triton_stays_within_32_mb(
 
 def cuda_kernels(name: str) -> list[str]:
     """Those that may copy x. The GEMV takes many rows in batch-invariant mode only, and copies by itself."""
-    if name in ("w8a8", "fp8"):
+    if name in ("w8a8", "fp8", "int8"):
         return ["eight_bit"]
     return ["gemv", "gemm"] if name.startswith("quip") else ["gemm", "hopper"]
 

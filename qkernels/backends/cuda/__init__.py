@@ -90,6 +90,7 @@ _quantized = dispatch.Quantized(
     lambda *args, **kwargs: _module("eight_bit").quantize(*args, **kwargs),
     lambda *args, **kwargs: _module("eight_bit").multiply(*args, **kwargs),
     lambda problem: int(_module("eight_bit").scratch_bytes(problem, torch.device(problem.device), made=True)),
+    lambda *args, **kwargs: _module("eight_bit").outlier_columns(*args, **kwargs),
 )
 
 

@@ -188,21 +188,17 @@ def quantize(
     eps: float = 0.0,
     keep: bool = False,
     work: Work = NOW,
+    columns: Tensor | None = None,
 ) -> Activations:
     """x (M, K) contiguous -> its codes as the weight `p` wants them.
 
     up (M, K): silu(x) * up is quantized. norm (K): RMSNorm with this weight comes first. Both round to
     x's dtype where a model's operations do. keep: the result has what was quantized in 16 bits as `x`
-    even where LLM.int8() does not need it.
+    even where LLM.int8() does not need it. columns: what `outlier_columns` found in more rows than these.
     """
     traits = traits_of(problem)
     m, k = x.shape
-    for name, t, shape in (("up", up, (m, k)), ("norm", norm, (k,))):
-        if t is not None and (t.dtype != x.dtype or tuple(t.shape) != shape or not t.is_contiguous()):
-            raise ValueError(
-                f"{name}: expected contiguous {x.dtype} of shape {shape}, got {t.dtype} {tuple(t.shape)}"
-            )
-    call = _quantize_call(p, traits, x.dtype, m, eps)
+    call, reads = _started(x, p, traits, up, norm, eps)
     args, storage, outliers = call.args, p.storage, traits.threshold > 0
     codes_dtype = torch.int8 if args.is_int8 else torch.float8_e4m3fn
     codes = work.empty((m, args.kp), codes_dtype, x.device)
@@ -211,25 +207,77 @@ def quantize(
     else:
         groups = (-(-k // layout.BLOCK),) if traits.activation == "group" else ()
         scale = work.empty((*groups, m), torch.float32, x.device)
-    rounded = columns = counter = None
+    rounded = counter = None
     if (keep or outliers) and (up is not None or norm is not None):
         rounded = work.empty((m, k), x.dtype, x.device)
-    if outliers:
-        columns = work.empty((k + 1,), torch.int32, x.device)
-        counter = counters(1 + -(-k // 32), x.device, work)
-        args.columns, args.counter = columns.data_ptr(), counter.data_ptr()
-    args.x, args.codes, args.scale = x.data_ptr(), codes.data_ptr(), scale.data_ptr()
-    together = args.x
-    for name, t in (("up", up), ("norm", norm), ("rounded", rounded)):
-        if t is not None:
-            setattr(args, name, t.data_ptr())
-            together |= t.data_ptr()
-    args.vector = k % 8 == 0 and together % 16 == 0
-    reads = _held(x, up, norm, storage.get("input_zero_point"))
+        args.rounded = rounded.data_ptr()
+        args.vector &= rounded.data_ptr() % 16 == 0
+    if outliers and columns is None:
+        columns, counter = _list_columns(args, k, x.device, work)
+    elif columns is not None:
+        args.columns = columns.data_ptr()
+    args.codes, args.scale = codes.data_ptr(), scale.data_ptr()
+    reads += _held(storage.get("input_zero_point"))
     writes = _held(codes, rounded, columns, counter)
     (reads if traits.activation == "tensor" else writes).append(scale)
     start("quantize_rows", call, reads, writes, work)
     return Activations(codes, scale, x if rounded is None else rounded, columns)
+
+
+def outlier_columns(
+    x: Tensor,
+    p: PackedWeight,
+    problem: Problem,
+    *,
+    up: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor | None:
+    """int32 (K + 1): the outlier columns of all rows of the problem in order, and at K how many they are.
+
+    None where a row's result does not depend on the other rows. Operands as in `quantize`; no scratch memory.
+    """
+    traits = traits_of(problem)
+    if not traits.threshold or problem.batch_invariant:
+        return None
+    call, reads = _started(x, p, traits, up, norm, eps)
+    columns, counter = _list_columns(call.args, x.shape[1], x.device, NOW)
+    start("quantize_rows", call, reads, [columns, counter])
+    return columns
+
+
+def _list_columns(args: QuantizeArgs, k: int, device: torch.device, work: Work) -> tuple[Tensor, Tensor]:
+    """Asks for the list of outlier columns; the list and the counter that it takes."""
+    columns = work.empty((k + 1,), torch.int32, device)
+    counter = counters(1 + -(-k // 32), device, work)
+    args.columns, args.counter = columns.data_ptr(), counter.data_ptr()
+    return columns, counter
+
+
+def _started(
+    x: Tensor,
+    p: PackedWeight,
+    traits: layout.EightBitTraits,
+    up: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+) -> tuple[QuantizeCall, list[Tensor]]:
+    """A call with what is read of activations, and these tensors. ValueError if they do not fit."""
+    m, k = x.shape
+    for name, t, shape in (("up", up, (m, k)), ("norm", norm, (k,))):
+        if t is not None and (t.dtype != x.dtype or tuple(t.shape) != shape or not t.is_contiguous()):
+            raise ValueError(
+                f"{name}: expected contiguous {x.dtype} of shape {shape}, got {t.dtype} {tuple(t.shape)}"
+            )
+    call = _quantize_call(p, traits, x.dtype, m, eps)
+    args = call.args
+    together = args.x = x.data_ptr()
+    for name, t in (("up", up), ("norm", norm)):
+        if t is not None:
+            setattr(args, name, t.data_ptr())
+            together |= t.data_ptr()
+    args.vector = k % 8 == 0 and together % 16 == 0
+    return call, _held(x, up, norm)
 
 
 def _quantize_call(
@@ -322,7 +370,10 @@ def _product_call(
 
 
 def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-    """x (M, K) contiguous float16 or bfloat16, p in the EIGHT_BIT layout -> y (M, N)."""
+    """x (M, K) contiguous float16 or bfloat16, p in the EIGHT_BIT layout -> y (M, N).
+
+    Where rows go by slices and depend on each other, a launch for all of them finds the outlier columns first.
+    """
     y = torch.empty(x.shape[0], p.shape[0], dtype=x.dtype, device=x.device)
     compute(x, p, bias, problem, y)
     return y
@@ -332,17 +383,19 @@ def compute(
     x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem, y: Tensor, work: Work = NOW
 ) -> None:
     """`run` into y."""
-    for rows in work.slices(x.shape[0], scratch_bytes(problem, x.device)):
-        multiply(quantize(x[rows], p, problem, work=work), p, bias, problem, out=y[rows], work=work)
+    slices = work.slices(x.shape[0], scratch_bytes(problem, x.device))
+    columns = outlier_columns(x, p, problem) if len(slices) > 1 else None
+    for rows in slices:
+        a = quantize(x[rows], p, problem, columns=columns, work=work)
+        multiply(a, p, bias, problem, out=y[rows], work=work)
 
 
 def scratch_bytes(problem: Problem, device: torch.device, made: bool = False) -> int:
     """Scratch memory that a row of x takes, as `row_bytes`, with its partial sums."""
     n = problem.shape[0]
     config = configured(problem, device)
-    size = row_bytes(problem, made)
     partial = config.split * -(-n // TILE_N) * TILE_N * 4 if config.split > 1 and config.rows else 0
-    return size + partial if size else 0
+    return row_bytes(problem, made) + partial
 
 
 def configuration(problem: Problem) -> str:

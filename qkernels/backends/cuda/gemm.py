@@ -63,13 +63,10 @@ def compute(
     traits = gemv.traits_of(problem)
     call = gemv.call_of(p, traits, x.dtype, kernel=1)
     m, n = x.shape[0], p.shape[0]
-    columns = columns_of(traits.decoder, traits.bits)
-    blocks_n, blocks_m = -(-n // ROWS), -(-m // columns)
     copied, held = row_bytes(x, p, traits), copied_once(x, traits)
-    taken = m * copied + held
-    shares = shares_of(call.args.tiles, blocks_n * blocks_m, gemv.processors(x.device), columns, taken)
+    shares = shares_for(problem, x.device)
     call.args.share = -(-call.args.tiles // shares)
-    partial = shares * blocks_n * ROWS * 4 if shares > 1 else 0  # bytes a row of x
+    partial = shares * -(-n // ROWS) * ROWS * 4 if shares > 1 else 0  # bytes a row of x
 
     def multiply(x: Tensor, bias: Tensor | None, y: Tensor) -> None:
         _launch(x, y, p, bias, call, traits, shares, work)
@@ -163,21 +160,26 @@ def by_columns(x: Tensor) -> Tensor:
     return columns
 
 
-def shares_of(tiles: int, blocks: int, count: int, columns: int, held: int = 0) -> int:
-    """Parts to cut K into so that every processor has a block or two, within the workspace.
+def shares_for(problem: Problem, device: torch.device) -> int:
+    """Parts of K in the launches for a problem. If copies of x want of the workspace too, rows go by slices for it."""
+    traits = gemv.traits_of(problem)
+    columns = columns_of(traits.decoder, traits.bits)
+    blocks = -(-problem.shape[0] // ROWS) * -(-problem.m // columns)
+    return shares_of(gemv.tiles_of(problem.shape, traits), blocks, gemv.processors(device), columns)
 
-    held: bytes of the workspace that copies of x would take.
-    """
+
+def shares_of(tiles: int, blocks: int, count: int, columns: int) -> int:
+    """Parts to cut K into so that every processor has a block or two, within the workspace."""
     wanted = max(1, min(2 * count // blocks, tiles // STAGES, 32))
-    wanted = min(wanted, max(1, (workspace.BYTES - held) // (blocks * ROWS * columns * 4)))
+    wanted = min(wanted, max(1, workspace.BYTES // (blocks * ROWS * columns * 4)))
     return -(-tiles // -(-tiles // wanted))
 
 
 def configuration(problem: Problem) -> str:
     """What `explain` says."""
     traits = gemv.traits_of(problem)
-    columns = columns_of(traits.decoder, traits.bits)
-    tiles = -(-problem.shape[1] // layout.tile_features(traits.bits, traits.vectors))
-    blocks = -(-problem.shape[0] // ROWS) * -(-problem.m // columns)
-    shares = shares_of(tiles, blocks, gemv.processors(torch.device(problem.device)), columns)
+    columns, shares = (
+        columns_of(traits.decoder, traits.bits),
+        shares_for(problem, torch.device(problem.device)),
+    )
     return f"{columns} rows of x and {ROWS} of W a block, K in {shares} shares"

@@ -94,7 +94,7 @@ def compute(
     if traits.norms is None:
         multiply(x, bias, y)
         return
-    held = partial_elements(call.args.tiles, p.shape[0], min(x.shape[0], MAX_ROWS), x.device) * 4
+    held = partial_elements(p.shape[0], min(x.shape[0], MAX_ROWS), shares_for(p.shape, traits, x.device)) * 4
     for rows in work.slices(x.shape[0], transforms.row_bytes(p, traits), held):
         transforms.around(multiply, x[rows], p, bias, traits, y[rows], work)
 
@@ -117,11 +117,9 @@ def _multiply(
         _launch(part, p, bias, into, call, traits, work)
 
 
-def partial_elements(tiles: int, n: int, m: int, device: torch.device) -> int:
+def partial_elements(n: int, m: int, shares: int) -> int:
     """Of the partial sums of a launch."""
-    blocks_n, blocks_m = -(-n // ROWS), -(-m // COLUMNS)
-    shares = shares_of(tiles, blocks_n, processors(device))
-    return shares * blocks_n * blocks_m * ROWS * COLUMNS if shares > 1 else 0
+    return shares * -(-n // ROWS) * -(-m // COLUMNS) * ROWS * COLUMNS if shares > 1 else 0
 
 
 def _launch(
@@ -137,7 +135,7 @@ def _launch(
     args = call.args
     tile = layout.tile_features(traits.bits, traits.vectors)
     blocks_n, blocks_m = -(-n // ROWS), -(-m // COLUMNS)
-    shares = shares_of(args.tiles, blocks_n, processors(x.device))
+    shares = shares_for(p.shape, traits, x.device)
     args.share = -(-args.tiles // shares)
     args.chunk = chunk_of(args.share, tile, m)
     args.m, args.x, args.y = m, x.data_ptr(), y.data_ptr()
@@ -145,8 +143,8 @@ def _launch(
     call.grid_x, call.grid_y = blocks_n * blocks_m, shares
     call.shared = shared_bytes(traits.decoder, traits.bits, m, args.share, outliers=traits.outliers)
     held: list[Tensor] = []
-    if shares > 1:
-        partial = work.empty((shares * blocks_n * blocks_m * ROWS * COLUMNS,), torch.float32, x.device)
+    if elements := partial_elements(n, m, shares):
+        partial = work.empty((elements,), torch.float32, x.device)
         counter = workspace.counters(x.device)
         args.partial, args.counter = partial.data_ptr(), counter.data_ptr()
         held = [partial, counter]
@@ -204,6 +202,16 @@ def _described(p: PackedWeight, traits: layout.WeightOnlyTraits, dtype: torch.dt
     )
 
 
+def tiles_of(shape: tuple[int, int], traits: layout.WeightOnlyTraits) -> int:
+    """Tiles along K; where groups are padded a launch has more, in the shares that these are cut into."""
+    return -(-shape[1] // layout.tile_features(traits.bits, traits.vectors))
+
+
+def shares_for(shape: tuple[int, int], traits: layout.WeightOnlyTraits, device: torch.device) -> int:
+    """Parts of K in every launch for a weight."""
+    return shares_of(tiles_of(shape, traits), -(-shape[0] // ROWS), processors(device))
+
+
 @lru_cache(maxsize=4096)
 def shares_of(tiles: int, blocks_n: int, count: int) -> int:
     """Parts to cut K into so that all blocks run at once; depends on the weight and the GPU, never on M."""
@@ -236,9 +244,7 @@ def book_bytes(decoder: str, bits: int) -> int:
 
 def configuration(problem: Problem) -> str:
     """What `explain` says."""
-    traits = traits_of(problem)
-    tiles = -(-problem.shape[1] // layout.tile_features(traits.bits, traits.vectors))
-    shares = shares_of(tiles, -(-problem.shape[0] // ROWS), processors(torch.device(problem.device)))
+    shares = shares_for(problem.shape, traits_of(problem), torch.device(problem.device))
     again = f", which reads the weight {-(-problem.m // COLUMNS)} times" if problem.m > COLUMNS else ""
     return f"{COLUMNS} rows of x and {ROWS} of W a block, K in {shares} shares{again}"
 

@@ -68,6 +68,7 @@ _quantized = dispatch.Quantized(
     lambda *args, **kwargs: _module(layouts.EIGHT_BIT).quantize(*args, **kwargs),
     lambda *args, **kwargs: _module(layouts.EIGHT_BIT).multiply(*args, **kwargs),
     lambda problem: int(_module(layouts.EIGHT_BIT).row_bytes(problem, made=True)),
+    lambda *args, **kwargs: _module(layouts.EIGHT_BIT).columns_of(*args, **kwargs),
 )
 
 

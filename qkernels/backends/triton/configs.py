@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 #: shared memory one block may use, KiB, by architecture (CUDA programming guide, compute capabilities)
 SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
-#: kept free for what triton adds to the pipeline's buffers: conversions, barriers
-_SHARED_MARGIN = 8 * 1024
+#: kept free for what triton adds to the pipeline's buffers: conversions, barriers; and to those of decoded weights
+_SHARED_MARGIN, _DECODED_MARGIN = 8 * 1024, 6 * 1024
 
 
 class GemmConfig(NamedTuple):
@@ -91,12 +91,8 @@ EXPERTS: dict[tuple[str, int, str], GemmConfig] = {
     ("weight_only", 120, "decode"): GemmConfig(16, 64, 4, 5, post_scale=False),
     ("weight_only.wide", 80, "middle"): GemmConfig(16, 128, 8, 3),
     ("weight_only.wide", 80, "prefill"): GemmConfig(16, 128, 8, 3),
-    # A third stage of 3-bit codes takes 104 KiB.
-    **{
-        ("weight_only.wide", arch, rows): GemmConfig(16, 128, 8, 2)
-        for arch in (86, 89, 120)
-        for rows in ("middle", "prefill")
-    },
+    ("weight_only.wide", 120, "middle"): GemmConfig(16, 128, 8, 3),
+    ("weight_only.wide", 120, "prefill"): GemmConfig(16, 128, 8, 3),
     ("weight_only.wide", 90, "prefill"): GemmConfig(64, 128, 8, 3),
     ("weight_only.wide", 100, "prefill"): GemmConfig(64, 128, 8, 2),
     ("eight_bit.block", 80, "prefill"): GemmConfig(64, 128, 8, 4),
@@ -142,27 +138,36 @@ def choose(
     tile: int,
     row_bytes: int,
     row_scratch: int = 0,
+    decoded: tuple[int, int] = (0, 0),
     *,
     experts: bool = False,
 ) -> GemmConfig:
     """The table's configuration for M rows, of each expert with `experts`, made to fit `arch`.
 
-    tile, row_bytes, row_scratch: as in `fitted`.
+    tile, row_bytes, row_scratch, decoded: as in `fitted`.
     """
     config = _tabled(family, arch, m, experts)
     if batch_invariant:
         config = BATCH_INVARIANT[family]._replace(block_m=_INVARIANT_BLOCK_M[m_class(m)])
-    return fitted(config, arch, tile, row_bytes, row_scratch)
+    return fitted(config, arch, tile, row_bytes, row_scratch, decoded)
 
 
-def fitted(config: GemmConfig, arch: int, tile: int, row_bytes: int, row_scratch: int = 0) -> GemmConfig:
+def fitted(
+    config: GemmConfig,
+    arch: int,
+    tile: int,
+    row_bytes: int,
+    row_scratch: int = 0,
+    decoded: tuple[int, int] = (0, 0),
+) -> GemmConfig:
     """`config`, with fewer stages and then narrower blocks until it fits in shared memory.
 
     tile: features of one step along K. row_bytes: packed bytes of one step, per output row. row_scratch:
-    bytes per output row that codes need, beside the pipeline, to change hands between threads.
+    bytes per output row that codes need, beside the pipeline, to change hands between threads. decoded: the
+    same of decoded weights, with up to 16 rows of x in a block and with more.
     """
-    limit = SHARED_KIB.get(arch, 99) * 1024 - _SHARED_MARGIN
-    while shared_bytes(config, tile, row_bytes, row_scratch) > limit:
+    limit = SHARED_KIB.get(arch, 99) * 1024
+    while shared_bytes(config, tile, row_bytes, row_scratch, decoded) > limit:
         if config.num_stages > 2:
             config = config._replace(num_stages=config.num_stages - 1)
         elif config.block_m > 16:
@@ -174,10 +179,24 @@ def fitted(config: GemmConfig, arch: int, tile: int, row_bytes: int, row_scratch
     return config
 
 
-def shared_bytes(config: GemmConfig, tile: int, row_bytes: int, row_scratch: int = 0) -> int:
-    """Shared memory of the pipeline, or of the epilogue's transposition if that is larger."""
-    loads = config.num_stages * (config.block_n * row_bytes + config.block_m * tile * 2)
-    return max(loads + config.block_n * row_scratch, config.block_m * config.block_n * 4)
+def shared_bytes(
+    config: GemmConfig,
+    tile: int,
+    row_bytes: int,
+    row_scratch: int = 0,
+    decoded: tuple[int, int] = (0, 0),
+) -> int:
+    """At most this much shared memory: of the pipeline, or of the epilogue's transposition if that is larger.
+
+    A step's decoded weights only change hands for mma.sync, which takes the oldest stage into registers before.
+    """
+    stage = config.block_n * row_bytes + config.block_m * tile * 2
+    needed = max(
+        config.num_stages * stage + config.block_n * row_scratch, config.block_m * config.block_n * 4
+    )
+    scratch = config.block_n * decoded[config.block_m > 16]
+    through = (config.num_stages - 1) * stage + scratch + _DECODED_MARGIN if scratch else 0
+    return max(needed + _SHARED_MARGIN, through)
 
 
 def shares_of(config: GemmConfig, tiles: int, blocks: int, processors: int) -> int:

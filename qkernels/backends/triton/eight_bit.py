@@ -12,9 +12,10 @@ from torch import Tensor
 from ... import formats, layouts
 from ...layouts import eight_bit as layout
 from ..work import NOW, Recorded, Work
-from . import autotune, configs, interpreted, workspace
+from . import autotune, configs, interpreted, outlier_columns, workspace
 from .jobs import CompileJob
 from .launch import Launch, Replay, ahead, early
+from .outlier_columns import row_block, row_warps
 from .weight_only import processors, split_of
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 #: features of one step along K
 STEP = 128
-#: features of a row that one program holds in registers; the rest of a longer row is read twice
-ROW_BLOCK = 16384
 
 
 class Activations(NamedTuple):
@@ -70,19 +69,36 @@ def has_fp8(capability: tuple[int, int] | None) -> bool:
 def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
     """x (M, K) contiguous float16 or bfloat16, p in the EIGHT_BIT layout -> y (M, N)."""
     y = torch.empty(x.shape[0], p.shape[0], dtype=x.dtype, device=x.device)
-    for rows in workspace.slices(x.shape[0], row_bytes(problem)):
-        multiply(quantize(x[rows], p, problem), p, bias, problem, y[rows])
+    slices = list(workspace.slices(x.shape[0], row_bytes(problem)))
+    columns = columns_of(x, p, problem) if len(slices) > 1 else None
+    for rows in slices:
+        multiply(quantize(x[rows], p, problem, columns=columns), p, bias, problem, y[rows])
     return y
 
 
+def columns_of(
+    x: Tensor,
+    p: PackedWeight,
+    problem: Problem,
+    *,
+    up: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor | None:
+    """The outlier columns of all rows of the problem, as `Activations` has them. None where a row's result does
+    not depend on the other rows. Operands as in `quantize`."""
+    threshold = traits_of(problem).threshold
+    if not threshold or problem.batch_invariant:
+        return None
+    return outlier_columns.find(x, threshold, up=up, norm=norm, eps=eps)
+
+
 def row_bytes(problem: Problem, made: bool = False) -> int:
-    """Scratch memory that a row of x takes in `quantize`; 0 where rows cannot be quantized by slices.
+    """Scratch memory that a row of x takes in `quantize`.
 
     made: LLM.int8() keeps in 16 bits what is quantized, because that is not x itself.
     """
     traits, k = traits_of(problem), problem.shape[1]
-    if traits.threshold > 0 and not problem.batch_invariant:
-        return 0  # an outlier in one row makes the column one of 16 bits in all rows
     scales = {"token": 1, "group": -(-k // layout.BLOCK), "tensor": 0}[traits.activation]
     return layout.padded(k) + 4 * scales + (2 * k if made and traits.threshold > 0 else 0)
 
@@ -101,12 +117,13 @@ def quantize(
     up: Tensor | None = None,
     norm: Tensor | None = None,
     eps: float = 0.0,
+    columns: Tensor | None = None,
     work: Work = NOW,
 ) -> Activations:
     """x (M, K) contiguous -> its codes as the weight `p` wants them.
 
     up (M, K): silu(x) * up is quantized. norm (K): RMSNorm with this weight comes first. Both round to
-    x's dtype where a model's operations do. All contiguous.
+    x's dtype where a model's operations do. All contiguous. columns: what `columns_of` found in more rows.
     """
     from ...triton_kernels.activations import quantize_rows
 
@@ -123,12 +140,14 @@ def quantize(
         groups = (-(-k // layout.BLOCK),) if traits.activation == "group" else ()
         scale = work.empty((*groups, m), torch.float32, device)
     # A pointer that is never used still has to be one: x stands in.
-    normed, columns, counter = x, x, x
-    outliers = traits.threshold > 0
+    normed, listed, flags = x, x, x
+    outliers = int(traits.threshold > 0)
     if outliers:
-        columns = work.empty((k + 1,), torch.int32, device)
-        enough = 1 + k <= workspace.MAX_BLOCKS
-        counter = workspace.counters(device) if enough else work.zeros((1 + k,), torch.int32, device)
+        if columns is None:
+            listed = work.empty((k + 1,), torch.int32, device)
+            flags = outlier_columns.counter(1 + k, device, work)
+        else:
+            listed, outliers = columns, 2
         if norm is not None or up is not None:
             normed = work.empty((m, k), x.dtype, device)
     block = row_block(kp)
@@ -155,9 +174,9 @@ def quantize(
     )  # fmt: skip
     gate, weight = x if up is None else up, x if norm is None else norm
     launch = Launch(quantize_rows, (m, 1), fixed, slots)
-    work.start(launch, x, gate, codes, scale, weight, normed, columns, counter)
+    work.start(launch, x, gate, codes, scale, weight, normed, listed, flags)
     codes = codes if int8 else codes.view(torch.float8_e4m3fn)
-    return Activations(codes, scale, normed, columns if outliers else None)
+    return Activations(codes, scale, normed, listed if outliers else None)
 
 
 def rms_norm_quantize(
@@ -174,15 +193,6 @@ def rms_norm_quantize(
     if tuple(weight.shape) != (k,) or not weight.is_floating_point():
         raise ValueError(f"weight: expected floats of shape ({k},), got {weight.dtype} {tuple(weight.shape)}")
     return quantize(x.contiguous(), p, problem, norm=weight.contiguous(), eps=eps)
-
-
-def row_block(kp: int) -> int:
-    """Features of a row worked on at once: a power of two, and whole groups."""
-    return min(ROW_BLOCK, max(layout.BLOCK, 1 << (kp - 1).bit_length()))
-
-
-def row_warps(block: int) -> int:
-    return min(16, max(1, block // 512))
 
 
 # ---------------------------------------------------------------------- the product

@@ -1,7 +1,8 @@
 """Launches the kernels of mixtures of experts: slots sorted by expert, then one product for all of them.
 
 A call is two launches, a whole layer five, and everything they allocate has a size that the shapes alone
-tell: the host never waits for the device, and a CUDA graph may hold it all.
+tell: the host never waits for the device, and a CUDA graph may hold it all. Where activations are quantized
+and their codes would take more than the workspace, tokens go by slices, for which that is done one by one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ... import formats, layouts
 from ...layouts import eight_bit as codes_layout
-from . import autotune, configs, eight_bit, interpreted, weight_only
+from . import autotune, configs, eight_bit, interpreted, weight_only, workspace
 from .jobs import CompileJob
 
 if TYPE_CHECKING:
@@ -85,12 +86,21 @@ def run(
 ) -> Tensor:
     """x (T, K) or (T, top_k, K), ids (T, top_k), weights (T, top_k), bias (E, N) -> y (T, top_k, N)."""
     config = tabled(problem)
+    y = torch.empty(*ids.shape, experts.shape[0], dtype=x.dtype, device=x.device)
 
-    def call() -> Tensor:
-        found = sort(ids, experts.count, config.block_m)
-        return _product(x, experts, found, ids, weights, bias, problem, config)
+    def call() -> None:
+        for tokens in workspace.slices(x.shape[0], x[:1].numel() // x.shape[-1] * row_bytes(problem)):
+            found = sort(ids[tokens], experts.count, config.block_m)
+            own = None if weights is None else weights[tokens]
+            _product(x[tokens], experts, found, ids[tokens], own, bias, problem, config, y[tokens])
 
-    return autotune.timed_first(problem, config, call)
+    autotune.timed_first(problem, config, call)
+    return y
+
+
+def row_bytes(problem: Problem) -> int:
+    """Scratch memory that a row of x takes: its codes and their scales, where there are any."""
+    return eight_bit.row_bytes(problem) if _eight_bit(problem) else 0
 
 
 def fused(
@@ -103,22 +113,40 @@ def fused(
     problems: tuple[Problem, Problem],
 ) -> Tensor:
     """x (T, K), weights and ids (T, top_k) -> y (T, N of down): gate_up, activation, down, weighted sum."""
-    from ...triton_kernels.experts import combine, gate
-
     first, second = (tabled(problem) for problem in problems)
     # One order of slots for both; fewer rows a block always fit.
     block_m = min(first.block_m, second.block_m)
-    found = sort(ids, gate_up.count, block_m)
-    h = _product(x, gate_up, found, ids, None, None, problems[0], first._replace(block_m=block_m))
+    sizes = (first._replace(block_m=block_m), second._replace(block_m=block_m))
+    y = torch.empty(x.shape[0], down.shape[0], dtype=x.dtype, device=x.device)
+    scratch = max(row_bytes(problems[0]), ids.shape[1] * row_bytes(problems[1]))
+    for tokens in workspace.slices(x.shape[0], scratch):
+        _layer(x[tokens], gate_up, down, weights[tokens], ids[tokens], activation, problems, sizes, y[tokens])
+    return y
+
+
+def _layer(
+    x: Tensor,
+    gate_up: PackedExperts,
+    down: PackedExperts,
+    weights: Tensor,
+    ids: Tensor,
+    activation: str,
+    problems: tuple[Problem, Problem],
+    sizes: tuple[configs.GemmConfig, configs.GemmConfig],
+    y: Tensor,
+) -> None:
+    """`fused` of some tokens, into y."""
+    from ...triton_kernels.experts import combine, gate
+
+    found = sort(ids, gate_up.count, sizes[0].block_m)
+    h = _product(x, gate_up, found, ids, None, None, problems[0], sizes[0])
     slots, inner, n = ids.numel(), down.shape[1], down.shape[0]
     gated = torch.empty(*ids.shape, inner, dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
         gate[(slots, -(-inner // _BLOCK))](h, gated, inner, ACTIVATION=activation, BLOCK=_BLOCK)
-    h = _product(gated, down, found, ids, None, None, problems[1], second._replace(block_m=block_m))
-    y = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
+    h = _product(gated, down, found, ids, None, None, problems[1], sizes[1])
     with torch.cuda.device_of(x):
         combine[(x.shape[0], -(-n // _BLOCK))](h, weights, y, ids.shape[1], n, BLOCK=_BLOCK)
-    return y
 
 
 # ---------------------------------------------------------------------- slots
@@ -156,13 +184,15 @@ def _product(
     bias: Tensor | None,
     problem: Problem,
     config: configs.GemmConfig,
+    out: Tensor | None = None,
 ) -> Tensor:
+    """The product of some tokens, into `out` if it is given. `problem` is that of all tokens."""
     from ...triton_kernels.experts import experts_eight_bit, experts_weight_only
 
     n, k = experts.shape
     x = x.view(-1, k)
     slots = ids.numel()
-    y = torch.empty(*ids.shape, n, dtype=x.dtype, device=x.device)
+    y = torch.empty(*ids.shape, n, dtype=x.dtype, device=x.device) if out is None else out
     blocks = found.experts.numel()
     common = {
         "bias_ptr": x if bias is None else bias.contiguous(),

@@ -31,3 +31,10 @@ class CompileJob:
     num_stages: int
     weights: int = 0
     tensor_core: bool = True
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The compiler's, as launches give them."""
+        from ...triton_kernels.launchable import OPTIONS
+
+        return {**OPTIONS, "num_warps": self.num_warps, "num_stages": self.num_stages}

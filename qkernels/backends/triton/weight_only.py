@@ -30,14 +30,19 @@ def traits_of(problem: Problem) -> layout.WeightOnlyTraits:
     return formats.get(problem.format).weight_only_traits(problem.shape, dict(problem.params))
 
 
-def sizes(traits: layout.WeightOnlyTraits) -> tuple[int, int, int]:
-    """Of one tile, as `configs.fitted` wants them: features, packed bytes of a row, scratch bytes of a row.
+def sizes(traits: layout.WeightOnlyTraits) -> tuple[int, int, int, tuple[int, int]]:
+    """Of one tile, as `configs.fitted` wants them: features, packed bytes of a row, scratch bytes of a row, twice.
 
-    The scratch is read off `python -m bench.static`: high bits come as words of their own, and go to the
-    threads that hold the low ones by way of shared memory.
+    The scratch is read off compiled kernels (tests/kernels/test_shared_memory.py): high bits come as words of
+    their own, and go to the threads that hold the low ones by way of shared memory; so do decoded weights, 2 bytes
+    each, then and where a code is eight of them, but of these only a part for few rows.
     """
-    high = layout.high_words(traits.bits, traits.vectors)
-    return layout.tile_features(traits.bits, traits.vectors), 64 + 4 * high, 160 if high else 0
+    high, features = (
+        layout.high_words(traits.bits, traits.vectors),
+        layout.tile_features(traits.bits, traits.vectors),
+    )
+    decoded = (288, 2 * features + 160) if traits.vectors else (2 * features,) * 2 if high else (0, 0)
+    return features, 64 + 4 * high, 160 if high else 0, decoded
 
 
 def family(traits: layout.WeightOnlyTraits) -> str:

@@ -1,0 +1,99 @@
+"""Finds the outlier columns of LLM.int8() in all rows of x, before these are quantized by slices.
+
+An outlier in one row makes its column one of 16 bits in every row, so slices have to know of each other's.
+Reading all of x once more takes no scratch memory, unlike its codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ...layouts import eight_bit as layout
+from ..work import NOW, Work
+from . import workspace
+from .jobs import CompileJob
+from .launch import Launch, early
+
+
+def find(
+    x: Tensor, threshold: float, *, up: Tensor | None = None, norm: Tensor | None = None, eps: float = 0.0
+) -> Tensor:
+    """int32 (K + 1): the columns of what is quantized that have an element of at least `threshold`, in order, and
+    at K how many they are: what `eight_bit.quantize` of all rows has as `columns`, found with the same arithmetic.
+
+    x (M, K), up (M, K) and norm (K) as in `eight_bit.quantize`.
+    """
+    from ...triton_kernels.activations import outlier_columns
+
+    m, k = x.shape
+    block = row_block(layout.padded(k))
+    columns = torch.empty(k + 1, dtype=torch.int32, device=x.device)
+    fixed = {
+        "eps": eps,
+        "threshold": threshold,
+        "M": m,
+        "K": k,
+        "NORM": norm is not None,
+        "GATED": up is not None,
+        "BLOCK": block,
+        "num_warps": row_warps(block),
+        **early(x.device),
+    }
+    slots = ("x_ptr", "up_ptr", "norm_ptr", "columns_ptr", "counter_ptr")
+    launch = Launch(outlier_columns, (m, 1), fixed, slots)
+    launch(x, x if up is None else up, x if norm is None else norm, columns, counter(1 + k, x.device))
+    return columns
+
+
+#: features of a row that one program holds in registers; the rest of a longer row is read twice
+ROW_BLOCK = 16384
+
+
+def row_block(kp: int) -> int:
+    """Features of a row worked on at once: a power of two, and whole groups."""
+    return min(ROW_BLOCK, max(layout.BLOCK, 1 << (kp - 1).bit_length()))
+
+
+def row_warps(block: int) -> int:
+    return min(16, max(1, block // 512))
+
+
+def counter(elements: int, device: torch.device, work: Work = NOW) -> Tensor:
+    """int32 zeros, which the kernel leaves zero: the family's counters, where they are enough of them."""
+    if elements <= workspace.MAX_BLOCKS:
+        return workspace.counters(device)
+    return work.zeros((elements,), torch.int32, device)
+
+
+# ---------------------------------------------------------------------- ahead of time
+_JOB_FEATURES = 8192
+
+
+def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
+    """Of x alone, after RMSNorm and after SiLU; with `subset` the first."""
+    from ...triton_kernels.activations import outlier_columns
+
+    block = row_block(_JOB_FEATURES)
+    for label, norm, gated in (("", False, False), ("RMSNorm ", True, False), ("SiLU ", False, True)):
+        if subset and label:
+            continue
+        yield CompileJob(
+            kernel="outlier_columns",
+            label=f"int8 {label}bf16",
+            arch=arch,
+            fn=outlier_columns,
+            types={
+                **dict.fromkeys(("x_ptr", "up_ptr", "norm_ptr"), "*bf16"),
+                **dict.fromkeys(("columns_ptr", "counter_ptr"), "*i32"),
+                **dict.fromkeys(("eps", "threshold"), "fp32"),
+                **dict.fromkeys(("M", "K"), "i32"),
+            },
+            constants={"NORM": norm, "GATED": gated, "BLOCK": block, "EARLY": arch >= 90},
+            aligned=("x_ptr", "up_ptr", "norm_ptr", "K"),
+            num_warps=row_warps(block),
+            num_stages=3,
+            tensor_core=False,
+        )

@@ -1,0 +1,103 @@
+"""Codes of the experts' activations stay within 32 MB: tokens go by slices for it, with the same bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import qkernels as qk
+from qkernels import dispatch, layouts
+
+from ..conftest import DEVICE, case_id
+
+pytest.importorskip("triton")
+from qkernels.backends.triton import eight_bit, workspace
+from qkernels.backends.triton import experts as backend
+
+from .launches import Launches
+from .test_experts import activations, make, route
+
+QUANTIZED: list[tuple[str, dict[str, Any]]] = [
+    ("w8a8", {}),
+    ("fp8", {"activation": "dynamic"}),
+    ("fp8", {"granularity": "block", "activation": "dynamic"}),
+]
+quantized = pytest.mark.parametrize(("name", "params"), QUANTIZED, ids=map(case_id, QUANTIZED))
+EXPERTS, TOP_K = 3, 2
+
+
+@pytest.fixture
+def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of codes and scales, each time activations are quantized."""
+    seen: list[int] = []
+    real = eight_bit.quantize
+
+    def quantize(*args: Any, **kwargs: Any) -> eight_bit.Activations:
+        a = real(*args, **kwargs)
+        seen.append(a.codes.numel() + 4 * a.scale.numel())
+        return a
+
+    monkeypatch.setattr(eight_bit, "quantize", quantize)
+    return seen
+
+
+def problem_of(experts: qk.PackedExperts, ids: Tensor) -> dispatch.Problem:
+    return dispatch.problem_of(experts, ids.numel(), torch.float16, ids.device)  # type: ignore[arg-type]
+
+
+@quantized
+@pytest.mark.parametrize("rows", ["token", "slot", "layer"])
+def test_codes_stay_within_32_mb(
+    rows: str, name: str, params: dict[str, Any], sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is computed: neither x nor what is made of it is ever touched, so it takes no memory."""
+    launches = Launches(monkeypatch)
+    tokens, k = (40_000 if rows == "slot" else 70_000), 512
+    experts = make(name, params, EXPERTS, 2 * k, k).prepack(layouts.EIGHT_BIT)
+    ids = torch.zeros(tokens, TOP_K, dtype=torch.int64, device=DEVICE)
+    weights = torch.ones(tokens, TOP_K, device=DEVICE)
+    x = torch.empty(tokens, *([TOP_K] if rows == "slot" else []), k, dtype=torch.float16, device=DEVICE)
+    problem = problem_of(experts, ids)
+    if rows == "layer":
+        down = make(name, params, EXPERTS, 64, k).prepack(layouts.EIGHT_BIT)
+        y = backend.fused(x, experts, down, weights, ids, "silu", (problem, problem_of(down, ids)))
+        assert y.shape == (tokens, 64)
+    else:
+        y = backend.run(x, experts, ids, None, None, problem)
+        assert y.shape == (tokens, TOP_K, 2 * k)
+    assert len(sizes) > 1
+    assert max(sizes) <= 32 * 2**20
+    assert sum(sizes) >= x.numel()  # and all of x was quantized
+    assert sum(call[0].startswith("experts_") for call in launches.calls) == len(sizes)
+
+
+@quantized
+@pytest.mark.parametrize("invariant", [False, True])
+def test_slices_change_no_bit(
+    invariant: bool, name: str, params: dict[str, Any], sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, n, k = 41, 48, 144
+    gate_up, down = make(name, params, EXPERTS, 2 * n, k), make(name, params, EXPERTS, 40, n)
+    x, ids = activations(tokens, k), route(tokens, TOP_K, EXPERTS)
+    ids[3, 1] = -1
+    each, weights = activations(tokens, TOP_K, k), torch.rand(tokens, TOP_K).to(DEVICE)
+    bias = activations(EXPERTS, 2 * n)
+
+    def results() -> list[Tensor]:
+        sizes.clear()
+        common: dict[str, Any] = {"backend": "triton", "batch_invariant": invariant}
+        return [
+            qk.grouped_matmul(x, gate_up, ids, bias=bias, **common),
+            qk.grouped_matmul(each, gate_up, ids, weights, **common),
+            qk.fused_moe(x, gate_up, down, weights, ids, **common),
+        ]
+
+    whole = results()
+    assert len(sizes) == 4
+    monkeypatch.setattr(workspace, "BYTES", 17 * k)
+    sliced = results()
+    assert len(sizes) > 3 * 4
+    assert all(torch.equal(a, b) for a, b in zip(sliced, whole, strict=True))

@@ -1,0 +1,55 @@
+"""What our kernels want of the compiler they say themselves, so that triton need not warn whoever uses them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+from .launches import KERNELS
+
+#: run without the interpreter, which has no compiler to ask: what triton is given when a kernel is launched
+SCRIPT = """
+import importlib, json, sys
+from triton.runtime.jit import JITFunction
+seen = {}
+JITFunction.run = lambda self, *args, grid, warmup, **options: seen.setdefault(self.__name__, []).append(options)
+for module, name in json.loads(sys.argv[1]):
+    kernel = getattr(importlib.import_module(f"qkernels.triton_kernels.{module}"), name)
+    kernel[(1,)](1, 2, num_warps=4)
+    kernel.warmup(1, 2, grid=(1,), enable_fp_fusion=False)
+print(json.dumps(seen))
+"""
+
+
+def outside(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
+    command = [sys.executable, "-c", script, *arguments]
+    root = Path(__file__).parents[2]
+    return subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
+
+
+def test_each_launch_says_whether_to_fuse() -> None:
+    done = outside(SCRIPT, json.dumps(KERNELS))
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert set(seen) == {name for _, name in KERNELS}
+    for name, launches in seen.items():
+        assert launches == [{"enable_fp_fusion": True, "num_warps": 4}, {"enable_fp_fusion": False}], name
+
+
+def test_compiling_does_not_warn() -> None:
+    done = outside(
+        "import warnings; warnings.simplefilter('error')\n"
+        "from triton.backends.compiler import GPUTarget\n"
+        "from triton.compiler import make_backend\n"
+        "from qkernels.backends.triton import weight_only\n"
+        "job = next(iter(weight_only.compile_jobs(80)))\n"
+        "print(make_backend(GPUTarget('cuda', 80, 32)).parse_options(job.options).enable_fp_fusion)\n"
+    )
+    assert (done.stdout, done.stderr) == ("True\n", "")

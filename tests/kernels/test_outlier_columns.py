@@ -1,0 +1,83 @@
+"""Outlier columns found before rows are quantized by slices: those that all rows at once would find."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ..conftest import DEVICE
+
+pytest.importorskip("triton")
+from qkernels.backends.triton import eight_bit, outlier_columns, workspace
+from qkernels.triton_kernels.activations import quantize_rows
+
+from .test_activations import dtypes, packed, problem, with_outliers
+from .test_eight_bit import counters_end_as_zeros, poisoned_outputs  # noqa: F401  # fixtures
+
+K, THRESHOLD = 300, 6.0
+
+
+def before(kind: str, dtype: torch.dtype) -> dict[str, Any]:
+    if kind == "norm":
+        return {"norm": (1 + 3 * torch.rand(K)).to(dtype).to(DEVICE), "eps": 1e-5}
+    return {"up": (3 * torch.randn(5, K)).to(dtype).to(DEVICE)} if kind == "up" else {}
+
+
+def listed(columns: Tensor) -> list[int]:
+    return columns[: int(columns[-1])].tolist()
+
+
+@dtypes
+@pytest.mark.parametrize("kind", ["plain", "norm", "up"])
+@pytest.mark.parametrize("block", [16384, 128])
+@pytest.mark.parametrize("planted", ["none", "one", "many", "all", "row"])
+def test_the_same_columns(
+    planted: str, block: int, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eight_bit, "ROW_BLOCK", block)
+    x, given, p = with_outliers(5, K, planted, dtype), before(kind, dtype), packed("int8", {}, K)
+    want = eight_bit.quantize(x, p, problem(p, x), **given)
+    assert want.columns is not None
+    for _ in range(2):  # the second call finds flags and counter as the first one left them
+        assert listed(outlier_columns.find(x, THRESHOLD, **given)) == listed(want.columns)
+    if kind == "plain":
+        assert listed(want.columns) == (x.abs() >= THRESHOLD).any(0).nonzero()[:, 0].tolist()
+        assert planted == "none" or listed(want.columns)
+
+
+def test_more_columns_than_there_are_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspace, "MAX_BLOCKS", K)
+    monkeypatch.setattr(workspace, "_counters", {})
+    x = with_outliers(3, K, "many", torch.float16)
+    want = (x.abs() >= THRESHOLD).any(0).nonzero()[:, 0].tolist()
+    assert listed(outlier_columns.find(x, THRESHOLD)) == want
+
+
+@pytest.mark.parametrize("kind", ["plain", "norm", "up"])
+def test_slices_of_rows_whose_columns_are_known(kind: str) -> None:
+    """The kernel with OUTLIERS = 2: codes, scales and 16 bits of all rows at once, counters never touched."""
+    x, given, p = (
+        with_outliers(5, K, "many", torch.float16),
+        before(kind, torch.float16),
+        packed("int8", {}, K),
+    )
+    want = eight_bit.quantize(x, p, problem(p, x), **given)
+    for rows in (slice(0, 3), slice(3, 5)):
+        part = x[rows]
+        up, norm = (given["up"][rows] if kind == "up" else part), given.get("norm", part)
+        m, kp = part.shape[0], want.codes.shape[1]
+        codes = torch.empty(m, kp, dtype=torch.int8, device=DEVICE)
+        scale, normed = torch.empty(m, device=DEVICE), torch.empty_like(part)
+        counter = torch.full((1,), 41, dtype=torch.int32, device=DEVICE)
+        quantize_rows[(m,)](
+            part, up, codes, scale, norm, normed, scale, counter, counter, given.get("eps", 0.0), THRESHOLD, m, K, kp,
+            INT8=True, SHARED="token", HAS_ZERO=False, OUTLIERS=2, NORM=kind == "norm", GATED=kind == "up",
+            NATIVE=False, BLOCK=512,
+        )  # fmt: skip
+        assert torch.equal(codes, want.codes[rows])
+        assert torch.equal(scale, want.scale[rows])
+        assert kind == "plain" or torch.equal(normed, want.x[rows])
+        assert counter.tolist() == [41]
