@@ -204,6 +204,7 @@ CUDA_EIGHT_BIT = [
 ]  # fmt: skip
 
 HOPPER, HOPPER8 = "csrc/weight_only/hopper.h", "csrc/eight_bit/hopper.h"
+CUDA_LAUNCH = "csrc/weight_only/launch.h"
 HOPPERS = [
     (HOPPER, "factor[i % 2], factor[i % 2]);", "factor[0], factor[0]);"),
     (HOPPER, "product_wait<1>();", "product_wait<2>();"),
@@ -216,6 +217,14 @@ HOPPERS = [
     (HOPPER, "    sync_warpgroup(1 + warpgroup);  // what was stored before has been read", ""),
     (HOPPER, "m < args.m && n < args.n", "m <= args.m && n < args.n"),
     (HOPPER, "w.n - place.n0 < kHopperRows ? w.n - place.n0 : kHopperRows", "kHopperRows"),
+    (HOPPER, "load_book<D>(args.weight, shared.book(), kHopperThreads);", ""),
+    (HOPPER, "kBytes = kBookAt + kBookBytes<D>", "kBytes = kBookAt"),
+    (HOPPER, "factor[r] * sums[i]", "sums[i]"),
+    (HOPPER, "r = i / 2 % 2, n = first", "r = i % 2, n = first"),
+    (HOPPER, "n < args.n && m < args.m", "n < args.n && m <= args.m"),
+    (CUDA_LAUNCH, "hopper.whole != (call.args.is_float != 0)", "false"),
+    (CUDA_LAUNCH, "call.args.group < call.args.k || ", ""),
+    (CUDA_LAUNCH, "|| call.args.bias != nullptr", ""),
     (HOPPER8, "scale[i / 2 % 2]", "scale[i % 2]"),
     (HOPPER8, "accumulate || k > 0", "accumulate"),
     (HOPPER8, "product_wait<1>();", "product_wait<2>();"),

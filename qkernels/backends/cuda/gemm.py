@@ -68,10 +68,7 @@ def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Te
         _launch(x, y, p, bias, call, traits, shares)
 
     for rows in workspace.slices(m, copied + partial if copied else 0, held):
-        if traits.norms is None:
-            multiply(x[rows], bias, y[rows])
-        else:
-            transforms.around(multiply, x[rows], p, bias, traits, y[rows])
+        transforms.around(multiply, x[rows], p, bias, traits, y[rows])
     return y
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ... import layouts
 from ...layouts import weight_only as layout
 from ..triton import workspace
-from . import gemm
+from . import gemm, transforms
 from . import weight_only as gemv
 
 if TYPE_CHECKING:
@@ -23,16 +23,17 @@ ROWS, THREADS = 128, 384
 MIN_ROWS = 129
 
 
-def columns_of(bits: int, outliers: bool = False) -> int:
+def columns_of(decoder: str, bits: int, outliers: bool = False) -> int:
     """Rows of x of a block: fewer where tiles are long, and where outliers take registers."""
-    return 128 if bits < 4 or outliers else 256
+    return 128 if layout.tile_features(bits, decoder == "e8p") == 256 or outliers else 256
 
 
-def shared_bytes(bits: int, outliers: bool = False) -> int:
-    """Shared memory of a block: rings of x and codes, the result, barriers."""
-    columns, high = columns_of(bits, outliers), layout.high_words(bits)
+def shared_bytes(decoder: str, bits: int, outliers: bool = False) -> int:
+    """Shared memory of a block: rings of x and codes, the result, barriers, a codebook."""
+    columns, high = columns_of(decoder, bits, outliers), layout.high_words(bits, decoder == "e8p")
     chunks, tiles, tile = (4 if columns == 256 else 6), (2 if high else 3), ROWS * (64 + 4 * high)
-    return chunks * columns * 128 + tiles * tile + ROWS * columns * 2 + 16 * (chunks + tiles)
+    rings = chunks * columns * 128 + tiles * tile
+    return rings + ROWS * columns * 2 + 16 * (chunks + tiles) + gemv.book_bytes(decoder, bits)
 
 
 def rejects(problem: Problem) -> str | None:
@@ -42,15 +43,13 @@ def rejects(problem: Problem) -> str | None:
         return f"for {MIN_ROWS} rows of x and more"
     if problem.batch_invariant:
         return "the GEMV takes these to sum in an order that does not depend on M"
-    if gemv.traits_of(problem).norms is not None:
-        return "a transform wants products in float32, which the GEMM writes"
     return gemv.unsupported(problem)
 
 
 def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
     """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout -> y (M, N).
 
-    Where x has to be copied, that is done for a slice of its rows at a time, as in gemm.py.
+    Where x has to be copied or transformed, that is done for a slice of its rows at a time, as in gemm.py.
     """
     assert p.layout == layouts.WEIGHT_ONLY
     traits = gemv.traits_of(problem)
@@ -58,21 +57,23 @@ def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Te
     m, n = x.shape[0], p.shape[0]
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+
+    def multiply(x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        call.grid_x, call.grid_y = min(_tiles(n, y.shape[0], traits), gemv.processors(x.device)), 1
+        gemm.start(x, y, p, bias, call, traits, [])
+
     for rows in workspace.slices(m, gemm.row_bytes(x, p, traits), gemm.copied_once(x, traits)):
-        part = y[rows]
-        call.grid_x, call.grid_y = min(_tiles(n, part.shape[0], traits), gemv.processors(x.device)), 1
-        gemm.start(x[rows], part, p, bias, call, traits, [])
+        transforms.around(multiply, x[rows], p, bias, traits, y[rows])
     return y
 
 
 def _tiles(n: int, m: int, traits: layout.WeightOnlyTraits) -> int:
-    return -(-n // ROWS) * -(-m // columns_of(traits.bits, traits.outliers))
+    return -(-n // ROWS) * -(-m // columns_of(traits.decoder, traits.bits, traits.outliers))
 
 
 def configuration(problem: Problem) -> str:
     """What `explain` says."""
     traits = gemv.traits_of(problem)
     tiles = _tiles(problem.shape[0], problem.m, traits)
-    return (
-        f"wgmma, {columns_of(traits.bits, traits.outliers)} rows of x and {ROWS} of W a tile, {tiles} tiles"
-    )
+    columns = columns_of(traits.decoder, traits.bits, traits.outliers)
+    return f"wgmma, {columns} rows of x and {ROWS} of W a tile, {tiles} tiles"

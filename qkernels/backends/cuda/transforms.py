@@ -70,8 +70,11 @@ def around(
 ) -> None:
     """x (M, K) -> the weight's output y (M, N), `multiply` (x, bias, y) writing what the codes make of transformed x.
 
-    M is of a slice of rows: `row_bytes` says what each takes.
+    Without transforms it is that product. M is of a slice of rows: `row_bytes` says what each takes.
     """
+    if traits.norms is None:
+        multiply(x, bias, y)
+        return
     inside = torch.empty(y.shape, dtype=torch.float32, device=y.device)
     multiply(before(x, p, traits), None, inside)
     after(inside, p, traits, bias, y.dtype, y)
