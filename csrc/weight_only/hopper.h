@@ -13,9 +13,9 @@
 //
 // While the tensor core multiplies slice i (16 features), the warps prepare slice i + 1. Codes
 // leave shared memory a whole tile at a time, so their place is free again at once. Weights are
-// scaled in float32 and rounded once. A block takes outputs in turn (grid: one block a processor):
-// the copies of the next one start while the last one is stored. K is never cut: sums do not depend
-// on M.
+// scaled in float32 and rounded once, or sums are scaled, where a row has but one scale. A block
+// takes outputs in turn (grid: one block a processor): the copies of the next one start while the
+// last one is stored. K is never cut: sums do not depend on M.
 #pragma once
 #include "../ptx/hopper.h"
 #include "../ptx/wgmma.h"
