@@ -271,6 +271,17 @@ SUITES = (
 )
 
 
+def copy_of(root: Path, tree: Path) -> Path:
+    """A copy of the repository at `root` in `tree`, whose package has the copy's Triton kernels."""
+    shutil.copytree(
+        root, tree, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv", "smollm2*", "__pycache__")
+    )
+    link = tree / "qkernels" / "triton_kernels"
+    link.unlink(missing_ok=True)
+    link.symlink_to("../triton_kernels")
+    return tree
+
+
 def survives(tree: Path, file: str, old: str, new: str, tests: tuple[str, ...]) -> bool:
     """Whether the tests pass with `old` replaced. ValueError if it is not there."""
     path = tree / file
@@ -307,11 +318,7 @@ def main() -> None:
     only, suite = (args := parser.parse_args()).only, args.suite or ""
     missed = 0
     with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder) / "tree"
-        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "smollm2*", "__pycache__"))
-        link = tree / "qkernels" / "triton_kernels"
-        if not link.exists():
-            link.symlink_to("../triton_kernels")
+        tree = copy_of(ROOT, Path(folder) / "tree")
         for (file, old, new), tests in ((m, tests) for mutations, tests in SUITES for m in mutations):
             if only in file and any(suite in test for test in tests):
                 alive = survives(tree, file, old, new, tests)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from .mutations import ROOT, SUITES
+from pathlib import Path
+
+import pytest
+
+from .mutations import ROOT, SUITES, copy_of
 
 
 def test_what_is_broken_is_there() -> None:
@@ -12,3 +16,20 @@ def test_what_is_broken_is_there() -> None:
     assert [m for m in listed if m[1] == m[2]] == []
     for _, tests in SUITES:
         assert [test for test in tests if not (ROOT / test).exists()] == []
+
+
+@pytest.mark.parametrize("link", ["", "../triton_kernels", "absolute"])
+def test_the_kernels_that_are_broken_are_those_that_run(tmp_path: Path, link: str) -> None:
+    """Whatever link to the kernels lies in the repository."""
+    (root := tmp_path / "root").mkdir()
+    for folder in ("qkernels", "triton_kernels"):
+        (root / folder).mkdir()
+    (root / "triton_kernels" / "experts.py").write_text("sound")
+    if link:
+        (root / "qkernels" / "triton_kernels").symlink_to(
+            root / "triton_kernels" if link == "absolute" else link
+        )
+    tree = copy_of(root, tmp_path / "tree")
+    (tree / "triton_kernels" / "experts.py").write_text("broken")
+    assert (tree / "qkernels" / "triton_kernels" / "experts.py").read_text() == "broken"
+    assert (root / "triton_kernels" / "experts.py").read_text() == "sound"
