@@ -235,7 +235,8 @@ HOPPERS = [
 
 EXPERTS_KERNEL, EXPERTS_LAUNCH = "triton_kernels/experts.py", "qkernels/backends/triton/experts.py"
 EXPERTS = [
-    (EXPERTS_KERNEL, "(found < EXPERTS), found", "(found <= EXPERTS), found"),
+    (EXPERTS_KERNEL, "(found < EXPERTS), found", "(found <= EXPERTS + 1), found"),
+    (EXPERTS_KERNEL, "(found >= 0) & ", ""),
     (EXPERTS_KERNEL, "tl.cumsum(found, 0) - found", "tl.cumsum(found, 0)"),
     (EXPERTS_KERNEL, "seen += tl.sum(found, 0)", "seen += 0"),
     (EXPERTS_KERNEL, "mask=rest < own * BLOCK_M)", "mask=rest < own)"),
