@@ -207,7 +207,7 @@ def _weight_only(name: re.Match[str], source: str) -> tuple[str, str, int, int, 
     outliers = any(own == source and scaler == "two_level" for (_, _, scaler), own in OWN.items())
     kernel, found = name["kernel"], _RUNS.match(name["scaler"])
     if kernel == "hopper":
-        kernel, dynamic, threads = "wgmma", hopper.shared_bytes(codes[1], outliers), hopper.THREADS
+        kernel, dynamic, threads = "wgmma", hopper.shared_bytes(*codes, outliers), hopper.THREADS
     elif kernel == "gemm":
         dynamic = gemm.shared_bytes(*codes)
     else:

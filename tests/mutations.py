@@ -21,6 +21,8 @@ LAYOUT, LAUNCH = "qkernels/layouts/weight_only.py", "qkernels/backends/triton/we
 GEMM8, ACTIVATIONS = "triton_kernels/eight_bit.py", "triton_kernels/activations.py"
 LAYOUT8, LAUNCH8 = "qkernels/layouts/eight_bit.py", "qkernels/backends/triton/eight_bit.py"
 
+WORK = "qkernels/backends/work.py"
+
 #: (file, what it says, what it says instead)
 WEIGHT_ONLY = [
     (DECODERS, "0x64006400 if DTYPE", "0x64016400 if DTYPE"),
@@ -52,14 +54,36 @@ WEIGHT_ONLY = [
     (KERNEL, "tl.store(counter_ptr + pid, 0)", "tl.store(counter_ptr + pid, 1)"),
     (KERNEL, "for s in range(SHARES):", "for s in range(1, SHARES):"),
     (KERNEL, "together = tl.minimum(blocks_n - first_n, GROUP_N)", "together = GROUP_N"),
-    (KERNEL, "acc += tl.load(bias_ptr + rows", "acc += 0 * tl.load(bias_ptr + rows"),
-    (KERNEL, "mask=(rows < N)[:, None] & (m < M)[None, :])", "mask=(rows < N - 1)[:, None] & (m < M)[None, :])"),
-    (KERNEL, "m_mask[None, :], other=0)", "m_mask[None, :] & (m_mask[None, :] == 0), other=0)"),
+    (KERNEL, "found += tl.load(bias_ptr + rows", "found += 0 * tl.load(bias_ptr + rows"),
+    (KERNEL, "mask=(rows < N)[:, None] & (columns < M)", "mask=(rows < N - 1)[:, None] & (columns < M)"),
+    (KERNEL, "mask=live[:, None] & wanted, other=0)", "mask=live[:, None] & (wanted == 0), other=0)"),
+    (KERNEL, "[:, None] == run[None, :]", "[:, None] <= run[None, :]"),
+    (KERNEL, "first + tl.arange(0, RUNS) * RUN", "first + tl.arange(0, RUNS) * 0"),
+    (KERNEL, "% (BLOCK_M // RUNS)", "% BLOCK_M"),
+    (KERNEL, "part -= zero * total", "part -= zero * 0"),
+    (KERNEL, "acc -= zero * total", "acc -= zero * 0"),
+    (KERNEL, "tl.where(tl.arange(0, BLOCK_M) < BLOCK_M // RUNS, m, M)", "m"),
+    (KERNEL, "(j + i * SHARES < count)", "(j < count)"),
+    (KERNEL, "SHARES * AT_ONCE)", "SHARES * AT_ONCE + 1)"),
+    (DECODERS, "^ 0x43804380", "^ 0x43004300"),
     ("triton_kernels/gather.py", "mask=k >= 0", "mask=k >= 1"),
     (LAYOUT, "(s // 2) * 16 + (s % 2) * 8 + b * 4", "(s // 2) * 16 + (s % 2) * 4 + b * 8"),
     (LAYOUT, "padded = -(-count // SLICE) * SLICE", "padded = count // SLICE * SLICE"),
     (LAYOUT, "math.gcd(tile, traits.group_size)", "tile"),
     (LAUNCH, '"KP": x.shape[1], "INDEXED": False', '"INDEXED": False'),
+    (LAUNCH, "problem.m * runs <= config.block_m", "problem.m <= config.block_m"),
+]  # fmt: skip
+
+REPLAY = [
+    (WORK, "place.offset + address - start", "place.offset"),
+    (WORK, "self._sizes[base] = offset + t.numel()", "self._sizes[base] = t.numel()"),
+    (WORK, "a[1] > b[0] and", "False and"),
+    (WORK, "self._counts = True", "self._counts = False"),
+    (WORK, "(at & 15 != 0) + 2 * (bias_at & 15 != 0)", "0"),
+    (WORK, "self.made(self._y)", "pass"),
+    ("qkernels/backends/cuda/launch.py", "bases[base] + offset", "bases[base]"),
+    ("qkernels/backends/cuda/launch.py", "words[word] = stream", "words[word] = 0"),
+    ("qkernels/ops.py", "known[0]() is storage[0]", "True"),
 ]  # fmt: skip
 
 EIGHT_BIT = [
@@ -122,7 +146,7 @@ INCOHERENT = [
     (KRONECKER, "target % 16 // 8 * 4", "target % 16 // 8 * 2"),
     (KRONECKER, "live = inside & (m < M)[:, None]", "live = inside & (m < M - 1)[:, None]"),
     (KRONECKER, "box.reshape(ROWS * B0 * B1, B2) * scale", "box.reshape(ROWS * B0 * B1, B2)"),
-    (TRANSFORMS, "empty = torch.empty if width == x.shape[1] else torch.zeros", "empty = torch.empty"),
+    (TRANSFORMS, "empty = work.empty if width == x.shape[1] else work.zeros", "empty = work.empty"),
     (TRANSFORMS, "rows = max(1, 16 * max(padded) // total)", "rows = max(2, 16 * max(padded) // total) - 1"),
     (DECODERS, "p = p ^ (p >> 2)", "p = p ^ (p >> 3)"),
     (DECODERS, "signs = signs ^ p", "signs = signs + 0 * p"),
@@ -183,7 +207,7 @@ CUDA = [
     (SPARSE, "const bool live = i + o * shares < end &&", "const bool live ="),
     (SPARSE, "m + c * 8 < args.x_rows", "true"),
     (CUDA_DECODERS, "moved(high, (s - 1) * kWidth - UP)", "moved(high, s * kWidth - UP)"),
-    (CUDA_DECODERS, "halved<T, 1 << (BITS - 1)>", "halved<T, 1 << BITS>"),
+    (CUDA_DECODERS, "halved<T, 1 << (BITS - 1)>", "halved<T, (1 << (BITS - 1)) - 1>"),
     (CUDA_DECODERS, "kBits = 0x43004300", "kBits = 0x43004301"),
     (CUDA_DECODERS, "prmt(low, high, 0x7362)", "prmt(low, high, 0x5140)"),
     (CUDA_DECODERS, "EXPONENT == 4 ? 0x7B807B80", "EXPONENT == 4 ? 0x7B007B00"),
@@ -206,6 +230,7 @@ CUDA_EIGHT_BIT = [
 ]  # fmt: skip
 
 HOPPER, HOPPER8 = "csrc/weight_only/hopper.h", "csrc/eight_bit/hopper.h"
+CUDA_LAUNCH = "csrc/weight_only/launch.h"
 HOPPERS = [
     (HOPPER, "factor[i % 2], factor[i % 2]);", "factor[0], factor[0]);"),
     (HOPPER, "product_wait<1>();", "product_wait<2>();"),
@@ -218,6 +243,14 @@ HOPPERS = [
     (HOPPER, "    sync_warpgroup(1 + warpgroup);  // what was stored before has been read", ""),
     (HOPPER, "m < args.m && n < args.n", "m <= args.m && n < args.n"),
     (HOPPER, "w.n - place.n0 < kHopperRows ? w.n - place.n0 : kHopperRows", "kHopperRows"),
+    (HOPPER, "load_book<D>(args.weight, shared.book(), kHopperThreads);", ""),
+    (HOPPER, "kBytes = kBookAt + kBookBytes<D>", "kBytes = kBookAt"),
+    (HOPPER, "factor[r] * sums[i]", "sums[i]"),
+    (HOPPER, "r = i / 2 % 2, n = first", "r = i % 2, n = first"),
+    (HOPPER, "n < args.n && m < args.m", "n < args.n && m <= args.m"),
+    (CUDA_LAUNCH, "hopper.whole != (call.args.is_float != 0)", "false"),
+    (CUDA_LAUNCH, "call.args.group < call.args.k || ", ""),
+    (CUDA_LAUNCH, "|| call.args.bias != nullptr", ""),
     (HOPPER8, "scale[i / 2 % 2]", "scale[i % 2]"),
     (HOPPER8, "accumulate || k > 0", "accumulate"),
     (HOPPER8, "product_wait<1>();", "product_wait<2>();"),
@@ -228,7 +261,8 @@ HOPPERS = [
 
 EXPERTS_KERNEL, EXPERTS_LAUNCH = "triton_kernels/experts.py", "qkernels/backends/triton/experts.py"
 EXPERTS = [
-    (EXPERTS_KERNEL, "(found < EXPERTS), found", "(found <= EXPERTS), found"),
+    (EXPERTS_KERNEL, "(found < EXPERTS), found", "(found <= EXPERTS + 1), found"),
+    (EXPERTS_KERNEL, "(found >= 0) & ", ""),
     (EXPERTS_KERNEL, "tl.cumsum(found, 0) - found", "tl.cumsum(found, 0)"),
     (EXPERTS_KERNEL, "seen += tl.sum(found, 0)", "seen += 0"),
     (EXPERTS_KERNEL, "mask=rest < own * BLOCK_M)", "mask=rest < own)"),
@@ -255,6 +289,7 @@ EXPERTS = [
 #: what to break, and the tests that must notice
 SUITES = (
     (WEIGHT_ONLY, ("tests/kernels/test_decoders.py", "tests/kernels/test_weight_only.py")),
+    (REPLAY, ("tests/kernels/test_launch.py", "tests/cuda/test_launch.py")),
     (EIGHT_BIT, ("tests/kernels/test_activations.py", "tests/kernels/test_eight_bit.py")),
     (INCOHERENT, ("tests/kernels/test_incoherent.py",)),
     (EXPERTS, ("tests/kernels/test_experts.py",)),
@@ -262,6 +297,17 @@ SUITES = (
     (CUDA_EIGHT_BIT, ("tests/cuda/test_eight_bit.py",)),
     (HOPPERS, ("tests/cuda/test_hopper.py",)),
 )
+
+
+def copy_of(root: Path, tree: Path) -> Path:
+    """A copy of the repository at `root` in `tree`, whose package has the copy's Triton kernels."""
+    shutil.copytree(
+        root, tree, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv", "smollm2*", "__pycache__")
+    )
+    link = tree / "qkernels" / "triton_kernels"
+    link.unlink(missing_ok=True)
+    link.symlink_to("../triton_kernels")
+    return tree
 
 
 def survives(tree: Path, file: str, old: str, new: str, tests: tuple[str, ...]) -> bool:
@@ -300,11 +346,7 @@ def main() -> None:
     only, suite = (args := parser.parse_args()).only, args.suite or ""
     missed = 0
     with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder) / "tree"
-        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "smollm2*", "__pycache__"))
-        link = tree / "qkernels" / "triton_kernels"
-        if not link.exists():
-            link.symlink_to("../triton_kernels")
+        tree = copy_of(ROOT, Path(folder) / "tree")
         for (file, old, new), tests in ((m, tests) for mutations, tests in SUITES for m in mutations):
             if only in file and any(suite in test for test in tests):
                 alive = survives(tree, file, old, new, tests)

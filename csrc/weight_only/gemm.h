@@ -217,7 +217,9 @@ __global__ void __launch_bounds__(kThreads, (kGemmBlocks<DecoderOf<T, CODE>>))
     }
     Held<D, S> held = {}, next = {};
     load_scales(held, args, place.begin, place.end, scaled);
-    const Table table = load_table<D>(args);
+    auto* const book = reinterpret_cast<uint32_t*>(shared_memory());
+    load_book<D>(args, book, kThreads);
+    const Table table = load_table<D>(args, book);
     let_next_kernel_start();
     wait_for_last_kernel();
     QK_UNROLL

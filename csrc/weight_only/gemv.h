@@ -191,7 +191,9 @@ __global__ void __launch_bounds__(kGemvThreads)
     for (int d = 0; d < depth; d++) {
         load_held(held[d], args, begin + d * kGemvWarps + warp_index(), end, rows, scaled, policy);
     }
-    const Table table = load_table<D>(args);
+    auto* const book = reinterpret_cast<uint32_t*>(shared_memory());
+    load_book<D>(args, book, kGemvThreads);
+    const Table table = load_table<D>(args, book);
     let_next_kernel_start();
     wait_for_last_kernel();
 

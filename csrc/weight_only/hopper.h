@@ -13,9 +13,9 @@
 //
 // While the tensor core multiplies slice i (16 features), the warps prepare slice i + 1. Codes
 // leave shared memory a whole tile at a time, so their place is free again at once. Weights are
-// scaled in float32 and rounded once. A block takes outputs in turn (grid: one block a processor):
-// the copies of the next one start while the last one is stored. K is never cut: sums do not depend
-// on M.
+// scaled in float32 and rounded once, or sums are scaled, where a row has but one scale. A block
+// takes outputs in turn (grid: one block a processor): the copies of the next one start while the
+// last one is stored. K is never cut: sums do not depend on M.
 #pragma once
 #include "../ptx/hopper.h"
 #include "../ptx/wgmma.h"
@@ -49,7 +49,8 @@ struct HopperShared {
     static constexpr int kOutBytes = kHopperRows * COLUMNS * 2;
     static constexpr int kCodesAt = kChunks * kChunkBytes, kOutAt = kCodesAt + kTiles * kTileBytes;
     static constexpr int kBarriersAt = kOutAt + kOutBytes;
-    static constexpr int kBytes = kBarriersAt + 2 * (kChunks + kTiles) * int(sizeof(Barrier));
+    static constexpr int kBookAt = kBarriersAt + 2 * (kChunks + kTiles) * int(sizeof(Barrier));
+    static constexpr int kBytes = kBookAt + kBookBytes<D>;
 
     unsigned char* start;
     QK_DEVICE unsigned char* chunk(int i) const { return start + i * kChunkBytes; }
@@ -57,6 +58,7 @@ struct HopperShared {
     QK_DEVICE unsigned char* out(int warpgroup) const {
         return start + kOutAt + warpgroup * (kOutBytes / 2);
     }
+    QK_DEVICE uint32_t* book() const { return reinterpret_cast<uint32_t*>(start + kBookAt); }
     QK_DEVICE Barrier* barriers() const { return reinterpret_cast<Barrier*>(start + kBarriersAt); }
     QK_DEVICE Barrier* chunk_full(int i) const { return barriers() + i; }
     QK_DEVICE Barrier* chunk_empty(int i) const { return barriers() + kChunks + i; }
@@ -178,6 +180,23 @@ QK_DEVICE void store_sums(const WeightOnlyArgs& args, const float (&sums)[COLUMN
     }
 }
 
+/// Sums times their rows' scales in float32, straight from registers: a warp's store is of 32
+/// bytes, a whole sector, in each of four rows of y. first: a lane's row of W; the other one is 8
+/// further.
+template <int COLUMNS>
+QK_DEVICE void store_scaled(const WeightOnlyArgs& args, const float (&sums)[COLUMNS / 2],
+                            const Outputs<COLUMNS>& place, int first, const float (&factor)[2]) {
+    float* y = static_cast<float*>(args.y);
+    QK_UNROLL
+    for (int i = 0; i < COLUMNS / 2; i++) {
+        const int r = i / 2 % 2, n = first + r * 8;
+        const int m = place.m0 + i / 4 * 8 + lane_index() % 4 * 2 + i % 2;
+        if (n < args.n && m < args.m) {
+            store_global(y + int64_t(m) * args.n + n, factor[r] * sums[i]);
+        }
+    }
+}
+
 /// What a warpgroup knows while it multiplies.
 template <typename D, int COLUMNS>
 struct Consumer {
@@ -193,7 +212,7 @@ struct Consumer {
 };
 
 /// sums += one tile. `a`: operands of the last two slices.
-template <typename T, typename D, int COLUMNS, typename S>
+template <typename T, typename D, int COLUMNS, typename S, bool WHOLE>
 QK_DEVICE void multiply_tile(float (&sums)[COLUMNS / 2], uint32_t (&a)[2][4],
                              const WeightOnlyArgs& args, Consumer<D, COLUMNS>& me, int tile,
                              int live, const Held<D, S>& held, const Table& table,
@@ -216,13 +235,13 @@ QK_DEVICE void multiply_tile(float (&sums)[COLUMNS / 2], uint32_t (&a)[2][4],
     const bool by_element = S::kRuns == 0 && args.run < kSlice;
     const int run = S::kRuns == 0 ? args.run : kTile<D> / kRunsHeld<S>;
     float factor[2] = {1, 1}, minus[2] = {};
-    uint32_t offset[2] = {};
+    uint32_t offset[2] = {D::offset(0), D::offset(0)};
     QK_UNROLL
     for (int s = 0; s < D::kPairs; s++) {
         QK_UNROLL
         for (int p = 0; p < 2; p++) {
             const int slice = s * 2 + p, kk = tile * kTile<D> + slice * kSlice;
-            if (!by_element && slice * kSlice % run == 0) {
+            if (!WHOLE && !by_element && slice * kSlice % run == 0) {
                 QK_UNROLL
                 for (int r = 0; r < 2; r++) {
                     const int number = slice * kRunsHeld<S> / (2 * D::kPairs);
@@ -239,7 +258,7 @@ QK_DEVICE void multiply_tile(float (&sums)[COLUMNS / 2], uint32_t (&a)[2][4],
                     scale_elements<T>(now, args, scaled_rows.of, kk + j * 2);
                 }
             }
-            if (!by_element) {
+            if (!WHOLE && !by_element) {
                 QK_UNROLL
                 for (int i = 0; i < 4; i++) {
                     now[i] = S::kMinus ? scaled_less<T>(now[i], factor[i % 2], minus[i % 2])
@@ -266,11 +285,11 @@ QK_DEVICE void multiply_tile(float (&sums)[COLUMNS / 2], uint32_t (&a)[2][4],
     }
 }
 
-template <typename T, typename D, int COLUMNS, typename S>
+template <typename T, typename D, int COLUMNS, typename S, bool WHOLE>
 QK_DEVICE void multiply_all(const HopperArgs& args, const HopperShared<D, COLUMNS>& shared) {
     const WeightOnlyArgs& w = args.weight;
     Consumer<D, COLUMNS> me{shared, {}, {}, int(warp_index()) / 4 - 1};
-    const Table table = load_table<D>(w);
+    const Table table = load_table<D>(w, shared.book());
     wait_for_last_kernel();  // y's memory may have been its
     for (int work = block_index_x(); work < Outputs<COLUMNS>::count(w); work += blocks_x()) {
         const Outputs<COLUMNS> place(w, work);
@@ -282,22 +301,34 @@ QK_DEVICE void multiply_all(const HopperArgs& args, const HopperShared<D, COLUMN
         uint32_t a[2][4];
         QK_NO_UNROLL
         for (int tile = 0; tile < w.tiles; tile++) {
-            load_scales(next, w, tile + 1, w.tiles, scaled_rows);
-            multiply_tile<T, D, COLUMNS, S>(sums, a, w, me, tile, w.n - place.n0, held, table,
-                                            scaled_rows);
-            held = next;
+            if (!WHOLE) {
+                load_scales(next, w, tile + 1, w.tiles, scaled_rows);
+            }
+            multiply_tile<T, D, COLUMNS, S, WHOLE>(sums, a, w, me, tile, w.n - place.n0, held,
+                                                   table, scaled_rows);
+            if (!WHOLE) {
+                held = next;
+            }
         }
         product_wait<0>();
         release(shared.chunk_empty(me.chunk_before()));
         if constexpr (S::kOutliers) {  // afterwards: ptxas would order the products after the sums
             add_sparse<T>(reinterpret_cast<float (&)[COLUMNS / 8][4]>(sums), w, row, place.m0);
         }
-        store_sums<T, COLUMNS>(w, sums, place, shared.out(me.warpgroup), me.warpgroup);
+        if constexpr (WHOLE) {
+            const S scales(w, held.raw, 0);
+            const float factor[2] = {scales.get(w, scaled_rows, 0, 0, 0).scale,
+                                     scales.get(w, scaled_rows, 1, 0, 0).scale};
+            store_scaled<COLUMNS>(w, sums, place, row, factor);
+        } else {
+            store_sums<T, COLUMNS>(w, sums, place, shared.out(me.warpgroup), me.warpgroup);
+        }
     }
 }
 
-/// Grid: one block a processor, or fewer. Shared memory: HopperShared::kBytes.
-template <typename T, int CODE, typename S>
+/// Grid: one block a processor, or fewer. Shared memory: HopperShared::kBytes. WHOLE: rows of W
+/// have one scale each and y is float32, for a transform to read; so sums are scaled, not weights.
+template <typename T, int CODE, typename S, bool WHOLE>
 __global__ void __launch_bounds__(kHopperThreads, 1)
     weight_only_hopper(const __grid_constant__ HopperArgs args) {
     if constexpr (kOnHopper) {
@@ -317,6 +348,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
             }
             barrier_init_done();
         }
+        load_book<D>(args.weight, shared.book(), kHopperThreads);
         sync_block();
         let_next_kernel_start();
         if (warp_index() < 4) {
@@ -326,7 +358,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
             }
         } else {
             more_registers<240>();
-            multiply_all<T, D, columns, S>(args, shared);
+            multiply_all<T, D, columns, S, WHOLE>(args, shared);
         }
     }
 }

@@ -12,12 +12,14 @@ using WeightOnlyKernel = void (*)(WeightOnlyArgs);
 struct HopperKernel {
     void (*kernel)(HopperArgs);
     int columns, shared;
+    bool whole;
 
-    template <typename T, int CODE, typename S>
+    template <typename T, int CODE, typename S, bool WHOLE = false>
     static HopperKernel of() {
         using D = DecoderOf<T, CODE>;
         constexpr int columns = kHopperColumns<D, S>;
-        return {weight_only_hopper<T, CODE, S>, columns, HopperShared<D, columns>::kBytes};
+        return {weight_only_hopper<T, CODE, S, WHOLE>, columns, HopperShared<D, columns>::kBytes,
+                WHOLE};
     }
 };
 
@@ -42,9 +44,9 @@ struct AnyPlain {
     }
 };
 
-/// One scaler only, the one that the codes' formats have. HOPPER: whether with the kernel of
-/// hopper.h.
-template <typename S, bool HOPPER = true>
+/// One scaler only, the one that the codes' formats have. WHOLE: weights with one scale a row and
+/// transforms, as the kernel of hopper.h wants to know.
+template <typename S, bool WHOLE = false>
 struct Only {
     template <typename T, int CODE>
     static WeightOnlyKernel find(const WeightOnlyCall& call) {
@@ -57,10 +59,7 @@ struct Only {
     }
     template <typename T, int CODE>
     static HopperKernel find_hopper(const WeightOnlyCall&) {
-        if constexpr (HOPPER) {
-            return HopperKernel::of<T, CODE, S>();
-        }
-        return {nullptr, 0, 0};
+        return HopperKernel::of<T, CODE, S, WHOLE>();
     }
 };
 
@@ -76,8 +75,11 @@ std::string launch_weight_only(const WeightOnlyCall& call) {
         return launch<WeightOnlyArgs>(kernel, grid, call.args, call.stream, call.early != 0);
     }
     const HopperKernel hopper = Scalers::template find_hopper<T, CODE>(call);
-    if (hopper.kernel == nullptr) {
-        return "Hopper's kernel is not made for weights with transforms";
+    if (hopper.whole != (call.args.is_float != 0)) {
+        return "Hopper's kernel has float32 results for weights with transforms alone";
+    }
+    if (hopper.whole && (call.args.group < call.args.k || call.args.bias != nullptr)) {
+        return "Hopper's kernel is made for one scale a row of these weights, and for no bias";
     }
     HopperArgs args{call.args, {}};
     const Element element = call.is_bfloat ? Element::bfloat : Element::half;

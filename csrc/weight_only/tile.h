@@ -155,14 +155,17 @@ QK_CALLED void scale_elements(uint32_t (&a)[4], const WeightOnlyArgs& args,
     }
 }
 
-/// The table, from global memory, where the decoder has one; its codebook is in shared memory after
-/// the next barrier.
+/// The codebook, where the decoder has one, to shared memory by all `threads` of a block: it is
+/// there after the next barrier.
 template <typename D>
-QK_DEVICE Table load_table(const WeightOnlyArgs& args) {
-    auto* book = reinterpret_cast<uint32_t*>(shared_memory());
-    for (int i = thread_index(); i < D::kBook; i += kThreads) {
+QK_DEVICE void load_book(const WeightOnlyArgs& args, uint32_t* book, int threads) {
+    for (int i = thread_index(); i < D::kBook; i += threads) {
         store_shared(book + i, load_global(args.table + i));
     }
+}
+/// The table, from global memory, where the decoder has one; with the codebook in shared memory.
+template <typename D>
+QK_DEVICE Table load_table(const WeightOnlyArgs& args, const uint32_t* book) {
     Table table = {{}, book};
     if (D::kTable) {
         QK_UNROLL

@@ -6,10 +6,13 @@ import pytest
 import torch
 
 import qkernels as qk
-from qkernels.backends.cuda import eight_bit, hopper
+from qkernels.backends import cuda
+from qkernels.backends.cuda import calls, eight_bit, hopper, transforms
+from qkernels.layouts import weight_only as layout
 
 from ..conftest import DEVICE, case_id, k_of
 from ..reference import assert_fused_close
+from . import test_transforms as incoherent
 from . import test_weight_only as weight_only
 
 pytest.importorskip("triton")
@@ -42,11 +45,7 @@ def takes_hopper(p: qk.PackedWeight, m: int) -> bool:
 
 
 # ---------------------------------------------------------------------- weight-only
-#: QuIP's products are wanted in float32, which the other GEMM writes
-PLAIN = [case for case in weight_only.FUSED if not case[0].startswith("quip")]
-
-
-@pytest.mark.parametrize(("name", "params"), PLAIN, ids=map(case_id, PLAIN))
+@weight_only.fused_cases
 @dtypes
 def test_every_format(name: str, params: dict[str, object], dtype: torch.dtype) -> None:
     y, x, p, bias = weight_only.run(name, params, 40, k_of(name, 384), 130, dtype)
@@ -83,8 +82,82 @@ def test_tiles_shorter_than_a_ring(two_processors: None) -> None:
     assert_fused_close(y, x, p, bias)
 
 
-def test_rows_do_not_depend_on_m() -> None:
-    p = qk.quantize(torch.randn(72, 256), "nf4").to(DEVICE)
+# ---------------------------------------------------------------------- between transforms
+#: of several blocks of W, with an edge, and K of several tiles, of which the last is no whole one
+WIDE = [
+    *(("quip", {"bits": bits}, 130, 390) for bits in (2, 3, 4)),
+    *(("quip_sharp", {"bits": bits}, 260, 568) for bits in (2, 3, 4)),
+]
+
+
+@pytest.mark.parametrize(("name", "params", "n", "k"), incoherent.ODD + WIDE, ids=str)
+@dtypes
+def test_odd_shapes_between_transforms(
+    name: str, params: dict[str, object], n: int, k: int, dtype: torch.dtype
+) -> None:
+    p = incoherent.any_weight(name, n, k, params)
+    x, bias = torch.randn(131, k).to(dtype).to(DEVICE), torch.randn(n).to(dtype).to(DEVICE)
+    assert takes_hopper(p, 131)
+    assert_fused_close(qk.matmul(x, p, bias, backend="cuda"), x, p, bias)
+
+
+@pytest.mark.parametrize(("name", "params", "n", "k"), WIDE, ids=str)
+@dtypes
+def test_products_between_transforms_round_in_float32_alone(
+    name: str, params: dict[str, object], n: int, k: int, dtype: torch.dtype, two_processors: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Sums are scaled, not weights: QuIP's codes and those of 2 bits are exact, others' values round once."""
+    p = incoherent.any_weight(name, n, k, params)
+    seen: dict[str, torch.Tensor] = {}
+    before, after = transforms.before, transforms.after
+
+    def keep_before(x: torch.Tensor, *rest: object) -> torch.Tensor:
+        return seen.setdefault("x", before(x, *rest))
+
+    def keep_after(y: torch.Tensor, *rest: object) -> torch.Tensor:
+        seen["y"] = y.clone()
+        return after(y, *rest)
+
+    monkeypatch.setattr(transforms, "before", keep_before)
+    monkeypatch.setattr(transforms, "after", keep_after)
+    qk.matmul(torch.randn(150, k).to(dtype).to(DEVICE), p, backend="cuda")
+    x, y = seen["x"].double(), seen["y"].double()
+    if name == "quip_sharp":
+        x = x[:, layout.vector_order(k, DEVICE)]
+    values = qk.formats.get(name).grid_values(p.tensors, p.shape, p.params).double()  # type: ignore[attr-defined]
+    rounded = name == "quip_sharp" and params["bits"] != 2
+    # A rounding for each feature's sum, one for the scale; one of the weight, if it has one
+    bound = (k + 2) * 2.0**-24 + (incoherent.U[dtype] if rounded else 0)
+    assert bool(((y - x @ values.T).abs() <= bound * (x.abs() @ values.abs().T)).all())
+
+
+def test_what_a_kernel_is_not_made_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float32 results from kernels that have none, and the other way round; scales that change along K; a bias."""
+    execute = cuda.execute
+    for name, field, value, why in (
+        ("nf4", "is_float", 1, "float32 results for weights with transforms alone"),
+        ("quip", "is_float", 0, "float32 results for weights with transforms alone"),
+        ("quip", "group", 256, "made for one scale a row"),
+        ("quip", "bias", 16, "and for no bias"),
+    ):
+        p = qk.quantize(torch.randn(4, 512), name).to(DEVICE)
+
+        def other(
+            kernel: str, call: calls.Call, *rest: object, field: str = field, value: int = value
+        ) -> None:
+            if isinstance(call, calls.WeightOnlyCall):
+                setattr(call.args, field, value)
+            execute(kernel, call, *rest)
+
+        monkeypatch.setattr(cuda, "execute", other)
+        with pytest.raises(RuntimeError, match=why):
+            qk.matmul(torch.randn(130, 512).half().to(DEVICE), p, backend="cuda")
+
+
+@pytest.mark.parametrize("name", ["nf4", "quip", "quip_sharp"])
+def test_rows_do_not_depend_on_m(name: str) -> None:
+    p = qk.quantize(torch.randn(72, 256), name).to(DEVICE)
     x = torch.randn(270, 256).bfloat16().to(DEVICE)
     full = qk.matmul(x, p, backend="cuda")
     assert torch.equal(qk.matmul(x[:131], p, backend="cuda"), full[:131])

@@ -26,6 +26,8 @@ CASES: list[tuple[Any, str, dict[str, object], int, bool]] = [
     (weight_only, "quip_sharp", {"bits": 4}, 21, True),
     (hopper, "gptq", {"group_size": 64, "act_order": True}, 150, False),
     (hopper, "spqr", {}, 150, False),
+    (hopper, "quip", {"bits": 4}, 150, False),
+    (hopper, "quip_sharp", {"bits": 3}, 150, False),
     (eight_bit, "w8a8", {}, 150, False),
     (eight_bit, "fp8", {"activation": "dynamic"}, 40, False),
     (eight_bit, "int8", {}, 40, True),

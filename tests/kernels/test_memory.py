@@ -138,7 +138,7 @@ def cuda_kernels(name: str) -> list[str]:
     """Those that may copy x. The GEMV takes many rows in batch-invariant mode only, and copies by itself."""
     if name in ("w8a8", "fp8", "int8"):
         return ["eight_bit"]
-    return ["gemv", "gemm"] if name.startswith("quip") else ["gemm", "hopper"]
+    return ["gemv", "gemm", "hopper"] if name.startswith("quip") else ["gemm", "hopper"]
 
 
 CUDA = [(*case, kernel) for case in COPYING for kernel in cuda_kernels(case[0])]

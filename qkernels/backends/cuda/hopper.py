@@ -23,16 +23,17 @@ ROWS, THREADS = 128, 384
 MIN_ROWS = 129
 
 
-def columns_of(bits: int, outliers: bool = False) -> int:
+def columns_of(decoder: str, bits: int, outliers: bool = False) -> int:
     """Rows of x of a block: fewer where tiles are long, and where outliers take registers."""
-    return 128 if bits < 4 or outliers else 256
+    return 128 if layout.tile_features(bits, decoder == "e8p") == 256 or outliers else 256
 
 
-def shared_bytes(bits: int, outliers: bool = False) -> int:
-    """Shared memory of a block: rings of x and codes, the result, barriers."""
-    columns, high = columns_of(bits, outliers), layout.high_words(bits)
+def shared_bytes(decoder: str, bits: int, outliers: bool = False) -> int:
+    """Shared memory of a block: rings of x and codes, the result, barriers, a codebook."""
+    columns, high = columns_of(decoder, bits, outliers), layout.high_words(bits, decoder == "e8p")
     chunks, tiles, tile = (4 if columns == 256 else 6), (2 if high else 3), ROWS * (64 + 4 * high)
-    return chunks * columns * 128 + tiles * tile + ROWS * columns * 2 + 16 * (chunks + tiles)
+    rings = chunks * columns * 128 + tiles * tile
+    return rings + ROWS * columns * 2 + 16 * (chunks + tiles) + gemv.book_bytes(decoder, bits)
 
 
 def rejects(problem: Problem) -> str | None:
@@ -42,8 +43,6 @@ def rejects(problem: Problem) -> str | None:
         return f"for {MIN_ROWS} rows of x and more"
     if problem.batch_invariant:
         return "the GEMV takes these to sum in an order that does not depend on M"
-    if gemv.traits_of(problem).norms is not None:
-        return "a transform wants products in float32, which the GEMM writes"
     return gemv.unsupported(problem)
 
 
@@ -75,13 +74,12 @@ def compute(
 
 
 def _tiles(n: int, m: int, traits: layout.WeightOnlyTraits) -> int:
-    return -(-n // ROWS) * -(-m // columns_of(traits.bits, traits.outliers))
+    return -(-n // ROWS) * -(-m // columns_of(traits.decoder, traits.bits, traits.outliers))
 
 
 def configuration(problem: Problem) -> str:
     """What `explain` says."""
     traits = gemv.traits_of(problem)
     tiles = _tiles(problem.shape[0], problem.m, traits)
-    return (
-        f"wgmma, {columns_of(traits.bits, traits.outliers)} rows of x and {ROWS} of W a tile, {tiles} tiles"
-    )
+    columns = columns_of(traits.decoder, traits.bits, traits.outliers)
+    return f"wgmma, {columns} rows of x and {ROWS} of W a tile, {tiles} tiles"
