@@ -28,7 +28,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import formats
-from ..checkpoints import huggingface, quantization
+from ..checkpoints import layers, quantization
 from ..checkpoints.quantization import Plan
 from ..checkpoints.tensor_files import TensorFiles
 from ..linear import QuantLinear
@@ -187,11 +187,11 @@ class QKernelsQuantizer(HfQuantizer):
         if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):
             raise ValueError(f"checkpoint: expected safetensors files, got {checkpoint_files!r:.200}")
         with TensorFiles([Path(file) for file in checkpoint_files]) as files:
-            for prefix, names in huggingface.owned_tensors(model, files).items():
-                scheme = huggingface.scheme_of(prefix, names, files, plan)
+            for prefix, names in layers.owned_tensors(model, files).items():
+                scheme = layers.scheme_of(names, files, plan)
                 if scheme is not None:
                     where = Path(checkpoint_files[0]).parent
-                    self.layers[prefix] = huggingface.quantized_layer(
+                    self.layers[prefix] = layers.quantized_layer(
                         where, model, prefix, names, files, scheme, self.device
                     )
         for prefix in self.layers:
