@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from .sharding import ROWS, join_rows, narrow
 
 #: the weights of an expert
 GATE, UP, DOWN = ROLES = ("gate", "up", "down")
+#: what they are called where nobody says otherwise
+LEAVES = {role: f"{role}_proj" for role in ROLES}
 
 
 class ExpertParts:
@@ -70,7 +72,7 @@ class ExpertParts:
         return sum(t.nbytes for part in self.stacks for t in part.storage.values())
 
     def expert(self, e: int) -> dict[str, PackedWeight]:
-        """Gate, up and down of expert e, 0..E-1, in checkpoints' own tensors.
+        """Gate, up and down of expert e, 0..E-1, in checkpoints' own tensors; none shares memory with another.
 
         ValueError if gate and up are one weight that cannot be cut, as those of nested quantization.
         """
@@ -79,7 +81,10 @@ class ExpertParts:
             rows = first[0].shape[0]
             # One copy back from a kernel layout for both.
             whole = PackedWeight(first[0].format, first[0].shape, first[0].tensors, first[0].params)
-            first = [narrow(whole, ROWS, 0, rows // 2), narrow(whole, ROWS, rows // 2, rows)]
+            gate, up = narrow(whole, ROWS, 0, rows // 2), narrow(whole, ROWS, rows // 2, rows)
+            taken = {tensor.data_ptr() for tensor in gate.storage.values()}
+            owned = {k: t.clone() if t.data_ptr() in taken else t for k, t in up.storage.items()}
+            first = [gate, PackedWeight(up.format, up.shape, owned, up.params, up.layout)]
         return dict(zip(ROLES, (*first, self.down.expert(e)), strict=True))
 
     def to(self, device: torch.device | str) -> ExpertParts:
@@ -120,8 +125,11 @@ class QuantExperts(nn.Module):
 
     Takes the place of transformers' modules that hold `gate_up_proj` (E, 2 * I, K) and `down_proj` (E, N, I) as
     parameters, and is called as they are. `state_dict()` holds the checkpoint's own tensors of each expert, called
-    "3.gate_proj.qweight" and so on; `load_state_dict` does not take them, `qkernels.load_model` does.
+    "3.gate_proj.qweight" and so on (`leaves` has the names); `load_state_dict` does not take them,
+    `qkernels.load_model` does.
     """
+
+    leaves: Mapping[str, str] = LEAVES
 
     def __init__(
         self,
@@ -194,7 +202,7 @@ class QuantExperts(nn.Module):
         for e in range(self.parts.count):
             for role, packed in self.parts.expert(e).items():
                 for key, tensor in packed.tensors.items():
-                    destination[f"{prefix}{e}.{role}_proj.{key}"] = tensor
+                    destination[f"{prefix}{e}.{self.leaves[role]}.{key}"] = tensor
 
     def extra_repr(self) -> str:
         return f"gate_up={self.gate_up!r}, down={self.down!r}, activation={self.activation!r}"
@@ -266,8 +274,9 @@ def expert_weights(module: nn.Module) -> tuple[Tensor, Tensor, str]:
 def _activation(module: nn.Module) -> str:
     """Which of ACTIVATIONS stands between gate and up. ValueError if none does, or more than that."""
     act, gated = getattr(module, "act_fn", None), getattr(module, "_apply_gate", None)
-    # Far out, too, where some clamp.
-    gate = torch.cat([torch.linspace(-6, 6, 64), torch.tensor([-1e6, -1e3, -40, 40, 1e3, 1e6])]).double()
+    # Far out, too, where some clamp. Not where a model without weights is being made.
+    values = [i / 8 for i in range(-48, 49)] + [-1e6, -1e3, -40, 40, 1e3, 1e6]
+    gate = torch.tensor(values, dtype=torch.float64, device="cpu")
     up = gate.flip(0).roll(3)
     for name, known in ACTIVATIONS.items():
         try:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..moe import DOWN, GATE, ROLES, UP, QuantExperts, expert_weights
 from ..packed import PackedWeight, pack
@@ -50,18 +50,26 @@ def load_experts(model: nn.Module, prefix: str, names: ExpertNames, weights: Wei
     different formats, a bias that is not zero, or tensors that are no valid weight.
     """
     module = model.get_submodule(prefix)
-    own = dict(module.named_parameters(recurse=False))
-    _check_present(own, names, weights, source)
+    packed = packed_experts(module, names, weights, source)
+    if packed is None:
+        _load_plain(module, names, weights, source)
+    else:
+        model.set_submodule(prefix, packed)
+
+
+def packed_experts(
+    module: nn.Module, names: ExpertNames, weights: Weights, source: Source
+) -> QuantExperts | None:
+    """What takes the place of `module`; None if its experts are plain. ValueError as `load_experts`."""
+    _check_present(module, names, weights, source)
     schemes = {role: _scheme(role, names, weights, source) for role in ROLES}
     if all(scheme is None for scheme in schemes.values()) and not _is_mixed(weights, source):
-        _load_plain(module, names, weights, source)
-        return
+        return None
     try:
-        gate_up, down, activation = expert_weights(module)
+        activation = expert_weights(module)[2]
     except ValueError as error:
         raise ValueError(f"{source.directory}: {names.stored}: {error}") from None
-    (count, rows, k), n = gate_up.shape, down.shape[1]
-    shapes = {GATE: (rows // 2, k), UP: (rows // 2, k), DOWN: (n, rows // 2)}
+    shapes, count = expert_shapes(module), len(weights) // len(ROLES)
     stacks = {
         role: [_packed(weights[e, role], shapes[role], schemes[role], source) for e in range(count)]
         for role in ROLES
@@ -70,12 +78,24 @@ def load_experts(model: nn.Module, prefix: str, names: ExpertNames, weights: Wei
         stacked = QuantExperts.from_experts(stacks[GATE], stacks[UP], stacks[DOWN], activation)
     except ValueError as error:
         raise ValueError(f"{source.directory}: {names.stored}: {error}") from None
-    model.set_submodule(prefix, stacked.to(source.device))
+    return stacked.to(source.device)
 
 
-def _check_present(own: Mapping[str, Tensor], names: ExpertNames, weights: Weights, source: Source) -> None:
+def expert_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """(N, K) of an expert's gate, up and down in a module with gate_up_proj (E, 2 * I, K) and down_proj (E, N, I).
+
+    Empty if it has no such parameters.
+    """
+    own = dict(module.named_parameters(recurse=False))
+    if not {"gate_up_proj", "down_proj"} <= set(own):
+        return {}
+    (_, rows, k), (_, n, inner) = own["gate_up_proj"].shape, own["down_proj"].shape
+    return {GATE: (rows // 2, k), UP: (rows // 2, k), DOWN: (n, inner)}
+
+
+def _check_present(module: nn.Module, names: ExpertNames, weights: Weights, source: Source) -> None:
     """ValueError unless the files hold something of each expert and of no other."""
-    count = max((parameter.shape[0] for parameter in own.values() if parameter.dim() == 3), default=0)
+    count = max(p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3)
     for (expert, _), tensors in weights.items():
         if expert >= count:
             raise ValueError(
@@ -160,13 +180,12 @@ def _is_mixed(weights: Weights, source: Source) -> bool:
 def _load_plain(module: nn.Module, names: ExpertNames, weights: Weights, source: Source) -> None:
     """Fill the module's parameters, gate_up_proj (E, 2 * I, K) and down_proj (E, N, I), on their device."""
     own = dict(module.named_parameters(recurse=False))
-    if not {"gate_up_proj", "down_proj"} <= set(own):
+    if not expert_shapes(module):
         raise ValueError(
             f"{source.directory}: {names.stored}: expected parameters gate_up_proj and down_proj, got {sorted(own)}"
         )
     gate_up, down = own["gate_up_proj"].shape, own["down_proj"].shape
-    rows = gate_up[1] // 2
-    shapes = {GATE: (rows, gate_up[2]), UP: (rows, gate_up[2]), DOWN: (down[1], down[2])}
+    shapes, rows = expert_shapes(module), gate_up[1] // 2
     stored = source.files.infos.get(weights[0, GATE].get("weight", ""))
     for (_, role), tensors in weights.items():
         _check_plain(tensors, shapes[role], None if stored is None else stored.dtype, source)

@@ -16,11 +16,10 @@ from torch import nn
 
 from ..embedding import QuantEmbedding
 from ..linear import QuantLinear
-from ..moe import DOWN, GATE, UP, QuantExperts, expert_modules, routers
+from ..moe import DOWN, GATE, LEAVES, UP, QuantExperts, expert_modules, routers
 
 #: modules whose tensors may be packed, and be called anything then
 LAYERS = (nn.Linear, nn.Embedding, QuantLinear, QuantEmbedding)
-_LEAVES = {GATE: "gate_proj", UP: "up_proj", DOWN: "down_proj"}
 #: transformers' operations on tensors of single experts -> what it makes of them, and of whose tensors
 _MERGES = {
     ("MergeModulelist", "Concatenate"): ("gate_up_proj", (GATE, UP)),
@@ -72,7 +71,7 @@ class Names:
         stacks = [name for name, module in model.named_modules() if isinstance(module, QuantExperts)]
         for prefix in (*(name for name, _ in expert_modules(model)), *stacks):
             leaves = self._leaves(prefix)
-            self.experts[prefix] = ExpertNames(prefix, leaves or _LEAVES, leaves is not None)
+            self.experts[prefix] = ExpertNames(prefix, leaves or LEAVES, leaves is not None)
         for prefix, names in self.experts.items():  # after all are known
             own = f".0.{names.leaves[GATE]}.weight"
             stored = self._written(f"{prefix}{own}").removesuffix(own)
@@ -89,7 +88,7 @@ class Names:
                 leaf = pattern.split(".")[-2]
                 if converter.rename_source_key(f"{prefix}.0.{leaf}.weight")[0] == f"{prefix}.{target}":
                     found[role] = leaf
-        return found if set(found) == set(_LEAVES) else None
+        return found if set(found) == set(LEAVES) else None
 
     # ------------------------------------------------------------------ of files
     def layer_of(self, name: str) -> str | None:

@@ -101,11 +101,8 @@ def _quantization_config(model: PreTrainedModel, names: Names) -> tuple[dict[str
     written dequantized, in the dtype it computes in, so that the model stays the same function.
     """
     stored = names.module
-    layers = {stored(n): m.packed for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    layers, plain = matrices(model, names)
     embeddings = {stored(n): m.packed for n, m in model.named_modules() if isinstance(m, QuantEmbedding)}
-    plain = [stored(n) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    layers |= _packed_experts(model, names)
-    plain += _plain_in_mixtures(model, names)
     if any(not formats.get(packed.format).dense for packed in embeddings.values()):
         head = _tied_head(model)
         tied = None if head is None else stored(head)
@@ -117,6 +114,13 @@ def _quantization_config(model: PreTrainedModel, names: Names) -> tuple[dict[str
         if config is not None and config["quant_method"] == quantization.OWN:
             return config, True
     return quantization.describe(layers, plain), False
+
+
+def matrices(model: nn.Module, names: Names) -> tuple[dict[str, PackedWeight], list[str]]:
+    """(packed weights but embeddings, names of plain ones) as `quantization.describe` takes them."""
+    layers = {names.module(n): m.packed for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    plain = [names.module(n) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    return layers | _packed_experts(model, names), plain + _plain_in_mixtures(model, names)
 
 
 def _packed_experts(model: nn.Module, names: Names) -> dict[str, PackedWeight]:

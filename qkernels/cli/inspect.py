@@ -122,7 +122,7 @@ def _gguf(path: Path) -> tuple[dict[str, Any], list[Row]]:
 
 
 def _safetensors(path: Path) -> tuple[dict[str, Any], list[Row]]:
-    from ..checkpoints import model_config
+    from ..checkpoints import expert_layers, layers, model_config
     from ..checkpoints.tensor_files import TensorFiles
 
     directory = path if path.is_dir() else path.parent
@@ -136,8 +136,15 @@ def _safetensors(path: Path) -> tuple[dict[str, Any], list[Row]]:
 
             common.quiet_transformers()
             model, plan = model_config.skeleton(directory, files)
-            linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-            shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+            inventory = layers.Inventory(model, files)
+            for prefix, own in inventory.layers.items():
+                if isinstance(linear := model.get_submodule(prefix), nn.Linear):
+                    shapes[layers.stored_module(own)] = (linear.out_features, linear.in_features)
+            for prefix, weights in inventory.experts.items():
+                sizes = expert_layers.expert_shapes(model.get_submodule(prefix))
+                shapes |= {
+                    layers.stored_module(own): sizes[r] for (_, r), own in weights.items() if r in sizes
+                }
             kinds = plan.schemes
             facts |= {
                 "model": type(model).__name__,

@@ -75,12 +75,6 @@ class Checkpoint:
                 found[name[len(module) + 1 :]] = self._full[name]
         return found
 
-    def original(self, module: str) -> str:
-        """The module's name in the checkpoint."""
-        for own, full in self.names(module).items():
-            return full.removesuffix(f".{own}")
-        return module
-
     def scheme(self, module: str) -> Scheme | None:
         """Format and parameters of a module's weight; None if it is plain.
 
