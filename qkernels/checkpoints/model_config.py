@@ -28,7 +28,7 @@ _REQUIRED_FIELDS = ("hidden_size", "num_hidden_layers", "vocab_size")
 _OLD_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
-class _NoExperts(TorchFunctionMode):
+class NoExperts(TorchFunctionMode):
     """Sends tensors of three dimensions to the meta device before they are there.
 
     What holds the weights of experts is made in memory first; a whole layer of them may not fit.
@@ -54,7 +54,7 @@ def skeleton(directory: Path, files: TensorFiles) -> tuple[PreTrainedModel, Plan
     plan = Plan(where, quantized)
     _check_sizes(where, config, files)
     try:
-        with init_empty_weights(include_buffers=False), _NoExperts():
+        with init_empty_weights(include_buffers=False), NoExperts():
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # a config can break a model class in any way
         raise ValueError(f"{where}: expected a causal language model's config, got {error!r:.300}") from error

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import qkernels as qk
 
-from ..moe_checkpoint import edit, save_moe, stacks_of
+from ..moe_checkpoint import edit, save_moe, stacks_of, tiny_moe
+from ..tiny import tiny_tokenizer
 
 
 @pytest.fixture
@@ -171,3 +172,19 @@ def test_all_plain_experts_of_a_dtype_that_is_none(saved: Path) -> None:
     save_file(tensors, path)
     with pytest.raises(ValueError, match=r"expected dtype F16, BF16 or F32, got I32"):
         qk.load_model(path.parent)
+
+
+def test_experts_bigger_than_memory_are_not_made(saved: Path) -> None:
+    """Two terabytes a layer, each size of which might be true."""
+    path = saved / "config.json"
+    sizes = {"hidden_size": 65536, "intermediate_size": 65536, "num_local_experts": 64}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **sizes}))
+    with pytest.raises(ValueError, match=r"expected shape \(.*65536\) from config.json, got"):
+        qk.load_model(saved)
+
+
+def test_a_gguf_file_takes_no_experts(tmp_path: Path) -> None:
+    model = qk.quantize_model(tiny_moe("qwen3_moe"), "q8_0", experts=True, progress=False)
+    with pytest.raises(ValueError, match="expected one of the types llama.* got .qwen3_moe."):
+        qk.save_model(model, tmp_path / "m.gguf", tokenizer=tiny_tokenizer())
+    assert not (tmp_path / "m.gguf").exists()

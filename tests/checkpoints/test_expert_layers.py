@@ -361,6 +361,18 @@ def test_no_more_than_one_layer_is_held_twice(
     qk.load_model(tmp_path / "q")
 
 
+# ---------------------------------------------------------------------- inspect
+@pytest.mark.parametrize("kind", KINDS)
+def test_inspect_knows_the_sizes(kind: str, tmp_path: Path) -> None:
+    from qkernels.cli.inspect import collect
+
+    save_moe(kind, "gptq", {"group_size": 64}, tmp_path / "q", tmp_path / "p")
+    rows = {row.module: row for row in collect(str(tmp_path / "q"))[1]}
+    for leaf, shape in zip(LEAVES[kind], ((128, 256), (128, 256), (256, 128)), strict=True):
+        row = rows[f"model.layers.1.{BLOCK[kind]}.experts.3.{leaf}"]
+        assert (row.format, row.shape, row.weights) == ("gptq", shape, 128 * 256)
+
+
 # ---------------------------------------------------------------------- names
 def test_names_go_there_and_back() -> None:
     names = Names(tiny_moe("mixtral"))
