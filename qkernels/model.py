@@ -242,8 +242,10 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model from a Hugging Face directory or a .gguf file.
 
-    A directory's quantized layers become QuantLinear and keep their packed bytes. A GGUF file of a
-    Llama, Qwen2 or Qwen3 model computes from the file's own bytes, mapped; embeddings stay packed, too.
+    A directory's quantized layers become QuantLinear and keep their packed bytes; experts of a mixture, which
+    checkpoints keep each by itself, become QuantExperts, stacked as they are, or stay plain if they are. A GGUF file
+    of a Llama, Mixtral, Qwen2 or Qwen3 model (and their mixtures) computes from the file's own bytes, mapped but for
+    experts, which are stacked; embeddings stay packed, too.
     `dtype` converts the tensors that are not packed; None keeps the file's (GGUF: float32). Nothing is downloaded, and
     no pickle and no code from the directory is read.
 
@@ -267,7 +269,8 @@ def save_model(
     packed embeddings go by our own `quantization_config`; beside linears of another method an embedding is
     written dequantized.
 
-    Quantized layers are stored in the ecosystem's own tensor names and `quantization_config`. Weights
+    Quantized layers are stored in the ecosystem's own tensor names and `quantization_config`, experts of a mixture each
+    by itself under its architecture's own names (Mixtral's `block_sparse_moe.experts.3.w1`). Weights
     above `max_shard_bytes` are cut into shards with an index. The directory appears whole or not at all;
     an earlier save at `path` is replaced. Raises ValueError if the layers differ in a way that no
     `quantization_config` can say, or if `path` holds something else.
