@@ -14,7 +14,6 @@ from torch.nn.functional import silu
 
 import qkernels as qk
 from qkernels.checkpoints import huggingface
-from qkernels.checkpoints.names import Names
 from qkernels.moe import expert_modules
 
 from ..moe_checkpoint import SIZES, edit, save_moe, stacks_of, tiny_moe
@@ -34,6 +33,7 @@ WEIGHT_ONLY: list[tuple[str, dict[str, Any]]] = [
 BOTH: list[tuple[str, dict[str, Any]]] = [
     ("int8", {}), ("w8a8", {}), ("w8a8", {"granularity": "tensor"}),
     ("fp8", {"granularity": "channel", "activation": "dynamic"}),
+    ("fp8", {"granularity": "tensor", "activation": "static", "input_scale": 0.02}),
 ]  # fmt: skip
 
 
@@ -371,27 +371,3 @@ def test_inspect_knows_the_sizes(kind: str, tmp_path: Path) -> None:
     for leaf, shape in zip(LEAVES[kind], ((128, 256), (128, 256), (256, 128)), strict=True):
         row = rows[f"model.layers.1.{BLOCK[kind]}.experts.3.{leaf}"]
         assert (row.format, row.shape, row.weights) == ("gptq", shape, 128 * 256)
-
-
-# ---------------------------------------------------------------------- names
-def test_names_go_there_and_back() -> None:
-    names = Names(tiny_moe("mixtral"))
-    there = {
-        "model.layers.0.mlp.gate.weight": "model.layers.0.block_sparse_moe.gate.weight",
-        "model.layers.0.self_attn.q_proj.qweight": "model.layers.0.self_attn.q_proj.qweight",
-        "model.layers.1.mlp.experts.3.w1.weight.absmax": "model.layers.1.block_sparse_moe.experts.3.w1.weight.absmax",
-    }
-    for own, stored in there.items():
-        assert names.written(own) == stored
-        assert names.of_file(stored) == names.of_file(own) == own
-    assert names.of_file("model.block_sparse_moe.nothing") == "model.block_sparse_moe.nothing"
-    experts = names.experts["model.layers.0.mlp.experts"]
-    assert experts.of(2, "down") == "model.layers.0.block_sparse_moe.experts.2.w2"
-
-
-def test_names_of_models_without_experts_stay() -> None:
-    from ..tiny import tiny_model
-
-    names = Names(tiny_model())
-    assert not names.experts
-    assert all(names.written(name) == name == names.of_file(name) for name in tiny_model().state_dict())
