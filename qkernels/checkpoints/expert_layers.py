@@ -87,9 +87,10 @@ def expert_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
     Empty if it has no such parameters.
     """
     own = dict(module.named_parameters(recurse=False))
-    if not {"gate_up_proj", "down_proj"} <= set(own):
+    first, second = (own.get(name, torch.empty(0)).shape for name in ("gate_up_proj", "down_proj"))
+    if (len(first), len(second)) != (3, 3) or (first[0], first[1]) != (second[0], 2 * second[2]):
         return {}
-    (_, rows, k), (_, n, inner) = own["gate_up_proj"].shape, own["down_proj"].shape
+    (_, rows, k), (_, n, inner) = first, second
     return {GATE: (rows // 2, k), UP: (rows // 2, k), DOWN: (n, inner)}
 
 
@@ -182,7 +183,8 @@ def _load_plain(module: nn.Module, names: ExpertNames, weights: Weights, source:
     own = dict(module.named_parameters(recurse=False))
     if not expert_shapes(module):
         raise ValueError(
-            f"{source.directory}: {names.stored}: expected parameters gate_up_proj and down_proj, got {sorted(own)}"
+            f"{source.directory}: {names.stored}: expected parameters gate_up_proj (E, 2 * I, K) and down_proj "
+            f"(E, N, I) in {type(module).__name__}, got { {name: tuple(p.shape) for name, p in own.items()} }"
         )
     gate_up, down = own["gate_up_proj"].shape, own["down_proj"].shape
     shapes, rows = expert_shapes(module), gate_up[1] // 2

@@ -18,6 +18,7 @@ from ..linear import QuantLinear
 from ..moe import DOWN, GATE, UP, QuantExperts, routers
 from ..packed import PackedWeight
 from . import directories, quantization, tensor_files
+from .expert_layers import expert_shapes
 from .model_config import CONFIG, QUANTIZATION
 from .names import Names
 from .tensor_files import read_json
@@ -142,9 +143,14 @@ def _plain_in_mixtures(model: nn.Module, names: Names) -> list[str]:
     found = [names.module(name) for name, module in routers(model) if not isinstance(module, nn.Linear)]
     for prefix, own in names.experts.items():
         module = model.get_submodule(prefix)
-        if own.mapped and not isinstance(module, QuantExperts):
+        if _by_themselves(prefix, module, names):
             found += [own.of(e, role) for e in range(_count(module)) for role in own.leaves]
     return found
+
+
+def _by_themselves(prefix: str, module: nn.Module, names: Names) -> bool:
+    """Whether files keep each of a module's plain experts by itself."""
+    return prefix in names.experts and names.experts[prefix].mapped and bool(expert_shapes(module))
 
 
 def _count(module: nn.Module) -> int:
@@ -201,7 +207,7 @@ def _stored_tensors(model: PreTrainedModel, names: Names, packed: bool) -> Itera
                 own["bias"] = module.bias
         elif _inside_quantized(model, prefix):
             continue
-        elif prefix in names.experts and (names.experts[prefix].mapped or isinstance(module, QuantExperts)):
+        elif isinstance(module, QuantExperts) or _by_themselves(prefix, module, names):
             yield from _experts_tensors(prefix, module, names)
             continue
         else:

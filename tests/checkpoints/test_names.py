@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
+
+from qkernels.checkpoints.model_config import NoExperts
 from qkernels.checkpoints.names import Names
+from qkernels.checkpoints.writing import _by_themselves, _experts_tensors
 
 from ..moe_checkpoint import tiny_moe
 from ..tiny import tiny_model
@@ -48,3 +53,45 @@ def test_names_that_would_not_come_back_stay() -> None:
     assert names.written(q_proj) == q_proj
     names._reversed = [_Renaming("q_proj", "k_proj")]
     assert names.written(q_proj) == q_proj
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["afmoe", "ernie4_5_moe", "exaone_moe", "hy_v3", "jamba", "laguna", "minimax_m2", "phimoe", "qwen3_next"],
+)
+def test_names_are_those_that_transformers_writes(kind: str) -> None:
+    """Of models of the usual size, without weights."""
+    from transformers import AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"{kind} is not known to this transformers")
+    with torch.device("meta"), NoExperts():
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind]())
+    names = Names(model)
+    want = set(revert_weight_conversion(model, model.state_dict()))
+    experts = {p: dict(_experts_tensors(p, model.get_submodule(p), names)) for p in names.experts}
+    assert all(own.mapped for own in names.experts.values())
+    assert all(_by_themselves(prefix, model.get_submodule(prefix), names) for prefix in experts)
+    found = {n for own in experts.values() for n in own}
+    found |= {
+        names.written(n)
+        for n in model.state_dict()
+        if names.experts.keys().isdisjoint([n.rpartition(".")[0]])
+    }
+    assert found == want
+    for name in want:
+        assert names.layer_of(names.of_file(name)) or names.of_file(name) in names._tensors or name in found
+    for prefix, own in experts.items():
+        assert {names.experts_of(names.of_file(name)) for name in own} == {prefix}
+
+
+def test_experts_that_are_not_all_alike_stay_in_one_tensor() -> None:
+    """Those of LongCat that change nothing have no down projection."""
+    model = tiny_moe("mixtral")
+    names, prefix = Names(model), "model.layers.0.mlp.experts"
+    module = model.get_submodule(prefix)
+    assert _by_themselves(prefix, module, names)
+    module.gate_up_proj = torch.nn.Parameter(torch.zeros(5, *module.gate_up_proj.shape[1:]))
+    assert not _by_themselves(prefix, module, names)
