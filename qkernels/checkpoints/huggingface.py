@@ -57,6 +57,11 @@ def load(
         for name in files.infos:  # file by file: of a sharded checkpoint one shard is mapped at a time
             if name in used:
                 continue
+            if name in inventory.parts:
+                together, part = inventory.parts[name]
+                _assign(model, part.whole, together, files, device, dtype, part.dim)
+                used |= set(together)
+                continue
             prefix = inventory.place.get(name)
             if prefix in inventory.experts:
                 weights = inventory.experts[prefix]
@@ -71,7 +76,7 @@ def load(
                 layer = quantized_layer(directory, model, prefix, owned, files, scheme, device, dtype)
                 model.set_submodule(prefix, layer)
                 used |= set(owned.values())
-            elif _assign(model, inventory.names.of_file(name), name, files, device, dtype):
+            elif _assign(model, inventory.names.of_file(name), [name], files, device, dtype):
                 used.add(name)
     embedding = model.get_input_embeddings()
     if isinstance(embedding, QuantEmbedding) and model.config.tie_word_embeddings:
@@ -110,12 +115,16 @@ def _model_directory(path: str | os.PathLike[str]) -> Path:
 def _assign(
     model: nn.Module,
     own: str,
-    name: str,
+    names: list[str],
     files: TensorFiles,
     device: torch.device | str,
     dtype: torch.dtype | None,
+    dim: int = 0,
 ) -> bool:
-    """Put the plain tensor `name` in its place, `own`; False if the model has none of that name."""
+    """Put a plain tensor in its place, `own`; False if the model has none of that name.
+
+    names: in the files, of more than one if it is made of theirs, one behind another along `dim`.
+    """
     prefix, _, leaf = own.rpartition(".")
     try:
         module = model.get_submodule(prefix)
@@ -125,18 +134,32 @@ def _assign(
     slot = slots.get(leaf)
     if slot is None or leaf in module._non_persistent_buffers_set:
         return False
-    info = files.infos[name]
-    where = f"{info.file}: tensor {name!r}"
-    if info.shape != tuple(slot.shape):
-        raise ValueError(f"{where}: expected shape {tuple(slot.shape)} from {CONFIG}, got {info.shape}")
-    if slot.is_floating_point() and info.dtype not in ("F16", "BF16", "F32", "F64"):
-        raise ValueError(f"{where}: expected dtype F16, BF16 or F32, got {info.dtype}")
-    tensor = files.read(name)
+    infos = [files.infos[name] for name in names]
+    for name, info in zip(names, infos, strict=True):
+        where = f"{info.file}: tensor {name!r}"
+        if len(names) == 1 and info.shape != tuple(slot.shape):
+            raise ValueError(f"{where}: expected shape {tuple(slot.shape)} from {CONFIG}, got {info.shape}")
+        if slot.is_floating_point() and info.dtype not in ("F16", "BF16", "F32", "F64"):
+            raise ValueError(f"{where}: expected dtype F16, BF16 or F32, got {info.dtype}")
+    if len(names) > 1 and _together([info.shape for info in infos], dim) != tuple(slot.shape):
+        raise ValueError(
+            f"{infos[0].file}: {', '.join(names)}: expected shape {tuple(slot.shape)} together from {CONFIG}, "
+            f"got {', '.join(str(info.shape) for info in infos)}"
+        )
+    tensor = files.read(names[0]) if len(names) == 1 else torch.cat([files.read(name) for name in names], dim)
     if dtype is not None and tensor.is_floating_point():
         tensor = tensor.to(dtype)
     tensor = tensor.to(device)
     slots[leaf] = nn.Parameter(tensor, slot.requires_grad) if isinstance(slot, nn.Parameter) else tensor
     return True
+
+
+def _together(shapes: list[tuple[int, ...]], dim: int) -> tuple[int, ...] | None:
+    """The shape of tensors one behind another along `dim`, None if they do not fit."""
+    rests = {(*shape[:dim], *shape[dim + 1 :]) for shape in shapes}
+    if len(rests) > 1 or len(shapes[0]) <= dim:
+        return None
+    return (*shapes[0][:dim], sum(shape[dim] for shape in shapes), *shapes[0][dim + 1 :])
 
 
 def _check_complete(directory: Path, model: Any, unexpected: list[str], plan: Plan) -> None:

@@ -13,7 +13,7 @@ from ..embedding import QuantEmbedding
 from ..linear import QuantLinear
 from ..packed import pack
 from .model_config import QUANTIZATION
-from .names import Names, expert_tensor
+from .names import Names, Part, expert_tensor
 from .quantization import Plan, Scheme
 from .tensor_files import TensorFiles
 
@@ -30,7 +30,8 @@ class Inventory:
     """Whose the files' tensors are, by transformers' names of modules.
 
     layers: linears and embeddings. experts: modules of experts -> (expert, "gate", "up" or "down") -> one weight's.
-    place: name in the files -> such a module.
+    place: name in the files -> such a module. parts: name in the files -> the names of all that make one tensor of
+    transformers', in order, and which.
     """
 
     def __init__(self, model: nn.Module, files: TensorFiles) -> None:
@@ -39,14 +40,24 @@ class Inventory:
         self.layers: dict[str, Owned] = {}
         self.experts: dict[str, dict[tuple[int, str], Owned]] = {}
         self.place: dict[str, str] = {}
+        self.parts: dict[str, tuple[list[str], Part]] = {}
+        wholes: dict[str, dict[int, str]] = {}
         taken: dict[str, str] = {}
         for full, info in files.infos.items():
             if CACHE_SCALE.search(full):
                 continue
-            name = self.names.of_file(full)
+            part = self.names.part(full)
+            name = self.names.of_file(full) if part is None else f"{part.whole}[{part.index}]"
             if name in taken:
                 raise ValueError(f"{info.file}: tensor {full!r}: expected once, got {taken[name]!r}, too")
             taken[name] = full
+            if part is not None:
+                whole = wholes.setdefault(part.whole, {})
+                whole[part.index] = full
+                if len(whole) == part.count:  # where one is missing, all are unexpected
+                    ordered = [whole[i] for i in range(part.count)]
+                    self.parts |= dict.fromkeys(ordered, (ordered, part))
+                continue
             prefix = self.names.layer_of(name)
             if prefix is not None:
                 self.layers.setdefault(prefix, {})[name[len(prefix) + 1 :]] = full

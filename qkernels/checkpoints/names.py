@@ -43,6 +43,16 @@ class ExpertNames:
         return f"{self.stored}.{expert}.{self.leaves[role]}"
 
 
+@dataclass(frozen=True)
+class Part:
+    """Which part of transformers' tensor `whole` a file's tensor is: of `count`, one behind another along `dim`."""
+
+    whole: str
+    index: int
+    count: int
+    dim: int
+
+
 def expert_tensor(name: str, leaves: Sequence[str]) -> tuple[int, str, str]:
     """(expert, leaf, tensor's name) of "3.up_proj.qweight". ValueError for a name of another form.
 
@@ -111,6 +121,20 @@ class Names:
     def _is_own(self, name: str) -> bool:
         return name in self._tensors or self.layer_of(name) is not None
 
+    def part(self, name: str) -> Part | None:
+        """Of which plain tensor the one that files call `name` is a part; None for all others."""
+        if self._is_own(name):
+            return None
+        renamed = _apply(self._renamings, name)
+        for converter in self._converters:
+            if [type(operation).__name__ for operation in converter.operations] != ["Concatenate"]:
+                continue
+            whole, pattern = converter.rename_source_key(renamed)
+            if pattern is not None and whole in self._tensors:
+                patterns = converter.source_patterns
+                return Part(whole, patterns.index(pattern), len(patterns), converter.operations[0].dim)
+        return None
+
     # ------------------------------------------------------------------ for files
     def written(self, name: str) -> str:
         """What files call the tensor that transformers calls `name`.
@@ -118,6 +142,23 @@ class Names:
         Names of models without experts stay: transformers reads its own, too, and so do all others.
         """
         return self._written(name) if any(own.mapped for own in self.experts.values()) else name
+
+    def parts(self, name: str) -> list[tuple[str, Part]]:
+        """The files' names of the equal parts that they keep transformers' tensor `name` in; empty if it is one."""
+        if not any(own.mapped for own in self.experts.values()):
+            return []
+        for converter in self._converters:
+            if len(converter.target_patterns) != 1:
+                continue
+            found = []
+            for index, pattern in enumerate(converter.source_patterns):
+                stored = _apply(self._reversed, name.replace(converter.target_patterns[0], pattern))
+                part = self.part(stored)
+                if part is not None and (part.whole, part.index) == (name, index):
+                    found.append((stored, part))
+            if found and len(found) == len(converter.source_patterns):
+                return found
+        return []
 
     def module(self, name: str) -> str:
         """`written` of a module that has a weight."""

@@ -220,7 +220,17 @@ def _stored_tensors(model: PreTrainedModel, names: Names, packed: bool) -> Itera
                 if key in seen and not isinstance(module, (QuantLinear, QuantEmbedding)):
                     continue
                 seen.add(key)
-            yield names.written(f"{prefix}.{name}" if prefix else name), tensor
+            yield from _plain_tensor(f"{prefix}.{name}" if prefix else name, tensor, names)
+
+
+def _plain_tensor(name: str, tensor: Tensor, names: Names) -> Iterator[tuple[str, Tensor]]:
+    """A tensor under the files' name, or in the parts that they keep it in."""
+    parts = names.parts(name)
+    if not parts or tensor.shape[parts[0][1].dim] % len(parts):
+        yield names.written(name), tensor
+        return
+    pieces = tensor.chunk(len(parts), parts[0][1].dim)
+    yield from ((stored, piece) for (stored, _), piece in zip(parts, pieces, strict=True))
 
 
 def _experts_tensors(prefix: str, module: nn.Module, names: Names) -> Iterator[tuple[str, Tensor]]:

@@ -207,35 +207,6 @@ def test_files_with_one_tensor_for_all_plain_experts(tmp_path: Path) -> None:
     assert_same(qk.load_model(tmp_path / "m").state_dict(), model.state_dict())
 
 
-@pytest.mark.parametrize("kind", ["OlmoeConfig", "DeepseekV3Config", "PhimoeConfig", "MiniMaxM2Config"])
-def test_other_architectures(kind: str, tmp_path: Path) -> None:
-    """Names of their own for routers, shared experts and biases of routers."""
-    import transformers
-
-    sizes = {**SIZES, "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "moe_intermediate_size": 128,
-             "intermediate_size": 128, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "q_lora_rank": 64,
-             "kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 64}  # fmt: skip
-    if kind == "DeepseekV3Config":
-        sizes["head_dim"] = 32
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**sizes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.2)
-    model.save_pretrained(tmp_path / "theirs")
-    tokens = ids()
-    with torch.no_grad():
-        assert torch.equal(qk.load_model(tmp_path / "theirs")(tokens).logits, model(tokens).logits)
-    qk.save_model(model, tmp_path / "ours")
-    assert_same(tensors_of(tmp_path / "theirs"), tensors_of(tmp_path / "ours"))
-    qk.quantize_model(model, "fp8", experts=True, progress=False)
-    qk.save_model(model, tmp_path / "q")
-    again = qk.load_model(tmp_path / "q")
-    assert len(stacks_of(again)) == len(stacks_of(model)) >= 1
-    assert_same(again.state_dict(), model.state_dict())
-    with torch.no_grad():
-        assert torch.equal(again(tokens).logits, model(tokens).logits)
-
-
 # ---------------------------------------------------------------------- saving
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("name", "params"), WEIGHT_ONLY + BOTH, ids=str)
