@@ -18,6 +18,7 @@ from . import formats
 from .formats.affine import Grid
 from .formats.base import Format
 from .linear import QuantLinear
+from .moe import DOWN, GATE, ROLES, UP, QuantExperts
 from .packed import PackedWeight, pack, quantize
 
 #: parameters that say where a grid's points lie, so that they go with it
@@ -139,27 +140,58 @@ def _steps(grid: Grid, size: int) -> torch.Tensor:
 def convert_model(
     model: nn.Module, format: str, progress: Callable[[int, int], None] | None = None, **params: Any
 ) -> list[Conversion]:
-    """Convert every QuantLinear of `model` in place; plain layers stay. `progress` gets (done, total).
+    """Convert every QuantLinear and QuantExperts of `model` in place; plain layers stay. `progress` gets (done, total).
 
-    To a 16-bit format layers become plain nn.Linear. Raises ValueError naming the layer that does not
-    fit; layers before it are converted already.
+    To a 16-bit format linears become plain nn.Linear, experts stay QuantExperts, with a weight in 16 bits. Raises
+    ValueError naming the layer that does not fit; layers before it are converted already.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    kinds = (QuantLinear, QuantExperts)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     if not layers:
         raise ValueError("model: expected quantized layers to convert, got none; quantize_model makes some")
     done: list[Conversion] = []
     for i, (name, layer) in enumerate(layers.items()):
-        old = layer.packed
-        try:
-            new, how, reason = convert_weight(old, format, **params)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        change = 0.0 if how in (EXACT, KEPT) else _relative_error(old, new)
-        done.append(Conversion(name, old.format, format, how, reason, change))
-        if how != KEPT:
-            model.set_submodule(name, _layer(new, layer))
+        if isinstance(layer, QuantExperts):
+            done += _convert_experts(model, name, layer, format, params)
+        else:
+            new, found = _converted(name, layer.packed, format, params)
+            done.append(found)
+            if found.how != KEPT:
+                model.set_submodule(name, _layer(new, layer))
         if progress is not None:
             progress(i + 1, len(layers))
+    return done
+
+
+def _converted(
+    name: str, old: PackedWeight, format: str, params: dict[str, Any]
+) -> tuple[PackedWeight, Conversion]:
+    try:
+        new, how, reason = convert_weight(old, format, **params)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    change = 0.0 if how in (EXACT, KEPT) else _relative_error(old, new)
+    return new, Conversion(name, old.format, format, how, reason, change)
+
+
+def _convert_experts(
+    model: nn.Module, name: str, old: QuantExperts, format: str, params: dict[str, Any]
+) -> list[Conversion]:
+    """Convert each expert's gate, up and down, and stack them again."""
+    done: list[Conversion] = []
+    stacks: dict[str, list[PackedWeight]] = {role: [] for role in ROLES}
+    for e in range(old.parts.count):
+        for role, packed in old.parts.expert(e).items():
+            new, found = _converted(f"{name}.{e}.{old.leaves[role]}", packed, format, params)
+            stacks[role].append(new)
+            done.append(found)
+    if any(found.how != KEPT for found in done):
+        try:
+            made = QuantExperts.from_experts(stacks[GATE], stacks[UP], stacks[DOWN], old.activation)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        made.leaves, made.backend, made.batch_invariant = old.leaves, old.backend, old.batch_invariant
+        model.set_submodule(name, made.train(old.training))
     return done
 
 

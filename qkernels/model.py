@@ -57,7 +57,7 @@ def quantize_model(
 
     Experts of a mixture that are linear layers are quantized like any. Those that are parameters of three
     dimensions, as in transformers from version 5 on, are left alone with a warning; with `experts` they
-    become QuantExperts, by round-to-nearest, which `save_model` cannot save yet.
+    become QuantExperts, by round-to-nearest.
 
     Raises ValueError, naming the module, if one does not fit the format (a group size that does not
     divide its input features, a NaN in its weight), if a `skip` pattern matches nothing, or if
@@ -178,8 +178,9 @@ def linears(model: nn.Module, skip: Iterable[str] | None) -> list[tuple[list[str
     output = _output_projection(model)
     found: dict[int, tuple[list[str], nn.Module]] = {}
     skipped: set[int] = set()
+    routers = {id(module) for _, module in moe.routers(model)}
     for name, module in model.named_modules(remove_duplicate=False):
-        if not is_linear(module):
+        if not is_linear(module) or id(module) in routers:
             continue
         matches = {pattern for pattern in patterns if fnmatchcase(name, pattern)}
         unmatched -= matches
@@ -241,8 +242,10 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model from a Hugging Face directory or a .gguf file.
 
-    A directory's quantized layers become QuantLinear and keep their packed bytes. A GGUF file of a
-    Llama, Qwen2 or Qwen3 model computes from the file's own bytes, mapped; embeddings stay packed, too.
+    A directory's quantized layers become QuantLinear and keep their packed bytes; experts of a mixture, which
+    checkpoints keep each by itself, become QuantExperts, stacked as they are, or stay plain if they are. A GGUF file
+    of a Llama, Mixtral, Qwen2 or Qwen3 model (and their mixtures) computes from the file's own bytes, mapped but for
+    experts, which are stacked; embeddings stay packed, too.
     `dtype` converts the tensors that are not packed; None keeps the file's (GGUF: float32). Nothing is downloaded, and
     no pickle and no code from the directory is read.
 
@@ -266,16 +269,14 @@ def save_model(
     packed embeddings go by our own `quantization_config`; beside linears of another method an embedding is
     written dequantized.
 
-    Quantized layers are stored in the ecosystem's own tensor names and `quantization_config`. Weights
+    Quantized layers are stored in the ecosystem's own tensor names and `quantization_config`, experts of a mixture each
+    by itself under its architecture's own names (Mixtral's `block_sparse_moe.experts.3.w1`). Weights
     above `max_shard_bytes` are cut into shards with an index. The directory appears whole or not at all;
     an earlier save at `path` is replaced. Raises ValueError if the layers differ in a way that no
     `quantization_config` can say, or if `path` holds something else.
     """
     from . import checkpoints
 
-    for name, module in model.named_modules():
-        if isinstance(module, QuantExperts):
-            raise ValueError(f"{name}: expected no quantized experts: they cannot be saved yet")
     checkpoints.save(model, path, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
 
 
@@ -315,7 +316,7 @@ def model_summary(model: nn.Module) -> ModelSummary:
         quantized_bytes += packed.nbytes
         kinds[packed.format] = kinds.get(packed.format, 0) + 1
         packed_buffers |= {id(buffer) for buffer in layer.buffers()}
-    stacks = [s for m in model.modules() if isinstance(m, QuantExperts) for s in (m.gate_up, m.down)]
+    stacks = [s for m in model.modules() if isinstance(m, QuantExperts) for s in m.parts.stacks]
     for stack in stacks:
         quantized_weights += stack.count * math.prod(stack.shape)
         quantized_bytes += stack.nbytes

@@ -73,3 +73,14 @@ def save_moe(
     save_file(stored, packed / "model.safetensors", metadata={"format": "pt"})
     save_file(values, plain / "model.safetensors", metadata={"format": "pt"})
     return sum(tensor.nbytes for tensor in stored.values())
+
+
+def edit(directory: Path, drop: str = "", **changes: Any) -> None:
+    """Drop a tensor, set others."""
+    path = directory / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(path).items() if name != drop}
+    save_file({**tensors, **changes}, path, metadata={"format": "pt"})
+
+
+def stacks_of(model: torch.nn.Module) -> list[qk.QuantExperts]:
+    return [module for module in model.modules() if isinstance(module, qk.QuantExperts)]

@@ -14,8 +14,9 @@ import qkernels as qk
 from qkernels.checkpoints import huggingface
 from qkernels.cli import main
 from qkernels.cli.convert import shard_bytes
-from qkernels.convert import convert_weight
+from qkernels.convert import convert_model, convert_weight
 
+from .moe_checkpoint import save_moe, stacks_of
 from .tiny import ids, save_tiny, tiny_model
 
 ASYMMETRIC = {"group_size": 32, "symmetric": False}
@@ -195,3 +196,38 @@ def test_shard_sizes() -> None:
     for text in ("", "GB", "-1GB", "5", "nanGB", "infGB"):
         with pytest.raises(ValueError, match="expected a size"):
             shard_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("source", "params", "target", "how"),
+    [
+        ("gptq", {"group_size": 64, "symmetric": False}, "awq", "exact"), ("nf4", {}, "gptq", "requantized"),
+        ("gptq", {"group_size": 64}, "bf16", "dequantized"), ("awq", {"group_size": 64}, "awq", "kept"),
+    ],
+)  # fmt: skip
+def test_experts(source: str, params: dict[str, Any], target: str, how: str, tmp_path: Path) -> None:
+    """Expert by expert, and what is saved says so."""
+    save_moe("mixtral", source, params, tmp_path / "q", tmp_path / "p")
+    model, tokens = qk.load_model(tmp_path / "q"), ids(9)[None]
+    with torch.no_grad():
+        before = model(tokens).logits
+    old = [stack.parts.expert(3) for stack in stacks_of(model)]
+    more = {"group_size": 64} if target == "gptq" else {}
+    done = {d.name: d for d in convert_model(model, target, **more)}
+    assert len(done) == 2 * (4 + 4 * 3)
+    found = done["model.layers.1.mlp.experts.3.down_proj"]
+    assert (found.source, found.target, found.how) == (source, target, how)
+    assert {d.how for d in done.values()} == {how}
+    for stack, was in zip(stacks_of(model), old, strict=True):
+        for role, packed in stack.parts.expert(3).items():
+            assert packed.format == target
+            error = (packed.dequantize() - was[role].dequantize()).norm() / was[role].dequantize().norm()
+            assert error <= {"exact": 0, "kept": 0, "dequantized": 2**-9, "requantized": 0.2}[how]
+    qk.save_model(model, tmp_path / "m")
+    again = qk.load_model(tmp_path / "m")
+    with torch.no_grad():
+        after = again(tokens).logits
+    if how in ("exact", "kept"):
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4 * before.abs().max().item())
+    names = load_file(tmp_path / "m/model.safetensors")
+    assert ("model.layers.1.block_sparse_moe.experts.3.w2.weight" in names) == (target == "bf16")

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..embedding import QuantEmbedding
 from ..linear import QuantLinear
+from ..moe import DOWN, GATE, UP, QuantExperts
 from . import gguf_config
 from .gguf_header import GgufHeader, GgufTensor, read_header
 
@@ -117,6 +118,8 @@ def _dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     tied = weight is not None and weight is getattr(head, "weight", None)
     if isinstance(head, QuantLinear) and isinstance(embedding, QuantEmbedding):
         tied = head.qweight.data_ptr() == next(iter(embedding.packed.tensors.values())).data_ptr()
+    stacks = [name for name, module in model.named_modules() if isinstance(module, QuantExperts)]
+    bare = _bare(model) if stacks else None
     for name, module in list(model.named_modules()):
         plain: nn.Module
         if isinstance(module, QuantEmbedding):
@@ -128,6 +131,9 @@ def _dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
             plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             plain.weight = weight
             plain.bias = None if module.bias is None else nn.Parameter(module.bias.detach().to(dtype))
+        elif isinstance(module, QuantExperts):
+            assert bare is not None
+            plain = _plain_experts(module, bare.get_submodule(name), dtype)
         else:
             continue
         model.set_submodule(name, plain.eval())
@@ -138,6 +144,25 @@ def _dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         model.set_output_embeddings(plain)
     model.config.tie_word_embeddings = tied
     return model.requires_grad_(True)  # type: ignore[no-any-return]
+
+
+def _bare(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same config, without weights."""
+    from accelerate import init_empty_weights
+
+    from .model_config import NoExperts
+
+    with init_empty_weights(include_buffers=False), NoExperts():
+        return type(model)(model.config)
+
+
+def _plain_experts(stack: QuantExperts, module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`module`, transformers' of the same experts, with the weights dequantized."""
+    experts = [stack.parts.expert(e) for e in range(stack.parts.count)]
+    gate_up = [torch.cat([own[role].dequantize(dtype) for role in (GATE, UP)]) for own in experts]
+    module.gate_up_proj = nn.Parameter(torch.stack(gate_up))
+    module.down_proj = nn.Parameter(torch.stack([own[DOWN].dequantize(dtype) for own in experts]))
+    return module
 
 
 def _from_pretrained(path: Path, dtype: torch.dtype) -> PreTrainedModel:

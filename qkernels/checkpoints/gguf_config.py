@@ -18,7 +18,7 @@ import torch
 from .gguf_header import GgufHeader, GgufTensor
 
 #: general.architecture -> whether rows of query and key weights are permuted
-ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}
+ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False, "qwen2moe": False, "qwen3moe": False}
 ROPE_TABLE = "rope_freqs.weight"
 _MOST = 2**31 - 1
 
@@ -32,6 +32,24 @@ class Rule(NamedTuple):
     field: str | None = None
     required: bool = False
 
+
+class Mixture(NamedTuple):
+    """An architecture with experts: transformers' type of model, its field for their number, and other fields.
+
+    fields: what llama.cpp computes whatever the metadata says.
+    """
+
+    model_type: str
+    number: str
+    fields: dict[str, Any]
+
+
+_ALL_SPARSE: dict[str, Any] = {"decoder_sparse_step": 1, "mlp_only_layers": []}
+MIXTURES = {
+    "llama": Mixture("mixtral", "num_local_experts", {}),
+    "qwen2moe": Mixture("qwen2_moe", "num_experts", {"norm_topk_prob": False, **_ALL_SPARSE}),
+    "qwen3moe": Mixture("qwen3_moe", "num_experts", {"norm_topk_prob": True, **_ALL_SPARSE}),
+}
 
 #: what follows `<architecture>.` in the keys that we use
 RULES = {
@@ -54,11 +72,20 @@ RULES = {
     "rope.scaling.yarn_beta_fast": Rule(float, 1e-3, 1e6),
     "rope.scaling.yarn_beta_slow": Rule(float, 1e-3, 1e6),
 }
+#: the same of files with experts
+EXPERT_RULES = {
+    "expert_count": Rule(int, 1, _MOST, None, True),
+    "expert_used_count": Rule(int, 1, _MOST, "num_experts_per_tok", True),
+    "expert_feed_forward_length": Rule(int, 1),
+    "expert_shared_feed_forward_length": Rule(int, 1),
+}
 #: keys that say nothing about what is computed
 _INFORMATION = {"rope.scaling.finetuned", "expert_used_count"}
 #: keys that change what is computed, and the values with which they do not
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "expert_count": (0,),
+    "expert_gating_func": (1,),  # a softmax
+    "expert_weights_scale": (0.0, 1.0),
     "logit_scale": (0.0, 1.0),
     "residual_scale": (0.0, 1.0),
     "embedding_scale": (0.0, 1.0),
@@ -112,9 +139,17 @@ def read_config(path: Path, header: GgufHeader) -> Any:
 
     architecture = architecture_of(path, header)
     tensors = {tensor.name: tensor for tensor in header.tensors}
-    found = _checked(path, header, architecture)
-    fields = {rule.field: found[key] for key, rule in RULES.items() if rule.field and key in found}
-    size, heads = _check_sizes(path, architecture, found, tensors)
+    mixture = _mixture(architecture, header)
+    rules = RULES if mixture is None else RULES | EXPERT_RULES
+    found = _checked(path, header, architecture, rules)
+    fields: dict[str | None, Any] = {
+        rule.field: found[key] for key, rule in rules.items() if rule.field and key in found
+    }
+    if mixture is not None:
+        fields |= {mixture.number: found["expert_count"]}
+        fields.update(mixture.fields)
+        fields |= _check_experts(path, architecture, found, tensors)
+    size, heads = _check_sizes(path, architecture, found, tensors, mixture is not None)
     fields |= {
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "num_key_value_heads": heads,
@@ -123,6 +158,7 @@ def read_config(path: Path, header: GgufHeader) -> Any:
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
+        "qkv_bias": "blk.0.attn_q.bias" in tensors,
     }
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         token = header.metadata.get(f"tokenizer.ggml.{key}_token_id")
@@ -132,7 +168,7 @@ def read_config(path: Path, header: GgufHeader) -> Any:
                 f"{fields['vocab_size'] - 1}, got {token!r:.60}"
             )
         fields[f"{name}_token_id"] = token
-    kind = CONFIG_MAPPING[architecture]
+    kind = CONFIG_MAPPING[architecture if mixture is None else mixture.model_type]
     try:
         return kind(**{name: value for name, value in fields.items() if name is not None})
     except Exception as error:  # its checks raise their own kinds, some of them not ValueErrors
@@ -141,11 +177,18 @@ def read_config(path: Path, header: GgufHeader) -> Any:
         ) from error
 
 
-def _checked(path: Path, header: GgufHeader, architecture: str) -> dict[str, Any]:
-    """The values of RULES' keys, each of its type and range. ValueError for others that matter."""
+def _mixture(architecture: str, header: GgufHeader) -> Mixture | None:
+    """What to make of a file's experts; None if it has none."""
+    count = header.metadata.get(f"{architecture}.expert_count")
+    some = (type(count) is int and count > 0) or architecture in ("qwen2moe", "qwen3moe")
+    return MIXTURES.get(architecture) if some else None
+
+
+def _checked(path: Path, header: GgufHeader, architecture: str, rules: dict[str, Rule]) -> dict[str, Any]:
+    """The values of the rules' keys, each of its type and range. ValueError for others that matter."""
     prefix = architecture + "."
     given = {k.removeprefix(prefix): v for k, v in header.metadata.items() if k.startswith(prefix)}
-    for key, rule in RULES.items():
+    for key, rule in rules.items():
         value = given.get(key)
         if value is None and not rule.required:
             continue
@@ -161,7 +204,7 @@ def _checked(path: Path, header: GgufHeader, architecture: str) -> dict[str, Any
         window = key == "attention.sliding_window" and type(value) is int
         if window and (value == 0 or value >= given["context_length"]):
             continue  # wider than any context
-        if key in RULES or key in _INFORMATION or value in _NEUTRAL.get(key, ()):
+        if key in rules or key in _INFORMATION or value in _NEUTRAL.get(key, ()):
             continue
         neutral = _NEUTRAL.get(key)
         expected = f"none or {neutral[0]!r}" if neutral else "no such key"
@@ -169,20 +212,55 @@ def _checked(path: Path, header: GgufHeader, architecture: str) -> dict[str, Any
             f"{path}: {prefix}{key}: expected {expected}, because it changes what the model computes in a way "
             f"that is not known here; got {value!r:.60}"
         )
-    return {key: given[key] for key in RULES if key in given}
+    return {key: given[key] for key in rules if key in given}
+
+
+def _shape(path: Path, tensors: dict[str, GgufTensor], name: str, form: str) -> tuple[int, ...]:
+    """A tensor's shape, which must be of as many dimensions as `form`."""
+    tensor = tensors.get(name)
+    if tensor is None or len(tensor.shape) != form.count(",") + 1:
+        got = "none" if tensor is None else f"{tensor.shape}"
+        raise ValueError(f"{path}: {name}: expected a tensor of shape {form}, found {got}")
+    return tuple(tensor.shape)
+
+
+def _check_experts(
+    path: Path, architecture: str, found: dict[str, Any], tensors: dict[str, GgufTensor]
+) -> dict[str | None, int]:
+    """The config's fields of their sizes; ValueError where one is not the tensors'."""
+    name, shared = "blk.0.ffn_up_exps.weight", "blk.0.ffn_up_shexp.weight"
+    count, inner, _ = _shape(path, tensors, name, "(E, N, K)")
+    own = "feed_forward_length" if architecture == "llama" else "expert_feed_forward_length"
+    sizes = {"expert_count": count, own: inner}
+    if shared in tensors:
+        sizes["expert_shared_feed_forward_length"] = _shape(path, tensors, shared, "(N, K)")[0]
+    for key, expected in sizes.items():
+        if found.get(key, expected) != expected:
+            raise ValueError(
+                f"{path}: {architecture}.{key}: expected {expected}, as the tensors have it; got {found[key]}"
+            )
+    if found["expert_used_count"] > count:
+        raise ValueError(
+            f"{path}: {architecture}.expert_used_count: expected at most the {count} experts, got "
+            f"{found['expert_used_count']}"
+        )
+    fields: dict[str | None, int] = {"moe_intermediate_size": inner} if architecture != "llama" else {}
+    if shared in tensors:
+        fields["shared_expert_intermediate_size"] = sizes["expert_shared_feed_forward_length"]
+    return fields
 
 
 def _check_sizes(
-    path: Path, architecture: str, found: dict[str, Any], tensors: dict[str, GgufTensor]
+    path: Path,
+    architecture: str,
+    found: dict[str, Any],
+    tensors: dict[str, GgufTensor],
+    experts: bool,
 ) -> tuple[int, int]:
     """(size of a head, key-value heads); ValueError where a size is not the tensors'."""
 
-    def shape(name: str) -> tuple[int, int]:
-        tensor = tensors.get(name)
-        if tensor is None or len(tensor.shape) != 2:
-            got = "none" if tensor is None else f"{tensor.shape}"
-            raise ValueError(f"{path}: {name}: expected a tensor of shape (N, K), found {got}")
-        return tensor.shape[0], tensor.shape[1]
+    def shape(name: str) -> tuple[int, ...]:
+        return _shape(path, tensors, name, "(N, K)")
 
     def same(key: str, expected: int, what: str) -> None:
         if key in found and found[key] != expected:
@@ -194,7 +272,8 @@ def _check_sizes(
     vocabulary, hidden = shape("token_embd.weight")
     same("vocab_size", vocabulary, "the rows of token_embd.weight")
     same("embedding_length", hidden, "the columns of token_embd.weight")
-    same("feed_forward_length", shape("blk.0.ffn_up.weight")[0], "the rows of blk.0.ffn_up.weight")
+    if not experts:
+        same("feed_forward_length", shape("blk.0.ffn_up.weight")[0], "the rows of blk.0.ffn_up.weight")
     heads = found["attention.head_count"]
     groups = found.get("attention.head_count_kv", heads)
     size = found.get("attention.key_length", hidden // heads)

@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from .. import formats
 from ..embedding import QuantEmbedding
 from ..linear import QuantLinear
+from ..moe import DOWN, GATE, LEAVES, ROLES, UP, QuantExperts, expert_weights
 from ..packed import PackedWeight, pack
+from .expert_layers import expert_shapes
 from .gguf_config import ARCHITECTURES, ROPE_TABLE, read_config
 from .gguf_header import GgufHeader, GgufTensor, read_header
+from .model_config import NoExperts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +45,7 @@ def load_packed(
     path = path.resolve()
     header = read_header(path)
     config = read_config(path, header)  # whose sizes are the tensors'
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), NoExperts():
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     reader = _Reader(path, header, config)
     device = torch.device(device)
@@ -56,6 +59,8 @@ def load_packed(
             packed = reader.weight(name, (embedding.num_embeddings, embedding.embedding_dim))
             replaced = QuantEmbedding(packed, dtype).to(device)
             _replace(model, name, replaced)
+        elif expert_shapes(module):
+            _replace(model, name, _experts(reader, name, module, device, dtype))
         else:
             for leaf, parameter in list(module.named_parameters(recurse=False)):
                 value = reader.plain(f"{name}.{leaf}", tuple(parameter.shape)).to(device, dtype)
@@ -84,6 +89,27 @@ def _linear(reader: _Reader, name: str, linear: nn.Linear) -> QuantLinear:
     if linear.bias is not None:
         bias = nn.Parameter(reader.plain(f"{name}.bias", (linear.out_features,)), requires_grad=False)
     return QuantLinear(packed, bias)
+
+
+def _experts(
+    reader: _Reader, name: str, module: nn.Module, device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    """Experts as they are packed, or the module itself, filled, if they are all in float32."""
+    gate_up, _, activation = expert_weights(module)
+    count, shapes = gate_up.shape[0], expert_shapes(module)
+    called = {role: f"{name}.{leaf}" for role, leaf in LEAVES.items()}
+    if not any(reader.is_packed(own) for own in called.values()):
+        own = {role: reader.plain(f"{called[role]}.weight", (count, *shapes[role])) for role in ROLES}
+        for leaf, value in (
+            ("gate_up_proj", torch.cat([own[GATE], own[UP]], 1)), ("down_proj", own[DOWN])
+        ):  # fmt: skip
+            setattr(module, leaf, nn.Parameter(value.to(device, dtype), requires_grad=False))
+        return module
+    stacks = {role: reader.experts(called[role], count, shapes[role]) for role in ROLES}
+    try:
+        return QuantExperts.from_experts(stacks[GATE], stacks[UP], stacks[DOWN], activation).to(device)
+    except ValueError as error:
+        raise ValueError(f"{reader.path}: {name}: {error}") from None
 
 
 def row_order(name: str, rows: int, config: Any) -> Tensor | None:
@@ -131,7 +157,8 @@ class _Reader:
         if stored is None or stored not in self.tensors:
             raise ValueError(f"{self.path}: {stored or name}: expected a tensor of shape {shape}, found none")
         tensor = self.tensors[stored]
-        if tuple(tensor.shape) != shape:
+        # The gate of a shared expert is one row, which the file has as a vector.
+        if tuple(tensor.shape) != shape and (shape[0] != 1 or tuple(tensor.shape) != shape[1:]):
             raise ValueError(f"{self.path}: {stored}: expected shape {shape}, got {tuple(tensor.shape)}")
         self.used.add(stored)
         return tensor
@@ -147,9 +174,18 @@ class _Reader:
     def weight(self, module: str, shape: tuple[int, int]) -> PackedWeight:
         """The weight (N, K) of a linear or an embedding, as stored."""
         tensor = self._tensor(f"{module}.weight", shape)
-        order = self._order(module, shape[0])
-        data = self._bytes(tensor)
-        if tensor.type in _PLAIN:
+        return self._pack(tensor, self._bytes(tensor), shape, self._order(module, shape[0]))
+
+    def experts(self, module: str, count: int, shape: tuple[int, int]) -> list[PackedWeight]:
+        """The weights (N, K) of each expert, as stored in one tensor (E, N, K)."""
+        tensor = self._tensor(f"{module}.weight", (count, *shape))
+        return [self._pack(tensor, part, shape, None) for part in self._bytes(tensor).view(count, -1)]
+
+    def _pack(
+        self, tensor: GgufTensor, data: Tensor, shape: tuple[int, int], order: Tensor | None
+    ) -> PackedWeight:
+        """What the tensor's bytes (or an expert's part of them) are. F32 is no packed weight."""
+        if tensor.type in ("F16", "BF16"):
             dense = data.view(_PLAIN[tensor.type]).view(shape)
             dense = dense if order is None else dense[order]
             return pack("fp16" if dense.dtype == torch.float16 else "bf16", {"weight": dense}, shape)
@@ -157,10 +193,9 @@ class _Reader:
         if name not in formats.names():
             known = ", ".join(sorted(n.upper() for n in formats.names() if "data" in _specs(n)))
             raise ValueError(
-                f"{self.path}: {tensor.name}: expected one of the types {known}, {', '.join(_PLAIN)}; "
-                f"got {tensor.type}"
+                f"{self.path}: {tensor.name}: expected one of the types {known}, F16, BF16; got {tensor.type}"
             )
-        data = data.view(shape[0], tensor.nbytes // shape[0])
+        data = data.view(shape[0], -1)
         try:
             return pack(name, {"data": data if order is None else data[order]}, shape)
         except ValueError as error:

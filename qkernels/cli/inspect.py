@@ -122,7 +122,7 @@ def _gguf(path: Path) -> tuple[dict[str, Any], list[Row]]:
 
 
 def _safetensors(path: Path) -> tuple[dict[str, Any], list[Row]]:
-    from ..checkpoints import huggingface
+    from ..checkpoints import expert_layers, layers, model_config
     from ..checkpoints.tensor_files import TensorFiles
 
     directory = path if path.is_dir() else path.parent
@@ -131,13 +131,20 @@ def _safetensors(path: Path) -> tuple[dict[str, Any], list[Row]]:
     facts: dict[str, Any] = {"file": str(path)}
     with TensorFiles(path) as files:
         # A lone file beside no config.json is listed too; only the packed weights' sizes are unknown.
-        if path.is_dir() or (directory / huggingface.CONFIG).is_file():
+        if path.is_dir() or (directory / model_config.CONFIG).is_file():
             from torch import nn
 
             common.quiet_transformers()
-            model, plan = huggingface.skeleton(directory, files)
-            linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-            shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+            model, plan = model_config.skeleton(directory, files)
+            inventory = layers.Inventory(model, files)
+            for prefix, own in inventory.layers.items():
+                if isinstance(linear := model.get_submodule(prefix), nn.Linear):
+                    shapes[layers.stored_module(own)] = (linear.out_features, linear.in_features)
+            for prefix, weights in inventory.experts.items():
+                sizes = expert_layers.expert_shapes(model.get_submodule(prefix))
+                shapes |= {
+                    layers.stored_module(own): sizes[r] for (_, r), own in weights.items() if r in sizes
+                }
             kinds = plan.schemes
             facts |= {
                 "model": type(model).__name__,

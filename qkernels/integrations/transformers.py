@@ -28,7 +28,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import formats
-from ..checkpoints import huggingface, quantization
+from ..checkpoints import expert_layers, layers, quantization, writing
+from ..checkpoints.names import Names
 from ..checkpoints.quantization import Plan
 from ..checkpoints.tensor_files import TensorFiles
 from ..linear import QuantLinear
@@ -143,7 +144,7 @@ class QKernelsQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QKernelsConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.wanted: set[str] = set()
-        self.layers: dict[str, QuantLinear] = {}
+        self.layers: dict[str, nn.Module] = {}
         self.device = torch.device("cpu")
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -186,14 +187,22 @@ class QKernelsQuantizer(HfQuantizer):
         plan = Plan(str(model.config.name_or_path), self.quantization_config.checkpoint)
         if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):
             raise ValueError(f"checkpoint: expected safetensors files, got {checkpoint_files!r:.200}")
+        where = Path(checkpoint_files[0]).parent
         with TensorFiles([Path(file) for file in checkpoint_files]) as files:
-            for prefix, names in huggingface.owned_tensors(model, files).items():
-                scheme = huggingface.scheme_of(prefix, names, files, plan)
+            inventory = layers.Inventory(model, files)
+            for prefix, own in inventory.layers.items():
+                scheme = layers.scheme_of(own, files, plan)
                 if scheme is not None:
-                    where = Path(checkpoint_files[0]).parent
-                    self.layers[prefix] = huggingface.quantized_layer(
-                        where, model, prefix, names, files, scheme, self.device
+                    self.layers[prefix] = layers.quantized_layer(
+                        where, model, prefix, own, files, scheme, self.device
                     )
+            source = expert_layers.Source(where, files, plan, self.device, None, None)
+            for prefix, weights in inventory.experts.items():
+                called = inventory.names.experts[prefix]
+                stack = expert_layers.packed_experts(model.get_submodule(prefix), called, weights, source)
+                if stack is not None:
+                    stack.leaves = called.leaves  # `save_pretrained` knows the way back of all but them
+                    self.layers[prefix] = stack
         for prefix in self.layers:
             model.set_submodule(prefix, _Placeholder())
         if self.layers:
@@ -228,12 +237,11 @@ class QKernelsQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for prefix, layer in self.layers.items():
             placeholder = model.get_submodule(prefix)
-            if layer.bias is None:
+            if isinstance(layer, QuantLinear) and layer.bias is None:
                 layer.register_parameter("bias", placeholder.bias)
             model.set_submodule(prefix, layer)
         self.layers = {}
-        packed = {n: m.packed for n, m in model.named_modules() if isinstance(m, QuantLinear)}
-        plain = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+        packed, plain = writing.matrices(model, Names(model))
         self.quantization_config._written = quantization.describe(packed, plain)
         model.requires_grad_(False)
         return model

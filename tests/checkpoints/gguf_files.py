@@ -40,9 +40,12 @@ def rewrite(
     target: Path,
     changes: Mapping[str, Any] | None = None,
     drop: Iterable[str] = (),
-    tensors: Mapping[str, np.ndarray] | None = None,
+    tensors: Mapping[str, np.ndarray | tuple[np.ndarray, Any]] | None = None,
 ) -> Path:
-    """A copy of a GGUF file with other metadata and tensors; `drop` names keys and tensors."""
+    """A copy of a GGUF file with other metadata and tensors; `drop` names keys and tensors.
+
+    tensors: values, or the bytes of blocks and their type.
+    """
     reader = gguf.GGUFReader(source)
     writer = _Writer(target, "llama")
     writer.kv_data = [{}]
@@ -60,7 +63,8 @@ def rewrite(
         if tensor.name not in left:
             writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
     for name, values in (tensors or {}).items():
-        writer.add_tensor(name, values)
+        data, kind = values if isinstance(values, tuple) else (values, None)
+        writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

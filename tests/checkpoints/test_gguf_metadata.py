@@ -79,7 +79,7 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
     ({"llama.logit_scale": 8.0}, (), "llama.logit_scale: expected none or 0.0"),
     ({"llama.attention.sliding_window": 4}, (), "llama.attention.sliding_window: expected no such key"),
     ({"llama.attention.sliding_window": "x"}, (), "llama.attention.sliding_window: expected no such key"),
-    ({"llama.expert_count": 8}, (), "llama.expert_count: expected none or 0"),
+    ({"llama.expert_count": 8}, (), "llama.expert_used_count: expected int"),
     ({"llama.expert_count": [1]}, (), "llama.expert_count: expected none or 0"),
     ({"llama.attention.causal": False}, (), "llama.attention.causal: expected none or True"),
     ({"llama.news": 1}, (), "llama.news: expected no such key"),

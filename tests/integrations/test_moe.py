@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -36,7 +35,7 @@ def model_of(kind: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
-def test_experts_that_are_parameters(kind: str, tmp_path: Path) -> None:
+def test_experts_that_are_parameters(kind: str) -> None:
     model = model_of(kind)
     assert len(list(expert_modules(model))) == 2
     plain = copy.deepcopy(model)
@@ -57,10 +56,9 @@ def test_experts_that_are_parameters(kind: str, tmp_path: Path) -> None:
         torch.testing.assert_close(quantized(ids).logits, want, rtol=1e-4, atol=1e-4)
         assert (want - original).abs().max() > 1e-3  # so that what is compared differs from what it was
     assert model_summary(quantized).quantized_weights > model_summary(plain).quantized_weights
-    with pytest.raises(ValueError, match="experts: expected no quantized experts: they cannot be saved yet"):
-        qk.save_model(quantized, tmp_path / "model")
     state = stacks[0].state_dict()
-    assert torch.equal(state["gate_up.3.data"], stacks[0].gate_up.expert(3).tensors["data"])
+    gate_up = torch.cat([state["3.gate_proj.data"], state["3.up_proj.data"]])
+    assert torch.equal(gate_up, stacks[0].gate_up.expert(3).tensors["data"])
 
 
 class Mixture(nn.Module):
@@ -102,3 +100,61 @@ def test_what_cannot_be_quantized_says_so() -> None:
     module.register_parameter("down_proj_bias", nn.Parameter(torch.zeros(4, 64)))
     with pytest.raises(ValueError, match="expected parameters gate_up_proj and down_proj alone"):
         qk.QuantExperts.from_module(module, "nf4")
+
+
+#: experts that compute more than gate, up and down: clamps, a norm behind each, experts that change nothing
+OTHERS = [
+    ("deepseek_v4", "DeepseekV4Experts", "got something more from DeepseekV4Experts"),
+    ("glm5_next", "Glm5NextTextExperts", "act_fn: expected SiLU or GELU, got None"),
+    ("muse_spark", "MuseSparkExperts", "expected no module but act_fn, got post_expert_norm"),
+    ("longcat_flash", "LongcatFlashExperts", "expected no module but act_fn, got identity_expert"),
+    ("inkling2", "Inkling2Experts", "act_fn: expected SiLU or GELU"),
+    ("llama4", "Llama4TextExperts", "expected gate_up_proj"),
+]
+
+
+@pytest.mark.parametrize(("model", "name", "message"), OTHERS, ids=str)
+def test_experts_that_compute_something_else_are_refused(model: str, name: str, message: str) -> None:
+    """Most look the same but for their forward."""
+    file = f"transformers.models.{model}.modeling_{model}"
+    kind = getattr(pytest.importorskip(file), name)
+    sizes = {"hidden_size": 32, "moe_intermediate_size": 16, "intermediate_size": 16, "hidden_act": "silu",
+             "num_experts": 2, "n_routed_experts": 2, "num_local_experts": 2, "swiglu_limit": 7.0,
+             "expert_ffn_hidden_size": 16, "zero_expert_num": 1, "rms_norm_eps": 1e-6, "moe_num_experts": 2,
+             "gated_expert_act": "silu"}  # fmt: skip
+
+    class Sizes:
+        def __getattr__(self, field: str) -> object:
+            return sizes.get(field, 1)
+
+    module = kind(Sizes())
+    with pytest.raises(ValueError, match=message):
+        qk.QuantExperts.from_module(module, "q8_0")
+
+
+def test_a_router_that_is_a_linear_with_a_forward_of_its_own() -> None:
+    config = transformers.PhimoeConfig(**SIZES, intermediate_size=96, num_local_experts=4)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    router = model.model.layers[0].mlp.router
+    assert isinstance(router, nn.Linear)
+    qk.quantize_model(model, "q8_0", experts=True, progress=False)
+    assert model.model.layers[0].mlp.router is router
+    assert isinstance(model.model.layers[0].self_attn.q_proj, qk.QuantLinear)
+    model(torch.randint(0, 128, (1, 5)))
+
+
+def test_halves_are_of_one_weight_where_that_can_be_joined() -> None:
+    """Gate and up of one scale stay one product; nested scales that would be cut do not."""
+    for _, module in expert_modules(model_of("mixtral")):
+        one = qk.QuantExperts.from_module(module, "fp8", granularity="tensor")
+        assert isinstance(one.gate_up, qk.PackedExperts)
+        two = qk.QuantExperts.from_module(module, "nf4", double_quant=True)
+        assert isinstance(two.gate_up, tuple)
+        for e in range(4):
+            halves = module.gate_up_proj[e].detach().split(96)
+            for half, role in zip(halves, ("gate", "up"), strict=True):
+                packed = two.parts.expert(e)[role]
+                assert packed.params["double_quant"]
+                assert torch.equal(
+                    packed.dequantize(), qk.quantize(half, "nf4", double_quant=True).dequantize()
+                )

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -16,6 +17,7 @@ import qkernels as qk
 from qkernels.checkpoints import huggingface
 from qkernels.integrations.transformers import QKernelsConfig, checkpoint_config
 
+from ..moe_checkpoint import save_moe
 from ..tiny import ids, save_tiny, tiny_model
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
@@ -130,3 +132,23 @@ def test_bad_use(tmp_path: Path) -> None:
     config.quantization_config["checkpoint"]["llm_int8_skip_modules"] = ["up_proj"]
     with pytest.raises(ValueError, match="expected a plain weight, because quantization_config leaves"):
         load(tmp_path / "q", config=config)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("name", "params"), [("gptq", {"group_size": 64}), ("nf4", {}), ("fp8", {}), ("int8", {}), ("q8_0", {})]
+)
+def test_a_mixture_of_experts(kind: str, name: str, params: dict[str, Any], tmp_path: Path) -> None:
+    """Each expert's tensors become one stack, and are saved by themselves again."""
+    save_moe(kind, name, params, tmp_path / "q", tmp_path / "p")
+    config = checkpoint_config(tmp_path / "q")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "q", config=config, dtype=torch.float32)
+    assert sum(isinstance(module, qk.QuantExperts) for module in model.modules()) == 2
+    tokens = ids(9)[None]
+    with torch.no_grad():
+        want = qk.load_model(tmp_path / "q")(tokens).logits
+        assert torch.equal(model(tokens).logits, want)
+        model.save_pretrained(tmp_path / "again")
+        assert torch.equal(qk.load_model(tmp_path / "again")(tokens).logits, want)
+    old, new = (load_file(tmp_path / d / "model.safetensors") for d in ("q", "again"))
+    assert old.keys() == new.keys()

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import qkernels as qk
+from qkernels.checkpoints.layers import stored_module
 from qkernels.checkpoints.quantization import Scheme
 from qkernels.integrations.vllm.checkpoint import Checkpoint
 from qkernels.integrations.vllm.loading import Piece, Source, fused_pieces, layer_pieces, shard_index
@@ -181,7 +182,8 @@ def test_modules_that_vllm_calls_otherwise(tmp_path: Path) -> None:
     assert not checkpoint.has("model.layers.0.mlp.up_proj")
     assert checkpoint.scheme("language_model.model.layers.0.mlp.up_proj") is not None
     assert checkpoint.scheme("language_model.model.layers.1.mlp.up_proj") is None
-    assert checkpoint.original("language_model.model.layers.0.mlp.up_proj") == "model.layers.0.mlp.up_proj"
+    names = checkpoint.names("language_model.model.layers.0.mlp.up_proj")
+    assert stored_module(names) == "model.layers.0.mlp.up_proj"  # which the config calls it
 
 
 def test_it_goes_to_other_processes(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...checkpoints.huggingface import scheme_of
+from ...checkpoints.layers import scheme_of
 from ...checkpoints.quantization import Plan, Scheme
 from ...checkpoints.tensor_files import TensorFiles
 
@@ -75,12 +75,6 @@ class Checkpoint:
                 found[name[len(module) + 1 :]] = self._full[name]
         return found
 
-    def original(self, module: str) -> str:
-        """The module's name in the checkpoint."""
-        for own, full in self.names(module).items():
-            return full.removesuffix(f".{own}")
-        return module
-
     def scheme(self, module: str) -> Scheme | None:
         """Format and parameters of a module's weight; None if it is plain.
 
@@ -90,7 +84,7 @@ class Checkpoint:
         names = self.names(module)
         if self.files is None:
             return self.plan.scheme(module)
-        return scheme_of(self.original(module), names, self.files, self.plan) if names else None
+        return scheme_of(names, self.files, self.plan) if names else None
 
     def tensors(self, module: str) -> dict[str, Tensor] | None:
         """The module's tensors, mapped and not read, without the bias; None without files."""

@@ -1,0 +1,97 @@
+"""transformers' names of tensors and those of files: there and back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qkernels.checkpoints.model_config import NoExperts
+from qkernels.checkpoints.names import Names
+from qkernels.checkpoints.writing import _by_themselves, _experts_tensors
+
+from ..moe_checkpoint import tiny_moe
+from ..tiny import tiny_model
+
+
+def test_names_go_there_and_back() -> None:
+    names = Names(tiny_moe("mixtral"))
+    there = {
+        "model.layers.0.mlp.gate.weight": "model.layers.0.block_sparse_moe.gate.weight",
+        "model.layers.0.self_attn.q_proj.qweight": "model.layers.0.self_attn.q_proj.qweight",
+        "model.layers.1.mlp.experts.3.w1.weight.absmax": "model.layers.1.block_sparse_moe.experts.3.w1.weight.absmax",
+    }
+    for own, stored in there.items():
+        assert names.written(own) == stored
+        assert names.of_file(stored) == names.of_file(own) == own
+    assert names.of_file("model.block_sparse_moe.nothing") == "model.block_sparse_moe.nothing"
+    experts = names.experts["model.layers.0.mlp.experts"]
+    assert experts.of(2, "down") == "model.layers.0.block_sparse_moe.experts.2.w2"
+
+
+def test_names_of_models_without_experts_stay() -> None:
+    names = Names(tiny_model())
+    assert not names.experts
+    assert all(names.written(name) == name == names.of_file(name) for name in tiny_model().state_dict())
+
+
+class _Renaming:
+    """Like transformers' own, of which the model below has none so contrary."""
+
+    def __init__(self, old: str, new: str) -> None:
+        self.old, self.new = old, new
+
+    def rename_source_key(self, name: str) -> tuple[str, None]:
+        return name.replace(self.old, self.new), None
+
+
+def test_names_that_would_not_come_back_stay() -> None:
+    names = Names(tiny_moe("mixtral"))
+    names._renamings = [_Renaming("self_attn", "mlp")]
+    q_proj = "model.layers.0.self_attn.q_proj.weight"
+    assert names.of_file(q_proj) == q_proj, "a name that transformers has, too"
+    names._reversed = [_Renaming("layers.0", "layers")]
+    assert names.written(q_proj) == q_proj
+    names._reversed = [_Renaming("q_proj", "k_proj")]
+    assert names.written(q_proj) == q_proj
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["afmoe", "ernie4_5_moe", "exaone_moe", "hy_v3", "jamba", "laguna", "minimax_m2", "phimoe", "qwen3_next"],
+)
+def test_names_are_those_that_transformers_writes(kind: str) -> None:
+    """Of models of the usual size, without weights."""
+    from transformers import AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"{kind} is not known to this transformers")
+    with torch.device("meta"), NoExperts():
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind]())
+    names = Names(model)
+    want = set(revert_weight_conversion(model, model.state_dict()))
+    experts = {p: dict(_experts_tensors(p, model.get_submodule(p), names)) for p in names.experts}
+    assert all(own.mapped for own in names.experts.values())
+    assert all(_by_themselves(prefix, model.get_submodule(prefix), names) for prefix in experts)
+    found = {n for own in experts.values() for n in own}
+    found |= {
+        names.written(n)
+        for n in model.state_dict()
+        if names.experts.keys().isdisjoint([n.rpartition(".")[0]])
+    }
+    assert found == want
+    for name in want:
+        assert names.layer_of(names.of_file(name)) or names.of_file(name) in names._tensors or name in found
+    for prefix, own in experts.items():
+        assert {names.experts_of(names.of_file(name)) for name in own} == {prefix}
+
+
+def test_experts_that_are_not_all_alike_stay_in_one_tensor() -> None:
+    """Those of LongCat that change nothing have no down projection."""
+    model = tiny_moe("mixtral")
+    names, prefix = Names(model), "model.layers.0.mlp.experts"
+    module = model.get_submodule(prefix)
+    assert _by_themselves(prefix, module, names)
+    module.gate_up_proj = torch.nn.Parameter(torch.zeros(5, *module.gate_up_proj.shape[1:]))
+    assert not _by_themselves(prefix, module, names)
