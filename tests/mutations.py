@@ -79,7 +79,7 @@ REPLAY = [
     (WORK, "self._sizes[base] = offset + t.numel()", "self._sizes[base] = t.numel()"),
     (WORK, "a[1] > b[0] and", "False and"),
     (WORK, "self._counts = True", "self._counts = False"),
-    (WORK, "(at & 15 != 0) + 2 * (bias_at & 15 != 0)", "0"),
+    (WORK, "pattern |= (address & 15 != 0) << i", "pattern |= 0"),
     (WORK, "self.made(self._y)", "pass"),
     ("qkernels/backends/cuda/launch.py", "bases[base] + offset", "bases[base]"),
     ("qkernels/backends/cuda/launch.py", "words[word] = stream", "words[word] = 0"),

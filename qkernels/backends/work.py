@@ -1,10 +1,10 @@
 """What a product takes from the host: scratch memory, and kernels started. Recorded once, it is only replayed.
 
-A launcher does the same at every call but for where x, bias, y and scratch memory lie. So it runs once
+A launcher does the same at every call but for where its operands, y and scratch memory lie. So it runs once
 with a `Recording`, which notes the kernels it starts and each address they are given as (base, offset):
 
-    bases of a call   X   BIAS   Y   COUNTERS   SCRATCH   ZEROS
-                                                | codes | scale | partial |  parts, one after another
+    bases of a call   Y   COUNTERS   SCRATCH   ZEROS   OPERANDS: x, bias
+                                     | codes | scale | partial |  parts, one after another
 
 From then on a call allocates y and the scratch memory in one piece each, puts the addresses in, and starts
 the kernels.
@@ -13,7 +13,7 @@ the kernels.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..dispatch import Problem
     from ..packed import PackedWeight
 
-X, BIAS, Y, COUNTERS, SCRATCH, ZEROS = range(6)
+Y, COUNTERS, SCRATCH, ZEROS, OPERANDS = range(5)
 #: parts of the scratch memory begin at multiples of this, as torch's own allocations do
 _ALIGNMENT = 512
 
@@ -84,20 +84,21 @@ class Recording(Work):
     steps: in order, (launch, its tensors, what it returned), or (None, (x, its transpose), None).
     """
 
-    def __init__(self, x: Tensor, bias: Tensor | None, y: Tensor, kept: Iterable[Tensor]) -> None:
+    def __init__(self, operands: Sequence[Tensor | None], y: Tensor, kept: Iterable[Tensor]) -> None:
         """kept: tensors that stay alive and in place from call to call: the weight's."""
         self.steps: list[Any] = []
         self._sizes = {SCRATCH: 0, ZEROS: 0}
         self._counts, self._possible, self._y = False, True, y
         #: all memory there is, so that none is used twice while this runs: start, end, place or None if kept
         self._spans: list[tuple[int, int, Place | None]] = []
-        self._held: list[Tensor] = [x, y, *kept]
-        for t in kept:
+        self._held: list[Any] = [operands, y, *kept]
+        for t in self._held[2:]:
             self._add(t, None)
-        for base, t in ((X, x), (BIAS, bias), (Y, y)):
-            if t is not None:
-                self._add(t, Place(base, 0))
-        self._add(workspace.counters(x.device), Place(COUNTERS, 0))
+        for i, operand in enumerate(operands):
+            if operand is not None:
+                self._add(operand, Place(OPERANDS + i, 0))
+        self._add(y, Place(Y, 0))
+        self._add(workspace.counters(y.device), Place(COUNTERS, 0))
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         return self._part(super().empty(shape, dtype, device), SCRATCH)
@@ -176,12 +177,14 @@ class Memory:
         self._shape, self._dtype, self._device = tuple(y.shape), y.dtype, y.device
         self._scratch, self._zeros, self._counts = scratch, zeros, counts
 
-    def take(self, x: Tensor, at: int, bias: Tensor | None, bias_at: int) -> tuple[list[Tensor], list[int]]:
+    def take(
+        self, operands: tuple[Tensor | None, ...], addresses: list[int]
+    ) -> tuple[list[Tensor | None], list[int]]:
         """The bases as tensors, which hold the memory, and as addresses. What there is none of is not used."""
         device = self._device
         y = torch.empty(self._shape, dtype=self._dtype, device=device)
-        tensors = [x, x if bias is None else bias, y, y, y, y]
-        bases = [at, bias_at, y.data_ptr(), 0, 0, 0]
+        tensors: list[Tensor | None] = [y, None, None, None, *operands]
+        bases = [y.data_ptr(), 0, 0, 0, *addresses]
         if self._scratch:
             tensors[SCRATCH] = scratch = torch.empty(self._scratch, dtype=torch.uint8, device=device)
             bases[SCRATCH] = scratch.data_ptr()
@@ -194,18 +197,20 @@ class Memory:
         return tensors, bases
 
 
-def view(memory: list[Tensor], wanted: Moving | Tensor) -> Tensor:
+def view(memory: list[Tensor | None], wanted: Moving | Tensor) -> Tensor:
     """That tensor, of a call with these bases."""
     if isinstance(wanted, Tensor):
         return wanted
     (base, offset), dtype, shape = wanted
+    whole = memory[base]
+    assert whole is not None
     if base not in (SCRATCH, ZEROS):
         assert offset == 0
-        return memory[base]
+        return whole
     size = dtype.itemsize
     for extent in shape:
         size *= extent
-    return memory[base][offset : offset + size].view(dtype).view(shape)
+    return whole[offset : offset + size].view(dtype).view(shape)
 
 
 class Replay(Protocol):
@@ -213,59 +218,91 @@ class Replay(Protocol):
 
     def __init__(self, recording: Recording, y: Tensor) -> None: ...
 
-    def __call__(self, x: Tensor, at: int, bias: Tensor | None, bias_at: int) -> Tensor: ...
+    def __call__(self, operands: tuple[Tensor | None, ...], addresses: list[int]) -> Tensor: ...
+
+
+class Replays:
+    """Recordings of what is done with some weight, for operands of certain shapes, dtypes and device.
+
+    Kernels depend on which pointers are divisible by 16: there is one recording a pattern of that, or None where
+    it could not be replayed.
+    """
+
+    def __init__(self, replay: type[Replay]) -> None:
+        self._replay = replay
+        self._replays: dict[int, Replay | None] = {}
+
+    def replay(self, *operands: Tensor | None) -> Tensor | None:
+        """y of these operands, contiguous; None if there is no recording of such."""
+        addresses = [0 if t is None else t.data_ptr() for t in operands]
+        replay = self._replays.get(_pattern(addresses))
+        return None if replay is None else replay(operands, addresses)
+
+    def known(self, *operands: Tensor | None) -> bool:
+        """Whether such operands were recorded, be it in vain."""
+        return _pattern([0 if t is None else t.data_ptr() for t in operands]) in self._replays
+
+    def record(
+        self,
+        operands: tuple[Tensor | None, ...],
+        y: Tensor,
+        kept: Iterable[Tensor],
+        compute: Callable[[Work], None],
+    ) -> None:
+        """`compute` into y; the next time it is replayed. kept: as in `Recording`."""
+        recording = Recording(operands, y, kept)
+        compute(recording)
+        pattern = _pattern([0 if t is None else t.data_ptr() for t in operands])
+        self._replays[pattern] = self._replay(recording, y) if recording.replayable() else None
+
+
+def _pattern(addresses: list[int]) -> int:
+    """Which of them are not divisible by 16."""
+    together = pattern = 0
+    for address in addresses:
+        together |= address
+    if together & 15:
+        for i, address in enumerate(addresses):
+            pattern |= (address & 15 != 0) << i
+    return pattern
 
 
 #: (x, weight, bias, problem, y, work): a product into y, with scratch memory and kernel starts by `work`
 Compute = Callable[[Tensor, "PackedWeight", "Tensor | None", "Problem", Tensor, Work], None]
 
 
-class Recorded:
+class Recorded(Replays):
     """A product for one weight and problem: its first call tunes and compiles, the second is recorded, the
-    others are replayed.
+    others are replayed. Operands whose second call could not be replayed are always run as the first was.
 
     cast_bias: kernels want it in x's dtype.
-
-    Kernels depend on which pointers are divisible by 16: there is one recording a pattern of that. A pattern
-    whose second call could not be replayed is run as the first one was.
     """
 
     def __init__(
         self, run: Callable[..., Tensor], compute: Compute, replay: type[Replay], cast_bias: bool = False
     ) -> None:
-        self._run, self._compute, self._replay, self._tuned = run, compute, replay, False
-        self._cast_bias = cast_bias
-        self._replays: dict[int, Replay | None] = {}
+        super().__init__(replay)
+        self._run, self._compute, self._cast_bias, self._tuned = run, compute, cast_bias, False
 
     def __call__(self, x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
         y = self.replay(x, bias)
         if y is not None:
             return y
-        bias = None if bias is None else self._operand(bias, x)
-        pattern = _pattern(x.data_ptr(), 0 if bias is None else bias.data_ptr())
-        if not self._tuned or pattern in self._replays:
+        bias = self._operand(bias, x)
+        if not self._tuned or self.known(x, bias):
             y = self._run(x, p, bias, problem)
             self._tuned = True
             return y
-        y = torch.empty(x.shape[0], p.shape[0], dtype=x.dtype, device=x.device)
-        recording = Recording(x, bias, y, p.storage.values())
-        self._compute(x, p, bias, problem, y, recording)
-        self._replays[pattern] = self._replay(recording, y) if recording.replayable() else None
-        return y
+        into = torch.empty(x.shape[0], p.shape[0], dtype=x.dtype, device=x.device)
+        kept = p.storage.values()
+        self.record((x, bias), into, kept, lambda work: self._compute(x, p, bias, problem, into, work))
+        return into
 
-    def replay(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+    def replay(self, x: Tensor, bias: Tensor | None) -> Tensor | None:  # type: ignore[override]
         """The product without the weight; None if there is no recording of such operands."""
-        at, bias_at = x.data_ptr(), 0
-        if bias is not None:
-            bias = self._operand(bias, x)
-            bias_at = bias.data_ptr()
-        replay = self._replays.get(_pattern(at, bias_at) if (at | bias_at) & 15 else 0)
-        return None if replay is None else replay(x, at, bias, bias_at)
+        return super().replay(x, self._operand(bias, x))
 
-    def _operand(self, bias: Tensor, x: Tensor) -> Tensor:
+    def _operand(self, bias: Tensor | None, x: Tensor) -> Tensor | None:
+        if bias is None:
+            return None
         return (bias.to(x.dtype) if self._cast_bias else bias).contiguous()
-
-
-def _pattern(at: int, bias_at: int) -> int:
-    """Which of two addresses are not divisible by 16."""
-    return (at & 15 != 0) + 2 * (bias_at & 15 != 0)

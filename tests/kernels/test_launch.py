@@ -222,12 +222,12 @@ def test_bias_within_x_is_not_replayed() -> None:
 def test_memory_of_nobody_is_found() -> None:
     """A launcher that gives a kernel memory it did not say it takes cannot be replayed."""
     x, y, weight = torch.randn(1, 8), torch.empty(1, 8), torch.randn(8, 8)
-    recording = Recording(x, None, y, [weight])
+    recording = Recording((x, None), y, [weight])
     part = recording.empty((4,), torch.float32, x.device)
     again = recording.empty((4,), torch.float32, x.device)
     assert recording.place(weight.data_ptr()) is None
-    assert recording.place(x[0, 2:].data_ptr()) == (0, 8)
-    assert recording.place(part.data_ptr()) == (4, 0)
-    assert recording.place(again.data_ptr() + 4) == (4, 512 + 4)
+    assert recording.place(x[0, 2:].data_ptr()) == (4, 8)
+    assert recording.place(part.data_ptr()) == (2, 0)
+    assert recording.place(again.data_ptr() + 4) == (2, 512 + 4)
     with pytest.raises(ValueError, match="is in no memory that a call has"):
         recording.place(torch.randn(8).data_ptr())

@@ -79,9 +79,10 @@ class Replay:
         self._kept, self._words = bytes(kept), ctypes.c_uint64 * (len(kept) // _WORD)
         self._memory = recording.memory()
 
-    def __call__(self, x: Tensor, at: int, bias: Tensor | None, bias_at: int) -> Tensor:
-        """at, bias_at: their addresses; 0 if there is no bias."""
-        tensors, bases = self._memory.take(x, at, bias, bias_at)
+    def __call__(self, operands: tuple[Tensor | None, ...], addresses: list[int]) -> Tensor:
+        tensors, bases = self._memory.take(operands, addresses)
+        y = tensors[Y]
+        assert y is not None
         words = self._words.from_buffer_copy(self._kept)
         for word, base, offset in self._places:
             words[word] = bases[base] + offset
@@ -89,11 +90,11 @@ class Replay:
             for launch, first, wanted in self._starts:
                 call = type(launch.call).from_buffer(words, first)
                 launch.emulate(call, [view(tensors, t) for t in wanted])
-            return tensors[Y]
+            return y
         stream = cuda.stream_of(self._index)
         for word in self._streams:
             words[word] = stream
         address = ctypes.addressof(words)
         for launch, first, _ in self._starts:
             cuda.run(launch.name, address + first, self._index)
-        return tensors[Y]
+        return y

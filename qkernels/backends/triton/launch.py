@@ -73,17 +73,16 @@ class Replay:
         self._compiled = any(step.compiled is not None for step in self._steps)
         self._memory = recording.memory()
 
-    def __call__(self, x: Tensor, at: int, bias: Tensor | None, bias_at: int) -> Tensor:
-        """at, bias_at: their addresses; 0 if there is no bias."""
+    def __call__(self, operands: tuple[Tensor | None, ...], addresses: list[int]) -> Tensor:
         stream = 0
         if self._compiled:
             active = _runtime().driver.active
             current = active.get_current_device()
             if self._index not in (-1, current):  # triton launches on the current device
                 with torch.cuda.device(self._index):
-                    return self(x, at, bias, bias_at)
+                    return self(operands, addresses)
             stream = active.get_current_stream(current)
-        tensors, bases = self._memory.take(x, at, bias, bias_at)
+        tensors, bases = self._memory.take(operands, addresses)
         for step in self._steps:
             if step.compiled is None:
                 step.slowly(tensors)
@@ -92,7 +91,9 @@ class Replay:
             for place, base, offset in step.places:
                 arguments[place] = bases[base] + offset
             _start(step.compiled, step.grid, stream, arguments)
-        return tensors[Y]
+        y = tensors[Y]
+        assert y is not None
+        return y
 
 
 class _Step:
@@ -116,7 +117,7 @@ class _Step:
             if place is None:
                 self.arguments[hole] = t.data_ptr()
 
-    def slowly(self, memory: list[Tensor]) -> None:
+    def slowly(self, memory: list[Tensor | None]) -> None:
         """With tensors, views of a call's memory."""
         tensors = [view(memory, t) for t in self._tensors]
         if self._launch is None:
