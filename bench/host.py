@@ -25,7 +25,7 @@ import torch
 import typer
 
 import qkernels as qk
-from qkernels import dispatch
+from qkernels import dispatch, grouped
 from qkernels.backends import cuda, triton
 from qkernels.presets import FormatSpec
 
@@ -42,6 +42,8 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("quip_sharp", {}),
 )
 SHAPE = (512, 1024)
+#: whole layers of experts, of five to seven kernels
+LAYERS: tuple[tuple[str, dict[str, Any]], ...] = (("awq", {}), ("fp8", {"activation": "dynamic"}))
 #: the target of DESIGN section 6
 TARGET = 10.0
 
@@ -73,6 +75,7 @@ def only(kernel: dispatch.Kernel) -> Iterator[None]:
 def _forget() -> None:
     dispatch._choose.cache_clear()
     qk.ops._kernel.cache_clear()
+    grouped._kernel.cache_clear()
 
 
 class NullDriver:
@@ -166,9 +169,17 @@ def launcher_of(backend: str, name: str, params: dict[str, Any], rows: int = 1) 
     layout = qk.formats.get(name).kernel_layout(p.params)
     for kernel in dispatch.kernels():
         if (kernel.backend, kernel.layout) == (backend, layout) and not _not_here(kernel, problem):
-            taken = lambda *problem: None  # noqa: E731
-            return replace(kernel, unavailable=taken, rejects=taken, automatic=taken)
+            return _everywhere(kernel)
     return None
+
+
+def _everywhere(kernel: dispatch.Kernel) -> dispatch.Kernel:
+    """The kernel, taking every problem on any device."""
+
+    def nothing(*problem: dispatch.Problem) -> None:
+        return None
+
+    return replace(kernel, unavailable=nothing, rejects=nothing, automatic=nothing)
 
 
 def _not_here(kernel: dispatch.Kernel, problem: dispatch.Problem) -> str | None:
@@ -251,12 +262,34 @@ def launchers(backend: str, rows: int = 1) -> dict[str, float]:
     return found
 
 
+def layers() -> dict[str, float]:
+    """Microseconds of `fused_moe` of one token, triton's launchers."""
+    found = {}
+    for name, params in LAYERS:
+        gate_up, down = (
+            qk.quantize_experts(torch.randn(8, *shape), name, **params) for shape in ((512, 256), (256, 256))
+        )
+        layout = qk.formats.get(name).kernel_layout(gate_up.params)
+        kernel = next(
+            k for k in dispatch.kernels(grouped=True) if (k.backend, k.layout) == ("triton", layout)
+        )
+        x, ids, weights = torch.randn(1, 256).half(), torch.tensor([[0, 1]]), torch.rand(1, 2)
+        operands = (x, gate_up, down, weights, ids)
+        with only(_everywhere(kernel)), torch.inference_mode():
+            for _ in range(3):
+                qk.fused_moe(*operands)
+            found[f"fused_moe: {FormatSpec(name, params)}"] = microseconds(
+                lambda operands=operands: qk.fused_moe(*operands)
+            )
+    return found
+
+
 def everything() -> dict[str, dict[str, float]]:
     """Backend -> what was called -> microseconds; without those that cannot be measured here."""
     found = {"dispatch": measure()}
     if triton._installed() and not triton.interpreted():
         with null_driver():
-            found["triton"] = launchers("triton")
+            found["triton"] = launchers("triton") | layers()
     with null_extension():
         found["cuda"] = launchers("cuda")
     return found

@@ -71,7 +71,7 @@ class Kernel:
     configuration: words for `explain`: tile sizes and where they come from, cost of the first call.
     automatic: whether backend="auto" may choose it for this problem's device.
     grouped: whether it takes problems with experts, instead of those without.
-    fused: with `grouped`, runs a whole layer of experts; see qkernels/grouped.py.
+    fused, layer: with `grouped`, run a whole layer of experts; see qkernels/grouped.py.
     bind: a `run` for one weight and problem; None where there is no such thing. The weight is in `layout`
         and its tensors stay.
     quantized: for kernels that multiply codes of activations: the two halves of `run`; else None.
@@ -87,6 +87,7 @@ class Kernel:
     configuration: Callable[[Problem], str] = lambda problem: ""
     grouped: bool = False
     fused: Callable[..., Tensor] | None = None
+    layer: Callable[..., Any] | None = None
     bind: Callable[[PackedWeight, Problem], Bound | None] = lambda p, problem: None
     quantized: Quantized | None = None
 

@@ -78,11 +78,9 @@ def _matmul_impl(
     operand = None if bias is None else bias.dtype
     places = [t.data_ptr() for t in storage]
     key = (spec, x.shape[0], x.dtype, x.device, operand, backend, batch_invariant, *places)
-    known = _BOUND.get(key)
-    if known is not None and known[0]() is storage[0]:
-        y = known[1].replay(x.contiguous(), bias)
-        if y is not None:
-            return y
+    known = bound(key, storage[0])
+    if known is not None and (y := known.replay(x.contiguous(), bias)) is not None:
+        return y
     p = _weight(storage, spec)
     kernel, problem = _kernel(spec, x.shape[0], x.dtype, x.device, backend, batch_invariant)
     if kernel.layout not in (dispatch.ANY_LAYOUT, p.layout):
@@ -95,16 +93,27 @@ def _matmul_impl(
         return kernel.run(x.contiguous(), p, bias, problem) if x.shape[0] else x.new_empty(0, p.shape[0])
     if x.shape[0] == 0:
         return x.new_empty(0, p.shape[0])
-    bound = known[1] if known is not None and known[0]() is storage[0] else kernel.bind(p, problem)
-    if bound is None:
+    known = known or kernel.bind(p, problem)
+    if known is None:
         return kernel.run(x.contiguous(), p, bias, problem)
-    forget = partial(_BOUND.pop, key, None)  # bound here, for at exit there are no globals
-    _BOUND[key] = weakref.ref(storage[0], lambda _: forget()), bound
-    return bound(x.contiguous(), p, bias, problem)
+    keep_bound(key, storage[0], known)
+    return known(x.contiguous(), p, bias, problem)
 
 
 #: operands of an operator -> the first tensor of the weight, and its product with everything found out
-_BOUND: dict[Any, tuple[weakref.ref[Tensor], dispatch.Bound]] = {}
+_BOUND: dict[Any, tuple[weakref.ref[Tensor], Any]] = {}
+
+
+def bound(key: Any, first: Tensor) -> Any:
+    """What `keep_bound` was given for these operands and the weight whose first tensor is `first`, or None."""
+    known = _BOUND.get(key)
+    return known[1] if known is not None and known[0]() is first else None
+
+
+def keep_bound(key: Any, first: Tensor, what: Any) -> None:
+    """Until `first` is gone."""
+    forget = partial(_BOUND.pop, key, None)  # bound here, for at exit there are no globals
+    _BOUND[key] = weakref.ref(first, lambda _: forget()), what
 
 
 def _matmul_fake(

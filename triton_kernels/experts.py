@@ -16,6 +16,7 @@ in a leading dimension), and where rows of y go. K is never split: with experts 
 import triton
 import triton.language as tl
 
+from .early import let_next_begin, wait_for_last
 from .eight_bit import STEP
 from .eight_bit import _accumulate as _accumulate_codes
 from .launchable import kernel
@@ -33,7 +34,7 @@ def _bucket(ids_ptr, slot, S, EXPERTS):
 @kernel
 def sort_slots(
     ids_ptr, slots_ptr, experts_ptr, S, EXPERTS, BLOCKS,
-    BLOCK_M: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """ids (S), int32 or int64 -> slots int32 (BLOCKS * BLOCK_M), experts int32 (BLOCKS).
 
@@ -41,6 +42,8 @@ def sort_slots(
     last one writes those of slots that are not here, and marks the blocks left over.
     BINS: a power of two from EXPERTS + 2 on. Grid: (EXPERTS + 1).
     """
+    let_next_begin(EARLY)
+    wait_for_last(EARLY)
     mine = tl.program_id(0)
     bins = tl.arange(0, BINS)
     i = tl.arange(0, CHUNK)
@@ -117,10 +120,12 @@ def experts_weight_only(
     ZERO: tl.constexpr, INDEXED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WEIGHTS: tl.constexpr, POST_SCALE: tl.constexpr,
     LAST_SCALE: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_N: tl.constexpr, WARPS: tl.constexpr,
-    OUTLIERS: tl.constexpr,
+    OUTLIERS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """x (M, K), one row for PER_ROW slots; y (S, N); bias (EXPERTS, N); weights (S). The rest as
     weight_only_gemm. Grid: (blocks of N x BLOCKS)."""
+    let_next_begin(EARLY)
+    wait_for_last(EARLY)
     pid_n, expert, slots = _place(experts_ptr, slots_ptr, N, BLOCKS, BLOCK_M, BLOCK_N, GROUP_N)
     if expert < 0:
         return
@@ -147,10 +152,12 @@ def experts_eight_bit(
     weight_stride, w_scale_stride, S, EXPERTS, BLOCKS, M, PER_ROW, N, KP,
     KIND: tl.constexpr, BLOCK_SCALES: tl.constexpr, WIDEN: tl.constexpr, EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_N: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """x (M, KP) codes, one row for PER_ROW slots, x_scale (M) or with BLOCK_SCALES (groups, M). The rest
     as eight_bit_gemm and above. Grid: (blocks of N x BLOCKS)."""
+    let_next_begin(EARLY)
+    wait_for_last(EARLY)
     pid_n, expert, slots = _place(experts_ptr, slots_ptr, N, BLOCKS, BLOCK_M, BLOCK_N, GROUP_N)
     if expert < 0:
         return
@@ -174,8 +181,10 @@ def experts_eight_bit(
 
 
 @kernel
-def gate(h_ptr, y_ptr, N, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+def gate(h_ptr, y_ptr, N, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """y (S, N) = activation(h[:, :N]) * h[:, N:], h (S, 2 * N). Grid: (S, blocks of N)."""
+    let_next_begin(EARLY)
+    wait_for_last(EARLY)
     slot = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = h_ptr + slot * (2 * N) + n
@@ -189,8 +198,10 @@ def gate(h_ptr, y_ptr, N, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @kernel
-def combine(h_ptr, weights_ptr, y_ptr, TOP_K, N, BLOCK: tl.constexpr):
+def combine(h_ptr, weights_ptr, y_ptr, TOP_K, N, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """y (T, N) = sum of weights (T, TOP_K) times h (T, TOP_K, N), in order. Grid: (T, blocks of N)."""
+    let_next_begin(EARLY)
+    wait_for_last(EARLY)
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+
+from qkernels.backends.triton import interpreted
 
 
 @pytest.fixture
@@ -16,3 +21,30 @@ def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
         return made.fill_(float("nan")) if made.is_floating_point() else made
 
     monkeypatch.setattr(torch, "empty", poison)
+
+
+@pytest.fixture
+def dots_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's dot sums each element's products in the order of k, as tensor cores do.
+
+    Its own is numpy's matmul, and a BLAS takes other orders for other numbers of columns, on some CPUs.
+    """
+    if not interpreted():
+        return
+    from triton.runtime import interpreter
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+        if not np.issubdtype(d.data.dtype, np.floating):
+            return theirs(self, a, b, d, *rest)
+        products = values(a)[:, :, None] * values(b)[None, :, :]
+        found = np.add.reduce(products, axis=-2)  # not the last axis: one k after another
+        return interpreter.TensorHandle(found + d.data, d.dtype.scalar)
+
+    def values(t: Any) -> Any:
+        if t.dtype.primitive_bitwidth == 8:
+            kind = {"fp8e4nv": torch.float8_e4m3fn, "fp8e5": torch.float8_e5m2}[t.dtype.name]
+            return torch.from_numpy(t.data).view(kind).float().numpy()
+        return t.data.astype(np.float32)
+
+    theirs = interpreter.InterpreterBuilder.create_dot
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)

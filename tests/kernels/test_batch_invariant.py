@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,40 +13,14 @@ from qkernels import dispatch
 from ..conftest import CASES, DEVICE, case_id, k_of, layout_of
 
 pytest.importorskip("triton")
-from qkernels.backends.triton import autotune, configs, interpreted
+from qkernels.backends.triton import autotune, configs
 
 from .launches import Launches
 
+pytestmark = pytest.mark.usefixtures("dots_in_one_order")
 QUANTIZED = [case for case in CASES if layout_of(*case) is not None]
 quantized_cases = pytest.mark.parametrize(("name", "params"), QUANTIZED, ids=map(case_id, QUANTIZED))
 MOST = 300
-
-
-@pytest.fixture(autouse=True)
-def dots_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter's dot sums each element's products in the order of k, as tensor cores do.
-
-    Its own is numpy's matmul, and a BLAS takes other orders for other numbers of columns, on some CPUs.
-    """
-    if not interpreted():
-        return
-    from triton.runtime import interpreter
-
-    def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
-        if not np.issubdtype(d.data.dtype, np.floating):
-            return theirs(self, a, b, d, *rest)
-        products = values(a)[:, :, None] * values(b)[None, :, :]
-        found = np.add.reduce(products, axis=-2)  # not the last axis: one k after another
-        return interpreter.TensorHandle(found + d.data, d.dtype.scalar)
-
-    def values(t: Any) -> Any:
-        if t.dtype.primitive_bitwidth == 8:
-            kind = {"fp8e4nv": torch.float8_e4m3fn, "fp8e5": torch.float8_e5m2}[t.dtype.name]
-            return torch.from_numpy(t.data).view(kind).float().numpy()
-        return t.data.astype(np.float32)
-
-    theirs = interpreter.InterpreterBuilder.create_dot
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
 def operands(

@@ -224,6 +224,7 @@ def test_split_and_sequential_shares_sum_alike(
 
 
 @eight_bit_cases
+@pytest.mark.usefixtures("dots_in_one_order")
 def test_rows_do_not_depend_on_m(name: str, params: dict[str, object]) -> None:
     x, p, _ = operands(name, params, 24, 700, 70, torch.float16)
     full = qk.matmul(x, p, backend="triton", batch_invariant=True)

@@ -295,6 +295,7 @@ INVARIANT = [
 
 
 @pytest.mark.parametrize("case", INVARIANT, ids=case_id)
+@pytest.mark.usefixtures("dots_in_one_order")
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_rows_do_not_depend_on_the_batch(case: tuple[str, dict[str, Any]], backend: str) -> None:
     k = 320
@@ -310,6 +311,7 @@ def test_rows_do_not_depend_on_the_batch(case: tuple[str, dict[str, Any]], backe
     assert torch.equal(again[:9], full[:9])
 
 
+@pytest.mark.usefixtures("dots_in_one_order")
 def test_layer_does_not_depend_on_the_batch_and_repeats_itself() -> None:
     gate_up, down = make("awq", {"group_size": 32}, 3, 128, 64), make("awq", {"group_size": 32}, 3, 40, 64)
     x, ids, weights = activations(30, 64), route(30, 2, 3), torch.rand(30, 2, device=DEVICE)

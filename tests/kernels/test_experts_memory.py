@@ -76,6 +76,7 @@ def test_codes_stay_within_32_mb(
 
 @quantized
 @pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.usefixtures("dots_in_one_order")
 def test_slices_change_no_bit(
     invariant: bool, name: str, params: dict[str, Any], sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -231,3 +231,35 @@ def test_memory_of_nobody_is_found() -> None:
     assert recording.place(again.data_ptr() + 4) == (2, 512 + 4)
     with pytest.raises(ValueError, match="is in no memory that a call has"):
         recording.place(torch.randn(8).data_ptr())
+
+
+@pytest.mark.parametrize(
+    "case",
+    [("awq", {"group_size": 64}), ("fp8", {"activation": "dynamic"})],
+    ids=lambda case: case[0],
+)
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_layers_of_experts_are_replayed(case: tuple[str, dict[str, Any]], tokens: int) -> None:
+    from qkernels import grouped
+
+    name, params = case
+    gate_up, down = (
+        qk.quantize_experts(torch.randn(4, *shape), name, **params).to(DEVICE)
+        for shape in ((128, 192), (40, 64))
+    )
+    for call in range(4):
+        x = torch.randn(tokens, 192).half().to(DEVICE)
+        ids, weights = torch.randint(-1, 4, (tokens, 2)).to(DEVICE), torch.rand(tokens, 2).to(DEVICE)
+        y = qk.fused_moe(x, gate_up, down, weights, ids, backend="triton")
+        (kernel, first), (_, second) = (
+            grouped._kernel(p.spec, ids.numel(), x.dtype, x.device, "triton", False) for p in (gate_up, down)
+        )
+        assert kernel.fused is not None
+        want = kernel.fused(x, gate_up, down, weights, ids, "silu", (first, second))
+        assert bool(want.isfinite().all())
+        assert torch.equal(y, want), f"call {call}"
+    (layer,) = [
+        made for first, made in qk.ops._BOUND.values() if first() is next(iter(gate_up.storage.values()))
+    ]
+    assert list(layer._replays) == [0]
+    assert layer._replays[0] is not None

@@ -195,6 +195,7 @@ def test_the_count_sees_copies_and_their_end() -> None:
 
 # ---------------------------------------------------------------------- the same bits
 @copying
+@pytest.mark.usefixtures("dots_in_one_order")
 def test_slices_change_no_bit(
     name: str, params: dict[str, object], monkeypatch: pytest.MonkeyPatch, poisoned_outputs: None
 ) -> None:

@@ -77,6 +77,10 @@ def _rejects_experts(problem: dispatch.Problem, layout: str) -> str | None:
     return None if why is None else str(why)
 
 
+def _layer(*args: Any) -> Any:
+    return _module("experts").Layer(*args)
+
+
 def _fused(*args: Any) -> Tensor:
     result: Tensor = _module("experts").fused(*args)
     return result
@@ -93,7 +97,7 @@ def _register_experts(name: str, layout: str) -> None:
     rejects = partial(_rejects_experts, layout=layout)
     dispatch.register(
         dispatch.Kernel(
-            name, "triton", layout, unavailable, rejects, run, _automatic, configuration, True, _fused
+            name, "triton", layout, unavailable, rejects, run, _automatic, configuration, True, _fused, _layer
         )
     )
 

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from ... import formats, layouts
 from ...layouts import eight_bit as codes_layout
+from ..work import NOW, Replays, Work
 from . import autotune, configs, eight_bit, interpreted, weight_only, workspace
 from .jobs import CompileJob
+from .launch import Launch, Replay, early
 
 if TYPE_CHECKING:
     from ...dispatch import Problem
@@ -113,15 +115,51 @@ def fused(
     problems: tuple[Problem, Problem],
 ) -> Tensor:
     """x (T, K), weights and ids (T, top_k) -> y (T, N of down): gate_up, activation, down, weighted sum."""
+    y = torch.empty(x.shape[0], down.shape[0], dtype=x.dtype, device=x.device)
+    _fused(x, gate_up, down, weights, ids, activation, problems, y, NOW)
+    return y
+
+
+class Layer(Replays):
+    """`fused` for some experts, activation, and operands of one shape: the second call is recorded, the others
+    are replayed."""
+
+    def __init__(self, activation: str, problems: tuple[Problem, Problem]) -> None:
+        super().__init__(Replay)
+        self._activation, self._problems, self._compiled = activation, problems, False
+
+    def __call__(
+        self, x: Tensor, gate_up: PackedExperts, down: PackedExperts, weights: Tensor, ids: Tensor
+    ) -> Tensor:
+        own = (x, gate_up, down, weights, ids, self._activation, self._problems)
+        if not self._compiled or self.known(x, weights, ids):
+            self._compiled = True
+            return fused(*own)
+        y = torch.empty(x.shape[0], down.shape[0], dtype=x.dtype, device=x.device)
+        kept = (*gate_up.storage.values(), *down.storage.values())
+        self.record((x, weights, ids), y, kept, lambda work: _fused(*own, y, work))
+        return y
+
+
+def _fused(
+    x: Tensor,
+    gate_up: PackedExperts,
+    down: PackedExperts,
+    weights: Tensor,
+    ids: Tensor,
+    activation: str,
+    problems: tuple[Problem, Problem],
+    y: Tensor,
+    work: Work,
+) -> None:
     first, second = (tabled(problem) for problem in problems)
     # One order of slots for both; fewer rows a block always fit.
     block_m = min(first.block_m, second.block_m)
     sizes = (first._replace(block_m=block_m), second._replace(block_m=block_m))
-    y = torch.empty(x.shape[0], down.shape[0], dtype=x.dtype, device=x.device)
     scratch = max(row_bytes(problems[0]), ids.shape[1] * row_bytes(problems[1]))
-    for tokens in workspace.slices(x.shape[0], scratch):
-        _layer(x[tokens], gate_up, down, weights[tokens], ids[tokens], activation, problems, sizes, y[tokens])
-    return y
+    for tokens in work.slices(x.shape[0], scratch):
+        own = (x[tokens], gate_up, down, weights[tokens], ids[tokens])
+        _layer(*own, activation, problems, sizes, y[tokens], work)
 
 
 def _layer(
@@ -134,19 +172,23 @@ def _layer(
     problems: tuple[Problem, Problem],
     sizes: tuple[configs.GemmConfig, configs.GemmConfig],
     y: Tensor,
+    work: Work,
 ) -> None:
     """`fused` of some tokens, into y."""
     from ...triton_kernels.experts import combine, gate
 
-    found = sort(ids, gate_up.count, sizes[0].block_m)
-    h = _product(x, gate_up, found, ids, None, None, problems[0], sizes[0])
+    found = sort(ids, gate_up.count, sizes[0].block_m, work)
     slots, inner, n = ids.numel(), down.shape[1], down.shape[0]
-    gated = torch.empty(*ids.shape, inner, dtype=x.dtype, device=x.device)
-    with torch.cuda.device_of(x):
-        gate[(slots, -(-inner // _BLOCK))](h, gated, inner, ACTIVATION=activation, BLOCK=_BLOCK)
-    h = _product(gated, down, found, ids, None, None, problems[1], sizes[1])
-    with torch.cuda.device_of(x):
-        combine[(x.shape[0], -(-n // _BLOCK))](h, weights, y, ids.shape[1], n, BLOCK=_BLOCK)
+    h = work.empty((*ids.shape, gate_up.shape[0]), x.dtype, x.device)
+    _product(x, gate_up, found, ids, None, None, problems[0], sizes[0], h, work)
+    gated = work.empty((*ids.shape, inner), x.dtype, x.device)
+    fixed = {"N": inner, "ACTIVATION": activation, "BLOCK": _BLOCK, **early(x.device)}
+    work.start(Launch(gate, (slots, -(-inner // _BLOCK)), fixed, ("h_ptr", "y_ptr")), h, gated)
+    h = work.empty((*ids.shape, n), x.dtype, x.device)
+    _product(gated, down, found, ids, None, None, problems[1], sizes[1], h, work)
+    fixed = {"TOP_K": ids.shape[1], "N": n, "BLOCK": _BLOCK, **early(x.device)}
+    launch = Launch(combine, (x.shape[0], -(-n // _BLOCK)), fixed, ("h_ptr", "weights_ptr", "y_ptr"))
+    work.start(launch, h, weights, y)
 
 
 # ---------------------------------------------------------------------- slots
@@ -156,17 +198,24 @@ def most_blocks(slots: int, experts: int, block_m: int) -> int:
     return (slots + used * (block_m - 1)) // block_m
 
 
-def sort(ids: Tensor, experts: int, block_m: int) -> Sorted:
+def sort(ids: Tensor, experts: int, block_m: int, work: Work = NOW) -> Sorted:
     from ...triton_kernels.experts import sort_slots
 
     count = ids.numel()
     blocks = most_blocks(count, experts, block_m)
-    slots = torch.empty(blocks * block_m, dtype=torch.int32, device=ids.device)
-    owners = torch.empty(blocks, dtype=torch.int32, device=ids.device)
-    with torch.cuda.device_of(ids):
-        sort_slots[(experts + 1,)](
-            ids, slots, owners, count, experts, blocks, BLOCK_M=block_m, BINS=_bins(experts), CHUNK=_CHUNK
-        )
+    slots = work.empty((blocks * block_m,), torch.int32, ids.device)
+    owners = work.empty((blocks,), torch.int32, ids.device)
+    fixed = {
+        "S": count,
+        "EXPERTS": experts,
+        "BLOCKS": blocks,
+        "BLOCK_M": block_m,
+        "BINS": _bins(experts),
+        "CHUNK": _CHUNK,
+        **early(ids.device),
+    }
+    launch = Launch(sort_slots, (experts + 1, 1), fixed, ("ids_ptr", "slots_ptr", "experts_ptr"))
+    work.start(launch, ids, slots, owners)
     return Sorted(slots, owners, block_m)
 
 
@@ -184,41 +233,18 @@ def _product(
     bias: Tensor | None,
     problem: Problem,
     config: configs.GemmConfig,
-    out: Tensor | None = None,
-) -> Tensor:
-    """The product of some tokens, into `out` if it is given. `problem` is that of all tokens."""
+    y: Tensor,
+    work: Work = NOW,
+) -> None:
+    """The product of some tokens, into y. `problem` is that of all tokens."""
     from ...triton_kernels.experts import experts_eight_bit, experts_weight_only
 
     n, k = experts.shape
     x = x.view(-1, k)
-    slots = ids.numel()
-    y = torch.empty(*ids.shape, n, dtype=x.dtype, device=x.device) if out is None else out
     blocks = found.experts.numel()
-    common = {
-        "bias_ptr": x if bias is None else bias.contiguous(),
-        "weights_ptr": x if weights is None else weights,
-        "y_ptr": y,
-        "slots_ptr": found.slots,
-        "experts_ptr": found.experts,
-        "S": slots,
-        "EXPERTS": experts.count,
-        "BLOCKS": blocks,
-        "M": x.shape[0],
-        "PER_ROW": slots // x.shape[0],
-        "N": n,
-        "HAS_BIAS": bias is not None,
-        "HAS_WEIGHTS": weights is not None,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "GROUP_N": config.group_n,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
-    grid = (-(-n // config.block_n) * blocks,)
-    if experts.layout == layouts.EIGHT_BIT:
-        own = _eight_bit_arguments(x, experts, problem)
-        with torch.cuda.device_of(x):  # triton launches on the current device, whatever its arguments say
-            experts_eight_bit[grid](**{**own, **common})
+    is_codes = experts.layout == layouts.EIGHT_BIT
+    if is_codes:
+        own = _eight_bit_arguments(x, experts, problem, work)
     else:
         own = _weight_only_arguments(experts, problem)
         own |= {
@@ -227,9 +253,35 @@ def _product(
             "UPCAST": x.dtype == torch.bfloat16 and interpreted(),
             "WARPS": config.num_warps,
         }
-        with torch.cuda.device_of(x):
-            experts_weight_only[grid](**{**own, **common})
-    return y
+    calls = {
+        "x_ptr": own["x_ptr"],
+        "bias_ptr": x if bias is None else bias.contiguous(),
+        "weights_ptr": x if weights is None else weights,
+        "y_ptr": y,
+        "slots_ptr": found.slots,
+        "experts_ptr": found.experts,
+        **({"x_scale_ptr": own["x_scale_ptr"]} if is_codes else {}),
+    }
+    fixed = {
+        **{name: value for name, value in own.items() if name not in calls},
+        "S": ids.numel(),
+        "EXPERTS": experts.count,
+        "BLOCKS": blocks,
+        "M": x.shape[0],
+        "PER_ROW": ids.numel() // x.shape[0],
+        "N": n,
+        "HAS_BIAS": bias is not None,
+        "HAS_WEIGHTS": weights is not None,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "GROUP_N": config.group_n,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        **early(x.device),
+    }
+    kernel = experts_eight_bit if is_codes else experts_weight_only
+    launch = Launch(kernel, (-(-n // config.block_n) * blocks, 1), fixed, tuple(calls))
+    work.start(launch, *calls.values())
 
 
 def _stride(tensor: Tensor) -> int:
@@ -251,10 +303,10 @@ def _weight_only_arguments(experts: PackedExperts, problem: Problem) -> dict[str
     return found | {"scaler_args": tuple(scalers), "scaler_strides": tuple(map(_stride, scalers))}
 
 
-def _eight_bit_arguments(x: Tensor, experts: PackedExperts, problem: Problem) -> dict[str, Any]:
+def _eight_bit_arguments(x: Tensor, experts: PackedExperts, problem: Problem, work: Work) -> dict[str, Any]:
     """x quantized, once for all experts, and what depends on the weights alone."""
     one = problem._replace(m=x.shape[0], experts=0)
-    a = eight_bit.quantize(x, experts.expert(0), one)
+    a = eight_bit.quantize(x, experts.expert(0), one, work=work)
     fixed = _codes_constants(experts.shape, one)
     weight, codes = experts.storage["weight"], a.codes
     if fixed["WIDEN"]:  # such GPUs have no such type
@@ -328,13 +380,14 @@ _COMMON_TYPES = {
 }  # fmt: skip
 
 
-def _common_constants(config: configs.GemmConfig) -> dict[str, Any]:
+def _common_constants(config: configs.GemmConfig, arch: int) -> dict[str, Any]:
     return {
         "HAS_BIAS": True,
         "HAS_WEIGHTS": True,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "GROUP_N": config.group_n,
+        "EARLY": arch >= 90,
     }
 
 
@@ -361,7 +414,7 @@ def _weight_only_job(
         },
         constants={
             **weight_only.constants(traits, _JOB_SHAPE, lookup=False, indexed=bool(params.get("act_order"))),
-            **_common_constants(config),
+            **_common_constants(config, arch),
             "UPCAST": False,
             "POST_SCALE": config.post_scale,
             "WARPS": config.num_warps,
@@ -401,7 +454,7 @@ def _eight_bit_job(arch: int, name: str, params: dict[str, Any], slots: int) -> 
             **dict.fromkeys(("bias_ptr", "y_ptr"), "*bf16"),
             **dict.fromkeys(("weight_stride", "w_scale_stride"), "i32"),
         },
-        constants={**fixed, **_common_constants(config)},
+        constants={**fixed, **_common_constants(config, arch)},
         aligned=(*_ALIGNED, "weight_ptr", "weight_stride", "x_scale_ptr", "w_scale_ptr"),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -421,7 +474,7 @@ def _sort_job(arch: int) -> CompileJob:
             "ids_ptr": "*i64", "slots_ptr": "*i32", "experts_ptr": "*i32",
             **dict.fromkeys(("S", "EXPERTS", "BLOCKS"), "i32"),
         },
-        constants={"BLOCK_M": 64, "BINS": _bins(128), "CHUNK": _CHUNK},
+        constants={"BLOCK_M": 64, "BINS": _bins(128), "CHUNK": _CHUNK, "EARLY": arch >= 90},
         aligned=("ids_ptr", "slots_ptr", "experts_ptr"),
         num_warps=4,
         num_stages=3,
