@@ -74,7 +74,7 @@ class Replay:
         self._memory = recording.memory()
 
     def __call__(self, operands: tuple[Tensor | None, ...], addresses: list[int]) -> Tensor:
-        stream = 0
+        stream, enter, leave = 0, None, None
         if self._compiled:
             active = _runtime().driver.active
             current = active.get_current_device()
@@ -82,6 +82,7 @@ class Replay:
                 with torch.cuda.device(self._index):
                     return self(operands, addresses)
             stream = active.get_current_stream(current)
+            enter, leave = _hooks()
         tensors, bases = self._memory.take(operands, addresses)
         for step in self._steps:
             if step.compiled is None:
@@ -90,7 +91,15 @@ class Replay:
             arguments = step.arguments.copy()
             for place, base, offset in step.places:
                 arguments[place] = bases[base] + offset
-            _start(step.compiled, step.grid, stream, arguments)
+            # What triton does at the end of `kernel[grid](...)`, in 3.6 to 3.9.
+            compiled, (blocks_x, blocks_y) = step.compiled, step.grid
+            metadata = None
+            if enter is not None:
+                metadata = compiled.launch_metadata(step.grid, stream, *arguments)
+            compiled.run(
+                blocks_x, blocks_y, 1, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave,
+                *arguments,
+            )  # fmt: skip
         y = tensors[Y]
         assert y is not None
         return y
@@ -133,23 +142,19 @@ def _runtime() -> Any:
 
 
 @lru_cache(maxsize=1)
-def _hooks() -> Any:
-    """Where profilers put theirs."""
+def _knobs() -> Any:
+    """Where profilers put their hooks."""
     return importlib.import_module("triton.knobs").runtime
 
 
-def _start(compiled: Any, grid: tuple[int, int], stream: int, arguments: list[Any]) -> None:
-    """What triton does at the end of `kernel[grid](...)`, in 3.6 to 3.9. Hooks are a profiler's."""
-    hooks = _hooks()
-    enter, leave, metadata = hooks.launch_enter_hook, hooks.launch_exit_hook, None
+def _hooks() -> tuple[Any, Any]:
+    """Those before and after a launch, None where nobody has put one there."""
+    knobs = _knobs()
+    enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook
+    # Of some versions these are chains of hooks, which may be empty.
     if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
-        metadata = compiled.launch_metadata(grid, stream, *arguments)
-    else:
-        enter = leave = None
-    compiled.run(
-        grid[0], grid[1], 1, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave,
-        *arguments,
-    )  # fmt: skip
+        return enter, leave
+    return None, None
 
 
 def _address(value: Any) -> Any:
