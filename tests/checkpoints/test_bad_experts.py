@@ -192,10 +192,8 @@ def test_a_packed_router(tmp_path: Path) -> None:
     )
     qk.quantize_model(model, "q8_0", experts=True, progress=False)
     qk.save_model(model, tmp_path / "m")
-    router = "model.layers.1.block_sparse_moe.gate"
-    edit(
-        tmp_path / "m", drop=f"{router}.weight", **{f"{router}.data": torch.zeros(4, 272, dtype=torch.uint8)}
-    )
+    old, router = "model.layers.1.block_sparse_moe.gate", "model.layers.1.mlp.router"
+    edit(tmp_path / "m", drop=f"{old}.weight", **{f"{router}.data": torch.zeros(4, 272, dtype=torch.uint8)})
     path = tmp_path / "m/config.json"
     config = json.loads(path.read_text())
     config["quantization_config"]["groups"][0]["modules"].append(router)

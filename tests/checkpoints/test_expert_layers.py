@@ -14,6 +14,8 @@ from torch.nn.functional import silu
 
 import qkernels as qk
 from qkernels.checkpoints import huggingface
+from qkernels.checkpoints.names import Names
+from qkernels.checkpoints.writing import matrices
 from qkernels.moe import expert_modules
 
 from ..moe_checkpoint import SIZES, edit, save_moe, stacks_of, tiny_moe
@@ -151,6 +153,9 @@ def test_experts_that_are_plain_stay_so(kind: str, dtype: torch.dtype | None, tm
     with pytest.warns(UserWarning, match="experts of 2 layers .* stay as they are"):
         qk.quantize_model(model, "gptq", group_size=64, progress=False)
     qk.save_model(model, tmp_path / "q")
+    skipped = matrices(model, Names(model))[1]  # for quantization methods that list them
+    experts = {f"model.layers.1.{BLOCK[kind]}.experts.{e}.{leaf}" for e in range(4) for leaf in LEAVES[kind]}
+    assert experts | {f"model.layers.0.{BLOCK[kind]}.gate", "lm_head"} <= set(skipped)
     names = set(tensors_of(tmp_path / "q"))
     assert f"model.layers.1.{BLOCK[kind]}.experts.3.{LEAVES[kind][1]}.weight" in names
     assert f"model.layers.1.{BLOCK[kind]}.gate.weight" in names

@@ -46,7 +46,7 @@ class _Renaming:
 
 def test_names_that_would_not_come_back_stay() -> None:
     names = Names(tiny_moe("mixtral"))
-    names._renamings = [_Renaming("self_attn", "mlp")]
+    names._renamings = [_Renaming("q_proj", "o_proj")]
     q_proj = "model.layers.0.self_attn.q_proj.weight"
     assert names.of_file(q_proj) == q_proj, "a name that transformers has, too"
     names._reversed = [_Renaming("layers.0", "layers")]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import qkernels as qk
 from qkernels.model import model_summary
-from qkernels.moe import expert_modules
+from qkernels.moe import expert_modules, routers
 
 transformers = pytest.importorskip("transformers")
 
@@ -158,3 +158,19 @@ def test_halves_are_of_one_weight_where_that_can_be_joined() -> None:
                 assert torch.equal(
                     packed.dequantize(), qk.quantize(half, "nf4", double_quant=True).dequantize()
                 )
+
+
+def test_what_is_a_router() -> None:
+    """Not the gate of a shared expert, a linear layer beside the experts like any."""
+    config = transformers.Qwen2MoeConfig(
+        **SIZES,
+        moe_intermediate_size=32,
+        intermediate_size=96,
+        num_experts=4,
+        shared_expert_intermediate_size=32,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    assert [name for name, _ in routers(model)] == ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]
+    qk.quantize_model(model, "q8_0", experts=True, progress=False)
+    assert isinstance(model.model.layers[0].mlp.shared_expert_gate, qk.QuantLinear)
+    assert [name for name, _ in routers(model)] == ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]
