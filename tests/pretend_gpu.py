@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import os
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -37,6 +38,8 @@ class Pretended(torch.Tensor):
     """`held`, a tensor on the CPU, under another name; to C++, which must not look for a driver, a meta one."""
 
     held: torch.Tensor
+    #: all there are: the memory that kernels may touch
+    alive: weakref.WeakSet[Pretended] = weakref.WeakSet()
 
     @staticmethod
     def __new__(cls, real: torch.Tensor) -> Pretended:
@@ -45,6 +48,9 @@ class Pretended(torch.Tensor):
             layout=real.layout, device="meta", requires_grad=False,
         )  # fmt: skip
         made.held = real
+        cls.alive.add(made)
+        if Graph.capturing is not None:
+            Graph.capturing.kept.append(made)  # a graph's memory is its own
         return made
 
     device = CUDA  # type: ignore[assignment]
@@ -127,6 +133,7 @@ class Graph:
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.steps: list[Callable[[], None]] = []
+        self.kept: list[torch.Tensor] = []
 
     def replay(self) -> None:
         for step in self.steps:
@@ -142,7 +149,6 @@ def _waits(name: str) -> None:
 
 class _State:
     sync = "default"
-    operands: Any = ()
 
 
 #: our operators -> what they run
@@ -259,6 +265,15 @@ class _Generator(torch.Generator):
         return made
 
 
+def _size_of(name: str) -> int:
+    """Bytes of a kernel's call struct."""
+    from qkernels.backends.cuda import calls, eight_bit, transforms
+
+    kinds = {"weight_only": calls.WeightOnlyCall, "transform": transforms.TransformCall,
+             "quantize": eight_bit.QuantizeCall, "eight_bit": eight_bit.EightBitCall}  # fmt: skip
+    return ctypes.sizeof(next(kind for start, kind in kinds.items() if name.startswith(start)))
+
+
 class _Extension:
     """The compiled kernels, in the emulator."""
 
@@ -268,7 +283,9 @@ class _Extension:
         library = host.library(host.source_of(name))
         function = getattr(library, f"qk_{name}")
         function.restype = ctypes.c_char_p
-        host.expose(library, *_State.operands)
+        memory = {t.held.untyped_storage().data_ptr(): t.held for t in list(Pretended.alive)}
+        bytes_of = [torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage()) for t in memory.values()]
+        host.expose(library, [], bytes_of)
         return str(function(ctypes.c_void_p(address)).decode())
 
 
@@ -280,14 +297,15 @@ def visible() -> Iterator[None]:
     from qkernels import grouped, ops
     from qkernels.backends import cuda
 
-    execute = cuda.execute
+    started = cuda.run
 
-    def run(name: str, call: Any, reads: list[torch.Tensor], writes: list[torch.Tensor]) -> None:
+    def run(name: str, address: int, index: int) -> None:
+        kept = ctypes.string_at(address, _size_of(name))  # whoever gave it writes into it for the next call
+
         def step() -> None:
-            _State.operands = reads, writes
-            execute(name, call, reads, writes)
+            again = ctypes.create_string_buffer(kept)
+            started(name, ctypes.addressof(again), index)
 
-        call = call.copy() if Graph.capturing is not None else call
         step()
         _record(step)
 
@@ -343,6 +361,7 @@ def visible() -> Iterator[None]:
     with (
         mock.patch.multiple(torch.cuda, create=True, **replaced),
         mock.patch.object(torch._C, "_cuda_getCurrentRawStream", create=True, return_value=0),
+        mock.patch.object(torch._C, "_cuda_getDevice", create=True, return_value=0),
         mock.patch.multiple(
             torch,
             Generator=_Generator,
@@ -363,7 +382,9 @@ def visible() -> Iterator[None]:
             grouped_matmul=grouped._grouped_impl,
             fused_moe=grouped._fused_impl,
         ),
-        mock.patch.object(cuda, "execute", run),
+        # What starts a kernel early is no code for the interpreter.
+        mock.patch.dict(os.environ, QKERNELS_EARLY="0"),
+        mock.patch.object(cuda, "run", run),
         mock.patch.object(cuda.build, "extension", _Extension),
         _Everywhere(),
     ):
