@@ -64,6 +64,8 @@ def main(
     ]
     cases = [case for case in cases if case[3]]
     job = worker.Job(suite, backend, with_peers, tiny, device, repeats, cases, {}, copy=device != "cpu")
+    if device != "cpu" and "cuda" in backend.split(","):
+        _build()  # here, for a worker that took a minute at its first call would seem to hang
     if jobs > 1 and device != "cpu":
         # Peers compile much for each number of rows; of ours, one kernel serves many.
         compiled = [
@@ -83,6 +85,15 @@ def main(
     kept.close()
     wrong = [row for row in kept.rows if row.failed and row.contestant.startswith(("qkernels", "torch bf16"))]
     raise typer.Exit(1 if wrong else 0)
+
+
+def _build() -> None:
+    from qkernels.backends.cuda import build
+
+    try:
+        build.extension()
+    except RuntimeError as error:
+        say(str(error)[-2000:])
 
 
 def say(text: str) -> None:
