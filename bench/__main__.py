@@ -5,20 +5,22 @@
 
 Each weight is quantized by every contestant, each product is checked before it is timed, and each call is
 replayed from a CUDA graph that rotates among copies of the weight, so that none is found in the L2 cache.
+All of it happens in worker processes: a kernel that hangs or breaks its process costs its own place only.
 """
 
 from __future__ import annotations
 
 import json
+import signal
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from qkernels.benchmark import race, shapes
 
-from . import peers, report
+from . import peers, report, supervisor, worker
 
 
 def main(
@@ -31,13 +33,17 @@ def main(
     rows: Annotated[str, typer.Option(help="Values of M.")] = ",".join(map(str, shapes.ROWS)),
     backend: Annotated[str, typer.Option(help="triton, cuda or reference; several with commas.")] = "triton",
     with_peers: Annotated[
-        str, typer.Option("--peers", help="all, none, or some of the files in bench/peers.")
+        str,
+        typer.Option("--peers", help="all, none, some of the files in bench/peers, or modules like them."),
     ] = "all",
     repeats: int = 20,
+    deadline: Annotated[float, typer.Option(help="Seconds after which it stops and reports.")] = 1e9,
+    jobs: Annotated[int, typer.Option(help="Processes that compile Triton kernels beforehand.")] = 1,
     tiny: Annotated[
         bool, typer.Option("--tiny", help="Two small shapes, for machines without a GPU.")
     ] = False,
-    output: Annotated[Path | None, typer.Option(help="Folder for race.json and REPORT.md.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for NAME.json and NAME.md.")] = None,
+    name: str = "race",
 ) -> None:
     """Race every contestant on every shape."""
     import torch
@@ -48,37 +54,118 @@ def main(
     sizes, rows, repeats = (
         ("tiny", ",".join(map(str, shapes.TINY_ROWS)), 1) if tiny else (sizes, rows, repeats)
     )
-    group = {"group_size": 64} if tiny else {}
-    ours = [
-        race.Ours(name, {**params, **{k: v for k, v in group.items() if k in params}}, chosen)
-        for chosen in backend.split(",")
-        for name, params in shapes.formats_of(suite)
+    started = time.monotonic()
+    field = worker.contestants(suite, backend, with_peers, tiny)
+    counts = [int(m) for m in rows.split(",")]
+    cases = [
+        (number, n, k, race.taken(one, (n, k), counts))
+        for n, k in shapes.shapes_of(sizes)
+        for number, one in enumerate(field)
     ]
-    others = (
-        []
-        if with_peers == "none"
-        else peers.contestants(None if with_peers == "all" else set(with_peers.split(",")))
-    )
-    groups = {contestant.group for contestant in [*ours, *others] if contestant.name.startswith("qkernels")}
-    others = [peer for peer in others if tiny or peer.group in groups]
-    settings = race.Settings(device, repeats)
-    console = Console(stderr=True)
-    found = []
-    for row in race.run(
-        [*ours, *others], shapes.shapes_of(sizes), [int(m) for m in rows.split(",")], settings
-    ):
-        found.append(row)
-        said = row.failed or f"{row.chain:.1f} us, {row.speedup:.2f}x bf16, {row.bandwidth:.0f} GB/s"
-        console.print(f"{row.n}x{row.k} M={row.m} {row.contestant}: {said}", highlight=False)
-    result = race.report_of(found, settings)
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "race.json").write_text(json.dumps(result, indent=1) + "\n")
-        print(report.write(result, output))
-    wrong = [row for row in found if row.failed and row.contestant.startswith(("qkernels", "torch bf16"))]
-    for row in wrong:
-        console.print(f"[red]{row.contestant} {row.n}x{row.k} M={row.m}: {row.failed}", highlight=False)
+    cases = [case for case in cases if case[3]]
+    job = worker.Job(suite, backend, with_peers, tiny, device, repeats, cases, {}, copy=device != "cpu")
+    if device != "cpu" and "cuda" in backend.split(","):
+        _build()  # here, for a worker that took a minute at its first call would seem to hang
+    if jobs > 1 and device != "cpu":
+        # Peers compile much for each number of rows; of ours, one kernel serves many.
+        compiled = [
+            (number, n, k, part)
+            for number, n, k, counted in cases
+            if field[number].compiles
+            for part in ([[m] for m in counted] if isinstance(field[number], peers.Peer) else [counted])
+        ]
+        supervisor.warm(job, compiled, jobs, deadline * 0.4, say)
+    signal.signal(signal.SIGTERM, _stop)
+    kept = Kept(output, name)
+    try:
+        for found in supervisor.run(job, field, started + deadline, say):
+            kept.add(found)
+    except KeyboardInterrupt:
+        say("stopped")
+    kept.close()
+    wrong = [row for row in kept.rows if row.failed and row.contestant.startswith(("qkernels", "torch bf16"))]
     raise typer.Exit(1 if wrong else 0)
+
+
+def _build() -> None:
+    from qkernels.backends.cuda import build
+
+    try:
+        build.extension()
+    except RuntimeError as error:
+        say(str(error)[-2000:])
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _stop(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+class Kept:
+    """Results as they come, in `output`/`name`.json after each contestant, so that a race cut short leaves them;
+    and one line on the console for each contestant and shape."""
+
+    def __init__(self, output: Path | None, name: str) -> None:
+        self.output, self.name = output, name
+        self.rows: list[race.Row] = []
+        self.copy: float | None = None
+        self.environment = race.environment()
+        self._shown = 0
+        if output is not None:
+            output.mkdir(parents=True, exist_ok=True)
+
+    def add(self, found: race.Row | float) -> None:
+        if not isinstance(found, race.Row):
+            self.copy = found
+            say(f"a large copy moves {found:.0f} GB/s, reads and writes")
+            return
+        if self.rows and _place(self.rows[-1]) != _place(found):
+            self.show()
+        self.rows.append(found)
+
+    def show(self) -> None:
+        """Everything since the last time, which is one contestant's."""
+        rows, self._shown = self.rows[self._shown :], len(self.rows)
+        if rows:
+            say(line(rows, self.copy))
+            self.write()
+
+    def report(self) -> dict[str, Any]:
+        return race.report_of(self.rows, self.copy, self.environment)
+
+    def write(self) -> None:
+        if self.output is not None:
+            supervisor.write(self.output / f"{self.name}.json", json.dumps(self.report(), indent=1) + "\n")
+
+    def close(self) -> None:
+        self.show()
+        self.write()
+        if self.output is not None:
+            print(report.write([self.report()], self.output / f"{self.name}.md"))
+        for text in report.worst(self.report()):
+            say(text)
+
+
+def _place(row: race.Row) -> tuple[str, str, int, int]:
+    return row.contestant, row.group, row.n, row.k
+
+
+def line(rows: list[race.Row], copy: float | None) -> str:
+    """One contestant on one shape: microseconds, speed against bf16, share of the copy bandwidth, by M."""
+    first, said = rows[0], []
+    who = first.contestant.removeprefix("qkernels ")
+    who += "" if first.contestant.startswith(("qkernels", "torch bf16")) else f" [{first.group}]"
+    for row in rows:
+        if row.chain is None:
+            said.append(f"M{row.m} {row.failed if row is first or row.failed != first.failed else '-'}")
+            continue
+        speed = "" if row.speedup is None else f" {row.speedup:.2f}x"
+        share = "" if not copy or row.bandwidth is None else f" {row.bandwidth / copy:.0%}"
+        said.append(f"M{row.m} {row.chain:.1f}us{speed}{share}{' eager' if row.eager else ''}")
+    return f"{first.n}x{first.k} {who}: " + " | ".join(said)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,7 +79,8 @@ def seconds(run: Callable[[], Any], device: str, repeats: int) -> float:
 @torch.inference_mode()
 def measure(
     model: Any, label: str, batch: int, prompt: int, device: str, repeats: int, modes: list[str]
-) -> Row:
+) -> Iterator[Row]:
+    """One row, again and again as more of it is known: compiling, which comes last, may take all time there is."""
     from transformers import StaticCache
 
     gib = 2**30
@@ -101,7 +102,7 @@ def measure(
 
         return step
 
-    decode = {}
+    decode: dict[str, float] = {}
     for mode in modes:
         step = step_of(compiled(model, device) if mode == "compile" else model)
         for _ in range(2):
@@ -109,8 +110,8 @@ def measure(
         run = step if device == "cpu" or mode == "eager" else timing.graph_of([step]).replay
         run()
         decode[mode] = batch / seconds(run, device, repeats)
-    peak = torch.cuda.max_memory_allocated() / gib if device == "cuda" else None
-    return Row(label, batch, prompt, batch * prompt / prefill, decode, weights, peak)
+        peak = torch.cuda.max_memory_allocated() / gib if device == "cuda" else None
+        yield Row(label, batch, prompt, batch * prompt / prefill, decode, weights, peak)
 
 
 def compiled(model: Any, device: str) -> Any:
@@ -127,7 +128,7 @@ def main(
     backend: str = "auto",
     modes: Annotated[str, typer.Option(help=f"Ways to decode: some of {', '.join(MODES)}.")] = "eager,graph",
     deadline: Annotated[float, typer.Option(help="Seconds after which no further format is begun.")] = 1e9,
-    output: Annotated[Path | None, typer.Option(help="JSON file.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file; what is in it is kept.")] = None,
 ) -> None:
     if size not in SIZES:
         raise typer.BadParameter(f"--size: expected one of {', '.join(SIZES)}, got {size!r}")
@@ -137,7 +138,7 @@ def main(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         prompt, batches = min(prompt, 16), "1"
-    rows: list[Row] = []
+    rows = _read(output, size)
     left_out: list[str] = []
     start = time.monotonic()
     for spec in parse_specs(formats):
@@ -148,23 +149,36 @@ def main(
         for number, batch in enumerate(int(part) for part in batches.split(",")):
             # compiling takes a minute a shape: of the first batch size alone
             ways = [mode for mode in wanted if mode != "compile" or number == 0]
-            rows.append(measure(model, str(spec), batch, prompt, device, repeats, ways))
+            for row in measure(model, str(spec), batch, prompt, device, repeats, ways):
+                rows = [one for one in rows if (one.format, one.batch) != (row.format, row.batch)] + [row]
+                if output is not None:  # a run cut short leaves what it had
+                    _write(output, size, rows, left_out)
         del model
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        if output is not None:  # after each format: a run cut short leaves what it had
-            report = {
-                "environment": race.environment(), "size": size, "left_out": left_out,
-                "results": [asdict(row) for row in rows],
-            }  # fmt: skip
-            output.write_text(json.dumps(report, indent=1) + "\n")
     Console(width=150).print(
         table_of(rows, wanted, f"Llama {size} on {race.environment()['gpu'] or 'no GPU'}")
     )
     if left_out:
         print("no time was left for", ", ".join(left_out))
+
+
+def _read(output: Path | None, size: str) -> list[Row]:
+    """What earlier runs left in `output` about models of this size: each format may have its own process."""
+    if output is None or not output.exists():
+        return []
+    found = json.loads(output.read_text())
+    return [Row(**row) for row in found["results"]] if found["size"] == size else []
+
+
+def _write(output: Path, size: str, rows: list[Row], left_out: list[str]) -> None:
+    report = {
+        "environment": race.environment(), "size": size, "left_out": left_out,
+        "results": [asdict(row) for row in rows],
+    }  # fmt: skip
+    output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def quantized(size: str, spec: FormatSpec, backend: str, device: str) -> Any:

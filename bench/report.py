@@ -1,6 +1,6 @@
-"""A page of pictures and tables from a race's results: REPORT.md and PNG files beside the JSON.
+"""A page of pictures and tables from races' results: REPORT.md and PNG files beside the JSON.
 
-python -m bench.report RESULTS.json [--output FOLDER]
+python -m bench.report RESULTS.json... [--output FOLDER]
 """
 
 from __future__ import annotations
@@ -22,7 +22,20 @@ CLASSES = (("decode", 1, 16), ("middle", 17, 256), ("prefill", 257, 10**9))
 
 
 def timed(rows: Rows) -> Rows:
-    return [row for row in rows if row["chain"] is not None]
+    return [row for row in rows if row["chain"] is not None and row["speedup"] is not None]
+
+
+def worst(report: dict[str, Any], most: int = 15) -> list[str]:
+    """For the console: what falls shortest of its target, a line each."""
+    if report["environment"]["gpu"] is None:
+        return []
+    found = [one for one in targets.findings(report) if one.measured is not None]
+    short = [one for one in found if (one.reached or 0) < 1]
+    lines = [
+        f"{one.reached:4.0%} of {one.target}: {one.format} has {one.measured:.2f} at {one.where} ({one.kernel})"
+        for one in short[:most]
+    ]
+    return [f"{len(found) - len(short)} of {len(found)} targets are reached; worst first:", *lines]
 
 
 def mean_speedups(rows: Rows) -> dict[str, dict[str, float]]:
@@ -37,46 +50,72 @@ def mean_speedups(rows: Rows) -> dict[str, dict[str, float]]:
     }
 
 
-def against_peers(rows: Rows) -> list[tuple[str, str, float, str]]:
-    """(group, ours and the peer, our worst speed against it, where), worst first."""
-    places: dict[tuple[Any, ...], Rows] = defaultdict(list)
-    for row in timed(rows):
-        places[row["group"], row["n"], row["k"], row["m"]].append(row)
-    worst: dict[tuple[str, str, str], tuple[float, str]] = {}
-    for (group, n, k, m), found in places.items():
-        ours = [row for row in found if row["contestant"].startswith("qkernels")]
-        for peer in (row for row in found if not row["contestant"].startswith("qkernels")):
-            for mine in ours:
-                ratio = peer["chain"] / mine["chain"]
-                key = (group, mine["contestant"], peer["contestant"])
-                worst[key] = min(worst.get(key, (math.inf, "")), (ratio, f"{n}x{k}, M={m}"))
-    listed = [(g, f"{mine} / {peer}", *value) for (g, mine, peer), value in worst.items()]
-    return sorted(listed, key=lambda item: item[2])
-
-
-def against_targets(report: dict[str, Any]) -> list[str]:
-    """What falls short of DESIGN section 6, worst first, what reaches it, and what nobody measured."""
-    lines = ["## What falls short", ""]
-    if report["environment"]["gpu"] is None:
-        return [*lines, "No GPU measured, so nothing can be said about the targets of DESIGN section 6.", ""]
-    found = targets.findings(report)
-    headings = ["target", "format", "measured", "of the target", "worst at", "kernel"]
-    body = [
-        [str(one.target), one.format, f"{one.measured:.2f}", f"{one.reached:.0%}", one.where, one.kernel]
-        for one in found
-    ]
-    short = [row for one, row in zip(found, body, strict=True) if one.reached < 1]
-    met = [row for one, row in zip(found, body, strict=True) if one.reached >= 1]
-    lines += [
-        "Each target at the worst shape and M, by the faster of our backends there; worst first.",
+def verdict(reports: list[dict[str, Any]]) -> list[str]:
+    """What is said first: each target of DESIGN section 6 at its worst, each peer, what nobody measured."""
+    if all(report["environment"]["gpu"] is None for report in reports):
+        return ["No GPU measured, so nothing can be said about the targets of DESIGN section 6.", ""]
+    found = [one for one in targets.findings(*reports) if one.measured is not None]
+    by_target: dict[targets.Target, list[targets.Finding]] = defaultdict(list)
+    for one in found:
+        by_target[one.target].append(one)
+    reached = sum(all(one.reached >= 1 for one in ones) for ones in by_target.values())  # type: ignore[operator]
+    missing = targets.unmeasured(*reports)
+    lines = [
+        f"**{reached} of {len(targets.TARGETS)} targets are reached by every format, {len(by_target) - reached} "
+        f"are not, {len(missing)} were not measured.**",
         "",
-        table(headings, short) if short else "Nothing that was measured.\n",
+        "## Targets, worst first",
+        "",
+        "Each at its worst format, shape and M, by the fastest of our kernels there.",
+        "",
     ]
-    if met:
-        lines += ["## What reaches its target", "", table(headings, met)]
-    if missing := targets.unmeasured(report):
-        lines += ["## Targets that this run did not measure", "", *(f"- {target}" for target in missing), ""]
+    body = []
+    for target, ones in sorted(by_target.items(), key=lambda item: item[1][0].reached or 0):
+        worst, fine = ones[0], sum((one.reached or 0) >= 1 for one in ones)
+        mark = "" if fine == len(ones) else "**"
+        body.append([
+            str(target), f"{mark}{worst.reached:.0%}{mark}", f"{worst.measured:.2f}", worst.format, worst.where,
+            worst.kernel, f"{fine} of {len(ones)}",
+        ])  # fmt: skip
+    body += [[str(target), "not measured", "", "", "", "", ""] for target in missing]
+    headings = ["target", "reached", "measured", "worst format", "at", "kernel", "formats that reach it"]
+    lines += [table(headings, body), *_peer_lines(reports)]
+    short = [one for one in found if (one.reached or 0) < 1]
+    lines += ["## Every format that falls short", ""]
+    lines += [
+        table(
+            ["of the target", "target", "format", "measured", "at", "kernel"],
+            [
+                [
+                    f"{one.reached:.0%}",
+                    str(one.target),
+                    one.format,
+                    f"{one.measured:.2f}",
+                    one.where,
+                    one.kernel,
+                ]
+                for one in short
+            ],
+        )
+        if short
+        else "None that was measured.\n"
+    ]
     return lines
+
+
+def _peer_lines(reports: list[dict[str, Any]]) -> list[str]:
+    """Peers by their worst ratio; those that are missing, with why, on one line each."""
+    from . import peers
+
+    known = [(one.name, one.group) for one in peers.contestants() if isinstance(one, peers.Peer)]
+    found = targets.peers(known, *reports)
+    body = [
+        [one.name, one.group, "missing" if one.ratio is None else f"{one.ratio:.2f}" if one.ratio >= 1
+         else f"**{one.ratio:.2f}**", one.where or one.why[:90]]
+        for one in found
+    ]  # fmt: skip
+    note = "Our fastest kernel's speed over the peer's where we are slowest: at least 1 is asked."
+    return ["## Against peers, worst first", "", note, "", table(["peer", "format", "ratio", "at"], body)]
 
 
 def table(headings: list[str], rows: list[list[str]]) -> str:
@@ -84,46 +123,36 @@ def table(headings: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
 
 
-def write(report: dict[str, Any], folder: Path) -> Path:
-    """The page and its pictures, into `folder`; returns the page."""
-    rows: Rows = report["results"]
-    where = report["environment"]
-    lines = ["# Race", "", ", ".join(f"{key} {value}" for key, value in where.items() if value), ""]
-    if where["gpu"] is None:
+def write(reports: list[dict[str, Any]], page: Path, drawn: bool = False) -> Path:
+    """The page, and with `drawn` its pictures beside it; returns the page. Ratios are within one report."""
+    rows: Rows = [row for report in reports for row in report["results"]]
+    lines = ["# Race", ""]
+    for where in {
+        json.dumps(report["environment"], sort_keys=True): report["environment"] for report in reports
+    }.values():
+        lines += [", ".join(f"{key} {value}" for key, value in where.items() if value), ""]
+    if all(report["environment"]["gpu"] is None for report in reports):
         lines += ["**No GPU measured: these times are the interpreter's and mean nothing.**", ""]
-    if report["copy_bandwidth"]:
-        lines += [f"A large copy moves {report['copy_bandwidth']:.0f} GB/s, reads and writes.", ""]
-    lines += against_targets(report)
+    copies = sorted({f"{report['copy_bandwidth']:.0f}" for report in reports if report["copy_bandwidth"]})
+    if copies:
+        lines += [f"A large copy moves {' and '.join(copies)} GB/s, reads and writes.", ""]
+    lines += verdict(reports)
+    if drawn:
+        copy = next((report["copy_bandwidth"] for report in reports if report["copy_bandwidth"]), None)
+        for name in pictures(rows, copy, page):
+            lines += [f"![{name}]({name})", ""]
     lines += ["## Speed against torch bf16", "", "Geometric mean over all shapes, by rows of x.", ""]
-    speeds = mean_speedups(rows)
     names = [name for name, _, _ in CLASSES]
     body = [
         [who, *(f"{found[name]:.2f}" if name in found else "" for name in names)]
-        for who, found in speeds.items()
+        for who, found in mean_speedups(rows).items()
     ]
-    lines += [
-        table(
-            [
-                "contestant",
-                *(f"{n}, M {a} to {b}" if b < 10**9 else f"{n}, M from {a}" for n, a, b in CLASSES),
-            ],
-            body,
-        )
-    ]
-    if peers := against_peers(rows):
-        body = [[g, pair, f"{ratio:.2f}", place] for g, pair, ratio, place in peers]
-        lines += [
-            "## Against peers, where we are slowest",
-            "",
-            table(["format", "ours / theirs", "speed", "at"], body),
-        ]
-    for name in pictures(rows, report["copy_bandwidth"], folder):
-        lines += [f"![{name}]({name})", ""]
-    failed = sorted({(r["contestant"], r["failed"]) for r in rows if r["failed"]})
+    headings = [f"{n}, M {a} to {b}" if b < 10**9 else f"{n}, M from {a}" for n, a, b in CLASSES]
+    lines += [table(["contestant", *headings], body)]
+    failed = sorted({(r["contestant"], r["group"], r["failed"]) for r in rows if r["failed"]})
     if failed:
-        lines += ["## Not timed", "", table(["contestant", "why"], [list(item) for item in failed])]
+        lines += ["## Not timed", "", table(["contestant", "format", "why"], [list(item) for item in failed])]
     lines += ["## Every time", "", table(*_all(rows))]
-    page = folder / "REPORT.md"
     page.write_text("\n".join(lines))
     return page
 
@@ -165,8 +194,37 @@ def _roof(row: dict[str, Any]) -> float:
     return 2 * row["m"] * row["n"] * row["k"] / row["predicted"] / 1e6
 
 
-def pictures(rows: Rows, copy_bandwidth: float | None, folder: Path) -> list[str]:
-    """Speedup, bandwidth and TFLOP/s by M, one picture a shape; file names. None without matplotlib."""
+def _families(rows: Rows) -> dict[str, Rows]:
+    """Family of DESIGN section 6 -> the fastest of ours for each format at each M, and the peers of those.
+
+    Ours keep their format's name, peers their own."""
+    found: dict[str, Rows] = {}
+    for family, belongs in [*targets.FAMILIES.items()][:-1]:
+        ours: dict[tuple[str, int], dict[str, Any]] = {}
+        for row in rows:
+            if not row["contestant"].startswith("qkernels ") or row["contestant"].startswith(
+                "qkernels reference"
+            ):
+                continue
+            spec = row["contestant"].split(" ", 2)[2]
+            if belongs(targets._spec_of(spec)):
+                known = ours.get((spec, row["m"]))
+                if known is None or row["chain"] < known["chain"]:
+                    ours[spec, row["m"]] = {**row, "contestant": f"ours {spec}"}
+        groups = {row["group"] for row in ours.values()}
+        others = [
+            {**r, "contestant": f"{r['contestant']} [{r['group']}]"}
+            for r in rows
+            if r["group"] in groups and not r["contestant"].startswith("qkernels ")
+        ]
+        if ours:
+            found[family] = [*ours.values(), *others]
+    return found
+
+
+def pictures(rows: Rows, copy_bandwidth: float | None, page: Path) -> list[str]:
+    """Speedup, bandwidth and TFLOP/s by M, a row of pictures a family, a file a shape; file names. None
+    without matplotlib. Solid lines are ours, dashed ones others', dotted ones the roofline and a copy."""
     if importlib.util.find_spec("matplotlib") is None:
         return []
     import matplotlib
@@ -176,38 +234,56 @@ def pictures(rows: Rows, copy_bandwidth: float | None, folder: Path) -> list[str
 
     files = []
     for n, k in sorted({(row["n"], row["k"]) for row in timed(rows)}):
-        here = [row for row in timed(rows) if (row["n"], row["k"]) == (n, k)]
-        figure, axes = pyplot.subplots(1, 3, figsize=(20, 5), layout="constrained")
-        for who in dict.fromkeys(row["contestant"] for row in here):
-            mine = sorted((row for row in here if row["contestant"] == who), key=lambda row: row["m"])
-            rows_of_x = [row["m"] for row in mine]
-            axes[0].plot(rows_of_x, [row["speedup"] for row in mine], marker=".", label=who)
-            axes[1].plot(rows_of_x, [row["bandwidth"] for row in mine], marker=".")
-            axes[2].plot(rows_of_x, [row["tflops"] for row in mine], marker=".")
-            if mine[0]["predicted"]:
-                axes[2].plot(
-                    rows_of_x, [_roof(row) for row in mine], color="black", linestyle=":", linewidth=0.5
-                )
-        axes[0].axhline(1, color="black", linewidth=0.5)
-        axes[0].set(title=f"{n} x {k}: speed against torch bf16", xlabel="M", xscale="log", yscale="log")
-        axes[1].set(title="packed bytes per second (GB/s)", xlabel="M", xscale="log")
-        axes[2].set(title="TFLOP/s, dotted: roofline", xlabel="M", xscale="log", yscale="log")
-        if copy_bandwidth:
-            axes[1].axhline(copy_bandwidth, color="black", linestyle=":")
-        figure.legend(loc="outside right", fontsize=7)
+        families = _families([row for row in timed(rows) if (row["n"], row["k"]) == (n, k)])
+        if not families:
+            continue
+        figure, grid = pyplot.subplots(
+            len(families), 3, figsize=(17, 3.6 * len(families)), layout="constrained", squeeze=False
+        )
+        figure.suptitle(f"{n} x {k}")
+        for (family, here), axes in zip(families.items(), grid, strict=True):
+            for who in dict.fromkeys(row["contestant"] for row in here):
+                mine = sorted((row for row in here if row["contestant"] == who), key=lambda row: row["m"])
+                rows_of_x = [row["m"] for row in mine]
+                style = {"marker": ".", "linestyle": "-" if who.startswith("ours ") else "--"}
+                axes[0].plot(rows_of_x, [row["speedup"] for row in mine], label=who, **style)
+                axes[1].plot(rows_of_x, [row["bandwidth"] for row in mine], **style)
+                axes[2].plot(rows_of_x, [row["tflops"] for row in mine], **style)
+            roofs = sorted((row for row in here if row["predicted"]), key=lambda row: row["m"])
+            best = {row["m"]: max(_roof(r) for r in roofs if r["m"] == row["m"]) for row in roofs}
+            axes[2].plot([*best], [*best.values()], color="black", linestyle=":")
+            axes[0].axhline(1, color="black", linewidth=0.5)
+            axes[0].set(title=f"{family}: speed against torch bf16", ylim=(0, None))
+            if copy_bandwidth:
+                axes[1].axhline(copy_bandwidth, color="black", linestyle=":")
+            axes[1].set(title="packed bytes per second (GB/s)", ylim=(0, None))
+            axes[2].set(title="TFLOP/s", yscale="log")
+            every = sorted({row["m"] for row in here})
+            for axis in axes:
+                axis.set_xscale("log")
+                axis.set_xticks(every, [str(m) for m in every])
+                axis.set_xticks([], minor=True)
+                axis.set_xlabel("M")
+            axes[2].legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="upper left",
+                           bbox_to_anchor=(1.01, 1.0))  # fmt: skip
         name = f"{n}x{k}.png"
-        figure.savefig(folder / name, dpi=80)
+        figure.savefig(page.parent / name, dpi=80)
         pyplot.close(figure)
         files.append(name)
     return files
 
 
 def main(
-    results: Path, output: Annotated[Path | None, typer.Option(help="Folder; the results' own.")] = None
+    results: Annotated[list[Path], typer.Argument(help="Race results; of one machine, better in one run.")],
+    output: Annotated[Path | None, typer.Option(help="Folder; the first results' own.")] = None,
 ) -> None:
-    folder = output or results.parent
+    folder = output or results[0].parent
     folder.mkdir(parents=True, exist_ok=True)
-    print(write(json.loads(results.read_text()), folder))
+    found = [json.loads(file.read_text()) for file in results]
+    races = [
+        report for report in found if "copy_bandwidth" in report
+    ]  # not a model's, which may lie beside them
+    print(write(races, folder / "REPORT.md", drawn=True))
 
 
 if __name__ == "__main__":

@@ -156,26 +156,68 @@ def _spec_of(text: str) -> FormatSpec:
         return FormatSpec(text)
 
 
-def findings(report: dict[str, Any]) -> list[Finding]:
-    """Every target of every format raced, at its worst place: what falls short first, and by how much most."""
-    copy = report["copy_bandwidth"] or 0.0
+def findings(*reports: dict[str, Any]) -> list[Finding]:
+    """Every target of every format raced, at its worst place: what falls short first, and by how much most.
+
+    Ratios are taken within one report, for reports of other runs may be of other GPUs; a target that a format
+    was raced for without what it is compared with is there, too, with nothing measured, at the end.
+    """
     worst: dict[tuple[Target, str], Finding] = {}
-    for spec, row, here in _fused(report["results"]):
-        for target in TARGETS:
-            if not FAMILIES[target.family](spec) or not target.rows[0] <= row["m"] <= target.rows[1]:
-                continue
-            if not target.weights <= row["n"] * row["k"] <= target.most:
-                continue
-            value = METRICS[target.metric].of(row, here, copy)
-            where = f"{row['n']}x{row['k']}, M={row['m']}"
-            found = Finding(target, str(spec), value, where, row["kernel"] or row["contestant"].split()[1])
-            known = worst.get((target, str(spec)))
-            if value is not None and (known is None or known.measured is None or value < known.measured):
-                worst[target, str(spec)] = found
-    return sorted(worst.values(), key=lambda one: one.reached or 0.0)
+    for report in reports:
+        copy = report["copy_bandwidth"] or 0.0
+        for spec, row, here in _fused(report["results"]):
+            for target in TARGETS:
+                if not FAMILIES[target.family](spec) or not target.rows[0] <= row["m"] <= target.rows[1]:
+                    continue
+                if not target.weights <= row["n"] * row["k"] <= target.most:
+                    continue
+                value = METRICS[target.metric].of(row, here, copy)
+                where = f"{row['n']}x{row['k']}, M={row['m']}"
+                found = Finding(
+                    target, str(spec), value, where, row["kernel"] or row["contestant"].split()[1]
+                )
+                known = worst.setdefault((target, str(spec)), found)
+                if value is not None and (known.measured is None or value < known.measured):
+                    worst[target, str(spec)] = found
+    return sorted(worst.values(), key=lambda one: float("inf") if one.reached is None else one.reached)
 
 
-def unmeasured(report: dict[str, Any]) -> list[Target]:
-    """Targets that no row of the race says anything about."""
-    seen = {found.target for found in findings(report)}
+class Peer(NamedTuple):
+    """The fastest of ours against one peer: worst ratio of speeds, where; `why` it is missing, if it is."""
+
+    name: str
+    group: str
+    ratio: float | None
+    where: str
+    why: str
+
+
+def peers(known: list[tuple[str, str]], *reports: dict[str, Any]) -> list[Peer]:
+    """Each of `known`, (contestant, group), and each that raced: the worst first, what is missing last."""
+    worst: dict[tuple[str, str], Peer] = {}
+    failed: dict[tuple[str, str], str] = {}
+    for report in reports:
+        places: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+        for row in report["results"]:
+            if row["chain"] is not None:
+                places[row["group"], row["n"], row["k"], row["m"]].append(row)
+            elif not _is_ours(row):
+                failed.setdefault((row["contestant"], row["group"]), row["failed"])
+        for (group, n, k, m), here in places.items():
+            ours = [row["chain"] for row in here if _is_ours(row)]
+            for row in here:
+                if _is_ours(row) or row["contestant"] == "torch bf16" or not ours:
+                    continue
+                key = (row["contestant"], group)
+                found = Peer(*key, row["chain"] / min(ours), f"{n}x{k}, M={m}", "")
+                if key not in worst or found.ratio < worst[key].ratio:  # type: ignore[operator]
+                    worst[key] = found
+    for key in [*known, *failed]:
+        worst.setdefault(key, Peer(*key, None, "", failed.get(key, "was not raced")))
+    return sorted(worst.values(), key=lambda one: float("inf") if one.ratio is None else one.ratio)
+
+
+def unmeasured(*reports: dict[str, Any]) -> list[Target]:
+    """Targets that no row of the races says anything about."""
+    seen = {found.target for found in findings(*reports) if found.measured is not None}
     return [target for target in TARGETS if target not in seen]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Generator
 
 import torch
 
@@ -18,6 +20,8 @@ from qkernels.formats.gguf import TYPES as GGUF_TYPES
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers that share cores wait for each other's threads otherwise
 
+#: file that each failure is added to as it happens, for a run that may be cut short; see bench/gpu_run.sh
+FAILURES = os.environ.get("QKERNELS_FAILURES")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 collect_ignore = [] if DEVICE == "cuda" else ["gpu"]  # what only a GPU can do
 
@@ -81,6 +85,28 @@ def k_of(name: str, k: int) -> int:
 
 
 all_cases = pytest.mark.parametrize(("name", "params"), CASES, ids=map(case_id, CASES))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if FAILURES and report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        lines = [line[2:] for line in report.longreprtext.splitlines() if line.startswith("E ")]
+        with open(FAILURES, "a") as file:
+            file.write(f"{report.nodeid}: {' '.join(lines)[:300] or report.longreprtext[-300:]!r}\n")
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """After an illegal access nothing runs on the GPU any more: end this worker, xdist starts another."""
+    report = yield
+    if report.failed and DEVICE == "cuda" and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            print(f"{item.nodeid}: {report.longreprtext[-500:]}", file=sys.__stderr__, flush=True)
+            os._exit(1)
+    return report
 
 
 @pytest.fixture

@@ -33,6 +33,8 @@ class Peer(Contestant):
     """`module`: what must be importable."""
 
     module = "torch"
+    #: most compile with nvcc, or search configurations of Triton's, at their first calls
+    patience, compiles = 240.0, True
 
     def unavailable(self) -> str | None:
         if importlib.util.find_spec(self.module) is None:
@@ -61,8 +63,11 @@ def same_weight(call: Callable[[Tensor], Tensor], p: PackedWeight, kind: str = "
 
 
 def contestants(only: set[str] | None = None) -> list[Contestant]:
-    """Those of every module here, or of the named ones."""
+    """Those of every module here, or of the named ones; a name with dots is a module from elsewhere."""
     found: list[Contestant] = []
+    for name in sorted(only or ()):
+        if "." in name:
+            found += importlib.import_module(name).CONTESTANTS
     for info in pkgutil.iter_modules(__path__):
         name = info.name.removesuffix("_")
         if only is None or name in only:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
+from qkernels.benchmark import race
 from qkernels.benchmark.race import Layer
 
 from . import EIGHT_BIT, FOUR_BIT, Peer, layer
 
 
 class Nf4(Peer):
-    module = "bitsandbytes"
+    module, compiles = "bitsandbytes", False
 
     def __init__(self, double_quant: bool) -> None:
         self.double_quant = double_quant
@@ -32,15 +35,20 @@ class Nf4(Peer):
 
 
 class Int8(Peer):
-    name, group, module = "bitsandbytes", "int8", "bitsandbytes"
+    """It waits for the GPU to say which columns have outliers, so no CUDA graph can capture it."""
+
+    name, group, module, compiles = "bitsandbytes", "int8", "bitsandbytes", False
+    graphs, outliers = False, race.OUTLIERS
 
     def prepare(self, weight: Tensor) -> Layer:
         import bitsandbytes as bnb
 
+        # It says at each call that it casts bfloat16 to float16, and that takes longer than the product.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         n, k = weight.shape
         linear = bnb.nn.Linear8bitLt(k, n, bias=False, has_fp16_weights=False, threshold=6.0)
         linear.load_state_dict({"weight": weight.half().cpu()})
-        return layer(linear.to(weight.device), n * k + 4 * n, weight, EIGHT_BIT, "int8")
+        return layer(linear.to(weight.device).eval(), n * k + 4 * n, weight, EIGHT_BIT, "int8")
 
 
 CONTESTANTS = [Nf4(False), Nf4(True), Int8()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,17 @@ GROUP = 128
 
 
 class GemLite(Peer):
+    """Its tuned configurations are looked up by the GPU's name. There are none for an H200: without a search of
+    minutes a shape it takes the H100's, the same processor."""
+
     name, module = "gemlite", "gemlite"
+
+    def _configure(self) -> None:
+        import gemlite
+        from gemlite.core import GemLiteLinear, get_default_cache_config
+
+        if get_default_cache_config() is None and torch.cuda.get_device_capability() == (9, 0):
+            GemLiteLinear.load_config(str(Path(gemlite.__file__).parent / "configs" / "h100.json"))
 
 
 class Int4(GemLite):
@@ -22,6 +34,7 @@ class Int4(GemLite):
     def prepare(self, weight: Tensor) -> Layer:
         from gemlite.helper import A16W4_HQQ_INT
 
+        self._configure()
         n, k = weight.shape
         grouped = weight.view(-1, GROUP)
         low, high = grouped.amin(1, keepdim=True), grouped.amax(1, keepdim=True)
@@ -43,6 +56,7 @@ class Dynamic(GemLite):
     def prepare(self, weight: Tensor) -> Layer:
         import gemlite.helper
 
+        self._configure()
         maker = getattr(gemlite.helper, self.maker)(device=str(weight.device), dtype=torch.bfloat16)
         return layer(maker.from_weights(weight.bfloat16()), weight.numel(), weight, EIGHT_BIT, self.kind)
 

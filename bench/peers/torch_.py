@@ -25,6 +25,7 @@ class _IntMM(nn.Module):
 
 
 class IntMM(Peer):
+    compiles = False
     name, group = "torch._int_mm", "w8a8"
 
     def takes(self, n: int, k: int, m: int) -> bool:
@@ -52,6 +53,7 @@ class _ScaledMM(nn.Module):
 
 
 class ScaledMM(Peer):
+    compiles = False
     name, group = "torch._scaled_mm", "fp8:activation=dynamic"
 
     def takes(self, n: int, k: int, m: int) -> bool:
@@ -83,6 +85,7 @@ class _TinyGemm(nn.Module):
 
 
 class TinyGemm(Peer):
+    compiles = False
     name, group = "torch tinygemm", "int4 g128"
 
     def takes(self, n: int, k: int, m: int) -> bool:

@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
 # Fetch peers into a folder (ignored by git) for a machine without network:
 #     bench/peers/wheels.sh [--only NAME,NAME...] [--list] [FOLDER]        FOLDER: .whl
-# For Python 3.12 on x86-64 Linux, without what that machine has: torch, triton, transformers, nvcc. Names are
-# those of bench/peers (bitsandbytes, torchao, humming, gemlite, gptqmodel, spqr_quant, fast_hadamard) and
-# `tools`, what running our own tests and tables takes. What has no wheel is carried as sources, which
-# `bench/gpu_run.sh OUT --part build` compiles. The last line says whether it all fits into one call of 64 MiB
+# For Python 3.12 on x86-64 Linux, without what that machine has: torch, triton, transformers, pytest with xdist
+# and timeout, hypothesis, typer, ninja, pybind11, nvcc. Names are those of bench/peers (bitsandbytes, torchao,
+# humming, gemlite, gptqmodel, spqr_quant, fast_hadamard). What has no wheel is carried as sources, which
+# `bench/gpu_run.sh OUT --part build` compiles. PyPI's sources of fast-hadamard-transform lack the kernels: where
+# FAST_HADAMARD is a folder with a checkout of its repository, that is packed instead. The last line says whether it all fits into one call of 64 MiB
 # with this checkout; --only leaves the large ones (bitsandbytes: 41 MiB) for a call of their own.
 # DeepGEMM is not here: PyPI's deep-gemm is an old one without the headers it compiles with.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-peers=(tools bitsandbytes torchao humming gemlite gptqmodel spqr_quant fast_hadamard)
+peers=(bitsandbytes torchao humming gemlite gptqmodel spqr_quant fast_hadamard)
 packages_of() { # what a peer needs, as NAME==VERSION or NAME
     case $1 in
-        tools) echo "pytest-xdist execnet hypothesis sortedcontainers safetensors typer rich markdown-it-py mdurl pygments gguf" ;;
         bitsandbytes) echo "bitsandbytes==0.50.2" ;;
         torchao) echo "torchao==0.18.0" ;;
         humming) echo "humming-kernels==0.1.19" ;;
         gemlite) echo "gemlite==0.6.0.post2" ;;
-        gptqmodel) echo "gptqmodel==7.7.0 logbar device-smi pypcre tokenicer defuser threadpoolctl dill" ;;
+        gptqmodel) echo "gptqmodel==7.7.0 logbar device-smi tokenicer defuser threadpoolctl dill" ;;
         spqr_quant) echo "spqr-quant==0.2.0" ;;
         fast_hadamard) echo "fast-hadamard-transform==1.1.0" ;;
         *) return 1 ;;
@@ -60,6 +60,10 @@ failed=()
 for peer in "${peers[@]}"; do
     wanted=$(packages_of "$peer") || { echo "no peer $peer; --list names them" >&2 && exit 2; }
     for package in $wanted; do
+        if [ "$peer" = fast_hadamard ] && [ -n "${FAST_HADAMARD:-}" ]; then
+            tar -C "$(dirname "$FAST_HADAMARD")" --exclude .git -czf "$folder/fast_hadamard_transform.tar.gz" \
+                "$(basename "$FAST_HADAMARD")" && echo "$peer: $FAST_HADAMARD" && continue
+        fi
         if wheel "$package" || pure "$package" || sources "$package"; then
             echo "$peer: $package"
         else

@@ -8,6 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -40,10 +41,20 @@ class Layer:
 
 
 class Contestant(ABC):
-    """Somebody's product with weights in somebody's format. `group` names those that race each other."""
+    """Somebody's product with weights in somebody's format. `group` names those that race each other.
+
+    graphs: whether a CUDA graph can capture the product; one that waits for the GPU cannot be. outliers: share
+    of the columns of x that are far larger than the others, for all of a group. compiles: whether the first
+    calls compile kernels that other processes find in a cache. patience: seconds after which no answer from
+    preparing a weight or from timing one number of rows means that it hangs.
+    """
 
     name: str
     group: str
+    graphs = True
+    outliers = 0.0
+    compiles = False
+    patience = 45.0
 
     def unavailable(self) -> str | None:
         """Why it cannot run here, or None."""
@@ -63,8 +74,9 @@ class Dense(Contestant):
     name, group = "torch bf16", "dense"
 
     def prepare(self, weight: Tensor) -> Layer:
-        linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=torch.bfloat16)
-        linear = linear.to(weight.device).requires_grad_(False)
+        linear = torch.nn.Linear(
+            weight.shape[1], weight.shape[0], bias=False, dtype=torch.bfloat16, device=weight.device
+        ).requires_grad_(False)
         linear.weight.copy_(weight)
         return Layer(linear, weight.numel() * 2, lambda x: x.double() @ linear.weight.double().T, 0.01)
 
@@ -72,11 +84,14 @@ class Dense(Contestant):
 #: formats of ours -> what others call theirs
 GROUPS = {
     "gptq:bits=4,group_size=128": "int4 g128",
-    "gptq:bits=4,group_size=128,act_order=true": "int4 g128",
     "gptq:bits=4,group_size=128,symmetric=false": "int4 g128",
     "awq:group_size=128": "int4 g128",
     "gptq:bits=8,group_size=128": "int8 g128",
 }
+
+
+#: of x for LLM.int8(), which exists for their sake: DESIGN section 6 asks for its speed with them
+OUTLIERS = 0.005
 
 
 class Ours(Contestant):
@@ -85,6 +100,8 @@ class Ours(Contestant):
         spec = str(FormatSpec(format, params))
         self.name = f"qkernels {backend} {spec}"
         self.group = GROUPS.get(spec, spec)
+        self.compiles = backend == "triton"
+        self.outliers = OUTLIERS if format == "int8" else 0.0
 
     def prepare(self, weight: Tensor) -> Layer:
         packed = quantize(weight, self.format, **self.params)
@@ -109,8 +126,8 @@ class Ours(Contestant):
 @dataclass
 class Row:
     """One timed product; times in microseconds. `chain`: one of many that follow each other, which all
-    other figures are about; `alone`: from a cold start. `bandwidth`: GB/s of packed bytes. `error`:
-    relative, before timing. `failed`: why there are no times."""
+    other figures are about; `alone`: from a cold start. `eager`: started by the host, not from a CUDA graph.
+    `bandwidth`: GB/s of packed bytes. `error`: relative, before timing. `failed`: why there are no times."""
 
     contestant: str
     group: str
@@ -129,6 +146,7 @@ class Row:
     predicted: float | None = None
     limit: str = ""
     failed: str = ""
+    eager: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,25 +163,68 @@ def run(
     settings: Settings,
 ) -> Iterator[Row]:
     """Time every contestant on every shape and number of rows; the dense product goes first."""
+    dense: dict[tuple[int, int, int], float] = {}
+    for shape in shapes:
+        for contestant in [Dense(), *contestants]:
+            yield from case(contestant, shape, rows, settings, dense)
+
+
+def case(
+    contestant: Contestant,
+    shape: tuple[int, int],
+    rows: list[int],
+    settings: Settings,
+    dense: dict[tuple[int, int, int], float],
+) -> Iterator[Row]:
+    """Time one contestant on one shape. `dense`, (N, K, M) -> microseconds, is what speeds are relative to;
+    the dense product fills it in."""
     gpu = roofline.find(torch.cuda.get_device_name()) if settings.device == "cuda" else None
-    field = [Dense(), *contestants]
-    for n, k in shapes:
-        generator = torch.Generator(settings.device).manual_seed(settings.seed)
-        weight = torch.randn(n, k, device=settings.device, generator=generator) / k**0.5
-        inputs = {m: torch.randn(m, k, device=settings.device, generator=generator).bfloat16() for m in rows}
-        dense: dict[int, float] = {}
-        for contestant in field:
-            taken = [m for m in rows if contestant.takes(n, k, m)]
-            for row in _race(contestant, weight, {m: inputs[m] for m in taken}, settings):
-                if row.chain is not None:
-                    if contestant is field[0]:
-                        dense[row.m] = row.chain
-                    row.speedup = dense[row.m] / row.chain
-                    if gpu is not None:
-                        kind = row.limit or "bf16"
-                        found = roofline.estimate(gpu, (n, k), row.m, row.nbytes, kind=kind)
-                        row.predicted, row.limit = found.seconds * 1e6, found.limit
-                yield row
+    weight = _weight(shape, settings)
+    inputs = {m: _input(shape[1], m, settings, contestant.outliers) for m in taken(contestant, shape, rows)}
+    for row in _race(contestant, weight, inputs, settings):
+        if row.chain is not None:
+            place = (*shape, row.m)
+            if isinstance(contestant, Dense):
+                dense[place] = row.chain
+            if place in dense:
+                row.speedup = dense[place] / row.chain
+            if gpu is not None:
+                found = roofline.estimate(gpu, shape, row.m, row.nbytes, kind=row.limit or "bf16")
+                row.predicted, row.limit = found.seconds * 1e6, found.limit
+        yield row
+
+
+def taken(contestant: Contestant, shape: tuple[int, int], rows: list[int]) -> list[int]:
+    """The numbers of rows that the contestant takes."""
+    return [m for m in rows if contestant.takes(*shape, m)]
+
+
+def warm(contestant: Contestant, shape: tuple[int, int], rows: list[int], settings: Settings) -> None:
+    """Call it once for each number of rows, so that what it compiles lies on disk."""
+    if contestant.unavailable() is not None:
+        return
+    with torch.no_grad():
+        made = contestant.prepare(_weight(shape, settings))
+    with torch.inference_mode():
+        for m in taken(contestant, shape, rows):
+            made.call(_input(shape[1], m, settings, contestant.outliers))
+    if settings.device == "cuda":
+        torch.cuda.synchronize()
+
+
+@lru_cache(maxsize=1)
+def _weight(shape: tuple[int, int], settings: Settings) -> Tensor:
+    generator = torch.Generator(settings.device).manual_seed(settings.seed)
+    return torch.randn(shape, device=settings.device, generator=generator) / shape[1] ** 0.5
+
+
+@lru_cache(maxsize=32)
+def _input(k: int, m: int, settings: Settings, outliers: float) -> Tensor:
+    generator = torch.Generator(settings.device).manual_seed(settings.seed + m)
+    x = torch.randn(m, k, device=settings.device, generator=generator)
+    if outliers:
+        x[:, :: round(1 / outliers)] *= 20
+    return x.bfloat16()
 
 
 def _race(
@@ -188,23 +249,37 @@ def _race(
             continue
         try:
             with torch.inference_mode():
-                _time(row, layers, x, settings)
+                _time(row, contestant, layers, x, settings)
         except Exception as error:
             row.failed = " ".join(f"failed: {type(error).__name__}: {error}".split())[:300]
+            if contestant.graphs and "captur" in row.failed:
+                contestant.graphs = False
+                _eager(row, contestant, layers, x, settings)
         yield row
 
 
-def _time(row: Row, layers: list[Layer], x: Tensor, settings: Settings) -> None:
+def _eager(row: Row, contestant: Contestant, layers: list[Layer], x: Tensor, settings: Settings) -> None:
+    """Once more, without a CUDA graph, for one who cannot be captured; with its first failure if that fails."""
+    why, row.failed = row.failed, ""
+    try:
+        with torch.inference_mode():
+            _time(row, contestant, layers, x, settings)
+    except Exception:
+        row.failed = why
+
+
+def _time(row: Row, contestant: Contestant, layers: list[Layer], x: Tensor, settings: Settings) -> None:
     first = layers[0]
     row.nbytes = first.nbytes
     want = first.want(x)
     row.error = float((first.call(x).to(want.dtype) - want).norm() / want.norm())
     if not row.error < first.tolerance:
         raise RuntimeError(f"wrong result, not timed: relative error {row.error:.3g}")
+    del want
     calls = [lambda layer=layer: layer.call(x) for layer in layers]
-    found = timing.chain(calls, settings.device, settings.repeats)
-    row.chain, row.spread = found
-    row.alone = timing.alone(calls[0], settings.device, settings.repeats).median
+    found = timing.chain(calls, settings.device, settings.repeats, contestant.graphs)
+    row.chain, row.spread, row.eager = *found, not contestant.graphs
+    row.alone = timing.alone(calls[0], settings.device, settings.repeats, contestant.graphs).median
     row.kernel = first.kernel(row.m)
     row.bandwidth = first.nbytes / found.median / 1e3
     row.tflops = 2 * row.m * row.n * row.k / found.median / 1e6
@@ -244,10 +319,12 @@ def _driver() -> dict[str, str]:
     return dict(zip(fields, (part.strip() for part in said.splitlines()[0].split(",")), strict=False))
 
 
-def report_of(rows: list[Row], settings: Settings) -> dict[str, Any]:
-    """JSON-able: where, when, and every row."""
+def report_of(
+    rows: list[Row], copy_bandwidth: float | None, measured: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """JSON-able: where (`measured`, or `environment` now), how fast a large copy is, and every row."""
     return {
-        "environment": environment(),
-        "copy_bandwidth": timing.copy_bandwidth(settings.device),
+        "environment": measured or environment(),
+        "copy_bandwidth": copy_bandwidth,
         "results": [asdict(row) for row in rows],
     }

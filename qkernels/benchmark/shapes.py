@@ -48,6 +48,19 @@ SUITES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     ],
     "dense": [("bf16", {})],
 }
+#: what others have, too; a suite of its own, in which nothing is that is not in another
+SUITES["peers"] = [
+    ("gptq", {"bits": 4, "group_size": 128}),
+    ("nf4", {}),
+    ("w8a8", {}),
+    ("fp8", {"activation": "dynamic"}),
+    ("int8", {}),
+    ("nf4", {"double_quant": True}),
+    ("gptq", {"bits": 8, "group_size": 128}),
+    ("fp8", {"activation": "dynamic", "granularity": "block"}),
+    ("fp8", {}),
+    ("spqr", {}),
+]
 
 
 def shapes_of(names: str) -> list[tuple[int, int]]:
@@ -72,5 +85,5 @@ def formats_of(suites: str) -> list[tuple[str, dict[str, Any]]]:
     names = [part.strip() for part in suites.split(",")]
     if not all(name in SUITES or name == "all" for name in names):
         return [(spec.name, spec.params) for spec in parse_specs(suites)]
-    chosen = [s for s in SUITES if s in names or "all" in names]
+    chosen = [s for s in SUITES if s in names or ("all" in names and s != "peers")]
     return [case for suite in chosen for case in SUITES[suite] if case[0] in formats.names()]

@@ -49,26 +49,42 @@ def graph_of(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def chain(calls: Sequence[Call], device: str, repeats: int) -> Time:
-    """One call out of `calls` that follow each other, as a model's layers do."""
+def chain(calls: Sequence[Call], device: str, repeats: int, graphs: bool = True) -> Time:
+    """One call out of `calls` that follow each other, as a model's layers do.
+
+    graphs: replayed from a CUDA graph; without, started by the host, whose time is in it if it is the slower.
+    """
     if device == "cpu":
         return _on_cpu(calls[0], repeats)
-    graph = graph_of(calls)
-    graph.replay()
-    return of_samples([_seconds(graph.replay) * 1e6 / len(calls) for _ in range(repeats)])
+    run = _started(calls, graphs)
+    run()
+    return of_samples([_seconds(run) * 1e6 / len(calls) for _ in range(repeats)])
 
 
-def alone(call: Call, device: str, repeats: int) -> Time:
+def alone(call: Call, device: str, repeats: int, graphs: bool = True) -> Time:
     """A call that nothing precedes, from a cold L2 cache."""
     if device == "cpu":
         return _on_cpu(call, repeats)
-    graph = graph_of([call])
+    run = _started([call], graphs)
     flush = torch.empty(COLD_BYTES, dtype=torch.uint8, device=device)
     samples = []
     for _ in range(repeats):
         flush.zero_()
-        samples.append(_seconds(graph.replay) * 1e6)
+        samples.append(_seconds(run) * 1e6)
     return of_samples(samples)
+
+
+def _started(calls: Sequence[Call], graphs: bool) -> Call:
+    """Starts all of `calls`."""
+    if graphs:
+        return graph_of(calls).replay
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    run()
+    return run
 
 
 def _seconds(run: Call) -> float:

@@ -36,7 +36,7 @@ def bench(
     """
     import torch
 
-    from ..benchmark import race
+    from ..benchmark import race, timing
     from ..benchmark import shapes as known
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,7 +51,7 @@ def bench(
             found.append(row)
             report(len(found), total)
     if json:
-        common.write_json(race.report_of(found, settings))
+        common.write_json(race.report_of(found, timing.copy_bandwidth(device)))
     else:
         common.write_table(f"on {device}", COLUMNS, [_cells(row) for row in found])
     failed = [row for row in found if row.failed]

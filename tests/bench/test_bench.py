@@ -132,12 +132,26 @@ def test_report(tmp_path: Path) -> None:
     rows.append(vars(race.Row("gone", "g", 64, 128, 1, failed="not installed")))
     speeds = report.mean_speedups(rows)
     assert speeds["qkernels a"] == pytest.approx({"decode": 2.0, "middle": 1.25})
-    assert report.against_peers(rows) == [("g", "qkernels a / peer", 0.5, "64x128, M=64")]
+    (peer,) = targets.peers([], {"results": rows})[:1]
+    assert peer == ("peer", "g", 0.5, "64x128, M=64", "")
     made = {"environment": race.environment(), "copy_bandwidth": None, "results": rows}
-    page = report.write(json.loads(json.dumps(made)), tmp_path).read_text()
+    page = report.write([json.loads(json.dumps(made))], tmp_path / "REPORT.md").read_text()
     assert "| qkernels a | 2.00 | 1.25 |" in page.replace("|  |", "|")
-    assert "| gone | not installed |" in page
-    assert (tmp_path / "64x128.png").read_bytes().startswith(b"\x89PNG")
+    assert "| gone | g | not installed |" in page
+
+
+def test_pictures_are_of_each_family(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [synthetic("nf4", m, 10 * m, 30 * m) for m in (1, 64)]
+    rows += [{**one, "contestant": "peer"} for one in rows]
+    families = report._families(rows)
+    assert {name: [one["contestant"] for one in ones] for name, ones in families.items()} == {
+        "4-bit weight-only": ["ours nf4", "ours nf4", "peer [nf4]", "peer [nf4]"]
+    }
+    assert report.pictures([{**one, "predicted": 5.0} for one in rows], 4000.0, tmp_path / "x.md") == [
+        "8192x8192.png"
+    ]
+    assert (tmp_path / "8192x8192.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_host_overhead_is_measured_with_a_kernel_that_does_nothing() -> None:
@@ -188,6 +202,9 @@ def test_what_falls_short_of_the_targets_worst_first() -> None:
     rows.append({**synthetic(four, 1, 10, 100), "contestant": "marlin"})
     made = {"environment": {"gpu": "synthetic"}, "copy_bandwidth": copy, "results": rows}
     found = targets.findings(made)
+    # Who has no peer is there without a ratio, last.
+    assert [one.format for one in found if one.measured is None] == ["quip_sharp:bits=4"]
+    found = found[:-1]
     assert [(str(one.target), round(one.measured, 3), one.where) for one in found] == [
         ("every format, M>=1: 1 x the fastest peer", 0.5, "8192x8192, M=1"),
         ("4-bit weight-only, M>=1024: 0.95 x torch bf16", 0.5, "8192x8192, M=1024"),
@@ -206,18 +223,48 @@ def test_what_falls_short_of_the_targets_worst_first() -> None:
     missing = [str(target) for target in targets.unmeasured(made)]
     assert "SpQR, M=1: 1.5 x torch bf16" in missing
     assert not any(text.startswith("4-bit") for text in missing)
-    text = "\n".join(report.against_targets(made))
-    short, met = text.split("## What reaches its target")
-    assert short.count("| 50% |") == 1, "the peer's; 0.5 / 0.95 = 53%, 0.5 / 0.9 = 56%, 0.5 / 0.8 = 62%"
-    assert "| 53% |" in short
-    assert "M=64" not in short
-    assert "| 100% |" in met
+    text = "\n".join(report.verdict([made]))
+    table, peers_table, every = (
+        text.split("## Against peers")[0],
+        *text.split("## Against peers")[1].split("## Every"),
+    )
+    assert table.count("**50%**") == 1, "the peer's; 0.5 / 0.95 = 53%, 0.5 / 0.9 = 56%, 0.5 / 0.8 = 62%"
+    assert (
+        table.index("**50%**")
+        < table.index("**53%**")
+        < table.index("| 100% |")
+        < table.index("| not measured |")
+    )
+    assert "| SpQR, M=1: 1.5 x torch bf16 | not measured |" in table
+    assert f"**3 of {len(targets.TARGETS)} targets are reached by every format, 4 are not" in table
+    assert "| marlin | int4 g128 | **0.50** | 8192x8192, M=1 |" in peers_table
+    assert "| gone | int4 g128 | missing | not installed |" in peers_table
+    assert "| humming | w8a8 | missing | was not raced |" in peers_table
+    assert "| 53% |" in every
+    assert "M=64" not in every
+
+
+def test_ratios_are_within_one_report() -> None:
+    """Two machines, the second twice as fast: its peers are not what the first is held to."""
+    slow, fast = ([synthetic("nf4", 1, chain, 60)] for chain in (40, 20))
+    fast.append({**synthetic("nf4", 1, 20, 60), "contestant": "bitsandbytes"})
+    reports = [
+        {"environment": {"gpu": str(number)}, "copy_bandwidth": 1.0, "results": rows}
+        for number, rows in enumerate((slow, fast))
+    ]
+    found = {one.target.metric: one for one in targets.findings(*reports)}
+    assert found["peers"].measured == 1.0
+    assert found["speedup"].measured == 1.5
+    (unmatched,) = [one for one in targets.findings(reports[0]) if one.target.metric == "peers"]
+    assert (unmatched.measured, unmatched.reached) == (None, None)
+    assert [str(t) for t in targets.unmeasured(reports[0]) if t.metric == "peers"]
+    assert not [t for t in targets.unmeasured(*reports) if t.metric == "peers"]
 
 
 def test_without_a_gpu_the_targets_are_not_judged() -> None:
     rows = [synthetic("nf4", 1, 1, 100)]
     made = {"environment": {"gpu": None}, "copy_bandwidth": None, "results": rows}
-    assert "No GPU measured" in "\n".join(report.against_targets(made))
+    assert "No GPU measured" in "\n".join(report.verdict([made]))
 
 
 def test_every_target_belongs_to_a_format_that_is_raced() -> None:
@@ -237,6 +284,7 @@ def gpu_run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 
 def test_gpu_run_says_what_is_wrong(tmp_path: Path) -> None:
     assert "usage: bench/gpu_run.sh OUT" in gpu_run().stderr
+    assert "usage: bench/gpu_run.sh OUT" in gpu_run(str(tmp_path), "--lunch").stderr
     wrong = gpu_run(str(tmp_path), "--part", "lunch")
     assert (wrong.returncode, "no part lunch" in wrong.stderr) == (2, True)
     if not torch.cuda.is_available():
@@ -261,16 +309,17 @@ def test_gpu_run_walks_its_parts_without_a_gpu(tmp_path: Path) -> None:
 def test_every_part_is_one_the_command_line_knows() -> None:
     """What gpu_run.sh passes to `python -m bench` must parse: a typo would show on the GPU alone."""
     text = (Path(__file__).parents[2] / "bench" / "gpu_run.sh").read_text().replace("\\\n", " ")
-    races = [shlex.split(line.split(" race ", 1)[1]) for line in text.splitlines() if " race " in f" {line}"
-             and "--suite" in line]  # fmt: skip
+    races = [shlex.split(line.split("race ", 1)[1]) for line in text.splitlines() if "--suite" in line]
     assert len(races) >= 5
     for words in races:
-        options = dict(zip(words[1::2], words[2::2], strict=False))
+        words = words[: words.index(";;")] if ";;" in words else words
+        assert int(words[1]) <= 530, "a machine's command may take 600 seconds"
+        options = dict(zip(words[2::2], words[3::2], strict=True))
         suite = words[0] if options["--suite"] == "$part" else options["--suite"]
         for name in ("weight_only", "eight_bit") if suite == "$part" else (suite,):
             assert shapes.formats_of(name)
         assert shapes.shapes_of(options["--shapes"])
-        assert options["--peers"] in ("all", "none")
+        assert options["--peers"] in ("all", "none", "torch")
         assert set(options.get("--backend", "triton").split(",")) <= set(dispatch.BACKENDS)
 
 

@@ -109,7 +109,7 @@ def extra_bytes(run: Any, p: qk.PackedWeight, m: int, invariant: bool) -> int:
 def weights() -> dict[str, qk.PackedWeight]:
     made = {}
     for name, params in COPYING:
-        p = qk.quantize(torch.randn(128, k_of(name, 512)), name, **params)
+        p = qk.quantize(torch.randn(128, k_of(name, 512)), name, **params).to(DEVICE)
         made[case_id((name, params))] = p.prepack_(qk.formats.get(name).kernel_layout(p.params))
     return made
 
