@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import qkernels as qk
-from qkernels.backends import cuda
-from qkernels.backends.cuda import calls, eight_bit, hopper, transforms
+from qkernels.backends.cuda import calls, eight_bit, hopper, launch, transforms
 from qkernels.layouts import weight_only as layout
 
 from ..conftest import DEVICE, case_id, k_of
@@ -134,7 +133,7 @@ def test_products_between_transforms_round_in_float32_alone(
 
 def test_what_a_kernel_is_not_made_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Float32 results from kernels that have none, and the other way round; scales that change along K; a bias."""
-    execute = cuda.execute
+    real = launch.Launch.__call__
     for name, field, value, why in (
         ("nf4", "is_float", 1, "float32 results for weights with transforms alone"),
         ("quip", "is_float", 0, "float32 results for weights with transforms alone"),
@@ -144,13 +143,13 @@ def test_what_a_kernel_is_not_made_for_is_refused(monkeypatch: pytest.MonkeyPatc
         p = qk.quantize(torch.randn(4, 512), name).to(DEVICE)
 
         def other(
-            kernel: str, call: calls.Call, *rest: object, field: str = field, value: int = value
+            self: launch.Launch, *tensors: torch.Tensor, field: str = field, value: int = value
         ) -> None:
-            if isinstance(call, calls.WeightOnlyCall):
-                setattr(call.args, field, value)
-            execute(kernel, call, *rest)
+            if isinstance(self.call, calls.WeightOnlyCall):
+                setattr(self.call.args, field, value)
+            real(self, *tensors)
 
-        monkeypatch.setattr(cuda, "execute", other)
+        monkeypatch.setattr(launch.Launch, "__call__", other)
         with pytest.raises(RuntimeError, match=why):
             qk.matmul(torch.randn(130, 512).half().to(DEVICE), p, backend="cuda")
 

@@ -9,8 +9,7 @@ import torch
 
 import qkernels as qk
 from qkernels import dispatch
-from qkernels.backends import cuda
-from qkernels.backends.cuda import eight_bit, gemm, hopper, weight_only
+from qkernels.backends.cuda import eight_bit, gemm, hopper, launch, weight_only
 from qkernels.backends.triton import workspace
 
 from ..conftest import DEVICE, k_of
@@ -91,14 +90,14 @@ def test_explain_names_the_shares_that_run(
     p = qk.quantize(torch.randn(40, k), name, **params).to(DEVICE).prepack_("weight_only")
     x = torch.randn(m, k).half().to(DEVICE)
     launched: list[int] = []
-    real = cuda.execute
+    real = launch.Launch.__call__
 
-    def execute(kernel: str, call: Any, *rest: Any) -> None:
-        if kernel.startswith("weight_only"):
-            launched.append(call.grid_y)
-        real(kernel, call, *rest)
+    def noting(self: launch.Launch, *tensors: torch.Tensor) -> None:
+        if self.name.startswith("weight_only"):
+            launched.append(self.call.grid_y)
+        real(self, *tensors)
 
-    monkeypatch.setattr(cuda, "execute", execute)
+    monkeypatch.setattr(launch.Launch, "__call__", noting)
     problem = dispatch.problem_of(p, m, x.dtype, x.device)
     words = module.configuration(problem)
     y = module.run(x, p, None, problem)
