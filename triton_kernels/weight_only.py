@@ -36,6 +36,7 @@ and with the same SHARES and block sizes along K not with the way of splitting o
 import triton
 import triton.language as tl
 
+from .blocks import all_shares, grouped
 from .launchable import kernel
 
 
@@ -249,16 +250,11 @@ def weight_only_gemm(
     INDEXED: x is gathered through perm. UPCAST: compute in float32, for triton's interpreter, which
     takes bfloat16 for integers. Grid: (blocks of N x blocks of M, SPLIT_K).
     """
-    # Programs that run together share rows of W and columns of x: GROUP_N blocks of N at a time.
     blocks_n = tl.cdiv(N, BLOCK_N)
     blocks_m = tl.cdiv(M, BLOCK_M)
     pid = tl.program_id(0)
-    first_n = pid // (GROUP_N * blocks_m) * GROUP_N
-    together = tl.minimum(blocks_n - first_n, GROUP_N)
-    pid_n = first_n + pid % (GROUP_N * blocks_m) % together
-    pid_m = pid % (GROUP_N * blocks_m) // together
+    pid_n, pid_m = grouped(pid, blocks_n, blocks_m, GROUP_N)
 
-    r = tl.arange(0, BLOCK_N)
     m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     tiles = tl.cdiv(KP, 16 * (32 // WIDTH))
     share = tl.cdiv(tiles, SHARES)
@@ -284,20 +280,9 @@ def weight_only_gemm(
 
     last = True
     if SPLIT_K > 1:
-        inside = r[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-        blocks = blocks_n * blocks_m
-        mine = (tl.program_id(1) * blocks + pid).to(tl.int64) * (BLOCK_N * BLOCK_M)
-        tl.store(partial_ptr + mine + inside, acc, cache_modifier=".cg")
-        tl.debug_barrier()  # all of this program's stores, before one thread says so
-        last = tl.atomic_add(counter_ptr + pid, 1, sem="acq_rel") == SPLIT_K - 1
-        if last:
-            tl.store(counter_ptr + pid, 0)  # as the next call wants to find it
-            acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-            for s in range(SPLIT_K):
-                theirs = (s * blocks + pid).to(tl.int64) * (BLOCK_N * BLOCK_M)
-                acc += tl.load(partial_ptr + theirs + inside, cache_modifier=".cg")
+        acc, last = all_shares(acc, pid, blocks_n * blocks_m, partial_ptr, counter_ptr, SPLIT_K)
     if last:
-        rows = pid_n * BLOCK_N + _memory_row(r, BLOCK_N, WARPS)
+        rows = pid_n * BLOCK_N + _memory_row(tl.arange(0, BLOCK_N), BLOCK_N, WARPS)
         if HAS_BIAS:
             acc += tl.load(bias_ptr + rows, mask=rows < N, other=0).to(tl.float32)[:, None]
         y = y_ptr + m.to(tl.int64)[None, :] * N + rows[:, None]
