@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNEL, DECODERS, SCALERS = (f"triton_kernels/{f}.py" for f in ("weight_only", "decoders", "scalers"))
 LAYOUT, LAUNCH = "qkernels/layouts/weight_only.py", "qkernels/backends/triton/weight_only.py"
 GEMM8, ACTIVATIONS = "triton_kernels/eight_bit.py", "triton_kernels/activations.py"
+BLOCKS = "triton_kernels/blocks.py"
 LAYOUT8, LAUNCH8 = "qkernels/layouts/eight_bit.py", "qkernels/backends/triton/eight_bit.py"
 
 WORK = "qkernels/backends/work.py"
@@ -50,10 +51,10 @@ WEIGHT_ONLY = [
     (KERNEL, "kk = first + part * RUN", "kk = first"),
     (KERNEL, "_columns(x_rows, perm_ptr, first + tl.arange(0, TILE)", "_columns(x_rows, perm_ptr, tl.arange(0, TILE)"),
     (KERNEL, "begin = tl.program_id(1) * share", "begin = 0"),
-    (KERNEL, "for s in range(SPLIT_K):", "for s in range(SPLIT_K - 1):"),
-    (KERNEL, "tl.store(counter_ptr + pid, 0)", "tl.store(counter_ptr + pid, 1)"),
+    (BLOCKS, "for s in range(SPLIT_K):", "for s in range(SPLIT_K - 1):"),
+    (BLOCKS, "tl.store(counter_ptr + pid, 0)", "tl.store(counter_ptr + pid, 1)"),
     (KERNEL, "for s in range(SHARES):", "for s in range(1, SHARES):"),
-    (KERNEL, "together = tl.minimum(blocks_n - first_n, GROUP_N)", "together = GROUP_N"),
+    (BLOCKS, "together = tl.minimum(blocks_n - first_n, GROUP_N)", "together = GROUP_N"),
     (KERNEL, "found += tl.load(bias_ptr + rows", "found += 0 * tl.load(bias_ptr + rows"),
     (KERNEL, "mask=(rows < N)[:, None] & (columns < M)", "mask=(rows < N - 1)[:, None] & (columns < M)"),
     (KERNEL, "mask=live[:, None] & wanted, other=0)", "mask=live[:, None] & (wanted == 0), other=0)"),
@@ -83,7 +84,7 @@ REPLAY = [
     (WORK, "self.made(self._y)", "pass"),
     ("qkernels/backends/cuda/launch.py", "bases[base] + offset", "bases[base]"),
     ("qkernels/backends/cuda/launch.py", "words[word] = stream", "words[word] = 0"),
-    ("qkernels/ops.py", "known[0]() is storage[0]", "True"),
+    ("qkernels/ops.py", "weakref.ref(first, lambda _: forget())", "weakref.ref(first)"),
 ]  # fmt: skip
 
 EIGHT_BIT = [
@@ -102,10 +103,10 @@ EIGHT_BIT = [
     (GEMM8, "x -= coded * scale", "x -= coded * 0"),
     (GEMM8, "tl.where(tl.abs(x) >= threshold, x, 0.0)", "x"),
     (GEMM8, "begin = tl.program_id(1) * share", "begin = 0"),
-    (GEMM8, "for s in range(SPLIT_K):", "for s in range(SPLIT_K - 1):"),
+    (BLOCKS, "for s in range(SPLIT_K):", "for s in range(SPLIT_K - 1):"),
     (GEMM8, "for s in range(SHARES):", "for s in range(1, SHARES):"),
-    (GEMM8, "tl.store(counter_ptr + pid, 0)", "tl.store(counter_ptr + pid, 1)"),
-    (GEMM8, "together = tl.minimum(blocks_n - first_group, GROUP_N)", "together = GROUP_N"),
+    (BLOCKS, "tl.store(counter_ptr + pid, 0)", "tl.store(counter_ptr + pid, 1)"),
+    (BLOCKS, "together = tl.minimum(blocks_n - first_n, GROUP_N)", "together = GROUP_N"),
     (GEMM8, "y += tl.load(bias_ptr + n)", "y += 0 * tl.load(bias_ptr + n)"),
     (GEMM8, "mask=(n < N)[:, None] & (m < M)[None, :])", "mask=(n < N - 1)[:, None] & (m < M)[None, :])"),
     (ACTIVATIONS, "(value + 12582912.0) - 12582912.0", "(value + 12582912.25) - 12582912.0"),
@@ -268,7 +269,7 @@ EXPERTS = [
     (EXPERTS_KERNEL, "mask=rest < own * BLOCK_M)", "mask=rest < own)"),
     (EXPERTS_KERNEL, "i * 0 - 1, mask", "i * 0, mask"),
     (EXPERTS_KERNEL, "bins < mine, blocks, 0", "bins <= mine, blocks, 0"),
-    (EXPERTS_KERNEL, "together = tl.minimum(blocks_n - first_n, GROUP_N)", "together = GROUP_N"),
+    (BLOCKS, "together = tl.minimum(blocks_n - first_n, GROUP_N)", "together = GROUP_N"),
     (EXPERTS_KERNEL, "pointers[0] + expert * strides[0]", "pointers[0]"),
     (EXPERTS_KERNEL, "pointers[i] + expert * strides[i]", "pointers[i]"),
     (EXPERTS_KERNEL, "bias_ptr + expert * N + rows", "bias_ptr + rows"),

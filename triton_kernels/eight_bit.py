@@ -24,6 +24,7 @@ import os
 import triton
 import triton.language as tl
 
+from .blocks import all_shares, grouped
 from .early import fetch, let_next_begin, wait_for_last
 from .launchable import kernel
 
@@ -157,14 +158,11 @@ def eight_bit_gemm(
     AHEAD: steps of W fetched before x is waited for (early.py). Grid: (blocks of N x blocks of M, SPLIT_K).
     """
     let_next_begin(EARLY)
-    # Programs that run together share rows of W and of x: GROUP_N blocks of N at a time.
     blocks_n = tl.cdiv(N, BLOCK_N)
     blocks_m = tl.cdiv(M, BLOCK_M)
     pid = tl.program_id(0)
-    first_group = pid // (GROUP_N * blocks_m) * GROUP_N
-    together = tl.minimum(blocks_n - first_group, GROUP_N)
-    first_n = (first_group + pid % (GROUP_N * blocks_m) % together) * BLOCK_N
-    first_m = pid % (GROUP_N * blocks_m) // together * BLOCK_M
+    pid_n, pid_m = grouped(pid, blocks_n, blocks_m, GROUP_N)
+    first_n, first_m = pid_n * BLOCK_N, pid_m * BLOCK_M
 
     r = tl.arange(0, BLOCK_N)
     c = tl.arange(0, BLOCK_M)
@@ -195,18 +193,7 @@ def eight_bit_gemm(
 
     last = True
     if SPLIT_K > 1:
-        inside = r[:, None] * BLOCK_M + c[None, :]
-        blocks = blocks_n * blocks_m
-        mine = (tl.program_id(1) * blocks + pid).to(tl.int64) * (BLOCK_N * BLOCK_M)
-        tl.store(partial_ptr + mine + inside, acc, cache_modifier=".cg")
-        tl.debug_barrier()  # all of this program's stores, before one thread says so
-        last = tl.atomic_add(counter_ptr + pid, 1, sem="acq_rel") == SPLIT_K - 1
-        if last:
-            tl.store(counter_ptr + pid, 0)  # as the next call wants to find it
-            acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=acc.dtype)
-            for s in range(SPLIT_K):
-                theirs = (s * blocks + pid).to(tl.int64) * (BLOCK_N * BLOCK_M)
-                acc += tl.load(partial_ptr + theirs + inside, cache_modifier=".cg")
+        acc, last = all_shares(acc, pid, blocks_n * blocks_m, partial_ptr, counter_ptr, SPLIT_K)
     if last:
         if HAS_ZERO:
             acc -= tl.load(row_sum_ptr + n)[:, None] * tl.load(zero_ptr).to(tl.int32)

@@ -16,6 +16,7 @@ in a leading dimension), and where rows of y go. K is never split: with experts 
 import triton
 import triton.language as tl
 
+from .blocks import grouped
 from .early import let_next_begin, wait_for_last
 from .eight_bit import STEP
 from .eight_bit import _accumulate as _accumulate_codes
@@ -74,12 +75,7 @@ def _place(experts_ptr, slots_ptr, N, BLOCKS, BLOCK_M: tl.constexpr, BLOCK_N: tl
            GROUP_N: tl.constexpr):  # fmt: skip
     """This program's block of N, its expert, and its slots. GROUP_N blocks of N run next to each other,
     and share the rows of x and, with the blocks of slots of the same expert, those of W."""
-    blocks_n = tl.cdiv(N, BLOCK_N)
-    pid = tl.program_id(0)
-    first_n = pid // (GROUP_N * BLOCKS) * GROUP_N
-    together = tl.minimum(blocks_n - first_n, GROUP_N)
-    pid_n = first_n + pid % (GROUP_N * BLOCKS) % together
-    pid_m = pid % (GROUP_N * BLOCKS) // together
+    pid_n, pid_m = grouped(tl.program_id(0), tl.cdiv(N, BLOCK_N), BLOCKS, GROUP_N)
     slots = tl.load(slots_ptr + pid_m * BLOCK_M + tl.arange(0, BLOCK_M))
     return pid_n, tl.load(experts_ptr + pid_m), slots
 

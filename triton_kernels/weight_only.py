@@ -50,6 +50,7 @@ and with the same SHARES and block sizes along K not with the way of splitting o
 import triton
 import triton.language as tl
 
+from .blocks import all_shares, grouped
 from .early import fetch, let_next_begin, wait_for_last
 from .launchable import kernel
 
@@ -322,16 +323,11 @@ def weight_only_gemm(
     Grid: (blocks of N x blocks of M, SPLIT_K).
     """
     let_next_begin(EARLY)
-    # Programs that run together share rows of W and columns of x: GROUP_N blocks of N at a time.
     blocks_n = tl.cdiv(N, BLOCK_N)
     blocks_m = tl.cdiv(M, BLOCK_M)
     pid = tl.program_id(0)
-    first_n = pid // (GROUP_N * blocks_m) * GROUP_N
-    together = tl.minimum(blocks_n - first_n, GROUP_N)
-    pid_n = first_n + pid % (GROUP_N * blocks_m) % together
-    pid_m = pid % (GROUP_N * blocks_m) // together
+    pid_n, pid_m = grouped(pid, blocks_n, blocks_m, GROUP_N)
 
-    r = tl.arange(0, BLOCK_N)
     if FOLDED:
         RUNS: tl.constexpr = 16 * (32 // WIDTH) // RUN
         m = tl.arange(0, BLOCK_M) % (BLOCK_M // RUNS)
@@ -367,20 +363,9 @@ def weight_only_gemm(
 
     last = True
     if SPLIT_K > 1:
-        inside = r[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-        blocks = blocks_n * blocks_m
-        mine = (tl.program_id(1) * blocks + pid).to(tl.int64) * (BLOCK_N * BLOCK_M)
-        tl.store(partial_ptr + mine + inside, acc, cache_modifier=".cg")
-        tl.debug_barrier()  # all of this program's stores, before one thread says so
-        last = tl.atomic_add(counter_ptr + pid, 1, sem="acq_rel") == SPLIT_K - 1
-        if last:
-            tl.store(counter_ptr + pid, 0)  # as the next call wants to find it
-            acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-            for s in range(SPLIT_K):
-                theirs = (s * blocks + pid).to(tl.int64) * (BLOCK_N * BLOCK_M)
-                acc += tl.load(partial_ptr + theirs + inside, cache_modifier=".cg")
+        acc, last = all_shares(acc, pid, blocks_n * blocks_m, partial_ptr, counter_ptr, SPLIT_K)
     if last:
-        rows = pid_n * BLOCK_N + _memory_row(r, BLOCK_N, WARPS)
+        rows = pid_n * BLOCK_N + _memory_row(tl.arange(0, BLOCK_N), BLOCK_N, WARPS)
         if FOLDED:
             found = tl.sum(acc.reshape(BLOCK_N, RUNS, BLOCK_M // RUNS), axis=1)
             columns = tl.arange(0, BLOCK_M // RUNS)

@@ -161,8 +161,7 @@ def _compiled(job: CompileJob) -> Any:
         constexprs=job.constants,
         attrs={(order.index(name),): [["tt.divisibility", 16]] for name in job.aligned},
     )
-    options = {"num_warps": job.num_warps, "num_stages": job.num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=job.options)
 
 
 def _parameters(job: CompileJob) -> list[str]:
