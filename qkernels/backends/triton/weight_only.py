@@ -240,7 +240,7 @@ def _launch(
         "M": m,
         "HAS_BIAS": bias is not None,
         "UPCAST": x.dtype == torch.bfloat16 and interpreted(),
-        "POST_SCALE": config.post_scale,
+        "POST_SCALE": scaled_after(weight, config, problem),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "SHARES": shares,
@@ -265,9 +265,20 @@ def folded(weight: dict[str, Any], config: configs.GemmConfig, problem: Problem)
 
     Not in batch-invariant mode: it sums in another order.
     """
-    runs = 16 * 32 // weight["WIDTH"] // weight["RUN"]
+    runs = _runs(weight)
     fits = runs > 1 and problem.m * runs <= config.block_m
-    return fits and config.post_scale and not weight["LAST_SCALE"] and not problem.batch_invariant
+    return fits and not weight["LAST_SCALE"] and not problem.batch_invariant
+
+
+def scaled_after(weight: dict[str, Any], config: configs.GemmConfig, problem: Problem) -> bool:
+    """The kernel's POST_SCALE: also where there is but one dot a tile, so that its sums are taken out once."""
+    single = _runs(weight) == 1 and config.block_m == 16 and not problem.batch_invariant
+    return config.post_scale or single
+
+
+def _runs(weight: dict[str, Any]) -> int:
+    """Runs of a tile."""
+    return int(16 * 32 // weight["WIDTH"] // weight["RUN"])
 
 
 def split_of(shares: int, blocks: int, config: configs.GemmConfig, held: int = 0) -> int:
@@ -374,7 +385,7 @@ def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
                         **fixed,
                         "HAS_BIAS": True,
                         "UPCAST": False,
-                        "POST_SCALE": config.post_scale,
+                        "POST_SCALE": scaled_after(fixed, config, problem),
                         "BLOCK_M": config.block_m,
                         "BLOCK_N": config.block_n,
                         "SHARES": shares,
