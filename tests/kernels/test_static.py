@@ -84,6 +84,7 @@ GOOD = Facts(
 
 def test_good_facts_pass() -> None:
     assert failures(GOOD) == []
+    assert failures(replace(GOOD, spills=8)) == []
     assert failures(replace(GOOD, arch=80, tensor_core="HMMA.16816.F32")) == []
     assert failures(replace(GOOD, arch=100, tensor_core="UTCQMMA")) == []
     assert failures(replace(GOOD, needs_tensor_core=False, tensor_core=None)) == []
@@ -92,7 +93,8 @@ def test_good_facts_pass() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"spills": 8}, "spills 8 bytes of registers per thread (none in the main loop)"),
+        ({"spills": 16}, "spills 16 bytes of registers per thread (none in the main loop)"),
+        ({"spills": 8, "loop_spills": 2}, "spills 8 bytes of registers per thread (2 loads and stores"),
         ({"spills": 64, "loop_spills": 9}, "(9 loads and stores in the main loop)"),
         ({"shared": 227 * 1024 + 1}, "a block may have 232448"),
         ({"arch": 120, "shared": 100 * 1024, "tensor_core": "HMMA.16816.F32"}, "a block may have 101376"),
