@@ -180,7 +180,7 @@ def matmul(
         What is infinite or NaN in a row of x stays in that row of y, where it makes of each number what the
         dequantized weight in x's dtype would: infinities, and NaN of 0 * inf and inf - inf. Except:
         NaN may stand for an infinity where a part of the weight is multiplied by itself: the minima of GGUF's
-        q4_1, q5_1, q2_k, q4_k and q5_k and of SpQR, and SpQR's sparse weights. QuIP and QuIP# mix all of x, so
+        q4_1, q5_1, q2_k, q4_k and q5_k and of SpQR, SpQR's sparse weights, and with up to 8 rows zero points. QuIP and QuIP# mix all of x, so
         nothing in such a row stays finite; nor where rows of x are quantized to 8 bits by their own maximum. A
         static input scale saturates instead, and has no code for NaN. In LLM.int8(), but with
         `batch_invariant`, an infinity is an outlier, whose column is one of 16 bits for all rows.

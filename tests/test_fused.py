@@ -119,9 +119,9 @@ def test_gates_and_product(name: str, params: dict[str, object], backend: str) -
 
 
 def test_triton_gates_in_rows_of_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qkernels.backends.triton import eight_bit
+    from qkernels.backends.triton import outlier_columns
 
-    monkeypatch.setattr(eight_bit, "ROW_BLOCK", 128)
+    monkeypatch.setattr(outlier_columns, "ROW_BLOCK", 128)
     gate, up = (4 * torch.randn(2, 3, 300)).half().to(DEVICE)
     before = gated(gate, up, "triton")
     for name, params in EIGHT_BIT:

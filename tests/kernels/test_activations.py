@@ -26,7 +26,7 @@ from .test_eight_bit import (  # noqa: F401  # the last two are fixtures
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from qkernels.backends.triton import eight_bit, workspace  # noqa: E402
+from qkernels.backends.triton import eight_bit, outlier_columns, workspace  # noqa: E402
 from qkernels.triton_kernels import activations  # noqa: E402
 from qkernels.triton_kernels import eight_bit as kernels  # noqa: E402
 
@@ -86,7 +86,7 @@ def test_codes_bit_for_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also of rows longer than a program holds at once (block), and of numbers of every size."""
-    monkeypatch.setattr(eight_bit, "ROW_BLOCK", block)
+    monkeypatch.setattr(outlier_columns, "ROW_BLOCK", block)
     p = packed(name, params, k)
     for spread in (0, 4):
         x = (torch.randn(m, k) * torch.exp(spread * torch.randn(m, k))).clamp(-6e4, 6e4).to(dtype).to(DEVICE)
@@ -165,7 +165,7 @@ def test_ptx_of_every_fp8_code_in_every_place(kind: str) -> None:
 def test_rms_norm_and_codes_in_one_kernel(
     name: str, params: dict[str, object], dtype: torch.dtype, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(eight_bit, "ROW_BLOCK", block)
+    monkeypatch.setattr(outlier_columns, "ROW_BLOCK", block)
     m, k, eps = 4, 300, 1e-5
     x = (torch.randn(m, k) * torch.tensor([[1.0], [1e-3], [100.0], [0.0]])).to(dtype).to(DEVICE)
     weight = torch.randn(k).to(dtype).to(DEVICE)
@@ -249,7 +249,7 @@ def test_outliers(planted: str, m: int, invariant: bool, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("block", [16384, 128])
 @pytest.mark.parametrize("planted", ["none", "one", "many", "all", "row"])
 def test_columns_are_listed_in_order(planted: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eight_bit, "ROW_BLOCK", block)
+    monkeypatch.setattr(outlier_columns, "ROW_BLOCK", block)
     x = with_outliers(5, 300, planted, torch.float16)
     p = packed("int8", {}, 300)
     for _ in range(2):  # the second call finds flags and counter as the first one left them

@@ -37,7 +37,7 @@ def listed(columns: Tensor) -> list[int]:
 def test_the_same_columns(
     planted: str, block: int, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(eight_bit, "ROW_BLOCK", block)
+    monkeypatch.setattr(outlier_columns, "ROW_BLOCK", block)
     x, given, p = with_outliers(5, K, planted, dtype), before(kind, dtype), packed("int8", {}, K)
     want = eight_bit.quantize(x, p, problem(p, x), **given)
     assert want.columns is not None
@@ -75,7 +75,7 @@ def test_slices_of_rows_whose_columns_are_known(kind: str) -> None:
         quantize_rows[(m,)](
             part, up, codes, scale, norm, normed, scale, counter, counter, given.get("eps", 0.0), THRESHOLD, m, K, kp,
             INT8=True, SHARED="token", HAS_ZERO=False, OUTLIERS=2, NORM=kind == "norm", GATED=kind == "up",
-            NATIVE=False, BLOCK=512,
+            NATIVE=False, BLOCK=512, EARLY=False,
         )  # fmt: skip
         assert torch.equal(codes, want.codes[rows])
         assert torch.equal(scale, want.scale[rows])

@@ -71,7 +71,7 @@ def test_runs_in_columns_of_their_own(
     p, bias = packed(name, params, 72, k_of(name, 640), dtype)
     seen, real = [], weight_only.folded
     monkeypatch.setattr(weight_only, "folded", lambda *a: seen.append(real(*a)) or seen[-1])
-    for m in {1, rows, rows + 1}:
+    for m in {1, rows, rows + 1, 17}:
         assert_right(p, bias, m, dtype)
         assert seen.pop() == (m <= rows), m
     qk.matmul(torch.randn(1, p.shape[1]).to(dtype).to(DEVICE), p, backend="triton", batch_invariant=True)

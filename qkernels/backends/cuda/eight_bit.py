@@ -386,8 +386,15 @@ def compute(
     slices = work.slices(x.shape[0], scratch_bytes(problem, x.device))
     columns = outlier_columns(x, p, problem) if len(slices) > 1 else None
     for rows in slices:
-        a = quantize(x[rows], p, problem, columns=columns, work=work)
-        multiply(a, p, bias, problem, out=y[rows], work=work)
+        # Not held by a name, lest two slices have codes at a time.
+        multiply(
+            quantize(x[rows], p, problem, columns=columns, work=work),
+            p,
+            bias,
+            problem,
+            out=y[rows],
+            work=work,
+        )
 
 
 def scratch_bytes(problem: Problem, device: torch.device, made: bool = False) -> int:

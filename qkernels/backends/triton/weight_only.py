@@ -261,13 +261,14 @@ def _launch(
 
 
 def folded(weight: dict[str, Any], config: configs.GemmConfig, problem: Problem) -> bool:
-    """Whether the runs of a tile go to columns of their own: where those that x leaves free suffice.
+    """Whether the runs of a tile go to columns of their own: where those that x leaves free of a dot's least
+    number suffice.
 
     Not in batch-invariant mode: it sums in another order.
     """
     runs = _runs(weight)
     fits = runs > 1 and problem.m * runs <= config.block_m
-    return fits and not weight["LAST_SCALE"] and not problem.batch_invariant
+    return fits and config.block_m == 16 and not weight["LAST_SCALE"] and not problem.batch_invariant
 
 
 def scaled_after(weight: dict[str, Any], config: configs.GemmConfig, problem: Problem) -> bool:
