@@ -235,7 +235,10 @@ class Replays:
     def replay(self, *operands: Tensor | None) -> Tensor | None:
         """y of these operands, contiguous; None if there is no recording of such."""
         addresses = [0 if t is None else t.data_ptr() for t in operands]
-        replay = self._replays.get(_pattern(addresses))
+        together = 0
+        for address in addresses:
+            together |= address
+        replay = self._replays.get(_pattern(addresses) if together & 15 else 0)
         return None if replay is None else replay(operands, addresses)
 
     def known(self, *operands: Tensor | None) -> bool:
@@ -258,12 +261,9 @@ class Replays:
 
 def _pattern(addresses: list[int]) -> int:
     """Which of them are not divisible by 16."""
-    together = pattern = 0
-    for address in addresses:
-        together |= address
-    if together & 15:
-        for i, address in enumerate(addresses):
-            pattern |= (address & 15 != 0) << i
+    pattern = 0
+    for i, address in enumerate(addresses):
+        pattern |= (address & 15 != 0) << i
     return pattern
 
 
@@ -300,7 +300,7 @@ class Recorded(Replays):
 
     def replay(self, x: Tensor, bias: Tensor | None) -> Tensor | None:  # type: ignore[override]
         """The product without the weight; None if there is no recording of such operands."""
-        return super().replay(x, self._operand(bias, x))
+        return Replays.replay(self, x, None if bias is None else self._operand(bias, x))
 
     def _operand(self, bias: Tensor | None, x: Tensor) -> Tensor | None:
         if bias is None:

@@ -91,8 +91,9 @@ def _launch(
     orders = tuple(f.shape[0] for f in factors)
     m, n = x.shape
     options, warps = constants(n, orders, few)
-    if len(factors) < 3:  # those of the kernel's axes a0, c and a2; x stands for what is never read
-        factors = [*factors[:1], x, *factors[1:], x, x][:3]
+    unused = side.get("diagonal", x)  # what is never read still has to have an address
+    if len(factors) < 3:  # those of the kernel's axes a0, c and a2
+        factors = [*factors[:1], unused, *factors[1:], unused, unused][:3]
     fixed = {
         "scale": 1 / norm,
         "M": m,
@@ -109,7 +110,7 @@ def _launch(
         **early(x.device),
     }
     launch = Launch(kronecker_rows, (-(-m // options["ROWS"]), options["C"]), fixed, _SLOTS)
-    work.start(launch, x, y, *(x if t is None else t for t in (pre, post, bias, gather, scatter)), *factors)
+    work.start(launch, x, y, *(unused if t is None else t for t in (pre, post, bias, gather, scatter)), *factors)
     return y
 
 
