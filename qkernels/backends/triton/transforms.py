@@ -110,7 +110,9 @@ def _launch(
         **early(x.device),
     }
     launch = Launch(kronecker_rows, (-(-m // options["ROWS"]), options["C"]), fixed, _SLOTS)
-    work.start(launch, x, y, *(unused if t is None else t for t in (pre, post, bias, gather, scatter)), *factors)
+    work.start(
+        launch, x, y, *(unused if t is None else t for t in (pre, post, bias, gather, scatter)), *factors
+    )
     return y
 
 
