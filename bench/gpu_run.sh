@@ -6,6 +6,7 @@
 #   weight_only  eight_bit  gguf  lowbit         races of our kernels against torch bf16
 #   peers        the same against everybody else's
 #   model        whole models, tokens per second  tune      pick Triton configurations on this GPU
+#   early        decoding with kernels that start before the last one is done, and without
 # Each part ends in under 9 minutes, can run alone, and leaves one or two files in OUT (JSON or text, and a
 # page); what is stopped leaves what it measured so far. Pages with pictures: python -m bench.report OUT/*.json,
 # on any machine. Without --part: build tests first.
@@ -34,7 +35,7 @@ done
 [ ${#parts[@]} -gt 0 ] || parts=(build tests first)
 for part in "${parts[@]}"; do
     case $part in
-        build | tests | first | weight_only | eight_bit | gguf | lowbit | peers | model | sanitize | tune) ;;
+        build | tests | first | weight_only | eight_bit | gguf | lowbit | peers | model | sanitize | tune | early) ;;
         *) echo "$usage; no part $part" >&2 && exit 2 ;;
     esac
 done
@@ -103,7 +104,7 @@ build() {
 }
 
 # What a GPU is for, the riskiest first: these files take their tensors to it, the others test on the CPU anyway.
-gpu_tests=(tests/gpu tests/cuda/test_hopper.py tests/cuda/test_weight_only.py tests/cuda/test_eight_bit.py
+gpu_tests=(tests/gpu tests/kernels/test_launch.py tests/cuda/test_launch.py tests/cuda/test_hopper.py tests/cuda/test_weight_only.py tests/cuda/test_eight_bit.py
     tests/cuda/test_transforms.py tests/cuda/test_slices.py tests/kernels/test_weight_only.py
     tests/kernels/test_eight_bit.py tests/kernels/test_decoders.py tests/kernels/test_activations.py
     tests/kernels/test_incoherent.py tests/kernels/test_experts.py tests/test_fused.py tests/test_linear.py
@@ -188,6 +189,12 @@ for part in "${parts[@]}"; do
                 --backend triton,cuda,reference
             ;;
         peers) race peers 520 --suite peers --shapes square --rows 1,16,64,256,4096 --peers all --backend triton,cuda ;;
+        early)
+            decode=(--suite "gptq:bits=4,group_size=128,q4_k,w8a8,quip_sharp" --shapes square,4096x14336 --rows 1,16
+                --peers none --backend triton)
+            race early 250 "${decode[@]}"
+            QKERNELS_EARLY=0 race early-off 250 "${decode[@]}"
+            ;;
         tune)
             timeout -k 10 "$(left 530)" "$python" -m bench.tune ${tiny:+--tiny} --seconds "$(left 500)" \
                 --output "$out/tuned.jsonl"
