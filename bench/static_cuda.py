@@ -61,7 +61,7 @@ SOURCES = {
 #: two around a call or a wait, in kernels for groups that hardly a checkpoint has, but for the third and fourth.
 #: More, or elsewhere, is a problem.
 KNOWN_SPILLS = {
-    **{("gemv", f"e{kind}", 0, "100a"): 8 for kind in ("4m3", "5m2")},
+    **{("gemv", f"e{kind}", 0, arch): 16 for kind in ("4m3", "5m2") for arch in ("100a", "120a")},
     ("gemv", "e5m2", 1, "90a"): 12,
     ("gemm", "counted4_two_level", -1, "90a"): 8,
     **{("gemm", f"e{kind}", 0, "120a"): 8 for kind in ("4m3", "5m2")},
