@@ -190,10 +190,10 @@ for part in "${parts[@]}"; do
             ;;
         peers) race peers 520 --suite peers --shapes square --rows 1,16,64,256,4096 --peers all --backend triton,cuda ;;
         early)
-            decode=(--suite "gptq:bits=4,group_size=128,q4_k,w8a8,quip_sharp" --shapes square,4096x14336 --rows 1,16
-                --peers none --backend triton)
-            race early 250 "${decode[@]}"
-            QKERNELS_EARLY=0 race early-off 250 "${decode[@]}"
+            race early 250 --suite gptq:bits=4,group_size=128,q4_k,w8a8,quip_sharp --shapes square,4096x14336 \
+                --rows 1,16 --peers none --backend triton
+            QKERNELS_EARLY=0 race early-off 250 --suite gptq:bits=4,group_size=128,q4_k,w8a8,quip_sharp --shapes square,4096x14336 \
+                --rows 1,16 --peers none --backend triton
             ;;
         tune)
             timeout -k 10 "$(left 530)" "$python" -m bench.tune ${tiny:+--tiny} --seconds "$(left 500)" \
