@@ -64,7 +64,7 @@ WEIGHT_ONLY = [
     (KERNEL, "part -= zero * total", "part -= zero * 0"),
     (KERNEL, "acc -= zero * total", "acc -= zero * 0"),
     (KERNEL, "tl.where(tl.arange(0, BLOCK_M) < BLOCK_M // RUNS, m, M)", "m"),
-    (KERNEL, "(j + i * SHARES < count)", "(j < count)"),
+    (KERNEL, "x = x + (_outlier_x(x_rows, found[i], x_column, live),)", "x = x + (_outlier_x(x_rows, found[0], x_column, live),)"),
     (KERNEL, "SHARES * AT_ONCE)", "SHARES * AT_ONCE + 1)"),
     (DECODERS, "^ 0x43804380", "^ 0x43004300"),
     ("triton_kernels/gather.py", "mask=k >= 0", "mask=k >= 1"),
