@@ -132,6 +132,7 @@ def _accumulate(
         value = _in_feature_order(tl.join(even, odd), BLOCK_N, TILE, WIDTH)
 
         first = tile * TILE
+        runs = first + tl.arange(0, RUNS) * RUN
         if LAST_SCALE:
             x = _columns(x_rows, perm_ptr, first + tl.arange(0, TILE), (m < M)[None, :], K, KP, INDEXED)
             if UPCAST:
@@ -143,18 +144,7 @@ def _accumulate(
             kk = first + tl.arange(0, TILE)
             live = (m < M)[None, :] & ((tl.arange(0, TILE) // RUN)[:, None] == run[None, :])
             x = _columns(x_rows, perm_ptr, kk, live, K, KP, INDEXED)
-            scale, zero = SCALER(
-                scaler_args,
-                rows,
-                rows < N,
-                first + tl.arange(0, RUNS) * RUN,
-                N,
-                K,
-                KP,
-                GROUP,
-                ROW_RUN,
-                LOOKUP,
-            )
+            scale, zero = SCALER(scaler_args, rows, rows < N, runs, N, K, KP, GROUP, ROW_RUN, LOOKUP)
             scale = _repeated(scale.to(tl.float32), BLOCK_N, BLOCK_M, RUNS)
             if UPCAST:
                 value, x = _widened(value), _widened(x)
@@ -186,18 +176,7 @@ def _accumulate(
                     acc -= zero * tl.sum(x.to(tl.float32), axis=0)[None, :]
         else:
             x = _columns(x_rows, perm_ptr, first + tl.arange(0, TILE), (m < M)[None, :], K, KP, INDEXED)
-            scale, zero = SCALER(
-                scaler_args,
-                rows,
-                rows < N,
-                first + tl.arange(0, RUNS) * RUN,
-                N,
-                K,
-                KP,
-                GROUP,
-                ROW_RUN,
-                LOOKUP,
-            )
+            scale, zero = SCALER(scaler_args, rows, rows < N, runs, N, K, KP, GROUP, ROW_RUN, LOOKUP)
             value = value.reshape(BLOCK_N, RUNS, RUN)
             if UPCAST:
                 value, x = _widened(value), _widened(x)

@@ -229,7 +229,7 @@ class Replays:
     """
 
     def __init__(self, replay: type[Replay]) -> None:
-        self._replay = replay
+        self._replay, self._tuned = replay, False
         self._replays: dict[int, Replay | None] = {}
 
     def replay(self, *operands: Tensor | None) -> Tensor | None:
@@ -241,22 +241,29 @@ class Replays:
         replay = self._replays.get(_pattern(addresses) if together & 15 else 0)
         return None if replay is None else replay(operands, addresses)
 
-    def known(self, *operands: Tensor | None) -> bool:
-        """Whether such operands were recorded, be it in vain."""
-        return _pattern([0 if t is None else t.data_ptr() for t in operands]) in self._replays
-
-    def record(
+    def call(
         self,
         operands: tuple[Tensor | None, ...],
-        y: Tensor,
+        shape: tuple[int, ...],
         kept: Iterable[Tensor],
-        compute: Callable[[Work], None],
-    ) -> None:
-        """`compute` into y; the next time it is replayed. kept: as in `Recording`."""
-        recording = Recording(operands, y, kept)
-        compute(recording)
+        run: Callable[[], Tensor],
+        compute: Callable[[Tensor, Work], object],
+    ) -> Tensor:
+        """A call that cannot be replayed. The first is `run`, which tunes and compiles; the second, `compute` into
+        a new y of `shape`, is recorded; operands whose second call could not be are always run. kept: as in
+        `Recording`."""
         pattern = _pattern([0 if t is None else t.data_ptr() for t in operands])
+        if not self._tuned or pattern in self._replays:
+            y = run()
+            self._tuned = True
+            return y
+        x = operands[0]
+        assert x is not None
+        y = torch.empty(shape, dtype=x.dtype, device=x.device)
+        recording = Recording(operands, y, kept)
+        compute(y, recording)
         self._replays[pattern] = self._replay(recording, y) if recording.replayable() else None
+        return y
 
 
 def _pattern(addresses: list[int]) -> int:
@@ -273,7 +280,7 @@ Compute = Callable[[Tensor, "PackedWeight", "Tensor | None", "Problem", Tensor, 
 
 class Recorded(Replays):
     """A product for one weight and problem: its first call tunes and compiles, the second is recorded, the
-    others are replayed. Operands whose second call could not be replayed are always run as the first was.
+    others are replayed.
 
     cast_bias: kernels want it in x's dtype.
     """
@@ -282,21 +289,18 @@ class Recorded(Replays):
         self, run: Callable[..., Tensor], compute: Compute, replay: type[Replay], cast_bias: bool = False
     ) -> None:
         super().__init__(replay)
-        self._run, self._compute, self._cast_bias, self._tuned = run, compute, cast_bias, False
+        self._run, self._compute, self._cast_bias = run, compute, cast_bias
 
     def __call__(self, x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
         y = self.replay(x, bias)
         if y is not None:
             return y
         bias = self._operand(bias, x)
-        if not self._tuned or self.known(x, bias):
-            y = self._run(x, p, bias, problem)
-            self._tuned = True
-            return y
-        into = torch.empty(x.shape[0], p.shape[0], dtype=x.dtype, device=x.device)
-        kept = p.storage.values()
-        self.record((x, bias), into, kept, lambda work: self._compute(x, p, bias, problem, into, work))
-        return into
+        return self.call(
+            (x, bias), (x.shape[0], p.shape[0]), p.storage.values(),
+            lambda: self._run(x, p, bias, problem),
+            lambda y, work: self._compute(x, p, bias, problem, y, work),
+        )  # fmt: skip
 
     def replay(self, x: Tensor, bias: Tensor | None) -> Tensor | None:  # type: ignore[override]
         """The product without the weight; None if there is no recording of such operands."""

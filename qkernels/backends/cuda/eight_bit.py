@@ -17,7 +17,7 @@ from ..triton import workspace
 from ..triton.eight_bit import Activations, row_bytes, traits_of
 from ..work import NOW, Work
 from .calls import Call
-from .launch import start
+from .launch import start, whole
 from .weight_only import processors
 
 if TYPE_CHECKING:
@@ -369,20 +369,13 @@ def _product_call(
     return call
 
 
-def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
+def compute(
+    x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem, y: Tensor, work: Work = NOW
+) -> None:
     """x (M, K) contiguous float16 or bfloat16, p in the EIGHT_BIT layout -> y (M, N).
 
     Where rows go by slices and depend on each other, a launch for all of them finds the outlier columns first.
     """
-    y = torch.empty(x.shape[0], p.shape[0], dtype=x.dtype, device=x.device)
-    compute(x, p, bias, problem, y)
-    return y
-
-
-def compute(
-    x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem, y: Tensor, work: Work = NOW
-) -> None:
-    """`run` into y."""
     slices = work.slices(x.shape[0], scratch_bytes(problem, x.device))
     columns = outlier_columns(x, p, problem) if len(slices) > 1 else None
     for rows in slices:
@@ -395,6 +388,9 @@ def compute(
             out=y[rows],
             work=work,
         )
+
+
+run = whole(compute)
 
 
 def scratch_bytes(problem: Problem, device: torch.device, made: bool = False) -> int:

@@ -44,17 +44,10 @@ def rejects(problem: Problem) -> str | None:
     return gemv.unsupported(problem)
 
 
-def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout -> y (M, N)."""
-    y = torch.empty(x.shape[0], p.shape[0], dtype=x.dtype, device=x.device)
-    compute(x, p, None if bias is None else bias.to(x.dtype).contiguous(), problem, y)
-    return y
-
-
 def compute(
     x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem, y: Tensor, work: Work = NOW
 ) -> None:
-    """`run` into y, with a bias in x's dtype.
+    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout, bias in x's dtype -> y (M, N).
 
     Where x has to be copied or transformed, that is done for a slice of its rows at a time; in how many
     shares K is summed goes by all rows, so the results are the same bits.
@@ -73,6 +66,9 @@ def compute(
 
     for rows in work.slices(m, copied + partial if copied else 0, held):
         transforms.around(multiply, x[rows], p, bias, traits, y[rows], work)
+
+
+run = launch.whole(compute)
 
 
 def _launch(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from ... import layouts
@@ -12,6 +11,7 @@ from ...layouts import weight_only as layout
 from ..work import NOW, Work
 from . import gemm, transforms
 from . import weight_only as gemv
+from .launch import whole
 
 if TYPE_CHECKING:
     from ...dispatch import Problem
@@ -46,17 +46,10 @@ def rejects(problem: Problem) -> str | None:
     return gemv.unsupported(problem)
 
 
-def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout -> y (M, N)."""
-    y = torch.empty(x.shape[0], p.shape[0], dtype=x.dtype, device=x.device)
-    compute(x, p, None if bias is None else bias.to(x.dtype).contiguous(), problem, y)
-    return y
-
-
 def compute(
     x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem, y: Tensor, work: Work = NOW
 ) -> None:
-    """`run` into y, with a bias in x's dtype.
+    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout, bias in x's dtype -> y (M, N).
 
     Where x has to be copied or transformed, that is done for a slice of its rows at a time, as in gemm.py.
     """
@@ -71,6 +64,9 @@ def compute(
 
     for rows in work.slices(x.shape[0], gemm.row_bytes(x, p, traits), gemm.copied_once(x, traits)):
         transforms.around(multiply, x[rows], p, bias, traits, y[rows], work)
+
+
+run = whole(compute)
 
 
 def _tiles(n: int, m: int, traits: layout.WeightOnlyTraits) -> int:

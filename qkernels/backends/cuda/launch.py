@@ -7,13 +7,18 @@ for several threads may use one weight, and addresses and the stream are written
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from .. import cuda
-from ..work import NOW, Recording, Work, Y, view
+from ..work import NOW, Compute, Recording, Work, Y, view
 from .calls import Call
+
+if TYPE_CHECKING:
+    from ...dispatch import Problem, Run
+    from ...packed import PackedWeight
 
 _WORD = ctypes.sizeof(ctypes.c_uint64)
 
@@ -49,6 +54,17 @@ class Launch:
 def start(name: str, call: Call, reads: list[Tensor], writes: list[Tensor], work: Work = NOW) -> None:
     """Start kernel `name`. `call` may change afterwards."""
     work.start(Launch(name, call, len(reads)), *reads, *writes)
+
+
+def whole(compute: Compute) -> Run:
+    """`compute` into a new y, with a bias in x's dtype: one of another is cast at each call, N values."""
+
+    def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
+        y = torch.empty(x.shape[0], p.shape[0], dtype=x.dtype, device=x.device)
+        compute(x, p, None if bias is None else bias.to(x.dtype).contiguous(), problem, y, NOW)
+        return y
+
+    return run
 
 
 class Replay:

@@ -23,7 +23,7 @@ from .calls import (
     WeightOnlyCall,
     kernel_name,
 )
-from .launch import start
+from .launch import start, whole
 
 if TYPE_CHECKING:
     from ...dispatch import Problem
@@ -69,18 +69,10 @@ def kernel_of(traits: layout.WeightOnlyTraits) -> str:
     return name
 
 
-def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout -> y (M, N)."""
-    y = torch.empty(x.shape[0], p.shape[0], dtype=x.dtype, device=x.device)
-    # A bias of another dtype is cast at each call: N values.
-    compute(x, p, None if bias is None else bias.to(x.dtype).contiguous(), problem, y)
-    return y
-
-
 def compute(
     x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem, y: Tensor, work: Work = NOW
 ) -> None:
-    """`run` into y, with a bias in x's dtype.
+    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout, bias in x's dtype -> y (M, N).
 
     What is transformed goes by slices of rows. Nothing that orders a sum depends on M, so they change no bit.
     """
@@ -97,6 +89,9 @@ def compute(
     held = partial_elements(p.shape[0], min(x.shape[0], MAX_ROWS), shares_for(p.shape, traits, x.device)) * 4
     for rows in work.slices(x.shape[0], transforms.row_bytes(p, traits), held):
         transforms.around(multiply, x[rows], p, bias, traits, y[rows], work)
+
+
+run = whole(compute)
 
 
 def _multiply(

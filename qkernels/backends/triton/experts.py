@@ -105,6 +105,24 @@ def row_bytes(problem: Problem) -> int:
     return eight_bit.row_bytes(problem) if _eight_bit(problem) else 0
 
 
+class Layer(Replays):
+    """`fused` for some experts, activation, and operands of one shape: the second call is recorded, the others
+    are replayed."""
+
+    def __init__(self, activation: str, problems: tuple[Problem, Problem]) -> None:
+        super().__init__(Replay)
+        self._activation, self._problems = activation, problems
+
+    def __call__(
+        self, x: Tensor, gate_up: PackedExperts, down: PackedExperts, weights: Tensor, ids: Tensor
+    ) -> Tensor:
+        own = (x, gate_up, down, weights, ids, self._activation, self._problems)
+        return self.call(
+            (x, weights, ids), (x.shape[0], down.shape[0]), (*gate_up.storage.values(), *down.storage.values()),
+            lambda: fused(*own), lambda y, work: fused(*own, y, work),
+        )  # fmt: skip
+
+
 def fused(
     x: Tensor,
     gate_up: PackedExperts,
@@ -113,45 +131,13 @@ def fused(
     ids: Tensor,
     activation: str,
     problems: tuple[Problem, Problem],
+    y: Tensor | None = None,
+    work: Work = NOW,
 ) -> Tensor:
-    """x (T, K), weights and ids (T, top_k) -> y (T, N of down): gate_up, activation, down, weighted sum."""
-    y = torch.empty(x.shape[0], down.shape[0], dtype=x.dtype, device=x.device)
-    _fused(x, gate_up, down, weights, ids, activation, problems, y, NOW)
-    return y
-
-
-class Layer(Replays):
-    """`fused` for some experts, activation, and operands of one shape: the second call is recorded, the others
-    are replayed."""
-
-    def __init__(self, activation: str, problems: tuple[Problem, Problem]) -> None:
-        super().__init__(Replay)
-        self._activation, self._problems, self._compiled = activation, problems, False
-
-    def __call__(
-        self, x: Tensor, gate_up: PackedExperts, down: PackedExperts, weights: Tensor, ids: Tensor
-    ) -> Tensor:
-        own = (x, gate_up, down, weights, ids, self._activation, self._problems)
-        if not self._compiled or self.known(x, weights, ids):
-            self._compiled = True
-            return fused(*own)
+    """x (T, K), weights and ids (T, top_k) -> y (T, N of down): gate_up, activation, down, weighted sum; into `y`
+    if it is given."""
+    if y is None:
         y = torch.empty(x.shape[0], down.shape[0], dtype=x.dtype, device=x.device)
-        kept = (*gate_up.storage.values(), *down.storage.values())
-        self.record((x, weights, ids), y, kept, lambda work: _fused(*own, y, work))
-        return y
-
-
-def _fused(
-    x: Tensor,
-    gate_up: PackedExperts,
-    down: PackedExperts,
-    weights: Tensor,
-    ids: Tensor,
-    activation: str,
-    problems: tuple[Problem, Problem],
-    y: Tensor,
-    work: Work,
-) -> None:
     first, second = (tabled(problem) for problem in problems)
     # One order of slots for both; fewer rows a block always fit.
     block_m = min(first.block_m, second.block_m)
@@ -160,6 +146,7 @@ def _fused(
     for tokens in work.slices(x.shape[0], scratch):
         own = (x[tokens], gate_up, down, weights[tokens], ids[tokens])
         _layer(*own, activation, problems, sizes, y[tokens], work)
+    return y
 
 
 def _layer(

@@ -40,11 +40,6 @@ def slices(rows: int, row_bytes: int, held: int = 0) -> Iterator[slice]:
         yield slice(first, min(first + most, rows))
 
 
-def partials(elements: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Uninitialized memory of one launch, from torch's caching allocator: safe on every stream, in graphs."""
-    return torch.empty(elements, dtype=dtype, device=device)
-
-
 def counters(device: torch.device) -> Tensor:
     """Zeroed int32 counters of this device and stream. Every launch leaves them zero.
 
