@@ -32,11 +32,12 @@ LIVES = 4
 class Worker:
     """One process, in a session of its own, so that what it starts ends with it."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Any, module: str = "bench.worker") -> None:
+        """job: a dataclass that `module` reads from its standard input as JSON."""
         self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the worker
         reading, writing = os.pipe()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "bench.worker", str(writing)],
+            [sys.executable, "-m", module, str(writing)],
             stdin=subprocess.PIPE, stdout=self.errors, stderr=self.errors, pass_fds=[writing], start_new_session=True,
         )  # fmt: skip
         os.close(writing)
