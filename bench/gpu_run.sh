@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything a machine with a GPU is for: bench/gpu_run.sh OUT [--tiny] [--seconds S] [--part PART]...
 #   build        compile the CUDA extension, and peers that come as sources
+#   smoke        every kernel once, right and right every time, in a minute: what comes first
 #   tests        correctness on the GPU          sanitize   compute-sanitizer on small shapes
 #   first        4-bit and 8-bit at 8192x8192, both backends: what says most, in three minutes
 #   weight_only  eight_bit  gguf  lowbit         races of our kernels against torch bf16
@@ -35,7 +36,7 @@ done
 [ ${#parts[@]} -gt 0 ] || parts=(build tests first)
 for part in "${parts[@]}"; do
     case $part in
-        build | tests | first | weight_only | eight_bit | gguf | lowbit | peers | model | sanitize | tune | early) ;;
+        build | smoke | tests | first | weight_only | eight_bit | gguf | lowbit | peers | model | sanitize | tune | early) ;;
         *) echo "$usage; no part $part" >&2 && exit 2 ;;
     esac
 done
@@ -101,6 +102,15 @@ build() {
             "${pip[@]}" --no-build-isolation "$source" || { echo "not built: $source" >&2 && found=1; }
     done
     return "$found"
+}
+
+# shellcheck disable=SC2329 # called by its name
+smoke() {
+    local most few=()
+    most=$(left 150)
+    [ -z "$tiny" ] || few=(--tiny --formats nf4 --backends triton)
+    timeout -k 10 "$most" "$python" -m bench.smoke --output "$out" --jobs 14 \
+        --seconds $((most - 8)) "${few[@]}"
 }
 
 # What a GPU is for, the riskiest first: these files take their tensors to it, the others test on the CPU anyway.
@@ -171,7 +181,7 @@ for part in "${parts[@]}"; do
         continue
     fi
     case $part in
-        build | tests | sanitize | model) "$part" ;;
+        build | smoke | tests | sanitize | model) "$part" ;;
         first)
             race first 300 --suite gptq:bits=4,group_size=128,w8a8,nf4,fp8:activation=dynamic --shapes square \
                 --rows 1,16,64,4096 --peers torch --backend cuda,triton

@@ -259,7 +259,9 @@ class Share:
         why = ""
         if events is None:
             code = self.worker.process.wait()
-            why = "" if code in (0, worker.SPOILT) else f"the process died ({code}): {self.worker.last_words()}"
+            why = (
+                "" if code in (0, worker.SPOILT) else f"the process died ({code}): {self.worker.last_words()}"
+            )
         elif not events and time.monotonic() - self.heard > self.patience:
             why = f"hung: no answer for {self.patience:.0f} s"
         elif events:
@@ -311,7 +313,9 @@ def main(
     backends: str = "triton,cuda",
     jobs: Annotated[int, typer.Option(help="Worker processes, which also compile side by side.")] = 2,
     seconds: Annotated[float, typer.Option(help="After which what is left is given up.")] = 1e9,
-    tiny: Annotated[bool, typer.Option("--tiny", help="One small shape, for machines without a GPU.")] = False,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="One small shape, for machines without a GPU.")
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="Folder for smoke.json.")] = None,
 ) -> None:
     started = time.monotonic()

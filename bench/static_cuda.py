@@ -20,6 +20,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.static import assembly, hazards
 from bench.static.facts import tools
 from qkernels.backends.cuda import build, eight_bit, gemm, hopper, transforms
 from qkernels.backends.cuda import weight_only as gemv
@@ -90,6 +91,8 @@ class Facts(NamedTuple):
     serialized: bool = False
     #: the tensor-core instruction, "" if there is none
     tensor: str = ""
+    #: what writes registers that a product under way reads (bench/static/hazards.py)
+    overtaken: str = ""
 
     @property
     def blocks(self) -> int:
@@ -108,6 +111,7 @@ class Facts(NamedTuple):
         wanted = "GMMA" if self.kernel.startswith("wgmma") else "MMA" if self.kernel.startswith("gem") else ""
         if wanted not in self.tensor:
             found.append(f"no {wanted} instruction")
+        found += [self.overtaken] if self.overtaken else []
         return found + ["its wgmma instructions are serialized"] * self.serialized
 
 
@@ -142,8 +146,8 @@ def of_build(folder: Path, archs: tuple[str, ...]) -> list[Facts]:
     return facts
 
 
-def _tensor_instructions(compiled: Path, arch: str) -> dict[str, str]:
-    """Mangled name of each kernel with tensor-core instructions -> the first of them."""
+def _tensor_instructions(compiled: Path, arch: str) -> dict[str, tuple[str, str]]:
+    """Mangled name of each kernel with tensor-core instructions -> the first of them, and `Facts.overtaken`."""
     own = tools() / "cuobjdump"  # triton's wheel has one
     tool = str(own) if own.is_file() else shutil.which("cuobjdump")
     if tool is None:
@@ -153,12 +157,13 @@ def _tensor_instructions(compiled: Path, arch: str) -> dict[str, str]:
     found = {}
     for name, code in re.findall(r"Function : (\w+)(.*?)(?=Function : |\Z)", done.stdout, re.S):
         if tensor := re.search(r"\b(?:UTC)?[HIQ]G?MMA[\w.]*", code):
-            found[name] = tensor[0]
+            loop = assembly.main_loop(assembly.sass_with_addresses(code)) if "GMMA" in tensor[0] else []
+            found[name] = tensor[0], hazards.overtaken(loop) or ""
     return found
 
 
-def parse(text: str, source: str, arch: str, tensor: dict[str, str]) -> list[Facts]:
-    """What ptxas -v says, one entry a kernel; `tensor`: name -> tensor-core instruction."""
+def parse(text: str, source: str, arch: str, tensor: dict[str, tuple[str, str]]) -> list[Facts]:
+    """What ptxas -v says, one entry a kernel; `tensor`: what `_tensor_instructions` found."""
     found = []
     serialized = set(_SERIALIZED.findall(text))
     for entry in _ENTRY.finditer(text):
@@ -169,8 +174,7 @@ def parse(text: str, source: str, arch: str, tensor: dict[str, str]) -> list[Fac
         found.append(
             Facts(
                 source, kernel, dtype, runs, arch, int(entry["registers"]), spilled, int(entry["stack"]),
-                dynamic, threads, entry["name"] in serialized,
-                tensor.get(entry["name"], ""),
+                dynamic, threads, entry["name"] in serialized, *tensor.get(entry["name"], ("", "")),
             )
         )  # fmt: skip
     if not found:

@@ -1,7 +1,8 @@
 """The one place that chooses a kernel: (format, parameters, shape, M, dtype, device, ...) -> Kernel.
 
 Kernels register themselves here in order of preference; `select` takes the first that is available and
-does not reject the problem, and `explain` reports the same walk in words.
+does not reject the problem, and `explain` reports the same walk in words. backend="auto" first asks which
+backend measured faster on such a GPU (backends/measured.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import formats, layouts, roofline
+from .backends import measured
 
 if TYPE_CHECKING:
     from .experts import PackedExperts
@@ -217,7 +219,12 @@ def select(problem: Problem, backend: str = "auto") -> Kernel:
 def _choose(problem: Problem, backend: str) -> tuple[Kernel | None, list[tuple[str, str]]]:
     chosen: Kernel | None = None
     rejected: list[tuple[str, str]] = []
-    for kernel in kernels(grouped=problem.experts > 0):
+    candidates = kernels(grouped=problem.experts > 0)
+    faster = measured.faster(problem) if backend == "auto" else None
+    candidates.sort(
+        key=lambda kernel: kernel.backend != faster
+    )  # stable: the order of registration otherwise
+    for kernel in candidates:
         why = None
         if backend not in ("auto", kernel.backend):
             why = f"backend {backend!r} was asked for"
@@ -226,6 +233,8 @@ def _choose(problem: Problem, backend: str) -> tuple[Kernel | None, list[tuple[s
             why = kernel.automatic(problem)
         if why is None and chosen is not None:
             why = f"{chosen.name} is preferred"
+            if chosen.backend == faster != kernel.backend:
+                why = measured.words(chosen.backend)
         if why is None:
             chosen = kernel
         else:

@@ -114,7 +114,7 @@ def experts_weight_only(
     SPLIT: tl.constexpr, FINISH: tl.constexpr, SCALER: tl.constexpr,
     GROUP: tl.constexpr, ROW_RUN: tl.constexpr, RUN: tl.constexpr, LOOKUP: tl.constexpr, MINUS: tl.constexpr,
     ZERO: tl.constexpr, INDEXED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WEIGHTS: tl.constexpr, POST_SCALE: tl.constexpr,
-    LAST_SCALE: tl.constexpr, UPCAST: tl.constexpr,
+    LAST_SCALE: tl.constexpr, UPCAST: tl.constexpr, WAIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_N: tl.constexpr, WARPS: tl.constexpr,
     OUTLIERS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -135,7 +135,7 @@ def experts_weight_only(
         x_ptr, qdata_ptr + e * qdata_stride, qhigh_ptr + e * qhigh_stride, perm_ptr + e * perm_stride,
         table_ptr + e * table_stride, scalers, pid_n, tl.where(slots < S, slots // PER_ROW, M), M, N, K, KP,
         BITS, WIDTH, HIGH, STEP, SPLIT, FINISH, SCALER,
-        GROUP, ROW_RUN, RUN, LOOKUP, MINUS, ZERO, False, INDEXED, POST_SCALE, LAST_SCALE, UPCAST,
+        GROUP, ROW_RUN, RUN, LOOKUP, MINUS, ZERO, False, INDEXED, POST_SCALE, LAST_SCALE, UPCAST, WAIT,
         BLOCK_M, BLOCK_N, WARPS, OUTLIERS, 1,
     )  # fmt: skip
     rows = pid_n * BLOCK_N + _memory_row(tl.arange(0, BLOCK_N), BLOCK_N, WARPS)

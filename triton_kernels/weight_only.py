@@ -56,6 +56,15 @@ from .launchable import kernel
 
 
 @triton.jit
+def _finished(acc, WAIT: tl.constexpr):
+    """acc, with WAIT once every product that adds to it is done: an instruction of no effect reads it."""
+    if WAIT:
+        return tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=False, pack=1)
+    else:
+        return acc
+
+
+@triton.jit
 def _in_feature_order(value, BLOCK_N: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
     """(BLOCK_N, j, p, h, s bits, b) -> (BLOCK_N, features in order s, p, h, j, b)."""
     if WIDTH == 8:
@@ -92,6 +101,7 @@ def _accumulate(
     SPLIT: tl.constexpr, FINISH: tl.constexpr, SCALER: tl.constexpr,
     GROUP: tl.constexpr, ROW_RUN: tl.constexpr, RUN: tl.constexpr, LOOKUP: tl.constexpr, MINUS: tl.constexpr,
     ZERO: tl.constexpr, FOLDED: tl.constexpr, INDEXED: tl.constexpr, POST_SCALE: tl.constexpr, LAST_SCALE: tl.constexpr, UPCAST: tl.constexpr,
+    WAIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WARPS: tl.constexpr, OUTLIERS: tl.constexpr,
     SHARES: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +121,24 @@ def _accumulate(
     i4 = tl.arange(0, 4)
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    # Scales are loaded a tile ahead: triton pipelines the operands of a dot only, and a program would wait for
+    # memory in every tile otherwise. Not where a thread would hold more than a few.
+    CARRIED: tl.constexpr = not LAST_SCALE and BLOCK_N * RUNS <= 4 * 32 * WARPS
+    if CARRIED:
+        runs = begin * TILE + tl.arange(0, RUNS) * RUN
+        next_scale, next_zero = SCALER(scaler_args, rows, rows < N, runs, N, K, KP, GROUP, ROW_RUN, LOOKUP)
     for tile in range(begin, end):
+        if CARRIED:
+            scale, zero = next_scale, next_zero
+            runs = (tile + 1) * TILE + tl.arange(
+                0, RUNS
+            ) * RUN  # past the last tile it reads the last one again
+            next_scale, next_zero = SCALER(
+                scaler_args, rows, rows < N, runs, N, K, KP, GROUP, ROW_RUN, LOOKUP
+            )
+        elif not LAST_SCALE:
+            runs = tile * TILE + tl.arange(0, RUNS) * RUN
+            scale, zero = SCALER(scaler_args, rows, rows < N, runs, N, K, KP, GROUP, ROW_RUN, LOOKUP)
         at = tile * N + loaded  # in words this fits int32 up to 2^34 weights of 4 bits
         words = tl.load(qdata_ptr + at[:, None] * 16 + i[None, :], mask=(loaded < N)[:, None], other=0)
         words = _in_row_order(words, BLOCK_N, 16, WARPS).reshape(BLOCK_N, 4, 2, 2)
@@ -132,19 +159,17 @@ def _accumulate(
         value = _in_feature_order(tl.join(even, odd), BLOCK_N, TILE, WIDTH)
 
         first = tile * TILE
-        runs = first + tl.arange(0, RUNS) * RUN
         if LAST_SCALE:
             x = _columns(x_rows, perm_ptr, first + tl.arange(0, TILE), (m < M)[None, :], K, KP, INDEXED)
             if UPCAST:
                 value, x = _widened(value), _widened(x)
             value = FINISH(value, tl.zeros((BLOCK_N, 1), dtype=tl.float32), BITS, DTYPE)
-            acc = tl.dot(value.to(x.dtype), x, acc, input_precision="ieee")
+            acc = _finished(tl.dot(value.to(x.dtype), x, acc, input_precision="ieee"), WAIT)
         elif FOLDED:
             run = tl.arange(0, BLOCK_M) // (BLOCK_M // RUNS)
             kk = first + tl.arange(0, TILE)
             live = (m < M)[None, :] & ((tl.arange(0, TILE) // RUN)[:, None] == run[None, :])
             x = _columns(x_rows, perm_ptr, kk, live, K, KP, INDEXED)
-            scale, zero = SCALER(scaler_args, rows, rows < N, runs, N, K, KP, GROUP, ROW_RUN, LOOKUP)
             scale = _repeated(scale.to(tl.float32), BLOCK_N, BLOCK_M, RUNS)
             if UPCAST:
                 value, x = _widened(value), _widened(x)
@@ -161,22 +186,20 @@ def _accumulate(
             acc += scale * part
         elif POST_SCALE and RUNS <= 4:
             parts = _cut(value, BLOCK_N, TILE, RUNS)
+            scales = _cut(scale, BLOCK_N, RUNS, RUNS)
+            zeros = _cut(zero, BLOCK_N, RUNS, RUNS)
             for part in tl.static_range(RUNS):
                 kk = first + part * RUN
                 x = _columns(x_rows, perm_ptr, kk + tl.arange(0, RUN), (m < M)[None, :], K, KP, INDEXED)
-                scale, zero = SCALER(
-                    scaler_args, rows, rows < N, kk + tl.arange(0, 1), N, K, KP, GROUP, ROW_RUN, LOOKUP
-                )
                 operand = parts[part]
                 if UPCAST:
                     operand, x = _widened(operand), _widened(x)
-                operand = FINISH(operand, zero, BITS, DTYPE).to(x.dtype)
-                acc += scale.to(tl.float32) * tl.dot(operand, x, input_precision="ieee")
+                operand = FINISH(operand, zeros[part], BITS, DTYPE).to(x.dtype)
+                acc += scales[part].to(tl.float32) * tl.dot(operand, x, input_precision="ieee")
                 if MINUS:
-                    acc -= zero * tl.sum(x.to(tl.float32), axis=0)[None, :]
+                    acc -= zeros[part] * tl.sum(x.to(tl.float32), axis=0)[None, :]
         else:
             x = _columns(x_rows, perm_ptr, first + tl.arange(0, TILE), (m < M)[None, :], K, KP, INDEXED)
-            scale, zero = SCALER(scaler_args, rows, rows < N, runs, N, K, KP, GROUP, ROW_RUN, LOOKUP)
             value = value.reshape(BLOCK_N, RUNS, RUN)
             if UPCAST:
                 value, x = _widened(value), _widened(x)
@@ -185,7 +208,8 @@ def _accumulate(
                 value = (value.to(tl.float32) * scale[:, :, None] - zero[:, :, None]).to(DTYPE)
             else:
                 value = _scaled(value, scale[:, :, None], DTYPE)
-            acc = tl.dot(value.reshape(BLOCK_N, TILE).to(x.dtype), x, acc, input_precision="ieee")
+            value = value.reshape(BLOCK_N, TILE).to(x.dtype)
+            acc = _finished(tl.dot(value, x, acc, input_precision="ieee"), WAIT)
     if LAST_SCALE:
         scale, zero = SCALER(scaler_args, rows, rows < N, tl.arange(0, 1), N, K, KP, GROUP, ROW_RUN, LOOKUP)
         acc *= scale.to(tl.float32)
@@ -291,6 +315,7 @@ def weight_only_gemm(
     SPLIT: tl.constexpr, FINISH: tl.constexpr, SCALER: tl.constexpr,
     GROUP: tl.constexpr, ROW_RUN: tl.constexpr, RUN: tl.constexpr, LOOKUP: tl.constexpr, MINUS: tl.constexpr,
     ZERO: tl.constexpr, FOLDED: tl.constexpr, INDEXED: tl.constexpr, HAS_BIAS: tl.constexpr, POST_SCALE: tl.constexpr, LAST_SCALE: tl.constexpr, UPCAST: tl.constexpr,
+    WAIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHARES: tl.constexpr, SPLIT_K: tl.constexpr,
     GROUP_N: tl.constexpr, WARPS: tl.constexpr, OUTLIERS: tl.constexpr,
     AHEAD: tl.constexpr, EARLY: tl.constexpr,
@@ -298,7 +323,8 @@ def weight_only_gemm(
     """x (M, K) and y (M, N) row-major; see the module's docstring for the rest.
 
     INDEXED: x is gathered through perm. UPCAST: compute in float32, for triton's interpreter, which
-    takes bfloat16 for integers. AHEAD: tiles of W fetched before x is waited for (early.py).
+    takes bfloat16 for integers. WAIT: for products, in each tile (backends/triton/launch.py,
+    `overtakes`). AHEAD: tiles of W fetched before x is waited for (early.py).
     Grid: (blocks of N x blocks of M, SPLIT_K).
     """
     let_next_begin(EARLY)
@@ -326,7 +352,7 @@ def weight_only_gemm(
             begin, tl.minimum(begin + share, tiles), tl.program_id(1), outlier_args, sparse_x_ptr,
             x_ptr, qdata_ptr, qhigh_ptr, perm_ptr, table_ptr, scaler_args, pid_n, m, M, N, K, KP,
             BITS, WIDTH, HIGH, STEP, SPLIT, FINISH, SCALER,
-            GROUP, ROW_RUN, RUN, LOOKUP, MINUS, ZERO, FOLDED, INDEXED, POST_SCALE, LAST_SCALE, UPCAST,
+            GROUP, ROW_RUN, RUN, LOOKUP, MINUS, ZERO, FOLDED, INDEXED, POST_SCALE, LAST_SCALE, UPCAST, WAIT,
             BLOCK_M, BLOCK_N, WARPS, OUTLIERS, SHARES,
         )  # fmt: skip
     else:
@@ -336,7 +362,7 @@ def weight_only_gemm(
                 s * share, tl.minimum(s * share + share, tiles), s, outlier_args, sparse_x_ptr,
                 x_ptr, qdata_ptr, qhigh_ptr, perm_ptr, table_ptr, scaler_args, pid_n, m, M, N, K, KP,
                 BITS, WIDTH, HIGH, STEP, SPLIT, FINISH, SCALER,
-            GROUP, ROW_RUN, RUN, LOOKUP, MINUS, ZERO, FOLDED, INDEXED, POST_SCALE, LAST_SCALE, UPCAST,
+            GROUP, ROW_RUN, RUN, LOOKUP, MINUS, ZERO, FOLDED, INDEXED, POST_SCALE, LAST_SCALE, UPCAST, WAIT,
                 BLOCK_M, BLOCK_N, WARPS, OUTLIERS, SHARES,
             )  # fmt: skip
 

@@ -72,6 +72,23 @@ def sass(text: str) -> Program:
     return Program(instructions, labels)
 
 
+_ENCODING = re.compile(r"\s*/\* 0x[0-9a-f]{16} \*/")
+_ADDRESS = re.compile(r"\s+/\*0*([0-9a-f]+)\*/")
+_JUMP = re.compile(r"(\b(?:BRA|CALL)\b.*?)0x([0-9a-f]+)")
+
+
+def sass_with_addresses(text: str) -> Program:
+    """What `cuobjdump -sass` prints of one kernel: jumps name addresses, not labels."""
+    text = _ENCODING.sub("", text)
+    targets = {target for _, target in _JUMP.findall(text)}
+    lines = []
+    for line in text.splitlines():
+        if (at := _ADDRESS.match(line)) and at[1] in targets:
+            lines.append(f".at_{at[1]}:")
+        lines.append(_JUMP.sub(r"\1`(.at_\2)", line))
+    return sass("\n".join(lines))
+
+
 _PTX_LABEL = re.compile(r"(\$L__BB\w+):")
 _PTX_LINE = re.compile(r"\s+(@!?%?\w+\s+)?([a-z][\w.:]*)\s*(.*?);")
 _PTX_TARGET = re.compile(r"(\$L__BB\w+)")

@@ -9,6 +9,7 @@
 //   split            word -> pairs[s]; values may be off by a constant or a power of two
 //   offset           the zero point as `finish` wants it, in both halves
 //   finish           takes the constant and the zero point off
+//   kFinished        whether `split` has done all that: `finish` returns what it is given
 //
 // Integer codes become floats without a conversion: OR-ing a code into the low mantissa bits of 2^m
 // (m = 10 in float16, 7 in bfloat16) makes the float 2^m + code, in both halves of a word at once.
@@ -28,7 +29,7 @@ struct Table {
 /// What most decoders have not: a codebook, or high bits of their own.
 struct Basic {
     static constexpr int kHigh = 0, kHighStep = 0, kBook = 0;
-    static constexpr bool kTable = false;
+    static constexpr bool kTable = false, kFinished = false;
 };
 
 template <typename T>
@@ -180,7 +181,7 @@ struct Linear<BFloat, 8> : Basic {
 template <typename T>
 struct Lut16 : Basic {
     static constexpr int kWidth = 4, kPairs = 4;
-    static constexpr bool kTable = true;
+    static constexpr bool kTable = true, kFinished = true;
 
     static QK_BOTH void split(uint32_t word, uint32_t, const Table& t, uint32_t (&pairs)[kPairs]) {
         // prmt picks among eight bytes by three bits of a nibble; a second one by the fourth bit.

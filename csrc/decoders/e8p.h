@@ -58,6 +58,7 @@ struct E8pResidual : Basic {
     static constexpr int kWidth = 2, kPairs = 8;
     static constexpr int kHigh = BITS == 3 ? 2 : 4, kHighStep = 16;
     static constexpr int kBook = BITS == 3 ? 512 : 256;
+    static constexpr bool kFinished = true;
     /// 1 / ROUNDING[bits].share of qkernels/formats/e8p.py
     static constexpr float kShare = BITS == 3 ? float(1 / 2.04) : float(1 / 3.45);
 

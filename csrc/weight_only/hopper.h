@@ -211,6 +211,13 @@ struct Consumer {
     }
 };
 
+/// Wait for every product so far: operands may be written again, and the last chunk of x too.
+template <typename D, int COLUMNS>
+QK_DEVICE void finish_products(const Consumer<D, COLUMNS>& me) {
+    product_wait<0>();
+    release(me.shared.chunk_empty(me.chunk_before()));
+}
+
 /// sums += one tile. `a`: operands of the last two slices.
 template <typename T, typename D, int COLUMNS, typename S, bool WHOLE>
 QK_DEVICE void multiply_tile(float (&sums)[COLUMNS / 2], uint32_t (&a)[2][4],
@@ -220,16 +227,21 @@ QK_DEVICE void multiply_tile(float (&sums)[COLUMNS / 2], uint32_t (&a)[2][4],
     const int lane = lane_index(), q = lane / 4, j = lane % 4;
     barrier_wait(me.shared.codes_full(me.codes.at), me.codes.parity);
     const int row = me.warpgroup * 64 + warp_index() % 4 * 16 + q;
+    // Where decoded values are operands as they are, the last product of the tile before reads its own from the
+    // very registers that decoding writes: an H200 gave other sums in every run.
+    constexpr bool in_place = WHOLE && D::kFinished;
+    if (in_place && tile > 0) {
+        finish_products(me);
+    }
     const Packed<D> packed = codes_of<D>(me.shared.codes(me.codes.at), row, live);
     const Values<D> values = decode<D>(packed, table);
     release(me.shared.codes_empty(me.codes.at));
     me.codes.next();
     // With 8-bit codes a tile is one chunk, and ptxas keeps no product on its way from one tile to
     // the next: it would order all of them. So the last one is waited for here, after the decoding.
-    constexpr bool drain = D::kPairs == 2;
-    if (drain && tile > 0) {
-        product_wait<0>();
-        release(me.shared.chunk_empty(me.chunk_before()));
+    constexpr bool drain = D::kPairs == 2 || in_place;
+    if (drain && !in_place && tile > 0) {
+        finish_products(me);
     }
     S scales(args, held.raw, tile);
     const bool by_element = S::kRuns == 0 && args.run < kSlice;
@@ -310,8 +322,7 @@ QK_DEVICE void multiply_all(const HopperArgs& args, const HopperShared<D, COLUMN
                 held = next;
             }
         }
-        product_wait<0>();
-        release(shared.chunk_empty(me.chunk_before()));
+        finish_products(me);
         if constexpr (S::kOutliers) {  // afterwards: ptxas would order the products after the sums
             add_sparse<T>(reinterpret_cast<float (&)[COLUMNS / 8][4]>(sums), w, row, place.m0);
         }

@@ -11,6 +11,8 @@ import torch
 
 import qkernels as qk
 from bench import static_cuda
+from qkernels import dispatch
+from qkernels.backends import cuda
 from qkernels.backends.cuda import build, calls
 
 from . import host
@@ -59,7 +61,7 @@ def test_transforms_compile_without_spills() -> None:
 def test_the_static_table_sees_spills_and_missing_kernels() -> None:
     entry = re.search(r"'(\w+)'", PTXAS)
     assert entry is not None
-    tensor = {entry[1]: "HMMA.16816.F32"}
+    tensor = {entry[1]: ("HMMA.16816.F32", "")}
     good, bad = (static_cuda.parse(PTXAS.format(stores=n), "linear4", "80", tensor)[0] for n in (0, 8))
     assert (good.registers, good.stack, good.blocks, good.problems) == (120, 64, 4, [])
     assert bad.problems == ["spills 8 bytes"]
@@ -69,6 +71,9 @@ def test_the_static_table_sees_spills_and_missing_kernels() -> None:
     words = f"ptxas info : (C7513) Potential Performance Loss: wgmma, in the function '{entry[1]}'\n"
     slow = static_cuda.parse(words + PTXAS.format(stores=0), "linear4", "80", tensor)[0]
     assert slow.problems == ["its wgmma instructions are serialized"]
+    found = {entry[1]: ("HGMMA", "MOV writes R8, which a product under way reads")}
+    taken = static_cuda.parse(PTXAS.format(stores=0), "linear4", "80", found)[0]
+    assert taken.problems == ["MOV writes R8, which a product under way reads"]
     assert "| gemv | linear4 | 4 | 120 (4) | 8 |" in static_cuda.table([good, bad])
     with pytest.raises(RuntimeError, match="ptxas said nothing of any kernel"):
         static_cuda.parse("", "linear4", "80", {})
@@ -126,6 +131,24 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     with pytest.raises(RuntimeError, match="no CUDA kernels: the extension was not built"):
         build.extension()
     build.unavailable.cache_clear()
+
+
+def test_auto_starts_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """backend="auto" takes CUDA kernels that are compiled for this GPU, and says what to do where they are not."""
+    monkeypatch.setenv("QKERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(build, "unavailable", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    p = qk.quantize(torch.randn(64, 128), "gptq", group_size=64)
+    problem = dispatch.problem_of(p, 1, torch.float16, torch.device("cpu"))
+    assert not build.is_built()
+    assert "not compiled yet: backend='cuda' compiles it" in str(cuda._automatic(problem))
+    for arch, built in (("80", False), ("90a", True)):
+        module = build._cached((arch,))
+        module.parent.mkdir(parents=True)
+        module.touch()
+        assert build.is_built() is built
+    assert cuda._automatic(problem) is None
 
 
 def test_failed_build_shows_the_compilers_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -200,7 +200,8 @@ def test_entries_of_their_own() -> None:
         ("q4_1", {}, (12, 1), 8, ("weight_only", 120, "decode")),
         ("fp8", block, (8, 9), 1200, ("eight_bit.block", 80, "prefill")),
         ("fp8", block, (9, 0), 200, None),
-        ("fp8", {"activation": "dynamic"}, (9, 0), 1200, None),
+        ("fp8", {"activation": "dynamic"}, (9, 0), 1200, ("eight_bit.fp8", 90, "prefill")),
+        ("fp8", {"activation": "dynamic"}, (8, 9), 1200, None),
     ]:
         items = tuple(sorted(qk.formats.get(name).resolve((64, 256), params).items()))
         four = dispatch.Problem(name, items, (64, 256), m, torch.float16, "cuda", capability, experts=4)

@@ -118,6 +118,29 @@ def freed() -> None:
         assert not qk.ops._BOUND
 
 
+@pytest.mark.parametrize(
+    ("version", "waits"),
+    [("3.6.0", True), ("3.8.0+git1234", True), ("3.9.0", False), ("3.10.1", False), ("4.0.0", False)],
+)
+def test_who_waits_for_products(version: str, waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where triton would let decoding overtake a product, and nowhere else: on Blackwell it would cost much."""
+    import triton
+
+    from qkernels.backends.triton.launch import overtakes
+
+    monkeypatch.setattr(triton, "__version__", version)
+    overtakes.cache_clear()
+    assert [overtakes(arch) for arch in (0, 80, 89, 90, 100, 120)] == [
+        False,
+        False,
+        False,
+        waits,
+        False,
+        False,
+    ]
+    overtakes.cache_clear()
+
+
 def test_weights_of_operators_are_freed() -> None:
     elsewhere("freed()")
 

@@ -57,7 +57,7 @@ def test_subset(subset: list[dict[str, Any]]) -> None:
         for facts in mine:
             name = f"{facts['kernel']} {facts['label']} sm_{arch}"
             assert facts["error"] is None, name
-            assert facts["spills"] == 0, name
+            assert facts["spills"] == 0 or facts["columns"] == 256, name  # those the tool has checked
             assert 0 < facts["shared"] <= SHARED_KIB[arch] * 1024, name
             assert 16 <= facts["registers"] <= 255, name
             assert facts["blocks"] >= 1, name
@@ -85,6 +85,7 @@ GOOD = Facts(
 def test_good_facts_pass() -> None:
     assert failures(GOOD) == []
     assert failures(replace(GOOD, spills=8)) == []
+    assert failures(replace(GOOD, columns=256, spills=512, loop_spills=18)) == []
     assert failures(replace(GOOD, arch=80, tensor_core="HMMA.16816.F32")) == []
     assert failures(replace(GOOD, arch=100, tensor_core="UTCQMMA")) == []
     assert failures(replace(GOOD, needs_tensor_core=False, tensor_core=None)) == []
@@ -96,6 +97,10 @@ def test_good_facts_pass() -> None:
         ({"spills": 16}, "spills 16 bytes of registers per thread (none in the main loop)"),
         ({"spills": 8, "loop_spills": 2}, "spills 8 bytes of registers per thread (2 loads and stores"),
         ({"spills": 64, "loop_spills": 9}, "(9 loads and stores in the main loop)"),
+        ({"columns": 128, "spills": 512}, "spills 512 bytes"),
+        ({"columns": 256, "spills": 513}, "spills 513 bytes"),
+        ({"columns": 256, "spills": 8, "loop_spills": 19}, "(19 loads and stores in the main loop)"),
+        ({"overtaken": "MOV writes R9, which a product reads"}, "MOV writes R9"),
         ({"shared": 227 * 1024 + 1}, "a block may have 232448"),
         ({"arch": 120, "shared": 100 * 1024, "tensor_core": "HMMA.16816.F32"}, "a block may have 101376"),
         ({"tensor_core": None}, "no tensor-core instruction"),

@@ -49,7 +49,10 @@ def _rejects(problem: dispatch.Problem, module: str, layout: str) -> str | None:
 
 
 def _automatic(problem: dispatch.Problem) -> str | None:
-    return "not measured on a GPU yet: only used when backend='cuda' asks for it"
+    """backend="auto" takes what is compiled, and starts no compiler by itself."""
+    if build.is_built():
+        return None
+    return "not compiled yet: backend='cuda' compiles it, or QKERNELS_CUDA_ARCHS at install time"
 
 
 @lru_cache(maxsize=64)

@@ -48,6 +48,17 @@ def built_in() -> bool:
     return importlib.util.find_spec("qkernels._cuda") is not None
 
 
+def is_built() -> bool:
+    """Whether the extension for this GPU needs no compiler any more."""
+    if built_in():
+        return True
+    import torch
+
+    if unavailable() is not None or not torch.cuda.is_available():
+        return False
+    return _cached((native_arch(*torch.cuda.get_device_capability()),)).is_file()
+
+
 @lru_cache(maxsize=1)
 def unavailable() -> str | None:
     """Why the extension can neither be loaded nor built here, or None."""
@@ -107,16 +118,21 @@ def check_versions(toolkit: int, driver: int) -> None:
 
 def build_cached(archs: tuple[str, ...]) -> Path:
     """Build into the cache unless it is there already; returns the module's file."""
-    root = Path(os.environ.get("QKERNELS_CACHE") or Path.home() / ".cache" / "qkernels") / "cuda"
-    folder = root / _digest(archs)
+    target = _cached(archs)
+    folder = target.parent
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"_cuda{SUFFIX}"
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             print("qkernels: compiling the CUDA kernels, once; about a minute", file=sys.stderr)
             build(target, archs, folder / "objects")
     return target
+
+
+def _cached(archs: tuple[str, ...]) -> Path:
+    """Where `build_cached` puts the module."""
+    root = Path(os.environ.get("QKERNELS_CACHE") or Path.home() / ".cache" / "qkernels") / "cuda"
+    return root / _digest(archs) / f"_cuda{SUFFIX}"
 
 
 def build(target: Path, archs: tuple[str, ...], folder: Path) -> None:

@@ -19,8 +19,8 @@ _SHARED_MARGIN, _DECODED_MARGIN = 8 * 1024, 6 * 1024
 class GemmConfig(NamedTuple):
     """One kernel configuration.
 
-    post_scale: scale sums instead of weights, where a tile has one scale a row.
-    shares: parts K is cut into; 0: as many as fill the GPU.
+    post_scale: scale sums instead of weights, where a tile has few scales a row.
+    shares: parts K is cut into; 0: as many as give each multiprocessor `resident` blocks.
     group_n: blocks of N that run next to each other.
     """
 
@@ -31,13 +31,23 @@ class GemmConfig(NamedTuple):
     post_scale: bool = False
     shares: int = 1
     group_n: int = 8
+    resident: int = 2
 
 
-#: (family, architecture or 0 for any, class of M) -> configuration
+#: (family, architecture or 0 for any, class of M) -> configuration. A family without an entry of its own takes
+#: that of the family it is named after, "weight_only" for "weight_only.bytes". Those of sm_90 were measured
+#: (bench/results/2026-11-27-h200/configurations.md), but for the vectors family's middle and prefill.
 TABLE: dict[tuple[str, int, str], GemmConfig] = {
     ("weight_only", 0, "decode"): GemmConfig(16, 64, 4, 5, post_scale=True, shares=0),
     ("weight_only", 0, "middle"): GemmConfig(64, 64, 4, 3, post_scale=False, shares=0),
     ("weight_only", 0, "prefill"): GemmConfig(128, 128, 8, 3),
+    ("weight_only", 90, "decode"): GemmConfig(16, 128, 8, 7, post_scale=True, shares=0),
+    ("weight_only", 90, "small"): GemmConfig(32, 128, 8, 4, post_scale=True, shares=0),
+    ("weight_only", 90, "middle"): GemmConfig(64, 128, 8, 4, post_scale=True, shares=0),
+    ("weight_only", 90, "large"): GemmConfig(128, 128, 8, 3, post_scale=True, shares=0, resident=1),
+    ("weight_only", 90, "prefill"): GemmConfig(256, 128, 8, 3, shares=0, resident=1),
+    ("weight_only.bytes", 90, "decode"): GemmConfig(16, 64, 4, 4, post_scale=True, shares=0, resident=4),
+    ("weight_only.bytes", 90, "prefill"): GemmConfig(128, 128, 8, 3, shares=0, resident=1),
     # mma.sync keeps both the accumulators and the decoded operand in registers: wider blocks spill.
     ("weight_only", 80, "middle"): GemmConfig(64, 128, 8, 3, shares=0),
     ("weight_only", 120, "middle"): GemmConfig(64, 128, 8, 3, shares=0),
@@ -48,6 +58,7 @@ TABLE: dict[tuple[str, int, str], GemmConfig] = {
     ("weight_only", 100, "middle"): GemmConfig(64, 128, 8, 3, shares=0),
     # Codes of 2 and 3 bits come 256 features a step, twice as many decoded values to hold.
     ("weight_only.wide", 0, "decode"): GemmConfig(16, 64, 4, 5, post_scale=True, shares=0),
+    ("weight_only.wide", 90, "decode"): GemmConfig(16, 64, 4, 3, post_scale=True, shares=0, resident=4),
     ("weight_only.wide", 0, "middle"): GemmConfig(64, 64, 4, 3, shares=0),
     ("weight_only.wide", 0, "prefill"): GemmConfig(128, 128, 8, 3),
     ("weight_only.wide", 80, "middle"): GemmConfig(32, 128, 8, 3, shares=0),
@@ -66,6 +77,7 @@ TABLE: dict[tuple[str, int, str], GemmConfig] = {
     ("weight_only.vectors", 0, "prefill"): GemmConfig(16, 64, 4, 3),
     ("weight_only.vectors", 80, "decode"): GemmConfig(16, 128, 8, 3, shares=0),
     ("weight_only.vectors", 80, "middle"): GemmConfig(16, 128, 8, 3, shares=0),
+    ("weight_only.vectors", 90, "decode"): GemmConfig(16, 64, 4, 3, shares=0, resident=4),
     ("weight_only.vectors", 90, "middle"): GemmConfig(64, 64, 4, 3, shares=0),
     ("weight_only.vectors", 90, "prefill"): GemmConfig(64, 64, 4, 3),
     ("weight_only.vectors", 100, "middle"): GemmConfig(64, 64, 4, 3, shares=0),
@@ -73,11 +85,17 @@ TABLE: dict[tuple[str, int, str], GemmConfig] = {
     ("eight_bit.int8", 0, "decode"): GemmConfig(16, 64, 4, 5, shares=0),
     ("eight_bit.int8", 0, "middle"): GemmConfig(64, 64, 4, 4, shares=0),
     ("eight_bit.int8", 0, "prefill"): GemmConfig(128, 128, 8, 3),
-    # With 256 columns triton 3.6 spills, 3.9 does not.
-    ("eight_bit.int8", 90, "prefill"): GemmConfig(128, 128, 8, 4),
+    ("eight_bit.int8", 90, "decode"): GemmConfig(16, 128, 8, 7, shares=0, resident=1),
+    ("eight_bit.int8", 90, "middle"): GemmConfig(64, 64, 4, 5, shares=0),
+    ("eight_bit.int8", 90, "batch"): GemmConfig(128, 64, 4, 4),
+    # Three stages, not four: two blocks fit on a multiprocessor. With 256 columns triton 3.6 spills.
+    ("eight_bit.int8", 90, "prefill"): GemmConfig(128, 128, 4, 3, group_n=32),
     ("eight_bit.fp8", 0, "decode"): GemmConfig(16, 64, 4, 5, shares=0),
     ("eight_bit.fp8", 0, "middle"): GemmConfig(64, 64, 4, 4, shares=0),
+    ("eight_bit.fp8", 90, "decode"): GemmConfig(16, 128, 8, 7, shares=0, resident=1),
+    ("eight_bit.fp8", 90, "middle"): GemmConfig(64, 64, 4, 5, shares=0),
     # Sums of one step lie beside the total on sm_90: wider blocks spill.
+    ("eight_bit.fp8", 90, "prefill"): GemmConfig(128, 64, 4, 4, group_n=32),
     ("eight_bit.fp8", 0, "prefill"): GemmConfig(128, 128, 8, 4),
     ("eight_bit.block", 0, "decode"): GemmConfig(16, 64, 4, 5, shares=0),
     ("eight_bit.block", 0, "middle"): GemmConfig(64, 64, 4, 4, shares=0),
@@ -88,6 +106,19 @@ TABLE: dict[tuple[str, int, str], GemmConfig] = {
 #: what replaces the table's entries in the kernels of experts, with the same keys: those kernels hold a
 #: little more in registers, slots and the weights' offsets, and what just fits otherwise would spill
 EXPERTS: dict[tuple[str, int, str], GemmConfig] = {
+    # Not measured yet: as on any architecture.
+    ("weight_only", 90, "decode"): GemmConfig(16, 64, 4, 5, post_scale=True),
+    ("weight_only", 90, "middle"): GemmConfig(64, 64, 4, 3),
+    ("weight_only", 90, "prefill"): GemmConfig(128, 128, 8, 3),
+    ("weight_only.bytes", 90, "decode"): GemmConfig(16, 64, 4, 5, post_scale=True),
+    ("weight_only.wide", 90, "decode"): GemmConfig(16, 64, 4, 5, post_scale=True),
+    ("eight_bit.int8", 90, "decode"): GemmConfig(16, 64, 4, 5),
+    ("eight_bit.int8", 90, "middle"): GemmConfig(64, 64, 4, 4),
+    ("eight_bit.int8", 90, "batch"): GemmConfig(128, 128, 8, 4),
+    ("eight_bit.int8", 90, "prefill"): GemmConfig(128, 128, 8, 4),
+    ("eight_bit.fp8", 90, "decode"): GemmConfig(16, 64, 4, 5),
+    ("eight_bit.fp8", 90, "middle"): GemmConfig(64, 64, 4, 4),
+    ("eight_bit.fp8", 90, "prefill"): GemmConfig(128, 128, 8, 4),
     # Weights are scaled, not sums of a tile, which would have to be held beside the total.
     ("weight_only", 120, "decode"): GemmConfig(16, 64, 4, 5, post_scale=False),
     ("weight_only.wide", 80, "middle"): GemmConfig(16, 128, 8, 3),
@@ -117,17 +148,24 @@ def m_class(m: int) -> str:
     return "decode" if m <= 16 else "middle" if m <= 128 else "prefill"
 
 
+def _classes(m: int) -> tuple[str, ...]:
+    """The classes of M whose entries hold, the narrowest first: parts of "middle" and "prefill" may have their own."""
+    parts = (("small", 17, 32), ("large", 65, 128), ("batch", 129, 256))
+    return (*(name for name, least, most in parts if least <= m <= most), m_class(m))
+
+
 def architecture(capability: tuple[int, int] | None) -> int:
     """8.6 -> 86; 0 without a GPU."""
     return 0 if capability is None else capability[0] * 10 + capability[1]
 
 
 def _tabled(family: str, arch: int, m: int, experts: bool) -> GemmConfig:
-    major = arch // 10 * 10
-    for table in (EXPERTS, TABLE) if experts else (TABLE,):
-        for known in (arch, major, 0):
-            if (family, known, m_class(m)) in table:
-                return table[family, known, m_class(m)]
+    for name in (family, family.split(".")[0]):
+        for table in (EXPERTS, TABLE) if experts else (TABLE,):
+            for known in (arch, arch // 10 * 10, 0):
+                for of_m in _classes(m):
+                    if (name, known, of_m) in table:
+                        return table[name, known, of_m]
     raise KeyError(family)
 
 
@@ -149,7 +187,8 @@ def choose(
     """
     config = _tabled(family, arch, m, experts)
     if batch_invariant:
-        config = BATCH_INVARIANT[family]._replace(block_m=_INVARIANT_BLOCK_M[m_class(m)])
+        name = family if family in BATCH_INVARIANT else family.split(".")[0]
+        config = BATCH_INVARIANT[name]._replace(block_m=_INVARIANT_BLOCK_M[m_class(m)])
     return fitted(config, arch, tile, row_bytes, row_scratch, decoded)
 
 
@@ -204,7 +243,7 @@ def shares_of(config: GemmConfig, tiles: int, blocks: int, processors: int) -> i
     """Parts to cut K of `tiles` tiles into when the grid has `blocks` blocks; none of them empty."""
     shares = config.shares
     if shares == 0:
-        shares = max(1, min(2 * processors // blocks, tiles // 2, 32))
+        shares = max(1, min(config.resident * processors // blocks, tiles // 2, 32))
     share = -(-tiles // min(shares, tiles))
     return -(-tiles // share)
 

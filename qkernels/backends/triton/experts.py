@@ -19,7 +19,7 @@ from ...layouts import eight_bit as codes_layout
 from ..work import NOW, Replays, Work
 from . import autotune, configs, eight_bit, interpreted, weight_only, workspace
 from .jobs import CompileJob
-from .launch import Launch, Replay, early
+from .launch import Launch, Replay, early, overtakes
 
 if TYPE_CHECKING:
     from ...dispatch import Problem
@@ -238,6 +238,7 @@ def _product(
             "x_ptr": x,
             "POST_SCALE": config.post_scale,
             "UPCAST": x.dtype == torch.bfloat16 and interpreted(),
+            "WAIT": overtakes(configs.architecture(problem.capability)),
             "WARPS": config.num_warps,
         }
     calls = {
@@ -403,6 +404,7 @@ def _weight_only_job(
             **weight_only.constants(traits, _JOB_SHAPE, lookup=False, indexed=bool(params.get("act_order"))),
             **_common_constants(config, arch),
             "UPCAST": False,
+            "WAIT": overtakes(arch),
             "POST_SCALE": config.post_scale,
             "WARPS": config.num_warps,
         },

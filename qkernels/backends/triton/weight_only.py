@@ -14,7 +14,7 @@ from ...layouts import weight_only as layout
 from ..work import NOW, Recorded, Work
 from . import autotune, configs, interpreted, transforms, workspace
 from .jobs import CompileJob
-from .launch import Launch, Replay, ahead, early
+from .launch import Launch, Replay, ahead, early, overtakes
 
 if TYPE_CHECKING:
     from ...dispatch import Problem
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: M from which x is gathered once, by a kernel of its own, instead of by every program (act-order)
 GATHER_ROWS = 17
+#: runs of a tile up to which sums are scaled instead of weights (H200, M = 16 and 64: bench/results/2026-11-27-h200)
+MOST_DOTS = 2
 #: M from which outliers read a transposed copy of x, whose rows then lie next to each other
 TRANSPOSE_ROWS = 64
 
@@ -42,16 +44,21 @@ def sizes(traits: layout.WeightOnlyTraits) -> tuple[int, int, int, tuple[int, in
         layout.tile_features(traits.bits, traits.vectors),
     )
     decoded = (288, 2 * features + 160) if traits.vectors else (2 * features,) * 2 if high else (0, 0)
-    return features, 64 + 4 * high, 160 if high else 0, decoded
+    runs = features // max(1, min(traits.group_size, features))
+    scales = 8 * runs if runs > 8 else 0  # two of float32 a run change hands (q2_k, triton 3.6)
+    return features, 64 + 4 * high, max(160 if high else 0, scales), decoded
 
 
 def family(traits: layout.WeightOnlyTraits) -> str:
-    """The name of its configurations: wide tiles hold more in registers, SpQR's real zero points yet more."""
+    """The name of its configurations: wide tiles hold more in registers, SpQR's real zero points yet more; codes of
+    a byte move twice as much."""
     if traits.scaler == "two_level":
         return "weight_only.two_level"
     if traits.vectors:
         return "weight_only.vectors"
-    return "weight_only.wide" if traits.bits < 4 else "weight_only"
+    return {2: "weight_only.wide", 3: "weight_only.wide", 8: "weight_only.bytes"}.get(
+        traits.bits, "weight_only"
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -240,6 +247,7 @@ def _launch(
         "M": m,
         "HAS_BIAS": bias is not None,
         "UPCAST": x.dtype == torch.bfloat16 and interpreted(),
+        "WAIT": overtakes(configs.architecture(problem.capability)),
         "POST_SCALE": scaled_after(weight, config, problem),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -272,9 +280,14 @@ def folded(weight: dict[str, Any], config: configs.GemmConfig, problem: Problem)
 
 
 def scaled_after(weight: dict[str, Any], config: configs.GemmConfig, problem: Problem) -> bool:
-    """The kernel's POST_SCALE: also where there is but one dot a tile, so that its sums are taken out once."""
-    single = _runs(weight) == 1 and config.block_m == 16 and not problem.batch_invariant
-    return config.post_scale or single
+    """The kernel's POST_SCALE: also where there is but one dot a tile, so that its sums are taken out once.
+
+    Not where a tile has many runs: a dot for each of q4_k's four took 1.3 times as long as scaling its weights.
+    """
+    if problem.batch_invariant:
+        return config.post_scale
+    runs = _runs(weight)
+    return (config.post_scale and runs <= MOST_DOTS) or (runs == 1 and config.block_m == 16)
 
 
 def _runs(weight: dict[str, Any]) -> int:
@@ -341,9 +354,9 @@ JOBS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     *(("quip", {"bits": bits}, ("*fp32",)) for bits in (2, 3, 4)),
     *(("quip_sharp", {"bits": bits}, ("*fp32",)) for bits in (2, 3, 4)),
 )
-#: M of each job: one a class
-_JOB_ROWS = (1, 64, 4096)
-_JOB_SHAPE = (8192, 8192)
+#: M of each job: one a class; sm_90 has entries for parts of the middle one
+_JOB_ROWS, _JOB_ROWS_90 = (1, 64, 4096), (1, 32, 64, 128, 256, 4096)
+_JOB_SHAPE, _JOB_PROCESSORS = (8192, 8192), 132
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -355,7 +368,7 @@ def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
     for number, (name, params, pointers) in enumerate(JOBS):
         fmt = formats.get(name)
         resolved = fmt.resolve(_JOB_SHAPE, params)
-        for m in _JOB_ROWS:
+        for m in _JOB_ROWS_90 if arch == 90 else _JOB_ROWS:
             for dtype in DTYPES:
                 if subset and (number, dtype) not in ((0, "fp16"), (4, "bf16"), (7, "bf16")):
                     continue
@@ -366,7 +379,9 @@ def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
                 traits = traits_of(problem)
                 indexed = bool(params.get("act_order")) and m < GATHER_ROWS
                 fixed = constants(traits, _JOB_SHAPE, lookup=False, indexed=indexed)
-                shares = 4 if config.shares == 0 else config.shares
+                blocks = -(-_JOB_SHAPE[0] // config.block_n) * -(-m // config.block_m)
+                tiles = -(-_JOB_SHAPE[1] // (16 * 32 // fixed["WIDTH"]))
+                shares = configs.shares_of(config, tiles, blocks, _JOB_PROCESSORS)
                 pointer = "*" + dtype
                 yield CompileJob(
                     kernel="weight_only_gemm",
@@ -386,6 +401,7 @@ def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
                         **fixed,
                         "HAS_BIAS": True,
                         "UPCAST": False,
+                        "WAIT": overtakes(arch),
                         "POST_SCALE": scaled_after(fixed, config, problem),
                         "BLOCK_M": config.block_m,
                         "BLOCK_N": config.block_n,

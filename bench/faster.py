@@ -1,0 +1,73 @@
+"""Which of our backends was faster in a race, as the table of qkernels/backends/measured.py.
+
+    python -m bench.faster bench/results/2026-11-27-h200/race.json
+
+A number of rows stands for those above the last smaller one that was raced. Where several formats or shapes have
+one kind of kernel, the geometric mean of their ratios decides; CUDA must win by MARGIN, for it has to be compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from qkernels import formats
+from qkernels.backends import measured
+from qkernels.dispatch import Problem
+from qkernels.presets import parse_specs
+
+MARGIN = 1.03
+
+
+def table(rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, str]]]:
+    """Rows of races -> kind of kernel -> (most rows of x, faster backend), neighbours with one answer as one."""
+    times: dict[tuple[str, int], dict[str, dict[tuple[str, int, int], float]]] = defaultdict(
+        lambda: defaultdict(dict)
+    )
+    for row in rows:
+        who = row["contestant"].split(" ", 2)
+        if row["chain"] is None or who[0] != "qkernels" or who[1] not in ("cuda", "triton"):
+            continue
+        kind = _kind(who[2], (row["n"], row["k"]), row["m"])
+        if kind is not None:
+            times[kind, row["m"]][who[1]][who[2], row["n"], row["k"]] = row["chain"]
+    found: dict[str, list[tuple[int, str]]] = {}
+    for (kind, m), by_backend in sorted(times.items()):
+        both = by_backend["cuda"].keys() & by_backend["triton"].keys()
+        if not both:
+            continue
+        logs = [math.log(by_backend["triton"][place] / by_backend["cuda"][place]) for place in both]
+        winner = "cuda" if math.exp(sum(logs) / len(logs)) > MARGIN else "triton"
+        entries = found.setdefault(kind, [])
+        if entries and entries[-1][1] == winner:
+            entries.pop()
+        entries.append((m, winner))
+    return found
+
+
+def _kind(spec: str, shape: tuple[int, int], m: int) -> str | None:
+    parsed = parse_specs(spec)[0]
+    fmt = formats.get(parsed.name)
+    known = {key: value for key, value in parsed.params.items() if key not in fmt.quantize_only}
+    params = tuple(sorted(fmt.resolve(shape, known).items()))
+    return measured.kind_of(Problem(parsed.name, params, shape, m, torch.bfloat16, "cuda", (9, 0)))
+
+
+def main(results: Annotated[list[Path], typer.Argument(help="Races of one GPU.")]) -> None:
+    reports = [json.loads(file.read_text()) for file in results]
+    print(f'RUN, GPU, CAPABILITY = "{results[0].parent}", "{reports[0]["environment"]["gpu"]}", (9, 0)')
+    print("FASTER: dict[str, tuple[tuple[int, str], ...]] = {")
+    for kind, entries in table([row for report in reports for row in report["results"]]).items():
+        pairs = ", ".join(f'({m}, "{backend}")' for m, backend in entries) + "," * (len(entries) == 1)
+        print(f'    "{kind}": ({pairs}),')
+    print("}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,105 @@
+"""bench.smoke notices each kind of fault it is there for, and survives a process that dies."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import qkernels as qk
+from bench import smoke
+
+RIGHT = qk.matmul
+
+
+def checks(monkeypatch: pytest.MonkeyPatch, fault: Any) -> list[smoke.Check]:
+    """Those of NF4 where a kernel's result goes through `fault`; the reference's does not."""
+
+    def matmul(x: Tensor, p: qk.PackedWeight, backend: str = "auto", **kwargs: Any) -> Tensor:
+        y = RIGHT(x, p, backend="reference")
+        return y if backend == "reference" else fault(y)
+
+    monkeypatch.setattr(smoke.qk, "matmul", matmul)
+    return list(smoke.check("nf4", "triton", "cpu", tiny=True))
+
+
+def test_a_right_kernel_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = checks(monkeypatch, lambda y: y)
+    assert {one.check for one in found} == {"error", "repeat"}
+    assert not any(one.failed for one in found)
+
+
+def one_wrong(y: Tensor) -> Tensor:
+    """A single output is off by a tenth of their usual size."""
+    y = y.clone()
+    y.view(-1)[7] += 0.1 * y.float().pow(2).mean().sqrt().to(y.dtype)
+    return y
+
+
+def unwritten(y: Tensor) -> Tensor:
+    y = y.clone()
+    y[-1, -1] = float("nan")
+    return y
+
+
+@pytest.mark.parametrize("fault", [one_wrong, unwritten, lambda y: y * 1.05], ids=["one", "nan", "all"])
+def test_a_wrong_kernel_fails(monkeypatch: pytest.MonkeyPatch, fault: Any) -> None:
+    found = checks(monkeypatch, fault)
+    assert all(one.failed for one in found if one.check == "error")
+
+
+def test_a_kernel_with_other_bits_now_and_then_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = itertools.count()
+    found = checks(monkeypatch, lambda y: y * (1 + 2**-6) if next(calls) % 5 == 4 else y)
+    assert any(one.failed for one in found if one.check == "repeat")
+    assert not any(one.failed for one in found if one.check == "error" and "of its bound" not in one.failed)
+
+
+def test_poisoned_memory_is_poisoned() -> None:
+    with smoke.poisoned():
+        assert bool(torch.empty(8).isnan().all())
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_process_that_dies_takes_its_own_case_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of its share goes on in another one."""
+    started: list[list[tuple[str, str]]] = []
+
+    class Worker:
+        class process:  # noqa: N801
+            @staticmethod
+            def wait() -> int:
+                return 1 if len(started) == 1 else 0
+
+        def __init__(self, job: smoke.Job, module: str) -> None:
+            started.append(list(job.cases))
+            self.events: list[list[dict[str, Any]] | None] = [
+                [{"begin": list(case)}, {"end": [*case, 0.0]}] for case in job.cases
+            ] + [None]
+            if len(started) == 1:
+                self.events = [[{"begin": ["nf4", "cuda"]}], None]
+
+        def lines(self, wait: float) -> list[dict[str, Any]] | None:
+            return self.events.pop(0)
+
+        def last_words(self) -> str:
+            return "Segmentation fault"
+
+        def kill(self) -> None:
+            pass
+
+    monkeypatch.setattr(smoke.supervisor, "Worker", Worker)
+    share = smoke.Share([("nf4", "cuda"), ("q4_k", "cuda")], tiny=True)
+    found, more = [], True
+    while more:
+        new, more = share.poll()
+        found += new
+    assert started == [[("nf4", "cuda"), ("q4_k", "cuda")], [("q4_k", "cuda")]]
+    assert [(one.case, one.failed) for one in found] == [("nf4", "the process died (1): Segmentation fault")]
+    lines = smoke.summary([*found, smoke.Check("q4_k", "cuda", "", 1, "", "error", 0.5)], [("awq", "cuda")])
+    assert lines[0].startswith("FAILED cuda nf4, 1 of 1: ")
+    assert "0.50 cuda q4_k" in lines
+    assert lines[-1] == "no time was left for: cuda awq"
