@@ -24,9 +24,10 @@ FASTER: dict[str, tuple[tuple[int, str], ...]] = {
 
 
 def kind_of(problem: Problem) -> str | None:
-    """What decides which code runs: the codes and their scales, not the format that has them."""
+    """What decides which code runs: the codes and their scales, not the format that has them. None for what has no
+    kernel."""
     fmt, params = formats.get(problem.format), dict(problem.params)
-    layout = fmt.kernel_layout(params)
+    layout = None if fmt.obstacle(problem.shape, params) else fmt.kernel_layout(params)
     if layout == layouts.WEIGHT_ONLY:
         codes = fmt.weight_only_traits(problem.shape, params)
         return f"{codes.decoder}{codes.bits} {codes.scaler}"

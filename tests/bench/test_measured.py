@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from bench import faster
-from qkernels import dispatch, layouts
+from qkernels import dispatch, formats, layouts
 from qkernels.backends import measured
 from qkernels.benchmark import shapes
+
+from ..conftest import CASES, case_id, k_of
 
 
 def row(backend: str, spec: str, m: int, chain: float | None, n: int = 8192) -> dict[str, Any]:
@@ -77,6 +79,17 @@ def test_auto_takes_the_faster_one() -> None:
     _, rejected = dispatch._choose(problem, "auto")
     assert ("triton.one", measured.words("cuda")) in rejected
     assert ("cuda.two", "cuda.one is preferred") in rejected
+
+
+@pytest.mark.parametrize(("name", "params"), CASES, ids=map(case_id, CASES))
+def test_every_format_can_be_looked_up(name: str, params: dict[str, Any]) -> None:
+    """On the GPU that was measured, every call of every format asks."""
+    fmt = formats.get(name)
+    shape = (72, k_of(name, 192))
+    known = {key: value for key, value in params.items() if key not in fmt.quantize_only}
+    items = tuple(sorted(fmt.resolve(shape, known).items()))
+    problem = dispatch.Problem(name, items, shape, 1, torch.float16, "cuda", measured.CAPABILITY)
+    assert measured.faster(problem) in (None, "cuda", "triton")
 
 
 def test_the_table_is_well_formed() -> None:

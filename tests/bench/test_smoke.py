@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,3 +107,26 @@ def test_a_process_that_dies_takes_its_own_case_only(monkeypatch: pytest.MonkeyP
     assert lines[0].startswith("FAILED cuda nf4, 1 of 1: ")
     assert "0.50 cuda q4_k" in lines
     assert lines[-1] == "no time was left for: cuda awq"
+
+
+def test_what_is_compiled_ahead_is_found(tmp_path: Path) -> None:
+    """Without a GPU: the same launches ask for the same keys, in another process too."""
+    pytest.importorskip("triton")
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "QKERNELS_PRETEND_GPU")
+    }
+    code = "from bench import ahead, smoke; smoke.REAL = smoke.Shape(72, 512, (1,), ()); smoke.ODD = smoke.REAL; "
+    code += f"ahead.main(ahead.Path({str(tmp_path / 'cache')!r}), 'nf4', 90)"
+    kernels = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment,
+            cwd=Path(__file__).parents[2], check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        kernels.append(
+            sorted(str(file) for file in (tmp_path / "cache").rglob("*.cubin"))
+        )  # folders are keys
+    assert kernels[0]
+    assert kernels[0] == kernels[1]
+    assert not list((tmp_path / "cache").rglob("*.ttgir"))

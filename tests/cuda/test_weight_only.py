@@ -203,5 +203,5 @@ def test_uneven_groups_of_act_order() -> None:
 
 def test_auto_prefers_others_and_explain_says_why() -> None:
     p = qk.quantize(torch.randn(16, 64), "nf4").to(DEVICE)
-    assert "cuda.weight_only_gemv: not measured" in str(qk.explain(p, 1))
+    assert "cuda.weight_only_gemv: not compiled yet" in str(qk.explain(p, 1))
     assert "K in 1 shares" in str(qk.explain(p, 1, backend="cuda"))

@@ -89,7 +89,7 @@ TABLE: dict[tuple[str, int, str], GemmConfig] = {
     ("eight_bit.int8", 90, "middle"): GemmConfig(64, 64, 4, 5, shares=0),
     ("eight_bit.int8", 90, "batch"): GemmConfig(128, 64, 4, 4),
     # Three stages, not four: two blocks fit on a multiprocessor. With 256 columns triton 3.6 spills.
-    ("eight_bit.int8", 90, "prefill"): GemmConfig(128, 128, 4, 3, group_n=32),
+    ("eight_bit.int8", 90, "prefill"): GemmConfig(128, 128, 8, 3, group_n=32),
     ("eight_bit.fp8", 0, "decode"): GemmConfig(16, 64, 4, 5, shares=0),
     ("eight_bit.fp8", 0, "middle"): GemmConfig(64, 64, 4, 4, shares=0),
     ("eight_bit.fp8", 90, "decode"): GemmConfig(16, 128, 8, 7, shares=0, resident=1),

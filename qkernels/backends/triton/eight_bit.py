@@ -340,7 +340,7 @@ JOBS: tuple[tuple[str, dict[str, Any], bool], ...] = (
     ("fp8", {"activation": "dynamic", "granularity": "block"}, False),
 )
 #: M of each job: one a class
-_JOB_ROWS = (1, 64, 4096)
+_JOB_ROWS, _JOB_ROWS_90 = (1, 64, 4096), (1, 64, 256, 4096)
 _JOB_SHAPE = (8192, 8192)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CODES = {"int8": ("*i8", "*i8"), "e4m3": ("*fp8e4nv", "*fp8e4nv"), "e5m2": ("*fp8e5", "*fp8e4nv")}
@@ -353,7 +353,7 @@ def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
         for dtype in ("bf16", "fp16") if name == "int8" else ("bf16",):
             if subset and (number, dtype) not in ((2, "bf16"), (3, "bf16")):
                 continue
-            for m in _JOB_ROWS:
+            for m in _JOB_ROWS_90 if arch == 90 else _JOB_ROWS:
                 yield _product_job(arch, name, params, has_zero, dtype, m)
             yield _quantize_job(arch, name, params, has_zero, dtype, norm=number in (0, 3))
             if number in (0, 3) and not subset:

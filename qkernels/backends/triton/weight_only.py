@@ -44,7 +44,7 @@ def sizes(traits: layout.WeightOnlyTraits) -> tuple[int, int, int, tuple[int, in
         layout.tile_features(traits.bits, traits.vectors),
     )
     decoded = (288, 2 * features + 160) if traits.vectors else (2 * features,) * 2 if high else (0, 0)
-    runs = features // max(1, min(traits.group_size, features))
+    runs = min(16, features // max(1, min(traits.group_size, features)))
     scales = 8 * runs if runs > 8 else 0  # two of float32 a run change hands (q2_k, triton 3.6)
     return features, 64 + 4 * high, max(160 if high else 0, scales), decoded
 
