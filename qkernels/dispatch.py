@@ -221,9 +221,7 @@ def _choose(problem: Problem, backend: str) -> tuple[Kernel | None, list[tuple[s
     rejected: list[tuple[str, str]] = []
     candidates = kernels(grouped=problem.experts > 0)
     faster = measured.faster(problem) if backend == "auto" else None
-    candidates.sort(
-        key=lambda kernel: kernel.backend != faster
-    )  # stable: the order of registration otherwise
+    candidates.sort(key=lambda kernel: kernel.backend != faster)  # in order of registration otherwise
     for kernel in candidates:
         why = None
         if backend not in ("auto", kernel.backend):

@@ -130,9 +130,8 @@ def _accumulate(
     for tile in range(begin, end):
         if CARRIED:
             scale, zero = next_scale, next_zero
-            runs = (tile + 1) * TILE + tl.arange(
-                0, RUNS
-            ) * RUN  # past the last tile it reads the last one again
+            # Past the last tile scalers read the last one again.
+            runs = (tile + 1) * TILE + tl.arange(0, RUNS) * RUN
             next_scale, next_zero = SCALER(
                 scaler_args, rows, rows < N, runs, N, K, KP, GROUP, ROW_RUN, LOOKUP
             )

@@ -227,8 +227,8 @@ QK_DEVICE void multiply_tile(float (&sums)[COLUMNS / 2], uint32_t (&a)[2][4],
     const int lane = lane_index(), q = lane / 4, j = lane % 4;
     barrier_wait(me.shared.codes_full(me.codes.at), me.codes.parity);
     const int row = me.warpgroup * 64 + warp_index() % 4 * 16 + q;
-    // Where decoded values are operands as they are, the last product of the tile before reads its own from the
-    // very registers that decoding writes: an H200 gave other sums in every run.
+    // Where decoded values are operands as they are, the last product of the tile before reads its
+    // own from the very registers that decoding writes: an H200 gave other sums in every run.
     constexpr bool in_place = WHOLE && D::kFinished;
     if (in_place && tile > 0) {
         finish_products(me);
