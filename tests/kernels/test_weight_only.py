@@ -44,6 +44,24 @@ def test_every_format(name: str, params: dict[str, object]) -> None:
     assert p.layout == "weight_only"
 
 
+@dtypes
+def test_each_run_of_a_tile_has_its_own_sums(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two dots a tile, each scaled by itself: scales and zero points of one run must not serve the other."""
+    from qkernels.backends.triton import weight_only
+
+    p, bias = packed("gptq", {"bits": 4, "group_size": 64, "symmetric": False}, 72, 640, dtype)
+    seen, real = [], weight_only.scaled_after
+    monkeypatch.setattr(
+        weight_only,
+        "scaled_after",
+        lambda *a: seen.append((weight_only._runs(a[0]), real(*a))) or seen[-1][1],
+    )
+    for m in (9, 16):
+        assert_right(p, bias, m, dtype)
+    if DEVICE == "cpu":  # some GPUs' configurations scale weights instead
+        assert seen == [(2, True), (2, True)]
+
+
 @pytest.mark.parametrize(
     ("name", "params", "rows"),
     [
