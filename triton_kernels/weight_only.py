@@ -135,9 +135,6 @@ def _accumulate(
             next_scale, next_zero = SCALER(
                 scaler_args, rows, rows < N, runs, N, K, KP, GROUP, ROW_RUN, LOOKUP
             )
-        elif not LAST_SCALE:
-            runs = tile * TILE + tl.arange(0, RUNS) * RUN
-            scale, zero = SCALER(scaler_args, rows, rows < N, runs, N, K, KP, GROUP, ROW_RUN, LOOKUP)
         at = tile * N + loaded  # in words this fits int32 up to 2^34 weights of 4 bits
         words = tl.load(qdata_ptr + at[:, None] * 16 + i[None, :], mask=(loaded < N)[:, None], other=0)
         words = _in_row_order(words, BLOCK_N, 16, WARPS).reshape(BLOCK_N, 4, 2, 2)
@@ -158,6 +155,9 @@ def _accumulate(
         value = _in_feature_order(tl.join(even, odd), BLOCK_N, TILE, WIDTH)
 
         first = tile * TILE
+        if not CARRIED and not LAST_SCALE:
+            runs = first + tl.arange(0, RUNS) * RUN
+            scale, zero = SCALER(scaler_args, rows, rows < N, runs, N, K, KP, GROUP, ROW_RUN, LOOKUP)
         if LAST_SCALE:
             x = _columns(x_rows, perm_ptr, first + tl.arange(0, TILE), (m < M)[None, :], K, KP, INDEXED)
             if UPCAST:
