@@ -231,7 +231,7 @@ def _choose(problem: Problem, backend: str) -> tuple[Kernel | None, list[tuple[s
             why = kernel.automatic(problem)
         if why is None and chosen is not None:
             why = f"{chosen.name} is preferred"
-            if chosen.backend == faster != kernel.backend:
+            if chosen.backend == faster and kernel.backend not in (faster, "reference"):
                 why = measured.words(chosen.backend)
         if why is None:
             chosen = kernel
