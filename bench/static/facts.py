@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 #: bytes of registers that may be put aside outside of the main loop, where it is done once a program
 SPILLS_OUTSIDE = 8
 #: with 256 columns a block, whose sums take half of all registers: bytes, and loads and stores in the main loop. An
-#: H200 ran these 1.1 to 1.5 times as fast as narrower blocks that spill nothing (triton 3.6; configurations.md in
+#: H200 ran these 1.1 to 1.4 times as fast as narrower blocks that spill nothing (triton 3.6; configurations.md in
 #: bench/results/2026-11-27-h200). Triton 3.9, which was not measured, spills fewer bytes, but more in the loop.
 SPILLS_WIDE, LOOP_SPILLS_WIDE = 512, 18
 ARCHITECTURES = (80, 89, 90, 100, 120)

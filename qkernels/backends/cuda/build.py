@@ -182,6 +182,7 @@ def ninja_file(target: Path, archs: tuple[str, ...]) -> str:
     return "\n".join(lines) + "\n"
 
 
+@lru_cache(maxsize=8)
 def _digest(archs: tuple[str, ...]) -> str:
     digest = hashlib.sha256(repr((archs, nvcc(), SUFFIX)).encode())
     for file in sorted(sources().rglob("*")):
