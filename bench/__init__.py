@@ -1,1 +1,1 @@
-"""Benchmarks. `python -m bench --help`; `bench/gpu_run.sh OUT` runs everything on a GPU machine."""
+"""Benchmarks. `python -m bench --help` races; README.md says how to spend time on a GPU."""

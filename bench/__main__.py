@@ -55,7 +55,10 @@ def main(
         ("tiny", ",".join(map(str, shapes.TINY_ROWS)), 1) if tiny else (sizes, rows, repeats)
     )
     started = time.monotonic()
-    field = worker.contestants(suite, backend, with_peers, tiny)
+    try:
+        field = worker.contestants(suite, backend, with_peers, tiny)
+    except (ValueError, ImportError) as error:
+        raise typer.BadParameter(str(error)) from None
     counts = [int(m) for m in rows.split(",")]
     cases = [
         (number, n, k, race.taken(one, (n, k), counts))

@@ -1,51 +1,206 @@
-"""What a race on a GPU should show: the roofline's time for each product, printed before anything is timed.
+"""What the plan's calls should show, printed before they are made; and a run laid beside it.
 
-    python -m bench.predictions --gpu H200 > bench/results/predictions.md
+    python -m bench.predictions > bench/results/predictions.md
+    python -m bench.predictions --beside OUT/race.json --beside OUT/llama.json --beside OUT/model.json
 
-No kernel reaches these times. How far above them a kernel must lie by its instructions at M = 1 is in
-bench/results/static_decode.md.
+"at best" is the roofline: bytes, operations, one launch. "expected" is that times a factor: how far the faster of our
+two languages was above it in the last race (--last), for the same format and the nearest M.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
-import torch
 import typer
 
-import qkernels as qk
 from qkernels import roofline
-from qkernels.benchmark import shapes
 from qkernels.presets import parse_specs
 
-FORMATS = "bf16,gptq:bits=4,group_size=128,nf4,q4_k,w8a8,fp8:activation=dynamic"
-ROWS = (1, 16, 64, 256, 1024, 4096)
+from . import llm
+from .gpu import plan
+from .model import bytes_per_weight
+
+LAST = Path(__file__).parent / "results" / "2026-11-27-h200" / "race.json"
+#: seconds that attention, norms and the like of one layer take for one token in a CUDA graph: eight small kernels
+BESIDE_LINEARS = 16e-6
 
 
-def bits_of(name: str, params: dict[str, object]) -> float:
-    """Bits a weight, scales and all: of a small weight, since they are the same for every size."""
-    return qk.quantize(torch.randn(256, 4096), name, **params).bits_per_weight
+class Time(NamedTuple):
+    """Seconds at best, expected seconds, what limits the first."""
+
+    best: float
+    expected: float
+    limit: str
+
+
+@lru_cache(maxsize=32)
+def _bits(spec: str) -> tuple[float, str]:
+    """Bytes a weight, and what the tensor cores multiply."""
+    parsed = parse_specs(spec)[0]
+    if parsed.name == "bf16":
+        return 2.0, "bf16"
+    kind = {"w8a8": "int8", "fp8": "fp8" if "activation" in parsed.params else "bf16"}.get(
+        parsed.name, "bf16"
+    )
+    return bytes_per_weight(parsed.name, parsed.params), kind
+
+
+class Predictor:
+    """last: a race's report, of one shape at least."""
+
+    def __init__(self, gpu: roofline.Gpu, last: dict[str, Any]) -> None:
+        self.gpu = gpu
+        #: format -> M -> measured time over the roofline's
+        self.factors: dict[str, dict[int, float]] = {}
+        for row in last["results"]:
+            spec = _spec_of(row["contestant"])
+            if spec is None or row["chain"] is None:
+                continue
+            best = self._roofline(spec, (row["n"], row["k"]), row["m"])
+            by_rows = self.factors.setdefault(spec, {})
+            by_rows[row["m"]] = min(by_rows.get(row["m"], math.inf), row["chain"] * 1e-6 / best.seconds)
+
+    def _roofline(self, spec: str, shape: tuple[int, int], m: int) -> roofline.Estimate:
+        nbytes, kind = _bits(spec)
+        return roofline.estimate(self.gpu, shape, m, int(nbytes * shape[0] * shape[1]), kind=kind)
+
+    def product(self, spec: str, shape: tuple[int, int], m: int) -> Time:
+        best = self._roofline(spec, shape, m)
+        factors = self.factors.get(spec)
+        if not factors:
+            return Time(best.seconds, math.nan, best.limit)
+        nearest = min(factors, key=lambda rows: abs(math.log(rows / m)))
+        return Time(best.seconds, best.seconds * factors[nearest], best.limit)
+
+    def model(self, spec: str, batch: int, rows: int) -> tuple[float, float]:
+        """Seconds of one pass of plan.MODEL_SIZE with `rows` tokens in all, after PROMPT tokens if rows == batch."""
+        sizes = llm.SIZES[plan.MODEL_SIZE]
+        hidden, layers, heads = sizes["hidden_size"], sizes["num_hidden_layers"], sizes["num_attention_heads"]
+        times = [self.product(spec, shape, rows) for shape in llm.linear_shapes(plan.MODEL_SIZE)]
+        each = [2, 2, 2, 1]  # query and output, key and value, gate and up, down
+        head = self.product("bf16", (sizes["vocab_size"], hidden), batch)
+        if rows == batch:  # the keys and values of the prompt are read
+            width = hidden // heads * sizes["num_key_value_heads"]
+            attention = 4 * width * plan.PROMPT * batch / (self.gpu.bandwidth * 1e9 * roofline.COPY_FRACTION)
+        else:  # causal: half of all pairs, two products
+            attention = 2 * plan.PROMPT * rows * hidden / (self.gpu.bf16 * 1e12 * roofline.MATMUL_FRACTION)
+        best = sum(n * time.best for n, time in zip(each, times, strict=True)) + attention
+        expected = sum(n * time.expected for n, time in zip(each, times, strict=True)) + 2 * attention
+        return layers * best + head.best, layers * (expected + BESIDE_LINEARS) + head.expected
+
+
+def _spec_of(contestant: str) -> str | None:
+    """ "qkernels cuda nf4" -> "nf4", "torch bf16" -> "bf16", a peer -> None."""
+    if contestant == "torch bf16":
+        return "bf16"
+    words = contestant.split(" ", 2)
+    return words[2] if words[0] == "qkernels" and words[1] in ("cuda", "triton") else None
+
+
+def races(predictor: Predictor) -> Iterator[str]:
+    """Markdown: microseconds at best and expected, for each product of the second call."""
+    for name in plan.CALLS["race"]:
+        race = plan.PARTS[name].race
+        if race is None or race.suite != plan.MAIN:
+            continue
+        rows = [int(m) for m in race.rows.split(",")]
+        yield "| shape | format | " + " | ".join(f"M={m}" for m in rows) + " |"
+        yield "| --- | --- |" + " ---: |" * len(rows)
+        for shape, counts in race.products():
+            for spec in ("bf16", *map(str, parse_specs(race.suite))):
+                times = [predictor.product(spec, shape, m) for m in counts]
+                cells = [f"{t.best * 1e6:.1f} / {t.expected * 1e6:.1f}" for t in times]
+                yield f"| {shape[0]}x{shape[1]} | {spec} | " + " | ".join(cells) + " |"
+        yield ""
+
+
+def models(predictor: Predictor) -> Iterator[str]:
+    """Markdown: tokens a second of the third call, at best and expected."""
+    heads = [f"decode, batch {batch}" for batch in plan.BATCHES]
+    yield "| format | " + " | ".join(heads) + f" | prefill of {plan.PROMPT} |"
+    yield "| --- |" + " ---: |" * (len(heads) + 1)
+    for spec in plan.MODEL_FORMATS:
+        passes = [(batch, batch) for batch in plan.BATCHES] + [(1, plan.PROMPT)]
+        cells = []
+        for batch, rows in passes:
+            best, expected = predictor.model(spec, batch, rows)
+            cells.append(f"{rows / best:.0f} / {rows / expected:.0f}")
+        yield f"| {spec} | " + " | ".join(cells) + " |"
+
+
+def instructions(gpu: roofline.Gpu) -> Iterator[str]:
+    """Markdown: what the Triton kernels' machine code takes to issue at M = 1, beside the bytes."""
+    from .static import decode
+
+    yield "| format | instructions a weight | to issue, us | bytes, us |"
+    yield "| --- | ---: | ---: | ---: |"
+    wanted = {"gptq:bits=4,group_size=128", "nf4:block_size=64", "q4_k"}
+    for spec, count, issue, memory in decode.rows(gpu, (8192, 8192), wanted):
+        yield f"| {spec} | {count:.2f} | {issue:.1f} | {memory:.1f} |"
+
+
+def beside(predictor: Predictor, report: dict[str, Any]) -> Iterator[tuple[float, str]]:
+    """Measured over expected time, and a line about it: for the faster of our languages in a race, for whole models."""
+    fastest: dict[tuple[str, int, int, int], dict[str, Any]] = {}
+    for row in report["results"]:
+        if "decode" in row:
+            yield from _beside_model(predictor, row)
+            continue
+        spec = _spec_of(row["contestant"])
+        if spec is None or row["chain"] is None:
+            continue
+        place = (spec, row["n"], row["k"], row["m"])
+        if place not in fastest or row["chain"] < fastest[place]["chain"]:
+            fastest[place] = row
+    for (spec, n, k, m), row in fastest.items():
+        expected = predictor.product(spec, (n, k), m).expected * 1e6
+        text = f"{row['contestant']} {n}x{k} M={m}: {expected:.1f} us, {row['chain']:.1f}"
+        yield row["chain"] / expected, text
+
+
+def _beside_model(predictor: Predictor, row: dict[str, Any]) -> Iterator[tuple[float, str]]:
+    passes = [("decode", row["batch"], row["decode"].get("graph"))]
+    if row["batch"] == 1:
+        passes.append(("prefill", row["prompt"], row["prefill"]))
+    for what, rows, speed in passes:
+        if speed:
+            expected = rows / predictor.model(row["format"], row["batch"], rows)[1]
+            text = f"{row['format']} {what}, batch {row['batch']}: {expected:.0f} tokens/s, {speed:.0f}"
+            yield expected / speed, text
 
 
 def main(
     gpu: Annotated[str, typer.Option(help="A name in qkernels/roofline.py.")] = "H200",
-    sizes: Annotated[str, typer.Option("--shapes", help="Models, or NxK.")] = "square,llama-3-8b",
+    last: Annotated[Path, typer.Option(help="The race that factors are of.")] = LAST,
+    runs: Annotated[list[Path], typer.Option("--beside", help="Results to lay beside it.")] = [],  # noqa: B006
 ) -> None:
-    found = roofline.find(gpu)
-    if found is None:
+    known = roofline.find(gpu)
+    if known is None:
         raise typer.BadParameter(f"--gpu: expected a GPU of qkernels/roofline.py, got {gpu!r}")
-    print(f"Least microseconds on an {found.name}, and what limits them, by M.\n")
-    print("| shape | format | " + " | ".join(f"M={m}" for m in ROWS) + " |")
-    print("| --- | --- |" + " ---: |" * len(ROWS))
-    for spec in parse_specs(FORMATS):
-        bits = bits_of(spec.name, spec.params)
-        kind = {"w8a8": "int8", "fp8": "fp8"}.get(spec.name, "bf16")
-        for n, k in shapes.shapes_of(sizes):
-            cells = []
-            for m in ROWS:
-                at_best = roofline.estimate(found, (n, k), m, int(n * k * bits / 8), kind=kind)
-                cells.append(f"{at_best.seconds * 1e6:.1f} {at_best.limit}")
-            print(f"| {n}x{k} | {spec} | " + " | ".join(cells) + " |")
+    report = json.loads(last.read_text())
+    predictor = Predictor(known, report)
+    if runs:
+        lines = [line for run in runs for line in beside(predictor, json.loads(run.read_text()))]
+        print("measured / expected time; what was expected, and measured:")
+        for ratio, text in sorted(lines, key=lambda line: -abs(math.log(line[0]))):
+            print(f"{ratio:5.2f}  {text}")
+        return
+    where = report["environment"]
+    print(
+        f"Predictions for an {known.name}, by `python -m bench.predictions`: at best / expected. Factors are of"
+    )
+    print(f"`{last.parent.name}/{last.name}` ({where['gpu']}, {where['date']}).\n")
+    print("## Microseconds a product, in a chain\n")
+    print("\n".join(races(predictor)))
+    print("## What machine code says of M = 1 (Triton, sm_90)\n")
+    print("\n".join(instructions(known)) + "\n")
+    print(f"## Llama-3-{plan.MODEL_SIZE} shape, tokens a second\n")
+    print("\n".join(models(predictor)))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ For each format and backend, at 4096 x 4096 and at an odd shape, for each class 
     graph       two products, the second of the first's result, from a CUDA graph give the bits of eager calls
                 with a wait between them: an early launch must not read what is not written yet
     invariant   a row gives the same bits whatever M it comes with, where batch invariance is asked for
+    nodes       a captured product is kernels and nothing else: no copy, no memset
+    late        kernels that wait for the one before them (QKERNELS_EARLY=0, Triton) give the same bits
 
 Kernels run in worker processes, for an illegal access ends the process it happens in. One line a kernel, failures
 first; all figures go to OUT/smoke.json as they come.
@@ -38,6 +40,7 @@ from qkernels.formats.gguf import TYPES
 from qkernels.presets import FormatSpec, parse_specs
 
 from . import supervisor, worker
+from .gpu import starts
 
 #: layouts that the benchmarks' suites do not have
 MORE = (
@@ -52,7 +55,7 @@ MORE = (
     "fp8:granularity=block",
     "w8a8:activation=static,input_scale=0.03,input_zero_point=-7",
 )
-#: formats whose batch invariance is tried: one of each kind of kernel
+#: formats on which the last three are tried: one of each kind of kernel
 INVARIANT = ("gptq:bits=4,group_size=128", "q4_k", "w8a8", "fp8:activation=dynamic", "quip_sharp", "spqr")
 REPEATS = 100
 
@@ -120,18 +123,21 @@ def poisoned() -> Iterator[None]:
 def check(spec: str, backend: str, device: str, tiny: bool) -> Iterator[Check]:
     """All checks of one format on one backend."""
     for shape in (TINY,) if tiny else (REAL, ODD):
-        p = _quantized(spec, shape, device)
+        p = quantized(spec, (shape.n, shape.k), device)
         for dtype in (torch.bfloat16, torch.float16):
             for m in shape.rows if dtype == torch.bfloat16 else shape.fp16_rows:
                 yield from _product(spec, p, backend, m, dtype, 2 if tiny else REPEATS)
         if spec in INVARIANT and shape is not ODD:
             yield _invariant(spec, p, backend, shape.rows)
+            if device == "cuda":
+                yield from _started(spec, p, backend)
 
 
-def _quantized(spec: str, shape: Shape, device: str) -> qk.PackedWeight:
+def quantized(spec: str, shape: tuple[int, int], device: str) -> qk.PackedWeight:
+    """A random weight (N, K) in a format, with K rounded up to what the format takes."""
     parsed = parse_specs(spec)[0]
     multiple = qk.formats.get(parsed.name).k_multiple
-    n, k = shape.n, -(-shape.k // multiple) * multiple
+    n, k = shape[0], -(-shape[1] // multiple) * multiple
     torch.manual_seed(0)
     weight = torch.randn(n, k, device=device) / k**0.5
     try:
@@ -215,6 +221,29 @@ def _invariant(spec: str, p: qk.PackedWeight, backend: str, rows: tuple[int, ...
     except ValueError as error:  # a backend without such a kernel says so
         return Check(*name, 0.0, "" if "batch_invariant" in str(error) else str(error)[:300])
     return Check(*name, float(len(differ)), f"other bits with M in {differ}" if differ else "")
+
+
+def _started(spec: str, p: qk.PackedWeight, backend: str) -> Iterator[Check]:
+    """How a product of one row is started."""
+    n, k = p.shape
+    name = (spec, backend, f"{n}x{k}", 1, "bfloat16")
+    x = torch.randn(1, k, device=p.device).bfloat16()
+    try:
+        y = qk.matmul(x, p, backend=backend)
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        with torch.cuda.graph(graph):
+            qk.matmul(x, p, backend=backend)
+        kinds = starts.node_kinds(graph.raw_cuda_graph())
+        others = [kind for kind in kinds if kind != starts.KERNEL]
+        failed = f"nodes of kinds {others} beside kernels (CUgraphNodeType)" if others else ""
+        yield Check(*name, "nodes", float(len(kinds)), failed)
+        if backend == "triton":
+            with starts.late(p):
+                differ = sum(int((qk.matmul(x, p, backend=backend) != y).any()) for _ in range(20))
+            yield Check(*name, "late", float(differ), f"{differ} of 20 differ" if differ else "")
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        yield Check(*name, "started", float("inf"), said[:300])
 
 
 def work(job: Job, say: Any) -> int:

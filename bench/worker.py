@@ -53,7 +53,7 @@ def contestants(suite: str, backend: str, with_peers: str, tiny: bool) -> list[r
     others = (
         []
         if with_peers == "none"
-        else peers.contestants(None if with_peers == "all" else set(with_peers.split(",")))
+        else peers.contestants(None if with_peers == "all" else with_peers.split(","))
     )
     groups = {one.group for one in [*ours, *others] if one.name.startswith("qkernels")}
     return [race.Dense(), *ours, *(peer for peer in others if tiny or peer.group in groups)]

@@ -20,7 +20,7 @@ from qkernels.formats.gguf import TYPES as GGUF_TYPES
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers that share cores wait for each other's threads otherwise
 
-#: file that each failure is added to as it happens, for a run that may be cut short; see bench/gpu_run.sh
+#: file that each failure is added to as it happens, for a run that may be cut short; see bench/gpu/plan.py
 FAILURES = os.environ.get("QKERNELS_FAILURES")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 collect_ignore = [] if DEVICE == "cuda" else ["gpu"]  # what only a GPU can do

@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -62,14 +62,17 @@ def same_weight(call: Callable[[Tensor], Tensor], p: PackedWeight, kind: str = "
     return Layer(call, p.nbytes, lambda x: qk.matmul(x.to(dtype), p, backend="reference"), SAME_WEIGHT, kind)
 
 
-def contestants(only: set[str] | None = None) -> list[Contestant]:
-    """Those of every module here, or of the named ones; a name with dots is a module from elsewhere."""
+def contestants(only: Sequence[str] | None = None) -> list[Contestant]:
+    """Those of every module here, or of the named ones in their order; a name with dots is a module from elsewhere.
+
+    ValueError for a name that is neither.
+    """
+    modules = {
+        info.name.removesuffix("_"): f"{__name__}.{info.name}" for info in pkgutil.iter_modules(__path__)
+    }
     found: list[Contestant] = []
-    for name in sorted(only or ()):
-        if "." in name:
-            found += importlib.import_module(name).CONTESTANTS
-    for info in pkgutil.iter_modules(__path__):
-        name = info.name.removesuffix("_")
-        if only is None or name in only:
-            found += importlib.import_module(f"{__name__}.{info.name}").CONTESTANTS
+    for name in modules if only is None else only:
+        if name not in modules and "." not in name:
+            raise ValueError(f"peers: expected some of {', '.join(modules)}, or a module; got {name!r}")
+        found += importlib.import_module(modules.get(name, name)).CONTESTANTS
     return found

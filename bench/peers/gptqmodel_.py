@@ -1,8 +1,8 @@
 """GPTQModel 7.7: Marlin and its Triton kernel, each on our own GPTQ tensors.
 
-Marlin is compiled with nvcc at first use, from sources that its package carries; that takes minutes, so
-`bench/gpu_run.sh --part build` does it before anything is timed: `build`. Its Machete is not here, because that
-fetches CUTLASS from the network. Codes and scales are ours, so the product is held to our reference as closely
+Marlin is compiled with nvcc at first use, from sources that its package carries. That takes minutes, so
+`bench.gpu.parcel` compiles it beforehand: `build`. Its Machete is not here, because that fetches CUTLASS from the
+network. Codes and scales are ours, so the product is held to our reference as closely
 as our own.
 """
 
@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import re
 import sys
 import types
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,9 @@ import qkernels as qk
 from qkernels.benchmark.race import Layer
 
 from . import Peer, same_weight
+
+#: Marlin's file in the folder $QKERNELS_PREBUILT
+LIBRARY = "marlin_bf16.so"
 
 
 def _regular_expressions() -> None:
@@ -35,10 +40,17 @@ def _regular_expressions() -> None:
 
 
 def build() -> bool:
-    """Compile Marlin for bfloat16, or find it compiled. RuntimeError with its words if it does not."""
+    """Load Marlin for bfloat16: the library that $QKERNELS_PREBUILT has, else compiled now.
+
+    RuntimeError with GPTQModel's words if that fails.
+    """
     _regular_expressions()
     from gptqmodel.utils import marlin
 
+    library = Path(os.environ.get("QKERNELS_PREBUILT", "")) / LIBRARY
+    if library.is_file():
+        os.environ["QKERNELS_MARLIN"] = str(library)
+        marlin._MARLIN_BF16_TORCH_OPS_EXTENSION.prebuilt_library_env = "QKERNELS_MARLIN"
     if not marlin.marlin_runtime_available(torch.bfloat16):
         raise RuntimeError(marlin.marlin_runtime_error(torch.bfloat16))
     return True
@@ -55,6 +67,8 @@ class GPTQModel(Peer):
         self.group = f"int{bits} g128"
 
     def prepare(self, weight: Tensor) -> Layer:
+        if self.kernel == "marlin":
+            build()
         _regular_expressions()
         made = importlib.import_module(f"gptqmodel.nn_modules.qlinear.{self.kernel}")
         n, k = weight.shape

@@ -1,7 +1,14 @@
-"""Humming (vllm-project/humming): compiles a kernel with nvcc for each layer's shape and type."""
+"""Humming (vllm-project/humming): compiles kernels for each layer's shape and type, by NVRTC.
+
+Those that `bench.gpu.parcel` compiled beforehand are taken from $QKERNELS_PREBUILT.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +17,39 @@ from torch import Tensor
 from qkernels.benchmark.race import Layer
 
 from . import EIGHT_BIT, FOUR_BIT, Peer, layer
+
+
+def keep_kernels(store: Path) -> None:
+    """Look a kernel up in `store` by its source before compiling it, and keep there what was compiled.
+
+    Humming's own cache goes by times and paths of files, which differ from one machine to another.
+    """
+    from humming.jit.runtime import KernelRuntime
+
+    compiler = KernelRuntime._get_compiler()
+    if "keeping" in vars(compiler):
+        return
+    compile_new = compiler.compile.__func__
+
+    def compile(
+        cls: Any,
+        code: str,
+        sm_version: Any,
+        kernel_expr: str,
+        disable_fast_math: bool = False,
+        postprocess_cubin: Any = None,
+    ) -> str:
+        source = (code, sm_version, kernel_expr, disable_fast_math, postprocess_cubin is not None)
+        file = store / f"{hashlib.sha256(repr(source).encode()).hexdigest()[:24]}.cubin"
+        if not file.is_file():
+            compiled = compile_new(cls, code, sm_version, kernel_expr, disable_fast_math, postprocess_cubin)
+            part = file.with_suffix(f".{os.getpid()}")
+            store.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(compiled, part)
+            part.replace(file)
+        return str(file)
+
+    compiler.compile, compiler.keeping = classmethod(compile), True
 
 
 class Humming(Peer):
@@ -28,6 +68,8 @@ class Humming(Peer):
     def prepare(self, weight: Tensor) -> Layer:
         from humming.layer import HummingLayer
 
+        if prebuilt := os.environ.get("QKERNELS_PREBUILT"):
+            keep_kernels(Path(prebuilt) / "humming")
         n, k = weight.shape
         made = HummingLayer(
             shape_n=n,

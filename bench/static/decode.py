@@ -31,16 +31,20 @@ def clock(gpu: roofline.Gpu) -> float:
     return gpu.bf16 * 1e12 / (gpu.processors * _OPERATIONS)
 
 
-def rows(gpu: roofline.Gpu, shape: tuple[int, int]) -> list[tuple[str, float, float, float]]:
+def rows(
+    gpu: roofline.Gpu, shape: tuple[int, int], only: set[str] | None = None
+) -> list[tuple[str, float, float, float]]:
     """Job, instructions per weight, least us to issue them, least us to move the weight; the worst ratio first."""
     found = []
     for job in facts.jobs("weight_only", 90, False):
         if not job.label.endswith("bf16 M=1"):
             continue
+        spec = FormatSpec(job.label.split()[0], dict(_pairs(job.label)))
+        if only is not None and str(spec) not in only:
+            continue
         made = facts.facts_of("weight_only", job)
         if made.error or made.per_weight is None:
             raise RuntimeError(f"{job.label}: {made.error}")
-        spec = FormatSpec(job.label.split()[0], dict(_pairs(job.label)))
         weights = shape[0] * shape[1]
         issue = made.per_weight * weights / (gpu.processors * _LANES * clock(gpu))
         memory = bytes_per_weight(spec.name, spec.params) * weights

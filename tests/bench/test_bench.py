@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shlex
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -118,6 +115,17 @@ def test_every_peer_says_why_it_is_not_there() -> None:
     groups = {race.Ours(name, params, "triton").group for name, params in shapes.formats_of("all")}
     groups |= {p.group for p in found if not isinstance(p, peers.Peer)}
     assert {p.group for p in found} <= groups, "a peer that races nobody"
+
+
+def test_named_peers_race_in_the_order_of_their_names() -> None:
+    """Who comes first is timed even where time is short."""
+    names = [peer.name for peer in peers.contestants(["humming", "bitsandbytes"])]
+    assert names == sorted(names, reverse=True)
+    assert set(names) == {"humming", "bitsandbytes"}
+    with pytest.raises(
+        ValueError, match="peers: expected some of bitsandbytes, .*, or a module; got 'marlin'"
+    ):
+        peers.contestants(["marlin"])
 
 
 def row(contestant: str, m: int, chain: float, group: str = "g") -> dict[str, object]:
@@ -274,60 +282,11 @@ def test_every_target_belongs_to_a_format_that_is_raced() -> None:
         assert target.metric in targets.METRICS
 
 
-def gpu_run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    script = Path(__file__).parents[2] / "bench" / "gpu_run.sh"
-    return subprocess.run(
-        ["bash", str(script), *arguments], capture_output=True, text=True, check=False, timeout=300,
-        env={**os.environ, "PYTHON": sys.executable, "QKERNELS_SITE": "/nonexistent", **environment},
-    )  # fmt: skip
-
-
-def test_gpu_run_says_what_is_wrong(tmp_path: Path) -> None:
-    assert "usage: bench/gpu_run.sh OUT" in gpu_run().stderr
-    assert "usage: bench/gpu_run.sh OUT" in gpu_run(str(tmp_path), "--lunch").stderr
-    wrong = gpu_run(str(tmp_path), "--part", "lunch")
-    assert (wrong.returncode, "no part lunch" in wrong.stderr) == (2, True)
-    if not torch.cuda.is_available():
-        without = gpu_run(str(tmp_path), "--part", "gguf")
-        assert (without.returncode, "no CUDA device is visible" in without.stderr) == (3, True)
-
-
-def test_gpu_run_walks_its_parts_without_a_gpu(tmp_path: Path) -> None:
-    """The parts differ in their arguments; what they share is a race, which one format stands for. CI walks
-    the part with everything, and the models'."""
-    done = gpu_run(
-        str(tmp_path), "--tiny", "--part", "build", "--part", "gguf", BENCH_ARGS="--suite nf4 --repeats 1"
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "CUDA kernels:" in done.stdout
-    raced = json.loads((tmp_path / "gguf.json").read_text())
-    assert {"torch bf16", "qkernels triton nf4"} <= {row["contestant"] for row in raced["results"]}
-    assert not [row for row in raced["results"] if row["failed"]]
-    assert "No GPU measured" in (tmp_path / "gguf.md").read_text()
-
-
-def test_every_part_is_one_the_command_line_knows() -> None:
-    """What gpu_run.sh passes to `python -m bench` must parse: a typo would show on the GPU alone."""
-    text = (Path(__file__).parents[2] / "bench" / "gpu_run.sh").read_text().replace("\\\n", " ")
-    races = [shlex.split(line.split("race ", 1)[1]) for line in text.splitlines() if "--suite" in line]
-    assert len(races) >= 5
-    for words in races:
-        words = words[: words.index(";;")] if ";;" in words else words
-        assert int(words[1]) <= 530, "a machine's command may take 600 seconds"
-        options = dict(zip(words[2::2], words[3::2], strict=True))
-        suite = words[0] if options["--suite"] == "$part" else options["--suite"]
-        for name in ("weight_only", "eight_bit") if suite == "$part" else (suite,):
-            assert shapes.formats_of(name)
-        assert shapes.shapes_of(options["--shapes"])
-        assert options["--peers"] in ("all", "none", "torch")
-        assert set(options.get("--backend", "triton").split(",")) <= set(dispatch.BACKENDS)
-
-
 def test_a_peer_that_is_not_what_its_adapter_expects_is_listed_as_failed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its package is there, and empty: nothing is dropped, and the reason is told."""
-    for peer in peers.contestants({"gptqmodel", "spqr_quant", "deep_gemm", "fast_hadamard"}):
+    for peer in peers.contestants(["gptqmodel", "spqr_quant", "deep_gemm", "fast_hadamard"]):
         if not isinstance(peer, peers.Peer):
             continue
         monkeypatch.setitem(sys.modules, peer.module, types.ModuleType(peer.module))

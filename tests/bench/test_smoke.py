@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import Tensor
 
 import qkernels as qk
 from bench import smoke
+from bench.gpu import starts
 
 RIGHT = qk.matmul
 
@@ -109,24 +108,42 @@ def test_a_process_that_dies_takes_its_own_case_only(monkeypatch: pytest.MonkeyP
     assert lines[-1] == "no time was left for: cuda awq"
 
 
-def test_what_is_compiled_ahead_is_found(tmp_path: Path) -> None:
-    """Without a GPU: the same launches ask for the same keys, in another process too."""
-    pytest.importorskip("triton")
-    environment = {
-        k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "QKERNELS_PRETEND_GPU")
+def test_nodes_of_a_graph_are_counted_by_kind(tmp_path: Path) -> None:
+    """By the driver's own calls; here a library that answers as libcuda does."""
+    source = """
+    #include <stddef.h>
+    static int kinds[3] = {0, 2, 0};
+    int cuGraphGetNodes(void* graph, void** nodes, size_t* count) {
+        if (graph != (void*)0x1234567890) return 400;
+        if (nodes) for (int i = 0; i < 3; ++i) nodes[i] = &kinds[i];
+        *count = 3;
+        return 0;
     }
-    code = "from bench import ahead, smoke; smoke.REAL = smoke.Shape(72, 512, (1,), ()); smoke.ODD = smoke.REAL; "
-    code += f"ahead.main(ahead.Path({str(tmp_path / 'cache')!r}), 'nf4', 90)"
-    kernels = []
-    for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment,
-            cwd=Path(__file__).parents[2], check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
-        kernels.append(
-            sorted(str(file) for file in (tmp_path / "cache").rglob("*.cubin"))
-        )  # folders are keys
-    assert kernels[0]
-    assert kernels[0] == kernels[1]
-    assert not list((tmp_path / "cache").rglob("*.ttgir"))
+    int cuGraphNodeGetType(void* node, int* kind) { *kind = *(int*)node; return 0; }
+    """
+    library = tmp_path / "libcuda.so"
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", "-o", str(library), "-x", "c", "-"], input=source.encode(), check=True
+    )
+    assert starts.node_kinds(0x1234567890, str(library)) == [0, 2, 0]
+    with pytest.raises(RuntimeError, match="cuGraphGetNodes: CUDA error 400"):
+        starts.node_kinds(1, str(library))
+
+
+def test_starting_late_is_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from qkernels.backends.triton import launch
+
+    monkeypatch.delenv("QKERNELS_EARLY", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    launch.early.cache_clear()
+    p, gpu = qk.quantize(torch.randn(64, 128), "nf4"), torch.device("cuda")
+    p.plans["a plan"] = None
+    assert launch.early(gpu)["EARLY"]
+    with starts.late(p):
+        assert not launch.early(gpu)["EARLY"]
+        assert not p.plans
+        p.plans["a late plan"] = None
+    assert launch.early(gpu)["EARLY"]
+    assert not p.plans
+    launch.early.cache_clear()

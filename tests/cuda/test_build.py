@@ -144,7 +144,7 @@ def test_auto_starts_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert not build.is_built()
     assert "not compiled yet: backend='cuda' compiles it" in str(cuda._automatic(problem))
     for arch, built in (("80", False), ("90a", True)):
-        module = build._cached((arch,))
+        module = build.cached((arch,))
         module.parent.mkdir(parents=True)
         module.touch()
         assert build.is_built() is built

@@ -56,7 +56,7 @@ def is_built() -> bool:
 
     if unavailable() is not None or not torch.cuda.is_available():
         return False
-    return _cached((native_arch(*torch.cuda.get_device_capability()),)).is_file()
+    return cached((native_arch(*torch.cuda.get_device_capability()),)).is_file()
 
 
 @lru_cache(maxsize=1)
@@ -118,7 +118,7 @@ def check_versions(toolkit: int, driver: int) -> None:
 
 def build_cached(archs: tuple[str, ...]) -> Path:
     """Build into the cache unless it is there already; returns the module's file."""
-    target = _cached(archs)
+    target = cached(archs)
     folder = target.parent
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
@@ -129,10 +129,11 @@ def build_cached(archs: tuple[str, ...]) -> Path:
     return target
 
 
-def _cached(archs: tuple[str, ...]) -> Path:
-    """Where `build_cached` puts the module."""
-    root = Path(os.environ.get("QKERNELS_CACHE") or Path.home() / ".cache" / "qkernels") / "cuda"
-    return root / _digest(archs) / f"_cuda{SUFFIX}"
+def cached(archs: tuple[str, ...], root: Path | None = None) -> Path:
+    """Where `build_cached` puts the module. root: the cache, by default $QKERNELS_CACHE or ~/.cache/qkernels."""
+    root = root or Path(os.environ.get("QKERNELS_CACHE") or Path.home() / ".cache" / "qkernels")
+    key = hashlib.sha256(repr((archs, nvcc(), SUFFIX, sources_digest())).encode()).hexdigest()[:24]
+    return root / "cuda" / key / f"_cuda{SUFFIX}"
 
 
 def build(target: Path, archs: tuple[str, ...], folder: Path) -> None:
@@ -182,13 +183,14 @@ def ninja_file(target: Path, archs: tuple[str, ...]) -> str:
     return "\n".join(lines) + "\n"
 
 
-@lru_cache(maxsize=8)
-def _digest(archs: tuple[str, ...]) -> str:
-    digest = hashlib.sha256(repr((archs, nvcc(), SUFFIX)).encode())
+@lru_cache(maxsize=1)
+def sources_digest() -> str:
+    """A hash of everything that is compiled."""
+    digest = hashlib.sha256()
     for file in sorted(sources().rglob("*")):
         if file.suffix in (".h", ".cu", ".cpp"):
             digest.update(file.read_bytes())
-    return digest.hexdigest()[:24]
+    return digest.hexdigest()
 
 
 def load(path: Path) -> Any:

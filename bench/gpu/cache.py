@@ -1,0 +1,218 @@
+"""Fills triton's cache for a GPU that is not here, so that none of its time goes to compiling.
+
+    python -m bench.gpu.cache FOLDER --parts smoke,race,llama,model      with the GPU machine's Python and triton
+    python -m bench.gpu.cache FOLDER --parts smoke --formats nf4         some formats alone
+
+The package's own launches run on pretended tensors (tests/pretend_gpu.py), with the shapes, formats and numbers of
+rows of the plan's parts. Each kernel is compiled, not started, and so is the C code that would start it. A key of the
+cache holds the versions of Python and triton, and its files name each other by absolute paths, so FOLDER must be the
+cache's path on the GPU machine as well. What only people read (PTX and the like) is removed.
+
+The last line says how many kernels were in FOLDER already: all of them, at a second run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+from unittest import mock
+
+import torch
+import typer
+
+from . import plan, starts
+
+PRINTED = (".ttir", ".ttgir", ".llir", ".ptx", ".source")
+
+
+class Call(NamedTuple):
+    """late: kernels start when the one before them is done."""
+
+    dtype: torch.dtype
+    m: int
+    invariant: bool = False
+    late: bool = False
+
+
+class Product(NamedTuple):
+    """A weight (format, N, K) and the calls with it."""
+
+    spec: str
+    shape: tuple[int, int]
+    calls: list[Call]
+
+
+def products(parts: list[str], formats: str | None = None) -> Iterator[Product]:
+    """What the Triton kernels multiply in these parts of the plan. formats: instead of the parts' own."""
+    from qkernels.benchmark import shapes
+    from qkernels.presets import FormatSpec, parse_specs
+
+    from .. import llm, smoke
+
+    for name in parts:
+        part = plan.PARTS[name]
+        if name == "smoke":
+            for spec, _ in smoke.cases_of(formats or "all", "triton"):
+                for shape in (smoke.REAL, smoke.ODD):
+                    calls = [Call(torch.bfloat16, m) for m in shape.rows]
+                    calls += [Call(torch.float16, m) for m in shape.fp16_rows]
+                    if spec in smoke.INVARIANT and shape is smoke.REAL:
+                        calls += [Call(torch.bfloat16, m, invariant=True) for m in shape.rows]
+                        calls.append(Call(torch.bfloat16, 1, late=True))
+                    yield Product(spec, (shape.n, shape.k), calls)
+        elif name == "model":
+            rows = {m for batch in plan.BATCHES for m in (batch, batch * plan.PROMPT)}
+            calls = [Call(torch.bfloat16, m) for m in sorted(rows)]
+            specs = [str(spec) for spec in parse_specs(formats)] if formats else list(plan.MODEL_FORMATS)
+            for spec in specs:
+                for size in () if spec == "bf16" else llm.linear_shapes(plan.MODEL_SIZE):
+                    yield Product(spec, size, calls)
+        elif part.race is not None and "triton" in part.race.backends:
+            for fmt, params in shapes.formats_of(formats or part.race.suite):
+                for size, rows_of in part.race.products():
+                    yield Product(
+                        str(FormatSpec(fmt, params)), size, [Call(torch.bfloat16, m) for m in rows_of]
+                    )
+
+
+class Driver:
+    """What triton asks of a GPU to compile for it."""
+
+    utils = None
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def is_active(self) -> bool:
+        return True
+
+
+def compile_all(wanted: list[Product], arch: int) -> tuple[int, int]:
+    """Compile what `wanted` starts. Returns how many kernels there are, and how many of them the cache had."""
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    import qkernels as qk
+    from tests import pretend_gpu
+
+    from .. import smoke
+
+    hits: list[bool] = []
+    seen: dict[int, Any] = {}
+    run = JITFunction.run
+
+    def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        if id(kernel) not in seen:
+            seen[id(kernel)] = kernel
+            _launcher(kernel)
+        return kernel
+
+    triton.runtime.driver.set_active(Driver(arch))
+    triton.knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
+    with mock.patch.object(JITFunction, "run", compiled):
+        for spec, shape, calls in wanted:
+            started, before = time.monotonic(), len(hits)
+            p = smoke.quantized(spec, shape, "cpu")
+            with pretend_gpu.visible(), mock.patch.dict(os.environ, QKERNELS_EARLY="1"):
+                there = p.to("cuda")
+                for call in calls:
+                    there.plans.clear()  # a recorded call would start the kernel itself
+                    x = torch.ones(call.m, p.shape[1], dtype=call.dtype).to("cuda")
+                    with starts.late(there) if call.late else contextlib.nullcontext():
+                        qk.matmul(x, there, backend="triton", batch_invariant=call.invariant)
+            size = f"{shape[0]}x{shape[1]}"
+            took = time.monotonic() - started
+            print(f"{spec} {size}: {len(hits) - before} kernels, {took:.0f} s", file=sys.stderr, flush=True)
+    return len(hits), sum(hits)
+
+
+def _launcher(kernel: Any) -> None:
+    """Compile the C code that starts the kernel, where this version of triton has such (3.6 has, 3.9 has not)."""
+    from triton.backends.nvidia import driver
+
+    if hasattr(driver, "compile_module_from_src"):
+        driver.CudaLauncher(kernel.src, kernel.metadata)
+
+
+@contextlib.contextmanager
+def _no_driver() -> Iterator[None]:
+    """C code of triton's is linked with an empty libcuda and not loaded: a driver is what it lacks here."""
+    from triton.backends.nvidia import driver
+    from triton.runtime import build
+
+    if not hasattr(driver, "compile_module_from_src"):
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["cc", "-shared", "-o", f"{folder}/libcuda.so.1", "-x", "c", "-"]
+        subprocess.run(command, input=b"int cuInit(unsigned flags) { return 100; }", check=True)
+        with (
+            mock.patch.dict(os.environ, TRITON_LIBCUDA_PATH=folder),
+            mock.patch.object(build, "_load_module_from_path"),
+        ):
+            driver.CudaUtils()
+            yield
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="The cache, by the path that it will have there.")],
+    parts: Annotated[str, typer.Option(help="Parts of the plan.")] = "smoke,race,llama,model",
+    formats: Annotated[str | None, typer.Option(help="Specifications, instead of the parts' own.")] = None,
+    arch: Annotated[int, typer.Option(help="Compute capability: 90.")] = 90,
+    jobs: Annotated[int, typer.Option(help="Processes.")] = 2,
+    share: Annotated[int, typer.Option(hidden=True)] = -1,
+) -> None:
+    for name in parts.split(","):
+        if name not in plan.PARTS:
+            raise typer.BadParameter(f"--parts: expected some of {', '.join(plan.PARTS)}; got {name!r}")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise typer.BadParameter("triton is told to interpret: unset TRITON_INTERPRET")
+    os.environ["TRITON_CACHE_DIR"] = str(folder.resolve())
+    if share >= 0:
+        wanted = sorted(products(parts.split(","), formats), key=lambda product: product.spec)
+        with _no_driver():
+            counts = compile_all(wanted[share::jobs], arch)
+        print(*counts)
+        return
+    shares = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "bench.gpu.cache", *sys.argv[1:], "--share", str(number)],
+            stdout=subprocess.PIPE, text=True,
+        )
+        for number in range(jobs)
+    ]  # fmt: skip
+    kernels = known = 0
+    for process in shares:
+        assert process.stdout is not None
+        said = process.stdout.read().split()
+        if process.wait() != 0:
+            raise typer.Exit(1)
+        kernels, known = kernels + int(said[0]), known + int(said[1])
+    for file in folder.rglob("*"):
+        if file.suffix in PRINTED:
+            file.unlink()
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    print(f"{kernels} kernels, of which {known} were there; {size >> 20} MiB in {folder}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

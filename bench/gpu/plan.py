@@ -1,0 +1,223 @@
+"""The plan: calls to a machine with a GPU, the parts of each call, and the commands of each part.
+
+A part is data: to add one, add an entry to PARTS. `python -m bench.gpu --plan` prints this file as a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+#: seconds for all parts of a call, so that 15 minutes hold four calls, each with the start of its machine
+CALL_SECONDS = 225
+MAIN = "gptq:bits=4,group_size=128,nf4,q4_k,w8a8,fp8:activation=dynamic"
+#: what changed last goes through compute-sanitizer in the first call
+NEWEST = "gptq:bits=4,group_size=128,quip_sharp:bits=4,w8a8"
+MODEL_SIZE, PROMPT, BATCHES = "8b", 2048, (1, 16)
+MODEL_FORMATS = ("bf16", "gptq:bits=4,group_size=128", "nf4", "q4_k", "fp8:activation=dynamic")
+
+
+@dataclass(frozen=True)
+class Command:
+    """Arguments of Python, as one string. Filled in, in each word, are {out}, the folder of results; {seconds} that
+    are left for the command; {jobs}, processes that compile kernels beforehand: 1 where the parcel has them.
+
+    most: seconds after which the command is stopped. tiny: arguments on a machine without a GPU; "": nothing to do
+    there. prefix: a program that runs Python. variables: of the environment.
+    """
+
+    words: str
+    most: int
+    tiny: str
+    prefix: str = ""
+    variables: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Race:
+    """Who is raced on what: the arguments of `python -m bench`."""
+
+    suite: str
+    sizes: str
+    rows: str
+    peers: str = "none"
+    backends: str = "cuda,triton"
+    jobs: str = "{jobs}"
+
+    def products(self) -> Iterator[tuple[tuple[int, int], list[int]]]:
+        """Each shape (N, K), with its values of M."""
+        from qkernels.benchmark import shapes  # it imports torch, for which a call has no time
+
+        for shape in shapes.shapes_of(self.sizes):
+            yield shape, [int(m) for m in self.rows.split(",")]
+
+    def command(self, name: str, most: int, **variables: str) -> Command:
+        words = (
+            f"-m bench --suite {self.suite} --shapes {self.sizes} --rows {self.rows} --peers {self.peers} "
+            f"--repeats 11 --jobs {self.jobs} --deadline {{seconds}} --name {name} --output {{out}}"
+        )
+        return Command(
+            f"{words} --backend {self.backends}", most, f"{words} --backend triton --tiny", "", variables
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """about: what it tells. expected: seconds on an H200 with a full parcel."""
+
+    about: str
+    expected: int
+    commands: tuple[Command, ...]
+    race: Race | None = None
+
+
+def _race(about: str, expected: int, name: str, most: int, race: Race) -> Part:
+    return Part(about, expected, (race.command(name, most),), race)
+
+
+def _sanitizer(tool: str, expected: int) -> Part:
+    checked = "-m bench.sanitized --seconds {seconds}"
+    return Part(
+        f"compute-sanitizer's {tool} on the newest kernels",
+        expected,
+        (
+            Command(
+                f"{checked} --backends cuda,triton --formats {NEWEST}",
+                60,
+                f"{checked} --backends triton --formats nf4" if tool == "memcheck" else "",
+                f"compute-sanitizer --tool {tool} --error-exitcode 9 --print-limit 20",
+                # torch's allocator would hide a read past a tensor's end: it gives out parts of larger blocks
+                {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            ),
+        ),
+    )
+
+
+def _model(spec: str) -> Command:
+    """One format a process: one that fails stops no other."""
+    words = f"-m bench.llm --modes eager,graph --formats {spec} --output {{out}}/model.json"
+    batches = ",".join(map(str, BATCHES))
+    return Command(
+        f"{words} --size {MODEL_SIZE} --prompt {PROMPT} --batches {batches}",
+        75,
+        f"{words} --size tiny --backend triton" if spec in ("bf16", "nf4") else "",
+    )
+
+
+#: test files whose tensors are on the GPU, the riskiest first; the others test on the CPU anyway
+GPU_TESTS = """
+tests/gpu tests/kernels/test_launch.py tests/cuda/test_launch.py tests/cuda/test_hopper.py
+tests/cuda/test_weight_only.py tests/cuda/test_eight_bit.py tests/cuda/test_transforms.py tests/cuda/test_slices.py
+tests/kernels/test_weight_only.py tests/kernels/test_eight_bit.py tests/kernels/test_decoders.py
+tests/kernels/test_activations.py tests/kernels/test_incoherent.py tests/kernels/test_experts.py tests/test_fused.py
+tests/test_linear.py tests/kernels/test_graphs.py tests/kernels/test_memory.py tests/kernels/test_batch_invariant.py
+"""
+_PYTEST = "-m pytest -p no:cacheprovider --tb=short"
+_EARLY = Race(
+    "gptq:bits=4,group_size=128,q4_k,w8a8,quip_sharp", "square,4096x14336", "1,16", backends="triton"
+)
+
+PARTS: dict[str, Part] = {
+    "smoke": Part(
+        "every kernel at a real and an odd shape: right, same bits each time, in graphs and chains",
+        95,
+        (
+            Command(
+                "-m bench.smoke --output {out} --seconds {seconds} --jobs 14",
+                130,
+                "-m bench.smoke --output {out} --seconds {seconds} --tiny --formats nf4 --backends triton",
+            ),
+        ),
+    ),
+    "memcheck": _sanitizer("memcheck", 35),
+    "racecheck": _sanitizer("racecheck", 40),
+    "race": _race(
+        "five formats, both languages, 8192x8192, against torch, Marlin, Humming, bitsandbytes",
+        75, "race", 130,
+        Race(MAIN, "square", "1,8,16,64,256,1024,4096", "torch,gptqmodel,humming,bitsandbytes"),
+    ),
+    "llama": _race(
+        "the same on Llama-3-8B's linears, against torch, Marlin, bitsandbytes",
+        90, "llama", 110,
+        Race(MAIN, "llama-3-8b", "1,8,16,64,256,1024,4096", "torch,gptqmodel,bitsandbytes"),
+    ),
+    "gemlite": _race(
+        "GemLite, which tunes at its first calls: last, so that nobody waits for it",
+        40, "gemlite", 110,
+        Race("gptq:bits=4,group_size=128,w8a8,fp8:activation=dynamic", "square", "1,16,64,256,4096",
+             "gemlite", "triton", jobs="12"),
+    ),
+    "model": Part(
+        "Llama-3-8B's shape: tokens a second of decoding and of a prompt, memory",
+        130,
+        tuple(_model(spec) for spec in MODEL_FORMATS),
+    ),
+    "build": Part(
+        "compile the CUDA extension, where the parcel has none",
+        200,
+        (Command("-m bench.gpu.build", 300, "-m bench.gpu.build --tiny"),),
+    ),
+    "tests": Part(
+        "the tests whose tensors are on the GPU",
+        200,
+        (
+            Command(
+                f"{_PYTEST} -n 10 --maxfail 200 {' '.join(GPU_TESTS.split())}",
+                300,
+                f"{_PYTEST} tests/bench/test_bench.py -k shapes",
+                "", {"QKERNELS_FAILURES": "{out}/failures.txt"},
+            ),
+        ),
+    ),
+    "weight_only": _race(
+        "GPTQ, AWQ and bitsandbytes' formats, of every width", 120, "weight_only", 200,
+        Race("weight_only", "square,4096x14336", "1,4,16,64,256,4096"),
+    ),
+    "eight_bit": _race(
+        "int8 and FP8, with every kind of scale", 100, "eight_bit", 200,
+        Race("eight_bit", "square,4096x14336", "1,4,16,64,256,4096", "torch"),
+    ),
+    "gguf": _race(
+        "GGUF's types", 120, "gguf", 200, Race("gguf", "square,4096x14336", "1,16,64,256,4096")
+    ),
+    "lowbit": _race(
+        "SpQR, QuIP and QuIP#", 90, "lowbit", 200,
+        Race("lowbit", "square", "1,16,64,256,4096", backends="cuda,triton,reference"),
+    ),
+    "early": Part(
+        "decoding with kernels that start before the last one is done, and without",
+        60,
+        (_EARLY.command("early", 60), _EARLY.command("early-off", 60, QKERNELS_EARLY="0")),
+        _EARLY,
+    ),
+    "tune": Part(
+        "which configurations of the Triton kernels are fastest",
+        200,
+        (
+            Command(
+                "-m bench.tune --output {out}/tuned.jsonl --seconds {seconds}",
+                220,
+                "-m bench.tune --output {out}/tuned.jsonl --seconds 60 --tiny",
+            ),
+        ),
+    ),
+}  # fmt: skip
+
+#: the first three calls; the fourth measures what the worst finding leads to, with --part
+CALLS: dict[str, tuple[str, ...]] = {
+    "smoke": ("smoke", "memcheck", "racecheck"),
+    "race": ("race", "llama", "gemlite"),
+    "model": ("model",),
+}
+
+
+def table() -> str:
+    """Calls and parts, with the seconds that each is expected to take."""
+    lines = ["call   part         seconds  what it tells"]
+    for call, names in CALLS.items():
+        for name in names:
+            lines.append(f"{call:6} {name:12} {PARTS[name].expected:7}  {PARTS[name].about}")
+        lines.append(f"{call:6} {'all':12} {sum(PARTS[n].expected for n in names):7}  of {CALL_SECONDS}")
+    others = [name for name in PARTS if not any(name in names for names in CALLS.values())]
+    lines += [f"       {name:12} {PARTS[name].expected:7}  {PARTS[name].about}" for name in others]
+    return "\n".join(lines)

@@ -1,0 +1,167 @@
+"""Compiles peers' kernels for a GPU that is not here, so that a race on one starts at once.
+
+    QKERNELS_PREBUILT=FOLDER python -m bench.gpu.prebuild marlin|humming
+
+With the GPU machine's Python and torch, and nvcc. The peers' own code chooses and compiles the kernels, and is told
+that there is an H200, then an H100. Each kernel is kept in FOLDER as the adapters in bench/peers look for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import sys
+import tempfile
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from ..peers import gptqmodel_, humming_
+
+#: name -> bytes of L2 cache, kHz and width in bits of the memory: what Humming's choices depend on
+CARDS = {"NVIDIA H200": (62_914_560, 3_201_000, 6144), "NVIDIA H100 80GB HBM3": (52_428_800, 2_619_000, 5120)}
+PROCESSORS, CLOCK_KHZ = 132, 1_980_000
+
+
+@contextlib.contextmanager
+def _hopper(name: str) -> Any:
+    """torch sees one GPU of compute capability 9.0; nothing can be run on it."""
+    properties = types.SimpleNamespace(name=name, major=9, minor=0, multi_processor_count=PROCESSORS)
+    replaced = {
+        "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
+        "get_device_capability": lambda *_: (9, 0), "get_device_properties": lambda *_: properties,
+        "get_device_name": lambda *_: name, "get_arch_list": lambda: ["sm_90"],
+        "device": lambda *_, **__: contextlib.nullcontext(),
+    }  # fmt: skip
+    with mock.patch.multiple(torch.cuda, **replaced):
+        yield
+
+
+def marlin(folder: Path) -> None:
+    """GPTQModel's Marlin for bfloat16: minutes."""
+    target = folder / gptqmodel_.LIBRARY
+    if target.is_file():
+        return
+    with tempfile.TemporaryDirectory() as scratch, _hopper("NVIDIA H200"):
+        os.environ["GPTQMODEL_MARLIN_BF16_BUILD_ROOT"] = scratch
+        gptqmodel_.build()
+        (library,) = Path(scratch).rglob("*marlin*.so")
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(library, target)
+
+
+def load_marlin() -> None:
+    """From $QKERNELS_PREBUILT. RuntimeError if it would be compiled."""
+    never = mock.patch("torch.utils.cpp_extension._run_ninja_build", side_effect=RuntimeError("not prebuilt"))
+    with _hopper("NVIDIA H200"), never:
+        gptqmodel_.build()
+
+
+def humming(folder: Path, size: int = 8192) -> None:
+    """Humming's kernels for 4-bit groups of 128 and int8 x int8 at size x size, all M: minutes."""
+    for card in CARDS:
+        for contestant in humming_.CONTESTANTS:
+            if contestant.group in ("int4 g128", "w8a8"):
+                _humming(folder, card, contestant, size)
+
+
+def _humming(folder: Path, card: str, contestant: humming_.Humming, size: int) -> None:
+    import humming.utils.device
+
+    store = folder / "humming"
+    before = len(list(store.glob("*.cubin")))
+    with _hopper(card):
+        humming.utils.device._extension = types.SimpleNamespace(_DeviceInfo=_info(card))
+        from humming import config, device, forward, kernel, layer, transform
+        from humming.kernel.humming import HummingKernel
+        from humming.kernel.process_input import ProcessInputKernel
+        from humming.ops import input as inputs
+        from humming.ops import utils
+
+        class StopHereError(Exception):
+            """The kernels are compiled; starting them needs a GPU."""
+
+        def prepare(*args: Any, **kwargs: Any) -> None:
+            prepared(*args, **kwargs)
+            raise StopHereError
+
+        prepared, numbers = inputs._prepare_process_input_op, itertools.count(1)
+        zeros = torch.zeros
+        nothing: Callable[..., None] = lambda *_, **__: None  # noqa: E731
+        classes = [one for one in vars(kernel).values() if isinstance(one, type) and one is not HummingKernel]
+        replaced: list[tuple[Any, str, Any]] = [
+            (transform, "DeviceInfo", lambda *_: device.DeviceInfo(0)),
+            (utils, "init_humming_launcher", nothing),
+            (config.LayerConfig, "check_device", nothing),
+            (HummingKernel, "register_kernel", lambda self: _number(self, next(numbers))),
+            (ProcessInputKernel, "register_kernel", lambda self: _number(self, next(numbers))),
+            *((one, "__call__", nothing) for one in classes),
+            (kernel.UnpackWeightKernel, "__call__", lambda self, inputs, outputs: outputs.zero_()),
+            (inputs, "_prepare_process_input_op", prepare),
+            (forward, "_resolve_use_pdl", lambda *_: False),
+            (torch.Tensor, "is_cuda", True),
+            (torch.Tensor, "cuda", lambda self, *_, **__: self),
+            (torch, "zeros", lambda *size, device=None, **kwargs: zeros(*size, **kwargs)),
+        ]
+        with contextlib.ExitStack() as stack:
+            for owner, name, value in replaced:
+                stack.enter_context(mock.patch.object(owner, name, value))
+            humming_.keep_kernels(store)
+            device.DeviceInfo._instances.clear()
+            HummingKernel._instances.clear()
+            HummingKernel._str2kernel_cache.clear()
+            made: Any = layer.HummingLayer(
+                shape_n=size, shape_k=size, weight_config=dict(contestant.weights), torch_dtype=torch.bfloat16,
+                input_config=None if contestant.inputs is None else dict(contestant.inputs),
+            )  # fmt: skip
+            made.load_from_unquantized(torch.zeros(size, size, dtype=torch.bfloat16))
+            made.transform()
+            HummingKernel.prepare_kernels(made.humming_config.to_str(), None, None, 0)
+            if contestant.inputs is not None:
+                with contextlib.suppress(StopHereError):
+                    x = torch.zeros(16, size, dtype=torch.bfloat16)
+                    forward.may_process_input(made.humming_config, x, m_major_scale=False)
+    after = len(list(store.glob("*.cubin")))
+    print(
+        f"humming, {card}, {contestant.group}: {before} kernels were there, {after - before} compiled",
+        flush=True,
+    )
+
+
+def _number(kernel: Any, number: int) -> None:
+    """As if the kernel had been loaded onto the GPU."""
+    kernel.kernel_id, kernel.kernel_name = number, ""
+
+
+def _info(card: str) -> type:
+    """What Humming's native module tells of a card."""
+    cache, memory_khz, width = CARDS[card]
+    operations = {"float16": 1, "bfloat16": 1, "float8e4m3": 2, "float8e5m2": 2, "int8": 2, "int4": 4}
+    facts = {
+        "index": 0, "is_ppu": False, "name": card, "sm_count": PROCESSORS, "sm_major": 9, "sm_minor": 0,
+        "sm_version": 90, "max_threads_per_block": 1024, "max_threads_per_sm": 2048,
+        "max_registers_per_sm": 65536, "l2_cache_size": cache, "l2_cache_size_mb": cache / 2**20,
+        "l1_cache_size": 2**18, "l1_cache_size_kb": 256.0, "default_smem_size": 49152,
+        "max_smem_size": 232448, "max_smem_size_kb": 227.0, "memory_clock_khz": memory_khz,
+        "memory_bus_width": width, "sm_clock_khz": CLOCK_KHZ,
+        "memory_bandwidth_gbps": memory_khz * 2 * width / 8 / 1e6,
+        "tensorcore_tops": {k: PROCESSORS * 4096 * CLOCK_KHZ / 1e9 * m for k, m in operations.items()},
+        "__init__": lambda self, index=None: None,
+    }  # fmt: skip
+    return type("DeviceInfo", (), facts)
+
+
+if __name__ == "__main__":
+    if (
+        len(sys.argv) != 2
+        or sys.argv[1] not in ("marlin", "humming")
+        or "QKERNELS_PREBUILT" not in os.environ
+    ):
+        sys.exit(__doc__)
+    {"marlin": marlin, "humming": humming}[sys.argv[1]](Path(os.environ["QKERNELS_PREBUILT"]).resolve())
