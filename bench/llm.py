@@ -88,6 +88,8 @@ def measure(
     from transformers import StaticCache
 
     gib = 2**30
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # the 16-bit model, before it was quantized, does not count
     weights = torch.cuda.memory_allocated() / gib if device == "cuda" else None
     ids = torch.randint(0, model.config.vocab_size, (batch, prompt), device=device)
     model(ids, use_cache=False, logits_to_keep=1)  # compiles kernels, prepacks weights
@@ -161,7 +163,6 @@ def main(
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
     Console(width=150).print(
         table_of(rows, wanted, f"Llama {size} on {race.environment()['gpu'] or 'no GPU'}")
     )

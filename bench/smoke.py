@@ -39,8 +39,7 @@ from qkernels.benchmark import race, shapes, timing
 from qkernels.formats.gguf import TYPES
 from qkernels.presets import FormatSpec, parse_specs
 
-from . import supervisor, worker
-from .gpu import starts
+from . import starts, supervisor, worker
 
 #: layouts that the benchmarks' suites do not have
 MORE = (

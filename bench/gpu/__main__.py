@@ -54,6 +54,7 @@ class Run:
     def part(self, name: str) -> None:
         """Run all commands of a part; what they print goes to NAME.txt."""
         began, codes = self.used(), []
+        (self.out / f"{name}.txt").unlink(missing_ok=True)
         for command in plan.PARTS[name].commands:
             left = min(command.most, self.seconds - self.used())
             if left < 15:

@@ -63,7 +63,9 @@ class Race:
 
 @dataclass(frozen=True)
 class Part:
-    """about: what it tells. expected: seconds on an H200 with a full parcel."""
+    """about: what it tells. expected: seconds on an H200 with a full parcel. Of smoke they were measured (92); races
+    took 1.7 a contestant and shape, and 20 to import GPTQModel; the sanitizers and models have not run on a GPU yet.
+    """
 
     about: str
     expected: int

@@ -85,6 +85,10 @@ def _models(rows: list[dict[str, Any]]) -> str:
     return "\n".join(
         f"{row['format']}, batch {row['batch']}: prefill of {row['prompt']} {row['prefill']:.0f}, "
         + ", ".join(f"decode ({mode}) {value:.1f}" for mode, value in row["decode"].items())
-        + (f", {row['memory_weights']:.1f} GiB" if row["memory_weights"] else "")
+        + (
+            f", {row['memory_weights']:.1f} GiB, at most {row['memory_peak']:.1f}"
+            if row["memory_peak"]
+            else ""
+        )
         for row in rows
     )

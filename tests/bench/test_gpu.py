@@ -185,8 +185,8 @@ def test_tables_of_races_and_models() -> None:
         "a copy moves 400 GB/s", "cuda nf4: 1.0 - | alone 3.2, 25% of a copy",
     ]  # fmt: skip
     model = {"format": "nf4", "batch": 1, "prompt": 9, "prefill": 100.0, "decode": {"graph": 2.0}}
-    assert "nf4, batch 1: prefill of 9 100, decode (graph) 2.0, 5.0 GiB" in tables._models(
-        [{**model, "memory_weights": 5.0}]
+    assert "nf4, batch 1: prefill of 9 100, decode (graph) 2.0, 5.0 GiB, at most 7.0" in tables._models(
+        [{**model, "memory_weights": 5.0, "memory_peak": 7.0}]
     )
 
 

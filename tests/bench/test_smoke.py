@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 import qkernels as qk
-from bench import smoke
-from bench.gpu import starts
+from bench import smoke, starts
 
 RIGHT = qk.matmul
 
