@@ -106,14 +106,13 @@ class Packing:
         """Marlin, and Humming's kernels at 8192x8192, compiled by their own code."""
         folder = WORK / "prebuilt"
         self.site()
+        toolkit = _toolkit()
         variables = {
             "QKERNELS_PREBUILT": str(folder),
             "HUMMING_CACHE_DIR": str(WORK / "humming"),
             "LD_LIBRARY_PATH": str(self._nvidia() / "lib"),
-            "CUDA_HOME": str(
-                Path(install.build_module().nvcc() or "/usr/local/cuda/bin/nvcc").resolve().parents[1]
-            ),
-            "TORCH_CUDA_ARCH_LIST": "9.0a",
+            "CUDA_HOME": str(toolkit),
+            "LIBRARY_PATH": f"{toolkit / 'lib64'}:{toolkit / 'lib'}",  # for -lcudart
         }
         for peer in ("marlin", "humming"):
             self.run("-m", "bench.gpu.prebuild", peer, **variables)
@@ -126,6 +125,13 @@ class Packing:
             [self.python, "-c", code], capture_output=True, text=True, check=True
         ).stdout.strip()
         return Path(found) / "nvidia" / "cu13"
+
+
+def _toolkit() -> Path:
+    """The CUDA toolkit's folder; nvcc on PATH may be a script that lies elsewhere."""
+    compiler = Path(install.build_module().nvcc() or "/usr/local/cuda/bin/nvcc").resolve()
+    candidates = (compiler.parents[1], Path("/usr/local/cuda"))
+    return next((folder for folder in candidates if (folder / "include" / "cuda.h").is_file()), candidates[1])
 
 
 #: archive -> what makes its folder
