@@ -55,6 +55,7 @@ def main(
         ("tiny", ",".join(map(str, shapes.TINY_ROWS)), 1) if tiny else (sizes, rows, repeats)
     )
     started = time.monotonic()
+    signal.signal(signal.SIGTERM, _stop)
     try:
         field = worker.contestants(suite, backend, with_peers, tiny)
     except (ValueError, ImportError) as error:
@@ -78,7 +79,6 @@ def main(
             for part in ([[m] for m in counted] if isinstance(field[number], peers.Peer) else [counted])
         ]
         supervisor.warm(job, compiled, jobs, deadline * 0.4, say)
-    signal.signal(signal.SIGTERM, _stop)
     kept = Kept(output, name)
     try:
         for found in supervisor.run(job, field, started + deadline, say):

@@ -29,6 +29,8 @@ import qkernels as qk
 from qkernels.benchmark import race, timing
 from qkernels.presets import FormatSpec, parse_specs
 
+from . import supervisor
+
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 512},
@@ -183,7 +185,7 @@ def _write(output: Path, size: str, rows: list[Row], left_out: list[str]) -> Non
         "environment": race.environment(), "size": size, "left_out": left_out,
         "results": [asdict(row) for row in rows],
     }  # fmt: skip
-    output.write_text(json.dumps(report, indent=1) + "\n")
+    supervisor.write(output, json.dumps(report, indent=1) + "\n")
 
 
 def linear_shapes(size: str) -> list[tuple[int, int]]:

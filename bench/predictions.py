@@ -55,19 +55,22 @@ class Predictor:
 
     def __init__(self, gpu: roofline.Gpu, last: dict[str, Any]) -> None:
         self.gpu = gpu
+        measured_on = roofline.find(str(last["environment"]["gpu"])) or gpu
         #: format -> M -> measured time over the roofline's
         self.factors: dict[str, dict[int, float]] = {}
         for row in last["results"]:
             spec = _spec_of(row["contestant"])
             if spec is None or row["chain"] is None:
                 continue
-            best = self._roofline(spec, (row["n"], row["k"]), row["m"])
+            best = self._roofline(spec, (row["n"], row["k"]), row["m"], measured_on)
             by_rows = self.factors.setdefault(spec, {})
             by_rows[row["m"]] = min(by_rows.get(row["m"], math.inf), row["chain"] * 1e-6 / best.seconds)
 
-    def _roofline(self, spec: str, shape: tuple[int, int], m: int) -> roofline.Estimate:
+    def _roofline(
+        self, spec: str, shape: tuple[int, int], m: int, gpu: roofline.Gpu | None = None
+    ) -> roofline.Estimate:
         nbytes, kind = _bits(spec)
-        return roofline.estimate(self.gpu, shape, m, int(nbytes * shape[0] * shape[1]), kind=kind)
+        return roofline.estimate(gpu or self.gpu, shape, m, int(nbytes * shape[0] * shape[1]), kind=kind)
 
     def product(self, spec: str, shape: tuple[int, int], m: int) -> Time:
         best = self._roofline(spec, shape, m)
@@ -84,13 +87,16 @@ class Predictor:
         times = [self.product(spec, shape, rows) for shape in llm.linear_shapes(plan.MODEL_SIZE)]
         each = [2, 2, 2, 1]  # query and output, key and value, gate and up, down
         head = self.product("bf16", (sizes["vocab_size"], hidden), batch)
+        slower = 2.0
         if rows == batch:  # the keys and values of the prompt are read
+            # transformers copies them for each query head where there is a mask: read once, written and read 4 times
+            slower = 1 + 2 * heads / sizes["num_key_value_heads"]
             width = hidden // heads * sizes["num_key_value_heads"]
             attention = 4 * width * plan.PROMPT * batch / (self.gpu.bandwidth * 1e9 * roofline.COPY_FRACTION)
         else:  # causal: half of all pairs, two products
             attention = 2 * plan.PROMPT * rows * hidden / (self.gpu.bf16 * 1e12 * roofline.MATMUL_FRACTION)
         best = sum(n * time.best for n, time in zip(each, times, strict=True)) + attention
-        expected = sum(n * time.expected for n, time in zip(each, times, strict=True)) + 2 * attention
+        expected = sum(n * time.expected for n, time in zip(each, times, strict=True)) + slower * attention
         return layers * best + head.best, layers * (expected + BESIDE_LINEARS) + head.expected
 
 
@@ -175,32 +181,41 @@ def _beside_model(predictor: Predictor, row: dict[str, Any]) -> Iterator[tuple[f
 
 
 def main(
-    gpu: Annotated[str, typer.Option(help="A name in qkernels/roofline.py.")] = "H200",
+    gpus: Annotated[str, typer.Option("--gpu", help="Names in qkernels/roofline.py.")] = "H200,H100",
     last: Annotated[Path, typer.Option(help="The race that factors are of.")] = LAST,
     runs: Annotated[list[Path], typer.Option("--beside", help="Results to lay beside it.")] = [],  # noqa: B006
 ) -> None:
-    known = roofline.find(gpu)
-    if known is None:
-        raise typer.BadParameter(f"--gpu: expected a GPU of qkernels/roofline.py, got {gpu!r}")
     report = json.loads(last.read_text())
-    predictor = Predictor(known, report)
     if runs:
-        lines = [line for run in runs for line in beside(predictor, json.loads(run.read_text()))]
-        print("measured / expected time; what was expected, and measured:")
-        for ratio, text in sorted(lines, key=lambda line: -abs(math.log(line[0]))):
-            print(f"{ratio:5.2f}  {text}")
+        _print_beside(report, [json.loads(run.read_text()) for run in runs])
         return
     where = report["environment"]
-    print(
-        f"Predictions for an {known.name}, by `python -m bench.predictions`: at best / expected. Factors are of"
-    )
-    print(f"`{last.parent.name}/{last.name}` ({where['gpu']}, {where['date']}).\n")
-    print("## Microseconds a product, in a chain\n")
-    print("\n".join(races(predictor)))
-    print("## What machine code says of M = 1 (Triton, sm_90)\n")
-    print("\n".join(instructions(known)) + "\n")
-    print(f"## Llama-3-{plan.MODEL_SIZE} shape, tokens a second\n")
-    print("\n".join(models(predictor)))
+    print("Predictions by `python -m bench.predictions`: at best / expected. Factors are of")
+    print(f"`{last.parent.name}/{last.name}` ({where['gpu']}, {where['date']}).")
+    for name in gpus.split(","):
+        known = roofline.find(name)
+        if known is None:
+            raise typer.BadParameter(f"--gpu: expected GPUs of qkernels/roofline.py, got {name!r}")
+        predictor = Predictor(known, report)
+        print(f"\n## {known.name}: microseconds a product, in a chain\n")
+        print("\n".join(races(predictor)))
+        print(f"## {known.name}: what machine code says of M = 1 (Triton, sm_90)\n")
+        print("\n".join(instructions(known)))
+        print(f"\n## {known.name}: tokens a second of Llama-3-{plan.MODEL_SIZE}'s shape\n")
+        print("\n".join(models(predictor)))
+
+
+def _print_beside(last: dict[str, Any], reports: list[dict[str, Any]]) -> None:
+    """Each report beside predictions for the GPU that it was measured on, what missed most first."""
+    lines = []
+    for report in reports:
+        gpu = roofline.find(str(report["environment"]["gpu"]))
+        if gpu is None:
+            raise typer.BadParameter(f"--beside: measured on {report['environment']['gpu'] or 'no GPU'}")
+        lines += beside(Predictor(gpu, last), report)
+    print("measured / expected time; what was expected, and measured:")
+    for ratio, text in sorted(lines, key=lambda line: -abs(math.log(line[0]))):
+        print(f"{ratio:5.2f}  {text}")
 
 
 if __name__ == "__main__":

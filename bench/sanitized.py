@@ -18,6 +18,8 @@ import qkernels as qk
 from qkernels.benchmark import shapes
 from qkernels.presets import FormatSpec
 
+#: N and K: neither is a multiple of a block
+SHAPE = (72, 512)
 #: rows of x: one, a few, past one tile of 16, past one of 64, and of 128
 ROWS = (1, 3, 17, 65, 129)
 
@@ -48,10 +50,10 @@ def _one(backend: str, name: str, params: dict[str, object], device: str) -> str
     said = []
     try:
         # All but our kernels on the CPU: the tool makes each launch many times slower.
-        p = qk.quantize(torch.randn(72, 512), name, **params)
+        p = qk.quantize(torch.randn(SHAPE), name, **params)
         held = p.to(device)
         for m in ROWS if device == "cuda" else ROWS[:2]:
-            x = torch.randn(m, 512).bfloat16()
+            x = torch.randn(m, SHAPE[1]).bfloat16()
             want = qk.matmul(x.double(), p, backend="reference")
             y = qk.matmul(x.to(device), held, backend=backend).cpu().double()
             error = float((y - want).norm() / want.norm())

@@ -254,7 +254,7 @@ def work(job: Job, say: Any) -> int:
         try:
             for done in check(spec, backend, device, job.tiny):
                 say({"check": asdict(done)})
-                if done.failed and worker.spoilt(device):
+                if done.failed and ("captur" in done.failed or worker.spoilt(device)):
                     return worker.SPOILT
         except Exception as error:
             said = " ".join(f"{type(error).__name__}: {error}".split())
@@ -362,6 +362,8 @@ def main(
                 shown = time.monotonic()
                 _write(output, checks)
     finally:
+        for share in shares:
+            share.worker.end()
         for share in shares:
             share.worker.kill()
     if output is not None:

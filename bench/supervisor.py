@@ -59,10 +59,14 @@ class Worker:
         *whole, self._rest = (self._rest + more).split(b"\n")
         return [json.loads(line) for line in whole]
 
-    def kill(self) -> None:
-        """It and what it started; whether or not it is still there."""
+    def end(self) -> None:
+        """End it and what it started, without waiting for that."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+
+    def kill(self) -> None:
+        """It and what it started; whether or not it is still there."""
+        self.end()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(20)  # with a hung kernel the driver may keep it
         os.close(self.reading)
@@ -154,15 +158,19 @@ def warm(job: Job, cases: list[Case], processes: int, seconds: float, said: Call
     shares = [cases[i::processes] for i in range(min(processes, len(cases)))]
     workers = [Worker(Job(**{**vars(job), "cases": share, "warm": True})) for share in shares]
     waiting = set(workers)
-    while waiting and time.monotonic() - started < seconds:
-        for worker in list(waiting):
-            if worker.lines(0.05) is None:
-                waiting.discard(worker)
-    for worker in workers:
-        ended = worker.process.poll()
-        worker.kill()
-        if words := worker.last_words():
-            said(f"while compiling ({ended}): {words}")
+    try:
+        while waiting and time.monotonic() - started < seconds:
+            for worker in list(waiting):
+                if worker.lines(0.05) is None:
+                    waiting.discard(worker)
+    finally:
+        codes = [worker.process.poll() for worker in workers]
+        for worker in workers:
+            worker.end()
+        for worker, code in zip(workers, codes, strict=True):
+            worker.kill()
+            if words := worker.last_words():
+                said(f"while compiling ({code}): {words}")
     late = f", {len(waiting)} of {len(workers)} processes were stopped" if waiting else ""
     said(f"compiled {len(cases)} cases in {time.monotonic() - started:.0f} s{late}")
 

@@ -1,7 +1,7 @@
 """Run parts of the plan on a machine with a GPU. JSON and what was said go to OUT; a table is printed last.
 
     python -m bench.gpu --plan                 what there is, and how long it takes
-    python -m bench.gpu OUT --call smoke       one call; .gpu/, which bench.gpu.parcel fills, is unpacked first
+    python -m bench.gpu OUT --call smoke       a call; .gpu/, which bench.gpu.parcel fills, is unpacked first
     python -m bench.gpu OUT --part smoke --part race --formats nf4       parts, of some formats alone
     python -m bench.gpu OUT --tiny             the whole plan without a GPU: small shapes, triton's interpreter
 
@@ -26,6 +26,8 @@ from . import install, plan, tables
 
 #: characters printed at the end: a machine's reply holds the last 12,000
 PRINTED = 11_000
+#: seconds under which no command is begun
+LEAST = 15
 
 
 class Run:
@@ -53,73 +55,92 @@ class Run:
 
     def part(self, name: str) -> None:
         """Run all commands of a part; what they print goes to NAME.txt."""
-        began, codes = self.used(), []
+        began, bad = self.used(), []
         (self.out / f"{name}.txt").unlink(missing_ok=True)
+        done: list[list[str]] = []
         for command in plan.PARTS[name].commands:
-            left = min(command.most, self.seconds - self.used())
-            if left < 15:
-                codes.append("no time")
+            words = self._words(command)
+            if not words or words in done:  # other formats may make commands alike
                 continue
-            words = (command.tiny if self.tiny else command.words).split()
-            if words:
-                codes.append(self._command(name, command, words, left))
+            done.append(words)
+            left = min(command.most, self.seconds - self.used())
+            how = "no time" if left < LEAST else self._command(name, command, words, left)
+            if how != "0":
+                bad.append(f"{command.label} {how}".strip())
         for page in self.out.glob("*.md"):  # eight files come back; bench.report makes pages anywhere
             page.unlink()
-        bad = [code for code in codes if code != "0"]
         self.ended[name] = (", ".join(bad) or "right", self.used() - began)
         print(f"{name}: {self.ended[name][0]} after {self.ended[name][1]:.0f} s", flush=True)
+
+    def _words(self, command: plan.Command) -> list[str]:
+        words = (command.tiny if self.tiny else command.words).split()
+        return _narrowed(words, self.formats) if words and self.formats is not None else words
 
     def _command(self, name: str, command: plan.Command, words: list[str], left: float) -> str:
         """How it ended: its exit code, or "stopped"."""
         values = {"out": str(self.out), "seconds": str(int(left - 8)), "jobs": self._jobs()}
-        words = [word.format(**values) for word in words]
-        if self.formats is not None:
-            words = _narrowed(words, self.formats)
         prefix = [] if self.tiny else command.prefix.split()
         if prefix and shutil.which(prefix[0], path=self.environment["PATH"]) is None:
             return f"no {prefix[0]}"
         variables = {key: value.format(**values) for key, value in command.variables.items()}
         with open(self.out / f"{name}.txt", "ab") as log:
             process = subprocess.Popen(
-                [*prefix, sys.executable, *words], stdout=log, stderr=subprocess.STDOUT, cwd=install.REPOSITORY,
+                [*prefix, sys.executable, *(word.format(**values) for word in words)],
+                stdout=log, stderr=subprocess.STDOUT, cwd=install.REPOSITORY,
                 env={**self.environment, **variables}, start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # `_stop` asks by it
             )  # fmt: skip
             try:
                 return str(process.wait(left))
             except subprocess.TimeoutExpired:
-                _stop(process)
                 return "stopped"
+            finally:  # also where this process is stopped
+                _stop(process)
 
     def _jobs(self) -> str:
-        return "1" if (install.ROOT / "triton").is_dir() else "12"
+        return "1" if self.formats is None and install.all_compiled() else "12"
 
 
 def _narrowed(words: list[str], formats: str) -> list[str]:
-    """The command for other formats, where it takes any: the last of an option counts."""
+    """The command for other formats, where it takes any."""
     option = {"bench": "--suite", "bench.tune": "--suite", "bench.smoke": "--formats", "bench.sanitized": "--formats",
               "bench.llm": "--formats"}.get(words[1])  # fmt: skip
-    return [*words, option, formats] if option else words
+    if option is None:
+        return words
+    if option in words:
+        place = words.index(option)
+        words = words[:place] + words[place + 2 :]
+    return [*words, option, formats]
 
 
 def _stop(process: subprocess.Popen[Any]) -> None:
-    """Ask it, then end it and what it started: a hung kernel does not answer."""
-    for sign, patience in ((signal.SIGTERM, 8), (signal.SIGKILL, 8)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, sign)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
-            return
+    """Ask it to end, then end it and what it started: a hung kernel does not answer."""
+    if process.poll() is not None:
+        return
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(8)
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(8)
+
+
+def _interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def main(
     out: Annotated[
         Path | None, typer.Argument(help="Folder of the results; the device tool names one.", envvar="OUT")
     ] = None,
-    call: Annotated[str | None, typer.Option(help=f"One of {', '.join(plan.CALLS)}.")] = None,
+    call: Annotated[list[str], typer.Option(help=f"One of {', '.join(plan.CALLS)}; again for more.")] = [],  # noqa: B006
     part: Annotated[list[str], typer.Option(help=f"One of {', '.join(plan.PARTS)}; again for more.")] = [],  # noqa: B006
     formats: Annotated[str | None, typer.Option(help="Formats instead of a part's own.")] = None,
     seconds: Annotated[int, typer.Option(help="For all parts together.")] = plan.CALL_SECONDS,
     tiny: Annotated[bool, typer.Option("--tiny", help="Without a GPU.")] = False,
+    bare: Annotated[bool, typer.Option("--without-parcel", help="There is no .gpu/ to unpack.")] = False,
     show: Annotated[bool, typer.Option("--plan", help="Print the plan and run nothing.")] = False,
 ) -> None:
     if show:
@@ -127,14 +148,11 @@ def main(
         return
     if out is None:
         raise typer.BadParameter("OUT: expected a folder for the results, got none")
-    names = [*(plan.CALLS.get(call, ()) if call else ()), *part]
-    for option, given, known in (
-        ("--call", [call] if call else [], plan.CALLS),
-        ("--part", part, plan.PARTS),
-    ):
+    for option, given, known in (("--call", call, plan.CALLS), ("--part", part, plan.PARTS)):
         for name in given:
             if name not in known:
                 raise typer.BadParameter(f"{option}: expected one of {', '.join(known)}; got {name!r}")
+    names = [*(name for one in call for name in plan.CALLS[one]), *part]
     if not names and not tiny:
         raise typer.BadParameter("expected --call, --part or --tiny, got none of them")
     if not tiny and shutil.which("nvidia-smi") is None:
@@ -145,17 +163,28 @@ def main(
         raise typer.Exit(3)
     out.mkdir(parents=True, exist_ok=True)
     run = Run(out.resolve(), 10**6 if tiny else seconds, tiny, formats)
+    for sign in (
+        signal.SIGTERM,
+        signal.SIGINT,
+    ):  # SIGINT is ignored where a shell has started this in the background
+        signal.signal(sign, _interrupted)
+    install.link_triton_kernels()
     if not tiny:
         query = "--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu"
         subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], check=False)
-        run.environment.update(install.unpack())
+    if not tiny and not bare:
+        try:
+            run.environment.update(install.unpack())
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            raise typer.Exit(3) from None
         print(f"unpacked after {run.used():.0f} s", flush=True)
-    install.link_triton_kernels()
-    for name in names or [name for parts in plan.CALLS.values() for name in parts]:
-        run.part(name)
+    with contextlib.suppress(KeyboardInterrupt):
+        for name in names or [name for parts in plan.CALLS.values() for name in parts]:
+            run.part(name)
     print(tables.of(run.out, run.ended, PRINTED))
-    if not tiny:
-        print(f"entries added to triton's cache: {install.kernels_added()}")
+    if not tiny and not bare:
+        print(f"Triton kernels compiled in this call, peers' too: {install.kernels_added()}")
     raise typer.Exit(1 if any(how != "right" for how, _ in run.ended.values()) else 0)
 
 

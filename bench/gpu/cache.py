@@ -1,7 +1,7 @@
-"""Fills triton's cache for a GPU that is not here, so that none of its time goes to compiling.
+"""Fills triton's cache for a GPU that is not here, so that its time does not go to compiling.
 
-    python -m bench.gpu.cache FOLDER --parts smoke,race,llama,model      with the GPU machine's Python and triton
-    python -m bench.gpu.cache FOLDER --parts smoke --formats nf4         some formats alone
+    python -m bench.gpu.cache FOLDER                                   with the GPU machine's Python and triton
+    python -m bench.gpu.cache FOLDER --parts smoke --formats nf4       some formats alone
 
 The package's own launches run on pretended tensors (tests/pretend_gpu.py), with the shapes, formats and numbers of
 rows of the plan's parts. Each kernel is compiled, not started, and so is the C code that would start it. A key of the
@@ -29,11 +29,13 @@ import typer
 
 from . import plan
 
+#: what starts our Triton kernels in the plan's calls; GemLite races kernels that are in "race"
+PLANNED = "smoke,memcheck,race,llama,model"
 PRINTED = (".ttir", ".ttgir", ".llir", ".ptx", ".source")
 
 
 class Call(NamedTuple):
-    """late: kernels start when the one before them is done."""
+    """late: without early launches."""
 
     dtype: torch.dtype
     m: int
@@ -54,7 +56,7 @@ def products(parts: list[str], formats: str | None = None) -> Iterator[Product]:
     from qkernels.benchmark import shapes
     from qkernels.presets import FormatSpec, parse_specs
 
-    from .. import llm, smoke
+    from .. import llm, sanitized, smoke
 
     for name in parts:
         part = plan.PARTS[name]
@@ -67,6 +69,9 @@ def products(parts: list[str], formats: str | None = None) -> Iterator[Product]:
                         calls += [Call(torch.bfloat16, m, invariant=True) for m in shape.rows]
                         calls.append(Call(torch.bfloat16, 1, late=True))
                     yield Product(spec, (shape.n, shape.k), calls)
+        elif name in ("memcheck", "racecheck"):
+            for given in parse_specs(formats or plan.NEWEST):
+                yield Product(str(given), sanitized.SHAPE, [Call(torch.bfloat16, m) for m in sanitized.ROWS])
         elif name == "model":
             rows = {m for batch in plan.BATCHES for m in (batch, batch * plan.PROMPT)}
             calls = [Call(torch.bfloat16, m) for m in sorted(rows)]
@@ -175,7 +180,7 @@ def _no_driver() -> Iterator[None]:
 
 def main(
     folder: Annotated[Path, typer.Argument(help="The cache, by the path that it will have there.")],
-    parts: Annotated[str, typer.Option(help="Parts of the plan.")] = "smoke,race,llama,model",
+    parts: Annotated[str, typer.Option(help="Parts of the plan.")] = PLANNED,
     formats: Annotated[str | None, typer.Option(help="Specifications, instead of the parts' own.")] = None,
     arch: Annotated[int, typer.Option(help="Compute capability: 90.")] = 90,
     jobs: Annotated[int, typer.Option(help="Processes.")] = 2,

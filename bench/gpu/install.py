@@ -6,6 +6,7 @@ writes absolute paths into its cache.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import shutil
 import subprocess
@@ -19,24 +20,31 @@ REPOSITORY = Path(__file__).parents[2]
 PARCEL = REPOSITORY / ".gpu"
 #: H100 and H200
 ARCH = "90a"
+ARCHIVES = ("extension", "triton", "site", "prebuilt")
 
 
 def unpack(parcel: Path = PARCEL) -> dict[str, str]:
     """Unpack all of `parcel` under ROOT. Returns variables for the environment of what is run then.
 
-    ValueError if the extension was compiled from other sources than this checkout's, or for another Python.
+    ValueError if an archive is missing or damaged, or if the extension was compiled from other sources than this
+    checkout's or for another Python.
     """
+    archives = [parcel / f"{name}.tar.xz" for name in ARCHIVES]
+    for file in archives:
+        if not file.is_file():
+            raise ValueError(
+                f"{file} is not there. The parcel, which git ignores, must be carried along; without one pass "
+                "--without-parcel and begin with --part build"
+            )
     ROOT.mkdir(parents=True, exist_ok=True)
-    archives = sorted(parcel.glob("*.tar.xz"))
     running = [subprocess.Popen(["tar", "-xJf", str(file), "-C", str(ROOT)]) for file in archives]
     for process, file in zip(running, archives, strict=True):
         if process.wait() != 0:
             raise ValueError(
                 f"{file}: expected a tar archive compressed by xz; tar ended with {process.returncode}"
             )
-    if (ROOT / "extension").is_dir():
-        _place_extension(ROOT / "extension")
-    (ROOT / "carried").write_text(str(_entries()))
+    _place_extension(ROOT / "extension")
+    (ROOT / "carried").write_text(str(_kernels()))
     return environment()
 
 
@@ -86,11 +94,25 @@ def link_triton_kernels() -> None:
         link.symlink_to("../triton_kernels")
 
 
-def _entries() -> int:
-    folder = ROOT / "triton"
-    return sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
+def triton_digest() -> str:
+    """A hash of what decides which Triton kernels there are."""
+    digest = hashlib.sha256()
+    for folder in ("triton_kernels", "qkernels/backends/triton"):
+        for file in sorted((REPOSITORY / folder).rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def all_compiled() -> bool:
+    """Whether what was unpacked has the plan's Triton kernels as they are in this checkout."""
+    packed_from = ROOT / "triton" / "sources"
+    return packed_from.is_file() and packed_from.read_text() == triton_digest()
+
+
+def _kernels() -> int:
+    return sum(1 for _ in (ROOT / "triton").glob("*/*.cubin"))
 
 
 def kernels_added() -> int:
-    """Entries that triton has added to its cache since `unpack`: each is a kernel that cost time here."""
-    return _entries() - int((ROOT / "carried").read_text())
+    """How many kernels triton has compiled since `unpack`, peers' among them."""
+    return _kernels() - int((ROOT / "carried").read_text())

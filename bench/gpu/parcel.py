@@ -43,9 +43,8 @@ PACKAGES = (
 )
 #: bench/peers' packages, with what they need beside PACKAGES
 PEERS = (
-    *("bitsandbytes==0.50.2", "torchao==0.18.0", "humming-kernels==0.1.19", "gemlite==0.6.0.post2"),
+    *("bitsandbytes==0.50.2", "humming-kernels==0.1.19", "gemlite==0.6.0.post2"),
     *("gptqmodel==7.7.0", "logbar", "device-smi", "tokenicer", "defuser", "threadpoolctl", "dill"),
-    "spqr-quant==0.2.0",
 )
 WORK = install.REPOSITORY / "build" / "parcel"
 #: what travels in one call: this and the checkout
@@ -82,10 +81,14 @@ class Packing:
         return folder
 
     def triton(self) -> Path:
-        """Our Triton kernels, for all that the plan's three calls start."""
+        """Our Triton kernels, for all that the plan's three calls start; what the last parcel had is kept."""
         folder = install.ROOT / "triton"  # the path that it will have there
-        shutil.rmtree(folder, ignore_errors=True)
+        last = install.PARCEL / "triton.tar.xz"
+        if not folder.is_dir() and last.is_file():
+            install.ROOT.mkdir(parents=True, exist_ok=True)
+            subprocess.run(["tar", "-xJf", str(last), "-C", str(install.ROOT)], check=True)
         self.run("-m", "bench.gpu.cache", str(folder))
+        (folder / "sources").write_text(install.triton_digest())
         return folder
 
     def site(self) -> Path:
@@ -135,7 +138,7 @@ def _toolkit() -> Path:
 
 
 #: archive -> what makes its folder
-ARCHIVES: dict[str, Callable[[Packing], Path]] = {
+MAKERS: dict[str, Callable[[Packing], Path]] = {
     "extension": Packing.extension,
     "triton": Packing.triton,
     "site": Packing.site,
@@ -193,7 +196,9 @@ def sizes() -> str:
 
 
 def check(python: Path) -> None:
-    """Unpack as on the GPU machine; the extension loads, every kernel of the plan is found, peers import."""
+    """Unpack as on the GPU machine. RuntimeError if the extension does not load, if a Triton kernel that the plan starts
+    has to be compiled, or if Marlin or one of Humming's kernels has to be. (GemLite cannot be imported without a GPU.)
+    """
     shutil.rmtree(install.ROOT, ignore_errors=True)
     packing = Packing(python)
     packing.run("-c", "from bench.gpu import install; install.unpack()")
@@ -203,9 +208,7 @@ def check(python: Path) -> None:
         f"module = build.load(build.cached(({install.ARCH!r},))); print('CUDA kernels load; toolkit', module.toolkit_version())"
     )
     packing.run("-c", load, **variables)
-    peers = "import bitsandbytes, humming; from bench.gpu import prebuild; prebuild.load_marlin(); print('peers load')"
-    packing.run("-c", peers, **variables)
-    packing.run("-m", "bench.gpu.prebuild", "humming", **variables)
+    packing.run("-m", "bench.gpu.prebuild", "check", **variables)
     packing.run("-m", "bench.gpu.cache", variables["TRITON_CACHE_DIR"], **variables)
     if added := install.kernels_added():
         raise RuntimeError(
@@ -214,14 +217,14 @@ def check(python: Path) -> None:
 
 
 def main(
-    only: Annotated[str, typer.Option(help=f"Some of {', '.join(ARCHIVES)}.")] = ",".join(ARCHIVES),
+    only: Annotated[str, typer.Option(help=f"Some of {', '.join(MAKERS)}.")] = ",".join(MAKERS),
     python: Annotated[str, typer.Option(help="Python 3.12, which makes the environment.")] = "python3.12",
     looking: Annotated[bool, typer.Option("--check", help="Unpack and look, pack nothing.")] = False,
 ) -> None:
     names = only.split(",")
     for name in names:
-        if name not in ARCHIVES:
-            raise typer.BadParameter(f"--only: expected some of {', '.join(ARCHIVES)}; got {name!r}")
+        if name not in MAKERS:
+            raise typer.BadParameter(f"--only: expected some of {', '.join(MAKERS)}; got {name!r}")
     WORK.mkdir(parents=True, exist_ok=True)
     install.PARCEL.mkdir(exist_ok=True)
     inside = environment_of(python)
@@ -231,7 +234,7 @@ def main(
             check(inside)
         for name in () if looking else names:
             began = time.monotonic()
-            archive(ARCHIVES[name](Packing(inside)), install.PARCEL / f"{name}.tar.xz")
+            archive(MAKERS[name](Packing(inside)), install.PARCEL / f"{name}.tar.xz")
             print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
     except (RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)

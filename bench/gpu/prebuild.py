@@ -1,14 +1,15 @@
 """Compiles peers' kernels for a GPU that is not here, so that a race on one starts at once.
 
-    QKERNELS_PREBUILT=FOLDER python -m bench.gpu.prebuild marlin|humming
+    QKERNELS_PREBUILT=FOLDER python -m bench.gpu.prebuild marlin|humming|check
 
 With the GPU machine's Python and torch, and nvcc. The peers' own code chooses and compiles the kernels, and is told
-that there is an H200, then an H100. Each kernel is kept in FOLDER as the adapters in bench/peers look for it.
+that there is an H200, then an H100. Each kernel is kept in FOLDER as the adapters in bench/peers look for it. check: RuntimeError if one is missing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import os
 import shutil
@@ -56,22 +57,26 @@ def marlin(folder: Path) -> None:
         shutil.copyfile(library, target)
 
 
-def load_marlin() -> None:
-    """From $QKERNELS_PREBUILT. RuntimeError if it would be compiled."""
+def check(folder: Path) -> None:
+    """Load Marlin, import what is raced, and look all of Humming's kernels up. RuntimeError if one would be compiled."""
     never = mock.patch("torch.utils.cpp_extension._run_ninja_build", side_effect=RuntimeError("not prebuilt"))
     with _hopper("NVIDIA H200"), never:
+        importlib.import_module("bitsandbytes")
         gptqmodel_.build()
+        for contestant in gptqmodel_.CONTESTANTS:
+            importlib.import_module(f"gptqmodel.nn_modules.qlinear.{contestant.kernel}")
+    if compiled := humming(folder):
+        raise RuntimeError(f"humming: expected every kernel in {folder}, had to compile {compiled}")
 
 
-def humming(folder: Path, size: int = 8192) -> None:
-    """Humming's kernels for 4-bit groups of 128 and int8 x int8 at size x size, all M: minutes."""
-    for card in CARDS:
-        for contestant in humming_.CONTESTANTS:
-            if contestant.group in ("int4 g128", "w8a8"):
-                _humming(folder, card, contestant, size)
+def humming(folder: Path, size: int = 8192) -> int:
+    """Humming's kernels for 4-bit groups of 128 and int8 x int8 at size x size, all M: minutes. Returns how many were
+    compiled."""
+    raced = [one for one in humming_.CONTESTANTS if one.group in ("int4 g128", "w8a8")]
+    return sum(_humming(folder, card, one, size) for card in CARDS for one in raced)
 
 
-def _humming(folder: Path, card: str, contestant: humming_.Humming, size: int) -> None:
+def _humming(folder: Path, card: str, contestant: humming_.Humming, size: int) -> int:
     import humming.utils.device
 
     store = folder / "humming"
@@ -132,6 +137,7 @@ def _humming(folder: Path, card: str, contestant: humming_.Humming, size: int) -
         f"humming, {card}, {contestant.group}: {before} kernels were there, {after - before} compiled",
         flush=True,
     )
+    return after - before
 
 
 def _number(kernel: Any, number: int) -> None:
@@ -157,11 +163,9 @@ def _info(card: str) -> type:
     return type("DeviceInfo", (), facts)
 
 
+COMMANDS: dict[str, Callable[[Path], Any]] = {"marlin": marlin, "humming": humming, "check": check}
+
 if __name__ == "__main__":
-    if (
-        len(sys.argv) != 2
-        or sys.argv[1] not in ("marlin", "humming")
-        or "QKERNELS_PREBUILT" not in os.environ
-    ):
+    if len(sys.argv) != 2 or sys.argv[1] not in COMMANDS or "QKERNELS_PREBUILT" not in os.environ:
         sys.exit(__doc__)
-    {"marlin": marlin, "humming": humming}[sys.argv[1]](Path(os.environ["QKERNELS_PREBUILT"]).resolve())
+    COMMANDS[sys.argv[1]](Path(os.environ["QKERNELS_PREBUILT"]).resolve())

@@ -17,17 +17,37 @@ def of(out: Path, ended: Mapping[str, tuple[str, float]], characters: int) -> st
         for name, (how, took) in ended.items()
     ]
     tail = "\n".join(["=== parts", *end])
-    blocks = {name: _result(out, name) for name in ended}
+    blocks = {}
+    for name, (how, _) in ended.items():
+        try:
+            blocks[name] = _result(out, name)
+        except Exception as error:  # a row that is not as expected must not hide the other parts
+            blocks[name] = f"no table: {type(error).__name__}: {error}\n{_said(out, name)}"
+        if (how != "right" and plan.PARTS[name].race is not None) or (name == "model" and how != "right"):
+            blocks[name] += f"\n{how}; said last: {' '.join(_said(out, name)[-600:].split())}"
     room = characters - len(tail) - sum(len(name) + 6 for name in blocks)
     shown = []
     for number, (name, text) in enumerate(sorted(blocks.items(), key=lambda block: len(block[1]))):
         share = max(200, room // (len(blocks) - number))  # what short results leave is the long ones'
-        text = text if len(text) <= share else text[: share - 30].rsplit("\n", 1)[0] + "\n(more in the files)"
+        text = _cut(text, share, plan.PARTS[name].tail)
         room -= len(text)
         shown.append((name, text))
     order = list(blocks)
     shown.sort(key=lambda block: order.index(block[0]))
     return "\n".join([f"=== {name}\n{text}" for name, text in shown] + [tail])
+
+
+def _cut(text: str, most: int, tail: bool) -> str:
+    """Whole lines of `text`, the first or the last of them, in at most `most` characters."""
+    if len(text) <= most:
+        return text
+    mark = "(more in the files)"
+    room = most - len(mark) - 1
+    return (
+        f"{mark}\n{text[-room:].split(chr(10), 1)[-1]}"
+        if tail
+        else f"{text[:room].rsplit(chr(10), 1)[0]}\n{mark}"
+    )
 
 
 def _result(out: Path, name: str) -> str:
@@ -64,11 +84,10 @@ def _races(rows: list[dict[str, Any]], copy: float | None) -> str:
             said.append(f"{n}x{k}, us in a chain, M = {' '.join(map(str, counts))}")
         ours = who.startswith(("qkernels", "torch bf16"))
         cells = [_cell(by_rows.get(m)) for m in counts]
-        failures = {_cell(row) for row in by_rows.values() if row["chain"] is None}
-        if len(failures) == 1 and all(row["chain"] is None for row in by_rows.values()):
-            cells = list(failures)
+        if len(set(cells)) == 1 and all(row["failed"] for row in by_rows.values()):
+            cells = cells[:1]
         first = by_rows.get(counts[0])
-        if copy and first and first["chain"] is not None:
+        if copy and first and not first["failed"]:
             cells.append(f"| alone {first['alone']:.1f}, {first['bandwidth'] / copy:.0%} of a copy")
         said.append(f"{who.removeprefix('qkernels ')}{'' if ours else f' [{group}]'}: {' '.join(cells)}")
     return "\n".join(said)
@@ -77,7 +96,7 @@ def _races(rows: list[dict[str, Any]], copy: float | None) -> str:
 def _cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return "-"
-    return f"{row['chain']:.1f}" if row["chain"] is not None else str(row["failed"][:60])
+    return str(row["failed"][:60]) or f"{row['chain']:.1f}"
 
 
 def _models(rows: list[dict[str, Any]]) -> str:
