@@ -43,6 +43,7 @@ def main(
         bool, typer.Option("--tiny", help="Two small shapes, for machines without a GPU.")
     ] = False,
     output: Annotated[Path | None, typer.Option(help="Folder for NAME.json and NAME.md.")] = None,
+    page: Annotated[bool, typer.Option(help="Write NAME.md; bench.report can do it later, anywhere.")] = True,
     name: str = "race",
 ) -> None:
     """Race every contestant on every shape."""
@@ -79,7 +80,7 @@ def main(
             for part in ([[m] for m in counted] if isinstance(field[number], peers.Peer) else [counted])
         ]
         supervisor.warm(job, compiled, jobs, deadline * 0.4, say)
-    kept = Kept(output, name)
+    kept = Kept(output, name, page)
     try:
         for found in supervisor.run(job, field, started + deadline, say):
             kept.add(found)
@@ -111,8 +112,8 @@ class Kept:
     """Results as they come, in `output`/`name`.json after each contestant, so that a race cut short leaves them;
     and one line on the console for each contestant and shape."""
 
-    def __init__(self, output: Path | None, name: str) -> None:
-        self.output, self.name = output, name
+    def __init__(self, output: Path | None, name: str, page: bool = True) -> None:
+        self.output, self.name, self.page = output, name, page
         self.rows: list[race.Row] = []
         self.copy: float | None = None
         self.environment = race.environment()
@@ -146,7 +147,7 @@ class Kept:
     def close(self) -> None:
         self.show()
         self.write()
-        if self.output is not None:
+        if self.output is not None and self.page:
             print(report.write([self.report()], self.output / f"{self.name}.md"))
         for text in report.worst(self.report()):
             say(text)

@@ -47,6 +47,7 @@ class Run:
             self.environment["TRITON_INTERPRET"] = "1"
         else:
             self.environment.pop("TRITON_INTERPRET", None)
+        self.interrupted = False
         #: name of a part -> how it ended, seconds it took
         self.ended: dict[str, tuple[str, float]] = {}
 
@@ -63,12 +64,10 @@ class Run:
             if not words or words in done:  # other formats may make commands alike
                 continue
             done.append(words)
-            left = min(command.most, self.seconds - self.used())
+            left = 0.0 if self.interrupted else min(command.most, self.seconds - self.used())
             how = "no time" if left < LEAST else self._command(name, command, words, left)
             if how != "0":
                 bad.append(f"{command.label} {how}".strip())
-        for page in self.out.glob("*.md"):  # eight files come back; bench.report makes pages anywhere
-            page.unlink()
         self.ended[name] = (", ".join(bad) or "right", self.used() - began)
         print(f"{name}: {self.ended[name][0]} after {self.ended[name][1]:.0f} s", flush=True)
 
@@ -90,12 +89,13 @@ class Run:
                 env={**self.environment, **variables}, start_new_session=True,
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # `_stop` asks by it
             )  # fmt: skip
-            try:
-                return str(process.wait(left))
-            except subprocess.TimeoutExpired:
-                return "stopped"
-            finally:  # also where this process is stopped
+            until = time.monotonic() + left
+            while process.poll() is None and time.monotonic() < until and not self.interrupted:
+                time.sleep(0.1)
+            if process.poll() is None:
                 _stop(process)
+                return "stopped"
+            return str(process.returncode)
 
     def _jobs(self) -> str:
         return "1" if self.formats is None and install.all_compiled() else "12"
@@ -115,8 +115,6 @@ def _narrowed(words: list[str], formats: str) -> list[str]:
 
 def _stop(process: subprocess.Popen[Any]) -> None:
     """Ask it to end, then end it and what it started: a hung kernel does not answer."""
-    if process.poll() is not None:
-        return
     process.send_signal(signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(8)
@@ -125,10 +123,6 @@ def _stop(process: subprocess.Popen[Any]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(8)
-
-
-def _interrupted(*_: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def main(
@@ -163,11 +157,8 @@ def main(
         raise typer.Exit(3)
     out.mkdir(parents=True, exist_ok=True)
     run = Run(out.resolve(), 10**6 if tiny else seconds, tiny, formats)
-    for sign in (
-        signal.SIGTERM,
-        signal.SIGINT,
-    ):  # SIGINT is ignored where a shell has started this in the background
-        signal.signal(sign, _interrupted)
+    for sign in (signal.SIGTERM, signal.SIGINT):  # what runs is stopped, what there is gets printed
+        signal.signal(sign, lambda *_: setattr(run, "interrupted", True))
     install.link_triton_kernels()
     if not tiny:
         query = "--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu"
@@ -179,9 +170,8 @@ def main(
             print(error, file=sys.stderr)
             raise typer.Exit(3) from None
         print(f"unpacked after {run.used():.0f} s", flush=True)
-    with contextlib.suppress(KeyboardInterrupt):
-        for name in names or [name for parts in plan.CALLS.values() for name in parts]:
-            run.part(name)
+    for name in names or [name for parts in plan.CALLS.values() for name in parts]:
+        run.part(name)
     print(tables.of(run.out, run.ended, PRINTED))
     if not tiny and not bare:
         print(f"Triton kernels compiled in this call, peers' too: {install.kernels_added()}")

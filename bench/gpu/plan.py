@@ -55,7 +55,7 @@ class Race:
     def command(self, name: str, most: int, **variables: str) -> Command:
         words = (
             f"-m bench --suite {self.suite} --shapes {self.sizes} --rows {self.rows} --peers {self.peers} "
-            f"--repeats 11 --jobs {self.jobs} --deadline {{seconds}} --name {name} --output {{out}}"
+            f"--repeats 11 --jobs {self.jobs} --deadline {{seconds}} --name {name} --output {{out}} --no-page"
         )
         return Command(
             f"{words} --backend {self.backends}", most, f"{words} --backend triton --tiny", "", variables

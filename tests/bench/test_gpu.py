@@ -126,6 +126,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 
 def test_a_part_is_walked_without_a_gpu(tmp_path: Path) -> None:
     """A race stands for all; CI walks the plan's calls."""
+    (tmp_path / "README.md").write_text("somebody's")
     done = run(str(tmp_path), "--tiny", "--part", "build", "--part", "gguf", "--formats", "nf4")
     assert done.returncode == 0, done.stdout[-2000:]
     assert "CUDA kernels:" in done.stdout
@@ -133,7 +134,12 @@ def test_a_part_is_walked_without_a_gpu(tmp_path: Path) -> None:
     assert {row["contestant"] for row in raced["results"]} == {"torch bf16", "qkernels triton nf4"}
     assert not [row for row in raced["results"] if row["failed"]]
     assert "us in a chain, M = 1 17" in done.stdout
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["build.txt", "gguf.json", "gguf.txt"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "README.md",
+        "build.txt",
+        "gguf.json",
+        "gguf.txt",
+    ]
     assert done.stdout.rstrip().splitlines()[-1].startswith("gguf: right, ")
 
 
