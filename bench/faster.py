@@ -19,6 +19,7 @@ import typer
 
 from qkernels import formats
 from qkernels.backends import measured
+from qkernels.benchmark import race
 from qkernels.dispatch import Problem
 from qkernels.presets import parse_specs
 
@@ -31,12 +32,13 @@ def table(rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, str]]]:
         lambda: defaultdict(dict)
     )
     for row in rows:
-        who = row["contestant"].split(" ", 2)
-        if row["chain"] is None or who[0] != "qkernels" or who[1] not in ("cuda", "triton"):
+        place = race.ours(row["contestant"])
+        if row["chain"] is None or place is None or place[0] not in ("cuda", "triton"):
             continue
-        kind = _kind(who[2], (row["n"], row["k"]), row["m"])
+        backend, spec = place
+        kind = _kind(spec, (row["n"], row["k"]), row["m"])
         if kind is not None:
-            times[kind, row["m"]][who[1]][who[2], row["n"], row["k"]] = row["chain"]
+            times[kind, row["m"]][backend][spec, row["n"], row["k"]] = row["chain"]
     found: dict[str, list[tuple[int, str]]] = {}
     for (kind, m), by_backend in sorted(times.items()):
         both = by_backend["cuda"].keys() & by_backend["triton"].keys()

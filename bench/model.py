@@ -32,8 +32,7 @@ def predicted(sizes: str, names: str, rows: str) -> Table:
     for n, k in shapes.shapes_of(sizes):
         for name, params in shapes.formats_of(names):
             fmt = formats.get(name)
-            eight = fmt.kernel_layout({**fmt.defaults, **params}) == "eight_bit"
-            kind = "bf16" if not eight else "fp8" if name == "fp8" else "int8"
+            kind = roofline.operands(name, (n, k), {**fmt.defaults, **params})
             nbytes = int(bytes_per_weight(name, params) * n * k)
             for m in (int(part) for part in rows.split(",")):
                 found = [roofline.estimate(gpu, (n, k), m, nbytes, kind=kind) for gpu in roofline.GPUS]

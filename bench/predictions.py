@@ -18,7 +18,8 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from qkernels import roofline
+from qkernels import formats, roofline
+from qkernels.benchmark import race, shapes
 from qkernels.presets import parse_specs
 
 from . import llm
@@ -42,12 +43,8 @@ class Time(NamedTuple):
 def _bits(spec: str) -> tuple[float, str]:
     """Bytes a weight, and what the tensor cores multiply."""
     parsed = parse_specs(spec)[0]
-    if parsed.name == "bf16":
-        return 2.0, "bf16"
-    kind = {"w8a8": "int8", "fp8": "fp8" if "activation" in parsed.params else "bf16"}.get(
-        parsed.name, "bf16"
-    )
-    return bytes_per_weight(parsed.name, parsed.params), kind
+    params = {**formats.get(parsed.name).defaults, **parsed.params}
+    return bytes_per_weight(parsed.name, parsed.params), roofline.operands(parsed.name, (1024, 1024), params)
 
 
 class Predictor:
@@ -101,25 +98,24 @@ class Predictor:
 
 
 def _spec_of(contestant: str) -> str | None:
-    """ "qkernels cuda nf4" -> "nf4", "torch bf16" -> "bf16", a peer -> None."""
-    if contestant == "torch bf16":
+    """The format of a kernel of ours or of torch's dense product; None for a peer and for the reference."""
+    if contestant == race.Dense.name:
         return "bf16"
-    words = contestant.split(" ", 2)
-    return words[2] if words[0] == "qkernels" and words[1] in ("cuda", "triton") else None
+    place = race.ours(contestant)
+    return place[1] if place is not None and place[0] != "reference" else None
 
 
 def races(predictor: Predictor) -> Iterator[str]:
     """Markdown: microseconds at best and expected, for each product of the second call."""
     for name in plan.CALLS["race"]:
-        race = plan.PARTS[name].race
-        if race is None or race.suite != plan.MAIN:
+        raced = plan.PARTS[name].race
+        if raced is None:
             continue
-        rows = [int(m) for m in race.rows.split(",")]
-        yield "| shape | format | " + " | ".join(f"M={m}" for m in rows) + " |"
-        yield "| --- | --- |" + " ---: |" * len(rows)
-        for shape, counts in race.products():
-            for spec in ("bf16", *map(str, parse_specs(race.suite))):
-                times = [predictor.product(spec, shape, m) for m in counts]
+        yield "| shape | format | " + " | ".join(f"M={m}" for m in raced.counts) + " |"
+        yield "| --- | --- |" + " ---: |" * len(raced.counts)
+        for shape in shapes.shapes_of(raced.sizes):
+            for spec in ("bf16", *map(str, parse_specs(raced.suite))):
+                times = [predictor.product(spec, shape, m) for m in raced.counts]
                 cells = [f"{t.best * 1e6:.1f} / {t.expected * 1e6:.1f}" for t in times]
                 yield f"| {shape[0]}x{shape[1]} | {spec} | " + " | ".join(cells) + " |"
         yield ""

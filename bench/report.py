@@ -14,6 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
+from qkernels.benchmark import race
+
 from . import targets
 
 Rows = list[dict[str, Any]]
@@ -202,11 +204,10 @@ def _families(rows: Rows) -> dict[str, Rows]:
     for family, belongs in [*targets.FAMILIES.items()][:-1]:
         ours: dict[tuple[str, int], dict[str, Any]] = {}
         for row in rows:
-            if not row["contestant"].startswith("qkernels ") or row["contestant"].startswith(
-                "qkernels reference"
-            ):
+            place = race.ours(row["contestant"])
+            if place is None or place[0] == "reference":
                 continue
-            spec = row["contestant"].split(" ", 2)[2]
+            spec = place[1]
             if belongs(targets._spec_of(spec)):
                 known = ours.get((spec, row["m"]))
                 if known is None or row["chain"] < known["chain"]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from qkernels.benchmark import race
 from qkernels.presets import FormatSpec, parse_specs
 
 Row = dict[str, Any]
@@ -140,8 +141,9 @@ def _fused(rows: list[Row]) -> Iterator[tuple[FormatSpec, Row, list[Row]]]:
     for here in places.values():
         best: dict[str, Row] = {}
         for row in here:
-            if _is_ours(row) and not row["contestant"].startswith("qkernels reference "):
-                spec = row["contestant"].split(" ", 2)[2]
+            place = race.ours(row["contestant"])
+            if place is not None and place[0] != "reference":
+                spec = place[1]
                 if spec not in best or row["chain"] < best[spec]["chain"]:
                     best[spec] = row
         for text, row in best.items():

@@ -281,10 +281,7 @@ def at_best(problem: Problem, nbytes: int, gpu_name: str) -> str:
     gpu = roofline.find(gpu_name)
     if gpu is None:
         return ""
-    fmt, params = formats.get(problem.format), dict(problem.params)
-    kind = "bf16"
-    if fmt.kernel_layout(params) == layouts.EIGHT_BIT:
-        kind = "int8" if fmt.eight_bit_traits(problem.shape, params).kind == "int8" else "fp8"
+    kind = roofline.operands(problem.format, problem.shape, dict(problem.params))
     found = roofline.estimate(gpu, problem.shape, problem.m, nbytes, kind=kind)
     return f"\n  at best {found.seconds * 1e6:.1f} us on an {gpu.name}, limited by {found.limit}"
 

@@ -7,7 +7,9 @@ below: an H200 copies at 4.3 of 4.8 TB/s and multiplies bf16 at 790 of 989 TFLOP
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from . import formats, layouts
 
 COPY_FRACTION = 0.9
 MATMUL_FRACTION = 0.8
@@ -44,6 +46,14 @@ class Estimate(NamedTuple):
 def find(name: str) -> Gpu | None:
     """The GPU whose name is part of `name`, as the driver says it; None if it is not one of GPUS."""
     return next((gpu for gpu in GPUS if gpu.name.lower() in name.lower()), None)
+
+
+def operands(format: str, shape: tuple[int, int], params: dict[str, Any]) -> str:
+    """What tensor cores multiply in a product with a weight of this format, `estimate`'s kind. params: all of them."""
+    fmt = formats.get(format)
+    if fmt.kernel_layout(params) != layouts.EIGHT_BIT:
+        return "bf16"
+    return "int8" if fmt.eight_bit_traits(shape, params).kind == "int8" else "fp8"
 
 
 def estimate(

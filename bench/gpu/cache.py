@@ -80,11 +80,10 @@ def products(parts: list[str], formats: str | None = None) -> Iterator[Product]:
                 for size in () if spec == "bf16" else llm.linear_shapes(plan.MODEL_SIZE):
                     yield Product(spec, size, calls)
         elif part.race is not None and "triton" in part.race.backends:
+            calls = [Call(torch.bfloat16, m) for m in part.race.counts]
             for fmt, params in shapes.formats_of(formats or part.race.suite):
-                for size, rows_of in part.race.products():
-                    yield Product(
-                        str(FormatSpec(fmt, params)), size, [Call(torch.bfloat16, m) for m in rows_of]
-                    )
+                for size in shapes.shapes_of(part.race.sizes):
+                    yield Product(str(FormatSpec(fmt, params)), size, calls)
 
 
 class Driver:

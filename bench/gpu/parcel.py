@@ -5,7 +5,7 @@
     python -m bench.gpu.parcel --check              unpack it here, as on the GPU machine, and look
 
 Needs Python 3.12, the GPU machine's (python3.12 on PATH, or --python), nvcc 13 and a C compiler. A virtual environment
-with that machine's versions of torch and triton is made under build/parcel: 6 GB, once. What is there already is not
+with that machine's versions of torch and triton is made under build/parcel: 5 GB, once. What is there already is not
 made again.
 """
 
@@ -25,27 +25,39 @@ import typer
 from . import install
 
 #: as on the GPU machine, and what is imported there
-PACKAGES = (
-    *("torch==2.11.0", "triton==3.6.0", "transformers==5.17.0", "accelerate==1.15.0", "numpy", "safetensors"),
-    *(
-        "typer",
-        "ninja",
-        "pybind11",
-        "pytest",
-        "setuptools",
-        "wheel",
-        "pillow",
-        "psutil",
-        "tabulate",
-        "requests",
-    ),
-    *("protobuf", "matplotlib"),
-)
+PACKAGES = [
+    "torch==2.11.0",
+    "triton==3.6.0",
+    "transformers==5.17.0",
+    "accelerate==1.15.0",
+    "numpy",
+    "safetensors",
+    "typer",
+    "ninja",
+    "pybind11",
+    "pytest",
+    "setuptools",
+    "wheel",
+    "pillow",
+    "psutil",
+    "tabulate",
+    "requests",
+    "protobuf",
+    "matplotlib",
+]
 #: bench/peers' packages, with what they need beside PACKAGES
-PEERS = (
-    *("bitsandbytes==0.50.2", "humming-kernels==0.1.19", "gemlite==0.6.0.post2"),
-    *("gptqmodel==7.7.0", "logbar", "device-smi", "tokenicer", "defuser", "threadpoolctl", "dill"),
-)
+PEERS = [
+    "bitsandbytes==0.50.2",
+    "humming-kernels==0.1.19",
+    "gemlite==0.6.0.post2",
+    "gptqmodel==7.7.0",
+    "logbar",
+    "device-smi",
+    "tokenicer",
+    "defuser",
+    "threadpoolctl",
+    "dill",
+]
 WORK = install.REPOSITORY / "build" / "parcel"
 #: what travels in one call: this and the checkout
 LIMIT = 64 << 20
@@ -160,20 +172,9 @@ def archive(folder: Path, target: Path) -> None:
     """Pack `folder` into `target`, under the archive's name."""
     part = target.with_suffix(".part")
     rename = f"--transform=s|^{folder.name}|{target.name.removesuffix('.tar.xz')}|"
-    options = ["--exclude=__pycache__", "--exclude=*.lock", "--exclude=tmp.*", rename]
-    subprocess.run(
-        [
-            "tar",
-            "-C",
-            str(folder.parent),
-            *options,
-            "-cf",
-            str(part),
-            "--use-compress-program=xz -T2 -4",
-            folder.name,
-        ],
-        check=True,
-    )
+    left_out = ["--exclude=__pycache__", "--exclude=*.lock", "--exclude=tmp.*"]
+    command = ["tar", "-C", str(folder.parent), *left_out, rename, "--use-compress-program=xz -T2 -4"]
+    subprocess.run([*command, "-cf", str(part), folder.name], check=True)
     part.replace(target)
 
 

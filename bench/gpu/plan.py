@@ -5,7 +5,6 @@ A part is data: to add one, add an entry to PARTS. `python -m bench.gpu --plan` 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 #: seconds for all parts of a call
@@ -45,12 +44,10 @@ class Race:
     backends: str = "cuda,triton"
     jobs: str = "12"
 
-    def products(self) -> Iterator[tuple[tuple[int, int], list[int]]]:
-        """Each shape (N, K), with its values of M."""
-        from qkernels.benchmark import shapes  # it imports torch, for which a call has no time
-
-        for shape in shapes.shapes_of(self.sizes):
-            yield shape, [int(m) for m in self.rows.split(",")]
+    @property
+    def counts(self) -> list[int]:
+        """The values of M."""
+        return [int(m) for m in self.rows.split(",")]
 
     def command(self, name: str, most: int, **variables: str) -> Command:
         words = (
@@ -171,7 +168,7 @@ PARTS: dict[str, Part] = {
         (
             Command(
                 # a hung kernel ends its worker process; xdist starts another
-                f"{_PYTEST} -n 10 --maxfail 200 --timeout 150 --timeout-method thread {' '.join(GPU_TESTS.split())}",
+                f"{_PYTEST} -n 10 --maxfail 200 --timeout 150 --timeout-method thread {GPU_TESTS}",
                 300,
                 f"{_PYTEST} tests/bench/test_bench.py -k shapes",
                 "", {"QKERNELS_FAILURES": "{out}/failures.txt"},

@@ -3,7 +3,8 @@
     QKERNELS_PREBUILT=FOLDER python -m bench.gpu.prebuild marlin|humming|check
 
 With the GPU machine's Python and torch, and nvcc. The peers' own code chooses and compiles the kernels, and is told
-that there is an H200, then an H100. Each kernel is kept in FOLDER as the adapters in bench/peers look for it. check: RuntimeError if one is missing.
+that there is an H200, then an H100. Each kernel is kept in FOLDER as the adapters in bench/peers look for it.
+check: RuntimeError if one is missing.
 """
 
 from __future__ import annotations

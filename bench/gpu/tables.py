@@ -19,22 +19,21 @@ def of(out: Path, ended: Mapping[str, tuple[str, float]], characters: int) -> st
     tail = "\n".join(["=== parts", *end])
     blocks = {}
     for name, (how, _) in ended.items():
+        said = _said(out, name)
         try:
-            blocks[name] = _result(out, name)
+            table = _table(out / f"{name}.json")
         except Exception as error:  # a row that is not as expected must not hide the other parts
-            blocks[name] = f"no table: {type(error).__name__}: {error}\n{_said(out, name)}"
-        if (how != "right" and plan.PARTS[name].race is not None) or (name == "model" and how != "right"):
-            blocks[name] += f"\n{how}; said last: {' '.join(_said(out, name)[-600:].split())}"
+            table = f"no table: {type(error).__name__}: {error}\n{said}"
+        blocks[name] = table or said
+        if table is not None and how != "right":
+            blocks[name] += f"\n{how}; said last: {' '.join(said[-600:].split())}"
     room = characters - len(tail) - sum(len(name) + 6 for name in blocks)
-    shown = []
-    for number, (name, text) in enumerate(sorted(blocks.items(), key=lambda block: len(block[1]))):
+    shortest_first = sorted(blocks, key=lambda name: len(blocks[name]))
+    for number, name in enumerate(shortest_first):
         share = max(200, room // (len(blocks) - number))  # what short results leave is the long ones'
-        text = _cut(text, share, plan.PARTS[name].tail)
-        room -= len(text)
-        shown.append((name, text))
-    order = list(blocks)
-    shown.sort(key=lambda block: order.index(block[0]))
-    return "\n".join([f"=== {name}\n{text}" for name, text in shown] + [tail])
+        blocks[name] = _cut(blocks[name], share, plan.PARTS[name].tail)
+        room -= len(blocks[name])
+    return "\n".join([f"=== {name}\n{text}" for name, text in blocks.items()] + [tail])
 
 
 def _cut(text: str, most: int, tail: bool) -> str:
@@ -43,25 +42,21 @@ def _cut(text: str, most: int, tail: bool) -> str:
         return text
     mark = "(more in the files)"
     room = most - len(mark) - 1
-    return (
-        f"{mark}\n{text[-room:].split(chr(10), 1)[-1]}"
-        if tail
-        else f"{text[:room].rsplit(chr(10), 1)[0]}\n{mark}"
-    )
+    if tail:
+        return f"{mark}\n{text[-room:].partition(chr(10))[2]}"
+    return f"{text[:room].rpartition(chr(10))[0]}\n{mark}"
 
 
-def _result(out: Path, name: str) -> str:
-    """A table where the part left data, else what its commands printed."""
-    file = out / f"{name}.json"
+def _table(file: Path) -> str | None:
+    """Of a race's or of whole models' results; None where there are none of either."""
     try:
         report = json.loads(file.read_text())
     except (OSError, ValueError):
-        return _said(out, name)
-    if name == "model":
-        return _models(report["results"])
-    if plan.PARTS[name].race is not None and report["results"]:
-        return _races(report["results"], report["copy_bandwidth"])
-    return _said(out, name)
+        return None
+    rows = report.get("results")
+    if not rows:
+        return None if rows is None else ""
+    return _models(rows) if "decode" in rows[0] else _races(rows, report["copy_bandwidth"])
 
 
 def _said(out: Path, name: str) -> str:
@@ -101,13 +96,11 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 def _models(rows: list[dict[str, Any]]) -> str:
     """Tokens a second, a line for each format and batch."""
-    return "\n".join(
-        f"{row['format']}, batch {row['batch']}: prefill of {row['prompt']} {row['prefill']:.0f}, "
-        + ", ".join(f"decode ({mode}) {value:.1f}" for mode, value in row["decode"].items())
-        + (
-            f", {row['memory_weights']:.1f} GiB, at most {row['memory_peak']:.1f}"
-            if row["memory_peak"]
-            else ""
-        )
-        for row in rows
-    )
+    lines = []
+    for row in rows:
+        cells = [f"prefill of {row['prompt']} {row['prefill']:.0f}"]
+        cells += [f"decode ({mode}) {value:.1f}" for mode, value in row["decode"].items()]
+        if row["memory_peak"]:
+            cells.append(f"{row['memory_weights']:.1f} GiB, at most {row['memory_peak']:.1f}")
+        lines.append(f"{row['format']}, batch {row['batch']}: {', '.join(cells)}")
+    return "\n".join(lines)

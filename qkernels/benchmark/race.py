@@ -110,8 +110,7 @@ class Ours(Contestant):
         linear = QuantLinear(packed, backend=backend).requires_grad_(False)
         # the reference of a large weight in float32: float64 copies of it would not fit
         dtype = torch.float64 if weight.numel() <= 2**26 else torch.float32
-        eight = formats.get(self.format).kernel_layout(packed.params) == "eight_bit"
-        kind = "bf16" if not eight else "fp8" if self.format == "fp8" else "int8"
+        kind = roofline.operands(self.format, packed.shape, dict(packed.params))
         return Layer(
             linear,
             packed.nbytes,
@@ -121,6 +120,12 @@ class Ours(Contestant):
             kind,
             lambda m: explain(linear.packed, m, torch.bfloat16, backend=backend).kernel,
         )
+
+
+def ours(contestant: str) -> tuple[str, str] | None:
+    """Backend and format of one of ours: "qkernels cuda nf4" -> ("cuda", "nf4"); None for others."""
+    who, *rest = contestant.split(" ", 2)
+    return (rest[0], rest[1]) if who == "qkernels" and len(rest) == 2 else None
 
 
 @dataclass
