@@ -197,7 +197,7 @@ def _convert_experts(
 
 def _layer(packed: PackedWeight, old: QuantLinear) -> nn.Module:
     if not formats.get(packed.format).dense:
-        return QuantLinear(packed, old.bias, old.backend, old.batch_invariant).train(old.training)
+        return QuantLinear(packed, old.bias, old.backend, old.batch_invariant, old.dtype).train(old.training)
     linear = nn.Linear(packed.shape[1], packed.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(packed.tensors["weight"], requires_grad=False)
     linear.bias = None if old.bias is None else nn.Parameter(old.bias.to(linear.weight.dtype), False)

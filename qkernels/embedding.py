@@ -19,9 +19,8 @@ class QuantEmbedding(Holder):
     """
 
     def __init__(self, packed: PackedWeight, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
+        super().__init__(dtype)
         self.num_embeddings, self.embedding_dim = packed.shape
-        self.dtype = dtype
         self._hold(packed)
         take_rows(
             self.packed, torch.zeros(1, dtype=torch.int64, device=packed.device)

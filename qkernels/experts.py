@@ -11,9 +11,10 @@ Its row of y is zeros, so that the processes' results add up.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +30,17 @@ def parsed(spec: str) -> dict[str, Any]:
     return found
 
 
+class Snapshot(NamedTuple):
+    """A stack's layout, tensors, their lengths and spec: they only ever change together."""
+
+    layout: str
+    storage: dict[str, Tensor]
+    sizes: dict[str, list[int]]
+    spec: str
+
+
 class PackedExperts:
-    """E quantized weights of one format, shape (N, K) and parameters, stacked once.
+    """E quantized weights of one format, shape (N, K) and parameters, stacked once. Threads may share them.
 
     Attributes:
         format, shape, params, layout: those of each expert, as in PackedWeight; shape is (N, K).
@@ -38,11 +48,12 @@ class PackedExperts:
         storage: name -> the experts' tensors in `layout`, stacked to (E, ...). Those whose length differs from
             expert to expert lie one after another instead, and `sizes` has name -> lengths.
         spec: everything but the tensors, as JSON.
+        snapshot: the four above in one look, for readers that need several while another thread prepacks.
 
     Raises ValueError, naming the expert, if the experts do not agree.
     """
 
-    __slots__ = ("_nbytes", "count", "format", "layout", "params", "shape", "sizes", "spec", "storage")
+    __slots__ = ("_lock", "_nbytes", "count", "format", "params", "shape", "snapshot")
 
     def __init__(self, experts: Sequence[PackedWeight]) -> None:
         if not experts:
@@ -69,20 +80,42 @@ class PackedExperts:
         storage: Mapping[str, Tensor],
         sizes: dict[str, list[int]],
     ) -> None:
+        self._lock = threading.Lock()
         self.format, self.shape, self.params = format, (int(shape[0]), int(shape[1])), dict(params)
-        self.layout, self.count, self.storage, self.sizes = layout, count, dict(storage), sizes
-        described = {name: getattr(self, name) for name in ("format", "shape", "params", "layout", "count")}
-        described |= {"sizes": sizes, "names": list(self.storage)}
-        self.spec = json.dumps(described, sort_keys=True)
+        self.count = count
+        self.snapshot = self._snapshot(layout, storage, sizes)
+
+    def _snapshot(self, layout: str, storage: Mapping[str, Tensor], sizes: dict[str, list[int]]) -> Snapshot:
+        described = {name: getattr(self, name) for name in ("format", "shape", "params", "count")}
+        described |= {"layout": layout, "sizes": sizes, "names": list(storage)}
+        return Snapshot(layout, dict(storage), sizes, json.dumps(described, sort_keys=True))
 
     @classmethod
     def _restored(cls, spec: str, storage: Sequence[Tensor], nbytes: int) -> PackedExperts:
         """From `spec` and the values of `storage`, in order."""
         d, self = parsed(spec), cls.__new__(cls)
+        self._lock = threading.Lock()
         self.format, self.shape, self.params = d["format"], (d["shape"][0], d["shape"][1]), d["params"]
-        self.layout, self.count, self.sizes, self.spec = d["layout"], d["count"], d["sizes"], spec
-        self.storage, self._nbytes = dict(zip(d["names"], storage, strict=bool(storage))), nbytes
+        self.count, self._nbytes = d["count"], nbytes
+        tensors = dict(zip(d["names"], storage, strict=bool(storage)))
+        self.snapshot = Snapshot(d["layout"], tensors, d["sizes"], spec)
         return self
+
+    @property
+    def layout(self) -> str:
+        return self.snapshot.layout
+
+    @property
+    def storage(self) -> dict[str, Tensor]:
+        return self.snapshot.storage
+
+    @property
+    def sizes(self) -> dict[str, list[int]]:
+        return self.snapshot.sizes
+
+    @property
+    def spec(self) -> str:
+        return self.snapshot.spec
 
     @property
     def device(self) -> torch.device:
@@ -102,11 +135,11 @@ class PackedExperts:
         """Expert e, 0..E-1, as a weight of its own whose tensors are views of the stacked ones."""
         if not 0 <= e < self.count:
             raise ValueError(f"expert: expected 0..{self.count - 1}, got {e}")
-        part = {}
-        for name, tensor in self.storage.items():
-            lengths = self.sizes.get(name)
+        part, snapshot = {}, self.snapshot
+        for name, tensor in snapshot.storage.items():
+            lengths = snapshot.sizes.get(name)
             part[name] = tensor[e] if lengths is None else tensor.split(lengths)[e]
-        return PackedWeight(self.format, self.shape, part, self.params, self.layout)
+        return PackedWeight(self.format, self.shape, part, self.params, snapshot.layout)
 
     def __len__(self) -> int:
         return self.count
@@ -116,7 +149,9 @@ class PackedExperts:
 
     def to(self, device: torch.device | str) -> PackedExperts:
         """The same experts with their tensors on `device`; dtypes never change."""
-        return self._restored(self.spec, [tensor.to(device) for tensor in self.storage.values()], self.nbytes)
+        snapshot = self.snapshot
+        moved = [tensor.to(device) for tensor in snapshot.storage.values()]
+        return self._restored(snapshot.spec, moved, self.nbytes)
 
     def prepack(self, layout: str | None = None) -> PackedExperts:
         """Move the bytes to a kernel layout (the format's own), in place, freeing the checkpoint's. Returns self.
@@ -130,6 +165,12 @@ class PackedExperts:
             raise ValueError(f"experts: {self.format} has no kernel layout: its only backend is 'reference'")
         if layout == self.layout:
             return self
+        with self._lock:  # of several threads the first does it, the others wait
+            if layout != self.layout:
+                self.snapshot = self._prepacked(layout)
+        return self
+
+    def _prepacked(self, layout: str) -> Snapshot:
         packed = (layouts.pack(p.format, p.shape, p.params, p.tensors, layout) for p in self)
         storage, sizes = _stack(packed, self.count)
         for name in sizes:
@@ -138,11 +179,11 @@ class PackedExperts:
                     f"experts: {name}: expected one size in all experts for fused kernels, got {sizes[name]}; "
                     "backend='reference' takes such experts"
                 )
-        self._set(self.format, self.shape, self.params, layout, self.count, storage, sizes)
-        return self
+        return self._snapshot(layout, storage, sizes)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PackedExperts._restored, (self.spec, list(self.storage.values()), self.nbytes)
+        snapshot = self.snapshot
+        return PackedExperts._restored, (snapshot.spec, list(snapshot.storage.values()), self.nbytes)
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{k}={v!r}" for k, v in self.params.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -50,7 +51,7 @@ def fuse_norms(model: nn.Module) -> Fusions:
             if why is not None:
                 found.left.append((f"{path}.{rule.before}", why))
                 continue
-            fused = [_Reader.of(layer) for layer in readers]  # type: ignore[arg-type]
+            fused = [_Reader(layer) for layer in readers]  # type: ignore[arg-type]
             for name, layer in zip(rule.layers, fused, strict=True):
                 _replace(block, name, layer)
             _replace(block, rule.before, FusedNorm(norm, fused))
@@ -83,7 +84,7 @@ class FusedNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         found = norm_and_layers(x, self.weight, self.eps, self._readers)  # type: ignore[arg-type]
         for reader, y in zip(self._readers, found, strict=True):
-            reader.arrived = y
+            reader.deliver(y)
         return x
 
     def extra_repr(self) -> str:
@@ -93,15 +94,18 @@ class FusedNorm(nn.Module):
 class _Reader(QuantLinear):
     """A QuantLinear whose product the norm before it has computed already."""
 
-    arrived: Tensor | None = None
+    def __init__(self, layer: QuantLinear) -> None:
+        super().__init__(layer.packed, layer.bias, layer.backend, layer.batch_invariant, layer.dtype)
+        self.train(layer.training)
+        #: by thread: several may be at different places of one model
+        self._delivered: dict[int, Tensor] = {}
 
-    @classmethod
-    def of(cls, layer: QuantLinear) -> _Reader:
-        made = cls(layer.packed, layer.bias, layer.backend, layer.batch_invariant)
-        return made.train(layer.training)
+    def deliver(self, y: Tensor) -> None:
+        """The product of this thread's next call."""
+        self._delivered[_thread()] = y
 
     def forward(self, x: Tensor) -> Tensor:
-        y, self.arrived = self.arrived, None
+        y = self._delivered.pop(_thread(), None)
         if y is None:
             raise RuntimeError(
                 "a layer fused with the norm before it was called without that norm, or twice; "
@@ -128,6 +132,11 @@ class FusedGate(nn.Module):
             return y
         packed = down.prepack(g).packed
         return silu_mul_matmul(g, u, packed, down.bias, down.backend, down.batch_invariant)
+
+
+def _thread() -> int:
+    """This thread's number; a compiled graph, which cannot ask for it, belongs to one."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 # ---------------------------------------------------------------------- what is there

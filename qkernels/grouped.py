@@ -179,8 +179,9 @@ def grouped_matmul(
     _check_floats("weights", weights, tuple(tokens), "(T, top_k)", experts.device)
     _check_floats("bias", bias, (experts.count, experts.shape[0]), "(E, N)", experts.device)
     _prepack_for(experts, x, expert_ids, backend, invariant)
+    snapshot = experts.snapshot
     found: Tensor = torch.ops.qkernels.grouped_matmul(
-        x, list(experts.storage.values()), expert_ids, weights, bias, experts.spec, backend, invariant
+        x, list(snapshot.storage.values()), expert_ids, weights, bias, snapshot.spec, backend, invariant
     )
     return found
 
@@ -230,9 +231,10 @@ def fused_moe(
     _check_floats("topk_weights", topk_weights, tuple(topk_ids.shape), "(T, top_k)", gate_up.device)
     _prepack_for(gate_up, x, topk_ids, backend, invariant)
     _prepack_for(down, x, topk_ids, backend, invariant)
+    first, second = gate_up.snapshot, down.snapshot
     found: Tensor = torch.ops.qkernels.fused_moe(
-        x, list(gate_up.storage.values()), list(down.storage.values()), topk_weights, topk_ids, gate_up.spec,
-        down.spec, activation, backend, invariant,
+        x, list(first.storage.values()), list(second.storage.values()), topk_weights, topk_ids, first.spec,
+        second.spec, activation, backend, invariant,
     )  # fmt: skip
     return found
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from . import formats
 from .packed import PackedWeight, pack
+from .stand_in import StandIn
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -19,14 +23,21 @@ class Holder(nn.Module):
 
     They follow `.to(device)` but keep their dtypes whatever `.half()` or `.to(dtype)` says; `state_dict()` holds
     the checkpoint's own tensors, bit for bit, in whichever layout the weight is kept.
+
+    Attributes:
+        dtype: what the model around computes in. It follows `.half()` and `.to(dtype)`.
     """
 
+    dtype: torch.dtype
     #: format, shape and parameters of the weight, and what else a module keeps of it
     _meta: tuple[Any, ...]
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self._names: list[str] = []
+        self.dtype = dtype
+        #: taken by whoever replaces the buffers
+        self._lock = threading.RLock()
 
     @property
     def packed(self) -> PackedWeight:
@@ -46,9 +57,33 @@ class Holder(nn.Module):
         for name, tensor in tensors.items():
             self.register_buffer(mangled(name), tensor, persistent=False)
 
+    # ------------------------------------------------------------------ for code that reads `layer.weight`
+    @property
+    def weight(self) -> StandIn:
+        """Shape, dtype and device of the matrix, as model code asks for them; no tensor."""
+        packed = self.packed
+        return StandIn(packed.format, packed.shape, self.dtype, packed.device)
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        self._refuse_weight(value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":
+            self._refuse_weight(param)
+        super().register_parameter(name, param)
+
+    def _refuse_weight(self, value: Any) -> NoReturn:
+        raise ValueError(
+            f"weight: expected nothing to be assigned, because it is packed ({self.packed.format}), got a "
+            f"{type(value).__name__}; put another layer in this one's place (to tie a packed head, "
+            "make it of the embedding's packed weight)"
+        )
+
     # ------------------------------------------------------------------ nn.Module's protocol
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         packed_tensors = {id(self._buffers[mangled(name)]) for name in self._names}
+        like = torch.empty(0, dtype=self.dtype, device=self.packed.device)
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -56,7 +91,17 @@ class Holder(nn.Module):
                 return tensor.to(moved.device)
             return moved
 
-        return super()._apply(keep_dtype, recurse)
+        super()._apply(keep_dtype, recurse)
+        dtype = fn(like).dtype
+        self.dtype = dtype if dtype.is_floating_point else self.dtype
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lock = threading.RLock()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -77,11 +122,21 @@ class Holder(nn.Module):
         specs = formats.get(format).specs(shape, params)
         tensors = {name: state_dict[prefix + name] for name in specs if prefix + name in state_dict}
         missing = [name for name, s in specs.items() if s.required and name not in tensors]
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        device = self.packed.device
         if missing:
             missing_keys += [prefix + name for name in missing]
-        else:
-            device = self.packed.device
-            self._hold(pack(format, {k: v.to(device) for k, v in tensors.items()}, shape, **params))
+        elif assign:
+            self._hold(pack(format, tensors, shape, **params))
+        elif device.type != "meta":
+            copies = {name: t.detach().to(device, copy=True) for name, t in tensors.items()}
+            self._hold(pack(format, copies, shape, **params))
+        else:  # as torch does
+            warnings.warn(
+                f"{prefix or 'state_dict'}: the packed weight stays without data on the meta device; "
+                "assign=True takes the tensors, to_empty(device=...) makes room for them",
+                stacklevel=2,
+            )
         rest = {k: v for k, v in state_dict.items() if k.removeprefix(prefix) not in tensors}
         super()._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

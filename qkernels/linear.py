@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,25 @@ from .holding import Holder, mangled
 from .packed import PackedWeight, quantize
 
 
+class _View(NamedTuple):
+    """A layer's weight, and the buffers (names and tensors) that it had when it was last looked at."""
+
+    packed: PackedWeight
+    keys: tuple[str, ...]
+    tensors: tuple[Tensor | None, ...]
+
+    def agrees(self, buffers: dict[str, Tensor | None]) -> bool:
+        """Whether those are the buffers still."""
+        return all(buffers.get(key) is tensor for key, tensor in zip(self.keys, self.tensors, strict=True))
+
+
 class QuantLinear(Holder):
     """y = x @ W^T + bias with a packed (N, K) weight.
 
     The packed tensors are non-persistent buffers, so they follow `.to(device)` but keep their dtypes
     whatever `.half()` or `.to(dtype)` says; `state_dict()` holds the checkpoint's own tensors, bit for
     bit, in whichever layout the weight is kept. x may have any leading dimensions and any float dtype.
+    Threads may share a layer, its first call included.
     """
 
     bias: Tensor | None
@@ -28,9 +41,13 @@ class QuantLinear(Holder):
         bias: Tensor | None = None,
         backend: str = "auto",
         batch_invariant: bool | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        """`bias`: (N) float or None; the rest as in `qkernels.matmul`. ValueError if it does not fit."""
-        super().__init__()
+        """`bias`: (N) float or None. `dtype`: what `weight.dtype` says, None for the bias's or torch's default.
+
+        The rest is as in `qkernels.matmul`. ValueError if the bias does not fit.
+        """
+        super().__init__(dtype or (torch.get_default_dtype() if bias is None else bias.dtype))
         self.out_features, self.in_features = packed.shape
         self.backend = backend
         self.batch_invariant = batch_invariant
@@ -49,44 +66,56 @@ class QuantLinear(Holder):
     def from_linear(cls, linear: nn.Linear, format: str, **params: Any) -> QuantLinear:
         """Quantize an nn.Linear by round-to-nearest; it is left as it was. ValueError as `quantize`."""
         bias = None if linear.bias is None else linear.bias.detach().clone()
-        layer = cls(quantize(linear.weight, format, **params), bias)
+        layer = cls(quantize(linear.weight, format, **params), bias, dtype=linear.weight.dtype)
         if layer.bias is not None:
             layer.bias.requires_grad_(linear.bias.requires_grad)
         return layer.train(linear.training)
 
     # ------------------------------------------------------------------ the weight
+    #
+    # The weight is an object, and its tensors are this module's buffers. Two parties change them: a first
+    # call moves the object to a kernel's layout, after which `_settle` makes its new tensors the buffers; and
+    # others replace buffers, to move or to offload them, after which `packed` makes a new object of those.
+    # `_view` tells the two apart: the object, and the buffers as they were when the two last agreed.
     def _hold(self, packed: PackedWeight) -> None:
-        self._keep(packed.storage)
-        self._keys = [mangled(name) for name in self._names]
-        self._meta = (packed.format, packed.shape, dict(packed.params), packed.layout)
-        self._spec = ops.spec_of(packed)
-        self._packed: PackedWeight | None = packed
+        with self._lock:
+            snapshot = packed.snapshot
+            self._keep(snapshot.storage)
+            self._keys = [mangled(name) for name in self._names]
+            self._meta = (packed.format, packed.shape, dict(packed.params), snapshot.layout)
+            self._spec = ops.spec_of(packed, snapshot)
+            self._view: _View | None = _View(packed, tuple(self._keys), tuple(snapshot.storage.values()))
 
     @property
     def packed(self) -> PackedWeight:
         """The weight, sharing this layer's tensors."""
-        buffers, held = self._buffers, self._packed
-        # Others replace buffers, to move or to offload them: what was held is good while they are its own.
-        if (
-            held is None
-            or held.layout != self._meta[3]
-            or any(
-                buffers[key] is not tensor
-                for key, tensor in zip(self._keys, held.storage.values(), strict=True)
-            )
-        ):
-            format, shape, params, layout = self._meta
-            storage = {name: buffers[key] for name, key in zip(self._names, self._keys, strict=True)}
-            held = self._packed = PackedWeight(format, shape, storage, params, layout)  # type: ignore[arg-type]
-        return held
+        view = self._view
+        if view is not None and view.agrees(self._buffers):
+            return view.packed
+        with self._lock:  # another thread may be at work on the buffers
+            view = self._view
+            if view is None or not view.agrees(self._buffers):
+                format, shape, params, layout = self._meta
+                tensors = tuple(self._buffers[key] for key in self._keys)
+                storage = dict(zip(self._names, tensors, strict=True))
+                packed = PackedWeight(format, shape, storage, params, layout)  # type: ignore[arg-type]
+                view = self._view = _View(packed, tuple(self._keys), tensors)
+            return view.packed
+
+    def _settle(self, packed: PackedWeight) -> None:
+        """Follow the weight to the layout that a call has moved it to."""
+        with self._lock:
+            view = self._view
+            if view is not None and view.packed is packed and packed.layout != self._meta[3]:
+                self._hold(packed)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}
+        return {**super().__getstate__(), "_view": None}
 
     @property
     def qweight(self) -> Tensor:
         """The codes as held now. Other libraries (PEFT) learn the layer's device from it."""
-        tensors: list[Tensor] = [self._buffers[mangled(name)] for name in self._names]  # type: ignore[misc]
+        tensors = self.packed.storage.values()
         return max(tensors, key=lambda tensor: tensor.numel() * tensor.element_size())
 
     def prepack(self, x: Tensor) -> QuantLinear:
@@ -95,10 +124,8 @@ class QuantLinear(Holder):
         Eager calls do this by themselves; call it before torch.compile or CUDA graph capture.
         """
         packed = self.packed
-        layout = packed.layout
         ops.prepack_for(packed, x, self.backend, dispatch.resolve_batch_invariant(self.batch_invariant))
-        if packed.layout != layout:
-            self._hold(packed)
+        self._settle(packed)
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,7 +137,7 @@ class QuantLinear(Holder):
             packed = self.packed
             y = ops.matmul(x, packed, bias, self.backend, self.batch_invariant)
             if packed.layout != self._meta[3]:  # the first call moved it
-                self._hold(packed)
+                self._settle(packed)
             return y
         shape = (self.out_features, self.in_features)
         storage = [self._buffers[key] for key in self._keys]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, layouts
-from .packed import PackedWeight
+from .packed import PackedWeight, Snapshot
 
 _LIB = torch.library.Library("qkernels", "DEF")
 _LIB.define(
@@ -27,15 +27,19 @@ _LIB.define("grad_input(Tensor grad, Tensor[] storage, str spec) -> Tensor")
 X_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def spec_of(p: PackedWeight) -> str:
-    """Everything about `p` but its tensors, as JSON. `storage_of(p)` gives the tensors in its order."""
+def spec_of(p: PackedWeight, snapshot: Snapshot | None = None) -> str:
+    """Everything but the tensors of `p`, or of an earlier `snapshot` of it, as JSON.
+
+    It names the tensors in the order in which `storage` has them.
+    """
+    layout, storage = snapshot or p.snapshot
     return json.dumps(
         {
             "format": p.format,
             "shape": p.shape,
             "params": p.params,
-            "layout": p.layout,
-            "names": list(p.storage),
+            "layout": layout,
+            "names": list(storage),
         },
         sort_keys=True,
     )
@@ -192,7 +196,9 @@ def matmul(
         check_operands(x, p.shape, p.device, bias)
         invariant = dispatch.resolve_batch_invariant(batch_invariant)
         prepack_for(p, x, backend, invariant)
-        return call(x, list(p.storage.values()), bias, spec_of(p), backend, p.shape, invariant)
+        snapshot = p.snapshot
+        storage = list(snapshot.storage.values())
+        return call(x, storage, bias, spec_of(p, snapshot), backend, p.shape, invariant)
     backend = dispatch.resolve_backend(backend)
     invariant = dispatch.resolve_batch_invariant(batch_invariant)
     operand = None if bias is None else (bias.shape, bias.dtype, bias.device)

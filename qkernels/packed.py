@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +13,15 @@ from . import formats, layouts
 from .formats.base import check_weight
 
 
+class Snapshot(NamedTuple):
+    """The layout a weight's bytes are in, and the tensors that hold them: they only ever change together."""
+
+    layout: str
+    storage: dict[str, Tensor]
+
+
 class PackedWeight:
-    """A quantized weight of shape (N, K).
+    """A quantized weight of shape (N, K). Threads may share one.
 
     Attributes:
         format: name of the storage format, one of `qkernels.formats.names()`.
@@ -22,11 +30,12 @@ class PackedWeight:
         layout: "checkpoint", or the kernel layout the bytes are held in now. There is only ever one
             copy: `prepack_` moves the bytes to a kernel layout and `tensors` restores them.
         storage: the tensors held now, in `layout`.
+        snapshot: layout and storage in one look, for readers that need both while another thread prepacks.
 
     Make one with `qkernels.quantize` or `qkernels.pack`, which validate.
     """
 
-    __slots__ = ("_nbytes", "format", "layout", "params", "plans", "shape", "storage")
+    __slots__ = ("_lock", "_nbytes", "format", "params", "plans", "shape", "snapshot")
     #: experts in it; see experts.PackedExperts
     count: ClassVar[int] = 0
 
@@ -40,12 +49,20 @@ class PackedWeight:
     ) -> None:
         self.format = format
         self.shape = (int(shape[0]), int(shape[1]))
-        self.storage = dict(storage)
         self.params = dict(params)
-        self.layout = layout
+        self.snapshot = Snapshot(layout, dict(storage))
+        self._lock = threading.Lock()
         self._nbytes: int | None = None
         #: what `qkernels.matmul` found out about operands it has seen; nobody else's business
         self.plans: dict[Any, Any] = {}
+
+    @property
+    def layout(self) -> str:
+        return self.snapshot.layout
+
+    @property
+    def storage(self) -> dict[str, Tensor]:
+        return self.snapshot.storage
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -53,7 +70,8 @@ class PackedWeight:
 
         Free in the checkpoint layout; from a kernel layout they are rebuilt on every access.
         """
-        return layouts.unpack(self.format, self.shape, self.params, self.storage, self.layout)
+        layout, storage = self.snapshot
+        return layouts.unpack(self.format, self.shape, self.params, storage, layout)
 
     @property
     def nbytes(self) -> int:
@@ -77,20 +95,28 @@ class PackedWeight:
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """The same weight with its tensors on `device`; dtypes never change."""
-        moved = {k: v.to(device) for k, v in self.storage.items()}
-        return PackedWeight(self.format, self.shape, moved, self.params, self.layout)
+        layout, storage = self.snapshot
+        moved = {k: v.to(device) for k, v in storage.items()}
+        return PackedWeight(self.format, self.shape, moved, self.params, layout)
 
     def prepack_(self, layout: str) -> PackedWeight:
-        """Move the bytes to a kernel layout, in place, freeing the checkpoint's. Returns self."""
-        if layout != self.layout:
-            _ = self.nbytes  # counts the checkpoint's tensors, so take it before they go
-            self.storage = layouts.pack(self.format, self.shape, self.params, self.tensors, layout)
-            self.layout = layout
-            self.plans.clear()
+        """Move the bytes to a kernel layout, in place, freeing the checkpoint's. Returns self.
+
+        Of several threads the first does it, the others wait.
+        """
+        if layout == self.layout:
+            return self
+        with self._lock:
+            if layout != self.layout:
+                _ = self.nbytes  # counts the checkpoint's tensors, so take it before they go
+                storage = layouts.pack(self.format, self.shape, self.params, self.tensors, layout)
+                self.snapshot = Snapshot(layout, storage)
+                self.plans.clear()
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PackedWeight, (self.format, self.shape, self.storage, self.params, self.layout)
+        layout, storage = self.snapshot
+        return PackedWeight, (self.format, self.shape, storage, self.params, layout)
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{k}={v!r}" for k, v in self.params.items())

@@ -53,6 +53,42 @@ def test_load_state_dict_reports_missing_and_bad() -> None:
         layer.load_state_dict({**state, "qweight": state["qweight"].float()})
 
 
+@all_cases
+def test_loading_from_the_meta_device(name: str, params: dict[str, object]) -> None:
+    """As torch does it for nn.Linear: assign takes the state dict's tensors, without it nothing is there to fill."""
+    k = k_of(name, 192)
+
+    def layer() -> nn.Module:
+        return nn.Sequential(qk.QuantLinear(qk.quantize(torch.randn(16, k), name, **params), torch.zeros(16)))
+
+    source, x = layer(), torch.randn(4, k)
+    state = {key: tensor.clone() for key, tensor in source.state_dict().items()}
+    empty = layer().to("meta")
+    assert str(empty.load_state_dict(state, assign=True)) == "<All keys matched successfully>"
+    loaded = empty.state_dict()
+    assert not any(tensor.is_meta for tensor in loaded.values())
+    assert all(loaded[key].data_ptr() == tensor.data_ptr() for key, tensor in state.items())
+    assert torch.equal(empty(x), source(x))
+
+    empty = layer().to("meta")
+    with pytest.warns(UserWarning, match="0.: the packed weight stays without data on the meta device"):
+        empty.load_state_dict(state)
+    assert all(tensor.is_meta for tensor in empty[0].packed.tensors.values())
+    roomy = empty.to_empty(device="cpu")
+    roomy.load_state_dict(state)
+    assert torch.equal(roomy(x), source(x))
+
+
+def test_loading_copies_what_it_is_given() -> None:
+    layer, other = (qk.QuantLinear.from_linear(nn.Linear(64, 16), "gptq", group_size=32) for _ in range(2))
+    state = {key: tensor.clone() for key, tensor in other.state_dict().items()}
+    layer.load_state_dict(state)
+    for tensor in state.values():
+        tensor.zero_()
+    x = torch.randn(2, 64)
+    assert torch.equal(layer(x), other(x))
+
+
 def test_dtype_moves_leave_the_packed_tensors_alone() -> None:
     layer = qk.QuantLinear(qk.quantize(torch.randn(16, 64), "nf4", double_quant=True), torch.randn(16))
     before = {k: v.clone() for k, v in layer.packed.tensors.items()}

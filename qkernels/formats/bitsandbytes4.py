@@ -160,7 +160,7 @@ class Bitsandbytes4(Format):
             weight = tensors.get("weight")
             if isinstance(weight, Tensor) and weight.dtype == dtype:
                 params.setdefault("quant_storage", name)
-        if self.state_name not in tensors:
+        if self.state_name not in tensors or tensors[self.state_name].is_meta:
             return params
         state = self._state(tensors[self.state_name])
         stated = {

@@ -113,7 +113,9 @@ def _part(
 def _cut(module: QuantLinear | nn.Linear, dim: int, index: int, count: int, bias: Any) -> nn.Module:
     if isinstance(module, QuantLinear):
         packed = shard(module.packed, dim, index, count)
-        return QuantLinear(packed, bias, module.backend, module.batch_invariant).train(module.training)
+        return QuantLinear(packed, bias, module.backend, module.batch_invariant, module.dtype).train(
+            module.training
+        )
     weight = module.weight
     if weight.shape[dim] % count:
         raise ValueError(f"expected {weight.shape[dim]} features to be a multiple of {count} processes")
