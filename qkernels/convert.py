@@ -146,6 +146,11 @@ def convert_model(
     ValueError naming the layer that does not fit; layers before it are converted already.
     """
     kinds = (QuantLinear, QuantExperts)
+    if isinstance(model, kinds):
+        raise ValueError(
+            f"model: expected a module with quantized layers in it, which are replaced there, got a bare "
+            f"{type(model).__name__}; convert_weight converts one's weight"
+        )
     layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     if not layers:
         raise ValueError("model: expected quantized layers to convert, got none; quantize_model makes some")

@@ -19,6 +19,7 @@ from . import formats, moe
 from .formats.base import check_weight
 from .linear import QuantLinear, is_linear, linear_of
 from .moe import QuantExperts, expert_modules
+from .weight_readers import layers_read_by
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,15 +52,17 @@ def quantize_model(
     are given one, an `ImportanceMatrix`, for `calibration`), and q4_k_m and q5_k_m are llama.cpp's mixtures. AWQ and SmoothQuant change norms, too.
     `resume` names a directory that keeps finished blocks, to go on from after an interruption.
 
-    The output projection (`lm_head`) is left
+    The output projection (`lm_head`) and other heads are left
     alone, and so is each module whose full name matches one of the fnmatch patterns in `skip`, and each
-    QuantLinear that is there already. `progress` shows a bar on stderr, or one line if that is no terminal.
+    QuantLinear that is there already. So are, with a warning, layers that are not called but whose weight other
+    code multiplies with (Mamba's dt_proj, the out_proj of torch's MultiheadAttention), and subclasses of nn.Linear
+    with a forward of their own. `progress` shows a bar on stderr, or one line if that is no terminal.
 
     Experts of a mixture that are linear layers are quantized like any. Those that are parameters of three
     dimensions, as in transformers from version 5 on, are left alone with a warning; with `experts` they
     become QuantExperts, by round-to-nearest.
 
-    Raises ValueError, naming the module, if one does not fit the format (a group size that does not
+    Raises ValueError for a model that is a linear layer itself, and, naming the module, if one does not fit the format (a group size that does not
     divide its input features, a NaN in its weight), if a `skip` pattern matches nothing, or if
     calibration data or algorithm do not fit the format. The model is then unchanged: every layer is
     checked before the first is replaced. Only a scale that overflows its 16-bit dtype, or a Hessian that
@@ -141,6 +144,11 @@ def _expert_stacks(
     """(name, module) of experts that are no linear layers; says so if they are not `wanted`."""
     patterns = [skip] if isinstance(skip, str) else list(skip or ())
     found = [(n, m) for n, m in expert_modules(model) if not any(fnmatchcase(n, p) for p in patterns)]
+    if wanted and any(module is model for _, module in found):
+        raise ValueError(
+            f"model: expected a module with experts in it, which are replaced there, got bare "
+            f"{type(model).__name__}; qkernels.QuantExperts.from_module makes packed experts of it"
+        )
     if wanted and (recipe or calibration is not None):
         raise ValueError(
             "experts: expected False with a recipe or calibration data: they are rounded to nearest"
@@ -172,35 +180,83 @@ def _check_importance(
 
 
 def linears(model: nn.Module, skip: Iterable[str] | None) -> list[tuple[list[str], nn.Linear]]:
-    """(every name, module) of the linears to quantize. ValueError if there are none."""
+    """(every name, module) of the linears to quantize. ValueError if there are none.
+
+    Warns of those that cannot be: a packed layer in their place would not be computed with, or not rightly.
+    """
+    if is_linear(model):
+        raise ValueError(
+            f"model: expected a module with linear layers in it, which are replaced there, got a bare "
+            f"{type(model).__name__}; qkernels.QuantLinear.from_linear makes a packed layer of one"
+        )
     patterns = [skip] if isinstance(skip, str) else list(skip or ())
     unmatched = set(patterns)
-    output = _output_projection(model)
-    found: dict[int, tuple[list[str], nn.Module]] = {}
-    skipped: set[int] = set()
+    layers: dict[int, tuple[list[str], nn.Module]] = {}
+    skipped = _heads(model)
     routers = {id(module) for _, module in moe.routers(model)}
     for name, module in model.named_modules(remove_duplicate=False):
         if not is_linear(module) or id(module) in routers:
             continue
         matches = {pattern for pattern in patterns if fnmatchcase(name, pattern)}
         unmatched -= matches
-        found.setdefault(id(module), ([], module))[0].append(name)
-        if matches or module is output or (output is None and name in _OUTPUT_NAMES):
+        layers.setdefault(id(module), ([], module))[0].append(name)
+        if matches:
             skipped.add(id(module))
     if unmatched:
-        names = [names[0] for names, _ in found.values()]
+        names = [names[0] for names, _ in layers.values()]
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         raise ValueError(
             f"skip: expected patterns that match a linear layer ({shown or 'there is none'}), "
             f"got {sorted(unmatched)[0]!r}"
         )
-    places = [(names, linear_of(m)) for key, (names, m) in found.items() if key not in skipped]
+    skipped |= _unfit(model, {key: names[0] for key, (names, _) in layers.items() if key not in skipped})
+    places = [(names, linear_of(m)) for key, (names, m) in layers.items() if key not in skipped]
     if not places:
         raise ValueError(
             "model: expected at least one nn.Linear to quantize, got none "
             f"({len(skipped)} skipped, {_count_quantized(model)} quantized already)"
         )
     return places
+
+
+def _heads(model: nn.Module) -> set[int]:
+    """id of the linears that make a model's output: of a transformers model all outside of its base model."""
+    output = _output_projection(model)
+    if output is not None:
+        heads = {id(output)}
+    else:
+        heads = {id(m) for n, m in model.named_modules(remove_duplicate=False) if n in _OUTPUT_NAMES}
+    base = getattr(model, "base_model", None)
+    if not isinstance(base, nn.Module) or base is model:
+        return heads
+    inside = {id(module) for module in base.modules() if is_linear(module)}
+    outside = [m for m in model.modules() if is_linear(m) and id(m) not in inside]
+    # Where what is called the base is the smaller part, the rest is no head.
+    return heads | {id(m) for m in outside} if len(outside) < len(inside) else heads
+
+
+def _unfit(model: nn.Module, names: dict[int, str]) -> set[int]:
+    """id of the linears, of those in `names`, that only plain weights can serve; says which and why."""
+    reasons: dict[str, list[int]] = {}
+    for module in model.modules():
+        if id(module) in names and isinstance(module, nn.Linear) and _computes_otherwise(module):
+            reasons.setdefault(f"{type(module).__name__} has a forward of its own", []).append(id(module))
+        for path in layers_read_by(module):
+            try:
+                layer = module.get_submodule(path)
+            except AttributeError:
+                continue
+            if id(layer) in names:
+                why = f"{type(module).__name__} computes with {path}.weight itself"
+                reasons.setdefault(why, []).append(id(layer))
+    for why, keys in reasons.items():
+        count = f" and {len(keys) - 1} more like it" if len(keys) > 1 else ""
+        warnings.warn(f"qkernels: {names[keys[0]]}{count} stays as it is: {why}", stacklevel=4)
+    return {key for keys in reasons.values() for key in keys}
+
+
+def _computes_otherwise(module: nn.Linear) -> bool:
+    return type(module).forward is not nn.Linear.forward
 
 
 def _output_projection(model: nn.Module) -> nn.Module | None:
@@ -238,15 +294,18 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
 # ---------------------------------------------------------------------- load and save
 def load_model(
-    path: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    path: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None
 ) -> PreTrainedModel:
-    """Load a causal language model from a Hugging Face directory or a .gguf file.
+    """Load a model from a Hugging Face directory or a .gguf file.
+
+    A directory's model is of the class that its config names (`architectures`), a causal language model if it names
+    none. Where the config ties weights that the file holds twice with different values, both are kept.
 
     A directory's quantized layers become QuantLinear and keep their packed bytes; experts of a mixture, which
     checkpoints keep each by itself, become QuantExperts, stacked as they are, or stay plain if they are. A GGUF file
     of a Llama, Mixtral, Qwen2 or Qwen3 model (and their mixtures) computes from the file's own bytes, mapped but for
     experts, which are stacked; embeddings stay packed, too.
-    `dtype` converts the tensors that are not packed; None keeps the file's (GGUF: float32). Nothing is downloaded, and
+    `dtype`, or its name, converts the tensors that are not packed; None keeps the file's (GGUF: float32). Nothing is downloaded, and
     no pickle and no code from the directory is read.
 
     Raises FileNotFoundError if there is nothing at `path`, ValueError naming file and field if it is

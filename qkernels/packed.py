@@ -138,7 +138,9 @@ def quantize(weight: Tensor, format: str, **params: Any) -> PackedWeight:
     only = {k: params.pop(k) for k in fmt.quantize_only if k in params}
     resolved = fmt.resolve(shape, params)
     with torch.no_grad():
-        tensors = fmt.quantize(weight.detach().float(), {**resolved, **fmt.quantize_only, **only})
+        tensors = fmt.quantize(
+            weight.detach().float().contiguous(), {**resolved, **fmt.quantize_only, **only}
+        )
     resolved = fmt.resolve(shape, fmt.params_from_tensors(tensors, resolved))
     fmt.validate(tensors, shape, resolved)
     return PackedWeight(format, shape, tensors, resolved)

@@ -14,7 +14,7 @@ import torch
 _OPERATORS = """
 add radd sub rsub mul rmul matmul rmatmul truediv rtruediv floordiv rfloordiv pow rpow mod rmod neg pos abs
 iadd isub imul itruediv imatmul lt le gt ge getitem setitem len iter array float int bool index
-""".split()
+""".split()  # noqa: SIM905
 
 
 class StandIn:

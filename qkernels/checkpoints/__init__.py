@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..ops import X_DTYPES
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -16,10 +18,12 @@ __all__ = ["load", "load_tokenizer", "save"]
 
 
 def load(
-    path: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    path: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None
 ) -> PreTrainedModel:
     """The model at `path`, a Hugging Face directory or a .gguf file; see `qkernels.load_model`."""
     from . import gguf, huggingface
+
+    dtype = _floating(dtype)
 
     if gguf.is_gguf(_existing(path)):
         return gguf.load(path, device, torch.float32 if dtype is None else dtype)
@@ -54,6 +58,18 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     if gguf.is_gguf(_existing(path)):
         return gguf.load_tokenizer(path)
     return huggingface.load_tokenizer(path)
+
+
+def _floating(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype, or its name, as a dtype. ValueError for one that a model cannot compute in."""
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if named is None and (dtype is None or dtype == "auto"):
+        return None
+    if not isinstance(named, torch.dtype) or named not in X_DTYPES:
+        raise ValueError(
+            f"dtype: expected None or one of {', '.join(str(d).removeprefix('torch.') for d in X_DTYPES)}, got {dtype!r:.60}"
+        )
+    return named
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:

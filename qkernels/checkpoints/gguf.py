@@ -18,6 +18,8 @@ from ..linear import QuantLinear
 from ..moe import DOWN, GATE, UP, QuantExperts
 from . import gguf_config
 from .gguf_header import GgufHeader, GgufTensor, read_header
+from .model_config import without_weights
+from .tying import tie
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,7 +93,7 @@ def load_dequantized(
 
         return _dequantized(gguf_model.load_packed(path, dtype=dtype), dtype).to(device), tokenizer  # type: ignore[arg-type]
     try:
-        loaded = _plain(_from_pretrained(path, dtype))
+        loaded = _plain(_from_pretrained(path, dtype), path)
     except MemoryError:
         raise
     except Exception as error:  # what is wrong with a file shows in any way there
@@ -119,7 +121,7 @@ def _dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     if isinstance(head, QuantLinear) and isinstance(embedding, QuantEmbedding):
         tied = head.qweight.data_ptr() == next(iter(embedding.packed.tensors.values())).data_ptr()
     stacks = [name for name, module in model.named_modules() if isinstance(module, QuantExperts)]
-    bare = _bare(model) if stacks else None
+    bare = without_weights(model) if stacks else None
     for name, module in list(model.named_modules()):
         plain: nn.Module
         if isinstance(module, QuantEmbedding):
@@ -146,16 +148,6 @@ def _dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return model.requires_grad_(True)  # type: ignore[no-any-return]
 
 
-def _bare(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same config, without weights."""
-    from accelerate import init_empty_weights
-
-    from .model_config import NoExperts
-
-    with init_empty_weights(include_buffers=False), NoExperts():
-        return type(model)(model.config)
-
-
 def _plain_experts(stack: QuantExperts, module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """`module`, transformers' of the same experts, with the weights dequantized."""
     experts = [stack.parts.expert(e) for e in range(stack.parts.count)]
@@ -178,8 +170,8 @@ def _from_pretrained(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     )
 
 
-def _plain(loaded: PreTrainedModel) -> PreTrainedModel:
-    """The same weights in a model that is not marked as quantized.
+def _plain(loaded: PreTrainedModel, path: Path) -> PreTrainedModel:
+    """Of the file at `path`: the same weights in a model that is not marked as quantized.
 
     transformers marks what it loads from GGUF, dequantized or not, and then refuses to save it.
     """
@@ -194,6 +186,6 @@ def _plain(loaded: PreTrainedModel) -> PreTrainedModel:
     with init_empty_weights(include_buffers=False):
         fresh = type(loaded)(config)
     fresh.load_state_dict(loaded.state_dict(), strict=True, assign=True)
-    fresh.tie_weights()
+    tie(fresh, path)
     fresh.generation_config = loaded.generation_config
     return fresh

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..embedding import QuantEmbedding
-from ..linear import QuantLinear
+from ..linear import is_linear
 from .expert_layers import Source, load_experts
 from .layers import CACHE_SCALE, Inventory, embedding_dtype, mixed_dense, quantized_layer, scheme_of
 from .model_config import CONFIG, QUANTIZATION, skeleton
 from .quantization import Plan
 from .tensor_files import TensorFiles, read_json
+from .tying import tie
 from .writing import save
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def load(
                 continue
             owned = {} if prefix is None else inventory.layers[prefix]
             scheme = scheme_of(owned, files, plan)
-            if scheme is None and prefix is not None and isinstance(model.get_submodule(prefix), nn.Linear):
+            if scheme is None and prefix is not None and is_linear(model.get_submodule(prefix)):
                 scheme = mixed_dense(owned, files, around)
             if prefix is not None and scheme is not None:
                 layer = quantized_layer(directory, model, prefix, owned, files, scheme, device, dtype)
@@ -78,12 +78,7 @@ def load(
                 used |= set(owned.values())
             elif _assign(model, inventory.names.of_file(name), [name], files, device, dtype):
                 used.add(name)
-    embedding = model.get_input_embeddings()
-    if isinstance(embedding, QuantEmbedding) and model.config.tie_word_embeddings:
-        model.set_output_embeddings(QuantLinear(embedding.packed))
-    if isinstance(model.get_output_embeddings(), QuantLinear):
-        model.config.tie_word_embeddings = False  # it has its own weight: nothing left to tie
-    model.tie_weights()
+    tie(model, directory)
     _check_complete(directory, model, [n for n in files.infos if n not in used], plan)
     generation = directory / GENERATION_CONFIG
     if generation.is_file():

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from .. import formats
 from ..embedding import QuantEmbedding
-from ..linear import QuantLinear
+from ..linear import QuantLinear, linear_of
 from ..packed import pack
 from .model_config import QUANTIZATION
 from .names import Names, Part, expert_tensor
 from .quantization import Plan, Scheme
 from .tensor_files import TensorFiles
+from .tying import input_embeddings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,12 +104,12 @@ def scheme_of(names: Owned, files: TensorFiles, plan: Plan) -> Scheme | None:
             f"{files.infos[names[packed[0]]].file}: {module}: expected a plain weight, because "
             f"{QUANTIZATION} leaves this module unquantized, got {packed[0]}"
         )
-    return scheme
+    return scheme._replace(format=formats.get(scheme.format).stated_by(names))
 
 
 def embedding_dtype(model: PreTrainedModel, layers: dict[str, Owned], files: TensorFiles) -> str | None:
     """safetensors' name of the dtype the input embeddings are stored in."""
-    embedding = model.get_input_embeddings()
+    embedding = input_embeddings(model)
     prefix = next((name for name, module in model.named_modules() if module is embedding), None)
     info = files.infos.get(layers.get(prefix or "", {}).get("weight", ""))
     return None if info is None else info.dtype
@@ -137,20 +139,25 @@ def quantized_layer(
 ) -> QuantLinear | QuantEmbedding:
     """The packed weight of the linear or embedding `prefix` from the files, checked.
 
-    dtype: of an embedding's rows; None for the config's. ValueError names file and module.
+    dtype: of an embedding's rows, and what the model computes in; None for the config's. ValueError names file
+    and module.
     """
-    linear = model.get_submodule(prefix)
-    if isinstance(linear, nn.Embedding):
-        return _packed_embedding(linear, prefix, names, files, scheme, device, dtype or model.dtype)  # type: ignore[arg-type]
-    assert isinstance(linear, nn.Linear)
+    module = model.get_submodule(prefix)
+    dtype = dtype or model.dtype  # type: ignore[assignment]
+    assert dtype is not None
+    if isinstance(module, nn.Embedding):
+        return _packed_embedding(module, prefix, names, files, scheme, device, dtype)
+    linear = linear_of(module)
     # GPTQ files often hold a bias of zeros for layers that have none in the model; it is kept.
     if linear.bias is not None and "bias" not in names:
         raise ValueError(f"{directory}: {prefix}.bias: expected shape ({linear.out_features},), got none")
     tensors = {own: files.read(full) for own, full in names.items()}
     bias = tensors.pop("bias", None)
+    if formats.get(scheme.format).dense and linear is not module:  # a plain weight lies as Conv1D has it
+        tensors["weight"] = tensors["weight"].T.contiguous()
     try:
         packed = pack(scheme.format, tensors, (linear.out_features, linear.in_features), **scheme.params)
-        layer = QuantLinear(packed.to(device), None if bias is None else bias.to(device))
+        layer = QuantLinear(packed.to(device), None if bias is None else bias.to(device), dtype=dtype)
     except ValueError as error:
         raise ValueError(f"{files.infos[next(iter(names.values()))].file}: {prefix}: {error}") from None
     return layer.requires_grad_(False)

@@ -47,18 +47,52 @@ def skeleton(directory: Path, files: TensorFiles) -> tuple[PreTrainedModel, Plan
     Raises ValueError for sizes that the tensors in `files` cannot have, before anything is made that big.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     config, quantized = read_config(directory)
     where = f"{directory / CONFIG}"
     plan = Plan(where, quantized)
     _check_sizes(where, config, files)
+    kind = _model_class(where, config)
     try:
         with init_empty_weights(include_buffers=False), NoExperts():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = kind._from_config(config)  # type: ignore[attr-defined]
     except Exception as error:  # a config can break a model class in any way
-        raise ValueError(f"{where}: expected a causal language model's config, got {error!r:.300}") from error
+        raise ValueError(f"{where}: expected a {kind.__name__}'s config, got {error!r:.300}") from error
     return model, plan
+
+
+def without_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same class and config, plain and on the meta device."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False), NoExperts():
+        return type(model)(model.config)
+
+
+def _model_class(where: str, config: Any) -> type[PreTrainedModel]:
+    """The class that `architectures` names; the causal language model of this type if it names none known.
+
+    ValueError if there is neither.
+    """
+    import transformers
+
+    names = getattr(config, "architectures", None) or []
+    for name in names if isinstance(names, list) else [names]:
+        kind = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+            if kind.config_class is not None and not isinstance(config, kind.config_class):
+                raise ValueError(
+                    f"{where}: architectures: expected a class for the model type {config.model_type!r}, got {name!r}"
+                )
+            return kind
+    causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) not in causal:
+        raise ValueError(
+            f"{where}: architectures: expected a model class of transformers, because {config.model_type!r} is no "
+            f"causal language model's type, got {names!r:.80}"
+        )
+    kind = causal[type(config)]
+    return kind[0] if isinstance(kind, tuple) else kind  # type: ignore[no-any-return]
 
 
 def _check_sizes(where: str, config: Any, files: TensorFiles) -> None:
@@ -94,10 +128,14 @@ def read_config(directory: Path) -> tuple[Any, Mapping[str, Any] | None]:
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ValueError(f"{path}: model_type: expected a model transformers knows, got {kind!r}")
     config_class = CONFIG_MAPPING[kind]
+    values = config_class._decode_special_floats(
+        values
+    )  # {"__float__": "Infinity"}, which JSON has no number for
     aliases = getattr(config_class, "attribute_map", {})
     nested = any(isinstance(value, dict) and "hidden_size" in value for value in values.values())
     for field in _REQUIRED_FIELDS:
-        if nested or aliases.get(field, field) in values or field in values:
+        has_field = hasattr(config_class, aliases.get(field, field))  # a vision model has no vocabulary
+        if nested or not has_field or aliases.get(field, field) in values or field in values:
             continue
         raise ValueError(f"{path}: {field}: expected a positive integer, got none")
     for field in _REQUIRED_FIELDS:

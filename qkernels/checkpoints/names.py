@@ -15,11 +15,9 @@ from typing import Any
 from torch import nn
 
 from ..embedding import QuantEmbedding
-from ..linear import QuantLinear
+from ..linear import QuantLinear, is_linear
 from ..moe import DOWN, GATE, LEAVES, UP, QuantExperts, expert_modules, routers
 
-#: modules whose tensors may be packed, and be called anything then
-LAYERS = (nn.Linear, nn.Embedding, QuantLinear, QuantEmbedding)
 #: transformers' operations on tensors of single experts -> what it makes of them, and of whose tensors
 _MERGES = {
     ("MergeModulelist", "Concatenate"): ("gate_up_proj", (GATE, UP)),
@@ -53,6 +51,11 @@ class Part:
     dim: int
 
 
+def _may_be_packed(module: nn.Module) -> bool:
+    """Whether a module's tensors may be packed, and be called anything then."""
+    return isinstance(module, (nn.Embedding, QuantLinear, QuantEmbedding)) or is_linear(module)
+
+
 def expert_tensor(name: str, leaves: Sequence[str]) -> tuple[int, str, str]:
     """(expert, leaf, tensor's name) of "3.up_proj.qweight". ValueError for a name of another form.
 
@@ -73,7 +76,7 @@ class Names:
 
     def __init__(self, model: nn.Module) -> None:
         self._tensors = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
-        self._layers = {name for name, module in model.named_modules() if isinstance(module, LAYERS)}
+        self._layers = {name for name, module in model.named_modules() if _may_be_packed(module)}
         self._layers -= {name for name, _ in routers(model)}
         self._renamings, self._converters = _transforms(model)
         self._reversed = _reversed(self._renamings)

@@ -168,7 +168,7 @@ def locate(directory: Path) -> dict[Path, list[str] | None]:
     and for a directory without weights.
     """
     index = directory / INDEX
-    if (directory / SINGLE).is_file() and not index.is_file():
+    if (directory / SINGLE).is_file():  # whatever an index says: it may be left from an earlier save
         return {directory / SINGLE: None}
     if not index.is_file():
         found = sorted(directory.glob("*.safetensors"))

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from .. import formats
 from ..embedding import QuantEmbedding
-from ..linear import QuantLinear
+from ..linear import QuantLinear, is_linear
 from ..moe import DOWN, GATE, UP, QuantExperts, routers
 from ..packed import PackedWeight
 from . import directories, quantization, tensor_files
 from .expert_layers import expert_shapes
-from .model_config import CONFIG, QUANTIZATION
+from .model_config import CONFIG, QUANTIZATION, without_weights
 from .names import Names
 from .tensor_files import read_json
+from .tying import input_embeddings, is_tied, output_embeddings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,12 +85,9 @@ def _plain_config(model: PreTrainedModel, packed: bool) -> Any:
             delattr(config, mark)
     config.architectures = [type(model).__name__]
     config.dtype = model.dtype
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    shared = isinstance(head, nn.Linear) and head.weight is getattr(embedding, "weight", None)
-    if shared or _stored_head(model, packed) is not None:
-        config.tie_word_embeddings = True  # the tensor is stored once
-    elif isinstance(head, QuantLinear):
-        config.tie_word_embeddings = False
+    tied = is_tied(model) or _stored_head(model, packed) is not None
+    if tied != getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = tied  # whether the tensor is stored once
     return config
 
 
@@ -120,7 +118,7 @@ def _quantization_config(model: PreTrainedModel, names: Names) -> tuple[dict[str
 def matrices(model: nn.Module, names: Names) -> tuple[dict[str, PackedWeight], list[str]]:
     """(packed weights but embeddings, names of plain ones) as `quantization.describe` takes them."""
     layers = {names.module(n): m.packed for n, m in model.named_modules() if isinstance(m, QuantLinear)}
-    plain = [names.module(n) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    plain = [names.module(n) for n, m in model.named_modules() if is_linear(m)]
     return layers | _packed_experts(model, names), plain + _plain_in_mixtures(model, names)
 
 
@@ -159,7 +157,7 @@ def _count(module: nn.Module) -> int:
 
 def _tied_head(model: PreTrainedModel) -> str | None:
     """Name of a QuantLinear output projection that holds the same bytes as the QuantEmbedding, or None."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    head, embedding = output_embeddings(model), input_embeddings(model)
     if not isinstance(head, QuantLinear) or not isinstance(embedding, QuantEmbedding):
         return None
     ours, theirs = head.packed, embedding.packed
@@ -178,7 +176,7 @@ def _stored_head(model: PreTrainedModel, packed: bool) -> str | None:
 
     A dequantized embedding is no packed head's weight, unless it is 16 bits wide in the first place.
     """
-    embedding = model.get_input_embeddings()
+    embedding = input_embeddings(model)
     if not isinstance(embedding, QuantEmbedding):
         return None
     fmt = formats.get(embedding.packed.format)
@@ -194,6 +192,7 @@ def _stored_tensors(model: PreTrainedModel, names: Names, packed: bool) -> Itera
     """
     seen: set[tuple[Any, ...]] = set()
     tied = _stored_head(model, packed)
+    turned = _transposed(model)
     for prefix, module in model.named_modules():
         if prefix == tied:
             continue
@@ -203,6 +202,8 @@ def _stored_tensors(model: PreTrainedModel, names: Names, packed: bool) -> Itera
             own = dict(module.packed.tensors) if stays else {"weight": module.packed.dequantize(module.dtype)}
         elif isinstance(module, QuantLinear):
             own = dict(module.packed.tensors)
+            if prefix in turned:
+                own["weight"] = own["weight"].T
             if module.bias is not None:
                 own["bias"] = module.bias
         elif _inside_quantized(model, prefix):
@@ -221,6 +222,17 @@ def _stored_tensors(model: PreTrainedModel, names: Names, packed: bool) -> Itera
                     continue
                 seen.add(key)
             yield from _plain_tensor(f"{prefix}.{name}" if prefix else name, tensor, names)
+
+
+def _transposed(model: PreTrainedModel) -> set[str]:
+    """Names of 16-bit QuantLinear that stand where the files' plain weight is a Conv1D's, (K, N)."""
+    dense = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLinear) and formats.get(module.packed.format).dense
+    }
+    bare = without_weights(model) if dense else None
+    return {n for n in dense if bare is not None and not isinstance(bare.get_submodule(n), nn.Linear)}
 
 
 def _plain_tensor(name: str, tensor: Tensor, names: Names) -> Iterator[tuple[str, Tensor]]:

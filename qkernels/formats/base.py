@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -109,6 +109,10 @@ class Format(ABC):
     def expect(self, key: str, value: Any, allowed: tuple[Any, ...]) -> None:
         if value not in allowed:
             raise ValueError(f"{self.name}: {key}: expected one of {allowed}, got {value!r}")
+
+    def stated_by(self, names: Collection[str]) -> str:
+        """The format that a weight's tensor names themselves state, if they do; this one otherwise."""
+        return self.name
 
     def params_from_tensors(self, tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> Params:
         """`params` plus those the tensors themselves state (a bitsandbytes quant state, say).

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor
 from ..layouts.weight_only import WEIGHT_ONLY, WeightOnlyParts, WeightOnlyTraits
 from .base import Format, Params, Shape, TensorSpec
 
+_STATE = "weight.quant_state.bitsandbytes__"
 #: quantiles of the normal distribution, normalized to [-1, 1], with an exact 0 (QLoRA, appendix E)
 NF4_TABLE = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -85,7 +86,12 @@ class Bitsandbytes4(Format):
 
     @property
     def state_name(self) -> str:
-        return f"weight.quant_state.bitsandbytes__{self.name}"
+        return f"{_STATE}{self.name}"
+
+    def stated_by(self, names: Collection[str]) -> str:
+        """bitsandbytes' configs may omit the table, or name another: the quant state's name has it."""
+        kinds = (name.removeprefix(_STATE) for name in names if name.startswith(_STATE))
+        return next((kind for kind in kinds if kind in ("nf4", "fp4")), self.name)
 
     def check_params(self, shape: Shape, params: Params) -> None:
         self.expect("block_size", params["block_size"], BLOCK_SIZES)

@@ -7,13 +7,17 @@
 
     W[n, k] = scales[g, n] * (code[k, n] - zero[g, n]),  g = g_idx[k]
 
-`checkpoint_format="gptq"` stores zero - 1 in `bits` bits, wrapping; "gptq_v2" stores the zero itself.
+`checkpoint_format="gptq"` stores zero - 1 in `bits` bits, wrapping; "gptq_v2" stores the zero itself. Configs
+often name the wrong one. A symmetric grid has one possible zero, 2^(bits-1), so its tensors tell. They also tell
+the order of the groups: `g_idx` is what it says, whatever `desc_act` is. All zeros, which some tools write for
+"no order", stand for k // group_size.
 Source: Frantar et al. 2022 (arXiv 2210.17323) and AutoGPTQ's QuantLinear.
 """
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +27,11 @@ from torch import Tensor
 from ..layouts.weight_only import WEIGHT_ONLY, WeightOnlyParts, WeightOnlyTraits
 from . import affine, bits
 from .base import FLOATS, Format, Params, Shape, TensorSpec
+
+
+WIDTHS = (2, 3, 4, 8)
+#: checkpoint_format -> what is taken off a zero point when it is stored
+_SHIFTS = {"gptq": 1, "gptq_v2": 0}
 
 
 class Gptq(Format):
@@ -38,9 +47,47 @@ class Gptq(Format):
     }
 
     def check_params(self, shape: Shape, params: Params) -> None:
-        self.expect("bits", params["bits"], (2, 3, 4, 8))
-        self.expect("checkpoint_format", params["checkpoint_format"], ("gptq", "gptq_v2"))
+        self.expect("bits", params["bits"], WIDTHS)
+        self.expect("checkpoint_format", params["checkpoint_format"], tuple(_SHIFTS))
         affine.check_group_size(self.name, shape, params)
+
+    def params_from_tensors(self, tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> Params:
+        stated = dict(params)
+        qzeros, scales, index = (tensors.get(name) for name in ("qzeros", "scales", "g_idx"))
+        if _is_plain(qzeros, 2) and _is_plain(scales, 2) and params.get("symmetric") is not False:
+            stated |= self._convention(qzeros, scales.shape[1], params)  # type: ignore[arg-type, union-attr]
+        if _is_plain(index, 1):
+            assert index is not None
+            if _says_nothing(index, params):
+                stated["act_order"] = False
+            elif "act_order" not in params:
+                stated["act_order"] = not torch.equal(index.long(), _in_order(index.numel(), params, index))
+        return stated
+
+    def _convention(self, qzeros: Tensor, n: int, params: Mapping[str, Any]) -> Params:
+        """What qzeros (G, words) of a grid that is said to be symmetric, or may be, say of zeros and their storage."""
+        b = params.get("bits", self.defaults["bits"])
+        if b not in WIDTHS or qzeros.shape[1] != bits.words(n, b):
+            return {}  # `validate` says what is wrong
+        stored = bits.unpack_rows(qzeros.T, b, n)
+        low, high, zero = int(stored.min()), int(stored.max()), 1 << (b - 1)
+        named = params.get("checkpoint_format", self.defaults["checkpoint_format"])
+        for convention, shift in _SHIFTS.items():
+            if (low, high) == (zero - shift, zero - shift):
+                if convention != named:
+                    warnings.warn(
+                        f"qkernels: gptq: qzeros hold {low} everywhere, the zero point {zero} of a symmetric grid as "
+                        f"checkpoint_format {convention!r} stores it: read so, although {named!r} is named",
+                        stacklevel=4,
+                    )
+                return {"symmetric": True, "checkpoint_format": convention}
+        if params.get("symmetric") is None:
+            return {"symmetric": False}
+        raise ValueError(
+            f"{self.name}: qzeros: expected {zero - 1} (checkpoint_format 'gptq') or {zero} ('gptq_v2') everywhere, as "
+            f"a symmetric grid has no other zero point than {zero}, got {low}..{high}; pass symmetric=False "
+            "(sym: false in a config) if the grid is none"
+        )
 
     def specs(self, shape: Shape, params: Params) -> dict[str, TensorSpec]:
         (n, k), b = shape, params["bits"]
@@ -59,7 +106,7 @@ class Gptq(Format):
         self, tensors: Mapping[str, Tensor], shape: Shape, params: Params, dim: int, begin: int, end: int
     ) -> tuple[dict[str, Tensor], Params]:
         found, params = super().cut(tensors, shape, params, dim, begin, end)
-        if dim == 1 and "g_idx" in found:
+        if dim == 1 and "g_idx" in found and not _says_nothing(tensors["g_idx"], params):
             index, kept, size = affine.cut_groups(found["g_idx"], params["group_size"], begin, end)
             found |= {name: tensors[name][kept] for name in ("scales", "qzeros")} | {"g_idx": index}
             params = {**params, "group_size": size}
@@ -71,7 +118,8 @@ class Gptq(Format):
         index = tensors.get("g_idx")
         if index is not None:
             affine.check_group_index(self.name, "g_idx", index, k, params)
-            if not params["act_order"] and not torch.equal(index.long(), _in_order(k, params, index)):
+            in_order = _says_nothing(index, params) or torch.equal(index.long(), _in_order(k, params, index))
+            if not params["act_order"] and not in_order:
                 raise ValueError(
                     f"{self.name}: g_idx: expected k // group_size because act_order is False, "
                     "got another order; pass act_order=True"
@@ -120,13 +168,16 @@ class Gptq(Format):
 
     def weight_only(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> WeightOnlyParts:
         n, k = shape
+        index = tensors.get("g_idx")
+        useless = index is not None and _says_nothing(index, params)
         return WeightOnlyParts(
             codes=bits.unpack_rows(tensors["qweight"], params["bits"], k).T,
             scaler_tensors={
                 "scales": tensors["scales"],
                 "zeros": _unpack_zeros(tensors["qzeros"], n, params),
             },
-            group_index=tensors.get("g_idx"),
+            group_index=None if useless else index,
+            extra={"g_idx": index} if useless else {},  # type: ignore[dict-item]
         )
 
     def from_weight_only(self, parts: WeightOnlyParts, shape: Shape, params: Params) -> dict[str, Tensor]:
@@ -134,6 +185,7 @@ class Gptq(Format):
             "qweight": bits.pack_rows(parts.codes.T, params["bits"]),
             "qzeros": _pack_zeros(parts.scaler_tensors["zeros"], params),
             "scales": parts.scaler_tensors["scales"],
+            **parts.extra,
         }
         if parts.group_index is not None:
             tensors["g_idx"] = parts.group_index
@@ -156,13 +208,16 @@ class Gptq(Format):
     def from_hf_config(cls, config: Mapping[str, Any]) -> Params | None:
         if config.get("quant_method") != "gptq":
             return None
-        return {
+        params = {
             "bits": config.get("bits", 4),
             "group_size": config.get("group_size", 128),
-            "symmetric": config.get("sym", True),
-            "act_order": config.get("desc_act", False),
             "checkpoint_format": config.get("checkpoint_format", "gptq"),
         }
+        if "sym" in config:  # else the tensors say it
+            params["symmetric"] = config["sym"]
+        if config.get("desc_act"):  # where it is false the tensors say it, too
+            params["act_order"] = config["desc_act"]
+        return params
 
 
 def left_alone(skipped: list[str]) -> dict[str, Any]:
@@ -174,13 +229,27 @@ def left_alone(skipped: list[str]) -> dict[str, Any]:
     return fields
 
 
-def _in_order(k: int, params: Params, like: Tensor) -> Tensor:
-    size = k if params["group_size"] == -1 else params["group_size"]
-    return torch.arange(k, device=like.device) // size
+def _is_plain(tensor: Any, dims: int) -> bool:
+    """Whether it is integers or scales that can be looked at, of `dims` dimensions."""
+    return isinstance(tensor, Tensor) and tensor.dim() == dims and bool(tensor.numel()) and not tensor.is_meta
+
+
+def _group_size(k: int, params: Mapping[str, Any]) -> int:
+    size = params.get("group_size", Gptq.defaults["group_size"])
+    return size if type(size) is int and size > 0 else k
+
+
+def _in_order(k: int, params: Mapping[str, Any], like: Tensor) -> Tensor:
+    return torch.arange(k, device=like.device) // _group_size(k, params)
+
+
+def _says_nothing(index: Tensor, params: Mapping[str, Any]) -> bool:
+    """Whether g_idx (K) is all zeros, although there are more groups than one."""
+    return _group_size(index.numel(), params) < index.numel() and not bool(index.any())
 
 
 def _zero_shift(params: Params) -> int:
-    return 1 if params["checkpoint_format"] == "gptq" else 0
+    return _SHIFTS[params["checkpoint_format"]]
 
 
 def _pack_zeros(zeros: Tensor, params: Params) -> Tensor:

@@ -181,7 +181,7 @@ def test_truncated_shards(cut: int, originals: dict[str, dict[str, bytes]], tmp_
     ({"vocab_size": 10**15}, "vocab_size: expected at most"),
     ({"num_attention_heads": 0}, "config.json: .*(modulo by zero|num_attention_heads: expected a positive integer)"),
     ({"num_key_value_heads": 3}, "config.json|expected shape"),
-    ({"hidden_act": "no such"}, "expected a causal language model's config"),
+    ({"hidden_act": "no such"}, "expected a LlamaForCausalLM's config"),
     ({"hidden_size": True}, "hidden_size: expected a positive integer, got True"),
     ({"rope_scaling": {"rope_type": "no such"}}, "config.json: expected"),
     ({"auto_map": {"AutoModelForCausalLM": "evil.Evil"}, "model_type": "evil"}, "model_type: expected a model"),

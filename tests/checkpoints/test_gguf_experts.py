@@ -136,7 +136,7 @@ def test_computes_what_the_dequantized_model_does(
 def test_transformers_reads_the_same(kind: str, sizes: tuple[int, int], tmp_path: Path) -> None:
     """Its own reader, which dequantizes; for experts of its default sizes, and for no Mixtral (5.24)."""
     path, _ = mixture(kind, tmp_path, sizes=sizes)
-    theirs = gguf._plain(gguf._from_pretrained(path, torch.float32)).eval()
+    theirs = gguf._plain(gguf._from_pretrained(path, torch.float32), path).eval()
     want = logits(theirs)
     found = logits(qk.load_model(path))
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())

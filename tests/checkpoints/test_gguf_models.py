@@ -102,7 +102,8 @@ def test_a_packed_embedding_is_shared_with_the_head() -> None:
     tokens = torch.tensor([[3, 49, 3], [0, 1, 2]])
     want = packed.dequantize(torch.float16)[tokens]
     assert torch.equal(embedding(tokens), want)
-    assert torch.equal(embedding.bfloat16()(tokens), want), "buffers and output keep their dtypes"
+    assert torch.equal(embedding.bfloat16()(tokens), packed.dequantize(torch.bfloat16)[tokens])
+    assert embedding.packed.tensors["data"].dtype == torch.uint8
     assert embedding(torch.zeros(2, 0, dtype=torch.int64)).shape == (2, 0, 64)
     with pytest.raises(ValueError, match="nf4: weight: expected a tensor that keeps rows apart"):
         QuantEmbedding(qk.quantize(torch.randn(50, 64), "nf4"))

@@ -23,7 +23,7 @@ def test_gptq_4bit_words_by_hand() -> None:
     p = qk.pack("gptq", tensors, shape=(n, 8), bits=4, group_size=8)
     want = 0.5 * (torch.arange(1, 9) - 8)
     assert torch.equal(p.dequantize(), want.expand(n, 8))
-    v2 = qk.pack("gptq", tensors, shape=(n, 8), bits=4, group_size=8, checkpoint_format="gptq_v2")
+    v2 = qk.pack("gptq", tensors, (n, 8), bits=4, group_size=8, checkpoint_format="gptq_v2", symmetric=False)
     assert torch.equal(v2.dequantize(), (want + 0.5).expand(n, 8))
 
 
@@ -149,7 +149,7 @@ def test_gptq_bad_tensors(change: dict[str, torch.Tensor | None], message: str) 
 
 def test_gptq_scrambled_g_idx_needs_act_order() -> None:
     with pytest.raises(ValueError, match="g_idx: expected k // group_size because act_order is False"):
-        qk.pack("gptq", gptq_tensors(), shape=(32, 64), group_size=32)
+        qk.pack("gptq", gptq_tensors(), shape=(32, 64), group_size=32, act_order=False)
 
 
 @pytest.mark.parametrize(
