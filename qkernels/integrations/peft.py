@@ -9,18 +9,19 @@
 An adapter's saved config does not remember this: load one with
 `PeftModel.from_pretrained(model, path, config=with_quant_linear(LoraConfig.from_pretrained(path), model))`.
 
-Merging (`merge_adapter`, `merge_and_unload`) makes each layer an nn.Linear in the dtype of the model: an adapter
+Merging (`merge_adapter`, `merge_and_unload`) makes each layer an nn.Linear (GPT-2's Conv1D) in the dtype of the model: an adapter
 added to packed codes would be rounded away, and what is merged should be an ordinary layer, to be saved, trained
 or quantized again like any. Unmerging gives the packed weight back as it was.
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from collections.abc import Iterator
 from dataclasses import fields
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..holding import Holder
 from ..linear import QuantLinear, is_linear
@@ -75,6 +78,17 @@ class _Model:
 
     def __call__(self) -> nn.Module | None:
         return None if self._of is None else self._of()
+
+    @cached_property
+    def transposed(self) -> set[str]:
+        """Names of the layers that the model's class makes as transformers' Conv1D: GPT-2's."""
+        model = self()
+        if Conv1D not in vars(sys.modules[type(model).__module__]).values():
+            return set()
+        assert isinstance(model, PreTrainedModel)
+        with torch.device("meta"):
+            fresh = type(model)(model.config)
+        return {name for name, module in fresh.named_modules() if isinstance(module, Conv1D)}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Model:
         return _Model(memo.get(id(self()), self()))
@@ -228,7 +242,7 @@ class LoraQuantLinear(Linear):
             dense = pack("fp16", {"weight": weight}, tuple(weight.shape))
             merged: nn.Module = QuantLinear(dense, bias, packed.backend, packed.batch_invariant)
         else:
-            merged = _linear(weight, bias)
+            merged = _plain(weight, bias, transposed=self._name in self._model.transposed)
         if not self._packed_base:
             self._packed_base.append(packed)
         self.base_layer = merged.requires_grad_(False).train(packed.training)
@@ -266,9 +280,13 @@ class LoraQuantLinear(Linear):
         return self.get_base_layer()
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().to(weight.dtype))
-    return linear
+def _plain(weight: Tensor, bias: Tensor | None, transposed: bool) -> nn.Module:
+    rows, columns = weight.shape
+    layer: nn.Module
+    if transposed:
+        layer, weight = Conv1D(rows, columns), weight.T.contiguous()
+    else:
+        layer = nn.Linear(columns, rows, device="meta")
+    layer.weight = nn.Parameter(weight)
+    layer.bias = None if bias is None else nn.Parameter(bias.detach().to(weight.dtype))
+    return layer
