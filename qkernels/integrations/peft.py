@@ -25,7 +25,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
@@ -56,13 +56,19 @@ def with_quant_linear(config: LoraConfig, model: nn.Module | None = None) -> Lor
     were not told their model merge into a QuantLinear of format fp16, which takes inputs of any dtype.
 
     Raises ValueError if `modules_to_save` names packed layers, whose weights would not be trained, or for
-    "all-linear" without `model`.
+    "all-linear" without `model` or with `layer_replication`, which is about to change it.
     """
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
     config._register_custom_module({QuantLinear: partial(LoraQuantLinear, model=_Model(model))})
-    if config.target_modules == "all-linear":
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         if model is None:
             raise ValueError(
                 "target_modules: expected names of layers, or a model, got 'all-linear' and none"
+            )
+        if config.layer_replication:
+            raise ValueError(
+                "target_modules: expected names of layers with layer_replication, got 'all-linear'"
             )
         config.target_modules = set(_all_linear(model, _heads(config)))
     if model is not None:
