@@ -9,9 +9,9 @@
 An adapter's saved config does not remember this: load one with
 `PeftModel.from_pretrained(model, path, config=with_quant_linear(LoraConfig.from_pretrained(path), model))`.
 
-Merging (`merge_adapter`, `merge_and_unload`) makes each layer an nn.Linear (GPT-2's Conv1D) in the dtype of the model: an adapter
-added to packed codes would be rounded away, and what is merged should be an ordinary layer, to be saved, trained
-or quantized again like any. Unmerging gives the packed weight back as it was.
+Merging (`merge_adapter`, `merge_and_unload`) makes each layer an nn.Linear, or GPT-2's Conv1D, in the dtype of the
+model: an adapter added to packed codes would be rounded away, and what is merged should be an ordinary layer, to be
+saved, trained or quantized again like any. Unmerging gives the packed weight back as it was.
 """
 
 from __future__ import annotations

@@ -239,7 +239,7 @@ def test_a_copy_merges_by_itself() -> None:
 
 def test_a_pickled_model_merges() -> None:
     ours, theirs = pair()
-    again = pickle.loads(pickle.dumps(ours))  # noqa: S301
+    again = pickle.loads(pickle.dumps(ours))
     assert torch.equal(logits(again), logits(ours))
     assert close(logits(again.merge_and_unload()), logits(theirs.merge_and_unload()), 2**-8)
 
