@@ -60,7 +60,8 @@ def with_quant_linear(config: LoraConfig, model: nn.Module | None = None) -> Lor
     """
     if isinstance(model, PeftModel):
         model = model.get_base_model()
-    config._register_custom_module({QuantLinear: partial(LoraQuantLinear, model=_Model(model))})
+    layer: Any = partial(LoraQuantLinear, model=_Model(model))
+    config._register_custom_module({QuantLinear: layer})
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         if model is None:
             raise ValueError(
@@ -70,7 +71,7 @@ def with_quant_linear(config: LoraConfig, model: nn.Module | None = None) -> Lor
             raise ValueError(
                 "target_modules: expected names of layers with layer_replication, got 'all-linear'"
             )
-        config.target_modules = set(_all_linear(model, _heads(config)))
+        config.target_modules = list(_all_linear(model))
     if model is not None:
         _check_saved_modules(config, model)
     return config
@@ -89,9 +90,10 @@ class _Model:
     def transposed(self) -> set[str]:
         """Names of the layers that the model's class makes as transformers' Conv1D: GPT-2's."""
         model = self()
-        if Conv1D not in vars(sys.modules[type(model).__module__]).values():
+        if not isinstance(model, PreTrainedModel):
             return set()
-        assert isinstance(model, PreTrainedModel)
+        if not any(value is Conv1D for value in vars(sys.modules[type(model).__module__]).values()):
+            return set()
         with torch.device("meta"):
             fresh = type(model)(model.config)
         return {name for name, module in fresh.named_modules() if isinstance(module, Conv1D)}
@@ -103,11 +105,7 @@ class _Model:
         return _Model, (None,)  # a file that holds a config, or a layer, is not to hold the model
 
 
-def _heads(config: LoraConfig) -> tuple[str, ...]:
-    return _HEADS.get(str(getattr(config.task_type, "value", config.task_type)), ())
-
-
-def _all_linear(model: nn.Module, heads: tuple[str, ...]) -> Iterator[str]:
+def _all_linear(model: nn.Module) -> Iterator[str]:
     """Names of what PEFT's "all-linear" would be if each QuantLinear were an nn.Linear."""
     getter = getattr(model, "get_output_embeddings", None)
     output = getter() if callable(getter) else None
@@ -118,15 +116,14 @@ def _all_linear(model: nn.Module, heads: tuple[str, ...]) -> Iterator[str]:
         if isinstance(module, BaseTunerLayer):
             inside.append(f"{name}.")
             module = module.get_base_layer()
-        if module is output or name in heads:
-            continue
-        if isinstance(module, QuantLinear) or is_linear(module):
+        if module is not output and (isinstance(module, QuantLinear) or is_linear(module)):
             yield name
 
 
 def _check_saved_modules(config: LoraConfig, model: nn.Module) -> None:
     """ValueError if PEFT would train and save a copy of something that is packed."""
-    targets = (*(config.modules_to_save or ()), *_heads(config))
+    heads = _HEADS.get(str(getattr(config.task_type, "value", config.task_type)), ())
+    targets = (*(config.modules_to_save or ()), *heads)
     for name, module in model.named_modules():
         if not targets or not name.endswith(targets):  # PEFT's own rule
             continue

@@ -175,6 +175,24 @@ def test_the_dtype_is_the_one_the_model_has_when_it_is_merged() -> None:
     assert torch.isfinite(logits(merged)).all()
 
 
+def test_a_model_whose_first_parameters_are_adapters() -> None:
+    """Its adapters are float32, and say nothing of it."""
+    from qkernels.integrations.peft import with_quant_linear
+
+    torch.manual_seed(0)
+    layer = qk.QuantLinear.from_linear(nn.Linear(64, 32, bias=False), *NF4[:1], **NF4[1])
+    model = nn.Sequential(layer, nn.LayerNorm(32, dtype=torch.bfloat16))
+    config = peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    tuned = peft.get_peft_model(model, with_quant_linear(config, model))
+    assert next(tuned.parameters()).dtype == torch.float32
+    x = torch.randn(3, 64).bfloat16()
+    beside = tuned(x)
+    merged = tuned.merge_and_unload()
+    assert type(merged[0]) is nn.Linear
+    assert merged[0].weight.dtype == torch.bfloat16
+    assert close(merged(x), beside, 2e-2)
+
+
 def test_layers_that_do_not_know_their_model_take_inputs_of_any_dtype() -> None:
     from qkernels.integrations.peft import with_quant_linear
 
@@ -230,8 +248,11 @@ def test_batches_of_several_adapters() -> None:
 def test_a_copy_merges_by_itself() -> None:
     ours, theirs = pair()
     beside = logits(ours)
-    twin = copy.deepcopy(ours)
-    same_layers(twin.merge_and_unload(), theirs.merge_and_unload())
+    twin = copy.deepcopy(ours).to(torch.bfloat16)
+    merged = twin.merge_and_unload()
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    same = {n: m.to(torch.bfloat16) for n, m in plain_layers(theirs.merge_and_unload()).items()}
+    assert all(close(layer.weight, same[name].weight, 2e-2) for name, layer in plain_layers(merged).items())
     assert torch.equal(logits(ours), beside)
     part = copy.deepcopy(ours.get_submodule("base_model.model.model.layers.0.mlp"))
     assert all(layer._model() is ours.base_model.model for layer in (part.up_proj, part.down_proj))
