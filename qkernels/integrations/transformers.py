@@ -246,6 +246,14 @@ class QKernelsQuantizer(HfQuantizer):
         model.requires_grad_(False)
         return model
 
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """The config is that of the layers as they are when saved: merging adapters makes packed ones plain."""
+        if not getattr(model, "_hf_peft_config_loaded", False):  # then adapters alone are saved
+            self.quantization_config._written = quantization.describe(*writing.matrices(model, Names(model)))
+            if self.quantization_config._written is None:
+                self.remove_quantization_config(model)
+        return None, {}
+
     def is_serializable(self) -> bool:
         return True
 

@@ -138,28 +138,3 @@ def test_two_adapters_and_switching() -> None:
     assert not torch.equal(model(x).logits, first)
     model.set_adapter("default")
     assert torch.equal(model(x).logits, first)
-
-
-def test_merging_gives_a_16_bit_layer_and_unmerging_the_packed_one() -> None:
-    model = _with_adapters("nf4", {"block_size": 32}).eval()
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.1)
-    x = ids(20)[None]
-    beside = model(x).logits
-    model.merge_adapter()
-    merged = model(x).logits
-    # the merged weight is rounded to float16, 2^-11, in each of 14 layers
-    assert 0 < (merged - beside).norm() <= 4 * 2**-11 * beside.norm()
-    model.unmerge_adapter()
-    assert torch.equal(model(x).logits, beside)
-    plain = model.merge_and_unload()
-    layers = [m for m in plain.modules() if isinstance(m, qk.QuantLinear)]
-    assert len(layers) == 14
-    assert {m.packed.format for m in layers} == {"fp16"}
-    assert torch.equal(plain(x).logits, merged)
-
-
-def test_variants_that_are_not_done() -> None:
-    with pytest.raises(ValueError, match="use_dora: expected none with QuantLinear, got True"):
-        _with_adapters(use_dora=True)
