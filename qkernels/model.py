@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -119,6 +120,7 @@ def quantize_model(
             driver.quantize_calibrated(
                 model, fmt, wanted, calibration, chosen, resume, lambda done, total: advance(total)
             )
+        _mark(model)
         return model
     with _bar(f"Quantizing to {format}", progress) as advance:
         # Popped one by one, so that a layer's float weight is freed as soon as it is replaced.
@@ -135,7 +137,16 @@ def quantize_model(
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, layer)
             advance(total)
+    _mark(model)
     return model
+
+
+def _mark(model: nn.Module) -> None:
+    """Make transformers save the model as `save_model` does."""
+    if "transformers" in sys.modules:
+        from .checkpoints.save_pretrained import mark
+
+        mark(model)
 
 
 def _expert_stacks(

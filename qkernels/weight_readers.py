@@ -51,7 +51,7 @@ def layers_read_by(module: nn.Module) -> set[str]:
         return set()
     return {
         read.path
-        for read in _reads(type(module))
+        for read in _reads(type(module))  # type: ignore[arg-type]
         if all(_value(test, module) in (None, outcome) for test, outcome in read.conditions)
     }
 
@@ -75,7 +75,8 @@ def _reads(kind: type) -> tuple[_Read, ...]:
 def _reads_in(node: ast.AST, conditions: tuple[tuple[ast.expr, bool], ...]) -> Iterator[_Read]:
     if isinstance(node, (ast.If, ast.IfExp)):
         yield from _reads_in(node.test, conditions)
-        for branch, outcome in ((node.body, True), (node.orelse, False)):
+        branches: Any = ((node.body, True), (node.orelse, False))
+        for branch, outcome in branches:
             for child in branch if isinstance(branch, list) else [branch]:
                 yield from _reads_in(child, (*conditions, (node.test, outcome)))
         return
@@ -94,7 +95,7 @@ def _reads_in(node: ast.AST, conditions: tuple[tuple[ast.expr, bool], ...]) -> I
 
 def _path(node: ast.AST) -> str | None:
     """ "a.b" of the expression self.a.b.weight, None for any other."""
-    names = []
+    names: list[str] = []
     while isinstance(node, ast.Attribute):
         names.append(node.attr)
         node = node.value

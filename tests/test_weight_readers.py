@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as T
+import transformers
 from torch import nn
 
 import qkernels as qk
@@ -68,7 +68,7 @@ def test_what_a_class_reads() -> None:
 
 def test_such_layers_stay_plain_and_are_named() -> None:
     model = nn.ModuleDict({"one": _Reads(), "two": _Reads()})
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="stays as it is") as caught:
         qk.quantize_model(model, "nf4", progress=False)
     plain = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert plain == {f"{top}.inner.{name}" for top in ("one", "two") for name in "aefhi"}
@@ -96,7 +96,7 @@ def test_a_linear_with_a_forward_of_its_own_stays_plain() -> None:
 @pytest.mark.parametrize(("model", "message"), [
     (nn.Linear(64, 64), "model: expected a module with linear layers in it, .* got a bare Linear; "
      "qkernels.QuantLinear.from_linear makes a packed layer of one"),
-    (T.pytorch_utils.Conv1D(64, 64), "got a bare Conv1D"),
+    (transformers.pytorch_utils.Conv1D(64, 64), "got a bare Conv1D"),
 ])  # fmt: skip
 def test_a_bare_layer_is_refused(model: nn.Module, message: str) -> None:
     """In place there is no place to put a packed one in; it used to come back as it was."""
@@ -142,50 +142,58 @@ def test_torchs_transformer_from_quantize_to_load() -> None:
 
 
 # ---------------------------------------------------------------------- families of transformers' models
-def _gemma3() -> T.PreTrainedModel:
-    config = T.Gemma3Config(
+def _gemma3() -> transformers.PreTrainedModel:
+    config = transformers.Gemma3Config(
         text_config=dict(TEXT), vision_config=VISION, mm_tokens_per_image=4, image_token_index=100,
         boi_token_index=101, eoi_token_index=102,
     )  # fmt: skip
-    return T.Gemma3ForConditionalGeneration(config)
+    return transformers.Gemma3ForConditionalGeneration(config)
 
 
-def _bert(labels: int = 3) -> T.PreTrainedModel:
-    return T.BertForSequenceClassification(T.BertConfig(**SIZES, **ATTENTION, num_labels=labels))
+def _bert(labels: int = 3) -> transformers.PreTrainedModel:
+    return transformers.BertForSequenceClassification(
+        transformers.BertConfig(**SIZES, **ATTENTION, num_labels=labels)
+    )
 
 
-def _clip() -> T.PreTrainedModel:
+def _clip() -> transformers.PreTrainedModel:
     text = {**SIZES, **ATTENTION, "max_position_embeddings": 32, "eos_token_id": 2}
-    return T.CLIPModel(T.CLIPConfig(text_config=text, vision_config=VISION, projection_dim=64))
+    return transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=text, vision_config=VISION, projection_dim=64)
+    )
 
 
-def _whisper() -> T.PreTrainedModel:
-    config = T.WhisperConfig(
+def _whisper() -> transformers.PreTrainedModel:
+    config = transformers.WhisperConfig(
         vocab_size=128, num_mel_bins=16, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=128, decoder_ffn_dim=128, max_source_positions=20,
         max_target_positions=20, decoder_start_token_id=1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    return T.WhisperForConditionalGeneration(config)
+    return transformers.WhisperForConditionalGeneration(config)
 
 
 T5 = {"vocab_size": 128, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
 FAMILIES: dict[str, Any] = {
-    "t5": lambda: T.T5ForConditionalGeneration(T.T5Config(**T5)),
-    "t5 gated": lambda: T.T5ForConditionalGeneration(T.T5Config(**T5, feed_forward_proj="gated-gelu")),
+    "t5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)),
+    "t5 gated": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(**T5, feed_forward_proj="gated-gelu")
+    ),
     "gemma3 with a vision tower": _gemma3,
-    "mamba": lambda: T.MambaForCausalLM(T.MambaConfig(**SIZES, state_size=8)),
-    "mamba2": lambda: T.Mamba2ForCausalLM(
-        T.Mamba2Config(**SIZES, state_size=16, num_heads=8, head_dim=16, n_groups=1)
+    "mamba": lambda: transformers.MambaForCausalLM(transformers.MambaConfig(**SIZES, state_size=8)),
+    "mamba2": lambda: transformers.Mamba2ForCausalLM(
+        transformers.Mamba2Config(**SIZES, state_size=16, num_heads=8, head_dim=16, n_groups=1)
     ),
     "bert classifier": _bert,
-    "llama classifier": lambda: T.LlamaForSequenceClassification(
-        T.LlamaConfig(**TEXT, num_labels=3, pad_token_id=0)
+    "llama classifier": lambda: transformers.LlamaForSequenceClassification(
+        transformers.LlamaConfig(**TEXT, num_labels=3, pad_token_id=0)
     ),
-    "vit": lambda: T.ViTForImageClassification(T.ViTConfig(**VISION, num_labels=3)),
+    "vit": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**VISION, num_labels=3)),
     "clip": _clip,
     "whisper": _whisper,
-    "gpt2": lambda: T.GPT2LMHeadModel(T.GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4)),
-    "llama without a head": lambda: T.LlamaModel(T.LlamaConfig(**TEXT)),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4)
+    ),
+    "llama without a head": lambda: transformers.LlamaModel(transformers.LlamaConfig(**TEXT)),
 }
 #: what each must leave plain, besides heads
 PLAIN = {"mamba": "dt_proj"}

@@ -23,6 +23,7 @@ from .expert_layers import expert_shapes
 from .gguf_config import ARCHITECTURES, ROPE_TABLE, read_config
 from .gguf_header import GgufHeader, GgufTensor, read_header
 from .model_config import NoExperts
+from .save_pretrained import mark
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,6 +76,7 @@ def load_packed(
     # The head shares the embedding's bytes or has its own: nothing is left for transformers to tie.
     model.config.tie_word_embeddings = False
     model.config.dtype = dtype
+    mark(model)
     return model.to(device).eval()  # type: ignore[no-any-return]
 
 

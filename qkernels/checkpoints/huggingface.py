@@ -20,6 +20,7 @@ from .expert_layers import Source, load_experts
 from .layers import CACHE_SCALE, Inventory, embedding_dtype, mixed_dense, quantized_layer, scheme_of
 from .model_config import CONFIG, QUANTIZATION, skeleton
 from .quantization import Plan
+from .save_pretrained import mark
 from .tensor_files import TensorFiles, read_json
 from .tying import tie
 from .writing import save
@@ -85,6 +86,7 @@ def load(
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_dict(read_json(generation))
+    mark(model)
     return model.to(device).eval()  # type: ignore[arg-type]
 
 

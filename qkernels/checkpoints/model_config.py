@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 QUANTIZATION = "quantization_config"
+#: config.json's field for the file to load. transformers skips a `quant_method` that it does not know, with a
+#: warning, and would run our own directories on random weights. A name that is no file it refuses, and prints.
+WEIGHTS = "transformers_weights"
+NOTE = "only qkernels reads these weights: import qkernels.integrations.transformers before from_pretrained"
 #: without these in config.json a config class would silently take its own model's sizes
 _SIZES = (
     "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "head_dim", "num_attention_heads",
@@ -76,6 +80,7 @@ def _model_class(where: str, config: Any) -> type[PreTrainedModel]:
     """
     import transformers
 
+    kind: Any
     names = getattr(config, "architectures", None) or []
     for name in names if isinstance(names, list) else [names]:
         kind = getattr(transformers, name, None) if isinstance(name, str) else None
@@ -84,7 +89,7 @@ def _model_class(where: str, config: Any) -> type[PreTrainedModel]:
                 raise ValueError(
                     f"{where}: architectures: expected a class for the model type {config.model_type!r}, got {name!r}"
                 )
-            return kind
+            return kind  # type: ignore[no-any-return]
     causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) not in causal:
         raise ValueError(
@@ -119,6 +124,7 @@ def read_config(directory: Path) -> tuple[Any, Mapping[str, Any] | None]:
     path = directory / CONFIG
     values = read_json(path)
     quantization = values.pop(QUANTIZATION, None)
+    values.pop(WEIGHTS, None)
     if quantization is not None and not isinstance(quantization, dict):
         raise ValueError(f"{path}: {QUANTIZATION}: expected an object, got {quantization!r:.60}")
     for name, method in _OLD_CONFIGS.items():

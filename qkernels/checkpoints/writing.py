@@ -19,7 +19,7 @@ from ..moe import DOWN, GATE, UP, QuantExperts, routers
 from ..packed import PackedWeight
 from . import directories, quantization, tensor_files
 from .expert_layers import expert_shapes
-from .model_config import CONFIG, QUANTIZATION, without_weights
+from .model_config import CONFIG, NOTE, QUANTIZATION, WEIGHTS, without_weights
 from .names import Names
 from .tensor_files import read_json
 from .tying import input_embeddings, is_tied, output_embeddings
@@ -47,19 +47,20 @@ def save(
         raise ValueError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes: expected at least 1, got {max_shard_bytes}")
-    _check_kinds(model)
+    check_kinds(model)
     names = Names(model)
-    quantization, packed = _quantization_config(model, names)
+    quantized, packed = quantization_config(model, names)
     config = _plain_config(model, packed)
     target = directories.check_target(Path(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.saving-") as scratch:
         fresh = Path(scratch) / "model"
         fresh.mkdir()
-        tensor_files.write(_stored_tensors(model, names, packed), fresh, max_shard_bytes)
+        tensors = stored_tensors(model, names, packed, _stored_head(model, packed))
+        tensor_files.write(tensors, fresh, max_shard_bytes)
         config.save_pretrained(fresh)
-        if quantization is not None:
-            directories.write_json(fresh / CONFIG, {**read_json(fresh / CONFIG), QUANTIZATION: quantization})
+        if quantized is not None:
+            directories.write_json(fresh / CONFIG, {**read_json(fresh / CONFIG), **_marks(quantized)})
         if getattr(model, "generation_config", None) is not None and model.can_generate():
             model.generation_config.save_pretrained(fresh)
         if tokenizer is not None:
@@ -67,8 +68,14 @@ def save(
         directories.swap_in(fresh, target)
 
 
-def _check_kinds(model: nn.Module) -> None:
-    """ValueError for a module whose tensors `_stored_tensors` cannot know: they would be lost."""
+def _marks(quantized: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says of quantization. Where only we read it, transformers is kept from trying: see NOTE."""
+    note = {WEIGHTS: NOTE} if quantized["quant_method"] == quantization.OWN else {}
+    return {QUANTIZATION: quantized, **note}
+
+
+def check_kinds(model: nn.Module) -> None:
+    """ValueError for a module whose tensors `stored_tensors` cannot know: they would be lost."""
     usual = nn.Module._save_to_state_dict
     for name, module in model.named_modules():
         own = type(module)._save_to_state_dict is not usual
@@ -91,7 +98,7 @@ def _plain_config(model: PreTrainedModel, packed: bool) -> Any:
     return config
 
 
-def _quantization_config(model: PreTrainedModel, names: Names) -> tuple[dict[str, Any] | None, bool]:
+def quantization_config(model: PreTrainedModel, names: Names) -> tuple[dict[str, Any] | None, bool]:
     """(`quantization_config` or None, whether it speaks of embeddings, which then stay packed).
 
     It calls modules as the files do.
@@ -184,14 +191,15 @@ def _stored_head(model: PreTrainedModel, packed: bool) -> str | None:
     return _tied_head(model) if packed or same else None
 
 
-def _stored_tensors(model: PreTrainedModel, names: Names, packed: bool) -> Iterator[tuple[str, Tensor]]:
+def stored_tensors(
+    model: PreTrainedModel, names: Names, packed: bool, tied: str | None
+) -> Iterator[tuple[str, Tensor]]:
     """(the files' name, tensor) of all that belongs in the file, a tied tensor under its first name only.
 
-    packed: embeddings stay so. Layer by layer, so that the checkpoint's form of a prepacked weight exists
+    packed: embeddings stay so. tied: a packed head to leave out. Layer by layer, so that the checkpoint's form of a prepacked weight exists
     for one layer at a time.
     """
     seen: set[tuple[Any, ...]] = set()
-    tied = _stored_head(model, packed)
     turned = _transposed(model)
     for prefix, module in model.named_modules():
         if prefix == tied:

@@ -28,7 +28,6 @@ from ..layouts.weight_only import WEIGHT_ONLY, WeightOnlyParts, WeightOnlyTraits
 from . import affine, bits
 from .base import FLOATS, Format, Params, Shape, TensorSpec
 
-
 WIDTHS = (2, 3, 4, 8)
 #: checkpoint_format -> what is taken off a zero point when it is stored
 _SHIFTS = {"gptq": 1, "gptq_v2": 0}

@@ -129,9 +129,6 @@ class Quip(IncoherentFormat):
         }
 
     # ------------------------------------------------------------------ checkpoints
-    def to_hf_config(self, params: Params, skipped: list[str]) -> dict[str, Any]:
-        return {"quant_method": "quip", **params, "modules_to_not_convert": skipped}
-
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any]) -> Params | None:
         if config.get("quant_method") != "quip":

@@ -164,9 +164,6 @@ class QuipSharp(IncoherentFormat):
         return {**self._stored(parts.codes, params), "Wscale": scale, **parts.extra}
 
     # ------------------------------------------------------------------ checkpoints
-    def to_hf_config(self, params: Params, skipped: list[str]) -> dict[str, Any]:
-        return {"quant_method": "quip_sharp", **params, "modules_to_not_convert": skipped}
-
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any]) -> Params | None:
         if config.get("quant_method") != "quip_sharp":

@@ -23,19 +23,21 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import formats
-from ..checkpoints import expert_layers, layers, quantization, writing
-from ..checkpoints.names import Names
+from ..checkpoints import expert_layers, layers, quantization
+from ..checkpoints.model_config import NOTE, WEIGHTS
 from ..checkpoints.quantization import Plan
+from ..checkpoints.save_pretrained import Saver
 from ..checkpoints.tensor_files import TensorFiles
-from ..linear import QuantLinear
+from ..holding import Holder
+from ..linear import QuantLinear, linear_of
 from ..model import linears
+from ..stand_in import StandIn
 
-METHOD = "qkernels"
+METHOD = quantization.OWN
 
 
 @register_quantization_config(METHOD)
@@ -56,11 +58,14 @@ class QKernelsConfig(QuantizationConfigMixin):
     ) -> None:
         """ValueError unless `format` is known and takes `params`, or `checkpoint` is given alone."""
         params.pop("quant_method", None)
+        if (
+            "groups" in params and format is None and checkpoint is None
+        ):  # config.json of a directory of our own
+            checkpoint = {"quant_method": METHOD, "groups": params.pop("groups")}
         if (format is None) == (checkpoint is None):
             raise ValueError(f"format: expected one of {', '.join(formats.names())}; got {format!r}")
         self.quant_method = METHOD
         self.format, self.skip, self.checkpoint, self.params = format, skip, checkpoint, params
-        self._written: dict[str, Any] | None = None
         if format is not None:
             known = formats.get(format).defaults
             for name in params:
@@ -70,9 +75,7 @@ class QKernelsConfig(QuantizationConfigMixin):
                     )
 
     def to_dict(self) -> dict[str, Any]:
-        """For config.json: of a loaded model what the format's own ecosystem writes."""
-        if self._written is not None:
-            return self._written
+        """As in a config. What is saved says something else: what the format's own ecosystem writes (Saver)."""
         own = {"format": self.format, "skip": self.skip, "checkpoint": self.checkpoint, **self.params}
         return {"quant_method": METHOD, **{key: value for key, value in own.items() if value is not None}}
 
@@ -105,8 +108,10 @@ class _Placeholder(nn.Module):
     transformers makes non-persistent buffers, which packed tensors are, anew after loading.
     """
 
-    def __init__(self, bias: nn.Parameter | None = None) -> None:
+    def __init__(self, weight: StandIn | None = None, bias: nn.Parameter | None = None) -> None:
+        """weight: for models that initialize the weights of their layers by name."""
         super().__init__()
+        self.weight = weight
         self.register_parameter("bias", bias)
         self._is_hf_initialized = True
 
@@ -135,10 +140,9 @@ class _Quantize(ConversionOps):
 
 
 @register_quantizer(METHOD)
-class QKernelsQuantizer(HfQuantizer):
+class QKernelsQuantizer(Saver):
     """Puts QuantLinear layers in while transformers loads a model."""
 
-    requires_calibration = False
     quantization_config: QKernelsConfig
 
     def __init__(self, quantization_config: QKernelsConfig, **kwargs: Any) -> None:
@@ -157,6 +161,12 @@ class QKernelsQuantizer(HfQuantizer):
         if not isinstance(device_map, str):
             return device_map
         return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Before transformers looks for files: our own directories name none, to keep others out (NOTE)."""
+        if getattr(config, WEIGHTS, None) == NOTE:
+            delattr(config, WEIGHTS)
+        return config
 
     # ------------------------------------------------------------------ before the tensors come
     def _process_model_before_weight_loading(
@@ -204,7 +214,10 @@ class QKernelsQuantizer(HfQuantizer):
                     stack.leaves = called.leaves  # `save_pretrained` knows the way back of all but them
                     self.layers[prefix] = stack
         for prefix in self.layers:
-            model.set_submodule(prefix, _Placeholder())
+            weight = self.layers[prefix].weight if isinstance(self.layers[prefix], Holder) else None
+            model.set_submodule(prefix, _Placeholder(weight))
+            # What it is tied to, if anything, is not this one's: the files hold one of its own.
+            getattr(model, "all_tied_weights_keys", {}).pop(f"{prefix}.weight", None)
         if self.layers:
             prefixes = "|".join(map(re.escape, self.layers))
             ignored = {*(model._keys_to_ignore_on_load_unexpected or ()), rf"^(?:{prefixes})\."}
@@ -220,18 +233,17 @@ class QKernelsQuantizer(HfQuantizer):
 
     def replace(self, model: nn.Module, name: str, weight: Tensor) -> None:
         """Quantize `weight` of the linear called `name`."""
-        linear = model.get_submodule(name)
+        module = model.get_submodule(name)
         config = self.quantization_config
-        assert isinstance(linear, nn.Linear)
         assert config.format is not None
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        bias, linear.bias = linear.bias, None
+        module.weight = nn.Parameter(weight, requires_grad=False)
+        bias, module.bias = module.bias, None  # type: ignore[assignment]
         try:
-            layer = QuantLinear.from_linear(linear, config.format, **config.params)
+            layer = QuantLinear.from_linear(linear_of(module), config.format, **config.params)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         self.layers[name] = layer
-        model.set_submodule(name, _Placeholder(bias))  # the bias may be loaded already, or still to come
+        model.set_submodule(name, _Placeholder(layer.weight, bias))  # type: ignore[arg-type]  # the bias may be loaded already, or still to come
 
     # ------------------------------------------------------------------ after
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -241,27 +253,5 @@ class QKernelsQuantizer(HfQuantizer):
                 layer.register_parameter("bias", placeholder.bias)
             model.set_submodule(prefix, layer)
         self.layers = {}
-        packed, plain = writing.matrices(model, Names(model))
-        self.quantization_config._written = quantization.describe(packed, plain)
         model.requires_grad_(False)
         return model
-
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        """The config is that of the layers as they are when saved: merging adapters makes packed ones plain."""
-        if not getattr(model, "_hf_peft_config_loaded", False):  # then adapters alone are saved
-            self.quantization_config._written = quantization.describe(*writing.matrices(model, Names(model)))
-            if self.quantization_config._written is None:
-                self.remove_quantization_config(model)
-        return None, {}
-
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Adapters on top are; packed weights are not."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        return True

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as T
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -39,12 +39,12 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-def _gpt2() -> T.PreTrainedModel:
+def _gpt2() -> transformers.PreTrainedModel:
     torch.manual_seed(0)
-    config = T.GPT2Config(
+    config = transformers.GPT2Config(
         vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
     )
-    model = T.GPT2LMHeadModel(config).eval()
+    model = transformers.GPT2LMHeadModel(config).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
     return model
@@ -68,10 +68,10 @@ def test_gpt2(format: str, params: dict[str, Any], tmp_path: Path) -> None:
 def test_bitsandbytes_own_gpt2(options: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     _gpt2().save_pretrained(tmp_path / "m")
-    config = T.BitsAndBytesConfig(
+    config = transformers.BitsAndBytesConfig(
         **options, **({"bnb_4bit_compute_dtype": torch.float32} if "load_in_4bit" in options else {})
     )
-    theirs = T.AutoModelForCausalLM.from_pretrained(
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "m", quantization_config=config, device_map="cpu"
     )
     theirs.save_pretrained(tmp_path / "q")
@@ -86,7 +86,7 @@ def test_bitsandbytes_own_gpt2(options: dict[str, Any], tmp_path: Path) -> None:
 def test_gpt2_quantized_on_load(format: str, tmp_path: Path) -> None:
     model = _gpt2()
     model.save_pretrained(tmp_path / "m")
-    loaded = T.AutoModelForCausalLM.from_pretrained(
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "m", quantization_config=QKernelsConfig(format)
     )
     want = qk.quantize_model(copy.deepcopy(model), format, progress=False)
@@ -140,7 +140,9 @@ def test_a_stale_index_beside_one_file(tmp_path: Path) -> None:
     name = "model.safetensors.index.json"
     (tmp_path / "m" / name).write_text((tmp_path / "old" / name).read_text())
     assert torch.equal(_logits(qk.load_model(tmp_path / "m")), _logits(model))
-    assert torch.equal(_logits(T.AutoModelForCausalLM.from_pretrained(tmp_path / "m")), _logits(model))
+    assert torch.equal(
+        _logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")), _logits(model)
+    )
 
 
 @pytest.mark.parametrize(("dtype", "want"), [
@@ -183,10 +185,10 @@ def test_classes_that_do_not_fit(names: list[str], message: str, tmp_path: Path)
 
 
 def test_a_model_without_a_class(tmp_path: Path) -> None:
-    config = T.ViTConfig(
+    config = transformers.ViTConfig(
         hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96, image_size=32
     )
-    qk.save_model(T.ViTModel(config), tmp_path / "m")
+    qk.save_model(transformers.ViTModel(config), tmp_path / "m")
     file = tmp_path / "m/config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "architectures": ["MyViT"]}))
     with pytest.raises(
