@@ -144,6 +144,7 @@ class QKernelsQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QKernelsConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.wanted: set[str] = set()
+        self.params: dict[str, Any] = {}
         self.layers: dict[str, nn.Module] = {}
         self.device = torch.device("cpu")
 
@@ -174,9 +175,12 @@ class QKernelsQuantizer(HfQuantizer):
             return model
         assert self.quantization_config.format is not None
         fmt = formats.get(self.quantization_config.format)
-        for names, linear in linears(model, self.quantization_config.skip):
+        places = linears(model, self.quantization_config.skip)
+        shapes = {names[0]: (linear.out_features, linear.in_features) for names, linear in places}
+        self.params = fmt.complete(shapes, self.quantization_config.params)
+        for names, _ in places:
             try:
-                fmt.resolve((linear.out_features, linear.in_features), self.quantization_config.params)
+                fmt.resolve(shapes[names[0]], self.params)
             except ValueError as error:
                 raise ValueError(f"{names[0]}: {error}") from None
             self.wanted |= set(names)
@@ -227,7 +231,7 @@ class QKernelsQuantizer(HfQuantizer):
         linear.weight = nn.Parameter(weight, requires_grad=False)
         bias, linear.bias = linear.bias, None
         try:
-            layer = QuantLinear.from_linear(linear, config.format, **config.params)
+            layer = QuantLinear.from_linear(linear, config.format, **self.params)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         self.layers[name] = layer

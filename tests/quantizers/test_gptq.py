@@ -71,7 +71,7 @@ def test_beats_rounding_to_nearest(options: dict[str, bool], bits: int) -> None:
     grid = gptq.gptq(weight, hessian, bits=bits, group_size=64, symmetric=False, **options)
     scale, zero = affine.fit(weight.float().view(32, 4, 64), bits, False)
     codes = affine.encode(weight.float().view(32, 4, 64), scale, zero, bits).view(32, 256)
-    nearest = affine.Grid(codes, scale, zero, None).dequantize()
+    nearest = affine.Grid(codes, scale, zero, 64).dequantize()
     assert objective(grid.dequantize() - weight, hessian) < 0.9 * objective(nearest - weight, hessian)
 
 
