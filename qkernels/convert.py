@@ -7,7 +7,7 @@ again, which costs accuracy, and the report says so and why.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from . import formats
+from .experts import PackedExperts
 from .formats.affine import Grid
 from .formats.base import Format
 from .linear import QuantLinear
@@ -161,6 +162,7 @@ def convert_model(
     fmt = formats.get(format)
     shapes: dict[str, tuple[int, int]] = {}
     for name, layer in layers.items():
+        parts: Sequence[PackedWeight | PackedExperts]
         parts = [layer.packed] if isinstance(layer, QuantLinear) else layer.parts.stacks
         shapes |= {name if len(parts) == 1 else f"{name}[{i}]": part.shape for i, part in enumerate(parts)}
 

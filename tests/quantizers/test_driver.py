@@ -50,6 +50,7 @@ CASES = [
     ("awq", None, {"group_size": 32}),
     ("awq", "gptq", {"group_size": 32, "clip_search": True}),
     ("nf4", None, {"block_size": 32}),
+    ("nf4", None, {"block_size": 64}),  # blocks that go on in the next row
     ("spqr", None, {"bits": 3}),
     ("spqr", "spqr", {"bits": 4, "group_size": 32, "act_order": True, "threshold": 0.1, "damp": 0.5}),
     ("quip", "ldlq", {"bits": 4, "seed": 3, "rescale": True}),
