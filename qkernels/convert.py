@@ -7,14 +7,16 @@ again, which costs accuracy, and the report says so and why.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import formats
+from .experts import PackedExperts
 from .formats.affine import Grid
 from .formats.base import Format
 from .linear import QuantLinear
@@ -23,6 +25,7 @@ from .packed import PackedWeight, pack, quantize
 
 #: parameters that say where a grid's points lie, so that they go with it
 _GRID_PARAMS = ("bits", "group_size", "act_order")
+Guess = tuple[tuple[str, Any], ...]
 EXACT, REQUANTIZED, DEQUANTIZED, KEPT = "exact", "requantized", "dequantized", "kept"
 
 
@@ -51,6 +54,16 @@ def convert_weight(p: PackedWeight, format: str, **params: Any) -> tuple[PackedW
     Raises ValueError if the weight does not fit `format` with these parameters.
     """
     fmt = formats.get(format)
+    return _convert_weight(
+        p, fmt, params, lambda guess: fmt.complete({"the weight": p.shape}, {**dict(guess), **params})
+    )
+
+
+def _convert_weight(
+    p: PackedWeight, fmt: Format, params: dict[str, Any], completed: Callable[[Guess], dict[str, Any]]
+) -> tuple[PackedWeight, str, str]:
+    """completed: `params` with those guessed where none are given, and all others that rounding needs."""
+    format = fmt.name
     if fmt.dense:
         return quantize(p.dequantize(), format, **params), DEQUANTIZED, ""
     reason = ""
@@ -75,14 +88,13 @@ def convert_weight(p: PackedWeight, format: str, **params: Any) -> tuple[PackedW
         reason = exact
     carried = {key: p.params[key] for key in _GRID_PARAMS if key in fmt.defaults and key in p.params}
     without_bits = {key: value for key, value in carried.items() if key != "bits"}
-    for guess in (carried, without_bits):
+    for guess in (carried, without_bits, {}):
         try:
-            resolved = fmt.resolve(p.shape, {**guess, **params})
+            resolved = fmt.resolve(p.shape, completed(tuple(guess.items())))
             break
         except ValueError:
-            continue
-    else:
-        resolved = fmt.resolve(p.shape, params)
+            if not guess:
+                raise
     return (
         quantize(p.dequantize(), format, **resolved),
         REQUANTIZED,
@@ -92,16 +104,14 @@ def convert_weight(p: PackedWeight, format: str, **params: Any) -> tuple[PackedW
 
 def _carry(p: PackedWeight, grid: Grid, fmt: Format, params: dict[str, Any]) -> PackedWeight | str:
     """`grid` in `fmt`, checked to be the same there, or why it does not go there."""
-    k, groups = p.shape[1], grid.scale.shape[1]
-    size = p.params.get("group_size", -1 if groups == 1 else k // groups)
     bits = p.params.get("bits", 8)
     needed = max(int(grid.codes.max()), int(grid.zero.max())).bit_length()
     reason = ""
     for width in [bits, *(w for w in (4, 8) if w != bits and w >= needed)]:  # codes fit a wider format, too
         own = {
             "bits": width,
-            "group_size": size,
-            "act_order": not grid.in_order(size),
+            "group_size": grid.group_size,
+            "act_order": not grid.in_order(grid.group_size),
             "symmetric": bool((grid.zero == 1 << (width - 1)).all()),
         }
         try:
@@ -116,25 +126,25 @@ def _carry(p: PackedWeight, grid: Grid, fmt: Format, params: dict[str, Any]) -> 
             reason = reason or str(error)
             continue
         again = fmt.to_grid(packed.tensors, packed.shape, packed.params)
-        if again is not None and _same(again, grid, size):
+        if again is not None and _same(again, grid):
             return packed
         reason = "its scales round to other numbers there"
     return reason
 
 
-def _same(a: Grid, b: Grid, size: int) -> bool:
+def _same(a: Grid, b: Grid) -> bool:
     """Whether each weight has the same scale and the same distance from its zero point, bit for bit."""
     return (
         a.scale.shape == b.scale.shape
-        and torch.equal(a.group_index(size), b.group_index(size))
+        and torch.equal(a.group_index(), b.group_index())
         and torch.equal(a.scale.float(), b.scale.float())
-        and torch.equal(_steps(a, size), _steps(b, size))
+        and torch.equal(_steps(a), _steps(b))
     )
 
 
-def _steps(grid: Grid, size: int) -> torch.Tensor:
+def _steps(grid: Grid) -> torch.Tensor:
     """code - zero of each weight, int16 (N, K)."""
-    return grid.codes.to(torch.int16) - grid.zero.to(torch.int16)[:, grid.group_index(size).long()]
+    return grid.codes.to(torch.int16) - grid.zero.to(torch.int16)[:, grid.group_index().long()]
 
 
 def convert_model(
@@ -154,12 +164,31 @@ def convert_model(
     layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     if not layers:
         raise ValueError("model: expected quantized layers to convert, got none; quantize_model makes some")
+    fmt = formats.get(format)
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, layer in layers.items():
+        parts: Sequence[PackedWeight | PackedExperts]
+        parts = [layer.packed] if isinstance(layer, QuantLinear) else layer.parts.stacks
+        shapes |= {name if len(parts) == 1 else f"{name}[{i}]": part.shape for i, part in enumerate(parts)}
+
+    @cache  # one choice for all layers, and one warning
+    def completed(guess: Guess) -> dict[str, Any]:
+        return fmt.complete(shapes, {**dict(guess), **params})
+
+    def converted(name: str, old: PackedWeight) -> tuple[PackedWeight, Conversion]:
+        try:
+            new, how, reason = _convert_weight(old, fmt, params, completed)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        change = 0.0 if how in (EXACT, KEPT) else _relative_error(old, new)
+        return new, Conversion(name, old.format, format, how, reason, change)
+
     done: list[Conversion] = []
     for i, (name, layer) in enumerate(layers.items()):
         if isinstance(layer, QuantExperts):
-            done += _convert_experts(model, name, layer, format, params)
+            done += _convert_experts(model, name, layer, converted)
         else:
-            new, found = _converted(name, layer.packed, format, params)
+            new, found = converted(name, layer.packed)
             done.append(found)
             if found.how != KEPT:
                 model.set_submodule(name, _layer(new, layer))
@@ -168,26 +197,18 @@ def convert_model(
     return done
 
 
-def _converted(
-    name: str, old: PackedWeight, format: str, params: dict[str, Any]
-) -> tuple[PackedWeight, Conversion]:
-    try:
-        new, how, reason = convert_weight(old, format, **params)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    change = 0.0 if how in (EXACT, KEPT) else _relative_error(old, new)
-    return new, Conversion(name, old.format, format, how, reason, change)
-
-
 def _convert_experts(
-    model: nn.Module, name: str, old: QuantExperts, format: str, params: dict[str, Any]
+    model: nn.Module,
+    name: str,
+    old: QuantExperts,
+    converted: Callable[[str, PackedWeight], tuple[PackedWeight, Conversion]],
 ) -> list[Conversion]:
     """Convert each expert's gate, up and down, and stack them again."""
     done: list[Conversion] = []
     stacks: dict[str, list[PackedWeight]] = {role: [] for role in ROLES}
     for e in range(old.parts.count):
         for role, packed in old.parts.expert(e).items():
-            new, found = _converted(f"{name}.{e}.{old.leaves[role]}", packed, format, params)
+            new, found = converted(f"{name}.{e}.{old.leaves[role]}", packed)
             stacks[role].append(new)
             done.append(found)
     if any(found.how != KEPT for found in done):

@@ -198,6 +198,7 @@ def quantize_experts(weight: Tensor, format: str, **params: Any) -> PackedExpert
     if not isinstance(weight, Tensor) or weight.dim() != 3 or weight.shape[0] == 0:
         got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
         raise ValueError(f"weight: expected a tensor of shape (E, N, K) with E >= 1, got {got}")
+    params = formats.get(format).complete({"the experts": (weight.shape[1], weight.shape[2])}, params)
     return PackedExperts([quantize(part, format, **params) for part in weight])
 
 

@@ -63,8 +63,11 @@ def quantize_model(
     dimensions, as in transformers from version 5 on, are left alone with a warning; with `experts` they
     become QuantExperts, by round-to-nearest.
 
-    Raises ValueError for a model that is a linear layer itself, and, naming the module, if one does not fit the format (a group size that does not
-    divide its input features, a NaN in its weight), if a `skip` pattern matches nothing, or if
+    A group size that is not given is one for all layers: 128, or with a warning one that suits their input features
+    better, the largest power of two from 32 on that divides all of them.
+
+    Raises ValueError for a model that is a linear layer itself, and, naming the module, if one does not fit the format (a group size that it cannot
+    store, a NaN in its weight), if a `skip` pattern matches nothing, or if
     calibration data or algorithm do not fit the format. The model is then unchanged: every layer is
     checked before the first is replaced. Only a scale that overflows its 16-bit dtype, or a Hessian that
     stays singular, shows later, and leaves the layers before it quantized.
@@ -82,6 +85,7 @@ def quantize_model(
     kinds = {names[0]: fmt.name for names, _ in places}
     if recipe:
         kinds = recipes.assign(recipe, model, {names[0]: linear for names, linear in places})
+    params = fmt.complete(_shapes(places, stacks if experts else []), params)
     chosen = None
     importance = calibration if isinstance(calibration, ImportanceMatrix) else None
     if importance is not None:
@@ -147,6 +151,19 @@ def _mark(model: nn.Module) -> None:
         from .checkpoints.save_pretrained import mark
 
         mark(model)
+
+
+def _shapes(
+    places: list[tuple[list[str], nn.Linear]], stacks: list[tuple[str, nn.Module]]
+) -> dict[str, tuple[int, int]]:
+    """Name -> (N, K) of all weights that are to be quantized."""
+    found = {names[0]: (linear.out_features, linear.in_features) for names, linear in places}
+    for name, module in stacks:
+        try:
+            found |= {f"{name}.{own}": shape for own, shape in moe.shapes(module).items()}
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return found
 
 
 def _expert_stacks(

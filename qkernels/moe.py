@@ -164,6 +164,7 @@ class QuantExperts(nn.Module):
         Raises ValueError if it is none (weights transposed, biases, another activation), or as `qkernels.quantize`.
         """
         gate_up, down, activation = expert_weights(module)
+        params = formats.get(format).complete(shapes(module), params)
         halves = [_halves(weight.detach(), format, params) for weight in gate_up]
         gate, up = zip(*halves, strict=True)
         downs = [quantize(weight.detach(), format, **params) for weight in down]
@@ -249,6 +250,13 @@ def check(module: nn.Module, format: str, params: dict[str, Any]) -> None:
     for stack, rows in ((gate_up, gate_up.shape[1] // 2), (down, down.shape[1])):
         formats.get(format).resolve((rows, stack.shape[2]), params)
         check_weight(f"{format}: experts", stack.detach().flatten(0, 1))
+
+
+def shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Name -> (N, K) of the weights that `QuantExperts.from_module` quantizes; ValueError as from `expert_weights`."""
+    gate_up, down, _ = expert_weights(module)
+    rows, k = gate_up.shape[1:]
+    return {"gate_up_proj": (rows // 2, k), "down_proj": (down.shape[1], down.shape[2])}
 
 
 def expert_weights(module: nn.Module) -> tuple[Tensor, Tensor, str]:

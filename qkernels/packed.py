@@ -129,14 +129,14 @@ class PackedWeight:
 def quantize(weight: Tensor, format: str, **params: Any) -> PackedWeight:
     """Quantize `weight` (N, K), any float dtype, to `format` by round-to-nearest.
 
-    Raises ValueError for an unknown format or parameter, a group size that does not fit, or a weight
+    A group size that is not given is 128, or with a warning one that suits this K better. Raises ValueError for an unknown format or parameter, a group size that does not fit, or a weight
     with NaN or infinite entries. The result lies on the weight's device.
     """
     fmt = formats.get(format)
     check_weight(f"{format}: weight", weight)
     shape = (weight.shape[0], weight.shape[1])
     only = {k: params.pop(k) for k in fmt.quantize_only if k in params}
-    resolved = fmt.resolve(shape, params)
+    resolved = fmt.resolve(shape, fmt.complete({"the weight": shape}, params))
     with torch.no_grad():
         tensors = fmt.quantize(
             weight.detach().float().contiguous(), {**resolved, **fmt.quantize_only, **only}

@@ -174,7 +174,7 @@ def test_command_changes_shards_only(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["{a}", "{b}", "-f", "hqq"], "format: expected one of fp16"),
-    (["{a}", "{b}", "-f", "gptq", "-p", "group_size=48"], "group_size: expected -1 or a divisor of K=64, got 48"),
+    (["{a}", "{b}", "-f", "awq", "-p", "group_size=48"], "group_size: expected -1 or a divisor of K=64, because awq"),
     (["{a}", "{b}", "-p", "bits=4"], "--param: expected --format with it"),
     (["{a}", "{a}"], "OUTPUT: expected another directory"),
     (["{a}", "{b}", "--max-shard-size", "5"], "--max-shard-size: expected a size as 500MB"),

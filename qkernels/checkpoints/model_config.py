@@ -73,7 +73,7 @@ def without_weights(model: PreTrainedModel) -> PreTrainedModel:
         return type(model)(model.config)
 
 
-def _model_class(where: str, config: Any) -> type[PreTrainedModel]:
+def _model_class(where: str, config: Any) -> Any:
     """The class that `architectures` names; the causal language model of this type if it names none known.
 
     ValueError if there is neither.
@@ -85,11 +85,12 @@ def _model_class(where: str, config: Any) -> type[PreTrainedModel]:
     for name in names if isinstance(names, list) else [names]:
         kind = getattr(transformers, name, None) if isinstance(name, str) else None
         if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
-            if kind.config_class is not None and not isinstance(config, kind.config_class):
+            expected = getattr(kind, "config_class", None)
+            if expected is not None and not isinstance(config, expected):
                 raise ValueError(
                     f"{where}: architectures: expected a class for the model type {config.model_type!r}, got {name!r}"
                 )
-            return kind  # type: ignore[no-any-return]
+            return kind
     causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) not in causal:
         raise ValueError(
@@ -97,7 +98,7 @@ def _model_class(where: str, config: Any) -> type[PreTrainedModel]:
             f"causal language model's type, got {names!r:.80}"
         )
     kind = causal[type(config)]
-    return kind[0] if isinstance(kind, tuple) else kind  # type: ignore[no-any-return]
+    return kind[0] if isinstance(kind, tuple) else kind
 
 
 def _check_sizes(where: str, config: Any, files: TensorFiles) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 
@@ -24,6 +26,12 @@ for _verb in (info, inspect, quantize, convert, evaluate, generate, bench):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, or 2 with one line on stderr for bad input."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show
+        return _run(given)
+
+
+def _run(given: list[str]) -> int:
     try:
         code = app(args=given or ["--help"], standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -39,6 +47,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(error, "format_message"):  # a usage error: typer's click, or the click it carries
             return _fail(_message(error))
         raise
+
+
+def _show(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: Any = None,
+) -> None:
+    """Our own warnings are for the user, one line each; where in the code they come from is not."""
+    text = str(message)
+    if not text.startswith("qkernels: "):
+        text = warnings.formatwarning(message, category, filename, lineno, line).rstrip()
+    print(text, file=file or sys.stderr)
 
 
 def _message(error: BaseException) -> str:

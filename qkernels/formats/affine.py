@@ -1,46 +1,102 @@
 """The integer grids that GPTQ and AWQ share: w = scale * (code - zero), per group of K.
 
-Round-to-nearest chooses scale and zero from a group's range, as GPTQ's quantizer does: the range
-always contains 0; symmetric grids put the zero at 2^(bits-1).
+Feature k is of group k // group_size, but for act-order. Where group_size does not divide K the last group is
+short: there are ceil(K / group_size) groups. Round-to-nearest chooses scale and zero from a group's range, as
+GPTQ's quantizer does: the range always contains 0; symmetric grids put the zero at 2^(bits-1).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+import warnings
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .base import Params, Shape
+from .base import Format, Params, Shape
 
 SMALLEST_NORMAL_FP16 = 2.0**-14
+#: the smallest group sizes taken by default: powers of two, and what else divides K where groups must be whole
+SMALLEST_POWER, SMALLEST_DIVISOR = 32, 16
 
 
 class Grid(NamedTuple):
     """A weight on an integer grid: w = scale[n, g] * (code[n, k] - zero[n, g]), g = group_of[k].
 
-    codes: uint8 (N, K). scale: 16- or 32-bit float (N, G). zero: uint8 (N, G). group_of: int32 (K), None
-    where groups are equal runs in order.
+    codes: uint8 (N, K). scale: 16- or 32-bit float (N, G). zero: uint8 (N, G). group_size: features of a group,
+    -1 for all. group_of: int32 (K), None where it is k // group_size.
     """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor
-    group_of: Tensor | None
+    group_size: int
+    group_of: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """(N, K) float32."""
         group_of = None if self.group_of is None else self.group_of.long()
-        return decode(self.codes.T, self.scale.T, self.zero.T, group_of).contiguous()
+        return decode(self.codes.T, self.scale.T, self.zero.T, self.group_size, group_of).contiguous()
 
-    def group_index(self, group_size: int) -> Tensor:
+    def group_index(self) -> Tensor:
         """int32 (K), the group of each input feature, stated or not."""
-        return in_order(self.codes, group_size) if self.group_of is None else self.group_of
+        return in_order(self.codes, self.group_size) if self.group_of is None else self.group_of
 
     def in_order(self, group_size: int) -> bool:
         """Whether the group of feature k is k // group_size."""
-        return self.group_of is None or torch.equal(self.group_of, in_order(self.codes, group_size))
+        return torch.equal(self.group_index(), in_order(self.codes, group_size))
+
+
+class Grouped(Format):
+    """What the formats on such grids share: the parameter `group_size`, and rounding to nearest."""
+
+    #: whether group_size need not divide K
+    short_groups: ClassVar[bool] = True
+
+    def check_group_size(self, shape: Shape, params: Params) -> None:
+        """ValueError unless group_size is -1 or a size that the format can store for this K."""
+        size, k = params["group_size"], shape[1]
+        if size == -1 or (size >= 1 and (self.short_groups or k % size == 0)):
+            return
+        if self.short_groups:
+            raise ValueError(f"{self.name}: group_size: expected -1 or at least 1, got {size}")
+        raise ValueError(
+            f"{self.name}: group_size: expected -1 or a divisor of K={k}, because {self.name} stores no short "
+            f"last group, got {size}"
+        )
+
+    def complete(self, shapes: Mapping[str, Shape], params: Mapping[str, Any]) -> Params:
+        """A group size that is not given is one for all shapes: the default, or what suits them better."""
+        default = self.defaults["group_size"]
+        name = next((name for name, (_, k) in shapes.items() if k % default), None)
+        if "group_size" in params or name is None:
+            return dict(params)
+        size = default_group_size([k for _, k in shapes.values()], default, self.short_groups)
+        instead = f"{default} with a short last group" if size == default else f"{size} instead of {default}"
+        warnings.warn(
+            f"qkernels: group_size {instead}, because {default} does not divide the {shapes[name][1]} input "
+            f"features of {name}",
+            stacklevel=3,
+        )
+        return {**params, "group_size": size}
+
+    def quantize(self, weight: Tensor, params: Params) -> dict[str, Tensor]:
+        return self.from_grid(round_to_nearest(weight, params), params)
+
+
+def default_group_size(sizes: list[int], default: int, short: bool) -> int:
+    """The group size for weights with so many input features each, not all of them multiples of `default`.
+
+    The largest power of two that divides all, which other kernels take, too; without one a `short` last group of
+    the default, or the largest divisor.
+    """
+    common = math.gcd(*sizes)
+    powers = (1 << i for i in range(default.bit_length() - 1, SMALLEST_POWER.bit_length() - 2, -1))
+    other = [] if short else range(default, SMALLEST_DIVISOR - 1, -1)
+    divisor = next((size for size in (*powers, *other) if common % size == 0), None)
+    return divisor or (default if short else -1)
 
 
 def in_order(codes: Tensor, group_size: int) -> Tensor:
@@ -50,15 +106,17 @@ def in_order(codes: Tensor, group_size: int) -> Tensor:
 
 
 def groups(k: int, group_size: int) -> int:
-    """Number of groups along K; group_size -1 is one group."""
-    return 1 if group_size == -1 else k // group_size
+    """Number of groups along K, the last of which may be short; group_size -1 is one group."""
+    return 1 if group_size == -1 else -(-k // group_size)
 
 
-def check_group_size(fmt: str, shape: Shape, params: Params) -> None:
-    """ValueError unless group_size is -1 or divides K."""
-    size, k = params["group_size"], shape[1]
-    if size != -1 and (size < 1 or k % size):
-        raise ValueError(f"{fmt}: group_size: expected -1 or a divisor of K={k}, got {size}")
+def in_groups(values: Tensor, group_size: int) -> Tensor:
+    """values (N, K) -> (N, G, g), zeros behind those of a short last group: they widen no range."""
+    n, k = values.shape
+    size = k if group_size == -1 else min(group_size, k)
+    if k % size:
+        values = torch.nn.functional.pad(values, (0, -k % size))
+    return values.reshape(n, -1, size)
 
 
 def check_group_index(fmt: str, name: str, index: Tensor, k: int, params: Params) -> None:
@@ -71,24 +129,21 @@ def check_group_index(fmt: str, name: str, index: Tensor, k: int, params: Params
 
 def round_to_nearest(weight: Tensor, params: Params) -> Grid:
     """The grid of weight (N, K) for bits, group_size, symmetric and act_order."""
-    n, k = weight.shape
-    g = groups(k, params["group_size"])
-    order = torch.arange(k, device=weight.device)
+    (n, k), size = weight.shape, params["group_size"]
     act_order = params.get("act_order", False)
     if act_order:
         # With no calibration data every input counts the same, so the Hessian's diagonal says
         # nothing; columns of like size share a group instead.
         order = weight.square().sum(0).argsort(descending=True, stable=True)
-    grouped = weight[:, order].view(n, g, -1) if act_order else weight.reshape(n, g, -1)
+        weight = weight[:, order]
+    grouped = in_groups(weight, size)
     scale, zero = fit(grouped, params["bits"], params["symmetric"])
-    codes = encode(grouped, scale, zero, params["bits"]).view(n, k)
+    codes = encode(grouped, scale, zero, params["bits"]).view(n, -1)[:, :k].contiguous()
     if not act_order:
-        return Grid(codes, scale, zero, None)
-    original = torch.empty_like(codes)
+        return Grid(codes, scale, zero, size)
+    original, group_of = torch.empty_like(codes), in_order(codes, size)
     original[:, order] = codes
-    group_of = torch.empty(k, dtype=torch.int32, device=weight.device)
-    group_of[order] = torch.arange(g, dtype=torch.int32, device=weight.device).repeat_interleave(k // g)
-    return Grid(original, scale, zero, group_of)
+    return Grid(original, scale, zero, size, group_of.scatter(0, order, group_of))
 
 
 def fit(grouped: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -121,19 +176,24 @@ def encode(grouped: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     return codes.clamp(0, (1 << bits) - 1).to(torch.uint8)
 
 
-def decode(codes: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor | None = None) -> Tensor:
+def decode(
+    codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int, group_of: Tensor | None = None
+) -> Tensor:
     """codes (K, N), scales and zeros (G, N) -> weight (N, K) float32, a view with N contiguous.
 
-    group_of: int (K), the group of each input feature; None where groups are equal runs in order.
+    group_of: int (K), the group of each input feature; None where it is k // group_size.
     Exact in float32: an integer of at most 9 bits times a 16-bit scale.
     """
-    n = codes.shape[1]
-    steps = codes.float()
+    k, n = codes.shape
+    steps, scales, zeros = codes.float(), scales.float(), zeros.float()
     if group_of is None:
-        grouped = steps.view(scales.shape[0], -1, n)
-        grouped.sub_(zeros.float()[:, None]).mul_(scales.float()[:, None])
+        size = k if group_size == -1 else group_size
+        whole = k // size  # groups; behind them there is a short one, or nothing
+        full, rest = steps[: whole * size].view(whole, size, n), steps[whole * size :]
+        full.sub_(zeros[:whole, None]).mul_(scales[:whole, None])
+        rest.sub_(zeros[whole:]).mul_(scales[whole:])
     else:
-        steps.sub_(zeros.float()[group_of]).mul_(scales.float()[group_of])
+        steps.sub_(zeros[group_of]).mul_(scales[group_of])
     return steps.T
 
 
@@ -148,15 +208,14 @@ def cut_groups(index: Tensor, group_size: int, begin: int, end: int) -> tuple[Te
 
     index: int32 (end - begin), their groups, already cut out. Columns that have their groups to themselves
     (static groups) keep those. Others have columns of a group elsewhere, too: then every group they have is
-    kept, and group_size only says how many that are: some group comes twice where their number does not
-    divide the columns.
+    kept, and group_size only says how many that are: the last one comes again where no size says so few.
     """
     if group_size == -1:
         return index, torch.zeros(1, dtype=torch.int64, device=index.device), -1
-    first, last = begin // group_size, end // group_size
+    first, last = begin // group_size, groups(end, group_size)
     if int(index.min()) >= first and int(index.max()) < last:
         return index - first, torch.arange(first, last, device=index.device), group_size
     used, length = torch.unique(index.long()), end - begin
-    count = next(c for c in range(used.numel(), length + 1) if length % c == 0)
-    kept = torch.cat((used, used[-1:].expand(count - used.numel())))
-    return torch.searchsorted(used, index.long()).to(index.dtype), kept, length // count
+    size = length // used.numel()
+    kept = torch.cat((used, used[-1:].expand(groups(length, size) - used.numel())))
+    return torch.searchsorted(used, index.long()).to(index.dtype), kept, size

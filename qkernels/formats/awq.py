@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..layouts.weight_only import WEIGHT_ONLY, WeightOnlyParts, WeightOnlyTraits
 from . import affine
-from .base import FLOATS, Format, Params, Shape, TensorSpec
+from .base import FLOATS, Params, Shape, TensorSpec
 from .gptq import left_alone
 
 
@@ -47,15 +47,16 @@ def unpack_columns(words: Tensor) -> Tensor:
     return codes.view(words.shape[0], -1)
 
 
-class Awq(Format):
+class Awq(affine.Grouped):
     name = "awq"
     summary = "4-bit integers in groups with zeros, the GEMM layout of AutoAWQ"
     algorithms = ("awq", "gptq")
     defaults = {"bits": 4, "group_size": 128, "symmetric": False}
+    short_groups = False  # AutoAWQ has K / group_size groups, and refuses what that does not divide
 
     def check_params(self, shape: Shape, params: Params) -> None:
         self.expect("bits", params["bits"], (4,))
-        affine.check_group_size(self.name, shape, params)
+        self.check_group_size(shape, params)
         if shape[0] % 8:
             raise ValueError(f"{self.name}: shape: expected N to be a multiple of 8, got N={shape[0]}")
 
@@ -74,9 +75,6 @@ class Awq(Format):
     def check_values(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> None:
         self.check_finite("scales", tensors["scales"])
 
-    def quantize(self, weight: Tensor, params: Params) -> dict[str, Tensor]:
-        return self.from_grid(affine.round_to_nearest(weight, params), params)
-
     def from_grid(self, grid: affine.Grid, params: Params) -> dict[str, Tensor]:
         if not grid.in_order(params["group_size"]):
             raise ValueError(f"{self.name}: groups: expected runs of neighbouring features, got act-order")
@@ -91,12 +89,14 @@ class Awq(Format):
             codes=unpack_columns(tensors["qweight"]).T.contiguous(),
             scale=tensors["scales"].T.contiguous(),
             zero=unpack_columns(tensors["qzeros"]).T.contiguous(),
-            group_of=None,
+            group_size=params["group_size"],
         )
 
     def dequantize(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> Tensor:
         zeros = unpack_columns(tensors["qzeros"])
-        return affine.decode(unpack_columns(tensors["qweight"]), tensors["scales"], zeros)
+        return affine.decode(
+            unpack_columns(tensors["qweight"]), tensors["scales"], zeros, params["group_size"]
+        )
 
     # ------------------------------------------------------------------ kernel family
     def kernel_layout(self, params: Mapping[str, Any]) -> str:

@@ -103,6 +103,14 @@ class Format(ABC):
         if not ok:
             raise ValueError(f"{self.name}: {key}: expected {want}, got {value!r}")
 
+    def complete(self, shapes: Mapping[str, Shape], params: Mapping[str, Any]) -> Params:
+        """`params` for quantizing weights of these shapes, by name, into this format.
+
+        Where a default does not suit all of them, a value that does is given instead, with a warning that says so.
+        Nothing is checked: `resolve` does that.
+        """
+        return dict(params)
+
     def check_params(self, shape: Shape, params: Params) -> None:
         """Check values and their fit to the shape; types are already right."""
 

@@ -34,7 +34,7 @@ def per_token_int8(x: Tensor) -> tuple[Tensor, Tensor]:
 def one_group(weight: Tensor, scale: Tensor) -> Grid:
     """int8 weight (N, K) and its scale (N, 1) as an integer grid with one group."""
     codes = (weight.to(torch.int16) + 128).to(torch.uint8)
-    return Grid(codes, scale, torch.full_like(scale, 128, dtype=torch.uint8), None)
+    return Grid(codes, scale, torch.full_like(scale, 128, dtype=torch.uint8), group_size=-1)
 
 
 def signed_codes(fmt: str, grid: Grid) -> Tensor:

@@ -1,7 +1,7 @@
 """GPTQ checkpoints (AutoGPTQ, GPTQModel): 2, 3, 4 and 8 bits, act-order, two conventions for zeros.
 
     qweight int32 (K*bits/32, N)   codes, a bit stream along K (see bits.py)
-    qzeros  int32 (G, N*bits/32)   zero points, a bit stream along N
+    qzeros  int32 (G, N*bits/32)   zero points, a bit stream along N; G = ceil(K / group_size)
     scales  float  (G, N)
     g_idx   int32 (K)              group of each input feature; optional when it is k // group_size
 
@@ -26,14 +26,14 @@ from torch import Tensor
 
 from ..layouts.weight_only import WEIGHT_ONLY, WeightOnlyParts, WeightOnlyTraits
 from . import affine, bits
-from .base import FLOATS, Format, Params, Shape, TensorSpec
+from .base import FLOATS, Params, Shape, TensorSpec
 
 WIDTHS = (2, 3, 4, 8)
 #: checkpoint_format -> what is taken off a zero point when it is stored
 _SHIFTS = {"gptq": 1, "gptq_v2": 0}
 
 
-class Gptq(Format):
+class Gptq(affine.Grouped):
     name = "gptq"
     summary = "2/3/4/8-bit integers in groups, zeros, act-order (AutoGPTQ, GPTQModel)"
     algorithms = ("gptq", "awq")
@@ -48,7 +48,7 @@ class Gptq(Format):
     def check_params(self, shape: Shape, params: Params) -> None:
         self.expect("bits", params["bits"], WIDTHS)
         self.expect("checkpoint_format", params["checkpoint_format"], tuple(_SHIFTS))
-        affine.check_group_size(self.name, shape, params)
+        self.check_group_size(shape, params)
 
     def params_from_tensors(self, tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> Params:
         stated = dict(params)
@@ -131,15 +131,12 @@ class Gptq(Format):
             if count * b % 32 and not bits.padding_is_zero(stream, b, count):
                 raise ValueError(f"{self.name}: {name}: expected zero bits behind the last code, got others")
 
-    def quantize(self, weight: Tensor, params: Params) -> dict[str, Tensor]:
-        return self.from_grid(affine.round_to_nearest(weight, params), params)
-
     def from_grid(self, grid: affine.Grid, params: Params) -> dict[str, Tensor]:
         return {
             "qweight": bits.pack_rows(grid.codes.T, params["bits"]),
             "qzeros": _pack_zeros(grid.zero.T, params),
             "scales": grid.scale.T.contiguous(),
-            "g_idx": grid.group_index(params["group_size"]),
+            "g_idx": grid.group_index(),
         }
 
     def to_grid(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> affine.Grid:
@@ -147,6 +144,7 @@ class Gptq(Format):
             codes=bits.unpack_rows(tensors["qweight"], params["bits"], shape[1]).T.contiguous(),
             scale=tensors["scales"].T.contiguous(),
             zero=_unpack_zeros(tensors["qzeros"], shape[0], params).T.contiguous(),
+            group_size=params["group_size"],
             group_of=tensors["g_idx"] if params["act_order"] else None,
         )
 
@@ -155,7 +153,7 @@ class Gptq(Format):
         codes = bits.unpack_rows(tensors["qweight"], params["bits"], k)
         zeros = _unpack_zeros(tensors["qzeros"], n, params)
         group_of = tensors["g_idx"].long() if params["act_order"] else None
-        return affine.decode(codes, tensors["scales"], zeros, group_of)
+        return affine.decode(codes, tensors["scales"], zeros, params["group_size"], group_of)
 
     # ------------------------------------------------------------------ kernel family
     def kernel_layout(self, params: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """compressed-tensors' `pack-quantized`: integers of 2 to 8 bits in groups, weight only.
 
     weight_packed      int32 (N, ceil(K*bits/32))   codes, a bit stream along each row (see bits.py)
-    weight_scale       float (N, G)
+    weight_scale       float (N, G)                 G = ceil(K / group_size)
     weight_zero_point  int32 (ceil(N*bits/32), G)   zero points, a bit stream along N; asymmetric only
     weight_g_idx       int32 (K)                    group of each input feature; act-order only
     weight_shape       int (2)                      N, K
@@ -24,14 +24,14 @@ from torch import Tensor
 
 from ..layouts.weight_only import WEIGHT_ONLY, WeightOnlyParts, WeightOnlyTraits
 from . import affine, bits, compressed_tensors
-from .base import FLOATS, Format, Params, Shape, TensorSpec
+from .base import FLOATS, Params, Shape, TensorSpec
 
 STORAGE = "pack-quantized"
 #: code widths the fused kernels decode
 _KERNEL_BITS = (2, 3, 4, 8)
 
 
-class PackQuantized(Format):
+class PackQuantized(affine.Grouped):
     name = "pack_quantized"
     summary = "2..8-bit integers in groups, with or without zeros (compressed-tensors, llm-compressor)"
     algorithms = ("gptq", "awq")
@@ -39,7 +39,7 @@ class PackQuantized(Format):
 
     def check_params(self, shape: Shape, params: Params) -> None:
         self.expect("bits", params["bits"], tuple(range(2, 9)))
-        affine.check_group_size(self.name, shape, params)
+        self.check_group_size(shape, params)
 
     def specs(self, shape: Shape, params: Params) -> dict[str, TensorSpec]:
         (n, k), b = shape, params["bits"]
@@ -91,9 +91,6 @@ class PackQuantized(Format):
                 raise ValueError(f"{self.name}: {name}: expected zero bits behind the last code, got others")
 
     # ------------------------------------------------------------------ arithmetic
-    def quantize(self, weight: Tensor, params: Params) -> dict[str, Tensor]:
-        return self.from_grid(affine.round_to_nearest(weight, params), params)
-
     def from_grid(self, grid: affine.Grid, params: Params) -> dict[str, Tensor]:
         b = params["bits"]
         (n, k), device = grid.codes.shape, grid.codes.device
@@ -110,7 +107,7 @@ class PackQuantized(Format):
         else:
             tensors["weight_zero_point"] = bits.pack_rows(grid.zero, b)
         if params["act_order"]:
-            tensors["weight_g_idx"] = grid.group_index(params["group_size"])
+            tensors["weight_g_idx"] = grid.group_index()
         elif not grid.in_order(params["group_size"]):
             raise ValueError(f"{self.name}: act_order: expected True for groups in another order, got False")
         return tensors
@@ -118,7 +115,13 @@ class PackQuantized(Format):
     def to_grid(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> affine.Grid:
         codes = bits.unpack_rows(tensors["weight_packed"].T, params["bits"], shape[1]).T
         zeros = self._zeros(tensors, shape, params)
-        return affine.Grid(codes.contiguous(), tensors["weight_scale"], zeros, tensors.get("weight_g_idx"))
+        return affine.Grid(
+            codes=codes.contiguous(),
+            scale=tensors["weight_scale"],
+            zero=zeros,
+            group_size=params["group_size"],
+            group_of=tensors.get("weight_g_idx"),
+        )
 
     def dequantize(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> Tensor:
         return self.to_grid(tensors, shape, params).dequantize()

@@ -148,6 +148,7 @@ class QKernelsQuantizer(Saver):
     def __init__(self, quantization_config: QKernelsConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.wanted: set[str] = set()
+        self.params: dict[str, Any] = {}
         self.layers: dict[str, nn.Module] = {}
         self.device = torch.device("cpu")
 
@@ -184,9 +185,12 @@ class QKernelsQuantizer(Saver):
             return model
         assert self.quantization_config.format is not None
         fmt = formats.get(self.quantization_config.format)
-        for names, linear in linears(model, self.quantization_config.skip):
+        places = linears(model, self.quantization_config.skip)
+        shapes = {names[0]: (linear.out_features, linear.in_features) for names, linear in places}
+        self.params = fmt.complete(shapes, self.quantization_config.params)
+        for names, _ in places:
             try:
-                fmt.resolve((linear.out_features, linear.in_features), self.quantization_config.params)
+                fmt.resolve(shapes[names[0]], self.params)
             except ValueError as error:
                 raise ValueError(f"{names[0]}: {error}") from None
             self.wanted |= set(names)
@@ -239,7 +243,7 @@ class QKernelsQuantizer(Saver):
         module.weight = nn.Parameter(weight, requires_grad=False)
         bias, module.bias = module.bias, None  # type: ignore[assignment]
         try:
-            layer = QuantLinear.from_linear(linear_of(module), config.format, **config.params)
+            layer = QuantLinear.from_linear(linear_of(module), config.format, **self.params)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         self.layers[name] = layer

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import formats
-from ..formats.affine import Grid
 from ..formats.base import Format
 from ..formats.spqr import Spqr as SpqrFormat
 from ..packed import PackedWeight, quantize
@@ -72,7 +71,9 @@ class Gptq(Algorithm):
             begin = 0
             for name, weight, params in zip(names, weights, resolved, strict=True):
                 end = begin + weight.shape[0]
-                part = Grid(grid.codes[begin:end], grid.scale[begin:end], grid.zero[begin:end], grid.group_of)
+                part = grid._replace(
+                    codes=grid.codes[begin:end], scale=grid.scale[begin:end], zero=grid.zero[begin:end]
+                )
                 begin = end
                 shape = (weight.shape[0], weight.shape[1])
                 tensors = self.fmt.from_grid(part, params)

@@ -15,6 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..formats.affine import in_groups
+
 RATIOS = 20
 #: narrowest range tried, as a fraction of a group's largest magnitude, and how many between
 CLIP_LOWEST = 0.5
@@ -50,21 +52,23 @@ def search_clip(
 ) -> Tensor:
     """W (N, K) with each group's range narrowed to where its own share of the output error is least."""
     n, k = weight.shape
-    size = k if group_size == -1 else group_size
-    blocks = torch.stack([hessian[i : i + size, i : i + size] for i in range(0, k, size)])
+    grouped = in_groups(weight, group_size)
+    size = grouped.shape[2]
+    blocks = [hessian[i : i + size, i : i + size] for i in range(0, k, size)]
+    blocks[-1] = torch.nn.functional.pad(blocks[-1], (0, -k % size, 0, -k % size))
+    stacked = torch.stack(blocks)
 
     def errors(rounded: Tensor) -> Tensor:
-        difference = (weight - rounded).view(n, -1, size).transpose(0, 1)  # (G, N, g)
-        return ((difference @ blocks) * difference).sum(-1).T  # (N, G)
+        difference = in_groups(weight - rounded, group_size).transpose(0, 1)  # (G, N, g)
+        return ((difference @ stacked) * difference).sum(-1).T  # (N, G)
 
-    grouped = weight.view(n, -1, size)
     largest = grouped.abs().amax(-1, keepdim=True)
     best, least = weight.clone(), errors(round_trip(weight))
     for i in range(1, CLIP_STEPS + 1):
         limit = largest * (1 - (1 - CLIP_LOWEST) * i / CLIP_STEPS)
-        clipped = torch.clamp(grouped, -limit, limit).view(n, k)
+        clipped = torch.clamp(grouped, -limit, limit).view(n, -1)[:, :k]
         error = errors(round_trip(clipped))
-        better = (error < least)[..., None].expand(n, -1, size).reshape(n, k)
+        better = (error < least)[..., None].expand(n, -1, size).reshape(n, -1)[:, :k]
         best = torch.where(better, clipped, best)
         least = torch.minimum(error, least)
     return best

@@ -33,7 +33,7 @@ def gptq(
 ) -> Grid:
     """Quantize a weight (N, K) given H (K, K), in float64 if the weight is, in float32 otherwise.
 
-    group_size: -1 for one group. act_order: features in order of falling diag(H), groups along that
+    group_size: -1 for one group; the last one is short where it does not divide K. act_order: features in order of falling diag(H), groups along that
     order. static_groups: groups in the checkpoint's order, their scales fixed before rounding starts.
     clip_search: choose each group's range by searching for the least error instead of min and max.
     damp: fraction of the mean diagonal added to the diagonal; raised tenfold until H is positive definite.
@@ -43,7 +43,7 @@ def gptq(
     n, k = weight.shape
     if hessian.shape != (k, k):
         raise ValueError(f"hessian: expected shape ({k}, {k}), got {tuple(hessian.shape)}")
-    size = k if group_size == -1 else group_size
+    size = k if group_size == -1 else min(group_size, k)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     w, h = weight.to(dtype, copy=True), hessian.to(dtype, copy=True)
     dead = h.diagonal() == 0  # inputs that are always zero: whatever their weights, zero is as good
@@ -56,13 +56,13 @@ def gptq(
     in_order = torch.arange(k, device=w.device) // size
     group_at = order // size if static_groups else in_order  # of each position in rounding order
     upper = inverse_factor(h, damp)
-    groups = k // size
+    groups = affine.groups(k, size)
     scale = torch.ones(n, groups, dtype=torch.float16, device=w.device)
     zero = torch.zeros(n, groups, dtype=torch.uint8, device=w.device)
     if static_groups:
         original = torch.empty_like(w)
         original[:, order] = w
-        scale, zero = fit(original.view(n, groups, size), bits, symmetric, clip_search)
+        scale, zero = fit(affine.in_groups(original, size), bits, symmetric, clip_search)
     codes = torch.empty(n, k, dtype=torch.uint8, device=w.device)
     top = (1 << bits) - 1
     # A group starts with a block or inside one, so its weights are up to date when its scale is chosen.
@@ -90,7 +90,7 @@ def gptq(
     back[:, order] = codes
     group_of = torch.empty(k, dtype=torch.int32, device=w.device)
     group_of[order] = group_at.to(torch.int32)
-    return Grid(back, scale, zero, group_of)
+    return Grid(back, scale, zero, group_size, group_of)
 
 
 def inverse_factor(hessian: Tensor, damp: float) -> Tensor:

@@ -180,7 +180,7 @@ def test_quantize_skip(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     (["-f", "nf5"], "format: expected one of"),
     (["-f", "nf4", "-p", "group_size=64"], "nf4: unknown parameter 'group_size'"),
     (["-f", "nf4", "-p", "block_size"], "expected key=value, got 'block_size'"),
-    (["-f", "gptq", "-p", "group_size=64"], "model.layers.0.mlp.down_proj: gptq: group_size: expected"),
+    (["-f", "awq", "-p", "group_size=64"], "model.layers.0.mlp.down_proj: awq: group_size: expected"),
     (["-f", "nf4", "--text", "/nowhere.txt"], "/nowhere.txt: expected a text file or a sample"),
     (["-f", "nf4", "--tokens", "99999"], "expected at least 99999 tokens, got"),
     (["-f", "nf4", "--tokens", "1"], "tokens"),

@@ -53,7 +53,7 @@ def test_every_format(name: str, params: dict[str, object], dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize(
-    ("name", "params", "n", "k"), weight_only.ODD + weight_only.SPLIT_PAIRS + weight_only.ONE_SCALER[:5], ids=str
+    ("name", "params", "n", "k"), weight_only.ODD + weight_only.SHORT + weight_only.SPLIT_PAIRS + weight_only.ONE_SCALER[:5], ids=str
 )  # fmt: skip
 @dtypes
 def test_odd_shapes(name: str, params: dict[str, object], n: int, k: int, dtype: torch.dtype) -> None:

@@ -10,7 +10,7 @@ from qkernels.backends.cuda import calls
 from qkernels.backends.triton import workspace
 
 from ..conftest import CASES, DEVICE, case_id, k_of, layout_of
-from ..kernels.test_weight_only import ODD
+from ..kernels.test_weight_only import ODD, SHORT
 from ..reference import assert_fused_close
 from . import conftest as emulation
 
@@ -74,6 +74,15 @@ ONE_SCALER = [
 @dtypes
 def test_odd_shapes(name: str, params: dict[str, object], n: int, k: int, dtype: torch.dtype) -> None:
     for m in (5, 17):
+        y, x, p, bias = run(name, params, n, k, m, dtype)
+        assert_fused_close(y, x, p, bias)
+
+
+@pytest.mark.parametrize(("name", "params", "n", "k"), SHORT, ids=str)
+@dtypes
+def test_short_last_groups(name: str, params: dict[str, object], n: int, k: int, dtype: torch.dtype) -> None:
+    """The GEMV's rows of x and the GEMM's. The emulator tells of reads behind the last scale."""
+    for m in (1, 3, 17):
         y, x, p, bias = run(name, params, n, k, m, dtype)
         assert_fused_close(y, x, p, bias)
 

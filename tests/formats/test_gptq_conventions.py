@@ -92,7 +92,7 @@ def test_zeros_that_vary(bits: int, named: str, shift: int) -> None:
         assert torch.equal(p.dequantize().double(), weight)
         assert p.params["symmetric"] is False
     zero = 2 ** (bits - 1)
-    message = rf"gptq: qzeros: expected {zero - 1} .* or {zero} .* everywhere, .* got 0\.\.{2**bits - 1}"
+    message = rf"gptq: qzeros: expected {zero - 1} .* or {zero} .* everywhere, .* got \d+\.\.\d+;"
     with pytest.raises(ValueError, match=message):
         qk.pack("gptq", tensors, (N, K), **params, symmetric=True)
 

@@ -155,8 +155,8 @@ def test_gptq_scrambled_g_idx_needs_act_order() -> None:
 @pytest.mark.parametrize(
     ("name", "params", "message"),
     [
-        ("gptq", {"group_size": 48}, r"group_size: expected -1 or a divisor of K=64, got 48"),
-        ("gptq", {"group_size": 0}, r"group_size: expected -1 or a divisor of K=64, got 0"),
+        ("awq", {"group_size": 48}, r"group_size: expected -1 or a divisor of K=64, because awq stores no"),
+        ("gptq", {"group_size": 0}, r"group_size: expected -1 or at least 1, got 0"),
         ("gptq", {"bits": 5}, r"bits: expected one of \(2, 3, 4, 8\), got 5"),
         ("gptq", {"bits": True}, r"bits: expected an int, got True"),
         ("gptq", {"group": 64}, r"unknown parameter 'group'; expected one of: bits, group_size"),

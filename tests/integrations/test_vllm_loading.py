@@ -115,6 +115,17 @@ def test_a_plain_weight_beside_packed_ones() -> None:
         odd.check(None)
 
 
+def test_a_short_last_group_is_served_whole_and_not_cut() -> None:
+    p = qk.quantize(torch.randn(64, 576), "gptq", group_size=128)
+    (part,) = loaded(source_of(p, [Piece(0, 64, 1, 2)]), p.tensors)
+    assert torch.equal(part.dequantize(), p.dequantize()[32:])
+    source = source_of(p, [Piece(0, 64)], columns=(0, 2))
+    with pytest.raises(
+        ValueError, match="m: gptq: columns: expected 576 to be a multiple of 2 parts times 128"
+    ):
+        source.check(p.tensors)
+
+
 def test_bad_tensors_show_before_they_are_loaded() -> None:
     p = qk.quantize(torch.randn(64, 64), "gptq", group_size=32)
     source = Source("m", Scheme("gptq", {"bits": 8, "group_size": 32}), p.shape, [Piece(0, 64)])
@@ -124,8 +135,8 @@ def test_bad_tensors_show_before_they_are_loaded() -> None:
     good = source_of(p, [Piece(0, 64)])
     with pytest.raises(ValueError, match="m: gptq: scales: expected a tensor of shape"):
         good.check(less)
-    odd = Source("m", Scheme("gptq", {"group_size": 48}), p.shape, [Piece(0, 64)])
-    with pytest.raises(ValueError, match="m: gptq: group_size: expected -1 or a divisor of K=64, got 48"):
+    odd = Source("m", Scheme("awq", {"group_size": 48}), p.shape, [Piece(0, 64)])
+    with pytest.raises(ValueError, match="m: awq: group_size: expected -1 or a divisor of K=64, .* got 48"):
         odd.check(None)
     loaded(good, p.tensors)
     with pytest.raises(ValueError, match="m: scales: expected to be loaded once"):

@@ -130,6 +130,8 @@ ODD = [
     # K that ends inside a tile, N that ends inside a block, experts whose parts begin at odd addresses
     ("gptq", {"bits": 3, "group_size": 10}, 33, 70),
     ("gptq", {"bits": 4, "group_size": 8, "act_order": True}, 24, 40),
+    ("gptq", {"bits": 4, "group_size": 64, "symmetric": False}, 24, 160),
+    ("pack_quantized", {"bits": 4, "group_size": 24, "symmetric": False}, 24, 80),
     ("nf4", {"block_size": 64}, 7, 9),
     ("nf4", {"block_size": 64, "double_quant": True}, 3, 17),
     ("q6_k", {}, 65, 256),

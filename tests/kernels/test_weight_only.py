@@ -112,13 +112,44 @@ ODD = [
 ]
 
 
+#: the last group is short: it ends inside a tile, with a slice or not, or is the only one
+SHORT = [
+    ("gptq", {"group_size": 128, "symmetric": False}, 24, 576),
+    ("gptq", {"group_size": 128, "act_order": True, "symmetric": False}, 24, 576),
+    ("gptq", {"bits": 8, "group_size": 128}, 21, 192),
+    ("gptq", {"bits": 3, "group_size": 128, "symmetric": False}, 20, 96),
+    ("gptq", {"bits": 2, "group_size": 64, "symmetric": False}, 20, 272),
+    ("gptq", {"group_size": 24, "symmetric": False}, 24, 80),
+    ("gptq", {"group_size": 24, "act_order": True, "symmetric": False}, 24, 80),
+    ("gptq", {"group_size": 300}, 8, 80),
+    ("pack_quantized", {"group_size": 32, "symmetric": False}, 9, 75),
+]
+
+
+@pytest.mark.parametrize(("name", "params", "n", "k"), SHORT, ids=str)
+def test_short_last_groups(name: str, params: dict[str, object], n: int, k: int) -> None:
+    p, _ = packed(name, params, n, k, torch.float16)
+    p.prepack_("weight_only")
+    size = params["group_size"]
+    whole = not params.get("act_order") and (size % 16 == 0 or size >= k)  # type: ignore[operator]
+    assert ("perm" in p.storage) != whole, "features are only moved where slices would have two scales"
+    # NaN and zeros that are none behind the last scale, so that reading there shows.
+    for key, behind in (("scaler.scales", float("nan")), ("scaler.zeros", 255)):
+        tensor = p.storage[key]
+        longer = torch.full((2 * tensor.numel(),), behind, dtype=tensor.dtype, device=tensor.device)
+        p.storage[key] = longer[: tensor.numel()].view(tensor.shape).copy_(tensor)
+    for m in (1, 3, 17):
+        for dtype in (torch.float16, torch.bfloat16):
+            assert_right(p, torch.randn(n).to(dtype).to(DEVICE), m, dtype)
+
+
 @pytest.mark.parametrize(("name", "params", "n", "k"), ODD, ids=str)
 @dtypes
 def test_odd_shapes(name: str, params: dict[str, object], n: int, k: int, dtype: torch.dtype) -> None:
     assert_right(*packed(name, params, n, k, dtype), 5, dtype)
 
 
-@pytest.mark.parametrize(("name", "params", "n", "k"), ODD, ids=str)
+@pytest.mark.parametrize(("name", "params", "n", "k"), ODD + SHORT, ids=str)
 def test_prepack_is_invertible_on_odd_shapes(name: str, params: dict[str, object], n: int, k: int) -> None:
     p = qk.quantize(torch.randn(n, k), name, **params)
     before = {key: t.clone() for key, t in p.tensors.items()}

@@ -42,9 +42,15 @@ CASES = [
     ("gptq", "gptq", {"bits": 3, "group_size": 32, "symmetric": False, "act_order": True, "damp": 0.05}),
     ("gptq", "gptq", {"bits": 4, "group_size": 32, "act_order": True, "static_groups": True}),
     ("gptq", "awq", {"bits": 3, "group_size": 32, "symmetric": False}),
+    # a short last group where there are 96 features, and only that one at 128
+    ("gptq", "gptq", {"bits": 4, "group_size": 64, "symmetric": False}),
+    ("gptq", "gptq", {"bits": 4, "group_size": 64, "act_order": True}),
+    ("gptq", "awq", {"bits": 4, "group_size": 64, "symmetric": False}),
+    ("pack_quantized", "gptq", {"bits": 4, "group_size": 128, "act_order": True, "static_groups": True}),
     ("awq", None, {"group_size": 32}),
     ("awq", "gptq", {"group_size": 32, "clip_search": True}),
     ("nf4", None, {"block_size": 32}),
+    ("nf4", None, {"block_size": 64}),  # blocks that go on in the next row
     ("spqr", None, {"bits": 3}),
     ("spqr", "spqr", {"bits": 4, "group_size": 32, "act_order": True, "threshold": 0.1, "damp": 0.5}),
     ("quip", "ldlq", {"bits": 4, "seed": 3, "rescale": True}),

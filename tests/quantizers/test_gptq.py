@@ -43,7 +43,10 @@ def objective(difference: Tensor, hessian: Tensor) -> float:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize(("k", "size"), [(96, 32), (160, -1), (320, 160), (384, 384), (288, 96), (60, 20)])
+@pytest.mark.parametrize(("k", "size"), [
+    (96, 32), (160, -1), (320, 160), (384, 384), (288, 96), (60, 20),
+    (80, 24), (96, 128), (200, 128), (340, 160),  # the last group is short
+])  # fmt: skip
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("act_order", [False, True])
 def test_equals_the_naive_algorithm(bits: int, k: int, size: int, symmetric: bool, act_order: bool) -> None:
@@ -66,12 +69,16 @@ def test_float32_reaches_the_same_objective() -> None:
 @pytest.mark.parametrize("options", [{}, {"act_order": True}, {"act_order": True, "static_groups": True},
                                      {"clip_search": True}])  # fmt: skip
 @pytest.mark.parametrize("bits", [3, 4])
-def test_beats_rounding_to_nearest(options: dict[str, bool], bits: int) -> None:
+@pytest.mark.parametrize("size", [64, 100])  # the last group has 56 columns
+def test_beats_rounding_to_nearest(options: dict[str, bool], bits: int, size: int) -> None:
     weight, hessian = problem(32, 256)
-    grid = gptq.gptq(weight, hessian, bits=bits, group_size=64, symmetric=False, **options)
-    scale, zero = affine.fit(weight.float().view(32, 4, 64), bits, False)
-    codes = affine.encode(weight.float().view(32, 4, 64), scale, zero, bits).view(32, 256)
-    nearest = affine.Grid(codes, scale, zero, None).dequantize()
+    grid = gptq.gptq(weight, hessian, bits=bits, group_size=size, symmetric=False, **options)
+    nearest = torch.empty(32, 256)
+    for begin in range(0, 256, size):
+        group = weight[:, None, begin : begin + size].float()
+        scale, zero = affine.fit(group, bits, False)
+        codes = affine.encode(group, scale, zero, bits)[:, 0].float()
+        nearest[:, begin : begin + size] = (codes - zero.float()) * scale.float()
     assert objective(grid.dequantize() - weight, hessian) < 0.9 * objective(nearest - weight, hessian)
 
 
@@ -84,6 +91,15 @@ def test_static_groups_keep_the_checkpoint_order() -> None:
     order = gptq.gptq(weight, hessian, bits=4, group_size=32, symmetric=True, act_order=True).group_of
     assert torch.equal(order.bincount(), torch.full((4,), 32))
     assert not torch.equal(order, grid.group_of)
+
+
+def test_a_short_last_group_in_either_order() -> None:
+    weight, hessian = problem(4, 80)
+    options = {"bits": 4, "group_size": 24, "symmetric": True, "act_order": True}
+    static = gptq.gptq(weight, hessian, static_groups=True, **options)
+    assert torch.equal(static.group_of, torch.arange(80, dtype=torch.int32) // 24)
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    assert torch.equal(gptq.gptq(weight, hessian, **options).group_of[order], static.group_of)
 
 
 def test_clip_search_never_fits_worse() -> None:
