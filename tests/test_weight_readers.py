@@ -79,18 +79,31 @@ def test_such_layers_stay_plain_and_are_named() -> None:
     )
 
 
-def test_a_linear_with_a_forward_of_its_own_stays_plain() -> None:
+def test_a_linear_that_computes_something_else_stays_plain() -> None:
     class Doubled(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 2 * super().forward(x)
 
+    class Broken(nn.Linear):
+        def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * gate
+
     class Renamed(nn.Linear):
         pass
 
-    model = nn.Sequential(Doubled(64, 64), Renamed(64, 64))
-    with pytest.warns(UserWarning, match="qkernels: 0 stays as it is: Doubled has a forward of its own"):
+    class Falcons(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x @ self.weight.T
+            return y if self.bias is None else y + self.bias
+
+    kinds = (Doubled, Broken, Renamed, Falcons)
+    model = nn.Sequential(*(kind(64, 64, bias=bias) for kind in kinds for bias in (True, False)))
+    weights = [layer.weight for layer in model]
+    with pytest.warns(UserWarning, match="qkernels: 0 and 1 more like it stays as it is: Doubled computes"):
         qk.quantize_model(model, "nf4", progress=False)
-    assert [type(layer).__name__ for layer in model] == ["Doubled", "QuantLinear"]
+    names = [type(layer).__name__ for layer in model]
+    assert names == ["Doubled", "Doubled", "Broken", "Broken", *["QuantLinear"] * 4]
+    assert all(layer.weight is weight for layer, weight in zip(model[:4], weights[:4], strict=True))
 
 
 @pytest.mark.parametrize(("model", "message"), [
@@ -190,6 +203,9 @@ FAMILIES: dict[str, Any] = {
     "vit": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**VISION, num_labels=3)),
     "clip": _clip,
     "whisper": _whisper,
+    "falcon": lambda: transformers.FalconForCausalLM(
+        transformers.FalconConfig(**SIZES, num_attention_heads=4)
+    ),
     "gpt2": lambda: transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4)
     ),
