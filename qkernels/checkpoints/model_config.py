@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .quantization import Plan
@@ -71,6 +73,17 @@ def without_weights(model: PreTrainedModel) -> PreTrainedModel:
 
     with init_empty_weights(include_buffers=False), NoExperts():
         return type(model)(model.config)
+
+
+def transposed_layers(model: nn.Module) -> set[str]:
+    """Names of the layers that the model's class makes as transformers' Conv1D, whose weight is (K, N): GPT-2's."""
+    from transformers import PreTrainedModel
+    from transformers.pytorch_utils import Conv1D
+
+    known = vars(sys.modules[type(model).__module__]).values()
+    if not isinstance(model, PreTrainedModel) or not any(value is Conv1D for value in known):
+        return set()
+    return {name for name, module in without_weights(model).named_modules() if isinstance(module, Conv1D)}
 
 
 def _model_class(where: str, config: Any) -> Any:

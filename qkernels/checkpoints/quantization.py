@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from .. import formats
+from ..formats.base import Format
 from ..packed import PackedWeight
 
 FIELD = "quantization_config"
@@ -31,6 +32,8 @@ _SKIP_LISTS = ("modules_to_not_convert", "llm_int8_skip_modules", "ignored_layer
 _METHODS = "gptq, awq, bitsandbytes (4 or 8 bits), compressed-tensors (pack-quantized integers, int8 or float8) or fp8"
 #: the `quant_method` of our own config
 OWN = formats.base.OWN_METHOD
+#: methods whose readers put packed layers in the place of GPT-2's Conv1D; others leave it, on random weights
+_TRANSPOSED = ("gptq", "bitsandbytes", OWN)
 _MAX_PATTERN = 1000
 
 
@@ -217,10 +220,12 @@ _SPLIT = {
 
 
 # ---------------------------------------------------------------------- writing
-def describe(layers: Mapping[str, PackedWeight], skipped: list[str]) -> dict[str, Any] | None:
+def describe(
+    layers: Mapping[str, PackedWeight], skipped: list[str], transposed: Collection[str] = ()
+) -> dict[str, Any] | None:
     """The `quantization_config` of a model whose quantized linears are `layers`; None if there are none.
 
-    `skipped` are its plain linears. Raises ValueError if layers differ in a way that no quantization
+    `skipped` are its plain linears, `transposed` those that its class makes as Conv1D. Raises ValueError if layers differ in a way that no quantization
     method's config can say.
     """
     packed = {n: p for n, p in layers.items() if not formats.get(p.format).dense}
@@ -229,6 +234,10 @@ def describe(layers: Mapping[str, PackedWeight], skipped: list[str]) -> dict[str
         return None
     # Configs are compared, not parameters: what each weight's own tensors state may differ.
     configs = {n: formats.get(p.format).to_hf_config(p.params, skipped) or {} for n, p in packed.items()}
+    if any(name in transposed and _method(config) not in _TRANSPOSED for name, config in configs.items()):
+        configs = {
+            n: Format.to_hf_config(formats.get(p.format), p.params, skipped) or {} for n, p in packed.items()
+        }
     variants: list[dict[str, Any]] = []
     names: list[list[str]] = []
     for name, config in configs.items():

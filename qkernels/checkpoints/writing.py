@@ -19,7 +19,7 @@ from ..moe import DOWN, GATE, UP, QuantExperts, routers
 from ..packed import PackedWeight
 from . import directories, quantization, tensor_files
 from .expert_layers import expert_shapes
-from .model_config import CONFIG, NOTE, QUANTIZATION, WEIGHTS, without_weights
+from .model_config import CONFIG, NOTE, QUANTIZATION, WEIGHTS, transposed_layers
 from .names import Names
 from .tensor_files import read_json
 from .tying import input_embeddings, is_tied, output_embeddings
@@ -119,7 +119,8 @@ def quantization_config(model: PreTrainedModel, names: Names) -> tuple[dict[str,
             config = None
         if config is not None and config["quant_method"] == quantization.OWN:
             return config, True
-    return quantization.describe(layers, plain), False
+    transposed = {stored(name) for name in transposed_layers(model)}
+    return quantization.describe(layers, plain, transposed), False
 
 
 def matrices(model: nn.Module, names: Names) -> tuple[dict[str, PackedWeight], list[str]]:
@@ -200,7 +201,7 @@ def stored_tensors(
     for one layer at a time.
     """
     seen: set[tuple[Any, ...]] = set()
-    turned = _transposed(model)
+    transposed = transposed_layers(model)
     for prefix, module in model.named_modules():
         if prefix == tied:
             continue
@@ -210,7 +211,7 @@ def stored_tensors(
             own = dict(module.packed.tensors) if stays else {"weight": module.packed.dequantize(module.dtype)}
         elif isinstance(module, QuantLinear):
             own = dict(module.packed.tensors)
-            if prefix in turned:
+            if prefix in transposed and formats.get(module.packed.format).dense:
                 own["weight"] = own["weight"].T
             if module.bias is not None:
                 own["bias"] = module.bias
@@ -230,17 +231,6 @@ def stored_tensors(
                     continue
                 seen.add(key)
             yield from _plain_tensor(f"{prefix}.{name}" if prefix else name, tensor, names)
-
-
-def _transposed(model: PreTrainedModel) -> set[str]:
-    """Names of 16-bit QuantLinear that stand where the files' plain weight is a Conv1D's, (K, N)."""
-    dense = {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, QuantLinear) and formats.get(module.packed.format).dense
-    }
-    bare = without_weights(model) if dense else None
-    return {n for n in dense if bare is not None and not isinstance(bare.get_submodule(n), nn.Linear)}
 
 
 def _plain_tensor(name: str, tensor: Tensor, names: Names) -> Iterator[tuple[str, Tensor]]:

@@ -16,7 +16,6 @@ saved, trained or quantized again like any. Unmerging gives the packed weight ba
 
 from __future__ import annotations
 
-import sys
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -29,9 +28,9 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..checkpoints.model_config import transposed_layers
 from ..holding import Holder
 from ..linear import QuantLinear, is_linear
 from ..moe import QuantExperts
@@ -88,15 +87,9 @@ class _Model:
 
     @cached_property
     def transposed(self) -> set[str]:
-        """Names of the layers that the model's class makes as transformers' Conv1D: GPT-2's."""
+        """Names of the layers that the model's class makes as transformers' Conv1D."""
         model = self()
-        if not isinstance(model, PreTrainedModel):
-            return set()
-        if not any(value is Conv1D for value in vars(sys.modules[type(model).__module__]).values()):
-            return set()
-        with torch.device("meta"):
-            fresh = type(model)(model.config)
-        return {name for name, module in fresh.named_modules() if isinstance(module, Conv1D)}
+        return set() if model is None else transposed_layers(model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Model:
         return _Model(memo.get(id(self()), self()))

@@ -60,6 +60,13 @@ def test_gpt2(format: str, params: dict[str, Any], tmp_path: Path) -> None:
     torch.testing.assert_close(_logits(loaded), _logits(model), rtol=0, atol=0 if format != "fp16" else 1e-5)
     qk.save_model(loaded, tmp_path / "again")
     assert torch.equal(_logits(qk.load_model(tmp_path / "again")), _logits(loaded))
+    try:  # transformers must not run it on random weights
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    except ImportError:  # of GPTQModel
+        assert format == "gptq"
+    else:
+        a, b = _logits(theirs), _logits(model)
+        assert (a - b).norm() <= 10 * 2.0**-7 * b.norm()
 
 
 @pytest.mark.parametrize("options", [
