@@ -15,12 +15,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..embedding import QuantEmbedding
-from ..linear import QuantLinear
 from .expert_layers import Source, load_experts
 from .layers import CACHE_SCALE, Inventory, embedding_dtype, mixed_dense, quantized_layer, scheme_of
 from .model_config import CONFIG, QUANTIZATION, skeleton
-from .quantization import Plan
+from .plain_weights import (
+    DTYPES,
+    load_dequantized,
+    repeats_constant,
+    settle_tied_head,
+    warn_dequantized,
+)
+from .quantization import LINEAR, Plan, kinds_of
 from .tensor_files import TensorFiles, read_json
 from .writing import save
 
@@ -54,6 +59,7 @@ def load(
         around = embedding_dtype(model, inventory.layers, files) if dtype is None else None
         source = Source(directory, files, plan, device, dtype, around)
         used: set[str] = set()
+        dequantized: list[str] = []
         for name in files.infos:  # file by file: of a sharded checkpoint one shard is mapped at a time
             if name in used:
                 continue
@@ -69,20 +75,25 @@ def load(
                 used |= {full for own in weights.values() for full in own.values()}
                 continue
             owned = {} if prefix is None else inventory.layers[prefix]
-            scheme = scheme_of(owned, files, plan)
+            kinds = LINEAR if prefix is None else kinds_of(model.get_submodule(prefix))
+            scheme = scheme_of(owned, files, plan, kinds)
             if scheme is None and prefix is not None and isinstance(model.get_submodule(prefix), nn.Linear):
                 scheme = mixed_dense(owned, files, around)
-            if prefix is not None and scheme is not None:
+            if prefix is not None and scheme is not None and inventory.names.has_matrix_of_its_own(prefix):
+                plain = dtype or DTYPES.get(around, model.dtype)
+                load_dequantized(model.get_submodule(prefix), prefix, owned, files, scheme, device, plain)
+                dequantized.append(prefix)
+                used |= set(owned.values())
+            elif prefix is not None and scheme is not None:
                 layer = quantized_layer(directory, model, prefix, owned, files, scheme, device, dtype)
                 model.set_submodule(prefix, layer)
                 used |= set(owned.values())
-            elif _assign(model, inventory.names.of_file(name), [name], files, device, dtype):
+            elif _assign(
+                model, own := inventory.names.of_file(name), [name], files, device, dtype
+            ) or repeats_constant(model, own, files.read(name)):
                 used.add(name)
-    embedding = model.get_input_embeddings()
-    if isinstance(embedding, QuantEmbedding) and model.config.tie_word_embeddings:
-        model.set_output_embeddings(QuantLinear(embedding.packed))
-    if isinstance(model.get_output_embeddings(), QuantLinear):
-        model.config.tie_word_embeddings = False  # it has its own weight: nothing left to tie
+    warn_dequantized(dequantized)
+    settle_tied_head(model)
     model.tie_weights()
     _check_complete(directory, model, [n for n in files.infos if n not in used], plan)
     generation = directory / GENERATION_CONFIG

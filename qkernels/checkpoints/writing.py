@@ -98,8 +98,8 @@ def _quantization_config(model: PreTrainedModel, names: Names) -> tuple[dict[str
 
     It calls modules as the files do.
 
-    Only our own config can say that an embedding is packed. Beside linears of another method it is
-    written dequantized, in the dtype it computes in, so that the model stays the same function.
+    compressed-tensors' config and our own can say that an embedding is packed. Beside linears of another method it
+    is written dequantized, in the dtype it computes in, so that the model stays the same function.
     """
     stored = names.module
     layers, plain = matrices(model, names)
@@ -109,11 +109,9 @@ def _quantization_config(model: PreTrainedModel, names: Names) -> tuple[dict[str
         tied = None if head is None else stored(head)
         others = {name: packed for name, packed in layers.items() if name != tied}
         try:
-            config = quantization.describe({**embeddings, **others}, plain)
+            return quantization.describe({**embeddings, **others}, plain, list(embeddings)), True
         except ValueError:
-            config = None
-        if config is not None and config["quant_method"] == quantization.OWN:
-            return config, True
+            pass
     return quantization.describe(layers, plain), False
 
 
