@@ -14,7 +14,7 @@ from .sharding import take_rows
 class QuantEmbedding(Holder):
     """ids (...) -> rows of a packed (V, K) weight in `dtype`, (..., K); only the rows asked for are decoded.
 
-    Only for formats that store a row's bytes together (GGUF's types, int8, fp8 by channel). The tensors are
+    Only for formats that keep rows apart (GGUF's types, pack_quantized, int8, fp8). The tensors are
     non-persistent buffers, never change dtype, and may be shared with a QuantLinear that is tied to it.
     """
 

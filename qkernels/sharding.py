@@ -116,19 +116,7 @@ def join_rows(parts: Sequence[PackedWeight]) -> PackedWeight | None:
 def take_rows(p: PackedWeight, index: Tensor) -> PackedWeight:
     """The rows of p (N, K) that `index`, int64 (R), names, in its order, as a packed weight (R, K).
 
-    ValueError for a format whose tensors do not keep rows apart along their first dimension.
+    ValueError for a format whose tensors do not keep rows apart.
     """
-    fmt = formats.get(p.format)
-    n, k = p.shape
-    whole, other = fmt.specs((n, k), p.params), fmt.specs((n + 1, k), p.params)
-    found = {}
-    for name, tensor in p.tensors.items():
-        full, more = whole[name].shape, other[name].shape
-        if full != more:
-            if full is None or more is None or (full[0], more[0], full[1:]) != (n, n + 1, more[1:]):
-                raise ValueError(
-                    f"{p.format}: {name}: expected a tensor that keeps rows apart, got shape {full}"
-                )
-            tensor = tensor[index]
-        found[name] = tensor
-    return PackedWeight(p.format, (index.numel(), k), found, p.params)
+    tensors, params = formats.get(p.format).take_rows(p.tensors, p.shape, p.params, index)
+    return PackedWeight(p.format, (index.numel(), p.shape[1]), tensors, params)

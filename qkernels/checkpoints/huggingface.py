@@ -19,7 +19,8 @@ from ..linear import is_linear
 from .expert_layers import Source, load_experts
 from .layers import CACHE_SCALE, Inventory, embedding_dtype, mixed_dense, quantized_layer, scheme_of
 from .model_config import CONFIG, QUANTIZATION, skeleton
-from .quantization import Plan
+from .plain_weights import DTYPES, load_dequantized, repeats_constant, warn_dequantized
+from .quantization import LINEAR, Plan, kinds_of
 from .save_pretrained import mark
 from .tensor_files import TensorFiles, read_json
 from .tying import tie
@@ -55,6 +56,7 @@ def load(
         around = embedding_dtype(model, inventory.layers, files) if dtype is None else None
         source = Source(directory, files, plan, device, dtype, around)
         used: set[str] = set()
+        dequantized: list[str] = []
         for name in files.infos:  # file by file: of a sharded checkpoint one shard is mapped at a time
             if name in used:
                 continue
@@ -70,15 +72,24 @@ def load(
                 used |= {full for own in weights.values() for full in own.values()}
                 continue
             owned = {} if prefix is None else inventory.layers[prefix]
-            scheme = scheme_of(owned, files, plan)
+            kinds = LINEAR if prefix is None else kinds_of(model.get_submodule(prefix))
+            scheme = scheme_of(owned, files, plan, kinds)
             if scheme is None and prefix is not None and is_linear(model.get_submodule(prefix)):
                 scheme = mixed_dense(owned, files, around)
-            if prefix is not None and scheme is not None:
+            if prefix is not None and scheme is not None and inventory.names.has_matrix_of_its_own(prefix):
+                plain = dtype or DTYPES.get(around, model.dtype)
+                load_dequantized(model.get_submodule(prefix), prefix, owned, files, scheme, device, plain)
+                dequantized.append(prefix)
+                used |= set(owned.values())
+            elif prefix is not None and scheme is not None:
                 layer = quantized_layer(directory, model, prefix, owned, files, scheme, device, dtype)
                 model.set_submodule(prefix, layer)
                 used |= set(owned.values())
-            elif _assign(model, inventory.names.of_file(name), [name], files, device, dtype):
+            elif _assign(
+                model, own := inventory.names.of_file(name), [name], files, device, dtype
+            ) or repeats_constant(model, own, files.read(name)):
                 used.add(name)
+    warn_dequantized(dequantized)
     tie(model, directory)
     _check_complete(directory, model, [n for n in files.infos if n not in used], plan)
     generation = directory / GENERATION_CONFIG

@@ -15,7 +15,7 @@ from ..linear import QuantLinear, linear_of
 from ..packed import pack
 from .model_config import QUANTIZATION
 from .names import Names, Part, expert_tensor
-from .quantization import Plan, Scheme
+from .quantization import LINEAR, Kinds, Plan, Scheme
 from .tensor_files import TensorFiles
 from .tying import input_embeddings
 
@@ -31,7 +31,7 @@ Owned = dict[str, str]
 class Inventory:
     """Whose the files' tensors are, by transformers' names of modules.
 
-    layers: linears and embeddings. experts: modules of experts -> (expert, "gate", "up" or "down") -> one weight's.
+    layers: linears, embeddings, and what has a packed matrix besides. experts: modules of experts -> (expert, "gate", "up" or "down") -> one weight's.
     place: name in the files -> such a module. parts: name in the files -> the names of all that make one tensor of
     transformers', in order, and which.
     """
@@ -44,6 +44,7 @@ class Inventory:
         self.place: dict[str, str] = {}
         self.parts: dict[str, tuple[list[str], Part]] = {}
         wholes: dict[str, dict[int, str]] = {}
+        weights: dict[str, str] = {}
         taken: dict[str, str] = {}
         for full, info in files.infos.items():
             if CACHE_SCALE.search(full):
@@ -61,11 +62,17 @@ class Inventory:
                     self.parts |= dict.fromkeys(ordered, (ordered, part))
                 continue
             prefix = self.names.layer_of(name)
+            if (matrix := self.names.matrix_of(name)) is not None:
+                weights[matrix] = full
             if prefix is not None:
                 self.layers.setdefault(prefix, {})[name[len(prefix) + 1 :]] = full
             elif (prefix := self.names.experts_of(name)) is not None:
                 self._expert(prefix, name[len(prefix) + 1 :], full, info.file)
             if prefix is not None:
+                self.place[full] = prefix
+        for prefix, full in weights.items():
+            if prefix in self.layers:  # scales and the like beside it: it is packed
+                self.layers[prefix]["weight"] = full
                 self.place[full] = prefix
 
     def _expert(self, prefix: str, name: str, full: str, file: Path) -> None:
@@ -89,16 +96,16 @@ def owned_tensors(model: nn.Module, files: TensorFiles) -> dict[str, Owned]:
     return Inventory(model, files).layers
 
 
-def scheme_of(names: Owned, files: TensorFiles, plan: Plan) -> Scheme | None:
+def scheme_of(names: Owned, files: TensorFiles, plan: Plan, kinds: Kinds = LINEAR) -> Scheme | None:
     """How a weight is quantized; None if the files hold a plain one, whatever the config says.
 
-    The config speaks of modules as the files call them. Raises ValueError if they hold packed tensors that the config says nothing of.
+    kinds: of the module. The config speaks of modules as the files call them. Raises ValueError if they hold packed tensors that the config says nothing of.
     """
     packed = sorted(set(names) - {"weight", "bias"})
     if not packed or plan.config is None:
         return None
     module = stored_module(names)
-    scheme = plan.scheme(module)
+    scheme = plan.scheme(module, kinds)
     if scheme is None:
         raise ValueError(
             f"{files.infos[names[packed[0]]].file}: {module}: expected a plain weight, because "
@@ -108,11 +115,11 @@ def scheme_of(names: Owned, files: TensorFiles, plan: Plan) -> Scheme | None:
 
 
 def embedding_dtype(model: PreTrainedModel, layers: dict[str, Owned], files: TensorFiles) -> str | None:
-    """safetensors' name of the dtype the input embeddings are stored in."""
+    """safetensors' name of the dtype the input embeddings are stored in; None if they are packed."""
     embedding = input_embeddings(model)
     prefix = next((name for name, module in model.named_modules() if module is embedding), None)
     info = files.infos.get(layers.get(prefix or "", {}).get("weight", ""))
-    return None if info is None else info.dtype
+    return info.dtype if info is not None and info.dtype in ("F16", "BF16", "F32", "F64") else None
 
 
 def mixed_dense(names: Owned, files: TensorFiles, around: str | None) -> Scheme | None:

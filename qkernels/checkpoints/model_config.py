@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ..formats.compressed_tensors import METHOD
 from .quantization import Plan
 from .tensor_files import TensorFiles, read_json
 
@@ -23,6 +24,7 @@ QUANTIZATION = "quantization_config"
 #: warning, and would run our own directories on random weights. A name that is no file it refuses, and prints.
 WEIGHTS = "transformers_weights"
 NOTE = "only qkernels reads these weights: import qkernels.integrations.transformers before from_pretrained"
+_OLD_KEY = "compression_config"
 #: without these in config.json a config class would silently take its own model's sizes
 _SIZES = (
     "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "head_dim", "num_attention_heads",
@@ -128,6 +130,32 @@ def _check_sizes(where: str, config: Any, files: TensorFiles) -> None:
                 )
 
 
+def _quantization(path: Path, values: dict[str, Any]) -> dict[str, Any] | None:
+    """Take the `quantization_config` out of a config.json's `values`.
+
+    Some models of several parts have it in their `text_config`. compressed-tensors called it `compression_config` in
+    2024, at first with a `quantization_config` and a `sparsity_config` inside it, and method "sparseml".
+    """
+    text = values.get("text_config")
+    inner = text.pop(QUANTIZATION, None) if isinstance(text, dict) else None
+    outer, old = values.pop(QUANTIZATION, None), values.pop(_OLD_KEY, None)
+    stated = [(name, given) for name, given in ((QUANTIZATION, outer), (f"text_config.{QUANTIZATION}", inner),
+                                                (_OLD_KEY, old)) if given is not None]  # fmt: skip
+    if not stated:
+        return None
+    name, given = stated[0]
+    if not isinstance(given, dict):
+        raise ValueError(f"{path}: {name}: expected an object, got {given!r:.60}")
+    if name != _OLD_KEY:
+        return given
+    part = given.get(QUANTIZATION)
+    if isinstance(part, dict):
+        given = {"sparsity_config": given.get("sparsity_config"), **part}
+    if given.get("quant_method", "sparseml") == "sparseml":
+        given = {**given, "quant_method": METHOD}
+    return given
+
+
 def read_config(directory: Path) -> tuple[Any, Mapping[str, Any] | None]:
     """(transformers config without it, `quantization_config` or None) of a model directory.
 
@@ -137,10 +165,8 @@ def read_config(directory: Path) -> tuple[Any, Mapping[str, Any] | None]:
 
     path = directory / CONFIG
     values = read_json(path)
-    quantization = values.pop(QUANTIZATION, None)
+    quantization = _quantization(path, values)
     values.pop(WEIGHTS, None)
-    if quantization is not None and not isinstance(quantization, dict):
-        raise ValueError(f"{path}: {QUANTIZATION}: expected an object, got {quantization!r:.60}")
     for name, method in _OLD_CONFIGS.items():
         if quantization is None and (directory / name).is_file():
             quantization = {"quant_method": method, **read_json(directory / name)}

@@ -78,6 +78,11 @@ class Names:
         self._tensors = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
         self._layers = {name for name, module in model.named_modules() if _may_be_packed(module)}
         self._layers -= {name for name, _ in routers(model)}
+        self._layers -= {name for name, module in model.named_modules() if _own_forward(module)}
+        #: what else has a matrix called `weight`, and computes with it in a way of its own
+        self._matrices = {
+            name for name, module in model.named_modules() if _has_matrix(module)
+        } - self._layers
         self._renamings, self._converters = _transforms(model)
         self._reversed = _reversed(self._renamings)
         self.experts: dict[str, ExpertNames] = {}
@@ -105,8 +110,19 @@ class Names:
 
     # ------------------------------------------------------------------ of files
     def layer_of(self, name: str) -> str | None:
-        """The linear or embedding that a tensor belongs to by its name, as transformers has both."""
-        return _prefix(name, self._layers)
+        """The module whose matrix a tensor belongs to by its name, as transformers has both: a linear, an embedding,
+        or, unless it is a tensor of transformers', what has a matrix besides (a router)."""
+        prefix = _prefix(name, self._layers)
+        return prefix if prefix is not None or name in self._tensors else _prefix(name, self._matrices)
+
+    def has_matrix_of_its_own(self, prefix: str) -> bool:
+        """Whether the module computes with a matrix in a way of its own, so that no layer of ours can stand in."""
+        return prefix in self._matrices
+
+    def matrix_of(self, name: str) -> str | None:
+        """The module that a tensor called `weight` belongs to, if it is no linear or embedding."""
+        prefix = name.removesuffix(".weight")
+        return prefix if prefix != name and prefix in self._matrices else None
 
     def experts_of(self, name: str) -> str | None:
         """The module of experts that a tensor belongs to, as transformers has both; None for its own parameters."""
@@ -170,6 +186,17 @@ class Names:
     def _written(self, name: str) -> str:
         found = _apply(self._reversed, name)
         return found if found == name or self.of_file(found) == name else name
+
+
+def _own_forward(module: nn.Module) -> bool:
+    """Whether it is a linear or an embedding and more, so that no other can stand in: a scaled embedding, say."""
+    kinds = (nn.Linear, nn.Embedding)
+    return isinstance(module, kinds) and type(module).forward not in [kind.forward for kind in kinds]
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() == 2
 
 
 def _prefix(name: str, modules: Any) -> str | None:

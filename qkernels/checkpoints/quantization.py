@@ -7,7 +7,7 @@ picks one by the linear's name:
     gptq, awq, bitsandbytes, fp8    lists of modules left alone; entries match as in transformers
     gptq, awq (GPTQModel)           `dynamic`: "-:regex" leaves alone, "+:regex" overrides fields; first match
     compressed-tensors              `config_groups` with `targets`, and `ignore`; "re:" marks a regex, an exact
-                                    name goes before a regex, and a regex before a class
+                                    name goes before a regex, and a regex before a class of the module
     qkernels                        `groups`, each with `format`, `params` and the full names of its `modules`: our own,
                                     for what no other method's config can say (GGUF's types, embeddings)
 """
@@ -19,14 +19,22 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from .. import formats
+from ..embedding import QuantEmbedding
+from ..formats import compressed_tensors
 from ..formats.base import Format
 from ..packed import PackedWeight
 
 FIELD = "quantization_config"
 Config = Mapping[str, Any]
-#: a linear's name -> number of the uniform config that holds for it, None if it is left alone
-Pick = Callable[[str], int | None]
+#: names of a module's class and of those it is derived from
+Kinds = Collection[str]
+#: a module's name and kinds -> number of the uniform config that holds for it, None if it is left alone
+Pick = Callable[[str, Kinds], int | None]
+LINEAR: Kinds = ("Linear", "Module")
+EMBEDDING: Kinds = ("Embedding", "Module")
 
 _SKIP_LISTS = ("modules_to_not_convert", "llm_int8_skip_modules", "ignored_layers")
 _METHODS = "gptq, awq, bitsandbytes (4 or 8 bits), compressed-tensors (pack-quantized integers, int8 or float8) or fp8"
@@ -51,7 +59,7 @@ class Plan:
         """`where` goes before error messages. ValueError for a config no format reads, or a bad rule."""
         self.config = config
         self.schemes: list[Scheme] = []
-        self._pick: Pick = lambda name: None
+        self._pick: Pick = lambda name, kinds: None
         if config is None:
             return
         try:
@@ -61,10 +69,24 @@ class Plan:
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
 
-    def scheme(self, name: str) -> Scheme | None:
-        """Format and parameters of the linear called `name`; None if it is left unquantized."""
-        index = self._pick(name)
+    def scheme(self, name: str, kinds: Kinds = LINEAR) -> Scheme | None:
+        """Format and parameters of the module called `name`; None if it is left unquantized.
+
+        kinds: what config_groups may call it by, `kinds_of` the module.
+        """
+        index = self._pick(name, kinds)
         return None if index is None else self.schemes[index]
+
+
+def kinds_of(module: nn.Module) -> Kinds:
+    """Names of a module's classes, as compressed-tensors matches them.
+
+    It packs linears and embeddings alone. What is packed and neither, a router of today's transformers, was a linear
+    when it was packed, and goes by that name.
+    """
+    names = {kind.__name__ for kind in type(module).__mro__ if issubclass(kind, nn.Module)}
+    embedding = isinstance(module, (nn.Embedding, QuantEmbedding))
+    return names | set(EMBEDDING if embedding else LINEAR)
 
 
 def _method(config: Config) -> str:
@@ -88,7 +110,7 @@ def _parse(config: Config) -> Scheme:
 # ---------------------------------------------------------------------- rules of each method
 def _split_plain(config: Config) -> tuple[list[Config], Pick]:
     skipped = _skip_rule(config)
-    return [config], lambda name: None if skipped(name) else 0
+    return [config], lambda name, kinds: None if skipped(name) else 0
 
 
 def _split_dynamic(config: Config) -> tuple[list[Config], Pick]:
@@ -108,7 +130,7 @@ def _split_dynamic(config: Config) -> tuple[list[Config], Pick]:
         rules.append((pattern, len(variants)))
         variants.append({**config, **overrides, "quant_method": config["quant_method"]})
 
-    def pick(name: str) -> int | None:
+    def pick(name: str, kinds: Kinds) -> int | None:
         for pattern, index in rules:
             if pattern.match(name):
                 return index
@@ -118,27 +140,30 @@ def _split_dynamic(config: Config) -> tuple[list[Config], Pick]:
 
 
 def _split_groups(config: Config) -> tuple[list[Config], Pick]:
+    compressed_tensors.check_dense(config)
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise ValueError(f"{FIELD}.config_groups: expected a non-empty object, got {groups!r:.60}")
-    ignored = [_target("ignore", entry) for entry in _strings("ignore", config.get("ignore"))]
+    ignored = [_Target("ignore", entry) for entry in _strings("ignore", config.get("ignore"))]
     variants: list[Config] = []
-    targets: list[tuple[int, Callable[[str], bool], int]] = []  # specificity, rule, variant
+    places: dict[str, tuple[_Target, int]] = {}  # what two groups target is the later one's
     for name, group in groups.items():
         if isinstance(group, Mapping) and "weights" in group and group["weights"] is None:
             continue  # rounds activations of attention, say; ours keep 16 bits
         variants.append({**config, "config_groups": {name: group}})
         entries = group.get("targets") if isinstance(group, Mapping) else None
         for entry in _strings(f"config_groups.{name}.targets", entries):
-            targets.append((*_target(f"config_groups.{name}.targets", entry), len(variants) - 1))
+            places[entry] = _Target(f"config_groups.{name}.targets", entry), len(variants) - 1
     if not variants:
         raise ValueError(f"{FIELD}.config_groups: expected a group with weights, got none")
-    targets.sort(key=lambda target: target[0])
+    # compressed-tensors' own order of those that match: names, then regexes, then classes, each sorted
+    targets = [places[entry] for entry in sorted(places, key=lambda entry: ("re:" in entry, entry))]
 
-    def pick(name: str) -> int | None:
-        if any(matches(name) for _, matches in ignored):
+    def pick(name: str, kinds: Kinds) -> int | None:
+        if any(target.names(name) or target.entry in kinds for target in ignored):
             return None
-        return next((index for _, matches, index in targets if matches(name)), None)
+        named = [index for target, index in targets if target.names(name)]
+        return next(iter(named + [index for target, index in targets if target.entry in kinds]), None)
 
     return variants, pick
 
@@ -157,7 +182,7 @@ def _split_own(config: Config) -> tuple[list[Config], Pick]:
             if name in place:
                 raise ValueError(f"{FIELD}.groups[{i}].modules: {name}: expected in one group, got it in two")
             place[name] = i
-    return variants, place.get
+    return variants, lambda name, kinds: place.get(name)
 
 
 def _parse_own(group: Config) -> Scheme:
@@ -172,14 +197,16 @@ def _parse_own(group: Config) -> Scheme:
     return Scheme(format, dict(params))
 
 
-def _target(field: str, entry: str) -> tuple[int, Callable[[str], bool]]:
-    """(0 for an exact name, 1 for a regex, 2 for a class, the rule)."""
-    if entry.startswith("re:"):
-        pattern = _regex(field, entry.removeprefix("re:"))
-        return 1, lambda name: pattern.match(name) is not None
-    if entry in ("Linear", "Module"):
-        return 2, lambda name: True
-    return 0, lambda name: name == entry
+class _Target:
+    """An entry of `targets` or `ignore`: a regex of names, or a name or class."""
+
+    def __init__(self, field: str, entry: str) -> None:
+        self.entry = entry
+        self._pattern = _regex(field, entry.removeprefix("re:")) if entry.startswith("re:") else None
+
+    def names(self, name: str) -> bool:
+        """Whether it is the name of this module, or a regex of it."""
+        return name == self.entry if self._pattern is None else self._pattern.match(name) is not None
 
 
 def _skip_rule(config: Config) -> Callable[[str], bool]:
@@ -221,12 +248,16 @@ _SPLIT = {
 
 # ---------------------------------------------------------------------- writing
 def describe(
-    layers: Mapping[str, PackedWeight], skipped: list[str], transposed: Collection[str] = ()
+    layers: Mapping[str, PackedWeight],
+    skipped: list[str],
+    embeddings: Collection[str] = (),
+    transposed: Collection[str] = (),
 ) -> dict[str, Any] | None:
-    """The `quantization_config` of a model whose quantized linears are `layers`; None if there are none.
+    """The `quantization_config` of a model whose quantized layers are `layers`; None if there are none.
 
-    `skipped` are its plain linears, `transposed` those that its class makes as Conv1D. Raises ValueError if layers differ in a way that no quantization
-    method's config can say.
+    `skipped` are its plain linears. Of `layers`, `embeddings` are no linears, and `transposed` are those that the
+    model's class makes as Conv1D. Raises ValueError if layers differ in a way that no quantization method's config
+    can say.
     """
     packed = {n: p for n, p in layers.items() if not formats.get(p.format).dense}
     skipped = skipped + [n for n in layers if n not in packed]
@@ -245,7 +276,9 @@ def describe(
             variants.append(config)
             names.append([])
         names[variants.index(config)].append(name)
-    if len(variants) == 1 and _method(variants[0]) != OWN:
+    if not set(embeddings).isdisjoint(packed) and _method(variants[0]) not in _EMBEDDINGS:
+        raise ValueError(f"{_method(variants[0])}: expected linears alone, got {min(embeddings)}, too")
+    if len(variants) == 1 and _method(variants[0]) != OWN and set(embeddings).isdisjoint(packed):
         return variants[0]
     join = _JOIN.get(_method(variants[0]))
     joined = None
@@ -291,4 +324,6 @@ def _join_own(variants: list[dict[str, Any]], names: list[list[str]]) -> dict[st
     return {"quant_method": OWN, "groups": groups}
 
 
+#: methods whose config can say that an embedding is packed
+_EMBEDDINGS = (OWN, "compressed-tensors")
 _JOIN = {"gptq": _join_gptq, "compressed-tensors": _join_groups, OWN: _join_own}

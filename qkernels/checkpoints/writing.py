@@ -103,10 +103,11 @@ def quantization_config(model: PreTrainedModel, names: Names) -> tuple[dict[str,
 
     It calls modules as the files do.
 
-    Only our own config can say that an embedding is packed. Beside linears of another method it is
-    written dequantized, in the dtype it computes in, so that the model stays the same function.
+    compressed-tensors' config and our own can say that an embedding is packed. Beside linears of another method it
+    is written dequantized, in the dtype it computes in, so that the model stays the same function.
     """
     stored = names.module
+    transposed = {stored(name) for name in transposed_layers(model)}
     layers, plain = matrices(model, names)
     embeddings = {stored(n): m.packed for n, m in model.named_modules() if isinstance(m, QuantEmbedding)}
     if any(not formats.get(packed.format).dense for packed in embeddings.values()):
@@ -114,13 +115,10 @@ def quantization_config(model: PreTrainedModel, names: Names) -> tuple[dict[str,
         tied = None if head is None else stored(head)
         others = {name: packed for name, packed in layers.items() if name != tied}
         try:
-            config = quantization.describe({**embeddings, **others}, plain)
+            return quantization.describe({**embeddings, **others}, plain, list(embeddings), transposed), True
         except ValueError:
-            config = None
-        if config is not None and config["quant_method"] == quantization.OWN:
-            return config, True
-    transposed = {stored(name) for name in transposed_layers(model)}
-    return quantization.describe(layers, plain, transposed), False
+            pass
+    return quantization.describe(layers, plain, (), transposed), False
 
 
 def matrices(model: nn.Module, names: Names) -> tuple[dict[str, PackedWeight], list[str]]:

@@ -242,6 +242,28 @@ class Format(ABC):
             found[name] = tensor
         return found, params
 
+    def take_rows(
+        self, tensors: Mapping[str, Tensor], shape: Shape, params: Params, index: Tensor
+    ) -> tuple[dict[str, Tensor], Params]:
+        """Tensors and parameters of the rows that `index`, int64 (R), names, in its order.
+
+        Formats whose rows lie otherwise than along their tensors' first dimension override this, or cannot be
+        an embedding: ValueError.
+        """
+        n, k = shape
+        whole, other = self.specs((n, k), params), self.specs((n + 1, k), params)
+        taken = {}
+        for name, tensor in tensors.items():
+            full, more = whole[name].shape, other[name].shape
+            if full != more:
+                if full is None or more is None or (full[0], more[0], full[1:]) != (n, n + 1, more[1:]):
+                    raise ValueError(
+                        f"{self.name}: {name}: expected a tensor that keeps rows apart, got shape {full}"
+                    )
+                tensor = tensor[index]
+            taken[name] = tensor
+        return taken, params
+
     # ------------------------------------------------------------------ kernel families
     def weight_only_traits(self, shape: Shape, params: Params) -> WeightOnlyTraits:
         """Code width, decoder, scaler and group size. Only in the weight-only family."""

@@ -62,6 +62,17 @@ def unpack_rows(packed: Tensor, bits: int, count: int) -> Tensor:
     return codes.view(-1, n)[:count]
 
 
+def take_rows(packed: Tensor, bits: int, index: Tensor) -> Tensor:
+    """The codes (R, n) uint8 that `index`, int64 (R), names; only their words are read."""
+    first = index * bits
+    word, offset = first // 32, (first % 32)[:, None]
+    last = (first + bits - 1) // 32
+    low, high = (packed[at].to(torch.int64) & 0xFFFFFFFF for at in (word, last))
+    # Of a code within one word both are that word, and its own bits come to the same places.
+    both = torch.where((word == last)[:, None], low, low | high << 32)
+    return ((both >> offset) & ((1 << bits) - 1)).to(torch.uint8)
+
+
 def padding_is_zero(packed: Tensor, bits: int, count: int) -> bool:
     """Whether the bits behind the first `count` codes are zero."""
     return bool((pack_rows(unpack_rows(packed, bits, count), bits) == packed).all())

@@ -69,6 +69,13 @@ def write(
     }
 
 
+def check_dense(config: Mapping[str, Any]) -> None:
+    """ValueError if the config leaves out weights that are zero."""
+    sparsity = config.get("sparsity_config")
+    if isinstance(sparsity, Mapping) and sparsity.get("format", "dense") != "dense":
+        raise ValueError(f"{_WHERE}.sparsity_config.format: expected 'dense', got {sparsity['format']!r:.60}")
+
+
 def read(config: Mapping[str, Any]) -> Scheme | None:
     """The scheme of a config with one group; None if its quant_method is another's.
 
@@ -95,9 +102,7 @@ def read(config: Mapping[str, Any]) -> Scheme | None:
         )
     if weights.get("dynamic"):
         raise ValueError(f"{where}.weights.dynamic: expected false, got {weights['dynamic']!r:.60}")
-    sparsity = config.get("sparsity_config")
-    if isinstance(sparsity, Mapping) and sparsity.get("format", "dense") != "dense":
-        raise ValueError(f"{_WHERE}.sparsity_config.format: expected 'dense', got {sparsity['format']!r:.60}")
+    check_dense(config)
     if config.get("transform_config"):
         raise ValueError(f"{_WHERE}.transform_config: expected none, got {config['transform_config']!r:.60}")
     storage = group.get("format") or config.get("format")

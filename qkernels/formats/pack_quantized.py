@@ -73,6 +73,19 @@ class PackQuantized(affine.Grouped):
             params = {**params, "group_size": size}
         return found, params
 
+    def take_rows(
+        self, tensors: Mapping[str, Tensor], shape: Shape, params: Params, index: Tensor
+    ) -> tuple[dict[str, Tensor], Params]:
+        taken = dict(tensors)
+        for name in ("weight_packed", "weight_scale"):
+            taken[name] = tensors[name][index]
+        taken["weight_shape"] = torch.stack([torch.full_like(tensors["weight_shape"][0], index.numel()),
+                                             tensors["weight_shape"][1]])  # fmt: skip
+        if "weight_zero_point" in tensors:
+            zeros = bits.take_rows(tensors["weight_zero_point"], params["bits"], index)
+            taken["weight_zero_point"] = bits.pack_rows(zeros, params["bits"])
+        return taken, params
+
     def check_values(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> None:
         (n, k), b = shape, params["bits"]
         self.check_finite("weight_scale", tensors["weight_scale"])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import qkernels as qk
 
-from ..moe_checkpoint import SIZES, edit, save_moe, stacks_of, tiny_moe
+from ..moe_checkpoint import edit, save_moe, stacks_of, tiny_moe
 from ..tiny import tiny_tokenizer
 
 
@@ -181,25 +181,6 @@ def test_experts_bigger_than_memory_are_not_made(saved: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **sizes}))
     with pytest.raises(ValueError, match=r"expected shape \(.*65536\) from config.json, got"):
         qk.load_model(saved)
-
-
-def test_a_packed_router(tmp_path: Path) -> None:
-    """Phi's is a linear layer, but what is called is more than its product."""
-    from transformers import AutoModelForCausalLM, PhimoeConfig
-
-    model = AutoModelForCausalLM.from_config(
-        PhimoeConfig(**SIZES, intermediate_size=128, num_local_experts=4)
-    )
-    qk.quantize_model(model, "q8_0", experts=True, progress=False)
-    qk.save_model(model, tmp_path / "m")
-    old, router = "model.layers.1.block_sparse_moe.gate", "model.layers.1.mlp.router"
-    edit(tmp_path / "m", drop=f"{old}.weight", **{f"{router}.data": torch.zeros(4, 272, dtype=torch.uint8)})
-    path = tmp_path / "m/config.json"
-    config = json.loads(path.read_text())
-    config["quantization_config"]["groups"][0]["modules"].append(router)
-    path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=rf"got 1 unexpected: {router}.data"):
-        qk.load_model(tmp_path / "m")
 
 
 def test_a_gguf_file_takes_no_experts(tmp_path: Path) -> None:

@@ -101,14 +101,8 @@ def test_a_merged_model_is_saved_as_an_ordinary_one(
     )  # transformers refuses it to quantized ones
 
 
-@pytest.mark.parametrize(
-    ("source", "how"),
-    # what quantize_model and load_model make is not marked as quantized to transformers' save_pretrained
-    [
-        *((source, "save_model") for source in SOURCES),
-        *((source, "save_pretrained") for source in SOURCES[2:]),
-    ],
-)
+@pytest.mark.parametrize("how", ["save_model", "save_pretrained"])
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("unmerged", [["q_proj"], ["q_proj", "down_proj"]], ids=str)
 def test_a_partly_merged_model_is_saved_with_its_packed_layers(
     source: str, how: str, unmerged: list[str], tmp_path: Path
@@ -129,7 +123,7 @@ def test_a_partly_merged_model_is_saved_with_its_packed_layers(
         assert torch.equal(logits(loaded), expected)
 
 
-@pytest.mark.parametrize("source", ["from_pretrained", "checkpoint_config"])
+@pytest.mark.parametrize("source", SOURCES)
 def test_bitsandbytes_reads_a_partly_merged_model(source: str, tmp_path: Path) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     wrapped = tuned(quantized(source, tmp_path, torch.float32), target_modules=["q_proj"])

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ...checkpoints.layers import scheme_of
-from ...checkpoints.quantization import Plan, Scheme
+from ...checkpoints.quantization import EMBEDDING, LINEAR, Plan, Scheme
 from ...checkpoints.tensor_files import TensorFiles
 
 #: what models call their input embeddings; vLLM does not tell every embedding its name
@@ -82,9 +82,10 @@ class Checkpoint:
         and the config says they are not.
         """
         names = self.names(module)
+        kinds = EMBEDDING if module.rpartition(".")[2] in _EMBEDDINGS else LINEAR
         if self.files is None:
-            return self.plan.scheme(module)
-        return scheme_of(names, self.files, self.plan) if names else None
+            return self.plan.scheme(module, kinds)
+        return scheme_of(names, self.files, self.plan, kinds) if names else None
 
     def tensors(self, module: str) -> dict[str, Tensor] | None:
         """The module's tensors, mapped and not read, without the bias; None without files."""
