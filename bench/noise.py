@@ -25,7 +25,7 @@ COLUMNS = ["format", "weight error", "perplexity", "weights alone", "Gaussian no
 @torch.no_grad()
 def changed(model: nn.Module, change: Callable[[int, Tensor], Tensor]) -> nn.Module:
     """A copy of `model` with the weight of its i-th linear layer, except the output's, put through `change`."""
-    from qkernels.model import linears
+    from qkernels.candidates import linears
 
     model = copy.deepcopy(model)
     for i, (_, layer) in enumerate(linears(model, None)):

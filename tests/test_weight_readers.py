@@ -125,6 +125,15 @@ def test_a_bare_packed_layer_is_not_converted() -> None:
         convert_model(qk.QuantLinear.from_linear(nn.Linear(64, 64), "nf4"), "fp16")
 
 
+def test_a_classifier_stays_plain_whenever_it_is_asked_for() -> None:
+    model = _bert()
+    qk.quantize_model(model, "nf4", skip=["*.output.dense"], progress=False)
+    qk.quantize_model(model, "nf4", progress=False)
+    assert [n for n, m in model.named_modules() if isinstance(m, nn.Linear)] == ["classifier"]
+    with pytest.raises(ValueError, match="expected at least one nn.Linear to quantize, got none .1 skipped"):
+        qk.quantize_model(model, "nf4", progress=False)
+
+
 # ---------------------------------------------------------------------- torch's own modules
 def test_torchs_transformer_from_quantize_to_load() -> None:
     def encoder() -> nn.Module:

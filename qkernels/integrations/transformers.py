@@ -27,6 +27,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import formats
+from ..candidates import linears
 from ..checkpoints import expert_layers, layers, quantization
 from ..checkpoints.model_config import NOTE, WEIGHTS
 from ..checkpoints.quantization import Plan
@@ -34,7 +35,6 @@ from ..checkpoints.save_pretrained import Saver
 from ..checkpoints.tensor_files import TensorFiles
 from ..holding import Holder
 from ..linear import QuantLinear, linear_of
-from ..model import linears
 from ..stand_in import StandIn
 
 METHOD = quantization.OWN
