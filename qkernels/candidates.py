@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
-import torch
 from torch import nn
 
 from . import moe
-from .linear import QuantLinear, is_linear, linear_of
+from .linear import QuantLinear, computes_otherwise, is_linear, linear_of
 from .weight_readers import layers_read_by
 
 #: what the output projection is called in models that do not say (`get_output_embeddings`)
@@ -59,12 +57,11 @@ def linears(model: nn.Module, skip: Iterable[str] | None) -> list[tuple[list[str
 
 
 def _heads(model: nn.Module) -> set[int]:
-    """id of the linears that make a model's output: of a transformers model all outside of its base model."""
+    """id of the linears that make a model's output: its output projection, or what a classifier has behind its base."""
     output = _output_projection(model)
     if output is not None:
-        heads = {id(output)}
-    else:
-        heads = {id(m) for n, m in model.named_modules(remove_duplicate=False) if n in _OUTPUT_NAMES}
+        return {id(output)}
+    heads = {id(m) for n, m in model.named_modules(remove_duplicate=False) if n in _OUTPUT_NAMES}
     base = getattr(model, "base_model", None)
     if not isinstance(base, nn.Module) or base is model:
         return heads
@@ -78,7 +75,7 @@ def _unfit(model: nn.Module, names: dict[int, str]) -> set[int]:
     """id of the linears, of those in `names`, that only plain weights can serve; says which and why."""
     reasons: dict[str, list[int]] = {}
     for module in model.modules():
-        if id(module) in names and isinstance(module, nn.Linear) and _computes_otherwise(module):
+        if id(module) in names and isinstance(module, nn.Linear) and computes_otherwise(module):
             reasons.setdefault(f"{type(module).__name__} computes something else", []).append(id(module))
         for path in layers_read_by(module):
             try:
@@ -92,26 +89,6 @@ def _unfit(model: nn.Module, names: dict[int, str]) -> set[int]:
         count = f" and {len(keys) - 1} more like it" if len(keys) > 1 else ""
         warnings.warn(f"qkernels: {names[keys[0]]}{count} stays as it is: {why}", stacklevel=4)
     return {key for keys in reasons.values() for key in keys}
-
-
-def _computes_otherwise(module: nn.Linear) -> bool:
-    """Whether a subclass has a forward that is no x @ W^T + bias. It is tried with small numbers: Falcon's is one."""
-    if type(module).forward is nn.Linear.forward:
-        return False
-    generator = torch.Generator().manual_seed(0)
-    weight, bias, x = (
-        torch.randn(size, generator=generator, device="cpu") for size in ((5, 3), (5,), (2, 3))
-    )
-    small = copy.copy(module)
-    bias_or_none = None if module.bias is None else nn.Parameter(bias)
-    small._parameters = {**module._parameters, "weight": nn.Parameter(weight), "bias": bias_or_none}
-    small.in_features, small.out_features = 3, 5
-    try:
-        with torch.no_grad():
-            y = type(module).forward(small, x)
-            return not torch.allclose(y, nn.functional.linear(x, weight, bias_or_none), atol=1e-5)
-    except Exception:  # a module's own code can break in any way
-        return True
 
 
 def _output_projection(model: nn.Module) -> nn.Module | None:

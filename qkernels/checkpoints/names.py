@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..embedding import QuantEmbedding
-from ..linear import QuantLinear, is_linear
+from ..linear import QuantLinear, computes_otherwise, is_linear
 from ..moe import DOWN, GATE, LEAVES, UP, QuantExperts, expert_modules, routers
 
 #: transformers' operations on tensors of single experts -> what it makes of them, and of whose tensors
@@ -190,8 +190,9 @@ class Names:
 
 def _own_forward(module: nn.Module) -> bool:
     """Whether it is a linear or an embedding and more, so that no other can stand in: a scaled embedding, say."""
-    kinds = (nn.Linear, nn.Embedding)
-    return isinstance(module, kinds) and type(module).forward not in [kind.forward for kind in kinds]
+    if isinstance(module, nn.Linear):
+        return computes_otherwise(module)
+    return isinstance(module, nn.Embedding) and type(module).forward is not nn.Embedding.forward
 
 
 def _has_matrix(module: nn.Module) -> bool:

@@ -322,6 +322,20 @@ class Spqr(Format):
         return self.from_spqr(grid, shape, params)
 
     # ------------------------------------------------------------------ checkpoints
+    def to_hf_config(self, params: Params, skipped: list[str]) -> dict[str, Any] | None:
+        """spqr-quant's tensors go by its config, which transformers reads; ours by our own."""
+        if params["checkpoint_format"] != "spqr_quant":
+            return super().to_hf_config(params, skipped)
+        return {
+            "quant_method": "spqr",
+            "bits": params["bits"],
+            "beta1": params["group_size"],
+            "beta2": params["row_group"],
+            "act_order": params["act_order"],
+            "checkpoint_format": params["checkpoint_format"],
+            "modules_to_not_convert": skipped,
+        }
+
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any]) -> Params | None:
         if config.get("quant_method") != "spqr":

@@ -184,7 +184,7 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--rows", "0"]) == 2
     assert "--rows: expected numbers from 1" in capsys.readouterr().err
     assert main(["bench", "--formats", "nf5"]) == 2
-    assert main(["bench", "--formats", "gptq:group_size=128", "--shapes", "16x64", "--rows", "1"]) == 2
+    assert main(["bench", "--formats", "awq:group_size=128", "--shapes", "16x64", "--rows", "1"]) == 2
 
 
 def synthetic(spec: str, m: int, chain: float, dense: float, backend: str = "triton", n: int = 8192) -> dict:
