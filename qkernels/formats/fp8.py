@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..layouts.eight_bit import EIGHT_BIT, EightBitParts, EightBitTraits
-from ..layouts.weight_only import WEIGHT_ONLY, WeightOnlyParts, WeightOnlyTraits
+from ..layouts.weight_only import SLICE, WEIGHT_ONLY, WeightOnlyParts, WeightOnlyTraits
 from .base import FLOATS, Format, Params, Shape, TensorSpec, accumulate_dtype
 from .compressed_tensors import read_eight_bit, write_eight_bit
 
@@ -164,16 +164,22 @@ class Fp8(Format):
 
     # ------------------------------------------------------------------ kernel family
     def kernel_layout(self, params: Mapping[str, Any]) -> str | None:
-        if params["activation"] == "none":
-            return WEIGHT_ONLY
-        return None if self.obstacle((1, 1), dict(params)) else EIGHT_BIT
+        if self.obstacle((1, 1), dict(params)):
+            return None
+        return WEIGHT_ONLY if params["activation"] == "none" else EIGHT_BIT
 
     def obstacle(self, shape: Shape, params: Params) -> str | None:
-        block = params["granularity"] == "block" and _block(params) != (BLOCK, BLOCK)
-        if params["activation"] == "none" or not block:
+        rows, columns = _block(params)
+        if params["activation"] == "none":
+            if columns % SLICE == 0:
+                return None
+            return (
+                f"kernels that decode float8 take blocks of a multiple of {SLICE} columns, not of {columns}"
+            )
+        if (rows, columns) == (BLOCK, BLOCK):
             return None
-        return "kernels that multiply 8 bits by 8 bits take scales of 128x128 blocks, not of {}x{}".format(
-            *_block(params)
+        return (
+            f"kernels that multiply 8 bits by 8 bits take scales of 128x128 blocks, not of {rows}x{columns}"
         )
 
     def weight_only_traits(self, shape: Shape, params: Params) -> WeightOnlyTraits:
