@@ -175,6 +175,8 @@ def _not_eight_bit(names: Sequence[str], layers: Sequence[nn.Module | None]) -> 
         if not isinstance(layer, QuantLinear):
             return f"{name} is no quantized layer but {type(layer).__name__}"
         p = layer.packed
+        if obstacle := formats.get(p.format).obstacle(p.shape, p.params):
+            return f"{name}: {obstacle}: plain norm, then matmul"
         if formats.get(p.format).kernel_layout(p.params) != layouts.EIGHT_BIT:
             return (
                 f"{name}: {p.format} is weight-only, so no activations are quantized: plain norm, then matmul"

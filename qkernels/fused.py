@@ -150,7 +150,10 @@ def _why_separate(problem: dispatch.Problem, kernel: dispatch.Kernel) -> str | N
     """Why nothing can be fused with the activations of `kernel`; None if it can."""
     if kernel.quantized is not None:
         return None
-    if formats.get(problem.format).kernel_layout(dict(problem.params)) != layouts.EIGHT_BIT:
+    fmt, params = formats.get(problem.format), dict(problem.params)
+    if obstacle := fmt.obstacle(problem.shape, params):
+        return obstacle
+    if fmt.kernel_layout(params) != layouts.EIGHT_BIT:
         return f"{problem.format} with these parameters is weight-only, so no activations are quantized"
     return f"{kernel.name} does not take codes that another kernel made"
 

@@ -62,7 +62,9 @@ CASES = [
     ("fp8", {"granularity": "tensor", "float_format": "e5m2"}),
     ("fp8", {"granularity": "tensor", "activation": "static", "input_scale": 0.02}),
     ("fp8", {"activation": "dynamic"}),
+    ("w8a8", {"activation": "none", "group_size": 32, "symmetric_weight": False}),
     ("fp8", {"granularity": "block"}),
+    ("fp8", {"granularity": "block", "block_rows": 32, "block_columns": 48}),
     ("fp8", {"granularity": "block", "activation": "dynamic"}),
     *((gguf.name, {}) for gguf in GGUF_TYPES),
 ]

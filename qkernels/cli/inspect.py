@@ -122,12 +122,13 @@ def _gguf(path: Path) -> tuple[dict[str, Any], list[Row]]:
 
 
 def _safetensors(path: Path) -> tuple[dict[str, Any], list[Row]]:
-    from ..checkpoints import expert_layers, layers, model_config
+    from ..checkpoints import expert_layers, layers, model_config, quantization
     from ..checkpoints.tensor_files import TensorFiles
 
     directory = path if path.is_dir() else path.parent
     plan = None
     shapes: dict[str, tuple[int, int]] = {}
+    kinds: dict[str, quantization.Kinds] = {}
     facts: dict[str, Any] = {"file": str(path)}
     with TensorFiles(path) as files:
         # A lone file beside no config.json is listed too; only the packed weights' sizes are unknown.
@@ -138,18 +139,22 @@ def _safetensors(path: Path) -> tuple[dict[str, Any], list[Row]]:
             model, plan = model_config.skeleton(directory, files)
             inventory = layers.Inventory(model, files)
             for prefix, own in inventory.layers.items():
-                if isinstance(linear := model.get_submodule(prefix), nn.Linear):
-                    shapes[layers.stored_module(own)] = (linear.out_features, linear.in_features)
+                layer = model.get_submodule(prefix)
+                kinds[layers.stored_module(own)] = quantization.kinds_of(layer)
+                if isinstance(layer, nn.Linear):
+                    shapes[layers.stored_module(own)] = (layer.out_features, layer.in_features)
+                elif isinstance(weight := getattr(layer, "weight", None), nn.Parameter):
+                    shapes[layers.stored_module(own)] = (weight.shape[0], weight.shape[1])
             for prefix, weights in inventory.experts.items():
                 sizes = expert_layers.expert_shapes(model.get_submodule(prefix))
                 shapes |= {
                     layers.stored_module(own): sizes[r] for (_, r), own in weights.items() if r in sizes
                 }
-            kinds = plan.schemes
+            schemes = plan.schemes
             facts |= {
                 "model": type(model).__name__,
-                "format": ", ".join(dict.fromkeys(kind.format for kind in kinds)) or None,
-                "parameters": (kinds[0].params or None) if len(kinds) == 1 else None,
+                "format": ", ".join(dict.fromkeys(scheme.format for scheme in schemes)) or None,
+                "parameters": (schemes[0].params or None) if len(schemes) == 1 else None,
             }
         modules: dict[str, dict[str, str]] = {}
         for name in files.infos:
@@ -158,7 +163,7 @@ def _safetensors(path: Path) -> tuple[dict[str, Any], list[Row]]:
         rows = []
         for module, leaves in sorted(modules.items(), key=lambda item: _natural(item[0])):
             infos = {leaf: files.infos[name] for leaf, name in leaves.items()}
-            scheme = plan.scheme(module) if plan is not None else None
+            scheme = None if plan is None else plan.scheme(module, kinds.get(module, quantization.LINEAR))
             rows.append(_row(module, infos, scheme and scheme.format, shapes.get(module)))
     return facts, rows
 

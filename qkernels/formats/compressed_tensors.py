@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 METHOD = "compressed-tensors"
 _WHERE = "quantization_config"
+#: `format`s that keep a weight's codes in a byte each
+_BYTES = ("int-quantized", "float-quantized", "naive-quantized")
 
 
 class Scheme(NamedTuple):
@@ -112,60 +114,102 @@ def read(config: Mapping[str, Any]) -> Scheme | None:
 
 
 def read_eight_bit(config: Mapping[str, Any], kind: str) -> dict[str, Any] | None:
-    """granularity, activation and symmetric_input of an 8-bit scheme of `kind`, else None.
+    """Parameters of an 8-bit scheme of `kind`, else None.
 
+    granularity, activation, symmetric_input, symmetric_weight; of "int" group_size (-1: none), of "float" with granularity
+    "block" block_rows and block_columns, where a group is a block of one row.
     Raises ValueError naming the field for a scheme of this kind that we do not implement.
     """
     scheme = read(config)
-    if scheme is None or scheme.kind != (kind, 8) or scheme.storage == "pack-quantized":
+    if scheme is None or scheme.kind[0] != kind or scheme.storage not in _BYTES:
         return None
-    strategies = ("tensor", "channel", "block") if kind == "float" else ("tensor", "channel")
-    granularity = scheme.expect("strategy", strategies)
-    if granularity == "block" and scheme.weights.get("block_structure") not in ([128, 128], "128x128"):
-        raise ValueError(
-            f"{_WHERE} weights.block_structure: expected [128, 128], "
-            f"got {scheme.weights.get('block_structure')!r:.60}"
-        )
-    if scheme.weights.get("symmetric", True) is not True:
-        raise ValueError(f"{_WHERE} weights.symmetric: expected true with 8 bits, got false")
-    inputs = scheme.inputs
+    bits = scheme.kind[1]
+    # Narrower integers lie in bytes, too, where activations are rounded: compressed-tensors' W4A8.
+    if type(bits) is not int or bits > 8 or (kind == "float" and bits != 8):
+        return None
+    strategies = ("tensor", "channel", "group", *(["block"] if kind == "float" else []))
+    strategy = scheme.expect("strategy", strategies)
+    symmetric = scheme.weights.get("symmetric", True) is True
+    if kind == "float" and not symmetric:
+        raise ValueError(f"{_WHERE} weights.symmetric: expected true with float8, got false")
+    parsed: dict[str, Any] = {"granularity": strategy, "symmetric_weight": symmetric}
+    width: int | None = None
+    if strategy == "block":
+        rows, width = _block(scheme.weights.get("block_structure"))
+        parsed |= {"block_rows": rows, "block_columns": width}
+    elif strategy == "group":
+        size = _size("weights.group_size", scheme.weights.get("group_size"))
+        if kind == "float":
+            width = size
+            parsed |= {"granularity": "block", "block_rows": 1, "block_columns": size}
+        else:
+            parsed |= {"granularity": "channel", "group_size": size}
+    return parsed | _read_inputs(scheme.inputs, kind, width)
+
+
+def _read_inputs(inputs: Mapping[str, Any] | None, kind: str, width: int | None) -> dict[str, Any]:
+    """activation and symmetric_input. width: features that share a scale of float weights, None for whole rows."""
     if inputs is None:
-        return {"granularity": granularity, "activation": "none", "symmetric_input": True}
-    if (inputs.get("type", "int"), inputs.get("num_bits", 8)) != (kind, 8):
+        return {"activation": "none", "symmetric_input": True}
+    stated = inputs.get("type", "int"), inputs.get("num_bits", 8)
+    if stated != (kind, 8):
         raise ValueError(
             f"{_WHERE} input_activations: expected {kind} of 8 bits like the weights, got "
-            f"{inputs.get('type', 'int')!r:.60} of {inputs.get('num_bits', 8)!r:.60}"
+            f"{stated[0]!r:.60} of {stated[1]!r:.60}"
         )
     strategy, dynamic = inputs.get("strategy"), inputs.get("dynamic", False)
     symmetric = inputs.get("symmetric", True) is True
-    per_token = ("group",) if granularity == "block" else ("token",)
-    if dynamic is True and strategy in per_token and symmetric:
-        if granularity == "block" and inputs.get("group_size") != 128:
+    asymmetric = kind == "int"  # which has zero points
+    if dynamic is True and strategy == ("token" if width is None else "group") and (symmetric or asymmetric):
+        if width is not None and inputs.get("group_size") != width:
             raise ValueError(
-                f"{_WHERE} input_activations.group_size: expected 128, got {inputs.get('group_size')!r:.60}"
+                f"{_WHERE} input_activations.group_size: expected {width} like the weights, "
+                f"got {inputs.get('group_size')!r:.60}"
             )
-        return {"granularity": granularity, "activation": "dynamic", "symmetric_input": True}
-    if dynamic is False and strategy == "tensor" and granularity != "block":
-        return {"granularity": granularity, "activation": "static", "symmetric_input": symmetric}
+        return {"activation": "dynamic", "symmetric_input": symmetric}
+    if dynamic is False and strategy == "tensor" and width is None and (symmetric or asymmetric):
+        return {"activation": "static", "symmetric_input": symmetric}
+    allowed = "dynamic per token, or static per tensor" if width is None else f"dynamic per group of {width}"
     raise ValueError(
-        f"{_WHERE} input_activations: expected dynamic per {per_token[0]} and symmetric, or static per "
-        f"tensor, got dynamic={dynamic!r:.60} strategy={strategy!r:.60} symmetric={symmetric}"
+        f"{_WHERE} input_activations: expected {allowed}{'' if asymmetric else ', and symmetric'}, got "
+        f"dynamic={dynamic!r:.60} strategy={strategy!r:.60} symmetric={symmetric}"
     )
 
 
-def write_eight_bit(
-    kind: str, granularity: str, activation: str, symmetric: bool, skipped: list[str]
-) -> dict[str, Any]:
+def _size(field: str, value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{_WHERE} {field}: expected a positive integer, got {value!r:.60}")
+    return value
+
+
+def _block(value: Any) -> tuple[int, int]:
+    """[128, 128], or "128x128" as it was written at first."""
+    sizes = value.split("x") if isinstance(value, str) else value
+    try:
+        rows, columns = (int(size) if isinstance(value, str) else size for size in sizes)
+        return _size("", rows), _size("", columns)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{_WHERE} weights.block_structure: expected two positive integers, got {value!r:.60}"
+        ) from None
+
+
+def write_eight_bit(kind: str, params: Mapping[str, Any], skipped: list[str]) -> dict[str, Any]:
     """The inverse of `read_eight_bit`."""
-    block = granularity == "block"
-    weights = arguments(kind, 8, granularity)
-    if block:
-        weights["block_structure"] = [128, 128]
+    granularity, size = params["granularity"], params.get("group_size", -1)
+    weights = arguments(kind, 8, granularity, symmetric=params.get("symmetric_weight", True))
+    width = None
+    if granularity == "block":
+        width = params["block_columns"]
+        weights["block_structure"] = [params["block_rows"], width]
+    elif size != -1:
+        weights |= {"strategy": "group", "group_size": size}
+    symmetric = params.get("symmetric_input", True)
     inputs = {
         "none": None,
-        "dynamic": arguments(kind, 8, "group", dynamic=True, group_size=128)
-        if block
-        else arguments(kind, 8, "token", dynamic=True),
+        "dynamic": arguments(kind, 8, "token", dynamic=True, symmetric=symmetric)
+        if width is None
+        else arguments(kind, 8, "group", dynamic=True, group_size=width),
         "static": arguments(kind, 8, "tensor", symmetric=symmetric),
     }
-    return write(f"{kind}-quantized", weights, inputs[activation], skipped)
+    return write(f"{kind}-quantized", weights, inputs[params["activation"]], skipped)

@@ -31,17 +31,37 @@ def per_token_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8), absmax / 127
 
 
+def per_token_affine(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x (..., K) -> int8 codes, scales (..., 1) and int8 zero points (..., 1): x = scale * (code - zero point).
+
+    As compressed-tensors has it, operation by operation: 0 lies within the range, and the zero point is added before
+    the sum is rounded, half to even. Where all are 0, the scale is 0, too.
+    """
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    scale = (high - low) / 255
+    divisor = torch.where(scale == 0, torch.ones_like(scale), scale)
+    zero = torch.round((-128 - low / divisor).clamp(-128, 127))
+    codes = torch.round((x / divisor + zero).clamp(-128, 127))
+    return codes.to(torch.int8), scale, zero.to(torch.int8)
+
+
 def one_group(weight: Tensor, scale: Tensor) -> Grid:
     """int8 weight (N, K) and its scale (N, 1) as an integer grid with one group."""
     codes = (weight.to(torch.int16) + 128).to(torch.uint8)
     return Grid(codes, scale, torch.full_like(scale, 128, dtype=torch.uint8), group_size=-1)
 
 
+def check_groups(fmt: str, grid: Grid, count: int = 1) -> None:
+    """ValueError unless each row of the grid has so many groups."""
+    if grid.scale.shape[1] != count:
+        wanted = "one" if count == 1 else f"{count}"
+        raise ValueError(f"{fmt}: groups: expected {wanted} for each row, got {grid.scale.shape[1]}")
+
+
 def signed_codes(fmt: str, grid: Grid) -> Tensor:
-    """The inverse: int8 (N, K). ValueError if the grid has groups, or steps that no int8 holds."""
-    if grid.scale.shape[1] != 1:
-        raise ValueError(f"{fmt}: groups: expected one for each row, got {grid.scale.shape[1]}")
-    steps = grid.codes.to(torch.int16) - grid.zero.to(torch.int16)
+    """int8 (N, K), codes less their zero points. ValueError if a step is none that int8 holds."""
+    zero = grid.zero.to(torch.int16).repeat_interleave(grid.codes.shape[1] // grid.zero.shape[1], dim=1)
+    steps = grid.codes.to(torch.int16) - zero
     if bool((steps < -128).any()) or bool((steps > 127).any()):
         raise ValueError(f"{fmt}: expected codes within 128 of their zero point, got {steps.abs().max()}")
     return steps.to(torch.int8)

@@ -3,15 +3,16 @@
     weight float8 (N, K)
     weight_scale      () or (1)          granularity "tensor"
     weight_scale      (N, 1)             granularity "channel"
-    weight_scale_inv  float32 (ceil(N/128), ceil(K/128))   granularity "block"; despite its name it
-                                                           multiplies: W = weight * scale
+    weight_scale_inv  float32 (ceil(N/block_rows), ceil(K/block_columns))   granularity "block"; despite its
+                                                           name it multiplies: W = weight * scale
     input_scale       () or (1)          only with activation "static"
 
 Either scale name goes with every granularity: `scale_name="weight_scale"` is compressed-tensors' and
 vLLM's, "weight_scale_inv" DeepSeek's and transformers', who call the input scale `activation_scale`.
 
 Activations are E4M3 whatever the weight is: "none" leaves them alone (weight-only), "dynamic"
-quantizes per token, or per 1x128 group with block scales, "static" per tensor with `input_scale`.
+quantizes per token, or per 1 x block_columns group with block scales, "static" per tensor with `input_scale`.
+Groups along a row are blocks of one row.
 Rounding is half to even and saturates: E4M3FN has no infinity and E5M2 must not make one.
 
 Source: Micikevicius et al. 2022 (arXiv 2209.05433); compressed-tensors' `float-quantized` layout;
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..layouts.eight_bit import EIGHT_BIT, EightBitParts, EightBitTraits
-from ..layouts.weight_only import WEIGHT_ONLY, WeightOnlyParts, WeightOnlyTraits
+from ..layouts.weight_only import SLICE, WEIGHT_ONLY, WeightOnlyParts, WeightOnlyTraits
 from .base import FLOATS, Format, Params, Shape, TensorSpec, accumulate_dtype
 from .compressed_tensors import read_eight_bit, write_eight_bit
 
@@ -52,11 +53,18 @@ def to_fp8(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 class Fp8(Format):
     name = "fp8"
-    summary = "8-bit float E4M3/E5M2, per tensor, channel or 128x128 block (compressed-tensors, DeepSeek)"
+    summary = "8-bit float E4M3/E5M2, per tensor, channel, group or block (compressed-tensors, DeepSeek)"
     algorithms = ("ranges", "smoothquant")
     activation_top = 448.0  # activations are E4M3 whatever the weight is
     #: scale_name "auto" is weight_scale_inv for blocks and weight_scale for the others
-    defaults = {"granularity": "channel", "float_format": "e4m3", "activation": "none", "scale_name": "auto"}
+    defaults = {
+        "granularity": "channel",
+        "float_format": "e4m3",
+        "activation": "none",
+        "scale_name": "auto",
+        "block_rows": BLOCK,
+        "block_columns": BLOCK,
+    }
     quantize_only = {"input_scale": None}
 
     def check_params(self, shape: Shape, params: Params) -> None:
@@ -65,6 +73,12 @@ class Fp8(Format):
         self.expect("activation", params["activation"], ("none", "dynamic", "static"))
         self.expect("scale_name", params["scale_name"], ("auto", *_INPUT_SCALES))
         params["scale_name"] = _scale_name(params)
+        for key in ("block_rows", "block_columns"):
+            if params[key] < 1 or (params["granularity"] != "block" and params[key] != BLOCK):
+                wanted = (
+                    "a positive number" if params["granularity"] == "block" else f"{BLOCK} without blocks"
+                )
+                raise ValueError(f"fp8: {key}: expected {wanted}, got {params[key]}")
         if params["granularity"] == "block" and params["activation"] == "static":
             raise ValueError("fp8: activation: expected 'none' or 'dynamic' with block scales, got 'static'")
 
@@ -80,11 +94,20 @@ class Fp8(Format):
         return {**stated, **params}
 
     def cuts(self, shape: Shape, params: Params) -> Shape:
-        return (BLOCK, BLOCK) if params["granularity"] == "block" else (1, 1)
+        return _block(params) if params["granularity"] == "block" else (1, 1)
+
+    def take_rows(
+        self, tensors: Mapping[str, Tensor], shape: Shape, params: Params, index: Tensor
+    ) -> tuple[dict[str, Tensor], Params]:
+        if params["granularity"] != "block":
+            return super().take_rows(tensors, shape, params, index)
+        name = params["scale_name"]
+        scale = tensors[name][index // params["block_rows"]]
+        return {**tensors, "weight": tensors["weight"][index], name: scale}, {**params, "block_rows": 1}
 
     def specs(self, shape: Shape, params: Params) -> dict[str, TensorSpec]:
-        n, k = shape
-        shapes = {"block": (-(-n // BLOCK), -(-k // BLOCK)), "channel": (n, 1), "tensor": None}
+        (n, k), (rows, columns) = shape, _block(params)
+        shapes = {"block": (-(-n // rows), -(-k // columns)), "channel": (n, 1), "tensor": None}
         specs = {
             "weight": TensorSpec((DTYPES[params["float_format"]],), shape),
             params["scale_name"]: TensorSpec(_SCALES, shapes[params["granularity"]]),
@@ -113,13 +136,13 @@ class Fp8(Format):
         top = torch.finfo(dtype).max
         granularity = params["granularity"]
         if granularity == "block":
-            absmax = _block_amax(weight)
+            absmax = _block_amax(weight, *_block(params))
         elif granularity == "channel":
             absmax = weight.abs().amax(dim=1, keepdim=True)
         else:
             absmax = weight.abs().amax().reshape(1)
         scale = torch.where(absmax > 0, absmax / top, torch.ones_like(absmax))
-        spread = _spread(scale, weight.shape) if granularity == "block" else scale
+        spread = _spread(scale, weight.shape, *_block(params)) if granularity == "block" else scale
         tensors = {"weight": to_fp8(weight / spread, dtype), params["scale_name"]: scale}
         given = params["input_scale"]
         if params["activation"] == "static":
@@ -136,16 +159,31 @@ class Fp8(Format):
     def dequantize(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> Tensor:
         scale = tensors[params["scale_name"]].float()
         if params["granularity"] == "block":
-            scale = _spread(scale, shape)
+            scale = _spread(scale, shape, *_block(params))
         return tensors["weight"].float() * scale
 
     # ------------------------------------------------------------------ kernel family
-    def kernel_layout(self, params: Mapping[str, Any]) -> str:
+    def kernel_layout(self, params: Mapping[str, Any]) -> str | None:
+        if self.obstacle((1, 1), dict(params)):
+            return None
         return WEIGHT_ONLY if params["activation"] == "none" else EIGHT_BIT
 
+    def obstacle(self, shape: Shape, params: Params) -> str | None:
+        rows, columns = _block(params)
+        if params["activation"] == "none":
+            if columns % SLICE == 0:
+                return None
+            return (
+                f"kernels that decode float8 take blocks of a multiple of {SLICE} columns, not of {columns}"
+            )
+        if (rows, columns) == (BLOCK, BLOCK):
+            return None
+        return (
+            f"kernels that multiply 8 bits by 8 bits take scales of 128x128 blocks, not of {rows}x{columns}"
+        )
+
     def weight_only_traits(self, shape: Shape, params: Params) -> WeightOnlyTraits:
-        block = params["granularity"] == "block"
-        group, rows = (BLOCK, BLOCK) if block else (shape[1], 1)
+        rows, group = _block(params) if params["granularity"] == "block" else (1, shape[1])
         return WeightOnlyTraits(8, params["float_format"], "scale", group, rows)
 
     def weight_only(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> WeightOnlyParts:
@@ -206,9 +244,10 @@ class Fp8(Format):
             scale = tensors[_INPUT_SCALES[params["scale_name"]]].to(x.dtype).reshape(())
         elif params["granularity"] == "block":
             m, k = x.shape
-            groups = torch.nn.functional.pad(x, (0, -k % BLOCK)).view(m, -1, BLOCK)
+            size = params["block_columns"]
+            groups = torch.nn.functional.pad(x, (0, -k % size)).view(m, -1, size)
             scale = groups.abs().amax(-1).clamp(min=_GROUP_AMAX_FLOOR) / top
-            scale = scale.repeat_interleave(BLOCK, dim=1)[:, :k]
+            scale = scale.repeat_interleave(size, dim=1)[:, :k]
         else:
             scale = (x.abs().amax(dim=1, keepdim=True) / top).clamp(min=_TOKEN_FLOOR)
         return to_fp8(x / scale, dtype).to(x.dtype) * scale
@@ -216,14 +255,14 @@ class Fp8(Format):
     # ------------------------------------------------------------------ checkpoints
     def to_hf_config(self, params: Params, skipped: list[str]) -> dict[str, Any]:
         if params["scale_name"] == "weight_scale":
-            return write_eight_bit("float", params["granularity"], params["activation"], True, skipped)
+            return write_eight_bit("float", params, skipped)
         # This method knows no weight-only products: what others read is "dynamic", and what we mean is added.
         only = {"qkernels_activation": "none"} if params["activation"] == "none" else {}
         return {
             "quant_method": "fp8",
             "fmt": params["float_format"],
             "activation_scheme": "dynamic" if only else params["activation"],
-            "weight_block_size": [BLOCK, BLOCK] if params["granularity"] == "block" else None,
+            "weight_block_size": list(_block(params)) if params["granularity"] == "block" else None,
             "modules_to_not_convert": skipped,
             **only,
         }
@@ -232,13 +271,22 @@ class Fp8(Format):
     def from_hf_config(cls, config: Mapping[str, Any]) -> Params | None:
         if config.get("quant_method") != "fp8":
             parsed = read_eight_bit(config, "float")
-            return parsed and {key: parsed[key] for key in ("granularity", "activation")}
+            return parsed and {key: parsed[key] for key in parsed if key in cls.defaults}
+        activation = config.get("qkernels_activation", config.get("activation_scheme", "dynamic"))
         block = config.get("weight_block_size")
-        if block is not None and block not in ([BLOCK, BLOCK], (BLOCK, BLOCK)):
-            raise ValueError(f"quantization_config.weight_block_size: expected [128, 128], got {block!r:.60}")
+        if block is None:
+            return {"granularity": "tensor", "activation": activation}
+        sizes = list(block) if isinstance(block, (list, tuple)) else []
+        if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
+            raise ValueError(
+                f"quantization_config.weight_block_size: expected two positive integers, got {block!r:.60}"
+            )
+        rows, columns = sizes
         return {
-            "granularity": "tensor" if block is None else "block",
-            "activation": config.get("qkernels_activation", config.get("activation_scheme", "dynamic")),
+            "granularity": "block",
+            "activation": activation,
+            "block_rows": rows,
+            "block_columns": columns,
         }
 
 
@@ -249,14 +297,18 @@ def _scale_name(params: Mapping[str, Any]) -> str:
     return "weight_scale_inv" if params["granularity"] == "block" else "weight_scale"
 
 
-def _block_amax(weight: Tensor) -> Tensor:
-    """(N, K) -> absmax of each 128x128 block, (ceil(N/128), ceil(K/128)); edge blocks are smaller."""
+def _block(params: Mapping[str, Any]) -> Shape:
+    return params["block_rows"], params["block_columns"]
+
+
+def _block_amax(weight: Tensor, rows: int, columns: int) -> Tensor:
+    """(N, K) -> absmax of each block, (ceil(N/rows), ceil(K/columns)); edge blocks are smaller."""
     n, k = weight.shape
-    padded = torch.nn.functional.pad(weight.abs(), (0, -k % BLOCK, 0, -n % BLOCK))
-    return padded.view(padded.shape[0] // BLOCK, BLOCK, -1, BLOCK).amax(dim=(1, 3))
+    padded = torch.nn.functional.pad(weight.abs(), (0, -k % columns, 0, -n % rows))
+    return padded.view(padded.shape[0] // rows, rows, -1, columns).amax(dim=(1, 3))
 
 
-def _spread(scale: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _spread(scale: Tensor, shape: tuple[int, ...], rows: int, columns: int) -> Tensor:
     """Block scales -> one per weight, (N, K)."""
     n, k = shape
-    return scale.repeat_interleave(BLOCK, dim=0)[:n].repeat_interleave(BLOCK, dim=1)[:, :k]
+    return scale.repeat_interleave(rows, dim=0)[:n].repeat_interleave(columns, dim=1)[:, :k]

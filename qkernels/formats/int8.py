@@ -24,7 +24,7 @@ from torch import Tensor
 from ..layouts.eight_bit import EIGHT_BIT, EightBitParts, EightBitTraits
 from .affine import Grid
 from .base import Format, Params, Shape, TensorSpec, accumulate_dtype
-from .eightbit import int_matmul, one_group, reciprocal_or_zero, signed_codes
+from .eightbit import check_groups, int_matmul, one_group, reciprocal_or_zero, signed_codes
 
 
 class Int8(Format):
@@ -62,6 +62,7 @@ class Int8(Format):
         }
 
     def from_grid(self, grid: Grid, params: Params) -> dict[str, Tensor]:
+        check_groups(self.name, grid)
         absmax = (grid.scale.float() * 127).view(-1)
         return {
             "weight": signed_codes(self.name, grid),

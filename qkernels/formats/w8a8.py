@@ -1,10 +1,16 @@
 """SmoothQuant's W8A8: int8 weights and int8 activations, as compressed-tensors stores them.
 
-    weight int8 (N, K)    weight_scale float (N, 1), or (1) with granularity "tensor"
+    weight int8 (N, K)    weight_scale float (N, 1), (N, G) with groups, or (1) with granularity "tensor"
+    weight_zero_point int8, shaped like weight_scale       only with symmetric_weight False
     input_scale float (1), [input_zero_point int8 (1)]     only with activation "static"
 
+    W[n, k] = weight_scale[n, g] * (weight[n, k] - weight_zero_point[n, g]),  g = k // group_size
+
     dynamic  q = round(x * 127 / absmax_row),            y = (q @ weight^T) * absmax_row/127 * weight_scale
+             with symmetric_input False  s = (max - min) / 255, zp = round(-128 - min / s), both with 0 in the range,
+             q = round(clamp(x / s + zp)),               y = (q - zp) * s @ W^T
     static   q = clamp(round(x / input_scale) + zp),     y = (q @ weight^T - zp * rowsum(weight)) * ...
+    none     y = x @ W^T
 
 Source: Xiao et al. 2022 (arXiv 2211.10438); compressed-tensors' `int-quantized` layout.
 """
@@ -18,44 +24,65 @@ import torch
 from torch import Tensor
 
 from ..layouts.eight_bit import EIGHT_BIT, EightBitParts, EightBitTraits
+from ..layouts.weight_only import WEIGHT_ONLY, WeightOnlyParts, WeightOnlyTraits
+from . import affine
 from .affine import Grid
 from .base import FLOATS, Format, Params, Shape, TensorSpec, accumulate_dtype
 from .compressed_tensors import read_eight_bit, write_eight_bit
-from .eightbit import int_matmul, one_group, per_token_int8, reciprocal_or_zero, signed_codes
+from .eightbit import (
+    check_groups,
+    int_matmul,
+    per_token_affine,
+    per_token_int8,
+    reciprocal_or_zero,
+    signed_codes,
+)
 
 
 class W8A8(Format):
     name = "w8a8"
     summary = "int8 weights x int8 activations, per channel and per token (SmoothQuant, compressed-tensors)"
     algorithms = ("smoothquant", "ranges")
-    #: symmetric_input: whether static activations have no zero point
-    defaults = {"granularity": "channel", "activation": "dynamic", "symmetric_input": True}
+    #: symmetric_input: whether activations have no zero point; symmetric_weight: whether weights have none
+    defaults = {
+        "granularity": "channel",
+        "activation": "dynamic",
+        "symmetric_input": True,
+        "symmetric_weight": True,
+        "group_size": -1,
+    }
     quantize_only = {"input_scale": None, "input_zero_point": None}
 
     def check_params(self, shape: Shape, params: Params) -> None:
         self.expect("granularity", params["granularity"], ("channel", "tensor"))
-        self.expect("activation", params["activation"], ("dynamic", "static"))
-        if not params["symmetric_input"] and params["activation"] != "static":
+        self.expect("activation", params["activation"], ("dynamic", "static", "none"))
+        if not params["symmetric_input"] and params["activation"] == "none":
+            raise ValueError(f"{self.name}: symmetric_input: expected True with activation 'none', got False")
+        if params["granularity"] == "tensor" and params["group_size"] != -1:
             raise ValueError(
-                f"{self.name}: symmetric_input: expected True with dynamic activations, got False"
+                f"{self.name}: group_size: expected -1 with granularity 'tensor', got {params['group_size']}"
             )
+        affine.check_group_size(self.name, shape, params)
 
     def params_from_tensors(self, tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> Params:
         # A symmetric checkpoint may hold zero points, all 0.
-        stated = {"symmetric_input": False} if "input_zero_point" in tensors else {}
-        return {**params, **stated}
+        names = {"symmetric_input": "input_zero_point", "symmetric_weight": "weight_zero_point"}
+        return {**params, **{key: False for key, name in names.items() if name in tensors}}
 
     def specs(self, shape: Shape, params: Params) -> dict[str, TensorSpec]:
-        per_channel = params["granularity"] == "channel"
-        specs = {
-            "weight": TensorSpec((torch.int8,), shape),
-            "weight_scale": TensorSpec(FLOATS, (shape[0], 1) if per_channel else (1,)),
-        }
+        groups = (shape[0], affine.groups(shape[1], params["group_size"]))
+        scale = groups if params["granularity"] == "channel" else (1,)
+        specs = {"weight": TensorSpec((torch.int8,), shape), "weight_scale": TensorSpec(FLOATS, scale)}
+        if not params["symmetric_weight"]:
+            specs["weight_zero_point"] = TensorSpec((torch.int8,), scale)
         if params["activation"] == "static":
             specs["input_scale"] = TensorSpec(FLOATS, (1,))
             if not params["symmetric_input"]:
                 specs["input_zero_point"] = TensorSpec((torch.int8,), (1,))
         return specs
+
+    def cuts(self, shape: Shape, params: Params) -> Shape:
+        return 1, max(1, params["group_size"])
 
     def check_values(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> None:
         self.check_finite("weight_scale", tensors["weight_scale"], nonnegative=True)
@@ -67,14 +94,21 @@ class W8A8(Format):
                 )
 
     def quantize(self, weight: Tensor, params: Params) -> dict[str, Tensor]:
-        if params["granularity"] == "channel":
-            absmax = weight.abs().amax(dim=1, keepdim=True)
+        n, k = weight.shape
+        channel, groups = params["granularity"] == "channel", affine.groups(k, params["group_size"])
+        grouped = weight.reshape(n, groups, -1) if channel else weight.reshape(1, 1, -1)
+        stored = (n, groups) if channel else (1,)
+        if params["symmetric_weight"]:
+            absmax = grouped.abs().amax(dim=2, keepdim=True)
+            codes = torch.round(grouped * (127 * reciprocal_or_zero(absmax))).to(torch.int8)
+            tensors = {"weight": codes.view(n, k), "weight_scale": (absmax / 127).view(stored)}
         else:
-            absmax = weight.abs().amax().reshape(1)
-        tensors = {
-            "weight": torch.round(weight * (127 * reciprocal_or_zero(absmax))).to(torch.int8),
-            "weight_scale": absmax / 127,
-        }
+            codes, scale, offset = per_token_affine(grouped)
+            tensors = {
+                "weight": codes.view(n, k),
+                "weight_scale": scale.view(stored),
+                "weight_zero_point": offset.view(stored),
+            }
         scale, zero = params["input_scale"], params["input_zero_point"]
         if params["activation"] == "static":
             if not isinstance(scale, (int, float)) or not scale > 0:
@@ -90,22 +124,51 @@ class W8A8(Format):
                 tensors["input_zero_point"] = torch.tensor([zero], dtype=torch.int8, device=weight.device)
         elif scale is not None or zero is not None:
             raise ValueError(
-                f"{self.name}: input_scale, input_zero_point: expected none with activation='dynamic'"
+                f"{self.name}: input_scale, input_zero_point: expected none with activation="
+                f"{params['activation']!r}"
             )
         return tensors
 
     def from_grid(self, grid: Grid, params: Params) -> dict[str, Tensor]:
-        if params["granularity"] != "channel" or params["activation"] != "dynamic":
+        if params["granularity"] != "channel" or params["activation"] == "static":
             raise ValueError(
-                f"{self.name}: expected granularity channel and activation dynamic, got {params}"
+                f"{self.name}: expected granularity channel and no static activation, got {params}"
             )
-        return {"weight": signed_codes(self.name, grid), "weight_scale": grid.scale.contiguous()}
+        if reason := self.obstacle((1, 1), params):  # who asks for a grid asks for speed, too
+            raise ValueError(f"{self.name}: groups: expected one for each row and no zero points: {reason}")
+        check_groups(self.name, grid, affine.groups(grid.codes.shape[1], params["group_size"]))
+        if not grid.in_order(params["group_size"]):
+            raise ValueError(f"{self.name}: groups: expected equal runs of features, got another order")
+        scale = grid.scale.contiguous()
+        if not params["symmetric_weight"]:
+            codes, zero = ((part.to(torch.int16) - 128).to(torch.int8) for part in (grid.codes, grid.zero))
+            return {"weight": codes, "weight_scale": scale, "weight_zero_point": zero.contiguous()}
+        return {"weight": signed_codes(self.name, grid), "weight_scale": scale}
 
     def to_grid(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> Grid:
-        return one_group(tensors["weight"], tensors["weight_scale"].reshape(-1, 1).expand(shape[0], 1))
+        codes = (tensors["weight"].to(torch.int16) + 128).to(torch.uint8)
+        groups = (shape[0], affine.groups(shape[1], params["group_size"]))
+        scale, zero = tensors["weight_scale"], self._zeros(tensors)
+        if params["granularity"] == "tensor":
+            scale, zero = (part.reshape(1, 1).expand(groups) for part in (scale, zero))
+        return Grid(codes, scale, zero, None)
+
+    @staticmethod
+    def _zeros(tensors: Mapping[str, Tensor]) -> Tensor:
+        """Zero points of the codes plus 128, uint8, shaped like weight_scale."""
+        stored = tensors.get("weight_zero_point")
+        if stored is None:
+            return torch.full_like(tensors["weight_scale"], 128, dtype=torch.uint8)
+        return (stored.to(torch.int16) + 128).to(torch.uint8)
 
     def dequantize(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> Tensor:
-        return tensors["weight"].float() * tensors["weight_scale"].float()
+        n, k = shape
+        scale, offset = tensors["weight_scale"].float(), tensors.get("weight_zero_point")
+        groups = scale.shape[1] if scale.dim() == 2 else 1
+        weight = tensors["weight"].float().view(n, groups, k // groups)
+        if offset is not None:
+            weight = weight - offset.float()[..., None]
+        return (weight * scale[..., None]).view(n, k)
 
     def matmul(
         self,
@@ -115,23 +178,66 @@ class W8A8(Format):
         params: Params,
         batch_invariant: bool = False,
     ) -> Tensor:
+        if params["activation"] == "none":
+            return super().matmul(x, tensors, shape, params)
         dtype = accumulate_dtype(x.dtype)
         x, weight = x.to(dtype), tensors["weight"]
         zero = tensors.get("input_zero_point")
-        if params["activation"] == "dynamic":
-            q, scale = per_token_int8(x)
-        else:
+        if params["activation"] == "static":
             scale = tensors["input_scale"].to(dtype)
             shift = 0 if zero is None else zero.to(dtype)
             q = (torch.round(x / scale) + shift).clamp(-128, 127).to(torch.int8)
+        elif params["symmetric_input"]:
+            q, scale = per_token_int8(x)
+        else:
+            q, scale, zero = per_token_affine(x)
+        if not params["symmetric_weight"] or params["group_size"] != -1:
+            # Codes less their zero points are whole numbers in any float dtype.
+            steps = q.to(dtype) if zero is None else q.to(dtype) - zero.to(dtype)
+            return super().matmul(steps, tensors, shape, params) * scale
         acc = int_matmul(q, weight).to(dtype)
         if zero is not None:
             acc = acc - zero.to(dtype) * weight.sum(dim=1, dtype=torch.int32).to(dtype)
         return acc * scale * tensors["weight_scale"].to(dtype).reshape(1, -1)
 
-    # ------------------------------------------------------------------ kernel family
-    def kernel_layout(self, params: Mapping[str, Any]) -> str:
-        return EIGHT_BIT
+    # ------------------------------------------------------------------ kernel families
+    def kernel_layout(self, params: Mapping[str, Any]) -> str | None:
+        if params["activation"] == "none":
+            return WEIGHT_ONLY
+        return None if self.obstacle((1, 1), dict(params)) else EIGHT_BIT
+
+    def obstacle(self, shape: Shape, params: Params) -> str | None:
+        if params["activation"] == "none":
+            return None
+        if not params["symmetric_weight"]:
+            return "kernels that multiply int8 by int8 take no zero points of weights"
+        if params["group_size"] != -1:
+            return "kernels that multiply int8 by int8 take one scale for each row of the weight, not groups"
+        if params["activation"] == "dynamic" and not params["symmetric_input"]:
+            return "kernels that quantize each token take no zero points of activations"
+        return None
+
+    def weight_only_traits(self, shape: Shape, params: Params) -> WeightOnlyTraits:
+        size = shape[1] if params["group_size"] == -1 else params["group_size"]
+        return WeightOnlyTraits(8, "linear", "group", size)
+
+    def weight_only(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> WeightOnlyParts:
+        grid = self.to_grid(tensors, shape, params)
+        extra = {key: tensors[key] for key in ("weight_scale", "weight_zero_point") if key in tensors}
+        scalers = {"scales": grid.scale.T, "zeros": grid.zero.T}
+        if params["granularity"] == "channel":
+            extra = {}  # the very numbers
+        return WeightOnlyParts(codes=grid.codes, scaler_tensors=scalers, extra=extra)
+
+    def from_weight_only(self, parts: WeightOnlyParts, shape: Shape, params: Params) -> dict[str, Tensor]:
+        codes = (parts.codes.to(torch.int16) - 128).to(torch.int8)
+        tensors = {"weight": codes.contiguous(), **parts.extra}
+        if params["granularity"] == "channel":
+            tensors["weight_scale"] = parts.scaler_tensors["scales"].T.contiguous()
+            if not params["symmetric_weight"]:
+                zeros = parts.scaler_tensors["zeros"].T.to(torch.int16) - 128
+                tensors["weight_zero_point"] = zeros.to(torch.int8).contiguous()
+        return tensors
 
     def eight_bit_traits(self, shape: Shape, params: Params) -> EightBitTraits:
         return EightBitTraits("int8", "row", "tensor" if params["activation"] == "static" else "token")
@@ -155,16 +261,8 @@ class W8A8(Format):
 
     # ------------------------------------------------------------------ checkpoints
     def to_hf_config(self, params: Params, skipped: list[str]) -> dict[str, Any]:
-        return write_eight_bit(
-            "int", params["granularity"], params["activation"], params["symmetric_input"], skipped
-        )
+        return write_eight_bit("int", params, skipped)
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any]) -> Params | None:
-        parsed = read_eight_bit(config, "int")
-        if parsed is not None and parsed["activation"] == "none":
-            raise ValueError(
-                "quantization_config input_activations: expected dynamic or static int8 activations "
-                "for w8a8, got null (weight-only int8)"
-            )
-        return parsed
+        return read_eight_bit(config, "int")

@@ -130,7 +130,9 @@ def _packed_zeros(path: Path) -> bool:
     return {"weight_packed", "weight_zero_point"} <= names
 
 
-def check(path: Path, again: Path, rounded: dict[str, Tensor], logits: Tensor | None) -> nn.Module:
+def check(
+    path: Path, again: Path, rounded: dict[str, Tensor], logits: Tensor | None, within: float = 2.0**-19
+) -> nn.Module:
     """Load, compare weights and logits, save, and compare what is saved: for us and for transformers."""
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
@@ -142,7 +144,7 @@ def check(path: Path, again: Path, rounded: dict[str, Tensor], logits: Tensor | 
     with torch.no_grad():
         got = model(ids(20)[None]).logits
         if logits is not None:
-            assert (got - logits).norm() < 2.0**-19 * logits.norm()
+            assert (got - logits).norm() < within * logits.norm()
         qk.save_model(model, again)
         assert_same_tensors(again, path)
         assert torch.equal(qk.load_model(again)(ids(20)[None]).logits, got)
@@ -297,3 +299,91 @@ def test_compression_configs_that_are_refused(old: Any, message: str, tmp_path: 
     edit(tmp_path / "q", quantization_config=None, compression_config=old)
     with pytest.raises(ValueError, match=message):
         qk.load_model(tmp_path / "q")
+
+
+# ---------------------------------------------------------------------- 8 bits
+#: weights, inputs, what our parameters are, whether the int8 codes of activations are defined as theirs are
+EIGHT_BITS: dict[str, tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any], bool]] = {
+    "dynamic-asymmetric": (int8(), tokens(symmetric=False), {"symmetric_input": False}, True),
+    "weights-asymmetric": (int8(symmetric=False), tokens(), {"symmetric_weight": False}, False),
+    "both-asymmetric": (
+        int8(symmetric=False), tokens(symmetric=False), {"symmetric_weight": False, "symmetric_input": False}, True
+    ),
+    "static-weights-asymmetric": (
+        int8(symmetric=False), int8(strategy="tensor", symmetric=False),
+        {"symmetric_weight": False, "symmetric_input": False, "activation": "static"}, True,
+    ),
+    "static": (int8(), int8(strategy="tensor"), {"activation": "static"}, True),
+    "tensor-asymmetric": (
+        int8(strategy="tensor", symmetric=False), tokens(symmetric=False),
+        {"granularity": "tensor", "symmetric_weight": False, "symmetric_input": False}, True,
+    ),
+    "groups": (int8(strategy="group", group_size=16), tokens(symmetric=False),
+               {"group_size": 16, "symmetric_input": False}, True),
+    "groups-asymmetric": (int8(strategy="group", group_size=32, symmetric=False), tokens(),
+                          {"group_size": 32, "symmetric_weight": False}, False),
+    "w4a8": (weights(), tokens(), {"group_size": 32}, False),
+    "weight-only": (int8(), None, {"activation": "none"}, True),
+    "weight-only-asymmetric": (int8(symmetric=False), None, {"activation": "none", "symmetric_weight": False}, True),
+    "weight-only-tensor": (int8(strategy="tensor"), None, {"activation": "none", "granularity": "tensor"}, True),
+    "weight-only-groups": (int8(strategy="group", group_size=32, symmetric=False), None,
+                           {"activation": "none", "group_size": 32, "symmetric_weight": False}, True),
+    "fp8-group": (fp8(strategy="group", group_size=32), None,
+                  {"granularity": "block", "block_rows": 1, "block_columns": 32}, True),
+    "fp8-group-dynamic": (
+        fp8(strategy="group", group_size=32), fp8(strategy="group", group_size=32, dynamic=True),
+        {"granularity": "block", "block_rows": 1, "block_columns": 32, "activation": "dynamic"}, True,
+    ),
+    **{
+        f"fp8-block-{rows}x{columns}": (
+            fp8(strategy="block", block_structure=[rows, columns]), None,
+            {"granularity": "block", "block_rows": rows, "block_columns": columns}, True,
+        )
+        for rows, columns in ((64, 64), (1, 128), (128, 1), (48, 40))
+    },
+    "fp8-block-dynamic": (
+        fp8(strategy="block", block_structure=[64, 32]), fp8(strategy="group", group_size=32, dynamic=True),
+        {"granularity": "block", "block_rows": 64, "block_columns": 32, "activation": "dynamic"}, True,
+    ),
+    "fp8-dynamic": (fp8(), fp8(strategy="token", dynamic=True), {"activation": "dynamic"}, True),
+    "fp8-static": (fp8(strategy="tensor"), fp8(strategy="tensor"),
+                   {"granularity": "tensor", "activation": "static"}, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", EIGHT_BITS)
+def test_eight_bits(kind: str, tmp_path: Path) -> None:
+    weight, inputs, params, same = EIGHT_BITS[kind]
+    groups = {"a": {"targets": ["Linear"], "weights": weight, "input_activations": inputs}}
+    # Left alone it packs integers into words where no activations are rounded.
+    format = "int-quantized" if inputs is None and weight["type"] == "int" else None
+    rounded, logits = write(tmp_path / "q", groups, format=format)
+    # A sum in another order moves an activation across the middle between two codes now and then; that is a step of
+    # at most 2^-3 (float8) in one of 64 features or more of one product.
+    within = 2.0**-19 if inputs is None else 2.0**-6
+    ours = check(tmp_path / "q", tmp_path / "s", rounded, logits if same else None, within)
+    packed = ours.model.layers[0].mlp.up_proj.packed
+    assert {**packed.params, **params} == packed.params
+    assert (packed.format == "fp8") == kind.startswith("fp8")
+
+
+@pytest.mark.parametrize(("weight", "inputs", "message"), [
+    (int8(), int8(strategy="tensor", dynamic=True), r"expected dynamic per token, or static per tensor, got dynamic=True strategy='tensor'"),
+    (int8(), tokens(num_bits=4), r"input_activations: expected int of 8 bits like the weights, got 'int' of 4"),
+    (weights(), fp8(strategy="token", dynamic=True), r"input_activations: expected int of 8 bits like the weights, got 'float' of 8"),
+    (fp8(), fp8(strategy="token", dynamic=True, symmetric=False), r"expected dynamic per token, or static per tensor, and symmetric, got .* symmetric=False"),
+    (fp8(symmetric=False), fp8(strategy="token", dynamic=True), r"weights.symmetric: expected true with float8, got false"),
+    (fp8(strategy="group", group_size=32), fp8(strategy="token", dynamic=True), r"expected dynamic per group of 32, and symmetric, got dynamic=True strategy='token'"),
+    (fp8(strategy="block", block_structure=[64, 64]), fp8(strategy="group", group_size=32, dynamic=True), r"input_activations.group_size: expected 64 like the weights, got 32"),
+])  # fmt: skip
+def test_schemes_that_are_refused(
+    weight: dict[str, Any], inputs: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """What compressed-tensors takes, and no format here computes: one sentence at the config."""
+    from compressed_tensors.quantization import QuantizationConfig
+
+    groups = {"a": {"targets": ["Linear"], "weights": weight, "input_activations": inputs}}
+    theirs = QuantizationConfig(config_groups=groups, ignore=["lm_head"]).model_dump()
+    stored = "int-quantized" if weight["type"] == "int" else "float-quantized"
+    with pytest.raises(ValueError, match=f"here: quantization_config .*{message}"):
+        Plan("here", {**theirs, "format": stored})

@@ -127,7 +127,7 @@ def test_config_groups_agree_with_compressed_tensors() -> None:
     (_ct({"a": _group(4, ["Linear"], output_activations={})}), "output_activations: expected null, got {}"),
     (_ct({"a": _group(4, ["Linear"])}, sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config.format: expected 'dense'"),
     (_ct({"a": _group(4, ["Linear"])}, format=None), "quantization_config.format: expected a string, got None"),
-    ({"quant_method": "fp8", "weight_block_size": [64, 64]}, r"weight_block_size: expected \[128, 128\], got \[64, 64\]"),
+    ({"quant_method": "fp8", "weight_block_size": [64]}, r"weight_block_size: expected two positive integers, got \[64\]"),
     ({"quant_method": ["gptq"]}, r"quant_method: expected gptq, .*; got \['gptq'\]"),
     ({"quant_method": "bitsandbytes"}, "quant_method: expected .*bitsandbytes .4 or 8 bits"),
 ])  # fmt: skip

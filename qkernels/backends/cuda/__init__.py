@@ -35,10 +35,10 @@ def unavailable() -> str | None:
 
 def _rejects(problem: dispatch.Problem, module: str, layout: str) -> str | None:
     fmt, params = formats.get(problem.format), dict(problem.params)
-    if fmt.kernel_layout(params) != layout:
-        return f"{problem.format} with these parameters is not in the {layout.replace('_', '-')} family"
     if obstacle := fmt.obstacle(problem.shape, params):
         return obstacle
+    if fmt.kernel_layout(params) != layout:
+        return f"{problem.format} with these parameters is not in the {layout.replace('_', '-')} family"
     if problem.dtype not in (torch.float16, torch.bfloat16):
         return f"x must be float16 or bfloat16, not {str(problem.dtype).removeprefix('torch.')}"
     if problem.device != ("cpu" if emulator else "cuda"):
