@@ -57,15 +57,7 @@ class Grouped(Format):
 
     def check_group_size(self, shape: Shape, params: Params) -> None:
         """ValueError unless group_size is -1 or a size that the format can store for this K."""
-        size, k = params["group_size"], shape[1]
-        if size == -1 or (size >= 1 and (self.short_groups or k % size == 0)):
-            return
-        if self.short_groups:
-            raise ValueError(f"{self.name}: group_size: expected -1 or at least 1, got {size}")
-        raise ValueError(
-            f"{self.name}: group_size: expected -1 or a divisor of K={k}, because {self.name} stores no short "
-            f"last group, got {size}"
-        )
+        check_group_size(self.name, shape[1], params["group_size"], self.short_groups)
 
     def complete(self, shapes: Mapping[str, Shape], params: Mapping[str, Any]) -> Params:
         """A group size that is not given is one for all shapes: the default, or what suits them better."""
@@ -84,6 +76,17 @@ class Grouped(Format):
 
     def quantize(self, weight: Tensor, params: Params) -> dict[str, Tensor]:
         return self.from_grid(round_to_nearest(weight, params), params)
+
+
+def check_group_size(fmt: str, k: int, size: int, short: bool) -> None:
+    """ValueError unless `size` is -1 or a size of groups of K features, the last of which may be `short`."""
+    if size == -1 or (size >= 1 and (short or k % size == 0)):
+        return
+    if short:
+        raise ValueError(f"{fmt}: group_size: expected -1 or at least 1, got {size}")
+    raise ValueError(
+        f"{fmt}: group_size: expected -1 or a divisor of K={k}, because {fmt} stores no short last group, got {size}"
+    )
 
 
 def default_group_size(sizes: list[int], default: int, short: bool) -> int:

@@ -62,7 +62,7 @@ class W8A8(Format):
             raise ValueError(
                 f"{self.name}: group_size: expected -1 with granularity 'tensor', got {params['group_size']}"
             )
-        affine.check_group_size(self.name, shape, params)
+        affine.check_group_size(self.name, shape[1], params["group_size"], short=False)
 
     def params_from_tensors(self, tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> Params:
         # A symmetric checkpoint may hold zero points, all 0.
@@ -151,7 +151,7 @@ class W8A8(Format):
         scale, zero = tensors["weight_scale"], self._zeros(tensors)
         if params["granularity"] == "tensor":
             scale, zero = (part.reshape(1, 1).expand(groups) for part in (scale, zero))
-        return Grid(codes, scale, zero, None)
+        return Grid(codes, scale, zero, params["group_size"])
 
     @staticmethod
     def _zeros(tensors: Mapping[str, Tensor]) -> Tensor:
