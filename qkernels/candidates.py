@@ -77,6 +77,8 @@ def _unfit(model: nn.Module, names: dict[int, str]) -> set[int]:
     for module in model.modules():
         if id(module) in names and isinstance(module, nn.Linear) and computes_otherwise(module):
             reasons.setdefault(f"{type(module).__name__} computes something else", []).append(id(module))
+        if id(module) in names and "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+            reasons.setdefault("its forward is replaced by another function", []).append(id(module))
         for path in layers_read_by(module):
             try:
                 layer = module.get_submodule(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -104,6 +105,7 @@ class Holder(nn.Module):
         self._lock = threading.RLock()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        refuse_save_pretrained()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, tensor in self.packed.tensors.items():
             destination[prefix + name] = tensor
@@ -140,6 +142,25 @@ class Holder(nn.Module):
         super()._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+def refuse_save_pretrained() -> None:
+    """ValueError if transformers' `save_pretrained` is the caller, of a model that it does not know to hold packed layers.
+
+    It would write their tensors without a `quantization_config`, and load random weights in their place. Models that
+    are quantized or loaded as a whole tell it (checkpoints/save_pretrained.py); layers put in by hand cannot, as they
+    do not know their model. So the caller is looked for.
+    """
+    kind = getattr(sys.modules.get("transformers"), "PreTrainedModel", None)
+    frame = None if kind is None else sys._getframe(1)
+    while frame is not None:
+        model = frame.f_locals.get("self") if frame.f_code.co_name == "save_pretrained" else None
+        if kind and isinstance(model, kind) and not getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                "save_pretrained: expected a model that qkernels has quantized or loaded as a whole, got one with "
+                "packed layers put in by hand; qkernels.save_model(model, path) saves it"
+            )
+        frame = frame.f_back
 
 
 def mangled(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,11 @@ from torch import Tensor, nn
 from . import dispatch, ops
 from .holding import Holder, mangled
 from .packed import PackedWeight, quantize
+
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
 
 
 class _View(NamedTuple):
@@ -65,12 +71,29 @@ class QuantLinear(Holder):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, format: str, **params: Any) -> QuantLinear:
-        """Quantize an nn.Linear by round-to-nearest; it is left as it was. ValueError as `quantize`."""
+        """Quantize an nn.Linear by round-to-nearest; it is left as it was, and shares its hooks.
+
+        ValueError as `quantize`.
+        """
         bias = None if linear.bias is None else linear.bias.detach().clone()
         layer = cls(quantize(linear.weight, format, **params), bias, dtype=linear.weight.dtype)
         if layer.bias is not None:
             layer.bias.requires_grad_(linear.bias.requires_grad)
-        return layer.train(linear.training)
+        return layer.stand_in_for(linear)
+
+    def stand_in_for(self, linear: nn.Module) -> QuantLinear:
+        """Take over the hooks of the layer whose place this one takes, and whether it trains. Returns self.
+
+        Without those of torch.nn.utils that compute a weight anew before each call, as weight_norm does.
+        """
+        for name in _HOOKS:
+            setattr(self, name, getattr(linear, name))
+        hooks = linear._forward_pre_hooks
+        computing = {i for i, hook in hooks.items() if type(hook).__module__.startswith("torch.nn.utils")}
+        if computing:
+            kept = OrderedDict((i, hook) for i, hook in hooks.items() if i not in computing)
+            self._forward_pre_hooks = kept
+        return self.train(linear.training)
 
     # ------------------------------------------------------------------ the weight
     #
@@ -193,4 +216,6 @@ def linear_of(module: nn.Module) -> nn.Linear:
     linear = nn.Linear(weight.shape[0], weight.shape[1], device="meta", dtype=weight.dtype)
     linear.weight = nn.Parameter(weight.detach().T, requires_grad=weight.requires_grad)
     linear.bias = bias  # type: ignore[assignment]
+    for name in _HOOKS:
+        setattr(linear, name, getattr(module, name))
     return linear.train(module.training)

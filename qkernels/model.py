@@ -101,6 +101,10 @@ def quantize_model(
         try:
             formats.get(kinds[names[0]]).resolve((linear.out_features, linear.in_features), checked)
             check_weight(f"{format}: weight", linear.weight)
+            if linear.weight.is_meta:
+                raise ValueError(
+                    "weight: expected data, got a tensor on the meta device; is the model offloaded?"
+                )
         except ValueError as error:
             raise ValueError(f"{names[0]}: {error}") from None
     for name, module in stacks if experts else ():

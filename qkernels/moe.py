@@ -12,6 +12,7 @@ from . import formats
 from .experts import PackedExperts
 from .formats.base import accumulate_dtype, check_weight
 from .grouped import ACTIVATIONS, fused_moe, grouped_matmul
+from .holding import refuse_save_pretrained
 from .packed import PackedWeight, quantize
 from .sharding import ROWS, join_rows, narrow
 
@@ -199,6 +200,7 @@ class QuantExperts(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        refuse_save_pretrained()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for e in range(self.parts.count):
             for role, packed in self.parts.expert(e).items():

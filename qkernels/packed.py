@@ -134,6 +134,10 @@ def quantize(weight: Tensor, format: str, **params: Any) -> PackedWeight:
     """
     fmt = formats.get(format)
     check_weight(f"{format}: weight", weight)
+    if weight.is_meta:
+        raise ValueError(
+            f"{format}: weight: expected data, got a tensor on the meta device; is the model offloaded?"
+        )
     shape = (weight.shape[0], weight.shape[1])
     only = {k: params.pop(k) for k in fmt.quantize_only if k in params}
     resolved = fmt.resolve(shape, fmt.complete({"the weight": shape}, params))

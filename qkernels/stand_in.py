@@ -89,7 +89,9 @@ class StandIn:
         raise ValueError(self._sentence())
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"{name}: {self._sentence()}")
+        # Copying and pickling ask for methods that no tensor has, of an object without attributes yet.
+        what = name if name.startswith("__") else f"{name}: {self._sentence()}"
+        raise AttributeError(what)
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:

@@ -78,6 +78,12 @@ def test_it_cannot_be_assigned() -> None:
     assert set(dict(layer.named_parameters())) == {"bias"}
 
 
+def test_copies() -> None:
+    weight = _layer().weight
+    for other in (copy.copy(weight), copy.deepcopy(weight), pickle.loads(pickle.dumps(weight))):
+        assert (other.shape, other.dtype) == (weight.shape, weight.dtype)
+
+
 def test_an_embeddings() -> None:
     embedding = QuantEmbedding(qk.quantize(torch.randn(32, 64), "q8_0"), torch.float16)
     assert (embedding.weight.shape, embedding.weight.dtype) == ((32, 64), torch.float16)

@@ -106,6 +106,34 @@ def test_a_linear_that_computes_something_else_stays_plain() -> None:
     assert all(layer.weight is weight for layer, weight in zip(model[:4], weights[:4], strict=True))
 
 
+def test_hooks_stay_and_a_replaced_forward_too() -> None:
+    seen = []
+    model = nn.Sequential(
+        nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64), transformers.pytorch_utils.Conv1D(64, 64)
+    )
+    handle = model[0].register_forward_hook(lambda module, args, y: y + 1)
+    model[3].register_forward_pre_hook(lambda module, args: seen.append(type(module).__name__))
+    model[1].forward = lambda x: x
+    weighted = nn.utils.weight_norm(model[2])  # computes the weight in a hook
+    with pytest.warns(
+        UserWarning, match="qkernels: 1 stays as it is: its forward is replaced by another function"
+    ):
+        qk.quantize_model(model, "int8", progress=False)
+    assert [type(layer).__name__ for layer in model] == [
+        "QuantLinear",
+        "Linear",
+        "QuantLinear",
+        "QuantLinear",
+    ]
+    x = torch.randn(2, 64)
+    y = model[0](x)
+    torch.testing.assert_close(model[2](x), weighted(x), rtol=0.1, atol=0.1)
+    model[3](x)
+    assert seen == ["QuantLinear"]
+    handle.remove()
+    torch.testing.assert_close(model[0](x), y - 1)
+
+
 @pytest.mark.parametrize(("model", "message"), [
     (nn.Linear(64, 64), "model: expected a module with linear layers in it, .* got a bare Linear; "
      "qkernels.QuantLinear.from_linear makes a packed layer of one"),

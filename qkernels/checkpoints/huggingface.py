@@ -53,7 +53,7 @@ def load(
     with TensorFiles(directory) as files:
         model, plan = skeleton(directory, files)
         inventory = Inventory(model, files)
-        around = embedding_dtype(model, inventory.layers, files) if dtype is None else None
+        around = embedding_dtype(model, inventory, files) if dtype is None else None
         source = Source(directory, files, plan, device, dtype, around)
         used: set[str] = set()
         dequantized: list[str] = []

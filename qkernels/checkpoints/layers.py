@@ -75,6 +75,10 @@ class Inventory:
                 self.layers[prefix]["weight"] = full
                 self.place[full] = prefix
 
+    def takes(self, full: str) -> bool:
+        """Whether the model has a place for the tensor that the files call `full`."""
+        return full in self.place or full in self.parts or self.names.has(self.names.of_file(full))
+
     def _expert(self, prefix: str, name: str, full: str, file: Path) -> None:
         leaves = self.names.experts[prefix].leaves
         try:
@@ -114,11 +118,15 @@ def scheme_of(names: Owned, files: TensorFiles, plan: Plan, kinds: Kinds = LINEA
     return scheme._replace(format=formats.get(scheme.format).stated_by(names))
 
 
-def embedding_dtype(model: PreTrainedModel, layers: dict[str, Owned], files: TensorFiles) -> str | None:
+def embedding_dtype(model: PreTrainedModel, inventory: Inventory, files: TensorFiles) -> str | None:
     """safetensors' name of the dtype the input embeddings are stored in; None if they are packed."""
     embedding = input_embeddings(model)
     prefix = next((name for name, module in model.named_modules() if module is embedding), None)
-    info = files.infos.get(layers.get(prefix or "", {}).get("weight", ""))
+    full = inventory.layers.get(prefix or "", {}).get("weight")
+    if full is None:  # one that scales its rows is no layer that could be packed
+        names = (name for name in files.infos if name.endswith("weight"))
+        full = next((name for name in names if inventory.names.of_file(name) == f"{prefix}.weight"), "")
+    info = files.infos.get(full)
     return info.dtype if info is not None and info.dtype in ("F16", "BF16", "F32", "F64") else None
 
 

@@ -83,6 +83,8 @@ class Names:
         self._matrices = {
             name for name, module in model.named_modules() if _has_matrix(module)
         } - self._layers
+        #: what transformers calls a model without its head inside of one with it
+        self._base = getattr(model, "base_model_prefix", "")
         self._renamings, self._converters = _transforms(model)
         self._reversed = _reversed(self._renamings)
         self.experts: dict[str, ExpertNames] = {}
@@ -128,21 +130,25 @@ class Names:
         """The module of experts that a tensor belongs to, as transformers has both; None for its own parameters."""
         return None if name in self._tensors else _prefix(name, self.experts)
 
+    def has(self, name: str) -> bool:
+        """Whether it is the name of a tensor, or of one in a module that may be packed."""
+        return name in self._tensors or self.layer_of(name) is not None
+
     def of_file(self, name: str) -> str:
         """transformers' name of the tensor that files call `name`, or that name itself if it leads nowhere."""
-        if self._is_own(name):
+        if self.has(name):
             return name
         renamed = _apply(self._renamings, name)
-        if self._is_own(renamed) or (self.experts_of(renamed) is not None and self.experts_of(name) is None):
+        if self.has(renamed) or (self.experts_of(renamed) is not None and self.experts_of(name) is None):
             return renamed
+        for other in (f"{self._base}.{name}", name.removeprefix(f"{self._base}.")) if self._base else ():
+            if self.has(other) or self.experts_of(other) is not None:
+                return other  # of a model without its head, or with one
         return name
-
-    def _is_own(self, name: str) -> bool:
-        return name in self._tensors or self.layer_of(name) is not None
 
     def part(self, name: str) -> Part | None:
         """Of which plain tensor the one that files call `name` is a part; None for all others."""
-        if self._is_own(name):
+        if self.has(name):
             return None
         renamed = _apply(self._renamings, name)
         for converter in self._converters:

@@ -44,8 +44,8 @@ def tie(model: PreTrainedModel, where: Path) -> None:
 
     Weights that are still on the meta device are those that the file lacks. The config then says what is so.
     """
-    remaining, kept = False, []
-    for source, targets in _groups(model).items():
+    remaining, kept, groups = False, [], _groups(model)
+    for source, targets in groups.items():
         names = [source, *targets]
         present = [name for name in names if not _is_missing(model, name)]
         if not present:
@@ -65,17 +65,20 @@ def tie(model: PreTrainedModel, where: Path) -> None:
             "weight for each: both are kept",
             stacklevel=2,
         )
-    if not remaining and getattr(model.config, "tie_word_embeddings", False):
+    if groups and not remaining and getattr(model.config, "tie_word_embeddings", False):
         model.config.tie_word_embeddings = False
 
 
 def is_tied(model: PreTrainedModel) -> bool:
-    """Whether weights that its config ties, or its head and its embeddings, are one."""
+    """Whether weights that its config ties, or its head and its embeddings, are one; of a model without a head what
+    its config says."""
     head = getattr(output_embeddings(model), "weight", None)
     table = getattr(input_embeddings(model), "weight", None)
     if isinstance(head, torch.Tensor) and head is table:
         return True
     pairs = model.get_expanded_tied_weights_keys(all_submodels=True)
+    if head is None and not pairs:
+        return bool(getattr(model.config, "tie_word_embeddings", False))
     return any(
         not isinstance(_module(model, target), Holder)
         and _parameter(model, target) is _parameter(model, source)
@@ -128,11 +131,17 @@ def _share(model: nn.Module, name: str, other: str) -> bool:
     if not isinstance(source, Holder):
         setattr(module, name.rpartition(".")[2], _parameter(model, other))
         return True
-    packed, bias = source.packed, getattr(module, "bias", None)
-    layer: nn.Module
-    if isinstance(module, nn.Embedding):
-        layer = QuantEmbedding(packed, source.dtype)
-    else:
-        layer = QuantLinear(packed, bias, dtype=source.dtype).requires_grad_(False)
-    model.set_submodule(name.rpartition(".")[0], layer)
+    put_in_place(model, name.rpartition(".")[0], source)
     return False
+
+
+def put_in_place(model: nn.Module, prefix: str, source: Holder) -> None:
+    """Give the layer called `prefix` the packed weight of `source`, or its values where only those will do."""
+    module, packed = model.get_submodule(prefix), source.packed
+    if isinstance(module, nn.Embedding) and type(module).forward is not nn.Embedding.forward:
+        module.weight = nn.Parameter(packed.dequantize(source.dtype), requires_grad=False)
+    elif isinstance(module, nn.Embedding):
+        model.set_submodule(prefix, QuantEmbedding(packed, source.dtype))
+    else:
+        layer = QuantLinear(packed, getattr(module, "bias", None), dtype=source.dtype)  # type: ignore[arg-type]
+        model.set_submodule(prefix, layer.requires_grad_(False))

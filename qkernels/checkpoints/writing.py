@@ -223,6 +223,11 @@ def stored_tensors(
             buffers = module._buffers.items()
             own |= {k: v for k, v in buffers if v is not None and k not in module._non_persistent_buffers_set}
         for name, tensor in own.items():
+            if tensor.is_meta:
+                raise ValueError(
+                    f"{prefix}.{name}: expected data to save, got a tensor on the meta device; of an offloaded model "
+                    "take the hooks off first (accelerate.hooks.remove_hook_from_submodules)"
+                )
             if tensor.numel():
                 key = (tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride())
                 if key in seen and not isinstance(module, (QuantLinear, QuantEmbedding)):

@@ -166,7 +166,8 @@ class Bitsandbytes4(Format):
             weight = tensors.get("weight")
             if isinstance(weight, Tensor) and weight.dtype == dtype:
                 params.setdefault("quant_storage", name)
-        if self.state_name not in tensors or tensors[self.state_name].is_meta:
+        state_tensor = tensors.get(self.state_name)
+        if not isinstance(state_tensor, Tensor) or state_tensor.is_meta:
             return params
         state = self._state(tensors[self.state_name])
         stated = {

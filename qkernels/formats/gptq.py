@@ -53,8 +53,8 @@ class Gptq(affine.Grouped):
     def params_from_tensors(self, tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> Params:
         stated = dict(params)
         qzeros, scales, index = (tensors.get(name) for name in ("qzeros", "scales", "g_idx"))
-        if _is_plain(qzeros, 2) and _is_plain(scales, 2) and params.get("symmetric") is not False:
-            stated |= self._convention(qzeros, scales.shape[1], params)  # type: ignore[arg-type, union-attr]
+        if _is_plain(qzeros, 2) and scales is not None and params.get("symmetric") is not False:
+            stated |= self._convention(qzeros, scales, params)  # type: ignore[arg-type]
         if _is_plain(index, 1):
             assert index is not None
             if _says_nothing(index, params):
@@ -63,10 +63,11 @@ class Gptq(affine.Grouped):
                 stated["act_order"] = not torch.equal(index.long(), _in_order(index.numel(), params, index))
         return stated
 
-    def _convention(self, qzeros: Tensor, n: int, params: Mapping[str, Any]) -> Params:
+    def _convention(self, qzeros: Tensor, scales: Any, params: Mapping[str, Any]) -> Params:
         """What qzeros (G, words) of a grid that is said to be symmetric, or may be, say of zeros and their storage."""
         b = params.get("bits", self.defaults["bits"])
-        if b not in WIDTHS or qzeros.shape[1] != bits.words(n, b):
+        n = scales.shape[1] if isinstance(scales, Tensor) and scales.dim() == 2 else 0
+        if type(b) is not int or b not in WIDTHS or n == 0 or qzeros.shape[1] != bits.words(n, b):
             return {}  # `validate` says what is wrong
         stored = bits.unpack_rows(qzeros.T, b, n)
         low, high, zero = int(stored.min()), int(stored.max()), 1 << (b - 1)
@@ -208,7 +209,7 @@ class Gptq(affine.Grouped):
         params = {
             "bits": config.get("bits", 4),
             "group_size": config.get("group_size", 128),
-            "checkpoint_format": config.get("checkpoint_format", "gptq"),
+            "checkpoint_format": config.get("checkpoint_format") or "gptq",
         }
         if "sym" in config:  # else the tensors say it
             params["symmetric"] = config["sym"]
@@ -227,8 +228,10 @@ def left_alone(skipped: list[str]) -> dict[str, Any]:
 
 
 def _is_plain(tensor: Any, dims: int) -> bool:
-    """Whether it is integers or scales that can be looked at, of `dims` dimensions."""
-    return isinstance(tensor, Tensor) and tensor.dim() == dims and bool(tensor.numel()) and not tensor.is_meta
+    """Whether it is integers as they are stored, of `dims` dimensions, that can be looked at."""
+    if not isinstance(tensor, Tensor) or tensor.dtype != torch.int32 or tensor.layout != torch.strided:
+        return False
+    return tensor.dim() == dims and bool(tensor.numel()) and not tensor.is_meta
 
 
 def _group_size(k: int, params: Mapping[str, Any]) -> int:

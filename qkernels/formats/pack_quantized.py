@@ -27,6 +27,8 @@ from . import affine, bits, compressed_tensors
 from .base import FLOATS, Params, Shape, TensorSpec
 
 STORAGE = "pack-quantized"
+#: compressed-tensors' values; only the first three have a weight_g_idx
+_ACT_ORDERS = ("group", "dynamic", True, "weight", "static", False, None)
 #: code widths the fused kernels decode
 _KERNEL_BITS = (2, 3, 4, 8)
 
@@ -204,5 +206,5 @@ class PackQuantized(affine.Grouped):
             "bits": scheme.kind[1],
             "group_size": -1 if channel else scheme.weights.get("group_size", 128),
             "symmetric": scheme.weights.get("symmetric", True),
-            "act_order": scheme.weights.get("actorder") in ("group", "dynamic", True),
+            "act_order": scheme.expect("actorder", _ACT_ORDERS) in ("group", "dynamic", True),
         }

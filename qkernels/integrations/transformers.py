@@ -30,9 +30,11 @@ from .. import formats
 from ..candidates import linears
 from ..checkpoints import expert_layers, layers, quantization
 from ..checkpoints.model_config import NOTE, WEIGHTS
+from ..checkpoints.plain_weights import load_dequantized, warn_dequantized
 from ..checkpoints.quantization import Plan
 from ..checkpoints.save_pretrained import Saver
 from ..checkpoints.tensor_files import TensorFiles
+from ..checkpoints.tying import put_in_place
 from ..holding import Holder
 from ..linear import QuantLinear, linear_of
 from ..stand_in import StandIn
@@ -150,6 +152,10 @@ class QKernelsQuantizer(Saver):
         self.wanted: set[str] = set()
         self.params: dict[str, Any] = {}
         self.layers: dict[str, nn.Module] = {}
+        #: module's name -> what the files call it
+        self.stored: dict[str, str] = {}
+        #: weights of modules that no layer of ours can stand in for
+        self.matrices: dict[str, nn.Parameter] = {}
         self.device = torch.device("cpu")
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -205,27 +211,54 @@ class QKernelsQuantizer(Saver):
         with TensorFiles([Path(file) for file in checkpoint_files]) as files:
             inventory = layers.Inventory(model, files)
             for prefix, own in inventory.layers.items():
-                scheme = layers.scheme_of(own, files, plan)
-                if scheme is not None:
+                module = model.get_submodule(prefix)
+                scheme = layers.scheme_of(own, files, plan, quantization.kinds_of(module))
+                if scheme is None:
+                    continue
+                self.stored[prefix] = layers.stored_module(own)
+                if inventory.names.has_matrix_of_its_own(prefix):  # a router, say
+                    dtype = model.dtype
+                    load_dequantized(module, prefix, own, files, scheme, self.device, dtype)
+                    self.matrices[prefix] = module.weight  # type: ignore[assignment]
+                else:
                     self.layers[prefix] = layers.quantized_layer(
                         where, model, prefix, own, files, scheme, self.device
                     )
+            warn_dequantized(list(self.matrices))
             source = expert_layers.Source(where, files, plan, self.device, None, None)
             for prefix, weights in inventory.experts.items():
                 called = inventory.names.experts[prefix]
                 stack = expert_layers.packed_experts(model.get_submodule(prefix), called, weights, source)
                 if stack is not None:
                     stack.leaves = called.leaves  # `save_pretrained` knows the way back of all but them
-                    self.layers[prefix] = stack
-        for prefix in self.layers:
-            weight = self.layers[prefix].weight if isinstance(self.layers[prefix], Holder) else None
-            model.set_submodule(prefix, _Placeholder(weight))
-            # What it is tied to, if anything, is not this one's: the files hold one of its own.
-            getattr(model, "all_tied_weights_keys", {}).pop(f"{prefix}.weight", None)
-        if self.layers:
-            prefixes = "|".join(map(re.escape, self.layers))
-            ignored = {*(model._keys_to_ignore_on_load_unexpected or ()), rf"^(?:{prefixes})\."}
-            model._keys_to_ignore_on_load_unexpected = ignored
+                    self.layers[prefix], self.stored[prefix] = stack, called.stored
+            strange = [name for name in files.infos if not inventory.takes(name)]
+            if strange and not self.layers:
+                raise ValueError(
+                    f"{where}: expected tensors of {type(model).__name__}'s layers, got {', '.join(strange[:3])}, ..., "
+                    "of which it has none"
+                )
+            self._tie(model, {inventory.names.of_file(name) for name in files.infos})
+        for prefix, layer in self.layers.items():
+            model.set_submodule(prefix, _Placeholder(layer.weight if isinstance(layer, Holder) else None))
+        prefixes = {*self.stored, *self.stored.values()}
+        packed = rf"^(?:{'|'.join(map(re.escape, sorted(prefixes)))})\."
+        for mark in ("_keys_to_ignore_on_load_unexpected", "_keys_to_ignore_on_load_missing"):
+            setattr(model, mark, {*(getattr(model, mark) or ()), packed})
+
+    def _tie(self, model: PreTrainedModel, present: set[str]) -> None:
+        """Keep transformers from tying what is packed; what the files lack shares a packed weight."""
+        tied = getattr(model, "all_tied_weights_keys", {})
+        for target, source in list(tied.items()):
+            ends = [name.rpartition(".")[0] for name in (target, source)]
+            if not any(prefix in self.layers for prefix in ends):
+                continue
+            del tied[target]
+            layer = self.layers.get(ends[1])
+            if ends[0] not in self.layers and target not in present and isinstance(layer, Holder):
+                put_in_place(model, ends[0], layer)
+                self.layers[ends[0]] = model.get_submodule(ends[0])
+                self.stored[ends[0]] = ends[0]
 
     # ------------------------------------------------------------------ while they come
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
@@ -256,6 +289,8 @@ class QKernelsQuantizer(Saver):
             if isinstance(layer, QuantLinear) and layer.bias is None:
                 layer.register_parameter("bias", placeholder.bias)
             model.set_submodule(prefix, layer)
-        self.layers = {}
+        for prefix, weight in self.matrices.items():
+            model.get_submodule(prefix).weight = weight
+        self.layers, self.stored, self.matrices = {}, {}, {}
         model.requires_grad_(False)
         return model

@@ -87,11 +87,8 @@ def replace(root: nn.Module, name: str, linear: nn.Linear, packed: PackedWeight)
     """Put a QuantLinear with `packed` in the place of `linear`."""
     parent, _, leaf = name.rpartition(".")
     bias = None if linear.bias is None else linear.bias.detach().clone()
-    setattr(
-        root.get_submodule(parent),
-        leaf,
-        QuantLinear(packed, bias, dtype=linear.weight.dtype).train(linear.training),
-    )
+    layer = QuantLinear(packed, bias, dtype=linear.weight.dtype)
+    setattr(root.get_submodule(parent), leaf, layer.stand_in_for(linear))
 
 
 # ---------------------------------------------------------------------- resuming

@@ -202,3 +202,38 @@ def test_a_model_without_a_class(tmp_path: Path) -> None:
         ValueError, match=r"because 'vit' is no causal language model's type, got \['MyViT'\]"
     ):
         qk.load_model(tmp_path / "m")
+
+
+# ---------------------------------------------------------------------- embeddings that scale their rows
+def _gemma(**changes: Any) -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    config = transformers.GemmaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=64, **changes,
+    )  # fmt: skip
+    return transformers.GemmaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("format", ["bf16", "fp16"])
+def test_16_bit_layers_beside_embeddings_that_scale(format: str, tmp_path: Path) -> None:
+    """Layers in another dtype than what comes in stay QuantLinear, which takes both."""
+    model = qk.quantize_model(_gemma(), format, progress=False)
+    qk.save_model(model, tmp_path / "m")
+    loaded = qk.load_model(tmp_path / "m")
+    assert sum(isinstance(m, qk.QuantLinear) for m in loaded.modules()) == 14
+    assert torch.equal(_logits(loaded), _logits(model))
+
+
+def test_a_packed_head_gives_such_an_embedding_its_values(tmp_path: Path) -> None:
+    """Gemma's embedding multiplies its rows, which no QuantEmbedding does."""
+    model = _gemma()
+    qk.quantize_model(model, "gptq", group_size=32, progress=False)
+    head = qk.QuantLinear.from_linear(model.lm_head, "gptq", group_size=32)
+    model.config.tie_word_embeddings = False
+    model.lm_head = head
+    model.model.embed_tokens.weight = nn.Parameter(head.packed.dequantize())
+    qk.save_model(model, tmp_path / "m")
+    file, config = tmp_path / "m/model.safetensors", tmp_path / "m/config.json"
+    save_file({k: v for k, v in load_file(file).items() if "embed_tokens" not in k}, file)
+    config.write_text(json.dumps({**json.loads(config.read_text()), "tie_word_embeddings": True}))
+    assert torch.equal(_logits(qk.load_model(tmp_path / "m")), _logits(model))

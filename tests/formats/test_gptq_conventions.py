@@ -136,3 +136,21 @@ def test_one_group_of_zeros_is_an_order() -> None:
     one = {**tensors, "scales": tensors["scales"][:1], "qzeros": tensors["qzeros"][:1]}
     one["g_idx"] = torch.zeros(K, dtype=torch.int32)
     assert qk.pack("gptq", one, (N, K), group_size=-1, act_order=True).params["act_order"] is True
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"qzeros": torch.zeros(4, 8)}, "qzeros: expected dtype int32, got float32"),
+    ({"qzeros": torch.zeros(4, 8, dtype=torch.complex64)}, "qzeros: expected dtype int32, got complex64"),
+    ({"qzeros": torch.zeros(4, 7, dtype=torch.int32)}, r"qzeros: expected shape \(4, 8\), got \(4, 7\)"),
+    ({"qzeros": torch.zeros(4, 0, dtype=torch.int32)}, r"qzeros: expected shape \(4, 8\), got \(4, 0\)"),
+    ({"qzeros": None}, "qzeros: expected a torch.Tensor, got NoneType"),
+    ({"scales": None}, "scales: expected a torch.Tensor, got NoneType"),
+    ({"scales": torch.ones(64).half()}, r"scales: expected shape \(4, 64\), got \(64,\)"),
+    ({"g_idx": torch.zeros(K)}, "g_idx: expected dtype int32, got float32"),
+    ({"g_idx": torch.zeros(K, dtype=torch.int64)}, "g_idx: expected dtype int32, got int64"),
+])  # fmt: skip
+def test_tensors_that_say_nothing_are_named(change: dict[str, Any], message: str) -> None:
+    """Looking at what they say must not crash before they are checked."""
+    tensors, _ = _tensors(4, _symmetric(4), 1)
+    with pytest.raises(ValueError, match=f"gptq: {message}"):
+        qk.pack("gptq", {**tensors, **change}, (N, K), group_size=SIZE)

@@ -239,3 +239,121 @@ def test_a_model_quantized_by_transformers_is_asked_anew(tmp_path: Path) -> None
     model.model.layers[0].mlp.up_proj = nn.Linear(64, 96, bias=False)
     model.save_pretrained(tmp_path / "s")
     assert torch.equal(_logits(qk.load_model(tmp_path / "s")), _logits(model))
+
+
+# ---------------------------------------------------------------------- what a reviewer's models did
+def test_layers_that_the_saved_model_does_not_know_of(tmp_path: Path) -> None:
+    """Put in by hand, or by quantizing a part: transformers would write no config, and load random weights."""
+    by_hand, inner = tiny_model(), tiny_model()
+    layer = by_hand.model.layers[0].mlp
+    layer.up_proj = qk.QuantLinear.from_linear(layer.up_proj, "nf4")
+    qk.quantize_model(inner.model, "gptq", group_size=32, progress=False)
+    for i, model in enumerate((by_hand, inner)):
+        with pytest.raises(ValueError, match=r"put in by hand; qkernels.save_model\(model, path\) saves it"):
+            model.save_pretrained(tmp_path / str(i))
+        assert not list((tmp_path / str(i)).glob("*.safetensors"))
+        qk.save_model(model, tmp_path / f"m{i}")
+        assert torch.equal(_logits(qk.load_model(tmp_path / f"m{i}")), _logits(model))
+        assert model.state_dict()
+    inner.model.save_pretrained(tmp_path / "inner")
+    assert _quantization(tmp_path / "inner") is not None
+
+
+def test_a_model_without_its_head_and_with_it(tmp_path: Path) -> None:
+    """transformers finds the names of one in a directory of the other; so do packed layers."""
+    from transformers import AutoModel, LlamaModel
+
+    from qkernels.integrations.transformers import checkpoint_config
+
+    tokens = ids(9)[None]
+    for format, params in (("q8_0", {}), ("gptq", {"group_size": 32})):
+        model = _model(format, params)
+        qk.save_model(model, tmp_path / format)
+        base = AutoModel.from_pretrained(tmp_path / format, config=checkpoint_config(tmp_path / format))
+        assert isinstance(base, LlamaModel)
+        assert sum(isinstance(m, qk.QuantLinear) for m in base.modules()) == 13
+        with torch.no_grad():
+            want = model.model(tokens).last_hidden_state
+            assert torch.equal(base(tokens).last_hidden_state, want)
+        qk.save_model(base, tmp_path / f"{format}-base")
+        path = tmp_path / f"{format}-base"
+        whole = AutoModelForCausalLM.from_pretrained(path, config=checkpoint_config(path))
+        assert torch.equal(_logits(whole), _logits(model)), "the head is tied"
+
+
+def test_packed_tensors_that_the_model_has_no_place_for(tmp_path: Path) -> None:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    from qkernels.integrations.transformers import checkpoint_config
+
+    qk.save_model(_model("gptq", {"group_size": 32}), tmp_path / "m")
+    config = OPTConfig(
+        vocab_size=128, hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4
+    )
+    config.quantization_config = checkpoint_config(tmp_path / "m").quantization_config
+    with pytest.raises(
+        ValueError, match="expected tensors of OPTForCausalLM's layers, got .* of which it has none"
+    ):
+        OPTForCausalLM.from_pretrained(tmp_path / "m", config=config)
+
+
+def test_a_tied_packed_embedding_of_our_own(tmp_path: Path) -> None:
+    import qkernels.integrations.transformers  # noqa: F401
+
+    model = _model("q8_0", {})
+    model.set_input_embeddings(QuantEmbedding(qk.quantize(model.get_input_embeddings().weight, "q8_0")))
+    model.set_output_embeddings(qk.QuantLinear(model.get_input_embeddings().packed))
+    qk.save_model(model, tmp_path / "m")
+    assert json.loads((tmp_path / "m/config.json").read_text())["tie_word_embeddings"] is True
+    for loaded in (qk.load_model(tmp_path / "m"), AutoModelForCausalLM.from_pretrained(tmp_path / "m")):
+        assert isinstance(loaded.get_input_embeddings(), QuantEmbedding)
+        assert isinstance(loaded.lm_head, qk.QuantLinear)
+        torch.testing.assert_close(_logits(loaded), _logits(model))
+
+
+def test_a_packed_router_through_transformers(tmp_path: Path) -> None:
+    """It computes with its weight itself, so its values are put there, and not random ones."""
+    from safetensors.torch import load_file, save_file
+
+    from qkernels.integrations.transformers import checkpoint_config
+
+    save_moe("qwen3_moe", "gptq", {"group_size": 64}, tmp_path / "q", tmp_path / "p")
+    file = tmp_path / "q/model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith("mlp.gate.weight")]:
+        packed = qk.quantize(tensors.pop(name), "gptq", bits=8, group_size=64)
+        tensors |= {
+            f"{name.removesuffix('weight')}{key}": t.contiguous() for key, t in packed.tensors.items()
+        }
+    save_file(tensors, file)
+    config = json.loads((tmp_path / "q/config.json").read_text())
+    quantization = {
+        k: v
+        for k, v in config["quantization_config"].items()
+        if k not in ("dynamic", "modules_to_not_convert")
+    }
+    config["quantization_config"] = {**quantization, "dynamic": {r"+:.*mlp\.gate$": {"bits": 8}}}
+    (tmp_path / "q/config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="2 modules are stored packed but compute with a plain weight"):
+        want = _logits(qk.load_model(tmp_path / "q"))
+    with pytest.warns(UserWarning, match="2 modules are stored packed but compute with a plain weight"):
+        theirs = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "q", config=checkpoint_config(tmp_path / "q"), dtype=torch.float32
+        )
+    assert torch.equal(_logits(theirs), want)
+
+
+def test_offloaded_models_are_refused_by_name(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.cpu_offload(_model("gptq", {"group_size": 32}), execution_device=torch.device("cpu"))
+    for save in (model.save_pretrained, lambda path: qk.save_model(model, path)):
+        with pytest.raises(
+            ValueError, match="expected data to save, got a tensor on the meta device; of an offloaded"
+        ):
+            save(tmp_path / "s")
+        assert not list(tmp_path.glob("s/*.safetensors"))
+    plain = accelerate.cpu_offload(tiny_model(), execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="_proj: weight: expected data, got a tensor on the meta device"):
+        qk.quantize_model(plain, "nf4", progress=False)
+    with pytest.raises(ValueError, match="nf4: weight: expected data, got a tensor on the meta device"):
+        qk.quantize(torch.empty(4, 64, device="meta"), "nf4")
