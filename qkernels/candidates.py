@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -74,6 +75,11 @@ def _heads(model: nn.Module) -> set[int]:
 def _unfit(model: nn.Module, names: dict[int, str]) -> set[int]:
     """id of the linears, of those in `names`, that only plain weights can serve; says which and why."""
     reasons: dict[str, list[int]] = {}
+    for entry in getattr(model, "_keep_in_fp32_modules", None) or ():  # as transformers' own quantizers do
+        pattern = re.compile(rf"(^|\.){entry}($|\.)")
+        keys = [key for key, name in names.items() if pattern.search(name)]
+        if keys:
+            reasons[f"{type(model).__name__} keeps {entry} in float32"] = keys
     for module in model.modules():
         if id(module) in names and isinstance(module, nn.Linear) and computes_otherwise(module):
             reasons.setdefault(f"{type(module).__name__} computes something else", []).append(id(module))

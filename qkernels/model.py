@@ -54,7 +54,7 @@ def quantize_model(
     alone, and so is each module whose full name matches one of the fnmatch patterns in `skip`, and each
     QuantLinear that is there already. So are, with a warning, layers that are not called but whose weight other
     code multiplies with (Mamba's dt_proj, the out_proj of torch's MultiheadAttention), and subclasses of nn.Linear
-    that compute something else. `progress` shows a bar on stderr, or one line if that is no terminal.
+    that compute something else, and what transformers keeps in float32 (T5's wo). `progress` shows a bar on stderr, or one line if that is no terminal.
 
     Experts of a mixture that are linear layers are quantized like any. Those that are parameters of three
     dimensions, as in transformers from version 5 on, are left alone with a warning; with `experts` they

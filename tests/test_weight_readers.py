@@ -249,7 +249,7 @@ FAMILIES: dict[str, Any] = {
     "llama without a head": lambda: transformers.LlamaModel(transformers.LlamaConfig(**TEXT)),
 }
 #: what each must leave plain, besides heads
-PLAIN = {"mamba": "dt_proj"}
+PLAIN = {"mamba": "dt_proj", "t5": "wo", "t5 gated": "wo"}
 
 
 def _inputs(name: str) -> dict[str, torch.Tensor]:

@@ -237,3 +237,37 @@ def test_a_packed_head_gives_such_an_embedding_its_values(tmp_path: Path) -> Non
     save_file({k: v for k, v in load_file(file).items() if "embed_tokens" not in k}, file)
     config.write_text(json.dumps({**json.loads(config.read_text()), "tie_word_embeddings": True}))
     assert torch.equal(_logits(qk.load_model(tmp_path / "m")), _logits(model))
+
+
+# ---------------------------------------------------------------------- what others keep in float32
+@pytest.mark.parametrize("options", [
+    {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}, {"load_in_8bit": True},
+], ids=str)  # fmt: skip
+def test_t5_as_bitsandbytes_has_it(options: dict[str, Any], tmp_path: Path) -> None:
+    """Its `wo` overflows float16, so transformers' quantizers leave it plain, and could not read it packed."""
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=128, d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path / "m")
+    config = transformers.BitsAndBytesConfig(**options)
+    load = transformers.T5ForConditionalGeneration.from_pretrained
+    theirs = load(tmp_path / "m", quantization_config=config, device_map="cpu", dtype=torch.float32)
+    with pytest.warns(
+        UserWarning, match="wo and 1 more like it stays as it is: T5ForConditionalGeneration keeps wo"
+    ):
+        qk.quantize_model(model, "nf4" if "load_in_4bit" in options else "int8", progress=False)
+    plain = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    packed = {n for n, m in theirs.named_modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt")}
+    assert packed == {n for n, m in model.named_modules() if isinstance(m, qk.QuantLinear)}
+    assert {n.rpartition(".")[2] for n in plain} == {"wo", "lm_head"}
+    theirs.save_pretrained(tmp_path / "t")
+    qk.save_model(model, tmp_path / "q")
+    tokens = {"input_ids": ids(9)[None], "decoder_input_ids": ids(4)[None]}
+    with torch.no_grad():
+        want = model(**tokens).logits
+        for other in (
+            load(tmp_path / "q", device_map="cpu", dtype=torch.float32),
+            qk.load_model(tmp_path / "t"),
+        ):
+            assert (other(**tokens).logits - want).norm() <= 10 * 2.0**-7 * want.norm()
