@@ -6,6 +6,8 @@
     AutoModelForCausalLM.from_pretrained(path, quantization_config=QKernelsConfig("nf4", block_size=64))
     # run a quantized checkpoint (GPTQ, AWQ, bitsandbytes, compressed-tensors, fp8) through our layers
     AutoModelForCausalLM.from_pretrained(path, config=checkpoint_config(path))
+    # directories in formats that only we read (GGUF's types, SpQR, QuIP): nothing more than the import
+    AutoModelForCausalLM.from_pretrained(path)
 
 `save_pretrained` writes the format's own tensors and `quantization_config`, as `qkernels.save_model` does, so
 that what reads such checkpoints reads these. `config=` is needed because transformers does not let
