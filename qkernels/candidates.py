@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from . import moe
+from .embedding import output_embeddings
 from .linear import QuantLinear, computes_otherwise, is_linear, linear_of
 from .weight_readers import layers_read_by
 
@@ -59,7 +60,7 @@ def linears(model: nn.Module, skip: Iterable[str] | None) -> list[tuple[list[str
 
 def _heads(model: nn.Module) -> set[int]:
     """id of the linears that make a model's output: its output projection, or what a classifier has behind its base."""
-    output = _output_projection(model)
+    output = output_embeddings(model)
     if output is not None:
         return {id(output)}
     heads = {id(m) for n, m in model.named_modules(remove_duplicate=False) if n in _OUTPUT_NAMES}
@@ -97,13 +98,6 @@ def _unfit(model: nn.Module, names: dict[int, str]) -> set[int]:
         count = f" and {len(keys) - 1} more like it" if len(keys) > 1 else ""
         warnings.warn(f"qkernels: {names[keys[0]]}{count} stays as it is: {why}", stacklevel=4)
     return {key for keys in reasons.values() for key in keys}
-
-
-def _output_projection(model: nn.Module) -> nn.Module | None:
-    try:
-        return model.get_output_embeddings()  # type: ignore[operator, no-any-return]
-    except (AttributeError, NotImplementedError):
-        return None
 
 
 def _count_quantized(model: nn.Module) -> int:

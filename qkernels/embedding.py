@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import formats
 from .holding import Holder, mangled
@@ -48,3 +50,20 @@ class QuantEmbedding(Holder):
         format, shape, _ = self._meta
         bits = formats.get(format) and self.packed.bits_per_weight
         return f"{shape[0]}, {shape[1]}, format={format!r}, bits_per_weight={bits:.2f}, dtype={self.dtype}"
+
+
+def input_embeddings(model: nn.Module) -> Any:
+    """The module of the input embeddings; None for models that have none, or several."""
+    return _asked(model, "get_input_embeddings")
+
+
+def output_embeddings(model: nn.Module) -> Any:
+    """The output projection, or None."""
+    return _asked(model, "get_output_embeddings")
+
+
+def _asked(model: nn.Module, method: str) -> Any:
+    try:
+        return getattr(model, method)()
+    except (AttributeError, NotImplementedError):
+        return None

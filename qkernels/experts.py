@@ -11,7 +11,6 @@ Its row of y is zeros, so that the processes' results add up.
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import formats, layouts
-from .packed import PackedWeight, quantize
+from .packed import PackedWeight, Prepackable, quantize
 
 
 @lru_cache(maxsize=4096)
@@ -39,7 +38,7 @@ class Snapshot(NamedTuple):
     spec: str
 
 
-class PackedExperts:
+class PackedExperts(Prepackable):
     """E quantized weights of one format, shape (N, K) and parameters, stacked once. Threads may share them.
 
     Attributes:
@@ -53,7 +52,8 @@ class PackedExperts:
     Raises ValueError, naming the expert, if the experts do not agree.
     """
 
-    __slots__ = ("_lock", "_nbytes", "count", "format", "params", "shape", "snapshot")
+    __slots__ = ("_nbytes", "count", "format", "params", "shape")
+    snapshot: Snapshot
 
     def __init__(self, experts: Sequence[PackedWeight]) -> None:
         if not experts:
@@ -80,10 +80,9 @@ class PackedExperts:
         storage: Mapping[str, Tensor],
         sizes: dict[str, list[int]],
     ) -> None:
-        self._lock = threading.Lock()
         self.format, self.shape, self.params = format, (int(shape[0]), int(shape[1])), dict(params)
         self.count = count
-        self.snapshot = self._snapshot(layout, storage, sizes)
+        Prepackable.__init__(self, self._snapshot(layout, storage, sizes))
 
     def _snapshot(self, layout: str, storage: Mapping[str, Tensor], sizes: dict[str, list[int]]) -> Snapshot:
         described = {name: getattr(self, name) for name in ("format", "shape", "params", "count")}
@@ -94,20 +93,11 @@ class PackedExperts:
     def _restored(cls, spec: str, storage: Sequence[Tensor], nbytes: int) -> PackedExperts:
         """From `spec` and the values of `storage`, in order."""
         d, self = parsed(spec), cls.__new__(cls)
-        self._lock = threading.Lock()
         self.format, self.shape, self.params = d["format"], (d["shape"][0], d["shape"][1]), d["params"]
         self.count, self._nbytes = d["count"], nbytes
         tensors = dict(zip(d["names"], storage, strict=bool(storage)))
-        self.snapshot = Snapshot(d["layout"], tensors, d["sizes"], spec)
+        Prepackable.__init__(self, Snapshot(d["layout"], tensors, d["sizes"], spec))
         return self
-
-    @property
-    def layout(self) -> str:
-        return self.snapshot.layout
-
-    @property
-    def storage(self) -> dict[str, Tensor]:
-        return self.snapshot.storage
 
     @property
     def sizes(self) -> dict[str, list[int]]:
@@ -116,10 +106,6 @@ class PackedExperts:
     @property
     def spec(self) -> str:
         return self.snapshot.spec
-
-    @property
-    def device(self) -> torch.device:
-        return next(iter(self.storage.values())).device
 
     @property
     def nbytes(self) -> int:
@@ -163,14 +149,10 @@ class PackedExperts:
         layout = layout or own
         if layout is None:
             raise ValueError(f"experts: {self.format} has no kernel layout: its only backend is 'reference'")
-        if layout == self.layout:
-            return self
-        with self._lock:  # of several threads the first does it, the others wait
-            if layout != self.layout:
-                self.snapshot = self._prepacked(layout)
+        self._move(layout)
         return self
 
-    def _prepacked(self, layout: str) -> Snapshot:
+    def _packed(self, layout: str) -> Snapshot:
         packed = (layouts.pack(p.format, p.shape, p.params, p.tensors, layout) for p in self)
         storage, sizes = _stack(packed, self.count)
         for name in sizes:

@@ -13,6 +13,7 @@ from . import dispatch, ops
 from .holding import Holder, mangled
 from .packed import PackedWeight, quantize
 
+#: where nn.Module keeps the hooks of its calls
 _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",

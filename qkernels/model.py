@@ -63,8 +63,8 @@ def quantize_model(
     A group size that is not given is one for all layers: 128, or with a warning one that suits their input features
     better, the largest power of two from 32 on that divides all of them.
 
-    Raises ValueError for a model that is a linear layer itself, and, naming the module, if one does not fit the format (a group size that it cannot
-    store, a NaN in its weight), if a `skip` pattern matches nothing, or if
+    Raises ValueError for a model that is a linear layer itself, and, naming the module, if one does not fit the
+    format (a group size that it cannot store, a NaN in its weight), if a `skip` pattern matches nothing, or if
     calibration data or algorithm do not fit the format. The model is then unchanged: every layer is
     checked before the first is replaced. Only a scale that overflows its 16-bit dtype, or a Hessian that
     stays singular, shows later, and leaves the layers before it quantized.

@@ -233,10 +233,7 @@ def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of what is a matrix beside experts and is called otherwise than a linear layer.
-
-    Some are nn.Linear with a forward of their own, which no other layer can stand in for.
-    """
+    """(name, module) of the routers: modules beside experts with a matrix `weight` and a forward of their own."""
     stacks = [name for name, module in model.named_modules() if isinstance(module, QuantExperts)]
     for name in (*(name for name, _ in expert_modules(model)), *stacks):
         parent = name.rpartition(".")[0]

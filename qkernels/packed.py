@@ -20,7 +20,43 @@ class Snapshot(NamedTuple):
     storage: dict[str, Tensor]
 
 
-class PackedWeight:
+class Prepackable:
+    """What keeps a layout and its tensors in one `snapshot`, which is replaced whole. Threads may share it."""
+
+    __slots__ = ("_lock", "snapshot")
+    snapshot: Any
+
+    def __init__(self, snapshot: Any) -> None:
+        self.snapshot = snapshot
+        self._lock = threading.Lock()
+
+    @property
+    def layout(self) -> str:
+        return self.snapshot.layout  # type: ignore[no-any-return]
+
+    @property
+    def storage(self) -> dict[str, Tensor]:
+        return self.snapshot.storage  # type: ignore[no-any-return]
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.storage.values())).device
+
+    def _move(self, layout: str) -> bool:
+        """Replace the snapshot by `_packed(layout)`; whether this call did. Of several threads the others wait."""
+        if layout == self.layout:
+            return False
+        with self._lock:
+            if layout == self.layout:
+                return False
+            self.snapshot = self._packed(layout)
+            return True
+
+    def _packed(self, layout: str) -> Any:
+        raise NotImplementedError
+
+
+class PackedWeight(Prepackable):
     """A quantized weight of shape (N, K). Threads may share one.
 
     Attributes:
@@ -35,7 +71,8 @@ class PackedWeight:
     Make one with `qkernels.quantize` or `qkernels.pack`, which validate.
     """
 
-    __slots__ = ("_lock", "_nbytes", "format", "params", "plans", "shape", "snapshot")
+    __slots__ = ("_nbytes", "format", "params", "plans", "shape")
+    snapshot: Snapshot
     #: experts in it; see experts.PackedExperts
     count: ClassVar[int] = 0
 
@@ -50,19 +87,10 @@ class PackedWeight:
         self.format = format
         self.shape = (int(shape[0]), int(shape[1]))
         self.params = dict(params)
-        self.snapshot = Snapshot(layout, dict(storage))
-        self._lock = threading.Lock()
+        super().__init__(Snapshot(layout, dict(storage)))
         self._nbytes: int | None = None
         #: what `qkernels.matmul` found out about operands it has seen; nobody else's business
         self.plans: dict[Any, Any] = {}
-
-    @property
-    def layout(self) -> str:
-        return self.snapshot.layout
-
-    @property
-    def storage(self) -> dict[str, Tensor]:
-        return self.snapshot.storage
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -85,10 +113,6 @@ class PackedWeight:
         """8 * nbytes / (N * K)."""
         return 8 * self.nbytes / (self.shape[0] * self.shape[1])
 
-    @property
-    def device(self) -> torch.device:
-        return next(iter(self.storage.values())).device
-
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as an (N, K) tensor of `dtype`: the format's pure-torch reference."""
         return formats.get(self.format).dequantize(self.tensors, self.shape, self.params).to(dtype)
@@ -100,19 +124,14 @@ class PackedWeight:
         return PackedWeight(self.format, self.shape, moved, self.params, layout)
 
     def prepack_(self, layout: str) -> PackedWeight:
-        """Move the bytes to a kernel layout, in place, freeing the checkpoint's. Returns self.
-
-        Of several threads the first does it, the others wait.
-        """
-        if layout == self.layout:
-            return self
-        with self._lock:
-            if layout != self.layout:
-                _ = self.nbytes  # counts the checkpoint's tensors, so take it before they go
-                storage = layouts.pack(self.format, self.shape, self.params, self.tensors, layout)
-                self.snapshot = Snapshot(layout, storage)
-                self.plans.clear()
+        """Move the bytes to a kernel layout, in place, freeing the checkpoint's. Returns self."""
+        if self._move(layout):
+            self.plans.clear()
         return self
+
+    def _packed(self, layout: str) -> Snapshot:
+        _ = self.nbytes  # counts the checkpoint's tensors, so take it before they go
+        return Snapshot(layout, layouts.pack(self.format, self.shape, self.params, self.tensors, layout))
 
     def __reduce__(self) -> tuple[Any, ...]:
         layout, storage = self.snapshot

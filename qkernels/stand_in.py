@@ -18,7 +18,7 @@ iadd isub imul itruediv imatmul lt le gt ge getitem setitem len iter array float
 
 
 class StandIn:
-    """Of a packed matrix.
+    """What a packed layer has for a `weight`.
 
     Attributes:
         shape, ndim: (N, K) and 2.

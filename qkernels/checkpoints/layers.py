@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,14 +12,13 @@ import torch
 from torch import nn
 
 from .. import formats
-from ..embedding import QuantEmbedding
+from ..embedding import QuantEmbedding, input_embeddings
 from ..linear import QuantLinear, linear_of
 from ..packed import pack
 from .model_config import QUANTIZATION
 from .names import Names, Part, expert_tensor
 from .quantization import LINEAR, Kinds, Plan, Scheme
 from .tensor_files import TensorFiles
-from .tying import input_embeddings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -170,12 +171,19 @@ def quantized_layer(
     bias = tensors.pop("bias", None)
     if formats.get(scheme.format).dense and linear is not module:  # a plain weight lies as Conv1D has it
         tensors["weight"] = tensors["weight"].T.contiguous()
-    try:
+    with located(prefix, names, files):
         packed = pack(scheme.format, tensors, (linear.out_features, linear.in_features), **scheme.params)
         layer = QuantLinear(packed.to(device), None if bias is None else bias.to(device), dtype=dtype)
+    return layer.requires_grad_(False)
+
+
+@contextmanager
+def located(prefix: str, names: Owned, files: TensorFiles) -> Iterator[None]:
+    """A ValueError inside gets the file and the module `prefix` before its message."""
+    try:
+        yield
     except ValueError as error:
         raise ValueError(f"{files.infos[next(iter(names.values()))].file}: {prefix}: {error}") from None
-    return layer.requires_grad_(False)
 
 
 def _packed_embedding(
@@ -189,7 +197,5 @@ def _packed_embedding(
 ) -> QuantEmbedding:
     tensors = {own: files.read(full) for own, full in names.items()}
     shape = (embedding.num_embeddings, embedding.embedding_dim)
-    try:
+    with located(prefix, names, files):
         return QuantEmbedding(pack(scheme.format, tensors, shape, **scheme.params).to(device), dtype)
-    except ValueError as error:
-        raise ValueError(f"{files.infos[next(iter(names.values()))].file}: {prefix}: {error}") from None

@@ -174,9 +174,8 @@ def read_config(directory: Path) -> tuple[Any, Mapping[str, Any] | None]:
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ValueError(f"{path}: model_type: expected a model transformers knows, got {kind!r}")
     config_class = CONFIG_MAPPING[kind]
-    values = config_class._decode_special_floats(
-        values
-    )  # {"__float__": "Infinity"}, which JSON has no number for
+    # {"__float__": "Infinity"}, which JSON has no number for
+    values = config_class._decode_special_floats(values)
     aliases = getattr(config_class, "attribute_map", {})
     nested = any(isinstance(value, dict) and "hidden_size" in value for value in values.values())
     for field in _REQUIRED_FIELDS:

@@ -78,7 +78,7 @@ class Names:
         self._tensors = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
         self._layers = {name for name, module in model.named_modules() if _may_be_packed(module)}
         self._layers -= {name for name, _ in routers(model)}
-        self._layers -= {name for name, module in model.named_modules() if _own_forward(module)}
+        self._layers -= {name for name, module in model.named_modules() if own_forward(module)}
         #: what else has a matrix called `weight`, and computes with it in a way of its own
         self._matrices = {
             name for name, module in model.named_modules() if _has_matrix(module)
@@ -194,7 +194,7 @@ class Names:
         return found if found == name or self.of_file(found) == name else name
 
 
-def _own_forward(module: nn.Module) -> bool:
+def own_forward(module: nn.Module) -> bool:
     """Whether it is a linear or an embedding and more, so that no other can stand in: a scaled embedding, say."""
     if isinstance(module, nn.Linear):
         return computes_otherwise(module)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..packed import pack
-from .layers import Owned
+from .layers import Owned, located
 from .quantization import Scheme
 from .tensor_files import TensorFiles
 
@@ -38,13 +38,11 @@ def load_dequantized(
     assert isinstance(weight, nn.Parameter)
     tensors = {own: files.read(full) for own, full in names.items()}
     bias = tensors.pop("bias", None)
-    where = f"{files.infos[next(iter(names.values()))].file}: {prefix}"
     if bias is not None and bool(bias.any()):  # GPTQ files often hold zeros for layers that have none
-        raise ValueError(f"{where}.bias: expected none or zeros, got one that is not zero")
-    try:
+        with located(f"{prefix}.bias", names, files):
+            raise ValueError("expected none or zeros, got one that is not zero")
+    with located(prefix, names, files):
         packed = pack(scheme.format, tensors, (weight.shape[0], weight.shape[1]), **scheme.params)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
     module.weight = nn.Parameter(packed.dequantize(dtype).contiguous().to(device), weight.requires_grad)
 
 

@@ -25,8 +25,8 @@ class Saver(HfQuantizer):
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """All tensors under the files' names; sets the model's `quantization_config`, or removes it if all is plain.
 
-        ValueError for formats that only our own config can say: transformers has no way to keep others from
-        loading such a directory, on random weights.
+        ValueError for formats that only our own config describes: `save_model` adds a NOTE to config.json, without
+        which transformers would load them as random weights, and transformers' `save_pretrained` drops it.
         """
         if getattr(model, "_hf_peft_config_loaded", False):  # then adapters alone are saved
             return None, {}

@@ -1,42 +1,26 @@
 """Weights that a model's config ties together, as an output projection to the embeddings, and those of its file.
 
-The file wins: where it holds both, and they differ, both are kept, as transformers does it. What it lacks is the
-other one. A packed embedding gives its bytes to a head that the file lacks.
+The file wins: where it holds both, and they differ, both are kept, as transformers does it. Where it holds one of
+them, the other shares its weight, packed or plain.
 """
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from ..embedding import QuantEmbedding
+from ..embedding import QuantEmbedding, input_embeddings, output_embeddings
 from ..holding import Holder
 from ..linear import QuantLinear
 from .model_config import CONFIG
+from .names import own_forward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-def input_embeddings(model: PreTrainedModel) -> Any:
-    """The module of the input embeddings; None for models that have none, or several."""
-    return _asked(model, "get_input_embeddings")
-
-
-def output_embeddings(model: PreTrainedModel) -> Any:
-    """The output projection, or None."""
-    return _asked(model, "get_output_embeddings")
-
-
-def _asked(model: nn.Module, method: str) -> Any:
-    try:
-        return getattr(model, method)()
-    except (AttributeError, NotImplementedError):
-        return None
 
 
 def tie(model: PreTrainedModel, where: Path) -> None:
@@ -138,7 +122,7 @@ def _share(model: nn.Module, name: str, other: str) -> bool:
 def put_in_place(model: nn.Module, prefix: str, source: Holder) -> None:
     """Give the layer called `prefix` the packed weight of `source`, or its values where only those will do."""
     module, packed = model.get_submodule(prefix), source.packed
-    if isinstance(module, nn.Embedding) and type(module).forward is not nn.Embedding.forward:
+    if own_forward(module):
         module.weight = nn.Parameter(packed.dequantize(source.dtype), requires_grad=False)
     elif isinstance(module, nn.Embedding):
         model.set_submodule(prefix, QuantEmbedding(packed, source.dtype))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import formats
-from ..embedding import QuantEmbedding
+from ..embedding import QuantEmbedding, input_embeddings, output_embeddings
 from ..linear import QuantLinear, is_linear
 from ..moe import DOWN, GATE, UP, QuantExperts, routers
 from ..packed import PackedWeight
@@ -22,7 +22,7 @@ from .expert_layers import expert_shapes
 from .model_config import CONFIG, NOTE, QUANTIZATION, WEIGHTS, transposed_layers
 from .names import Names
 from .tensor_files import read_json
-from .tying import input_embeddings, is_tied, output_embeddings
+from .tying import is_tied
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

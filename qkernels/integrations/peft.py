@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..checkpoints.model_config import transposed_layers
+from ..embedding import output_embeddings
 from ..holding import Holder
 from ..linear import QuantLinear, is_linear
 from ..moe import QuantExperts
@@ -100,8 +101,7 @@ class _Model:
 
 def _all_linear(model: nn.Module) -> Iterator[str]:
     """Names of what PEFT's "all-linear" would be if each QuantLinear were an nn.Linear."""
-    getter = getattr(model, "get_output_embeddings", None)
-    output = getter() if callable(getter) else None
+    output = output_embeddings(model)
     inside: list[str] = []
     for name, module in model.named_modules():
         if name.startswith(tuple(inside)):

@@ -62,9 +62,8 @@ class QKernelsConfig(QuantizationConfigMixin):
     ) -> None:
         """ValueError unless `format` is known and takes `params`, or `checkpoint` is given alone."""
         params.pop("quant_method", None)
-        if (
-            "groups" in params and format is None and checkpoint is None
-        ):  # config.json of a directory of our own
+        # config.json of a directory of our own
+        if "groups" in params and format is None and checkpoint is None:
             checkpoint = {"quant_method": METHOD, "groups": params.pop("groups")}
         if (format is None) == (checkpoint is None):
             raise ValueError(f"format: expected one of {', '.join(formats.names())}; got {format!r}")
@@ -219,8 +218,7 @@ class QKernelsQuantizer(Saver):
                     continue
                 self.stored[prefix] = layers.stored_module(own)
                 if inventory.names.has_matrix_of_its_own(prefix):  # a router, say
-                    dtype = model.dtype
-                    load_dequantized(module, prefix, own, files, scheme, self.device, dtype)
+                    load_dequantized(module, prefix, own, files, scheme, self.device, model.dtype)
                     self.matrices[prefix] = module.weight  # type: ignore[assignment]
                 else:
                     self.layers[prefix] = layers.quantized_layer(
@@ -282,7 +280,8 @@ class QKernelsQuantizer(Saver):
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         self.layers[name] = layer
-        model.set_submodule(name, _Placeholder(layer.weight, bias))  # type: ignore[arg-type]  # the bias may be loaded already, or still to come
+        # the bias may be loaded already, or still to come
+        model.set_submodule(name, _Placeholder(layer.weight, bias))  # type: ignore[arg-type]
 
     # ------------------------------------------------------------------ after
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
