@@ -1,13 +1,15 @@
-"""Replacing a saved model's directory in one step."""
+"""The directory that a model is saved to, which may hold an earlier save and nothing else."""
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+
+from .. import atomic
 
 #: what a saved model consists of; a directory with anything else in it is not overwritten
 _SAVED_FILES = (
@@ -24,6 +26,10 @@ def check_target(path: Path) -> Path:
         return target
     if not target.is_dir():
         raise ValueError(f"{path}: expected a directory or nothing to save to, got a file")
+    if target.is_mount():
+        raise ValueError(
+            f"{path}: expected a directory that can be replaced, got a mount point; save to one inside it"
+        )
     entries = sorted(target.iterdir())
     if not entries:
         return target
@@ -41,19 +47,17 @@ def check_target(path: Path) -> Path:
     return target
 
 
-def swap_in(fresh: Path, target: Path) -> None:
-    """Move directory `fresh` to `target`, replacing what is there. Both on one file system."""
-    if not target.exists():
-        os.rename(fresh, target)
-        return
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.replaced-") as scratch:
-        old = Path(scratch) / "old"
-        os.rename(target, old)
-        try:
-            os.rename(fresh, target)
-        except OSError:
-            os.rename(old, target)
-            raise
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields an empty directory to write a model to, which becomes `path` when the block ends; see atomic.py.
+
+    ValueError if `path` is, or has become meanwhile, what `check_target` refuses.
+    """
+    target = check_target(path)
+    with atomic.replacing(target) as fresh:
+        fresh.mkdir()
+        yield fresh
+        check_target(target)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import formats
+from ..atomic import replacing_file
 from ..embedding import QuantEmbedding
 from ..linear import QuantLinear
 from . import gguf_tokenizer
@@ -38,22 +39,25 @@ def save(model: nn.Module, path: str | os.PathLike[str], tokenizer: Any = None) 
     config: Any = getattr(model, "config", None)
     architecture = kind_of(model)
     check(model, tokenizer)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    writer = gguf.GGUFWriter(str(temporary), architecture)
-    try:
+    with replacing_file(path) as fresh:
+        writer = gguf.GGUFWriter(str(fresh), architecture)
         tensors = _tensors(model, architecture)
         _describe(writer, config, path.stem, [kind for _, _, kind in tensors])
         gguf_tokenizer.write(writer, tokenizer, config.vocab_size)
         for name, tensor, ggml_type in tensors:
             raw = None if ggml_type is None else gguf.GGMLQuantizationType[ggml_type]
             writer.add_tensor(name, tensor.contiguous().cpu().numpy(), raw_dtype=raw)
+        write_out(writer)
+
+
+def write_out(writer: Any) -> None:
+    """Write what a gguf.GGUFWriter was given to its file, and close it, whatever happens."""
+    try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-        writer.close()
-        os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        writer.close()
 
 
 def check(model: nn.Module, tokenizer: Any, format: str | None = None) -> None:

@@ -274,6 +274,7 @@ def _shards(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[
 
 
 def _write_file(shard: dict[str, Tensor], path: Path) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     storages: set[int] = set()
@@ -283,6 +284,9 @@ def _write_file(shard: dict[str, Tensor], path: Path) -> None:
         if pointer in storages:
             shard[name] = tensor.clone()
         storages.add(pointer)
-    save_file(shard, path, metadata={"format": "pt"})
+    try:
+        save_file(shard, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, say
+        raise OSError(f"{path}: cannot be written: {error}") from error
     # save_file makes the file readable by its owner only; give it what the umask gave its directory.
     path.chmod(path.parent.stat().st_mode & 0o666)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,10 +35,12 @@ def save(
 ) -> None:
     """Write `model` (and `tokenizer`, if given) as the directory `path`.
 
-    All is written to a directory beside `path` that takes its name at the end, so `path` never holds
-    half a model. An earlier save there is replaced. Weights above `max_shard_bytes` are sharded.
+    All is written to a directory beside `path` that takes its name at the end, so `path` always holds the whole
+    model, the old one or the new one, even if the process is killed. An earlier save there is replaced. Weights above
+    `max_shard_bytes` are sharded.
 
-    Raises ValueError if the quantized layers differ in a way no `quantization_config` can say, or if `path` is a file or holds something that is no saved model.
+    Raises ValueError if the quantized layers differ in a way no `quantization_config` can say, or if `path` is a file
+    or holds something that is no saved model, and OSError if the disk is full.
     """
     from transformers import PreTrainedModel
 
@@ -51,11 +52,7 @@ def save(
     names = Names(model)
     quantized, packed = quantization_config(model, names)
     config = _plain_config(model, packed)
-    target = directories.check_target(Path(path))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.saving-") as scratch:
-        fresh = Path(scratch) / "model"
-        fresh.mkdir()
+    with directories.replacing(Path(path)) as fresh:
         tensors = stored_tensors(model, names, packed, _stored_head(model, packed))
         tensor_files.write(tensors, fresh, max_shard_bytes)
         config.save_pretrained(fresh)
@@ -65,7 +62,6 @@ def save(
             model.generation_config.save_pretrained(fresh)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
-        directories.swap_in(fresh, target)
 
 
 def _marks(quantized: dict[str, Any]) -> dict[str, Any]:

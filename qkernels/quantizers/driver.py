@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..atomic import replacing_file
 from ..formats.base import Format
 from ..linear import QuantLinear
 from ..packed import PackedWeight, pack
@@ -180,9 +181,5 @@ class _Store:
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing_file(path) as fresh:
+        write(fresh)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..atomic import replacing_file
 from ..linear import is_linear
 from .calibration import batches_of
 
@@ -75,11 +76,11 @@ class ImportanceMatrix:
         """Write the file llama.cpp's `--imatrix` options take, whole or not at all. `chunk`: tokens of one."""
         import gguf
 
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        from ..checkpoints.gguf_writer import write_out
+
         names = _stored_names(model)
-        writer = gguf.GGUFWriter(str(temporary), arch="imatrix")
-        try:
+        with replacing_file(Path(path)) as fresh:
+            writer = gguf.GGUFWriter(str(fresh), arch="imatrix")
             writer.add_type("imatrix")
             writer.add_array("imatrix.datasets", ["qkernels"])
             writer.add_uint32("imatrix.chunk_count", max(1, self.tokens // chunk))
@@ -89,13 +90,7 @@ class ImportanceMatrix:
                     sums = (mean.double() * self.tokens).float().cpu()
                     writer.add_tensor(names[name] + _SUMS, sums[None].numpy())
                     writer.add_tensor(names[name] + _COUNTS, torch.tensor([[float(self.tokens)]]).numpy())
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-            writer.close()
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+            write_out(writer)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module) -> ImportanceMatrix:

@@ -1,0 +1,208 @@
+"""Files and directories that take their name whole or not at all, whenever the writing of them ends.
+
+    parent/.qkernels-saving-1f3a.../     private to its owner, so nobody can plant a link in it
+        lock                             locked while its process lives
+        new                              written first, and synced to the disk
+    parent/model                         exchanges names with `new` in one step, then the folder is removed
+
+Where the system cannot exchange two directories, the old one is moved to `old-0/model` in the private folder for a
+moment. Nothing removes it from there while `parent/model` is missing: it is moved back, at the latest by the next
+save beside it. That save also removes what a killed process left.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import secrets
+import shutil
+import signal
+import stat
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows: what a killed process left stays
+    fcntl = None  # type: ignore[assignment]
+
+PREFIX = ".qkernels-saving-"
+_LOCK, _NEW, _OLD = "lock", "new", "old-"
+#: of two processes that save to one place at once the later one wins, after so many tries at most
+_ATTEMPTS = 100
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a path to write a file or a directory to, which becomes `path` when the block ends.
+
+    Whatever ends it early (an error, Ctrl-C, SIGTERM, a full disk, a lost process), `path` is what it was. A directory
+    must not be replaced by a file, nor a file by a directory.
+    """
+    parent = path.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    _clean(parent)
+    folder = parent / f"{PREFIX}{secrets.token_hex(8)}"
+    with _ended_by_sigterm():
+        try:
+            folder.mkdir(mode=0o700)
+            with open(folder / _LOCK, "x") as lock:
+                _lock(lock)
+                yield folder / _NEW
+                _sync(folder / _NEW)
+                _put(folder / _NEW, path)
+                _sync_one(parent)
+        finally:
+            _discard(folder)
+
+
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """`replacing` for a file. ValueError if `path` is a directory."""
+    if path.is_dir():
+        raise ValueError(f"{path}: expected a file or nothing to save to, got a directory")
+    with replacing(path) as fresh:
+        yield fresh
+
+
+def _put(fresh: Path, target: Path) -> None:
+    """Give `fresh` the name `target`. What a directory replaces is in its private folder afterwards."""
+    if not fresh.is_dir():
+        os.replace(fresh, target)
+        return
+    for attempt in range(_ATTEMPTS):
+        try:
+            if not os.path.lexists(target):
+                os.rename(fresh, target)
+            elif not _exchange(fresh, target):
+                old = fresh.with_name(f"{_OLD}{attempt}") / target.name
+                old.parent.mkdir()
+                os.rename(target, old)
+                os.rename(fresh, target)
+            return
+        except OSError as error:
+            # Another process has put a directory there, or taken it away, since we looked.
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    raise OSError(errno.EBUSY, "another process keeps replacing it", str(target))
+
+
+@cache
+def _renameat2() -> Any:
+    """The C library's function, or None."""
+    return getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step. False where the system or the file system cannot."""
+    function = _renameat2()
+    if function is None:
+        return False
+    if function(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(one), None, str(other))
+
+
+# ---------------------------------------------------------------------- the disk
+def _sync(path: Path) -> None:
+    """Wait until a file, or all of a directory, is on the disk: a name must not get there before its bytes."""
+    for entry in path.rglob("*") if path.is_dir() else ():
+        _sync_one(entry)
+    _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # cannot be opened there
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that has no fsync of directories
+            raise
+    finally:
+        os.close(handle)
+
+
+# ---------------------------------------------------------------------- private folders
+def _lock(lock: Any) -> None:
+    """Lock the file for as long as it is open. Only then does it say something: see `_clean`."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            return  # a file system without locks: nobody else can lock it, either
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+
+
+def _discard(folder: Path) -> None:
+    """Remove a private folder. A directory whose place is still empty goes back there first."""
+    for old in folder.glob(f"{_OLD}*/*"):
+        if not os.path.lexists(folder.parent / old.name):
+            os.rename(old, folder.parent / old.name)
+    with suppress(
+        OSError
+    ):  # what cannot be removed now is for the next save: the lock, by which it knows, goes last
+        for entry in folder.iterdir():
+            if entry.name != _LOCK:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        shutil.rmtree(folder)
+
+
+def _clean(parent: Path) -> None:
+    """Discard the private folders of processes that are gone: their locks are free, and had been taken."""
+    if fcntl is None:
+        return
+    for folder in parent.glob(f"{PREFIX}*"):
+        try:
+            status = folder.lstat()
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+                continue
+            with open(folder / _LOCK, "r+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if lock.read(1):
+                    _discard(folder)
+        except OSError:
+            continue  # in use, or gone meanwhile
+
+
+# ---------------------------------------------------------------------- signals
+class _Terminated(BaseException):
+    """SIGTERM has come."""
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block by an exception, as Ctrl-C does, and the process once the block has cleaned up.
+
+    Only where Python lets us: in the main thread. A handler of the program's is left alone.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    came = False
+
+    def stop(*_: object) -> None:
+        nonlocal came
+        came = True
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if came:
+            os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,188 @@
+"""What is saved takes its name whole or not at all: faults at every step, signals, races, planted links."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qkernels import atomic
+
+from . import faults
+from .faults import Directory, File
+
+#: a process that saves over and over; it loads atomic.py by itself, because torch takes seconds to import
+SAVER = textwrap.dedent(
+    """
+    import importlib.util, signal, sys
+    from pathlib import Path
+    spec = importlib.util.spec_from_file_location("atomic", sys.argv[1])
+    atomic = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(atomic)
+    if sys.argv[5] == "plain":
+        atomic._renameat2 = lambda: None
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
+    print("ready", flush=True)
+    for i in range(int(sys.argv[4])):
+        with atomic.replacing(Path(sys.argv[2])) as fresh:
+            fresh.mkdir()
+            for name in ("config.json", "model.safetensors"):
+                (fresh / name).write_text(sys.argv[3])
+    """
+)
+
+
+def start_saving(path: Path, content: str, count: int, how: str = "exchange") -> subprocess.Popen[str]:
+    """A process that saves `count` times, once it has begun."""
+    arguments = [atomic.__file__, str(path), content, str(count), how]
+    process = subprocess.Popen([sys.executable, "-c", SAVER, *arguments], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def left_beside(path: Path) -> list[Path]:
+    return [entry for entry in path.parent.iterdir() if entry != path]
+
+
+def can_exchange(folder: Path) -> bool:
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+    able = atomic._exchange(folder / "a", folder / "b")
+    for name in ("a", "b"):
+        (folder / name).rmdir()
+    return able
+
+
+@pytest.mark.parametrize(("kind", "fault", "over", "exchange"), list(faults.cases()))
+def test_a_fault_at_any_step_leaves_the_old_or_the_new(
+    kind: Any, fault: str, over: bool, exchange: bool
+) -> None:
+    steps, at_once, after = faults.run(kind, fault, over=over, exchange=exchange)
+    assert steps > 20
+    before = faults.OLD if over else None
+    assert set(after) == {before, faults.NEW}
+    if fault == "killed at each line" and not exchange:
+        assert at_once[None] <= 1  # between two renames; the next save moves the old one back
+    else:
+        assert at_once == after
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", ["exchange", "plain"])
+def test_signals_from_outside(tmp_path: Path, number: signal.Signals, how: str) -> None:
+    path = tmp_path / "model"
+    for i in range(8):
+        Directory.write(path, faults.OLD)
+        process = start_saving(path, faults.NEW, 10**6, how)
+        time.sleep(0.005 * i)
+        process.send_signal(number)
+        process.wait(timeout=30)
+        if number != signal.SIGINT:  # whose traceback Python prints, and ends with 130 or by the signal
+            assert process.returncode == -number
+        if number == signal.SIGKILL:
+            atomic._clean(tmp_path)
+        assert Directory.read(path) in (faults.OLD, faults.NEW)
+    Directory.write(path, faults.NEW)
+    assert [entry for entry in left_beside(path) if list(entry.iterdir())] == []
+
+
+def test_two_processes_save_to_one_place(tmp_path: Path) -> None:
+    """Both get there, and whoever looks sees one of the two, whole."""
+    path = tmp_path / "model"
+    able = can_exchange(tmp_path)
+    Directory.write(path, "a")
+    savers = [start_saving(path, content, 100) for content in "ab"]
+    seen = 0
+    while any(process.poll() is None for process in savers):
+        handle = None
+        try:
+            handle = os.open(path, os.O_RDONLY)  # a directory stays the one it is while it is open
+            names = set(os.listdir(handle))
+        except FileNotFoundError:
+            assert not able, "there was nothing under the name"
+            continue
+        finally:
+            if handle is not None:
+                os.close(handle)
+        # One that was replaced after it was opened may be in the middle of its removal.
+        seen += names == {"config.json", "model.safetensors"}
+    assert [process.wait() for process in savers] == [0, 0]
+    assert seen > 0
+    assert Directory.read(path) in ("a", "b")
+    assert left_beside(path) == []
+
+
+def test_sigterm_handlers_of_the_program_are_left_alone(tmp_path: Path) -> None:
+    def handler(*_: object) -> None:
+        raise AssertionError
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with atomic.replacing(tmp_path / "model") as fresh:
+            assert signal.getsignal(signal.SIGTERM) is handler
+            fresh.write_text("")
+        assert signal.getsignal(signal.SIGTERM) is handler
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with atomic.replacing(tmp_path / "model") as fresh:
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+            fresh.write_text("")
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_save_under_way_is_not_cleaned_up(tmp_path: Path) -> None:
+    with atomic.replacing(tmp_path / "one") as fresh:
+        fresh.write_text("1")
+        File.write(tmp_path / "other", "2")
+        assert fresh.read_text() == "1"
+    assert (tmp_path / "one").read_text() == "1"
+    assert left_beside(tmp_path / "one") == [tmp_path / "other"]
+
+
+def test_nothing_but_our_own_private_folders_is_cleaned_up(tmp_path: Path) -> None:
+    """No link to one, no file called so, no folder without a lock."""
+    precious = tmp_path / "elsewhere" / "precious"
+    precious.mkdir(parents=True)
+    (precious / "lock").write_text("1\n")
+    (tmp_path / f"{atomic.PREFIX}link").symlink_to(precious, target_is_directory=True)
+    (tmp_path / f"{atomic.PREFIX}file").write_text("text")
+    (tmp_path / f"{atomic.PREFIX}folder").mkdir()
+    (tmp_path / f"{atomic.PREFIX}folder" / "data").write_text("text")
+    before = sorted(tmp_path.rglob("*"))
+    File.write(tmp_path / "model", "new")
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "model"])
+
+
+def test_nobody_can_plant_a_link_in_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if the folder's name could be guessed: it is made, not taken over, and is its owner's alone."""
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    monkeypatch.setattr(atomic.secrets, "token_hex", lambda count: "guessed")
+    (tmp_path / f"{atomic.PREFIX}guessed").symlink_to(victim, target_is_directory=True)
+    with pytest.raises(FileExistsError):
+        File.write(tmp_path / "model", "new")
+    assert list(victim.iterdir()) == []
+    monkeypatch.undo()
+    with atomic.replacing(tmp_path / "model") as fresh:
+        assert fresh.parent.stat().st_mode & 0o777 == 0o700
+        fresh.write_text("new")
+
+
+def test_directories_are_not_replaced_by_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected a file or nothing to save to, got a directory"):
+        File.write(tmp_path, "new")
+
+
+def test_names_as_long_as_they_can_be(tmp_path: Path) -> None:
+    File.write(tmp_path / ("a" * 255), "new")
+    Directory.write(tmp_path / ("b" * 255), "new")
+    assert {len(entry.name) for entry in tmp_path.iterdir()} == {255}
