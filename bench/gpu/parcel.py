@@ -97,7 +97,7 @@ class Packing:
         folder = install.ROOT / "triton"  # the path that it will have there
         last = install.PARCEL / "triton.tar.xz"
         if not folder.is_dir() and last.is_file():
-            install.ROOT.mkdir(parents=True, exist_ok=True)
+            install.build_module().private_folder(install.ROOT)
             subprocess.run(["tar", "-xJf", str(last), "-C", str(install.ROOT)], check=True)
         self.run("-m", "bench.gpu.cache", str(folder))
         (folder / "sources").write_text(install.triton_digest())

@@ -319,6 +319,13 @@ def test_the_extension_comes_to_where_it_is_looked_for(parcel: Path) -> None:
     assert not install.all_compiled()
 
 
+def test_nothing_is_unpacked_where_others_can_write(parcel: Path) -> None:
+    install.ROOT.mkdir()
+    install.ROOT.chmod(0o777)
+    with pytest.raises(RuntimeError, match="expected what only this user can write to"):
+        install.unpack(parcel)
+
+
 def test_a_parcel_of_other_sources_or_another_python_is_refused(parcel: Path) -> None:
     pack(parcel, "extension", {"_cuda.cpython-399-other.so": "", "sources": "of yesterday"})
     with pytest.raises(ValueError, match="compiled from other sources than csrc has now"):

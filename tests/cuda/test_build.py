@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from pathlib import Path
 
@@ -149,6 +150,49 @@ def test_auto_starts_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         module.touch()
         assert build.is_built() is built
     assert cuda._automatic(problem) is None
+
+
+def test_code_is_loaded_only_from_where_nobody_else_can_write(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Who knows the module's place could otherwise put his own there, or a link in place of the lock."""
+    monkeypatch.setenv("QKERNELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "build", lambda target, archs, folder: target.touch())
+    module = build.build_cached(("80",))
+    assert (module.parent.stat().st_mode & 0o777, module.stat().st_mode & 0o022) == (0o700, 0)
+    for part, mode in ((module, 0o775), (module, 0o757), (module.parent, 0o770), (module.parents[2], 0o777)):
+        before = part.stat().st_mode & 0o7777
+        part.chmod(mode)
+        with pytest.raises(RuntimeError, match="expected what only this user can write to, because code"):
+            build.build_cached(("80",))
+        part.chmod(before)
+    module.parents[2].chmod(0o1777)  # as /tmp
+    assert build.build_cached(("80",)) == module
+    if os.getuid() == 0:
+        os.chown(module, 12345, 12345)
+    else:
+        monkeypatch.setattr(build.os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(RuntimeError, match=r"_cuda.*got .* of user \d+. Remove it"):
+        build.build_cached(("80",))
+    monkeypatch.undo()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "link").symlink_to(elsewhere, target_is_directory=True)
+    with pytest.raises(RuntimeError, match="link: expected what only this user can write to"):
+        build.private_folder(tmp_path / "link")
+
+
+def test_another_compiler_at_the_same_path_builds_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler = tmp_path / "nvcc"
+    monkeypatch.setattr(build, "nvcc", lambda: str(compiler))
+    places = set()
+    for version in ("12.9", "13.0"):
+        compiler.write_text(version)
+        build.compiler_digest.cache_clear()
+        places.add(build.cached(("80",)))
+    assert len(places) == 2
 
 
 def test_failed_build_shows_the_compilers_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ Only the standard library is imported here: setup.py loads this file by its path
 object a source file; cudart is linked statically and no torch header is read, so a built module serves
 every version of torch. What is built at the first call lies under $QKERNELS_CACHE/cuda (default
 ~/.cache/qkernels/cuda), in a folder named by a hash of the sources, the compiler and the architecture; a
-lock keeps processes from building it at the same time.
+lock keeps processes from building it at the same time. The module runs as our own code, so it is loaded only from
+where nobody else can write.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import importlib
 import importlib.util
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import sysconfig
@@ -119,20 +121,49 @@ def check_versions(toolkit: int, driver: int) -> None:
 def build_cached(archs: tuple[str, ...]) -> Path:
     """Build into the cache unless it is there already; returns the module's file."""
     target = cached(archs)
-    folder = target.parent
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = private_folder(target.parent)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             print("qkernels: compiling the CUDA kernels, once; about a minute", file=sys.stderr)
             build(target, archs, folder / "objects")
+            target.chmod(0o755)
+    check_owner(target)
     return target
+
+
+def private_folder(folder: Path) -> Path:
+    """Make `folder` for this user alone, unless it is there. RuntimeError if others can write to it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    check_owner(folder)
+    return folder
+
+
+def check_owner(path: Path) -> None:
+    """RuntimeError if anybody but this user and root can change what is at `path`, or put something else there.
+
+    A module's folder and the two it lies in, up to the cache's root, are looked at, too.
+    """
+    for part in (path, *path.parents[:3]):
+        status = part.lstat() if part == path else part.stat()
+        mode = status.st_mode
+        others = stat.S_IWGRP | stat.S_IWOTH if part == path else stat.S_IWOTH
+        if part != path and mode & stat.S_ISVTX:
+            others = 0  # as in /tmp: others cannot rename what is ours
+        if stat.S_ISLNK(mode) or status.st_uid not in (0, os.geteuid()) or mode & others:
+            raise RuntimeError(
+                f"{part}: expected what only this user can write to, because code is loaded from {path}; got "
+                f"{stat.filemode(mode)} of user {status.st_uid}. Remove it, or set QKERNELS_CACHE to a folder of your own"
+            )
 
 
 def cached(archs: tuple[str, ...], root: Path | None = None) -> Path:
     """Where `build_cached` puts the module. root: the cache, by default $QKERNELS_CACHE or ~/.cache/qkernels."""
     root = root or Path(os.environ.get("QKERNELS_CACHE") or Path.home() / ".cache" / "qkernels")
-    key = hashlib.sha256(repr((archs, nvcc(), SUFFIX, sources_digest())).encode()).hexdigest()[:24]
+    compiler = nvcc()
+    digest = None if compiler is None else compiler_digest(compiler)
+    key = hashlib.sha256(repr((archs, digest, SUFFIX, sources_digest())).encode()).hexdigest()[:24]
     return root / "cuda" / key / f"_cuda{SUFFIX}"
 
 
@@ -191,6 +222,12 @@ def sources_digest() -> str:
         if file.suffix in (".h", ".cu", ".cpp"):
             digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=4)
+def compiler_digest(compiler: str) -> str:
+    """A hash of the compiler: another version may lie at the same path."""
+    return hashlib.sha256(Path(compiler).read_bytes()).hexdigest()
 
 
 def load(path: Path) -> Any:

