@@ -290,6 +290,27 @@ EXPERTS = [
     (EXPERTS_LAUNCH, "block_m = min(first.block_m, second.block_m)", "block_m = first.block_m // 2"),
 ]  # fmt: skip
 
+ATOMIC = "qkernels/atomic.py"
+SAVING = [
+    (ATOMIC, "        if not os.path.lexists(folder.parent / old.name):", "        if False:"),
+    (ATOMIC, "                _sync(folder / _NEW)\n", ""),
+    (ATOMIC, "                _sync_one(parent)\n", ""),
+    (ATOMIC, "            elif not _exchange(fresh, target):", "            elif True:"),
+    (ATOMIC, "(errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)", "(errno.ENOENT,)"),
+    (ATOMIC, "(errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)", "(errno.ENOTEMPTY, errno.EEXIST)"),
+    (ATOMIC, "if lock.read(1):", "if True:"),
+    (ATOMIC, "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB if False else fcntl.LOCK_UN"),
+    (ATOMIC, "if entry.name != _LOCK:", "if True:"),
+    (ATOMIC, "folder.mkdir(mode=0o700)", "folder.mkdir()"),
+    (ATOMIC, "folder.mkdir(mode=0o700)", "folder.mkdir(mode=0o700, exist_ok=True)"),
+    (ATOMIC, "        raise _Terminated", "        return"),
+    (ATOMIC, "            os.kill(os.getpid(), signal.SIGTERM)", "            pass"),
+    (ATOMIC, "or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL", ""),
+    (ATOMIC, "if not stat.S_ISDIR(status.st_mode) or status", "if status"),
+    ("qkernels/checkpoints/tensor_files.py", "raise OSError(f\"{path}: cannot be written: {error}\") from error", "raise"),
+    ("qkernels/checkpoints/directories.py", "        yield fresh\n        check_target(target)", "        yield fresh"),
+]  # fmt: skip
+
 #: what to break, and the tests that must notice
 SUITES = (
     (WEIGHT_ONLY, ("tests/kernels/test_decoders.py", "tests/kernels/test_weight_only.py")),
@@ -300,6 +321,7 @@ SUITES = (
     (CUDA, ("tests/cuda",)),
     (CUDA_EIGHT_BIT, ("tests/cuda/test_eight_bit.py",)),
     (HOPPERS, ("tests/cuda/test_hopper.py",)),
+    (SAVING, ("tests/test_atomic.py", "tests/checkpoints/test_saving_faults.py")),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +121,28 @@ def test_two_processes_save_to_one_place(tmp_path: Path) -> None:
     assert left_beside(path) == []
 
 
+@pytest.mark.parametrize("name", ["rename", "_exchange"])
+def test_another_process_gets_in_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A directory appears, or goes, after we looked and before we act."""
+    path, module = tmp_path / "model", os if name == "rename" else atomic
+    if name == "_exchange":
+        Directory.write(path, faults.OLD)
+    real = getattr(module, name)
+    calls = []
+
+    def late(one: Path, other: Path) -> Any:
+        calls.append(other)
+        if len(calls) == 1:
+            shutil.rmtree(path) if path.exists() else shutil.copytree(one, path)
+        return real(one, other)
+
+    monkeypatch.setattr(module, name, late)
+    Directory.write(path, faults.NEW)
+    assert Directory.read(path) == faults.NEW
+    assert calls != []
+    assert left_beside(path) == []
+
+
 def test_sigterm_handlers_of_the_program_are_left_alone(tmp_path: Path) -> None:
     def handler(*_: object) -> None:
         raise AssertionError
@@ -139,6 +162,33 @@ def test_sigterm_handlers_of_the_program_are_left_alone(tmp_path: Path) -> None:
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.parametrize("exchange", [True, False])
+def test_bytes_are_on_the_disk_before_their_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    """After a power cut a name must not stand for a file whose bytes had not been written."""
+    events: list[int | str] = []
+
+    def told(function: Any, event: Any) -> Any:
+        def call(*args: Any) -> Any:
+            events.append(event(*args))
+            return function(*args)
+
+        return call
+
+    with faults.exchanging(exchange):
+        Directory.write(tmp_path / "model", faults.OLD)
+        monkeypatch.setattr(os, "fsync", told(os.fsync, lambda handle: os.fstat(handle).st_ino))
+        monkeypatch.setattr(os, "rename", told(os.rename, lambda *_: "name"))
+        monkeypatch.setattr(atomic, "_exchange", told(atomic._exchange, lambda *_: "name"))
+        Directory.write(tmp_path / "model", faults.NEW)
+    new = [tmp_path / "model", *(tmp_path / "model").iterdir()]
+    first = events.index("name")
+    assert sorted(str(e) for e in events[:first]) == sorted(str(path.stat().st_ino) for path in new)
+    assert events[-1] == tmp_path.stat().st_ino
+    assert events.count("name") == (1 if exchange and can_exchange(tmp_path) else 3)
+
+
 def test_a_save_under_way_is_not_cleaned_up(tmp_path: Path) -> None:
     with atomic.replacing(tmp_path / "one") as fresh:
         fresh.write_text("1")
@@ -149,7 +199,7 @@ def test_a_save_under_way_is_not_cleaned_up(tmp_path: Path) -> None:
 
 
 def test_nothing_but_our_own_private_folders_is_cleaned_up(tmp_path: Path) -> None:
-    """No link to one, no file called so, no folder without a lock."""
+    """No link to one, no file called so, no folder without a lock, none whose process is about to take it."""
     precious = tmp_path / "elsewhere" / "precious"
     precious.mkdir(parents=True)
     (precious / "lock").write_text("1\n")
@@ -157,6 +207,8 @@ def test_nothing_but_our_own_private_folders_is_cleaned_up(tmp_path: Path) -> No
     (tmp_path / f"{atomic.PREFIX}file").write_text("text")
     (tmp_path / f"{atomic.PREFIX}folder").mkdir()
     (tmp_path / f"{atomic.PREFIX}folder" / "data").write_text("text")
+    (tmp_path / f"{atomic.PREFIX}begun").mkdir()
+    (tmp_path / f"{atomic.PREFIX}begun" / "lock").touch()
     before = sorted(tmp_path.rglob("*"))
     File.write(tmp_path / "model", "new")
     assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "model"])

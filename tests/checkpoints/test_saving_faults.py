@@ -137,3 +137,20 @@ def test_no_link_is_followed(tmp_path: Path, name: str) -> None:
     KINDS[name]()(tmp_path / name, 0)
     assert victim.read_text() == "precious"
     assert not (tmp_path / name).is_symlink()
+
+
+def test_what_came_to_the_directory_meanwhile_is_not_lost(tmp_path: Path) -> None:
+    """Saving takes minutes; somebody may have put notes beside the old model since it began."""
+    net = models("nf4")[0]
+    qk.save_model(net, tmp_path / "model")
+    tokenizer = tiny_tokenizer()
+    save_tokenizer = tokenizer.save_pretrained
+
+    def meanwhile(folder: Path) -> None:
+        save_tokenizer(folder)
+        (tmp_path / "model" / "notes.txt").write_text("precious")
+
+    tokenizer.save_pretrained = meanwhile
+    with pytest.raises(ValueError, match="expected nothing but a saved model's files.*got notes.txt"):
+        qk.save_model(net, tmp_path / "model", tokenizer)
+    assert (tmp_path / "model" / "notes.txt").read_text() == "precious"
