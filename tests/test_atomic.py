@@ -95,6 +95,22 @@ def test_signals_from_outside(tmp_path: Path, number: signal.Signals, how: str) 
     assert [entry for entry in left_beside(path) if list(entry.iterdir())] == []
 
 
+def test_sigterm_does_not_wait_for_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    File.write(tmp_path / "model", faults.OLD)
+    sent: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda *what: sent.append(what))
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with pytest.raises(atomic._Terminated), atomic.replacing(tmp_path / "model") as fresh:
+            fresh.write_text(faults.NEW)
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert sent == [(os.getpid(), signal.SIGTERM)]
+    assert (tmp_path / "model").read_text() == faults.OLD
+    assert left_beside(tmp_path / "model") == []
+
+
 def test_two_processes_save_to_one_place(tmp_path: Path) -> None:
     """Both get there, and whoever looks sees one of the two, whole."""
     path = tmp_path / "model"
