@@ -96,14 +96,18 @@ def test_signals_from_outside(tmp_path: Path, number: signal.Signals, how: str) 
 
 
 def test_sigterm_does_not_wait_for_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save() -> None:
+        with atomic.replacing(tmp_path / "model") as fresh:
+            fresh.write_text(faults.NEW)
+            signal.raise_signal(signal.SIGTERM)
+
     File.write(tmp_path / "model", faults.OLD)
     sent: list[tuple[int, int]] = []
     monkeypatch.setattr(os, "kill", lambda *what: sent.append(what))
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
-        with pytest.raises(atomic._Terminated), atomic.replacing(tmp_path / "model") as fresh:
-            fresh.write_text(faults.NEW)
-            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(atomic._Terminated):
+            save()
     finally:
         signal.signal(signal.SIGTERM, before)
     assert sent == [(os.getpid(), signal.SIGTERM)]
