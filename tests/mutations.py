@@ -290,6 +290,44 @@ EXPERTS = [
     (EXPERTS_LAUNCH, "block_m = min(first.block_m, second.block_m)", "block_m = first.block_m // 2"),
 ]  # fmt: skip
 
+ALGORITHMS, CALIBRATION = "qkernels/quantizers/algorithms.py", "qkernels/quantizers/calibration.py"
+DRIVER = "qkernels/quantizers/driver.py"
+CALIBRATED = [
+    (ALGORITHMS, "grid = spqr.spqr(weight, hessian,", "grid = spqr.spqr(weight, None,"),
+    (ALGORITHMS, "**own, **self.settings)", "**own)"),
+    (ALGORITHMS, "packed[name] = self.rounded(wanted[name].weight, hessian=hessian)", "packed[name] = self.rounded(wanted[name].weight)"),
+    (ALGORITHMS, "                hessian,\n", "                torch.eye(len(hessian)),\n"),
+    (ALGORITHMS, "                hessian,\n", "                hessian.diag().diag(),\n"),
+    (ALGORITHMS, "                **self.settings,", "                **self.options,"),
+    (ALGORITHMS, 'act_order=resolved[0].get("act_order", False)', "act_order=False"),
+    (ALGORITHMS, "                packed[name] = PackedWeight(self.fmt.name, shape, tensors, params)\n                wanted[name].weight.copy_(packed[name].dequantize())", "                packed[name] = PackedWeight(self.fmt.name, shape, tensors, params)"),
+    (ALGORITHMS, "                packed[name] = PackedWeight(self.fmt.name, shape, tensors, params)\n                wanted[name].weight.copy_(packed[name].dequantize())\n        return packed\n\n\nclass Ldlq", "                packed[name] = PackedWeight(self.fmt.name, shape, tensors, params)\n        return packed\n\n\nclass Ldlq"),
+    (ALGORITHMS, "(weight.shape[0], weight.shape[1])\n                params = self.fmt.resolve(shape, self.params)", "(weight.shape[0], weight.shape[1])\n                hessian = hessian.flip(0, 1)\n                params = self.fmt.resolve(shape, self.params)"),
+    (ALGORITHMS, "                packed[name] = self.rounded(wanted[name].weight, hessian=hessian)\n                wanted[name].weight.copy_(packed[name].dequantize())", "                packed[name] = self.rounded(wanted[name].weight, hessian=hessian)"),
+    (ALGORITHMS, "awq.search_scale(stacked, seen.hessian, seen.mean_abs,", "awq.search_scale(stacked, seen.hessian, seen.max_abs,"),
+    (ALGORITHMS, "awq.search_scale(stacked, seen.hessian,", "awq.search_scale(stacked, torch.eye(len(seen.hessian)),"),
+    (ALGORITHMS, "                for name in names:\n                    found[name].rescale(scale)\n", ""),
+    (ALGORITHMS, "awq.search_clip(weight, found[name].hessian,", "awq.search_clip(weight, torch.eye(weight.shape[1]),"),
+    (ALGORITHMS, "found[rule.layers[0]].max_abs, weights", "found[rule.layers[0]].mean_abs, weights"),
+    (ALGORITHMS, "                for name in rule.layers:\n                    found[name].rescale(scale)\n", ""),
+    (ALGORITHMS, 'weights, self.settings["alpha"]', 'weights, self.options["alpha"]'),
+    (ALGORITHMS, "largest = float(found[name].max_abs.max())", "largest = float(found[name].max_abs.mean())"),
+    (ALGORITHMS, "largest = float(found[name].max_abs.max())", "largest = float(max(f.max_abs.max() for f in found.values()))"),
+    (ALGORITHMS, '{"importance": found[name].mean_square} if weighted else {}', "{}"),
+    (ALGORITHMS, '{"importance": found[name].mean_square}', '{"importance": found[name].mean_abs}'),
+    (ALGORITHMS, '{"importance": found[name].mean_square}', '{"importance": found[name].mean_square.flip(0)}'),
+    (CALIBRATION, "self._sum.addmm_(x.T, x)", "self._sum = x.T @ x"),
+    (CALIBRATION, "self._sum_square += magnitude.square().sum(0)", "self._sum_square += magnitude.square().mean(0)"),
+    (CALIBRATION, "self._sum_abs += magnitude.sum(0)", "self._sum_abs += magnitude.mean(0)"),
+    (CALIBRATION, "torch.maximum(self.max_abs, magnitude.amax(0))", "magnitude.amax(0)"),
+    (CALIBRATION, "found[name].add(args[0])", "found[min(found)].add(args[0])"),
+    (CALIBRATION, "for args, kwargs in self._calls:\n                left", "for args, kwargs in self._calls[:1]:\n                left"),
+    (CALIBRATION, "            out = block(*args, **kwargs)", "            out = args[0]"),
+    (DRIVER, "                inputs.advance(block)", "                pass"),
+    (DRIVER, "                inside[name].weight.copy_(weight.dequantize())", "                pass"),
+    (DRIVER, "inputs = BlockInputs(model, blocks[0][1], batches)", "inputs = BlockInputs(model, blocks[0][1], batches[::-1][:1])"),
+]  # fmt: skip
+
 #: what to break, and the tests that must notice
 SUITES = (
     (WEIGHT_ONLY, ("tests/kernels/test_decoders.py", "tests/kernels/test_weight_only.py")),
@@ -300,6 +338,7 @@ SUITES = (
     (CUDA, ("tests/cuda",)),
     (CUDA_EIGHT_BIT, ("tests/cuda/test_eight_bit.py",)),
     (HOPPERS, ("tests/cuda/test_hopper.py",)),
+    (CALIBRATED, ("tests/quantizers/test_calibration.py",)),
 )
 
 
