@@ -328,6 +328,39 @@ CALIBRATED = [
     (DRIVER, "inputs = BlockInputs(model, blocks[0][1], batches)", "inputs = BlockInputs(model, blocks[0][1], batches[::-1][:1])"),
 ]  # fmt: skip
 
+DIGEST = "qkernels/quantizers/digest.py"
+RESUMED = [
+    (DRIVER, '        "model": digest.of_model(model),\n', ""),
+    (DRIVER, '        "calibration": digest.of_tensors((str(i), batch) for i, batch in enumerate(batches)),\n', ""),
+    (DRIVER, '        "params": algorithm.params,\n', ""),
+    (DRIVER, '        "settings": algorithm.settings,\n', ""),
+    (DRIVER, '        "algorithm": algorithm.name,\n', ""),
+    (DRIVER, '        "format": algorithm.fmt.name,\n', ""),
+    (DRIVER, '        "layers": sorted(wanted),\n', ""),
+    (DRIVER, '        "version": f"{__version__}, files {_FILES}",\n', ""),
+    (DRIVER, "if said.get(key) != value:", "if False:"),
+    (DRIVER, '"job": self.job, "block": str(number)}.items()', '"job": self.job}.items()'),
+    (DRIVER, "        if differing:", "        if False:"),
+    (DRIVER, "if (tensor.dtype, tensor.shape) != (parameter.dtype, parameter.shape):", "if tensor.dtype != parameter.dtype:"),
+    (DRIVER, "if (tensor.dtype, tensor.shape) != (parameter.dtype, parameter.shape):", "if tensor.shape != parameter.shape:"),
+    (DRIVER, 'parameter.data.copy_(tensors[f"plain.{name}"])', "pass"),
+    (DRIVER, "any(not _unfinished(file.name) for file", "any(True for file"),
+    (DRIVER, "except (SafetensorError, OSError, ValueError)", "except OSError"),
+    (DIGEST, "model.named_parameters(remove_duplicate=False)", "list(model.named_parameters(remove_duplicate=False))[1:]"),
+    (DIGEST, "*model.named_buffers(remove_duplicate=False)", ""),
+    (DIGEST, "[modules, tensors, values]", "[modules, tensors]"),
+    (DIGEST, "[modules, tensors, values]", "[tensors, values]"),
+    (DIGEST, " {m.extra_repr()}", ""),
+    (DIGEST, " {type(m).__qualname__}", ""),
+    (DIGEST, "{name} {tensor.dtype} {tuple(tensor.shape)} {again}", "{tensor.dtype} {tuple(tensor.shape)} {again}"),
+    (DIGEST, "{name} {tensor.dtype} {tuple(tensor.shape)} {again}", "{name} {tuple(tensor.shape)} {again}"),
+    (DIGEST, "{name} {tensor.dtype} {tuple(tensor.shape)} {again}", "{name} {tensor.dtype} {again}"),
+    (DIGEST, "{name} {tensor.dtype} {tuple(tensor.shape)} {again}", "{name} {tensor.dtype} {tuple(tensor.shape)}"),
+    (DIGEST, "for part in rows.split(each):", "for part in rows.split(each)[:1]:"),
+    (DIGEST, "for part in rows.split(each):", "for part in rows[:-1].split(each):"),
+    (DIGEST, "if k not in _ELSEWHERE", "if k"),
+]  # fmt: skip
+
 #: what to break, and the tests that must notice
 SUITES = (
     (WEIGHT_ONLY, ("tests/kernels/test_decoders.py", "tests/kernels/test_weight_only.py")),
@@ -339,6 +372,7 @@ SUITES = (
     (CUDA_EIGHT_BIT, ("tests/cuda/test_eight_bit.py",)),
     (HOPPERS, ("tests/cuda/test_hopper.py",)),
     (CALIBRATED, ("tests/quantizers/test_calibration.py",)),
+    (RESUMED, ("tests/quantizers/test_resume.py",)),
 )
 
 
