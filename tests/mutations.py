@@ -311,6 +311,77 @@ SAVING = [
     ("qkernels/checkpoints/directories.py", "        yield fresh\n        check_target(target)", "        yield fresh"),
 ]  # fmt: skip
 
+ALGORITHMS, CALIBRATION = "qkernels/quantizers/algorithms.py", "qkernels/quantizers/calibration.py"
+DRIVER = "qkernels/quantizers/driver.py"
+CALIBRATED = [
+    (ALGORITHMS, "grid = spqr.spqr(weight, hessian,", "grid = spqr.spqr(weight, None,"),
+    (ALGORITHMS, "**own, **self.settings)", "**own)"),
+    (ALGORITHMS, "packed[name] = self.rounded(wanted[name].weight, hessian=hessian)", "packed[name] = self.rounded(wanted[name].weight)"),
+    (ALGORITHMS, "                hessian,\n", "                torch.eye(len(hessian)),\n"),
+    (ALGORITHMS, "                hessian,\n", "                hessian.diag().diag(),\n"),
+    (ALGORITHMS, "                **self.settings,", "                **self.options,"),
+    (ALGORITHMS, 'act_order=resolved[0].get("act_order", False)', "act_order=False"),
+    (ALGORITHMS, "                packed[name] = PackedWeight(self.fmt.name, shape, tensors, params)\n                wanted[name].weight.copy_(packed[name].dequantize())", "                packed[name] = PackedWeight(self.fmt.name, shape, tensors, params)"),
+    (ALGORITHMS, "                packed[name] = PackedWeight(self.fmt.name, shape, tensors, params)\n                wanted[name].weight.copy_(packed[name].dequantize())\n        return packed\n\n\nclass Ldlq", "                packed[name] = PackedWeight(self.fmt.name, shape, tensors, params)\n        return packed\n\n\nclass Ldlq"),
+    (ALGORITHMS, "(weight.shape[0], weight.shape[1])\n                params = self.fmt.resolve(shape, self.params)", "(weight.shape[0], weight.shape[1])\n                hessian = hessian.flip(0, 1)\n                params = self.fmt.resolve(shape, self.params)"),
+    (ALGORITHMS, "                packed[name] = self.rounded(wanted[name].weight, hessian=hessian)\n                wanted[name].weight.copy_(packed[name].dequantize())", "                packed[name] = self.rounded(wanted[name].weight, hessian=hessian)"),
+    (ALGORITHMS, "awq.search_scale(stacked, seen.hessian, seen.mean_abs,", "awq.search_scale(stacked, seen.hessian, seen.max_abs,"),
+    (ALGORITHMS, "awq.search_scale(stacked, seen.hessian,", "awq.search_scale(stacked, torch.eye(len(seen.hessian)),"),
+    (ALGORITHMS, "                for name in names:\n                    found[name].rescale(scale)\n", ""),
+    (ALGORITHMS, "awq.search_clip(weight, found[name].hessian,", "awq.search_clip(weight, torch.eye(weight.shape[1]),"),
+    (ALGORITHMS, "found[rule.layers[0]].max_abs, weights", "found[rule.layers[0]].mean_abs, weights"),
+    (ALGORITHMS, "                for name in rule.layers:\n                    found[name].rescale(scale)\n", ""),
+    (ALGORITHMS, 'weights, self.settings["alpha"]', 'weights, self.options["alpha"]'),
+    (ALGORITHMS, "largest = float(found[name].max_abs.max())", "largest = float(found[name].max_abs.mean())"),
+    (ALGORITHMS, "largest = float(found[name].max_abs.max())", "largest = float(max(f.max_abs.max() for f in found.values()))"),
+    (ALGORITHMS, '{"importance": found[name].mean_square} if weighted else {}', "{}"),
+    (ALGORITHMS, '{"importance": found[name].mean_square}', '{"importance": found[name].mean_abs}'),
+    (ALGORITHMS, '{"importance": found[name].mean_square}', '{"importance": found[name].mean_square.flip(0)}'),
+    (CALIBRATION, "self._sum.addmm_(x.T, x)", "self._sum = x.T @ x"),
+    (CALIBRATION, "self._sum_square += magnitude.square().sum(0)", "self._sum_square += magnitude.square().mean(0)"),
+    (CALIBRATION, "self._sum_abs += magnitude.sum(0)", "self._sum_abs += magnitude.mean(0)"),
+    (CALIBRATION, "torch.maximum(self.max_abs, magnitude.amax(0))", "magnitude.amax(0)"),
+    (CALIBRATION, "found[name].add(args[0])", "found[min(found)].add(args[0])"),
+    (CALIBRATION, "for args, kwargs in self._calls:\n                left", "for args, kwargs in self._calls[:1]:\n                left"),
+    (CALIBRATION, "            out = block(*args, **kwargs)", "            out = args[0]"),
+    (DRIVER, "                inputs.advance(block)", "                pass"),
+    (DRIVER, "                inside[name].weight.copy_(weight.dequantize())", "                pass"),
+    (DRIVER, "inputs = BlockInputs(model, blocks[0][1], batches)", "inputs = BlockInputs(model, blocks[0][1], batches[::-1][:1])"),
+]  # fmt: skip
+
+DIGEST = "qkernels/quantizers/digest.py"
+RESUMED = [
+    (DRIVER, '        "model": digest.of_model(model),\n', ""),
+    (DRIVER, '        "calibration": digest.of_tensors((str(i), batch) for i, batch in enumerate(batches)),\n', ""),
+    (DRIVER, '        "params": algorithm.params,\n', ""),
+    (DRIVER, '        "settings": algorithm.settings,\n', ""),
+    (DRIVER, '        "algorithm": algorithm.name,\n', ""),
+    (DRIVER, '        "format": algorithm.fmt.name,\n', ""),
+    (DRIVER, '        "layers": sorted(wanted),\n', ""),
+    (DRIVER, '        "version": f"{__version__}, files {_FILES}",\n', ""),
+    (DRIVER, "if said.get(key) != value:", "if False:"),
+    (DRIVER, '"job": self.job, "block": str(number)}.items()', '"job": self.job}.items()'),
+    (DRIVER, "        if differing:", "        if False:"),
+    (DRIVER, "if (tensor.dtype, tensor.shape) != (parameter.dtype, parameter.shape):", "if tensor.dtype != parameter.dtype:"),
+    (DRIVER, "if (tensor.dtype, tensor.shape) != (parameter.dtype, parameter.shape):", "if tensor.shape != parameter.shape:"),
+    (DRIVER, 'parameter.data.copy_(tensors[f"plain.{name}"])', "pass"),
+    (DRIVER, "any(not file.name.startswith(atomic.PREFIX) for file", "any(True for file"),
+    (DRIVER, "except (SafetensorError, OSError, ValueError)", "except OSError"),
+    (DIGEST, "model.named_parameters(remove_duplicate=False)", "list(model.named_parameters(remove_duplicate=False))[1:]"),
+    (DIGEST, "*model.named_buffers(remove_duplicate=False)", ""),
+    (DIGEST, "[modules, tensors, values]", "[modules, tensors]"),
+    (DIGEST, "[modules, tensors, values]", "[tensors, values]"),
+    (DIGEST, " {m.extra_repr()}", ""),
+    (DIGEST, " {type(m).__qualname__}", ""),
+    (DIGEST, "{name} {tensor.dtype} {tuple(tensor.shape)} {again}", "{tensor.dtype} {tuple(tensor.shape)} {again}"),
+    (DIGEST, "{name} {tensor.dtype} {tuple(tensor.shape)} {again}", "{name} {tuple(tensor.shape)} {again}"),
+    (DIGEST, "{name} {tensor.dtype} {tuple(tensor.shape)} {again}", "{name} {tensor.dtype} {again}"),
+    (DIGEST, "{name} {tensor.dtype} {tuple(tensor.shape)} {again}", "{name} {tensor.dtype} {tuple(tensor.shape)}"),
+    (DIGEST, "for part in rows.split(each):", "for part in rows.split(each)[:1]:"),
+    (DIGEST, "for part in rows.split(each):", "for part in rows[:-1].split(each):"),
+    (DIGEST, "if k not in _ELSEWHERE", "if k"),
+]  # fmt: skip
+
 #: what to break, and the tests that must notice
 SUITES = (
     (WEIGHT_ONLY, ("tests/kernels/test_decoders.py", "tests/kernels/test_weight_only.py")),
@@ -322,6 +393,8 @@ SUITES = (
     (CUDA_EIGHT_BIT, ("tests/cuda/test_eight_bit.py",)),
     (HOPPERS, ("tests/cuda/test_hopper.py",)),
     (SAVING, ("tests/test_atomic.py", "tests/checkpoints/test_saving_faults.py")),
+    (CALIBRATED, ("tests/quantizers/test_calibration.py",)),
+    (RESUMED, ("tests/quantizers/test_resume.py",)),
 )
 
 

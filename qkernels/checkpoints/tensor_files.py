@@ -285,9 +285,6 @@ def _shards(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[
 
 
 def _write_file(shard: dict[str, Tensor], path: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     storages: set[int] = set()
     for name, tensor in shard.items():
         # safetensors refuses tensors that share memory, as two views of one parameter would.
@@ -295,9 +292,17 @@ def _write_file(shard: dict[str, Tensor], path: Path) -> None:
         if pointer in storages:
             shard[name] = tensor.clone()
         storages.add(pointer)
-    try:
-        save_file(shard, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # a full disk, say
-        raise OSError(f"{path}: cannot be written: {error}") from error
+    write_tensors(shard, path, {"format": "pt"})
     # save_file makes the file readable by its owner only; give it what the umask gave its directory.
     path.chmod(path.parent.stat().st_mode & 0o666)
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write one safetensors file. OSError if the disk is full, say."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written: {error}") from error

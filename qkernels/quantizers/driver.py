@@ -5,23 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..atomic import replacing_file
+from .. import atomic
+from ..checkpoints.tensor_files import write_tensors
 from ..formats.base import Format
 from ..linear import QuantLinear
 from ..packed import PackedWeight, pack
-from . import algorithms, architectures
+from . import algorithms, architectures, digest
 from .calibration import BlockInputs, batches_of
 
 MANIFEST = "resume.json"
+#: version of what the files of finished blocks hold
+_FILES = 2
 
 
 def split_options(
@@ -57,7 +59,7 @@ def quantize_calibrated(
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     batches = batches_of(calibration, vocabulary)
     blocks = architectures.blocks_of(model)
-    store = None if resume is None else _Store(Path(resume), _job(algorithm, wanted, batches))
+    store = None if resume is None else _Store(Path(resume), _job(model, algorithm, wanted, batches), fmt)
     training = model.training
     model.eval()
     try:
@@ -94,92 +96,131 @@ def replace(root: nn.Module, name: str, linear: nn.Linear, packed: PackedWeight)
 
 # ---------------------------------------------------------------------- resuming
 def _job(
-    algorithm: algorithms.Algorithm, wanted: dict[str, nn.Linear], batches: list[Tensor]
+    model: nn.Module, algorithm: algorithms.Algorithm, wanted: dict[str, nn.Linear], batches: list[Tensor]
 ) -> dict[str, Any]:
-    """What must be the same for finished blocks to be of use."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        digest.update(batch.cpu().numpy().tobytes())
-    weights = hashlib.sha256()
-    for name, linear in wanted.items():
-        row = linear.weight.detach()[0].float().cpu()
-        weights.update(name.encode() + row.numpy().tobytes())
-    return {
+    """What must be the same for finished blocks to be of use.
+
+    Not torch's version, nor the device: they round sums in another order, and a block made elsewhere is as good a
+    block of this model. Only where they are the same, too, is the result that of an uninterrupted run bit for bit.
+    """
+    from .. import __version__
+
+    job = {
+        "version": f"{__version__}, files {_FILES}",
         "format": algorithm.fmt.name,
         "params": algorithm.params,
         "algorithm": algorithm.name,
         "settings": algorithm.settings,
-        "calibration": digest.hexdigest(),
-        "weights": weights.hexdigest(),
+        "layers": sorted(wanted),
+        "calibration": digest.of_tensors((str(i), batch) for i, batch in enumerate(batches)),
+        "model": digest.of_model(model),
     }
+    return json.loads(digest.as_json(job))  # type: ignore[no-any-return]
 
 
 class _Store:
     """Finished blocks in a directory: block-N.safetensors, each written whole or not at all."""
 
-    def __init__(self, path: Path, job: dict[str, Any]) -> None:
-        self.path = path
+    def __init__(self, path: Path, job: dict[str, Any], fmt: Format) -> None:
+        self.path, self.fmt = path, fmt
+        #: says of each file which job it belongs to
+        self.job = hashlib.sha256(digest.as_json(job).encode()).hexdigest()
         path.mkdir(parents=True, exist_ok=True)
         manifest = path / MANIFEST
         if manifest.exists():
             try:
                 found = json.loads(manifest.read_text())
-            except ValueError:
+            except (ValueError, OSError):
                 raise ValueError(f"{manifest}: expected JSON, got something else") from None
             for key, value in job.items():
                 if not isinstance(found, dict) or found.get(key) != value:
                     got = found.get(key) if isinstance(found, dict) else found
                     raise ValueError(
                         f"resume: expected finished blocks of the same job in {path}, but {key} was "
-                        f"{got!r} there and is {value!r} now"
+                        f"{got!r:.200} there and is {value!r:.200} now"
                     )
-        elif any(path.iterdir()):
+        elif any(not file.name.startswith(atomic.PREFIX) for file in path.iterdir()):
             raise ValueError(f"resume: expected an empty directory or one of an earlier run, got {path}")
         else:
-            _write(manifest, lambda p: p.write_text(json.dumps(job, indent=1)))
+            with atomic.replacing_file(manifest) as fresh:
+                fresh.write_text(json.dumps(job, indent=1))
 
     def _file(self, number: int) -> Path:
         return self.path / f"block-{number}.safetensors"
 
     def save(self, number: int, block: nn.Module, packed: dict[str, PackedWeight]) -> None:
         tensors = {f"packed.{n}/{k}": t.contiguous() for n, p in packed.items() for k, t in p.tensors.items()}
-        for name, parameter in block.named_parameters():
-            if name.removesuffix(".weight") not in packed:
-                tensors[f"plain.{name}"] = parameter.detach().contiguous()
+        for name, parameter in _plain(block, packed).items():
+            tensors[f"plain.{name}"] = parameter.detach().contiguous()
         params = json.dumps({name: p.params for name, p in packed.items()})
         tensors = {k: t.clone() for k, t in tensors.items()}
-        _write(self._file(number), lambda p: save_file(tensors, p, {"params": params}))
+        said = {"params": params, "job": self.job, "block": str(number)}
+        with atomic.replacing_file(self._file(number)) as fresh:
+            write_tensors(tensors, fresh, said)
 
     def load(
         self, number: int, block: nn.Module, wanted: dict[str, nn.Linear]
     ) -> dict[str, PackedWeight] | None:
-        """The block's packed weights, None if it is not there; sets its other parameters."""
+        """The block's packed weights, None if it is not there; sets its other parameters.
+
+        ValueError, before anything is set, naming the file, unless it is this block of this job, whole.
+        """
         file = self._file(number)
         if not file.exists():
             return None
-        format = json.loads((self.path / MANIFEST).read_text())["format"]
         try:
             with safe_open(file, "pt") as opened:
-                params = json.loads((opened.metadata() or {})["params"])
+                said = opened.metadata() or {}
                 tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, ValueError) as error:
+            return self._take(number, said, tensors, block, wanted)
+        except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(
                 f"{file}: expected a finished block, got {error}; delete it to redo it"
             ) from None
+
+    def _take(
+        self,
+        number: int,
+        said: dict[str, str],
+        tensors: dict[str, Tensor],
+        block: nn.Module,
+        wanted: dict[str, nn.Linear],
+    ) -> dict[str, PackedWeight]:
+        for key, value in {"job": self.job, "block": str(number)}.items():
+            if said.get(key) != value:
+                raise ValueError(f"one of another {key}: expected {value}, got {said.get(key, 'none')}")
+        params = json.loads(said.get("params", "null"))
+        if not isinstance(params, dict) or not all(isinstance(own, dict) for own in params.values()):
+            raise ValueError(f"params: expected an object of objects, got {params!r:.80}")
         if set(params) != set(wanted):
-            raise ValueError(f"{file}: expected the layers {sorted(wanted)}, got {sorted(params)}")
-        for name, parameter in block.named_parameters():
-            if name.removesuffix(".weight") not in params:
-                parameter.data.copy_(tensors[f"plain.{name}"])
+            raise ValueError(f"layers {sorted(params)}, expected {sorted(wanted)}")
         packed = {}
         for name, linear in wanted.items():
             prefix = f"packed.{name}/"
-            mine = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-            mine = {k: t.to(linear.weight.device) for k, t in mine.items()}
-            packed[name] = pack(format, mine, (linear.out_features, linear.in_features), **params[name])
+            keys = [key for key in tensors if key.startswith(prefix)]
+            mine = {k.removeprefix(prefix): tensors.pop(k).to(linear.weight.device) for k in keys}
+            shape = (linear.out_features, linear.in_features)
+            try:
+                packed[name] = pack(self.fmt.name, mine, shape, **params[name])
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        plain = _plain(block, packed)
+        differing = sorted(set(tensors) ^ {f"plain.{name}" for name in plain})
+        if differing:
+            there = "one that the block has not" if differing[0] in tensors else "none"
+            raise ValueError(f"{differing[0]}: expected the block's own tensors, got {there}")
+        for name, parameter in plain.items():
+            tensor = tensors[f"plain.{name}"]
+            if (tensor.dtype, tensor.shape) != (parameter.dtype, parameter.shape):
+                raise ValueError(
+                    f"plain.{name}: expected {parameter.dtype} {tuple(parameter.shape)}, got "
+                    f"{tensor.dtype} {tuple(tensor.shape)}"
+                )
+        for name, parameter in plain.items():
+            parameter.data.copy_(tensors[f"plain.{name}"])
         return packed
 
 
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    with replacing_file(path) as fresh:
-        write(fresh)
+def _plain(block: nn.Module, packed: Mapping[str, PackedWeight]) -> dict[str, nn.Parameter]:
+    """A block's parameters but for the weights that are packed."""
+    return {n: p for n, p in block.named_parameters() if n.removesuffix(".weight") not in packed}
