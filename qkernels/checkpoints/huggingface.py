@@ -16,13 +16,15 @@ import torch
 from torch import nn
 
 from ..linear import is_linear
+from .config_checks import check_values
 from .expert_layers import Source, load_experts
+from .files import MAX_JSON_BYTES, check_regular, read_json, told_by
 from .layers import CACHE_SCALE, Inventory, embedding_dtype, mixed_dense, quantized_layer, scheme_of
-from .model_config import CONFIG, QUANTIZATION, skeleton
+from .model_config import CONFIG, QUANTIZATION, read_values, skeleton
 from .plain_weights import DTYPES, load_dequantized, repeats_constant, warn_dequantized
 from .quantization import LINEAR, Plan, kinds_of
 from .save_pretrained import mark
-from .tensor_files import TensorFiles, read_json
+from .tensor_files import TensorFiles
 from .tying import tie
 from .writing import save
 
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["load", "load_tokenizer", "save"]
 
 GENERATION_CONFIG = "generation_config.json"
+_TEMPLATES = "additional_chat_templates"
+_TEXTS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".bpe")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 
@@ -90,13 +94,10 @@ def load(
             ) or repeats_constant(model, own, files.read(name)):
                 used.add(name)
     warn_dequantized(dequantized)
-    tie(model, directory)
+    with told_by(directory / CONFIG, "weights that can be tied"):
+        tie(model, directory)
     _check_complete(directory, model, [n for n in files.infos if n not in used], plan)
-    generation = directory / GENERATION_CONFIG
-    if generation.is_file():
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_dict(read_json(generation))
+    _load_generation_config(model, directory / GENERATION_CONFIG)
     mark(model)
     return model.to(device).eval()  # type: ignore[arg-type]
 
@@ -104,11 +105,29 @@ def load(
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     """The tokenizer saved in a model directory. ValueError if there is none."""
     directory = _model_directory(path)
-    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+    if not any(check_regular(directory / name) for name in _TOKENIZER_FILES):
         raise ValueError(f"{directory}: expected tokenizer files ({_TOKENIZER_FILES[0]}, ...), found none")
+    # transformers opens by itself what it likes of them, config.json included, and builds its config.
+    for file in (*directory.iterdir(), *(directory / _TEMPLATES).glob("*")):
+        if file.suffix in _TEXTS:
+            check_regular(file, MAX_JSON_BYTES)
+    if (directory / CONFIG).exists():
+        read_values(directory / CONFIG)
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    with told_by(directory, "tokenizer files"):
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+
+
+def _load_generation_config(model: PreTrainedModel, path: Path) -> None:
+    if not check_regular(path):
+        return
+    from transformers import GenerationConfig
+
+    values = read_json(path)
+    check_values(path, values)
+    with told_by(path, "a generation config"):
+        model.generation_config = GenerationConfig.from_dict(values)
 
 
 def _model_directory(path: str | os.PathLike[str]) -> Path:

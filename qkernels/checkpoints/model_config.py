@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +13,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..formats.compressed_tensors import METHOD
+from .config_checks import check_fields, check_values, without_implementations
+from .files import check_regular, read_json, told_by
 from .quantization import Plan
-from .tensor_files import TensorFiles, read_json
+from .tensor_files import TensorFiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,6 +35,10 @@ _SIZES = (
     "moe_intermediate_size",
 )  # fmt: skip
 _REQUIRED_FIELDS = ("hidden_size", "num_hidden_layers", "vocab_size")
+#: bytes of what a model computes once: masks and tables of positions
+_MAX_BUFFERS = 2**31
+#: made while a model is built that has none in its files
+_MORE_TENSORS = 20_000
 #: where AutoGPTQ and AutoAWQ kept their config before config.json had a place for it
 _OLD_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
@@ -59,14 +66,61 @@ def skeleton(directory: Path, files: TensorFiles) -> tuple[PreTrainedModel, Plan
     config, quantized = read_config(directory)
     where = f"{directory / CONFIG}"
     plan = Plan(where, quantized)
-    _check_sizes(where, config, files)
-    kind = _model_class(where, config)
-    try:
-        with init_empty_weights(include_buffers=False), NoExperts():
-            model = kind._from_config(config)  # type: ignore[attr-defined]
-    except Exception as error:  # a config can break a model class in any way
-        raise ValueError(f"{where}: expected a {kind.__name__}'s config, got {error!r:.300}") from error
+    with told_by(directory / CONFIG, "a config of a model class that is there"):
+        _check_sizes(where, config, files)
+        kind = _model_class(where, config)
+    _try_on_meta(where, kind, config, files)
+    expected = f"a {kind.__name__}'s config"
+    with told_by(directory / CONFIG, expected), init_empty_weights(include_buffers=False), NoExperts():
+        model = kind._from_config(config)
     return model, plan
+
+
+class _Counted(TorchFunctionMode):
+    """Stops what makes more tensors than `limit`."""
+
+    _MAKERS = (
+        torch.empty,
+        torch.ones,
+        torch.zeros,
+        torch.full,
+        torch.arange,
+        torch.tensor,
+        torch.rand,
+        torch.randn,
+    )
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = self.left = limit
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= func in self._MAKERS
+        if self.left < 0:
+            raise _TooMuchError(f"expected at most {self.limit} tensors, as the files hold fewer, got more")
+        return func(*args, **(kwargs or {}))
+
+
+class _TooMuchError(ValueError):
+    pass
+
+
+def _try_on_meta(where: str, kind: Any, config: Any, files: TensorFiles) -> None:
+    """Build the model without memory first. ValueError if it has far more tensors than the files, or buffers, which
+    are really there later, that no model has."""
+    try:
+        with torch.device("meta"), _Counted(16 * len(files.infos) + _MORE_TENSORS):
+            model = kind._from_config(copy.deepcopy(config))
+    except _TooMuchError as error:
+        raise ValueError(f"{where}: {error}") from None
+    except Exception:  # of a bad config: building it in earnest says so
+        return
+    sizes = {name: buffer.numel() * buffer.element_size() for name, buffer in model.named_buffers()}
+    if sum(sizes.values()) > _MAX_BUFFERS:
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise ValueError(
+            f"{where}: expected buffers of at most {_MAX_BUFFERS} bytes, got {sum(sizes.values())}, the largest is {largest}"
+        )
 
 
 def without_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -156,6 +210,18 @@ def _quantization(path: Path, values: dict[str, Any]) -> dict[str, Any] | None:
     return given
 
 
+def read_values(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """(the config.json at `path` without it, `quantization_config` or None), still as JSON.
+
+    Raises FileNotFoundError, or ValueError for what no model's config says: see config_checks.
+    """
+    values = read_json(path)
+    quantization = _quantization(path, values)
+    values.pop(WEIGHTS, None)
+    check_values(path, values)
+    return without_implementations(path, values), quantization
+
+
 def read_config(directory: Path) -> tuple[Any, Mapping[str, Any] | None]:
     """(transformers config without it, `quantization_config` or None) of a model directory.
 
@@ -164,18 +230,18 @@ def read_config(directory: Path) -> tuple[Any, Mapping[str, Any] | None]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     path = directory / CONFIG
-    values = read_json(path)
-    quantization = _quantization(path, values)
-    values.pop(WEIGHTS, None)
+    values, quantization = read_values(path)
     for name, method in _OLD_CONFIGS.items():
-        if quantization is None and (directory / name).is_file():
+        if quantization is None and check_regular(directory / name):
             quantization = {"quant_method": method, **read_json(directory / name)}
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise ValueError(f"{path}: model_type: expected a model transformers knows, got {kind!r}")
+        raise ValueError(f"{path}: model_type: expected a model transformers knows, got {kind!r:.100}")
     config_class = CONFIG_MAPPING[kind]
-    # {"__float__": "Infinity"}, which JSON has no number for
-    values = config_class._decode_special_floats(values)
+    with told_by(path, f"a valid {kind} config"):
+        # {"__float__": "Infinity"}, which JSON has no number for
+        values = config_class._decode_special_floats(values)
+    check_fields(path, config_class, values)
     aliases = getattr(config_class, "attribute_map", {})
     nested = any(isinstance(value, dict) and "hidden_size" in value for value in values.values())
     for field in _REQUIRED_FIELDS:
@@ -187,7 +253,5 @@ def read_config(directory: Path) -> tuple[Any, Mapping[str, Any] | None]:
         value = values.get(aliases.get(field, field), values.get(field, 1))
         if type(value) is not int or value < 1:
             raise ValueError(f"{path}: {field}: expected a positive integer, got {value!r}")
-    try:
+    with told_by(path, f"a valid {kind} config"):
         return config_class.from_dict(values), quantization
-    except Exception as error:  # its checks raise their own kinds, some of them not ValueErrors
-        raise ValueError(f"{path}: expected a valid {kind} config, got: {error}") from error

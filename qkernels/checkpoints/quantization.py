@@ -26,6 +26,7 @@ from ..embedding import QuantEmbedding
 from ..formats import compressed_tensors
 from ..formats.base import Format
 from ..packed import PackedWeight
+from .patterns import Patterns, Rules, Skipped
 
 FIELD = "quantization_config"
 Config = Mapping[str, Any]
@@ -42,7 +43,6 @@ _METHODS = "gptq, awq, bitsandbytes (4 or 8 bits), compressed-tensors (pack-quan
 OWN = formats.base.OWN_METHOD
 #: methods whose readers put packed layers in the place of GPT-2's Conv1D; others leave it, on random weights
 _TRANSPOSED = ("gptq", "bitsandbytes", OWN)
-_MAX_PATTERN = 1000
 
 
 class Scheme(NamedTuple):
@@ -58,6 +58,7 @@ class Plan:
     def __init__(self, where: str, config: Config | None) -> None:
         """`where` goes before error messages. ValueError for a config no format reads, or a bad rule."""
         self.config = config
+        self._where = where
         self.schemes: list[Scheme] = []
         self._pick: Pick = lambda name, kinds: None
         if config is None:
@@ -72,9 +73,12 @@ class Plan:
     def scheme(self, name: str, kinds: Kinds = LINEAR) -> Scheme | None:
         """Format and parameters of the module called `name`; None if it is left unquantized.
 
-        kinds: what config_groups may call it by, `kinds_of` the module.
+        kinds: what config_groups may call it by, `kinds_of` the module. ValueError if that takes too long.
         """
-        index = self._pick(name, kinds)
+        try:
+            index = self._pick(name, kinds)
+        except ValueError as error:
+            raise ValueError(f"{self._where}: {error}") from None
         return None if index is None else self.schemes[index]
 
 
@@ -109,7 +113,7 @@ def _parse(config: Config) -> Scheme:
 
 # ---------------------------------------------------------------------- rules of each method
 def _split_plain(config: Config) -> tuple[list[Config], Pick]:
-    skipped = _skip_rule(config)
+    skipped = _skip_rule(config, Patterns())
     return [config], lambda name, kinds: None if skipped(name) else 0
 
 
@@ -117,23 +121,26 @@ def _split_dynamic(config: Config) -> tuple[list[Config], Pick]:
     dynamic = config.get("dynamic") or {}
     if not isinstance(dynamic, Mapping):
         raise ValueError(f"{FIELD}.dynamic: expected an object, got {dynamic!r:.60}")
-    skipped = _skip_rule(config)
+    patterns = Patterns()
+    skipped = _skip_rule(config, patterns)
     variants: list[Config] = [config]
-    rules: list[tuple[re.Pattern[str], int | None]] = []
+    rules = Rules(patterns)
+    places: list[int | None] = []
     for key, overrides in dynamic.items():
-        pattern = _regex("dynamic", key.removeprefix("-:").removeprefix("+:"))
+        text = key.removeprefix("-:").removeprefix("+:")
+        rules.add_pattern(f"{FIELD}.dynamic", text, len(places))
         if key.startswith("-:"):
-            rules.append((pattern, None))
+            places.append(None)
             continue
         if not isinstance(overrides, Mapping):
             raise ValueError(f"{FIELD}.dynamic[{key!r:.60}]: expected an object, got {overrides!r:.60}")
-        rules.append((pattern, len(variants)))
+        places.append(len(variants))
         variants.append({**config, **overrides, "quant_method": config["quant_method"]})
 
     def pick(name: str, kinds: Kinds) -> int | None:
-        for pattern, index in rules:
-            if pattern.match(name):
-                return index
+        rule = rules.first(name)
+        if rule is not None:
+            return places[rule]
         return None if skipped(name) else 0
 
     return variants, pick
@@ -144,28 +151,44 @@ def _split_groups(config: Config) -> tuple[list[Config], Pick]:
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise ValueError(f"{FIELD}.config_groups: expected a non-empty object, got {groups!r:.60}")
-    ignored = [_Target("ignore", entry) for entry in _strings("ignore", config.get("ignore"))]
+    patterns = Patterns()
+    ignored, ignored_kinds = Rules(patterns), set(_strings("ignore", config.get("ignore")))
+    for entry in sorted(ignored_kinds):
+        _add(ignored, f"{FIELD}.ignore", entry, 0)
     variants: list[Config] = []
-    places: dict[str, tuple[_Target, int]] = {}  # what two groups target is the later one's
+    places: dict[str, tuple[str, int]] = {}  # what two groups target is the later one's
     for name, group in groups.items():
         if isinstance(group, Mapping) and "weights" in group and group["weights"] is None:
             continue  # rounds activations of attention, say; ours keep 16 bits
         variants.append({**config, "config_groups": {name: group}})
         entries = group.get("targets") if isinstance(group, Mapping) else None
-        for entry in _strings(f"config_groups.{name}.targets", entries):
-            places[entry] = _Target(f"config_groups.{name}.targets", entry), len(variants) - 1
+        field = f"config_groups.{name}.targets"
+        places |= {entry: (field, len(variants) - 1) for entry in _strings(field, entries)}
     if not variants:
         raise ValueError(f"{FIELD}.config_groups: expected a group with weights, got none")
     # compressed-tensors' own order of those that match: names, then regexes, then classes, each sorted
-    targets = [places[entry] for entry in sorted(places, key=lambda entry: ("re:" in entry, entry))]
+    order = sorted(places, key=lambda entry: (entry.startswith("re:"), entry))
+    targets = Rules(patterns)
+    for place, entry in enumerate(order):
+        _add(targets, f"{FIELD}.{places[entry][0]}", entry, place)
 
     def pick(name: str, kinds: Kinds) -> int | None:
-        if any(target.names(name) or target.entry in kinds for target in ignored):
+        if ignored.first(name) is not None or not ignored_kinds.isdisjoint(kinds):
             return None
-        named = [index for target, index in targets if target.names(name)]
-        return next(iter(named + [index for target, index in targets if target.entry in kinds]), None)
+        place = targets.first(name)
+        if place is not None:
+            return places[order[place]][1]
+        return next((places[kind][1] for kind in sorted(kinds) if kind in places), None)
 
     return variants, pick
+
+
+def _add(rules: Rules, field: str, entry: str, place: int) -> None:
+    """Add an entry of `targets` or `ignore`: a regex of names, or a name or class."""
+    if entry.startswith("re:"):
+        rules.add_pattern(field, entry.removeprefix("re:"), place)
+    else:
+        rules.add_name(entry, place)
 
 
 def _split_own(config: Config) -> tuple[list[Config], Pick]:
@@ -197,25 +220,10 @@ def _parse_own(group: Config) -> Scheme:
     return Scheme(format, dict(params))
 
 
-class _Target:
-    """An entry of `targets` or `ignore`: a regex of names, or a name or class."""
-
-    def __init__(self, field: str, entry: str) -> None:
-        self.entry = entry
-        self._pattern = _regex(field, entry.removeprefix("re:")) if entry.startswith("re:") else None
-
-    def names(self, name: str) -> bool:
-        """Whether it is the name of this module, or a regex of it."""
-        return name == self.entry if self._pattern is None else self._pattern.match(name) is not None
-
-
-def _skip_rule(config: Config) -> Callable[[str], bool]:
-    """Whether a linear is on one of the lists of modules left alone: by its first or last components, or
-    by a regex that ends where a component does."""
+def _skip_rule(config: Config, patterns: Patterns) -> Skipped:
+    """Whether a linear is on one of the lists of modules left alone."""
     entries = [entry for field in _SKIP_LISTS for entry in _strings(field, config.get(field))]
-    boundary = r"(?:(?<=\.)|(?=\.|$))"
-    starts = [_regex("modules_to_not_convert", f"(?:{entry}){boundary}") for entry in entries]
-    return lambda name: any(p.match(name) for p in starts) or any(name.endswith(e) for e in entries)
+    return Skipped(patterns, f"{FIELD}.modules_to_not_convert", entries)
 
 
 def _strings(field: str, value: Any) -> list[str]:
@@ -223,19 +231,6 @@ def _strings(field: str, value: Any) -> list[str]:
     if not isinstance(value, (list, tuple)) or not all(isinstance(entry, str) and entry for entry in value):
         raise ValueError(f"{FIELD}.{field}: expected a list of names, got {value!r:.60}")
     return list(value)
-
-
-def _regex(field: str, text: str) -> re.Pattern[str]:
-    if len(text) > _MAX_PATTERN:
-        raise ValueError(
-            f"{FIELD}.{field}: expected patterns of at most {_MAX_PATTERN} characters, got {len(text)}"
-        )
-    try:
-        return re.compile(text)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(
-            f"{FIELD}.{field}: expected a regular expression, got {text!r:.60} ({error})"
-        ) from None
 
 
 _SPLIT = {

@@ -18,11 +18,16 @@ from typing import Any
 
 from torch import Tensor
 
+from .files import MAX_JSON_BYTES, check_regular, open_regular, parse_json, read_json
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
-_MAX_HEADER = 100_000_000
+#: of one model; the largest mixtures in 4 bits have 300,000
+_MAX_TENSORS = 1_000_000
+#: more than that torch does not compute with
+_MAX_DIMENSIONS = 64
 #: files mapped at a time; a layer's tensors may lie in two neighbouring shards
 _MAX_OPEN = 2
 _BITS = {
@@ -48,19 +53,19 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
     Raises FileNotFoundError, or ValueError naming the file, the field, expected and found.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         if len(prefix) < 8:
             raise ValueError(f"{path}: header length: expected 8 bytes, got a file of {size}")
         length = int.from_bytes(prefix, "little")
-        if length > min(size - 8, _MAX_HEADER):
+        if length > min(size - 8, MAX_JSON_BYTES):
             raise ValueError(
-                f"{path}: header length: expected at most {min(size - 8, _MAX_HEADER)} "
+                f"{path}: header length: expected at most {min(size - 8, MAX_JSON_BYTES)} "
                 f"in a file of {size} bytes, got {length}"
             )
         text = file.read(length)
-    header = _parse_json(f"{path}: header", text, unique=True)
+    header = parse_json(f"{path}: header", text, unique=True)
     header.pop("__metadata__", None)
     infos = {name: _info(path, name, entry, size - 8 - length) for name, entry in header.items()}
     _check_layout(path, header, size - 8 - length)
@@ -75,7 +80,7 @@ def _check_layout(path: Path, header: dict[str, Any], data_bytes: int) -> None:
         if begin != expected:
             what = "overlap" if begin < expected else "hole"
             raise ValueError(
-                f"{path}: tensor {name!r}: data_offsets: expected data from byte {expected}, "
+                f"{path}: tensor {name!r:.200}: data_offsets: expected data from byte {expected}, "
                 f"behind the tensor before it, got {begin} ({what})"
             )
         expected = end
@@ -84,14 +89,17 @@ def _check_layout(path: Path, header: dict[str, Any], data_bytes: int) -> None:
 
 
 def _info(path: Path, name: str, entry: Any, data_bytes: int) -> TensorInfo:
-    where = f"{path}: tensor {name!r}"
+    where = f"{path}: tensor {name!r:.200}"
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _BITS:
         raise ValueError(f"{where}: dtype: expected one of {', '.join(_BITS)}; got {dtype!r:.60}")
-    if not isinstance(shape, list) or not all(type(s) is int and s >= 0 for s in shape):
+    if not isinstance(shape, list) or not all(type(s) is int and 0 <= s < 2**63 for s in shape):
         raise ValueError(f"{where}: shape: expected a list of sizes, got {shape!r:.60}")
-    if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(o) is int for o in offsets)):
+    if len(shape) > _MAX_DIMENSIONS:
+        raise ValueError(f"{where}: shape: expected at most {_MAX_DIMENSIONS} dimensions, got {len(shape)}")
+    good = isinstance(offsets, list) and len(offsets) == 2
+    if not good or not all(type(offset) is int and abs(offset) < 2**63 for offset in offsets):
         raise ValueError(f"{where}: data_offsets: expected [begin, end], got {offsets!r:.60}")
     begin, end = offsets
     nbytes = math.prod(shape) * _BITS[dtype] // 8
@@ -106,10 +114,25 @@ def _info(path: Path, name: str, entry: Any, data_bytes: int) -> TensorInfo:
     return TensorInfo(dtype, tuple(shape), nbytes, path)
 
 
+#: device, inode, bytes, time of the last change, in ns
+_State = tuple[int, int, int, int]
+
+
+def _state(path: Path) -> _State | None:
+    """What differs once somebody replaced a file or wrote to it; None if it is gone."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 class TensorFiles:
     """The tensors of a model directory (or of files), memory-mapped and read one at a time.
 
-    Use as a context manager. `infos` is all that is known without reading data.
+    Use as a context manager. `infos` is all that is known without reading data. A file that was replaced, cut or
+    written to since its header was read is refused before each tensor; who cuts a file in place while its bytes are
+    being copied ends the process by SIGBUS, as with everything that maps files.
     """
 
     def __init__(self, path: str | os.PathLike[str] | Sequence[Path]) -> None:
@@ -120,9 +143,11 @@ class TensorFiles:
             expected = dict.fromkeys(path)
         else:
             path = Path(path)
-            expected = {path: None} if path.is_file() else locate(path)
+            expected = locate(path) if path.is_dir() else {path: None}
+        self._states: dict[Path, _State | None] = {}
         for file, names in expected.items():
             header = read_header(file)
+            self._states[file] = _state(file)
             missing = sorted(set(names or ()) - set(header))
             if missing:
                 raise ValueError(
@@ -133,6 +158,8 @@ class TensorFiles:
                 if name in self.infos:
                     raise ValueError(f"{file}: tensor {name!r}: also in {self.infos[name].file.name}")
             self.infos.update(header)
+            if len(self.infos) > _MAX_TENSORS:
+                raise ValueError(f"{file}: expected at most {_MAX_TENSORS} tensors in all, got more")
         self._open: dict[Path, Any] = {}
 
     def __enter__(self) -> TensorFiles:
@@ -146,10 +173,17 @@ class TensorFiles:
         self._open.pop(next(iter(self._open))).__exit__(None, None, None)
 
     def read(self, name: str) -> Tensor:
-        """The tensor, on the CPU, backed by the file until it is copied. KeyError if there is none."""
+        """The tensor, on the CPU, backed by the file until it is copied. KeyError if there is none.
+
+        ValueError if it cannot be read, or if the file is another by now.
+        """
         from safetensors import SafetensorError, safe_open
 
         file = self.infos[name].file
+        if _state(file) != self._states[file]:
+            raise ValueError(
+                f"{file}: expected the file whose header was read, got one changed while it is loaded"
+            )
         try:
             if file not in self._open:
                 if len(self._open) == _MAX_OPEN:
@@ -168,9 +202,9 @@ def locate(directory: Path) -> dict[Path, list[str] | None]:
     and for a directory without weights.
     """
     index = directory / INDEX
-    if (directory / SINGLE).is_file():  # whatever an index says: it may be left from an earlier save
+    if check_regular(directory / SINGLE):  # whatever an index says: it may be left from an earlier save
         return {directory / SINGLE: None}
-    if not index.is_file():
+    if not check_regular(index):
         found = sorted(directory.glob("*.safetensors"))
         if len(found) == 1:
             return {found[0]: None}
@@ -191,46 +225,19 @@ def locate(directory: Path) -> dict[Path, list[str] | None]:
         # A bare file name: the index must not lead out of the directory.
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise ValueError(
-                f"{index}: weight_map[{name!r}]: expected a .safetensors file name, got {file!r}"
+                f"{index}: weight_map[{name!r:.200}]: expected a .safetensors file name, got {file!r:.200}"
             )
         names = placed.setdefault(directory / file, [])
         assert names is not None
         names.append(name)
     for path in placed:
-        if not path.is_file():
+        try:
+            there = check_regular(path)
+        except ValueError as error:
+            raise ValueError(f"{index}: weight_map: {error}") from None
+        if not there:
             raise ValueError(f"{index}: expected a file {path.name} in {directory}, found none")
     return placed
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises FileNotFoundError, or ValueError naming the file."""
-    try:
-        size = path.stat().st_size
-        if size > _MAX_HEADER:
-            raise ValueError(f"{path}: expected at most {_MAX_HEADER} bytes of JSON, got {size}")
-        text = path.read_bytes()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path.parent}: expected a file {path.name}, found none") from None
-    return _parse_json(str(path), text)
-
-
-def _parse_json(where: str, text: bytes, *, unique: bool = False) -> dict[str, Any]:
-    """The JSON object in `text`; with `unique` no object in it may have a key twice."""
-
-    def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"{twice!r:.60} is there twice")
-        return dict(pairs)
-
-    try:
-        value = json.loads(text, object_pairs_hook=checked if unique else None)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: expected JSON, got something else ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__}")
-    return value
 
 
 def write(tensors: Iterable[tuple[str, Tensor]], directory: Path, max_shard_bytes: int) -> None:

@@ -1,0 +1,151 @@
+"""The one door to files that somebody else wrote: regular files alone, of a bounded size, and errors that name them.
+
+A FIFO blocks who opens it, a device has no end, and stat tells the size of neither. So a file is opened without
+blocking, then the open file is asked what it is, and no more than the limit is read whatever it says of its size.
+Symbolic links to regular files are followed: Hugging Face's cache is made of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+#: of a JSON file, and of a safetensors header, as in safetensors
+MAX_JSON_BYTES = 100_000_000
+#: containers and items: a JSON text of 100 MB may hold 33 million empty objects, which take 2.5 GB
+_MAX_JSON_ITEMS = 2_000_000
+#: of objects and lists; what prints them, or walks through them, calls itself for each
+_MAX_JSON_DEPTH = 32
+
+
+@contextmanager
+def told_by(path: Path, expected: str) -> Iterator[None]:
+    """Somebody else's code reads values of the file at `path` inside: whatever it raises becomes a ValueError that
+    names the file, and says what was `expected` there.
+
+    A file can make that code fail in any way, a Rust library by a panic, too, which is no Exception. MemoryError and
+    Ctrl-C pass.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if isinstance(error, ValueError) and str(error).startswith(f"{path}"):
+            raise  # names it already
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: expected {expected}, got: {_printable(reason, 500)}") from error
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """The regular file at `path`, open for reading.
+
+    Raises FileNotFoundError if nothing is there, ValueError if it is something else, or cannot be opened.
+    """
+    flags = (
+        os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    )
+    try:
+        descriptor = os.open(path, flags)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path.parent}: expected a file {path.name}, found none") from None
+    except (OSError, ValueError) as error:  # a name that no file can have is either
+        check_regular(path)  # a socket cannot be opened
+        raise ValueError(
+            f"{_printable(str(path))}: expected a file that can be read, got: {_reason(error)}"
+        ) from None
+    try:
+        _check_regular(path, os.fstat(descriptor))
+    except ValueError:
+        os.close(descriptor)
+        raise
+    with os.fdopen(descriptor, "rb") as file:
+        yield file
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def _printable(text: str, limit: int = 300) -> str:
+    """The text with lone surrogates and NULs escaped, cut to a length that can be read."""
+    text = text.replace("\0", "\\0").encode(errors="backslashreplace").decode()
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def _check_regular(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(status.st_mode), "a device")
+        raise ValueError(f"{path}: expected a regular file, got {kind}")
+
+
+def check_regular(path: Path, limit: int | None = None) -> bool:
+    """Whether there is a file at `path`, for code that opens it itself.
+
+    ValueError for anything but a regular one, or one of more than `limit` bytes.
+    """
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{_printable(str(path))}: expected a file that can be read, got: {_reason(error)}"
+        ) from None
+    _check_regular(path, status)
+    if limit is not None and status.st_size > limit:
+        raise ValueError(f"{path}: expected at most {limit} bytes, got {status.st_size}")
+    return True
+
+
+def read_bytes(path: Path, limit: int = MAX_JSON_BYTES, what: str = "JSON") -> bytes:
+    """All bytes of the regular file at `path`; ValueError if there are more than `limit`."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        text = file.read(limit + 1) if size <= limit else b""
+    if max(size, len(text)) > limit:
+        raise ValueError(f"{path}: expected at most {limit} bytes of {what}, got {max(size, len(text))}")
+    return text
+
+
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in a file. Raises FileNotFoundError, or ValueError naming the file."""
+    return parse_json(str(path), read_bytes(path, limit))
+
+
+def parse_json(where: str, text: bytes, *, unique: bool = False) -> dict[str, Any]:
+    """The JSON object in `text`; with `unique` no object in it may have a key twice."""
+
+    def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+            raise ValueError(f"{twice!r:.60} is there twice")
+        return values
+
+    count = text.count(b",") + text.count(b"{") + text.count(b"[")
+    if count > _MAX_JSON_ITEMS:
+        raise ValueError(f"{where}: expected JSON of at most {_MAX_JSON_ITEMS} items, got {count}")
+    try:
+        value = json.loads(text, object_pairs_hook=checked if unique else None)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: expected JSON, got something else ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__}")
+    level: list[Any] = [value]
+    for _ in range(_MAX_JSON_DEPTH):
+        items = (item for one in level for item in (one.values() if isinstance(one, dict) else one))
+        level = [item for item in items if isinstance(item, (dict, list))]
+    if level:
+        raise ValueError(f"{where}: expected JSON of a depth of at most {_MAX_JSON_DEPTH}, got more")
+    return value
