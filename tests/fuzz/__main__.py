@@ -16,7 +16,7 @@ from pathlib import Path
 from . import child, documents
 
 #: seconds without an execution after which a child hangs: more than the oracle allows, and than a start takes
-_PATIENCE, _START = 45.0, 120.0
+_PATIENCE, _START = 60.0, 400.0
 _MOST_DEATHS = 20
 CHILD = ["-m", "tests.fuzz.child"]
 _PROGRESS = re.compile(r"cov: (\d+) ft: (\d+) corp: (\d+)/")

@@ -65,7 +65,7 @@ def edited(seed: Tree, edits: list[list[Any]]) -> Tree:
         if edit[0] not in _BYTES:
             try:
                 _apply(tree, edit)
-            except (LookupError, TypeError, ValueError, AttributeError):
+            except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
                 continue  # of what is not there
     return tree
 

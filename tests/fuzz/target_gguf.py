@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gguf as package
+
 import qkernels as qk
 from qkernels.checkpoints import gguf, gguf_config, load_tokenizer
 
@@ -93,9 +95,22 @@ def run(tree: Tree, edits: list[list[Any]], folder: Path) -> None:
         for tensor in header.tensors:
             if not 0 <= tensor.offset <= tensor.offset + tensor.nbytes <= size:
                 raise Finding("read_header: a tensor outside of the file", f"{tensor}, {size} bytes")
+        _compare(path, header)
     model = attempt("load_model", names, lambda: qk.load_model(path))
     if model is not None:
         forward(model)
     tokenizer = attempt("load_tokenizer", names, lambda: load_tokenizer(path))
     if tokenizer is not None:
         tokenizer.decode(tokenizer("he a").input_ids)
+
+
+def _compare(path: Path, header: Any) -> None:
+    """With what the package gguf reads: the same tensors at the same places, or it refuses what we took."""
+    try:
+        theirs = package.GGUFReader(path).tensors
+    except ValueError as error:
+        raise Finding(f"read_header: takes what gguf refuses: {error!s:.40}", str(error)) from None
+    found = {t.name: (t.tensor_type.name, t.data_offset, t.n_bytes) for t in theirs}
+    ours = {t.name: (t.type, t.offset, t.nbytes) for t in header.tensors}
+    if found != ours:
+        raise Finding("read_header: other tensors than gguf's", f"{found}\n{ours}")

@@ -6,9 +6,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import qkernels as qk
+from qkernels.checkpoints.gguf_header import read_header
+from qkernels.quantizers.importance import _stored_names
 
 from ..tiny import ids, tiny_model
 from . import documents
@@ -46,6 +49,7 @@ def run(tree: Tree, edits: list[list[Any]], folder: Path) -> None:
         return
     if type(matrix.tokens) is not int or matrix.tokens < 1:
         raise Finding("ImportanceMatrix.load: tokens is no positive int", repr(matrix.tokens))
+    _compare(path, matrix, model)
     for name, mean in matrix.means.items():
         linear = model.get_submodule(name)
         good = mean.shape == (linear.in_features,) and mean.dtype == torch.float32
@@ -56,3 +60,17 @@ def run(tree: Tree, edits: list[list[Any]], folder: Path) -> None:
     packed = qk.quantize(linear.weight, "q4_0", importance=matrix.of(name, linear.in_features))
     if not bool(torch.isfinite(packed.dequantize()).all()):
         raise Finding("quantize with importance: values that are not finite", name)
+
+
+def _compare(path: Path, matrix: qk.ImportanceMatrix, model: Any) -> None:
+    """With what the file holds: sums over one count."""
+    content = path.read_bytes()
+    stored = {tensor.name: tensor for tensor in read_header(path).tensors}
+    names = _stored_names(model)
+    for name, mean in matrix.means.items():
+        sums, counts = (
+            np.frombuffer(content[t.offset :][: t.nbytes], np.float32)
+            for t in (stored[f"{names[name]}.in_sum2"], stored[f"{names[name]}.counts"])
+        )
+        if counts.size != 1 or not np.array_equal(mean.numpy(), sums / counts):
+            raise Finding("ImportanceMatrix.load: other means than the file's", f"{name}: {counts} {mean}")
