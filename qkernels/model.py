@@ -246,7 +246,14 @@ def load_model(
     of a Llama, Mixtral, Qwen2 or Qwen3 model (and their mixtures) computes from the file's own bytes, mapped but for
     experts, which are stacked; embeddings stay packed, too.
     `dtype`, or its name, converts the tensors that are not packed; None keeps the file's (GGUF: float32). Nothing is downloaded, and
-    no pickle and no code from the directory is read.
+    no pickle and no code from the directory is read; what its config says of implementations of attention
+    ("flash_attention_2") is left out, so that transformers takes what suits this machine.
+
+    Weights on the CPU stay mapped: they are the file's own bytes for as long as the model lives. A file that is
+    replaced, as `save_model` and downloads do it, leaves the old one to the model. One that is cut or written to in
+    place changes the model, or ends the process by SIGBUS; during the load that is noticed before each tensor, and
+    refused. `copy.deepcopy(model)`, and a model
+    on another device, need the file no more.
 
     Raises FileNotFoundError if there is nothing at `path`, ValueError naming file and field if it is
     not what it should be.

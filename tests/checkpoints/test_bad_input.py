@@ -175,9 +175,10 @@ def test_truncated_shards(cut: int, originals: dict[str, dict[str, bytes]], tmp_
 
 # ---------------------------------------------------------------------- the config
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"num_hidden_layers": 10**9}, "num_hidden_layers: expected at most .* tensors .* got 1000000000"),
+    ({"num_hidden_layers": 10**5}, "num_hidden_layers: expected at most .* tensors .* got 100000"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers: expected a number of at most 131072, got 1000000000"),
     ({"hidden_size": 10**12}, "hidden_size: expected at most"),
-    ({"head_dim": 10**12}, "head_dim: expected at most"),
+    ({"head_dim": 10**12}, "head_dim: expected a number of at most 131072"),
     ({"vocab_size": 10**15}, "vocab_size: expected at most"),
     ({"num_attention_heads": 0}, "config.json: .*(modulo by zero|num_attention_heads: expected a positive integer)"),
     ({"num_key_value_heads": 3}, "config.json|expected shape"),
