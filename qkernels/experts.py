@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import formats, layouts
 from .packed import PackedWeight, Prepackable, quantize
+from .tensors import whole
 
 
 @lru_cache(maxsize=4096)
@@ -95,7 +96,10 @@ class PackedExperts(Prepackable):
         d, self = parsed(spec), cls.__new__(cls)
         self.format, self.shape, self.params = d["format"], (d["shape"][0], d["shape"][1]), d["params"]
         self.count, self._nbytes = d["count"], nbytes
-        tensors = dict(zip(d["names"], storage, strict=bool(storage)))
+        tensors = {
+            name: whole(f"experts: {name}", tensor, aligned=d["layout"] != layouts.CHECKPOINT)
+            for name, tensor in zip(d["names"], storage, strict=bool(storage))
+        }
         Prepackable.__init__(self, Snapshot(d["layout"], tensors, d["sizes"], spec))
         return self
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from . import dispatch
 from .experts import PackedExperts, parsed
 from .formats.base import accumulate_dtype
-from .ops import X_DTYPES, bound, keep_bound
+from .ops import X_DTYPES, bound, keep_bound, kept
 
 _LIB = torch.library.Library("qkernels", "FRAGMENT")
 _LIB.define(
@@ -97,7 +97,7 @@ def _fused_impl(
         gate_up_spec, down_spec, activation, x.shape, x.dtype, x.device, weights.dtype, ids.shape, ids.dtype,
         dispatch.resolve_backend(backend), batch_invariant, *[t.data_ptr() for t in (*gate_up, *down)],
     )  # fmt: skip
-    known = bound(key, gate_up[0])
+    known = bound(key, [*gate_up, *down])
     if known is not None and (y := known.replay(x, weights, ids)) is not None:
         found: Tensor = y
         return found
@@ -109,11 +109,7 @@ def _fused_impl(
     other, down_problem = _chosen(x, ids, second, down_spec, backend, batch_invariant)
     if kernel.fused is not None and kernel.fused is other.fused:
         problems = (problem, down_problem)
-        repacked = any(
-            next(iter(experts.storage.values())) is not given[0]
-            for experts, given in ((first, gate_up), (second, down))
-        )
-        if kernel.layer is None or repacked:
+        if kernel.layer is None or not (kept(first.storage, gate_up) and kept(second.storage, down)):
             return kernel.fused(x, first, second, weights, ids, activation, problems)
         layer = known or kernel.layer(activation, problems)
         keep_bound(key, gate_up[0], layer)

@@ -60,11 +60,7 @@ class QuantLinear(Holder):
         self.backend = backend
         self.batch_invariant = batch_invariant
         if bias is not None:
-            if tuple(bias.shape) != (self.out_features,) or not bias.is_floating_point():
-                raise ValueError(
-                    f"bias: expected a floating tensor of shape ({self.out_features},), "
-                    f"got {bias.dtype} {tuple(bias.shape)}"
-                )
+            ops.check_bias(bias, self.out_features)
             bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach())
         self.register_parameter("bias", bias)
         # An object of its own: other layers may share the tensors, and each moves its weight by itself.

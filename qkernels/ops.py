@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import warnings
 import weakref
+from collections.abc import Iterable, Mapping
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from . import dispatch, layouts
 from .packed import PackedWeight, Snapshot
+from .tensors import check_strided
 
 _LIB = torch.library.Library("qkernels", "DEF")
 _LIB.define(
@@ -82,7 +84,7 @@ def _matmul_impl(
     operand = None if bias is None else bias.dtype
     places = [t.data_ptr() for t in storage]
     key = (spec, x.shape[0], x.dtype, x.device, operand, backend, batch_invariant, *places)
-    known = bound(key, storage[0])
+    known = bound(key, storage)
     if known is not None and (y := known.replay(x.contiguous(), bias)) is not None:
         return y
     p = _weight(storage, spec)
@@ -97,7 +99,7 @@ def _matmul_impl(
         return kernel.run(x.contiguous(), p, bias, problem) if x.shape[0] else x.new_empty(0, p.shape[0])
     if x.shape[0] == 0:
         return x.new_empty(0, p.shape[0])
-    known = known or kernel.bind(p, problem)
+    known = known or (kernel.bind(p, problem) if kept(p.storage, storage) else None)
     if known is None:
         return kernel.run(x.contiguous(), p, bias, problem)
     keep_bound(key, storage[0], known)
@@ -108,10 +110,17 @@ def _matmul_impl(
 _BOUND: dict[Any, tuple[weakref.ref[Tensor], Any]] = {}
 
 
-def bound(key: Any, first: Tensor) -> Any:
-    """What `keep_bound` was given for these operands and the weight whose first tensor is `first`, or None."""
+def bound(key: Any, storage: list[Tensor]) -> Any:
+    """What `keep_bound` was given for these operands and the weight of the tensors `storage`, or None."""
     known = _BOUND.get(key)
-    return known[1] if known is not None and known[0]() is first else None
+    if known is None or known[0]() is not storage[0] or not all(t.is_contiguous() for t in storage):
+        return None
+    return known[1]
+
+
+def kept(storage: Mapping[str, Tensor], given: Iterable[Tensor]) -> bool:
+    """Whether `storage` has the tensors that an operator was given themselves, no copies that go with the call."""
+    return all(tensor is one for tensor, one in zip(storage.values(), given, strict=False))
 
 
 def keep_bound(key: Any, first: Tensor, what: Any) -> None:
@@ -201,8 +210,12 @@ def matmul(
         return call(x, storage, bias, spec_of(p, snapshot), backend, p.shape, invariant)
     backend = dispatch.resolve_backend(backend)
     invariant = dispatch.resolve_batch_invariant(batch_invariant)
-    operand = None if bias is None else (bias.shape, bias.dtype, bias.device)
-    key = (x.shape, x.dtype, x.device, operand, backend, invariant)
+    try:
+        operand = None if bias is None else (bias.shape, bias.dtype, bias.device, bias.layout)
+        key = (x.shape, x.dtype, x.device, x.layout, operand, backend, invariant)
+    except RuntimeError:  # a nested tensor has no shape
+        check_operands(x, p.shape, p.device, bias)
+        raise
     plan = p.plans.get(key) or _planned(key, x, p, bias, backend, invariant)
     flat = x if x.dim() == 2 else x.reshape(-1, p.shape[1])
     y = plan.run(flat.contiguous(), p, bias, plan.problem)
@@ -243,12 +256,17 @@ def _empty(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: dispatch.Pr
 def _watched(x: Tensor, bias: Tensor | None) -> bool:
     """Whether somebody must see an operator: a compiler, a mode, a tensor subclass, autograd or vmap.
 
+    So must torch, for operands whose numbers are not simply there: on the meta device, or negated when they are read.
     If not, `matmul` calls the kernel itself, which costs the host a fifth of an operator's call.
     """
     return (
         torch.compiler.is_compiling()
         or type(x) is not Tensor
+        or not (bias is None or isinstance(bias, Tensor))
         or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        or x.is_meta
+        or x.is_neg()
+        or (bias is not None and bias.is_neg())
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
@@ -285,6 +303,7 @@ def check_operands(x: Tensor, shape: tuple[int, int], device: torch.device, bias
     n, k = shape
     if not isinstance(x, Tensor):
         raise ValueError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+    check_strided("x", x)
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(
             f"x: expected shape (..., {k}) for a weight of shape ({n}, {k}), got {tuple(x.shape)}"
@@ -295,8 +314,15 @@ def check_operands(x: Tensor, shape: tuple[int, int], device: torch.device, bias
         raise ValueError(f"x: expected device {device}, the weight's, got {x.device}")
     if bias is None:
         return
+    check_bias(bias, n)
+    if bias.device != device:
+        raise ValueError(f"bias: expected device {device}, the weight's, got {bias.device}")
+
+
+def check_bias(bias: Any, n: int) -> None:
+    """ValueError unless it is a dense floating tensor (n)."""
+    if isinstance(bias, Tensor):
+        check_strided("bias", bias)
     if not isinstance(bias, Tensor) or tuple(bias.shape) != (n,) or not bias.is_floating_point():
         got = f"{bias.dtype} {tuple(bias.shape)}" if isinstance(bias, Tensor) else type(bias).__name__
         raise ValueError(f"bias: expected a floating tensor of shape ({n},), got {got}")
-    if bias.device != device:
-        raise ValueError(f"bias: expected device {device}, the weight's, got {bias.device}")

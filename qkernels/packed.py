@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import formats, layouts
 from .formats.base import check_weight
+from .tensors import plain, whole
 
 
 class Snapshot(NamedTuple):
@@ -65,7 +66,7 @@ class PackedWeight(Prepackable):
         params: the format's parameters, defaults filled in.
         layout: "checkpoint", or the kernel layout the bytes are held in now. There is only ever one
             copy: `prepack_` moves the bytes to a kernel layout and `tensors` restores them.
-        storage: the tensors held now, in `layout`.
+        storage: the tensors held now, in `layout`, each contiguous: a strided one is copied.
         snapshot: layout and storage in one look, for readers that need both while another thread prepacks.
 
     Make one with `qkernels.quantize` or `qkernels.pack`, which validate.
@@ -87,7 +88,11 @@ class PackedWeight(Prepackable):
         self.format = format
         self.shape = (int(shape[0]), int(shape[1]))
         self.params = dict(params)
-        super().__init__(Snapshot(layout, dict(storage)))
+        storage = {
+            name: whole(f"{format}: {name}", tensor, aligned=layout != layouts.CHECKPOINT)
+            for name, tensor in storage.items()
+        }
+        super().__init__(Snapshot(layout, storage))
         self._nbytes: int | None = None
         #: what `qkernels.matmul` found out about operands it has seen; nobody else's business
         self.plans: dict[Any, Any] = {}
@@ -115,11 +120,17 @@ class PackedWeight(Prepackable):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as an (N, K) tensor of `dtype`: the format's pure-torch reference."""
+        if self.device.type == "meta":
+            return torch.empty(self.shape, dtype=dtype, device="meta")
         return formats.get(self.format).dequantize(self.tensors, self.shape, self.params).to(dtype)
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """The same weight with its tensors on `device`; dtypes never change."""
         layout, storage = self.snapshot
+        if self.device.type == "meta" and torch.device(device).type != "meta":
+            raise ValueError(
+                f"{self.format}: expected data to move to {device}, got a weight on the meta device"
+            )
         moved = {k: v.to(device) for k, v in storage.items()}
         return PackedWeight(self.format, self.shape, moved, self.params, layout)
 
@@ -158,7 +169,7 @@ def quantize(weight: Tensor, format: str, **params: Any) -> PackedWeight:
             f"{format}: weight: expected data, got a tensor on the meta device; is the model offloaded?"
         )
     shape = (weight.shape[0], weight.shape[1])
-    only = {k: params.pop(k) for k in fmt.quantize_only if k in params}
+    only = fmt.check_types({k: params.pop(k) for k in fmt.quantize_only if k in params})
     resolved = fmt.resolve(shape, fmt.complete({"the weight": shape}, params))
     with torch.no_grad():
         tensors = fmt.quantize(
@@ -170,12 +181,16 @@ def quantize(weight: Tensor, format: str, **params: Any) -> PackedWeight:
 
 
 def pack(format: str, tensors: Mapping[str, Tensor], shape: tuple[int, int], **params: Any) -> PackedWeight:
-    """Wrap a checkpoint's tensors (not copied) as a weight of shape (N, K).
+    """Wrap a checkpoint's tensors (copied only if strided) as a weight of shape (N, K).
 
     Raises ValueError, naming the tensor, what was expected and what came, on a wrong dtype or shape,
     a missing or unknown tensor, a NaN scale or an index out of range.
     """
     fmt = formats.get(format)
+    if not isinstance(tensors, Mapping):
+        raise ValueError(f"{format}: tensors: expected names and tensors, got a {type(tensors).__name__}")
+    tensors = {name: plain(f"{format}: {name}", tensor) for name, tensor in tensors.items()}
+    params = fmt.check_types(params)
     shape = tuple(shape)  # type: ignore[assignment]  # a list or torch.Size will do
     resolved = fmt.resolve(shape, fmt.params_from_tensors(tensors, params))
     fmt.validate(tensors, shape, resolved)

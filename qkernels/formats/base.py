@@ -7,7 +7,6 @@ hand. N = output features, K = input features, and every weight is (N, K).
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from ..tensors import check_strided
 
 if TYPE_CHECKING:
     from ..layouts.eight_bit import EightBitParts, EightBitTraits
@@ -30,6 +31,8 @@ _CHECKED_AT_ONCE = 1 << 20
 #: `quant_method` of the config that says any format: qkernels/checkpoints/quantization.py
 OWN_METHOD = "qkernels"
 
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -44,6 +47,7 @@ class TensorSpec:
     def check(self, where: str, tensor: Any) -> None:
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{where}: expected a torch.Tensor, got {type(tensor).__name__}")
+        check_strided(where, tensor)
         expected = " or ".join(_dtype_name(d) for d in self.dtypes)
         if tensor.dtype not in self.dtypes:
             raise ValueError(f"{where}: expected dtype {expected}, got {_dtype_name(tensor.dtype)}")
@@ -80,28 +84,44 @@ class Format(ABC):
         if unknown:
             known = ", ".join(self.defaults) or "none"
             raise ValueError(f"{self.name}: unknown parameter {unknown[0]!r}; expected one of: {known}")
-        if len(shape) != 2 or not all(isinstance(s, int) and s > 0 for s in shape):
-            raise ValueError(f"{self.name}: shape: expected (N, K) with N, K >= 1, got {tuple(shape)}")
+        if len(shape) != 2 or not all(type(s) is int and 0 < s < 2**31 for s in shape):
+            raise ValueError(
+                f"{self.name}: shape: expected (N, K) with N, K >= 1, of 31 bits, got {tuple(shape)}"
+            )
         resolved = {**self.defaults, **params}
-        for key, default in self.defaults.items():
-            self._check_type(key, default, resolved[key])
+        resolved = self.check_types(resolved)
         self.check_params(shape, resolved)
         return resolved
 
-    def _check_type(self, key: str, default: Any, value: Any) -> None:
+    def check_types(self, params: Mapping[str, Any]) -> Params:
+        """`params`, with ints for floats made floats. ValueError naming one of another type, or too large a number.
+
+        Parameters that the format does not know, or that have no default, are not checked.
+        """
+        defaults = {**self.defaults, **self.quantize_only}
+        return {key: self._checked(key, defaults.get(key), value) for key, value in params.items()}
+
+    def _checked(self, key: str, default: Any, value: Any) -> Any:
+        """`value`, a float if the default is one. ValueError unless it is of the default's type, and kernels can
+        take it: ints of 32 bits and float32."""
         if isinstance(default, bool):
             ok, want = isinstance(value, bool), "a bool"
         elif isinstance(default, int):
             ok, want = isinstance(value, int) and not isinstance(value, bool), "an int"
+            if ok and not -(2**31) <= value < 2**31:
+                ok, want = False, "an int of 32 bits"
         elif isinstance(default, float):
-            ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            want = "a finite number"
+            ok = (
+                isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _FLOAT32_MAX
+            )
+            value, want = float(value) if ok else value, "a finite number of float32"
         elif isinstance(default, str):
             ok, want = isinstance(value, str), "a string"
         else:
-            return
+            return value
         if not ok:
             raise ValueError(f"{self.name}: {key}: expected {want}, got {value!r}")
+        return value
 
     def complete(self, shapes: Mapping[str, Shape], params: Mapping[str, Any]) -> Params:
         """`params` for quantizing weights of these shapes, by name, into this format.
@@ -324,6 +344,7 @@ def check_weight(where: str, weight: Any) -> None:
     """ValueError unless `weight` is a finite, floating, non-empty (N, K) tensor."""
     if not isinstance(weight, Tensor):
         raise ValueError(f"{where}: expected a torch.Tensor, got {type(weight).__name__}")
+    check_strided(where, weight)
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"{where}: expected a non-empty (N, K) matrix, got shape {tuple(weight.shape)}")
     if not weight.is_floating_point():

@@ -184,7 +184,7 @@ class Fp8(Format):
 
     def weight_only_traits(self, shape: Shape, params: Params) -> WeightOnlyTraits:
         rows, group = _block(params) if params["granularity"] == "block" else (1, shape[1])
-        return WeightOnlyTraits(8, params["float_format"], "scale", group, rows)
+        return WeightOnlyTraits(8, params["float_format"], "scale", group, min(rows, shape[0]))
 
     def weight_only(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> WeightOnlyParts:
         name = params["scale_name"]
@@ -244,7 +244,7 @@ class Fp8(Format):
             scale = tensors[_INPUT_SCALES[params["scale_name"]]].to(x.dtype).reshape(())
         elif params["granularity"] == "block":
             m, k = x.shape
-            size = params["block_columns"]
+            size = min(params["block_columns"], k)
             groups = torch.nn.functional.pad(x, (0, -k % size)).view(m, -1, size)
             scale = groups.abs().amax(-1).clamp(min=_GROUP_AMAX_FLOOR) / top
             scale = scale.repeat_interleave(size, dim=1)[:, :k]
@@ -304,6 +304,7 @@ def _block(params: Mapping[str, Any]) -> Shape:
 def _block_amax(weight: Tensor, rows: int, columns: int) -> Tensor:
     """(N, K) -> absmax of each block, (ceil(N/rows), ceil(K/columns)); edge blocks are smaller."""
     n, k = weight.shape
+    rows, columns = min(rows, n), min(columns, k)
     padded = torch.nn.functional.pad(weight.abs(), (0, -k % columns, 0, -n % rows))
     return padded.view(padded.shape[0] // rows, rows, -1, columns).amax(dim=(1, 3))
 
@@ -311,4 +312,5 @@ def _block_amax(weight: Tensor, rows: int, columns: int) -> Tensor:
 def _spread(scale: Tensor, shape: tuple[int, ...], rows: int, columns: int) -> Tensor:
     """Block scales -> one per weight, (N, K)."""
     n, k = shape
+    rows, columns = min(rows, n), min(columns, k)
     return scale.repeat_interleave(rows, dim=0)[:n].repeat_interleave(columns, dim=1)[:, :k]

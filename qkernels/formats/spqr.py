@@ -69,7 +69,8 @@ def stats(
     scale_codes: Tensor, zero_codes: Tensor, second_level: Tensor, row_group: int
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero float32 (N, G) from their codes (N, G) and the second level (G, R, 4)."""
-    of_rows = second_level.float().repeat_interleave(row_group, 1)[:, : scale_codes.shape[0]]
+    n = scale_codes.shape[0]
+    of_rows = second_level.float().repeat_interleave(min(row_group, n), 1)[:, :n]
     s_s, z_s, s_z, z_z = of_rows.permute(2, 1, 0)
     return s_s * (scale_codes.float() - s_z), z_s * (zero_codes.float() - z_z)
 
@@ -277,7 +278,7 @@ class Spqr(Format):
             "linear_real",
             "two_level",
             params["group_size"],
-            params["row_group"],
+            min(params["row_group"], shape[0]),
             outliers=True,
         )
 

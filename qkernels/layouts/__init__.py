@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..tensors import whole
 from . import eight_bit, weight_only
 from .eight_bit import EIGHT_BIT
 from .weight_only import WEIGHT_ONLY
@@ -24,12 +25,16 @@ _MODULES: dict[str, ModuleType] = {WEIGHT_ONLY: weight_only, EIGHT_BIT: eight_bi
 def pack(
     format: str, shape: tuple[int, int], params: Mapping[str, Any], tensors: Mapping[str, Tensor], layout: str
 ) -> dict[str, Tensor]:
-    """Checkpoint tensors -> the tensors of `layout`. ValueError unless it is the format's own layout."""
+    """Checkpoint tensors -> the tensors of `layout`, each contiguous and aligned, for kernels get addresses only.
+
+    ValueError unless it is the format's own layout.
+    """
     fmt = _format(format)
     own = fmt.kernel_layout(params)
     if layout not in _MODULES or layout != own:
         raise ValueError(f"layout: expected {own or 'none'!r} for {format!r} {dict(params)}, got {layout!r}")
-    return _MODULES[layout].pack(fmt, shape, dict(params), tensors)
+    packed = _MODULES[layout].pack(fmt, shape, dict(params), tensors)
+    return {name: whole(f"{format}: {name}", tensor, aligned=True) for name, tensor in packed.items()}
 
 
 def unpack(

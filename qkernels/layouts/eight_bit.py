@@ -72,8 +72,8 @@ def pack(
     # torch pads integers of one byte, whatever they stand for; zero is zero in all of these types
     codes = torch.nn.functional.pad(weight.view(torch.uint8), (0, padded(k) - k))
     storage = {
-        "weight": codes.contiguous().view(weight.dtype),
-        "weight_scale": parts.weight_scale.float().contiguous(),
+        "weight": codes.view(weight.dtype),
+        "weight_scale": parts.weight_scale.float(),
     }
     if parts.input_scale is not None:
         storage["input_scale"] = parts.input_scale.float().reshape(1)

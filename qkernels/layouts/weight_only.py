@@ -172,7 +172,7 @@ def pack(
 ) -> dict[str, Tensor]:
     """Checkpoint tensors of format `fmt` -> tensors of this layout."""
     parts = fmt.weight_only(tensors, shape, params)
-    storage = {f"scaler.{k}": v.contiguous() for k, v in parts.scaler_tensors.items()}
+    storage = {f"scaler.{k}": v for k, v in parts.scaler_tensors.items()}
     storage |= {f"outlier.{k}": v for k, v in parts.outliers.items()}
     storage |= {f"extra.{k}": v for k, v in parts.extra.items()} | parts.sides
     if parts.table is not None:

@@ -72,6 +72,7 @@ def spqr(
     worth = upper.diagonal()
     limit = threshold * float((w.var(0) / worth.square()).mean()) if n > 1 and threshold >= 0 else torch.inf
     top = (1 << bits) - 1
+    row_group = min(row_group, n)
     groups, rows = k // group_size, -(-n // row_group)
     codes = torch.empty(n, k, dtype=torch.uint8, device=w.device)
     stat_codes = torch.empty(2, n, groups, dtype=torch.uint8, device=w.device)
