@@ -49,6 +49,7 @@ _SHARED: dict[str, tuple[type, ...]] = {
     "unpadded_vocab_size": (int, type(None)),
     "partial_rotary_factor": (int, float, type(None)),
     "gradient_checkpointing": (bool, type(None)),
+    "kv_sharing_modes": (type(None),),
 }
 
 
@@ -117,24 +118,31 @@ def _each(path: Path, value: Any) -> Any:
 def check_fields(path: Path, kind: type, values: Mapping[str, Any]) -> None:
     """ValueError for a value that the config class `kind` would take as it is, and that code fails with later.
 
-    transformers checks the types of the fields that a class declares. What it does not declare becomes an attribute,
-    which shared code reads, or in whose way a method is.
+    transformers checks the types of the fields that a class declares, but not of those that all have. What is not
+    declared becomes an attribute, which shared code reads, or in whose way a method is.
     """
-    declared = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
+    from transformers import PreTrainedConfig
+
+    declared, common = _declared(kind), _declared(PreTrainedConfig)
     for key, value in values.items():
-        if key in declared:
-            if type(value) is int and not -(2**63) <= value < 2**63:
-                raise ValueError(f"{path}: {key}: expected an integer of 64 bits, got {value!r:.60}")
-            continue
-        if key in _SHARED and type(value) not in _SHARED[key]:
+        shared = key in _SHARED and key not in declared - common
+        if shared and type(value) not in _SHARED[key]:
             names = " or ".join("null" if t is type(None) else t.__name__ for t in _SHARED[key])
             raise ValueError(f"{path}: {key}: expected {names}, got {value!r:.60}")
+        if (shared or key in declared) and type(value) is int and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{path}: {key}: expected an integer of 64 bits, got {value!r:.60}")
+        if key in declared:
+            continue
         if callable(getattr(kind, key, None)):
             raise ValueError(f"{path}: {key}: expected a field of {kind.__name__}, got the name of a method")
     for key, part in getattr(kind, "sub_configs", {}).items():
         nested = values.get(key)
         if isinstance(nested, dict):
             check_fields(path, _config_class(part, nested), nested)
+
+
+def _declared(kind: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
 
 
 def _config_class(kind: Any, values: Mapping[str, Any]) -> Any:

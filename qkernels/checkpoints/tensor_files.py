@@ -30,6 +30,8 @@ _MAX_TENSORS = 1_000_000
 _MAX_DIMENSIONS = 64
 #: files mapped at a time; a layer's tensors may lie in two neighbouring shards
 _MAX_OPEN = 2
+#: characters of a tensor's name: whose it is, is looked up dot by dot
+_MAX_NAME = 500
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64,
     "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
@@ -90,6 +92,8 @@ def _check_layout(path: Path, header: dict[str, Any], data_bytes: int) -> None:
 
 def _info(path: Path, name: str, entry: Any, data_bytes: int) -> TensorInfo:
     where = f"{path}: tensor {name!r:.200}"
+    if len(name) > _MAX_NAME:
+        raise ValueError(f"{where}: expected a name of at most {_MAX_NAME} characters, got {len(name)}")
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _BITS:

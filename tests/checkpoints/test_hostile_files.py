@@ -274,6 +274,9 @@ def test_indexes_that_name_what_no_file_is_called(name: str, directory: Path) ->
     ({"sliding_window": True}, "sliding_window: expected int or null, got True"),
     ({"attention_chunk_size": "x"}, "attention_chunk_size: expected int or null"),
     ({"is_causal": "x"}, "is_causal: expected bool"),
+    ({"kv_sharing_modes": ["x"]}, "kv_sharing_modes: expected null"),
+    ({"output_hidden_states": 1.5}, "output_hidden_states: expected bool or null, got 1.5"),
+    ({"attention_chunk_size": -(10**30)}, "attention_chunk_size: expected an integer of 64 bits"),
     ({"hidden_act": 5}, "hidden_act"),
     ({"rms_norm_eps": "x"}, "rms_norm_eps"),
     ({"to_dict": 5}, "to_dict: expected a field of LlamaConfig, got the name of a method"),
@@ -381,6 +384,16 @@ def test_what_is_no_regular_file(
         load(directory)
 
 
+@pytest.mark.parametrize("load", [qk.load_model, load_tokenizer])
+def test_gguf_files_that_are_none(load: Callable[[Path], object], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.gguf")
+    (tmp_path / "device.gguf").symlink_to("/dev/zero")
+    (tmp_path / "folder.gguf").mkdir()
+    for name in ("fifo.gguf", "device.gguf", "folder.gguf"):
+        with _quick(2), pytest.raises(ValueError, match=f"{name}: expected"):
+            load(tmp_path / name)
+
+
 def test_links_to_regular_files_work(directory: Path, tmp_path: Path) -> None:
     """As in Hugging Face's cache."""
     cache = tmp_path / "snapshot"
@@ -450,10 +463,22 @@ def test_shapes_of_many_dimensions(count: int, tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_sizes_beyond_any_file(entry: dict[str, Any], tmp_path: Path) -> None:
     """Numbers of more digits than Python prints are named with the file, too."""
-    path = _safetensors(tmp_path / "x.safetensors", json.dumps({"t" * 1000: entry}).encode(), b"1")
+    path = _safetensors(tmp_path / "x.safetensors", json.dumps({"t" * 500: entry}).encode(), b"1")
     with pytest.raises(ValueError, match="x.safetensors: tensor 'ttt.*expected") as caught:
         read_header(path)
     assert len(str(caught.value)) < 4000
+
+
+def test_names_of_many_components(directory: Path) -> None:
+    """Whose a tensor is, is looked up dot by dot."""
+    for name in ("." * 501, "model." * 10_000_000):
+        header = json.dumps({name: {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}).encode()
+        _safetensors(directory / "model.safetensors", header)
+        expected = (
+            f"model.safetensors: tensor '.*: expected a name of at most 500 characters, got {len(name)}"
+        )
+        with _quick(2), pytest.raises(ValueError, match=expected):
+            qk.load_model(directory)
 
 
 @pytest.mark.parametrize("item", ["{}", "[]", "0", '{"":{}}', '""'])
