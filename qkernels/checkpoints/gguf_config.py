@@ -204,9 +204,10 @@ def _checked(path: Path, header: GgufHeader, architecture: str, rules: dict[str,
         window = key == "attention.sliding_window" and type(value) is int
         if window and (value == 0 or value >= given["context_length"]):
             continue  # wider than any context
-        if key in rules or key in _INFORMATION or value in _NEUTRAL.get(key, ()):
+        neutral = _NEUTRAL.get(key, ())
+        same = any(value == one and (type(value) is bool) == (type(one) is bool) for one in neutral)
+        if key in rules or key in _INFORMATION or same:
             continue
-        neutral = _NEUTRAL.get(key)
         expected = f"none or {neutral[0]!r}" if neutral else "no such key"
         raise ValueError(
             f"{path}: {prefix}{key}: expected {expected}, because it changes what the model computes in a way "

@@ -137,6 +137,8 @@ class _Reader:
             if count > most:
                 return f"{count} values"
             return list(struct.unpack(f"<{count}{_SCALARS[item]}", raw))
+        if item not in (_STRING, _ARRAY):
+            raise self.fail(f"{field}: item type", "a GGUF value type, 0 to 12", item)
         if count * 8 > self.size:
             raise self.fail(f"{field}: length", f"at most {self.size // 8} items", count)
         kept = []
@@ -163,7 +165,7 @@ class _Reader:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         alignment = metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
+        if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
             raise self.fail("metadata 'general.alignment'", "a power of two", repr(alignment))
         start = -(-self.at // alignment) * alignment
         tensors: dict[str, GgufTensor] = {}
@@ -172,12 +174,14 @@ class _Reader:
             if name in tensors:
                 raise self.fail("tensors", "each name once", f"{name!r} twice")
             try:
-                type = GGMLQuantizationType(kind)
+                ggml_type = GGMLQuantizationType(kind)
             except ValueError:
                 raise self.fail(f"{field}: type", "a ggml type", kind) from None
-            block, block_bytes = GGML_QUANT_SIZES[type]
+            block, block_bytes = GGML_QUANT_SIZES[ggml_type]
             if shape[-1] % block:
-                raise self.fail(f"{field}: shape", f"rows of a multiple of {block} for {type.name}", shape)
+                raise self.fail(
+                    f"{field}: shape", f"rows of a multiple of {block} for {ggml_type.name}", shape
+                )
             if offset % alignment:
                 raise self.fail(f"{field}: offset", f"a multiple of {alignment}", offset)
             nbytes = math.prod(shape) // block * block_bytes
@@ -185,7 +189,7 @@ class _Reader:
                 raise self.fail(
                     f"{field}: data", f"bytes up to {start + offset + nbytes}", f"a file of {self.size}"
                 )
-            tensors[name] = GgufTensor(name, type.name, shape, nbytes, start + offset)
+            tensors[name] = GgufTensor(name, ggml_type.name, shape, nbytes, start + offset)
         end, before = 0, ""
         for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
             if tensor.offset < end:

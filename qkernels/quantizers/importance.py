@@ -1,7 +1,8 @@
 """llama.cpp's importance matrix: for each linear layer the mean square of each input feature.
 
 In a file, a GGUF with `general.type` "imatrix", tensor `t` of the model has two tensors: `t.in_sum2`, float32
-(experts, K), the sum of squares, and `t.counts`, float32 (experts, 1), of how many inputs.
+(experts, K), the sum of squares, and `t.counts`, float32 (experts, 1), of how many inputs. ggml leaves out outer
+dimensions of 1, so those of a plain layer are (K) and (1).
 
 Source: llama.cpp's tools/imatrix, the format it writes since 2025.
 """
@@ -11,15 +12,17 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
-from ..linear import is_linear
+from ..linear import is_linear, linear_of
 from .calibration import batches_of
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
+#: no calibration is of more tokens than this
+_MOST_INPUTS = 1 << 40
 
 
 class ImportanceMatrix:
@@ -101,7 +104,8 @@ class ImportanceMatrix:
     def load(cls, path: str | os.PathLike[str], model: nn.Module) -> ImportanceMatrix:
         """Read such a file for `model`. ValueError naming file and tensor if it is none, or damaged.
 
-        Entries of mixtures of experts (more than one row) are not taken.
+        Entries of mixtures of experts are not taken; an entry of a layer has one row, which llama.cpp writes with
+        or without a dimension for it.
         """
         from ..checkpoints.gguf_header import read_header
 
@@ -110,28 +114,37 @@ class ImportanceMatrix:
         if (kind := header.metadata.get("general.type")) != "imatrix":
             raise ValueError(f"{path}: general.type: expected 'imatrix', got {kind!r}")
         stored = {tensor.name: tensor for tensor in header.tensors}
-        raw = path.read_bytes()
 
-        def values(name: str, columns: int | None) -> Tensor:
+        def values(file: BinaryIO, name: str, columns: int) -> Tensor:
             tensor = stored.get(name)
-            if tensor is None or tensor.type != "F32" or tensor.shape[0] != 1 or len(tensor.shape) != 2:
+            if (
+                tensor is None
+                or tensor.type != "F32"
+                or tensor.shape != (1,) * (len(tensor.shape) - 1) + (columns,)
+            ):
                 got = "none" if tensor is None else f"{tensor.type} {tensor.shape}"
-                raise ValueError(
-                    f"{path}: {name}: expected float32 of shape (1, {columns or 'K'}), got {got}"
-                )
-            found = torch.frombuffer(bytearray(raw[tensor.offset :][: tensor.nbytes]), dtype=torch.float32)
+                raise ValueError(f"{path}: {name}: expected float32 of shape (1, {columns}), got {got}")
+            file.seek(tensor.offset)
+            raw = file.read(tensor.nbytes)
+            if len(raw) != tensor.nbytes:
+                raise ValueError(f"{path}: {name}: expected {tensor.nbytes} bytes, got {len(raw)}")
+            found = torch.frombuffer(bytearray(raw), dtype=torch.float32)
             if not bool(torch.isfinite(found).all()) or bool((found < 0).any()):
                 raise ValueError(f"{path}: {name}: expected finite values >= 0, got others")
             return found
 
         means, tokens = {}, 0
-        for module, name in _stored_names(model).items():
-            if name + _SUMS not in stored:
-                continue
-            sums, count = values(name + _SUMS, None), values(name + _COUNTS, 1)
-            if float(count[0]) < 1:
-                raise ValueError(f"{path}: {name}{_COUNTS}: expected at least 1, got {float(count[0])}")
-            means[module], tokens = sums / count, max(tokens, int(count[0]))
+        with path.open("rb") as file:
+            for module, name in _stored_names(model).items():
+                if name + _SUMS not in stored:
+                    continue
+                features = linear_of(model.get_submodule(module)).in_features
+                sums, count = values(file, name + _SUMS, features), values(file, name + _COUNTS, 1)
+                if not 1 <= float(count) <= _MOST_INPUTS:
+                    raise ValueError(
+                        f"{path}: {name}{_COUNTS}: expected 1 to {_MOST_INPUTS} inputs, got {float(count):g}"
+                    )
+                means[module], tokens = sums / count, max(tokens, int(count))
         if not means:
             raise ValueError(f"{path}: expected entries for layers of this model, got {len(stored)} others")
         return cls(means, tokens)

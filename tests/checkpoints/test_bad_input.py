@@ -58,6 +58,9 @@ def _put(files: dict[str, bytes], path: Path) -> Path:
 # ---------------------------------------------------------------------- one file
 @pytest.mark.parametrize(("header", "message"), [
     ({"a": _entry(0, 32, [8]), "b": _entry(16, 64, [12])}, "tensor 'b': data_offsets: expected data from byte 32.* got 16 .overlap"),
+    ({"a": _entry(0, 32, [8]), "b": _entry(31, 63, [8])}, "tensor 'b': data_offsets: expected data from byte 32.* got 31 .overlap"),
+    ({"a": _entry(0, 32, [8]), "b": _entry(33, 64, [31], "U8")}, "tensor 'b': data_offsets: expected data from byte 32.* got 33 .hole"),
+    ({"a": _entry(0, 32, [8]), "b": _entry(0, 32, [8])}, "tensor 'b': data_offsets: expected data from byte 32.* got 0 .overlap"),
     ({"a": _entry(0, 32, [8]), "b": _entry(48, 64, [4])}, "tensor 'b': data_offsets: expected data from byte 32.* got 48 .hole"),
     ({"a": _entry(0, 32, [8])}, "expected 32 bytes of data, got 64"),
     ({"a": _entry(0, 128, [32])}, "tensor 'a': expected data up to byte 128, got a file with 64 bytes of it .truncated"),
@@ -76,7 +79,7 @@ def _put(files: dict[str, bytes], path: Path) -> Path:
     (b'{"a": 1, "a": 2}', "header: expected JSON, got something else .'a' is there twice"),
     (b"[" * 100_000, "header: expected JSON, got something else .*recursion"),
     (b"\xff\xfe\x00", "header: expected JSON"),
-], ids=range(19))  # fmt: skip
+], ids=range(22))  # fmt: skip
 def test_headers(header: Any, message: str, tmp_path: Path) -> None:
     path = _file(tmp_path / "x.safetensors", header)
     with pytest.raises(ValueError, match=f"x.safetensors: .*{message}"), TensorFiles(path) as files:

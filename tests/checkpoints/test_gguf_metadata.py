@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import resource
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,17 @@ def test_the_command_says_it_in_one_line(
             errors = capsys.readouterr().err.splitlines()
             assert errors[-1].startswith(f"qkernels: error: {path}: "), errors
             assert sum("error" in line for line in errors) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("attention.causal", 1), ("logit_scale", False), ("expert_count", False)],
+)
+def test_a_bool_is_no_number(good: Path, tmp_path: Path, key: str, value: object) -> None:
+    """Nor the other way round, even where they are equal."""
+    path = rewrite(good, tmp_path / "bad.gguf", {f"llama.{key}": value})
+    with pytest.raises(ValueError, match=rf"llama\.{re.escape(key)}: expected"):
+        qk.load_model(path)
 
 
 def test_overlapping_tensors(good: Path, tmp_path: Path) -> None:

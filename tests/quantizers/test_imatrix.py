@@ -103,12 +103,36 @@ def test_bad_importance_matrices(tmp_path: Path) -> None:
         ({sums: good, counts: one}, "model", "general.type: expected 'imatrix', got 'model'"),
         ({"other": one}, "imatrix", "expected entries for layers of this model, got 1 others"),
         ({sums: good}, "imatrix", r"counts: expected float32 of shape \(1, 1\), got none"),
-        ({sums: good, counts: one * 0}, "imatrix", "counts: expected at least 1, got 0.0"),
+        ({sums: good, counts: one * 0}, "imatrix", r"counts: expected 1 to \d+ inputs, got 0"),
+        ({sums: good, counts: one * 0.5}, "imatrix", r"counts: expected 1 to \d+ inputs, got 0.5"),
+        ({sums: good, counts: one * 3e38}, "imatrix", r"counts: expected 1 to \d+ inputs, got 3e\+38"),
+        ({sums: good, counts: one * float("inf")}, "imatrix", "counts: expected finite values >= 0"),
+        (
+            {sums: good, counts: torch.ones(1, 3)},
+            "imatrix",
+            r"counts: expected .* \(1, 1\), got F32 \(1, 3\)",
+        ),
+        ({sums: good, counts: torch.ones(1, 64)}, "imatrix", r"counts: expected .* got F32 \(1, 64\)"),
+        ({sums: good, counts: torch.ones(3, 1)}, "imatrix", r"counts: expected .* got F32 \(3, 1\)"),
+        ({sums: torch.ones(3, 64), counts: one}, "imatrix", r"in_sum2: expected .* got F32 \(3, 64\)"),
+        (
+            {sums: torch.ones(1, 128), counts: one},
+            "imatrix",
+            r"in_sum2: expected .* \(1, 64\), got F32 \(1, 128\)",
+        ),
+        ({sums: torch.ones(1, 1), counts: one}, "imatrix", r"in_sum2: expected .* got F32 \(1, 1\)"),
+        ({sums: torch.ones(64, 1), counts: one}, "imatrix", r"in_sum2: expected .* got F32 \(64, 1\)"),
         ({sums: -good, counts: one}, "imatrix", "in_sum2: expected finite values >= 0"),
         ({sums: good.half(), counts: one}, "imatrix", "in_sum2: expected float32 of shape"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=rf"{path}: .*{message}"):
             qk.ImportanceMatrix.load(written(tensors, kind), model)
+    # ggml writes no outer dimensions of 1, so this is what llama.cpp's own files look like
+    for shape in ((), (1,), (1, 1, 1)):
+        plain = {sums: 6 * torch.ones(*shape, 64), counts: 3 * torch.ones(*shape, 1)}
+        found = qk.ImportanceMatrix.load(written(plain), model)
+        assert found.tokens == 3
+        assert torch.equal(found.means["model.layers.0.mlp.up_proj"], torch.full((64,), 2.0))
     whole = written({sums: good, counts: one}).read_bytes()
     path.write_bytes(whole[:-40])
     with pytest.raises(ValueError, match="imatrix"):
