@@ -121,7 +121,7 @@ def _save_death(findings: Path, code: int, data: bytes, log: str) -> None:
 def replay(target: str, paths: list[Path]) -> int:
     """Run saved inputs; how many are findings."""
     with tempfile.TemporaryDirectory(prefix="qkernels-fuzz-", dir=child.memory()) as scratch:
-        session, bad = child.Session(target, Path(scratch)), 0
+        session, bad = child.Session(target, Path(scratch), guided=False), 0
         session.oracle.limit_memory()
         for path in paths:
             case = documents.parse(path.read_bytes())

@@ -36,11 +36,11 @@ _HEAD = struct.Struct("<QI")
 
 
 class Session:
-    """A target with its seeds; its files go into `scratch`."""
+    """A target with its seeds; its files go into `scratch`. guided: coverage is counted, which makes the start slow."""
 
-    def __init__(self, name: str, scratch: Path) -> None:
+    def __init__(self, name: str, scratch: Path, guided: bool = True) -> None:
         self.name, self.scratch = name, scratch
-        self.target = _imported(name)
+        self.target = _imported(name, guided)
         from . import oracle
 
         self.oracle = oracle
@@ -71,7 +71,7 @@ def memory() -> str | None:
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
-def _imported(name: str) -> ModuleType:
+def _imported(name: str, guided: bool) -> ModuleType:
     """The target's module; qkernels is instrumented while it is imported for the first time."""
     import torch
     import transformers
@@ -81,7 +81,7 @@ def _imported(name: str) -> ModuleType:
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     instrumented: AbstractContextManager[Any] = nullcontext()
-    if atheris is not None:
+    if atheris is not None and guided:
         # Triton reads its kernels' source and bytecode itself; the others read no files.
         without = ("triton_kernels", "backends", "benchmark", "integrations", "cli")
         instrumented = atheris.instrument_imports(

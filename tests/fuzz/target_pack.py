@@ -75,7 +75,7 @@ def run(tree: Tree, edits: list[list[Any]], folder: Path) -> None:
     weight = tree.get("weight")
     if not isinstance(weight, dict) or not isinstance(weight.get("tensors"), dict):
         return
-    case = str(weight.get("case"))
+    case = weight["case"] if isinstance(weight.get("case"), str) else ""
     tensors = {name: _tensor(case, entry) for name, entry in weight["tensors"].items()}
     params, shape, format = weight.get("params"), weight.get("shape"), weight.get("format")
     if (
@@ -95,7 +95,7 @@ def _tensor(case: str, entry: Any) -> Any:
     if not isinstance(entry, dict) or case not in _sound():
         return entry
     tensors = _sound()[case].tensors
-    made = tensors.get(str(entry.get("of")), next(iter(tensors.values()))).clone()
+    made = tensors[entry["of"] if entry.get("of") in list(tensors) else next(iter(tensors))].clone()
     dtype, shape, view = (entry.get(key) for key in ("dtype", "shape", "view"))
     if isinstance(dtype, str) and dtype in DTYPES:
         made = made.to(getattr(torch, dtype))

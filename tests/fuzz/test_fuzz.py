@@ -41,7 +41,7 @@ def test_some_seconds(target: str, tmp_path: Path) -> None:
     details = [path.read_text() + path.with_suffix(".txt").read_text() for path in result.findings]
     assert not result.findings, "\n\n".join([str(result), *details])
     assert result.deaths == 0
-    assert result.executions >= 5 * SECONDS, str(result)
+    assert result.executions >= 2 * SECONDS, str(result)  # 20 times as many where nothing else runs
     assert child.atheris is None or result.coverage > 100, str(result)
 
 
