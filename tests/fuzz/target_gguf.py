@@ -88,7 +88,7 @@ def run(tree: Tree, edits: list[list[Any]], folder: Path) -> None:
     files = documents.files_of(tree, edits)
     place(folder, files)
     path = folder / FILE
-    names = (str(path), str(folder.resolve() / FILE))
+    names = (str(folder),)
     header = attempt("read_header", names, lambda: gguf.read_header(path))
     if header is not None:
         size = path.stat().st_size

@@ -44,7 +44,7 @@ def run(tree: Tree, edits: list[list[Any]], folder: Path) -> None:
     """Load the file and use one of its entries."""
     place(folder, documents.files_of(tree, edits))
     path, model = folder / FILE, _model()
-    matrix = attempt("ImportanceMatrix.load", (str(path),), lambda: qk.ImportanceMatrix.load(path, model))
+    matrix = attempt("ImportanceMatrix.load", (str(folder),), lambda: qk.ImportanceMatrix.load(path, model))
     if matrix is None:
         return
     if type(matrix.tokens) is not int or matrix.tokens < 1:
