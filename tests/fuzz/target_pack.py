@@ -146,7 +146,7 @@ def _viewed(tensor: Tensor, view: Any) -> Any:
         longer = torch.zeros(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
         longer.copy_(tensor)
         return longer
-    if view == "sparse" and tensor.is_floating_point():
+    if view == "sparse" and tensor.is_floating_point() and tensor.element_size() > 1:
         return tensor.to_sparse()
     if view == "grad" and tensor.is_floating_point():
         return tensor.requires_grad_()
