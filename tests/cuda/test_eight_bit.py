@@ -253,3 +253,11 @@ def test_partial_sums_stay_small() -> None:
                 shares.add(config.share)
             if invariant and kind != "int8":
                 assert len(shares) == 1
+
+
+@pytest.mark.parametrize("granularity", ["block", "channel"])
+@pytest.mark.usefixtures("emulated")
+def test_tiny_activations(granularity: str) -> None:
+    from ..kernels.test_activation_floors import check
+
+    check(granularity, "cuda")
