@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .files import open_regular
+
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 #: struct codes of the scalar value types; 8 is a string, 9 an array
@@ -61,11 +63,12 @@ def read_header(path: str | os.PathLike[str], keep: str | None = None) -> GgufHe
     Raises FileNotFoundError, or ValueError naming the file, the field, what was expected and found.
     """
     path = Path(path)
-    size = path.stat().st_size
-    if size < 24:
-        raise ValueError(f"{path}: expected a GGUF header of at least 24 bytes, got a file of {size}")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return _Reader(path, data, keep).header()
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < 24:
+            raise ValueError(f"{path}: expected a GGUF header of at least 24 bytes, got a file of {size}")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _Reader(path, data, keep).header()
 
 
 class _Reader:

@@ -116,7 +116,11 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     from transformers import AutoTokenizer
 
     with told_by(directory, "tokenizer files"):
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False
+        )
+        tokenizer("a")  # some of what the files say is looked at only now: `model_max_length`, say
+        return tokenizer
 
 
 def _load_generation_config(model: PreTrainedModel, path: Path) -> None:

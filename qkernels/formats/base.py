@@ -8,6 +8,7 @@ hand. N = output features, K = input features, and every weight is (N, K).
 from __future__ import annotations
 
 import math
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ class Format(ABC):
             raise ValueError(f"{self.name}: unknown parameter {unknown[0]!r}; expected one of: {known}")
         if len(shape) != 2 or not all(type(s) is int and 0 < s < 2**31 for s in shape):
             raise ValueError(
-                f"{self.name}: shape: expected (N, K) with N, K >= 1, of 31 bits, got {tuple(shape)}"
+                f"{self.name}: shape: expected (N, K) with N, K >= 1, of 31 bits, got {reprlib.repr(shape)}"
             )
         resolved = {**self.defaults, **params}
         resolved = self.check_types(resolved)
@@ -122,7 +123,7 @@ class Format(ABC):
         else:
             return value
         if not ok:
-            raise ValueError(f"{self.name}: {key}: expected {want}, got {value!r}")
+            raise ValueError(f"{self.name}: {key}: expected {want}, got {reprlib.repr(value)}")
         return value
 
     def complete(self, shapes: Mapping[str, Shape], params: Mapping[str, Any]) -> Params:

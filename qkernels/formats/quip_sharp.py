@@ -52,7 +52,10 @@ class QuipSharp(IncoherentFormat):
         if k % 8:
             raise ValueError(f"{self.name}: shape: expected K to be a multiple of 8, got K={k}")
         for size in (k, n):
-            hadamard_orders(size)
+            try:
+                hadamard_orders(size)
+            except ValueError as error:
+                raise ValueError(f"{self.name}: shape: {error}") from None
         if params["checkpoint_format"] == "quip_sharp" and (params["bits"] != 2 or n % 16 or k % 64):
             raise ValueError(
                 f"{self.name}: checkpoint_format: expected 'compact' for bits={params['bits']}, shape={shape}; "
