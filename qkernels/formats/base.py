@@ -161,7 +161,9 @@ class Format(ABC):
     def check_finite(self, name: str, tensor: Tensor, *, nonnegative: bool = False) -> None:
         count, value = 0, 0.0
         flat = tensor.reshape(-1)
-        for part in flat.split(_CHECKED_AT_ONCE_CPU if flat.is_cpu else _CHECKED_AT_ONCE) if len(flat) else ():
+        for part in (
+            flat.split(_CHECKED_AT_ONCE_CPU if flat.is_cpu else _CHECKED_AT_ONCE) if len(flat) else ()
+        ):
             values = part.float()
             low, high = (float(end) for end in values.aminmax())  # NaN if there is one
             if not math.isfinite(high - low) or (nonnegative and low < 0):
