@@ -13,8 +13,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qkernels as qk

@@ -135,7 +135,7 @@ def with_config() -> nn.Module:
 
 def with_module() -> nn.Module:
     of = model()
-    of.model.layers[1].mlp.act_fn = nn.GELU()
+    of.model.layers[1].mlp.act_fn = nn.Tanh()
     return of
 
 
