@@ -177,10 +177,8 @@ def _assign(
             f"{infos[0].file}: {', '.join(names)}: expected shape {tuple(slot.shape)} together from {CONFIG}, "
             f"got {', '.join(str(info.shape) for info in infos)}"
         )
-    tensor = files.read(names[0]) if len(names) == 1 else torch.cat([files.read(name) for name in names], dim)
-    if dtype is not None and tensor.is_floating_point():
-        tensor = tensor.to(dtype)
-    tensor = tensor.to(device)
+    tensors = [files.read_as(name, dtype) for name in names]
+    tensor = (tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)).to(device)
     slots[leaf] = nn.Parameter(tensor, slot.requires_grad) if isinstance(slot, nn.Parameter) else tensor
     return True
 

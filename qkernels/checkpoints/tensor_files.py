@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .files import MAX_JSON_BYTES, check_regular, open_regular, parse_json, read_json
@@ -197,6 +198,20 @@ class TensorFiles:
         except (SafetensorError, OSError, TypeError, AttributeError, RuntimeError) as error:
             # A dtype that this torch lacks is a TypeError or an AttributeError there.
             raise ValueError(f"{file}: tensor {name!r}: cannot be read: {error}") from error
+
+    def read_as(self, name: str, dtype: torch.dtype | None) -> Tensor:
+        """As `read`, a floating tensor in `dtype`, unless that is None.
+
+        Where that makes a copy, it comes by a map of its own: the file's pages count for this process until their map
+        is closed, and here nobody needs them any more.
+        """
+        from safetensors import safe_open
+
+        tensor = self.read(name)
+        if dtype is None or tensor.dtype == dtype or not tensor.is_floating_point():
+            return tensor
+        with safe_open(self.infos[name].file, framework="pt") as alone:
+            return alone.get_tensor(name).to(dtype)  # type: ignore[no-any-return]
 
 
 def locate(directory: Path) -> dict[Path, list[str] | None]:
