@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import reprlib
+
 from .awq import Awq
 from .base import Format
 from .bitsandbytes4 import Fp4, Nf4
@@ -36,7 +38,7 @@ def get(name: str) -> Format:
     try:
         return _FORMATS[name]
     except (KeyError, TypeError):
-        raise ValueError(f"format: expected one of {', '.join(_FORMATS)}; got {name!r}") from None
+        raise ValueError(f"format: expected one of {', '.join(_FORMATS)}; got {reprlib.repr(name)}") from None
 
 
 _OWN = (
