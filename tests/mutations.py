@@ -302,6 +302,7 @@ BEYOND = [
     (KERNEL, "offsets_ptr + rows + 1, mask=rows < N", "offsets_ptr + rows + 1, mask=rows <= N"),
     (ACTIVATIONS, "tl.load(x_row + k, mask=k < K,", "tl.load(x_row + k, mask=k <= K,"),
     (ACTIVATIONS, "tl.store(q_row + here, q, mask=here < KP)", "tl.store(q_row + here, q, mask=here <= KP)"),
+    ("triton_kernels/gather.py", "mask=kk < KP, other=-1", "mask=kk <= KP, other=-1"),
     ("triton_kernels/eight_bit.py", "n = tl.minimum(first_n + r, N - 1)", "n = tl.minimum(first_n + r, N)"),
     ("triton_kernels/eight_bit.py", "w_rows + k[None, :], mask=(k < KP)", "w_rows + k[None, :], mask=(k <= KP)"),
     ("triton_kernels/experts.py", "e = tl.minimum(expert, EXPERTS - 1).to", "e = tl.minimum(expert, EXPERTS).to"),
