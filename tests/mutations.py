@@ -381,9 +381,40 @@ RESUMED = [
     (DIGEST, "if k not in _ELSEWHERE", "if k"),
 ]  # fmt: skip
 
+SCALING = "triton_kernels/scalers.py"
+#: reads and writes beyond a tensor, of which the interpreter says nothing
+BEYOND = [
+    (SCALING, "kk = tl.minimum(kk, K - 1)", "kk = tl.minimum(kk, K)"),
+    (SCALING, "kk = tl.minimum(kk, KP - 1)", "kk = tl.minimum(kk, KP)"),
+    (SCALING, "tl.minimum(kk, KP - 1) // 256", "tl.minimum(kk, KP) // 256"),
+    (KERNEL, "at[:, None] * 16 + i[None, :], mask=(loaded < N)", "at[:, None] * 16 + i[None, :], mask=(loaded <= N)"),
+    (KERNEL, "tl.load(bias_ptr + rows, mask=rows < N", "tl.load(bias_ptr + rows, mask=rows <= N"),
+    (KERNEL, "        live = kk < K", "        live = kk <= K"),
+    (KERNEL, "offsets_ptr + rows + 1, mask=rows < N", "offsets_ptr + rows + 1, mask=rows <= N"),
+    (ACTIVATIONS, "tl.load(x_row + k, mask=k < K,", "tl.load(x_row + k, mask=k <= K,"),
+    (ACTIVATIONS, "tl.store(q_row + here, q, mask=here < KP)", "tl.store(q_row + here, q, mask=here <= KP)"),
+    ("triton_kernels/gather.py", "mask=kk < KP, other=-1", "mask=kk <= KP, other=-1"),
+    ("triton_kernels/eight_bit.py", "n = tl.minimum(first_n + r, N - 1)", "n = tl.minimum(first_n + r, N)"),
+    ("triton_kernels/eight_bit.py", "w_rows + k[None, :], mask=(k < KP)", "w_rows + k[None, :], mask=(k <= KP)"),
+    ("triton_kernels/experts.py", "e = tl.minimum(expert, EXPERTS - 1).to", "e = tl.minimum(expert, EXPERTS).to"),
+]  # fmt: skip
+FLOORS = [
+    ("qkernels/formats/fp8.py", "_GROUP_AMAX_FLOOR = 1e-4", "_GROUP_AMAX_FLOOR = 1e-10"),
+    ("qkernels/formats/fp8.py", "_TOKEN_FLOOR = 1 / (448 * 512)", "_TOKEN_FLOOR = 1e-10"),
+    (ACTIVATIONS, "GROUP_AMAX_FLOOR = tl.constexpr(1e-4)", "GROUP_AMAX_FLOOR = tl.constexpr(1e-10)"),
+]  # fmt: skip
+READERS = [
+    ("qkernels/checkpoints/gguf_header.py", "tensor.offset < end:", "tensor.offset < end - 32:"),
+    ("qkernels/checkpoints/gguf_header.py", "tensor.offset < end:", "tensor.offset + 1 < end:"),
+    ("qkernels/checkpoints/gguf_header.py", "+ nbytes > self.size", "+ nbytes > self.size + 1"),
+]  # fmt: skip
+
 #: what to break, and the tests that must notice
 SUITES = (
     (WEIGHT_ONLY, ("tests/kernels/test_decoders.py", "tests/kernels/test_weight_only.py")),
+    (BEYOND, ("tests/kernels/test_guarded.py",)),
+    (FLOORS, ("tests/kernels/test_activation_floors.py",)),
+    (READERS, ("tests/checkpoints/test_gguf_header.py",)),
     (REPLAY, ("tests/kernels/test_launch.py", "tests/cuda/test_launch.py")),
     (EIGHT_BIT, ("tests/kernels/test_activations.py", "tests/kernels/test_eight_bit.py")),
     (INCOHERENT, ("tests/kernels/test_incoherent.py",)),

@@ -18,6 +18,9 @@ import torch
 
 CSRC = Path(__file__).parents[2] / "csrc"
 FLAGS = ["-std=c++17", "-O1", "-Wall", "-Werror", "-fPIC", "-shared"]
+#: set in test_sanitizers.py's processes
+if os.environ.get("QKERNELS_SANITIZE"):
+    FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1"]
 
 
 def source_of(kernel: str) -> str:

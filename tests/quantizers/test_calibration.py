@@ -149,7 +149,9 @@ EXACT = [
 ]
 
 
-@pytest.mark.parametrize(("name", "algorithm", "params", "direct"), EXACT, ids=str)
+@pytest.mark.parametrize(
+    ("name", "algorithm", "params", "direct"), EXACT, ids=lambda value: getattr(value, "__name__", str(value))
+)
 def test_the_weights_are_those_of_the_algorithm_called_with_what_each_layer_reads(
     name: str, algorithm: str, params: dict[str, Any], direct: Any
 ) -> None:
