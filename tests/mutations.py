@@ -360,6 +360,15 @@ RESUMED = [
     (DIGEST, "if k not in _ELSEWHERE", "if k"),
 ]  # fmt: skip
 
+FILES, HF = "qkernels/checkpoints/tensor_files.py", "qkernels/checkpoints/huggingface.py"
+LOADED = [
+    ("qkernels/formats/base.py", "1 << 20, 1 << 15", "1 << 20, 1 << 20"),
+    (HF, "files.read_as(name, dtype)", "files.read(name).to(dtype or files.read(name).dtype)"),
+]
+OUT_OF_MEMORY = [
+    ("qkernels/checkpoints/model_config.py", "if is_out_of_memory(error):", "if False:"),
+]
+
 #: what to break, and the tests that must notice
 SUITES = (
     (WEIGHT_ONLY, ("tests/kernels/test_decoders.py", "tests/kernels/test_weight_only.py")),
@@ -371,6 +380,8 @@ SUITES = (
     (CUDA_EIGHT_BIT, ("tests/cuda/test_eight_bit.py",)),
     (HOPPERS, ("tests/cuda/test_hopper.py",)),
     (CALIBRATED, ("tests/quantizers/test_calibration.py",)),
+    (LOADED, ("tests/checkpoints/test_load_memory.py",)),
+    (OUT_OF_MEMORY, ("tests/test_out_of_memory.py",)),
     (RESUMED, ("tests/quantizers/test_resume.py",)),
 )
 

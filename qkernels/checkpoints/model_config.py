@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..formats.compressed_tensors import METHOD
 from .quantization import Plan
-from .tensor_files import TensorFiles, read_json
+from .tensor_files import TensorFiles, is_out_of_memory, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,6 +65,8 @@ def skeleton(directory: Path, files: TensorFiles) -> tuple[PreTrainedModel, Plan
         with init_empty_weights(include_buffers=False), NoExperts():
             model = kind._from_config(config)  # type: ignore[attr-defined]
     except Exception as error:  # a config can break a model class in any way
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"{where}: expected a {kind.__name__}'s config, got {error!r:.300}") from error
     return model, plan
 

@@ -158,6 +158,8 @@ class TensorFiles:
                 self._open[file] = safe_open(file, framework="pt").__enter__()
             return self._open[file].get_tensor(name)
         except (SafetensorError, OSError, TypeError, AttributeError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise MemoryError(str(error)) from error
             # A dtype that this torch lacks is a TypeError or an AttributeError there.
             raise ValueError(f"{file}: tensor {name!r}: cannot be read: {error}") from error
 
@@ -174,6 +176,12 @@ class TensorFiles:
             return tensor
         with safe_open(self.infos[name].file, framework="pt") as alone:
             return alone.get_tensor(name).to(dtype)  # type: ignore[no-any-return]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was not enough memory, which no file is to blame for."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or "allocate memory" in said or "out of memory" in said
 
 
 def locate(directory: Path) -> dict[Path, list[str] | None]:
