@@ -409,6 +409,15 @@ READERS = [
     ("qkernels/checkpoints/gguf_header.py", "+ nbytes > self.size", "+ nbytes > self.size + 1"),
 ]  # fmt: skip
 
+HF = "qkernels/checkpoints/huggingface.py"
+LOADED = [
+    ("qkernels/formats/base.py", "1 << 20, 1 << 15", "1 << 20, 1 << 20"),
+    (HF, "files.read_as(name, dtype)", "files.read(name).to(dtype or files.read(name).dtype)"),
+]
+OUT_OF_MEMORY = [
+    ("qkernels/checkpoints/files.py", "if is_out_of_memory(error):", "if False:"),
+]
+
 #: what to break, and the tests that must notice
 SUITES = (
     (WEIGHT_ONLY, ("tests/kernels/test_decoders.py", "tests/kernels/test_weight_only.py")),
@@ -424,6 +433,8 @@ SUITES = (
     (HOPPERS, ("tests/cuda/test_hopper.py",)),
     (SAVING, ("tests/test_atomic.py", "tests/checkpoints/test_saving_faults.py")),
     (CALIBRATED, ("tests/quantizers/test_calibration.py",)),
+    (LOADED, ("tests/checkpoints/test_load_memory.py",)),
+    (OUT_OF_MEMORY, ("tests/test_out_of_memory.py",)),
     (RESUMED, ("tests/quantizers/test_resume.py",)),
 )
 

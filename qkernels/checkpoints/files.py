@@ -34,15 +34,23 @@ def told_by(path: Path, expected: str) -> Iterator[None]:
     """
     try:
         yield
-    except MemoryError:
-        raise
     except BaseException as error:
+        if is_out_of_memory(error):
+            raise
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         if isinstance(error, ValueError) and str(error).startswith(f"{path}"):
             raise  # names it already
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"{path}: expected {expected}, got: {_printable(reason, 500)}") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was not enough memory, which no file is to blame for."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("allocate memory" in said or "out of memory" in said)
+    )
 
 
 @contextmanager

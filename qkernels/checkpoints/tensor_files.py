@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import MAX_JSON_BYTES, check_regular, open_regular, parse_json, read_json
+from .files import MAX_JSON_BYTES, check_regular, is_out_of_memory, open_regular, parse_json, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -196,6 +196,8 @@ class TensorFiles:
                 self._open[file] = safe_open(file, framework="pt").__enter__()
             return self._open[file].get_tensor(name)
         except (SafetensorError, OSError, TypeError, AttributeError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise MemoryError(str(error)) from error
             # A dtype that this torch lacks is a TypeError or an AttributeError there.
             raise ValueError(f"{file}: tensor {name!r}: cannot be read: {error}") from error
 

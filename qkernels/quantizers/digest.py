@@ -37,8 +37,9 @@ def of_model(model: nn.Module) -> str:
     tensors = of_tensors(
         [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     )
-    config: Any = getattr(model, "config", None)
-    values = config.to_dict() if hasattr(config, "to_dict") else getattr(config, "__dict__", None)
+    config = getattr(model, "config", None)
+    to_dict = getattr(config, "to_dict", None)
+    values = to_dict() if to_dict else getattr(config, "__dict__", None)
     values = {k: v for k, v in (values or {}).items() if k not in _ELSEWHERE}
     return hashlib.blake2b(as_json([modules, tensors, values]).encode(), digest_size=32).hexdigest()
 
