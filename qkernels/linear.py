@@ -55,12 +55,13 @@ class QuantLinear(Holder):
 
         The rest is as in `qkernels.matmul`. ValueError if the bias does not fit.
         """
+        if bias is not None:
+            ops.check_bias(bias, packed.shape[0])
         super().__init__(dtype or (torch.get_default_dtype() if bias is None else bias.dtype))
         self.out_features, self.in_features = packed.shape
         self.backend = backend
         self.batch_invariant = batch_invariant
         if bias is not None:
-            ops.check_bias(bias, self.out_features)
             bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach())
         self.register_parameter("bias", bias)
         # An object of its own: other layers may share the tensors, and each moves its weight by itself.
