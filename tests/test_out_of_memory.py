@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import qkernels as qk
 from .checkpoints.test_gguf_models import bpe_tokenizer
 from .tiny import ids, tiny_model
 
+ROOT = Path(__file__).parents[1]
 MB = 1 << 20
 #: what there is beyond what the process has already taken when it starts
 LEFT = (1, 2, 4, 8, 16, 32, 64)
@@ -31,25 +33,6 @@ def model() -> torch.nn.Module:
 
 def taken() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-
-
-def in_child(work: Callable[[], Any]) -> Any:
-    """What `work` returns, of a forked process: its limits and its memory are its own."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            torch.set_num_threads(1)  # it has none of its parent's threads
-            answer = json.dumps(work()).encode()
-        except BaseException as error:
-            answer = json.dumps(f"{type(error).__name__}: {error}").encode()
-        os.write(write, answer)
-        os._exit(0)
-    os.close(write)
-    with os.fdopen(read, "rb") as file:
-        answer = file.read()
-    os.waitpid(child, 0)
-    return json.loads(answer)
 
 
 def limited(work: Callable[[], object], left: int) -> str:
@@ -67,6 +50,7 @@ def limited(work: Callable[[], object], left: int) -> str:
 
 def run(kind: str, folder: Path) -> list[str]:
     """Each of LEFT in turn; after each the same again without a limit must do what it should."""
+    torch.set_num_threads(1)
     want = qk.quantize_model(model(), "q4_1", progress=False)
     tokens = ids(8)[None]
     with torch.no_grad():
@@ -89,9 +73,13 @@ def run(kind: str, folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["load", "quantize"])
 def test_it_is_said_nothing_is_half_done_and_then_it_works(kind: str, tmp_path: Path) -> None:
-    ends = in_child(lambda: run(kind, tmp_path))
-    assert isinstance(ends, list), ends
-    print(kind, ends)
+    """In a process of its own: what earlier tests have freed would be enough."""
+    code = "import json, sys; from pathlib import Path; from tests.test_out_of_memory import run; "
+    code += "print(json.dumps(run(sys.argv[1], Path(sys.argv[2]))))"
+    command = [sys.executable, "-c", code, kind, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ends = json.loads(done.stdout.splitlines()[-1])
     failed = [end for end in ends if end]
     assert failed, "nothing ran out of memory"
     assert not ends[-1]

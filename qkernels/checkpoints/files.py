@@ -120,9 +120,11 @@ def read_bytes(path: Path, limit: int = MAX_JSON_BYTES, what: str = "JSON") -> b
     """All bytes of the regular file at `path`; ValueError if there are more than `limit`."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        text = file.read(limit + 1) if size <= limit else b""
-    if max(size, len(text)) > limit:
-        raise ValueError(f"{path}: expected at most {limit} bytes of {what}, got {max(size, len(text))}")
+        if size > limit:
+            raise ValueError(f"{path}: expected at most {limit} bytes of {what}, got {size}")
+        text = file.read(size + 1)
+    if len(text) != size:
+        raise ValueError(f"{path}: expected {size} bytes, as its directory entry says, got another number")
     return text
 
 
