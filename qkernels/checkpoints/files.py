@@ -159,3 +159,26 @@ def parse_json(where: str, text: bytes, *, unique: bool = False) -> dict[str, An
     if level:
         raise ValueError(f"{where}: expected JSON of a depth of at most {_MAX_JSON_DEPTH}, got more")
     return value
+
+
+class Unchanged:
+    """A file that is read in several goes, and must be the same one in each: of two saves half of each is no model."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._state = path, _state(path)
+
+    def check(self) -> None:
+        """ValueError once somebody has replaced the file, cut it or written to it."""
+        if _state(self.path) != self._state:
+            raise ValueError(
+                f"{self.path}: expected the file whose header was read, got one changed while it is loaded"
+            )
+
+
+def _state(path: Path) -> tuple[int, int, int, int] | None:
+    """Device, inode, bytes and time of the last change in ns; None if the file is gone."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

@@ -20,6 +20,7 @@ from ..linear import QuantLinear
 from ..moe import DOWN, GATE, LEAVES, ROLES, UP, QuantExperts, expert_weights
 from ..packed import PackedWeight, pack
 from .expert_layers import expert_shapes
+from .files import Unchanged
 from .gguf_config import ARCHITECTURES, ROPE_TABLE, read_config
 from .gguf_header import GgufHeader, GgufTensor, read_header
 from .model_config import NoExperts
@@ -44,11 +45,12 @@ def load_packed(
     from transformers import AutoModelForCausalLM
 
     path = path.resolve()
+    file = Unchanged(path)
     header = read_header(path)
     config = read_config(path, header)  # whose sizes are the tensors'
     with init_empty_weights(include_buffers=False), NoExperts():
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    reader = _Reader(path, header, config)
+    reader = _Reader(file, header, config)
     device = torch.device(device)
     embedding = model.get_input_embeddings()
     for name, module in list(model.named_modules()):
@@ -130,10 +132,10 @@ def row_order(name: str, rows: int, config: Any) -> Tensor | None:
 class _Reader:
     """Tensors of a file under the names transformers gives them."""
 
-    def __init__(self, path: Path, header: GgufHeader, config: Any) -> None:
+    def __init__(self, file: Unchanged, header: GgufHeader, config: Any) -> None:
         import gguf
 
-        self.path, self.config = path, config
+        self.file, self.path, self.config = file, file.path, config
         self.tensors = {tensor.name: tensor for tensor in header.tensors}
         self.used = {ROPE_TABLE}  # a table that transformers computes: see gguf_config
         self.permuted = ARCHITECTURES[header.metadata["general.architecture"]]
@@ -167,6 +169,7 @@ class _Reader:
 
     def _bytes(self, tensor: GgufTensor) -> Tensor:
         """The file's bytes, mapped copy-on-write."""
+        self.file.check()
         mapped = np.memmap(self.path, dtype=np.uint8, mode="c", offset=tensor.offset, shape=(tensor.nbytes,))
         return torch.from_numpy(mapped)
 

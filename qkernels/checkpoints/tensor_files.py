@@ -19,7 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import MAX_JSON_BYTES, check_regular, is_out_of_memory, open_regular, parse_json, read_json
+from .files import (
+    MAX_JSON_BYTES,
+    Unchanged,
+    check_regular,
+    is_out_of_memory,
+    open_regular,
+    parse_json,
+    read_json,
+)
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -119,19 +127,6 @@ def _info(path: Path, name: str, entry: Any, data_bytes: int) -> TensorInfo:
     return TensorInfo(dtype, tuple(shape), nbytes, path)
 
 
-#: device, inode, bytes, time of the last change, in ns
-_State = tuple[int, int, int, int]
-
-
-def _state(path: Path) -> _State | None:
-    """What differs once somebody replaced a file or wrote to it; None if it is gone."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
 class TensorFiles:
     """The tensors of a model directory (or of files), memory-mapped and read one at a time.
 
@@ -149,10 +144,10 @@ class TensorFiles:
         else:
             path = Path(path)
             expected = locate(path) if path.is_dir() else {path: None}
-        self._states: dict[Path, _State | None] = {}
+        self._unchanged: dict[Path, Unchanged] = {}
         for file, names in expected.items():
             header = read_header(file)
-            self._states[file] = _state(file)
+            self._unchanged[file] = Unchanged(file)
             missing = sorted(set(names or ()) - set(header))
             if missing:
                 raise ValueError(
@@ -185,10 +180,7 @@ class TensorFiles:
         from safetensors import SafetensorError, safe_open
 
         file = self.infos[name].file
-        if _state(file) != self._states[file]:
-            raise ValueError(
-                f"{file}: expected the file whose header was read, got one changed while it is loaded"
-            )
+        self._unchanged[file].check()
         try:
             if file not in self._open:
                 if len(self._open) == _MAX_OPEN:

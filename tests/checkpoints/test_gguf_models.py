@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
 import qkernels as qk
 from qkernels import samples
 from qkernels.checkpoints import gguf, gguf_model
+from qkernels.checkpoints.files import Unchanged
 from qkernels.embedding import QuantEmbedding
 from qkernels.evaluate import perplexity
 
@@ -182,7 +184,7 @@ def test_types_and_tensors_that_are_not_known(tmp_path: Path) -> None:
     qk.save_model(model, path, bpe_tokenizer())
     original = gguf_model.read_header(path)
     tensors = {t.name: t for t in original.tensors}
-    reader = gguf_model._Reader(path, original, model.config)
+    reader = gguf_model._Reader(Unchanged(path), original, model.config)
     odd = tensors["blk.0.ffn_up.weight"].__class__("blk.0.ffn_up.weight", "IQ1_S", (96, 64), 10, 0)
     reader.tensors["blk.0.ffn_up.weight"] = odd
     with pytest.raises(
@@ -195,6 +197,24 @@ def test_types_and_tensors_that_are_not_known(tmp_path: Path) -> None:
         reader.weight("model.layers.0.mlp.up_proj", (96, 65))
     with pytest.raises(ValueError, match="expected only tensors the model has"):
         reader.check_all_used()
+
+
+def test_a_file_that_is_cut_while_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bytes are mapped: to read those that are gone would end the process."""
+    model = tiny_model()
+    path = tmp_path / "cut.gguf"
+    qk.save_model(model, path, bpe_tokenizer())
+    real = gguf_model.read_config
+
+    def cut(*args: Any) -> Any:
+        os.truncate(path, path.stat().st_size // 2)
+        return real(*args)
+
+    monkeypatch.setattr(gguf_model, "read_config", cut)
+    with pytest.raises(
+        ValueError, match="cut.gguf: expected the file whose header was read, got one changed"
+    ):
+        qk.load_model(path)
 
 
 def test_what_cannot_be_written(tmp_path: Path) -> None:
