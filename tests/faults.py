@@ -77,6 +77,14 @@ class File:
         return path.read_text() if path.exists() else None
 
 
+def left_beside(path: Path) -> list[Path]:
+    """What saving left, but for folders of processes that were lost before they had locked them; see atomic._clean."""
+    others = [entry for entry in path.parent.iterdir() if entry != path]
+    return [
+        entry for entry in others if not entry.is_dir() or {file.name for file in entry.iterdir()} - {"lock"}
+    ]
+
+
 KINDS: tuple[type[Directory] | type[File], ...] = (Directory, File)
 
 

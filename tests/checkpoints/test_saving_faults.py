@@ -99,7 +99,7 @@ def test_a_call_that_fails(place: tuple[Path, Save, list[str | None]], error: Ba
         assert failed or got == new, f"step {step}"
     save(path, 1)
     assert digest(path) == new
-    assert [entry for entry in path.parent.iterdir() if entry != path and os.listdir(entry)] == []
+    assert faults.left_beside(path) == []
 
 
 @contextmanager
