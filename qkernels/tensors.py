@@ -47,10 +47,12 @@ def whole(where: str, tensor: Tensor, *, aligned: bool) -> Tensor:
     aligned: where whole loads begin, as tensors of a kernel layout must. Files lay them anywhere.
     """
     _check_memory(where, tensor)
-    tensor = tensor.resolve_neg().contiguous()
-    if (
-        tensor.dim() and tensor.stride(-1) != 1
-    ):  # what has one number there may be called contiguous and no bytes
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
+    if not tensor.is_contiguous():
+        tensor = tensor.contiguous()
+    elif tensor.dim() and tensor.stride(-1) != 1:
+        # Where there is one number any stride is called contiguous, but its bytes cannot be viewed.
         tensor = tensor.clone(memory_format=torch.contiguous_format)
     if aligned and not isinstance(tensor, FakeTensor) and tensor.data_ptr() % _ALIGNMENT:
         tensor = tensor.clone()
@@ -59,8 +61,9 @@ def whole(where: str, tensor: Tensor, *, aligned: bool) -> Tensor:
 
 def _check_memory(where: str, tensor: Tensor) -> None:
     """ValueError unless there is memory for every number, as there is not once somebody has freed it."""
-    memory = tensor.untyped_storage().nbytes()
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    memory, last = tensor.untyped_storage().nbytes(), tensor.numel() - 1
+    if last > 0 and not tensor.is_contiguous():
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     end = (tensor.storage_offset() + last + 1) * tensor.element_size()
-    if tensor.numel() and end > memory:
+    if last >= 0 and end > memory:
         raise ValueError(f"{where}: expected memory of {end} bytes, got {memory}")
