@@ -192,6 +192,8 @@ def pack(format: str, tensors: Mapping[str, Tensor], shape: tuple[int, int], **p
     tensors = {name: plain(f"{format}: {name}", tensor) for name, tensor in tensors.items()}
     params = fmt.check_types(params)
     shape = tuple(shape)  # type: ignore[assignment]  # a list or torch.Size will do
+    fmt.check_shape(shape)
+    fmt.check_sizes(tensors, shape)
     resolved = fmt.resolve(shape, fmt.params_from_tensors(tensors, params))
     fmt.validate(tensors, shape, resolved)
     return PackedWeight(format, shape, tensors, resolved)

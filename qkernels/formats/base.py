@@ -34,6 +34,9 @@ _CHECKED_AT_ONCE, _CHECKED_AT_ONCE_CPU = 1 << 20, 1 << 15
 #: `quant_method` of the config that says any format: qkernels/checkpoints/quantization.py
 OWN_METHOD = "qkernels"
 
+#: numbers of one tensor: a weight's (SpQR's smallest groups have four statistics each), a table's or a quant state's
+_MOST_A_WEIGHT, _MOST_A_TABLE = 8, 1 << 16
+
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -87,14 +90,31 @@ class Format(ABC):
         if unknown:
             known = ", ".join(self.defaults) or "none"
             raise ValueError(f"{self.name}: unknown parameter {unknown[0]!r}; expected one of: {known}")
-        if len(shape) != 2 or not all(type(s) is int and 0 < s < 2**31 for s in shape):
-            raise ValueError(
-                f"{self.name}: shape: expected (N, K) with N, K >= 1, of 31 bits, got {reprlib.repr(shape)}"
-            )
+        self.check_shape(shape)
         resolved = {**self.defaults, **params}
         resolved = self.check_types(resolved)
         self.check_params(shape, resolved)
         return resolved
+
+    def check_shape(self, shape: Shape) -> None:
+        """ValueError unless it is (N, K) of sizes that kernels can count."""
+        if len(shape) != 2 or not all(type(s) is int and 0 < s < 2**31 for s in shape):
+            raise ValueError(
+                f"{self.name}: shape: expected (N, K) with N, K >= 1, of 31 bits, got {reprlib.repr(shape)}"
+            )
+
+    def check_sizes(self, tensors: Mapping[str, Tensor], shape: Shape) -> None:
+        """ValueError for a tensor that no weight of this shape has, whatever the parameters.
+
+        For what is read before parameters, and so the exact shapes, are known.
+        """
+        most = _MOST_A_WEIGHT * shape[0] * shape[1] + _MOST_A_TABLE
+        for name, tensor in tensors.items():
+            if tensor.numel() > most:
+                raise ValueError(
+                    f"{self.name}: {name}: expected at most {most} numbers for a weight of shape {shape}, got a tensor "
+                    f"of shape {tuple(tensor.shape)}"
+                )
 
     def check_types(self, params: Mapping[str, Any]) -> Params:
         """`params`, with ints for floats made floats. ValueError naming one of another type, or too large a number.

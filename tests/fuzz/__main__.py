@@ -145,6 +145,7 @@ def main() -> int:
     parser.add_argument("--replay", type=Path, nargs="+", metavar="FILE")
     given = parser.parse_args()
     if given.replay:
+        os.environ["TRITON_INTERPRET"] = "1"
         return int(replay(given.target, given.replay) > 0)
     bad = 0
     for target in child.TARGETS if given.target == "all" else (given.target,):

@@ -162,7 +162,7 @@ def _fuzz(recorder: Recorder, seconds: int, corpus: Path) -> None:
     change: Callable[[bytes], bytes] = lambda text: atheris.Mutate(text, max(1, 2 * len(text)))  # noqa: E731
     options = [
         f"-max_total_time={seconds}", f"-max_len={_MOST_BYTES}", "-len_control=0", "-rss_limit_mb=0", "-timeout=0", "-reload=0",
-        "-report_slow_units=100000",
+        "-report_slow_units=100000", f"-seed={_seed()}",
         f"-artifact_prefix={session.scratch}/",
         *(f"-handle_{name}=0" for name in ("abrt", "bus", "fpe", "ill", "int", "segv", "term", "xfsz")),
     ]  # fmt: skip
@@ -176,9 +176,14 @@ def _fuzz(recorder: Recorder, seconds: int, corpus: Path) -> None:
     atheris.Fuzz()
 
 
+def _seed() -> int:
+    """$QKERNELS_FUZZ_SEED, or another at each start."""
+    return int(os.environ.get("QKERNELS_FUZZ_SEED") or time.time_ns() % 2**31)
+
+
 def _blind(recorder: Recorder, mutator: Any, seconds: int) -> None:
     """Without coverage: mutations of seeds and of their mutations."""
-    rng, end = random.Random(time.time_ns()), time.monotonic() + seconds
+    rng, end = random.Random(_seed()), time.monotonic() + seconds
     while time.monotonic() < end:
         data = b""
         for _ in range(rng.choice((1, 2, 4))):
