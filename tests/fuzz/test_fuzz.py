@@ -120,6 +120,7 @@ def test_a_death_is_a_finding(body: str, cause: str, tmp_path: Path, monkeypatch
     """With the input that it died of, and the rest of the time goes on in another process."""
     script = tmp_path / "dying.py"
     script.write_text(DYING % body)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # the script lies elsewhere
     monkeypatch.setattr("tests.fuzz.__main__.CHILD", [str(script)])
     monkeypatch.setattr("tests.fuzz.__main__._MOST_DEATHS", 2)
     monkeypatch.setattr("tests.fuzz.__main__._PATIENCE", 3)
