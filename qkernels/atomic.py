@@ -7,7 +7,8 @@
 
 Where the system cannot exchange two directories, the old one is moved to `old-0/model` in the private folder for a
 moment. Nothing removes it from there while `parent/model` is missing: it is moved back, at the latest by the next
-save beside it. That save also removes what a killed process left.
+save beside it. That save also removes what a killed process of this machine left, or any of a week ago: locks are
+often seen on their own machine alone.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import stat
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -29,11 +32,12 @@ from typing import Any
 
 try:
     import fcntl
-except ImportError:  # Windows: what a killed process left stays
+except ImportError:  # Windows: what a killed process left stays for a week
     fcntl = None  # type: ignore[assignment]
 
 PREFIX = ".qkernels-saving-"
 _LOCK, _NEW, _OLD = "lock", "new", "old-"
+_WEEK = 7 * 24 * 3600.0
 #: of two processes that save to one place at once the later one wins, after so many tries at most
 _ATTEMPTS = 100
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -49,7 +53,7 @@ def replacing(path: Path) -> Iterator[Path]:
     parent = path.parent
     parent.mkdir(parents=True, exist_ok=True)
     _clean(parent)
-    folder = parent / f"{PREFIX}{secrets.token_hex(8)}"
+    folder, process = parent / f"{PREFIX}{secrets.token_hex(8)}", os.getpid()
     with _ended_by_sigterm():
         try:
             folder.mkdir(mode=0o700)
@@ -58,9 +62,13 @@ def replacing(path: Path) -> Iterator[Path]:
                 yield folder / _NEW
                 _sync(folder / _NEW)
                 _put(folder / _NEW, path)
-                _sync_one(parent)
+                with suppress(
+                    OSError
+                ):  # it is saved; that a power cut keeps it, not every file system can promise
+                    _sync_one(parent)
         finally:
-            _discard(folder)
+            if os.getpid() == process:  # a process forked meanwhile leaves it to its parent
+                _discard(folder)
 
 
 @contextmanager
@@ -124,7 +132,7 @@ def _sync(path: Path) -> None:
 def _sync_one(path: Path) -> None:
     if os.name == "nt" and path.is_dir():
         return  # cannot be opened there
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
@@ -136,24 +144,26 @@ def _sync_one(path: Path) -> None:
 
 # ---------------------------------------------------------------------- private folders
 def _lock(lock: Any) -> None:
-    """Lock the file for as long as it is open. Only then does it say something: see `_clean`."""
+    """Lock the file for as long as it is open. Only then does it say whose it is: see `_is_dead`."""
     if fcntl is not None:
-        try:
+        with suppress(OSError):  # a file system without locks: nobody else can lock it, either
             fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:
-            return  # a file system without locks: nobody else can lock it, either
-    lock.write(f"{os.getpid()}\n")
+    lock.write(f"{socket.gethostname()} {os.getpid()}\n")
     lock.flush()
 
 
-def _discard(folder: Path) -> None:
-    """Remove a private folder. A directory whose place is still empty goes back there first."""
+def _restore(folder: Path) -> None:
+    """Move a directory that was to be replaced back to its place, if that is empty."""
     for old in folder.glob(f"{_OLD}*/*"):
         if not os.path.lexists(folder.parent / old.name):
             os.rename(old, folder.parent / old.name)
-    with suppress(
-        OSError
-    ):  # what cannot be removed now is for the next save: the lock, by which it knows, goes last
+
+
+def _discard(folder: Path) -> None:
+    """Remove a private folder, but nothing that `_restore` moves back first."""
+    _restore(folder)
+    # What cannot be removed now is for the next save. The lock, by which that knows, goes last.
+    with suppress(OSError):
         for entry in folder.iterdir():
             if entry.name != _LOCK:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -161,20 +171,24 @@ def _discard(folder: Path) -> None:
 
 
 def _clean(parent: Path) -> None:
-    """Discard the private folders of processes that are gone: their locks are free, and had been taken."""
-    if fcntl is None:
-        return
+    """Give back, and then remove, what processes that are gone left in private folders of this user."""
     for folder in parent.glob(f"{PREFIX}*"):
-        try:
+        with suppress(OSError):  # in use, or gone meanwhile
             status = folder.lstat()
-            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-                continue
-            with open(folder / _LOCK, "r+") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if lock.read(1):
-                    _discard(folder)
-        except OSError:
-            continue  # in use, or gone meanwhile
+            if stat.S_ISDIR(status.st_mode) and (os.name == "nt" or status.st_uid == os.geteuid()):
+                _restore(folder)  # should its process live, it finds the place taken and replaces it again
+                with open(folder / _LOCK, "r+") as lock:
+                    if _is_dead(lock) or time.time() - status.st_mtime > _WEEK:
+                        _discard(folder)
+
+
+def _is_dead(lock: Any) -> bool:
+    """Whether the process that filled the lock's file is gone. It locks first, so one about to do so has not."""
+    host = lock.read().partition(" ")[0]
+    if fcntl is None or host != socket.gethostname():
+        return False
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return True
 
 
 # ---------------------------------------------------------------------- signals
@@ -189,13 +203,16 @@ def _ended_by_sigterm() -> Iterator[None]:
     Only where Python lets us: in the main thread. A handler of the program's is left alone.
     """
     main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL or _handled_in_c():
         yield
         return
-    came = False
+    came, process = False, os.getpid()
 
     def stop(*_: object) -> None:
         nonlocal came
+        if os.getpid() != process:  # forked meanwhile
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
         came = True
         raise _Terminated
 
@@ -206,3 +223,13 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if came:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _handled_in_c() -> bool:
+    """Whether SIGTERM has a handler that Python does not know of, faulthandler's say. Only Linux tells."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return False
+    caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "0")
+    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)

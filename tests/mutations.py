@@ -294,19 +294,23 @@ ATOMIC = "qkernels/atomic.py"
 SAVING = [
     (ATOMIC, "        if not os.path.lexists(folder.parent / old.name):", "        if False:"),
     (ATOMIC, "                _sync(folder / _NEW)\n", ""),
-    (ATOMIC, "                _sync_one(parent)\n", ""),
+    (ATOMIC, "                    _sync_one(parent)\n", "                    pass\n"),
     (ATOMIC, "            elif not _exchange(fresh, target):", "            elif True:"),
     (ATOMIC, "(errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)", "(errno.ENOENT,)"),
     (ATOMIC, "(errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)", "(errno.ENOTEMPTY, errno.EEXIST)"),
-    (ATOMIC, "if lock.read(1):", "if True:"),
+    (ATOMIC, "host != socket.gethostname()", "False"),
+    (ATOMIC, "        return False\n    fcntl.flock", "        return True\n    fcntl.flock"),
+    (ATOMIC, "                _restore(folder)", "                pass"),
+    (ATOMIC, "if os.getpid() == process:", "if True:"),
+    (ATOMIC, " or _handled_in_c()", ""),
     (ATOMIC, "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB if False else fcntl.LOCK_UN"),
     (ATOMIC, "if entry.name != _LOCK:", "if True:"),
     (ATOMIC, "folder.mkdir(mode=0o700)", "folder.mkdir()"),
     (ATOMIC, "folder.mkdir(mode=0o700)", "folder.mkdir(mode=0o700, exist_ok=True)"),
     (ATOMIC, "        raise _Terminated", "        return"),
     (ATOMIC, "            os.kill(os.getpid(), signal.SIGTERM)", "            pass"),
-    (ATOMIC, "or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL", ""),
-    (ATOMIC, "if not stat.S_ISDIR(status.st_mode) or status", "if status"),
+    (ATOMIC, "or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL or", "or"),
+    (ATOMIC, "if stat.S_ISDIR(status.st_mode) and (", "if ("),
     ("qkernels/checkpoints/tensor_files.py", "raise OSError(f\"{path}: cannot be written: {error}\") from error", "raise"),
     ("qkernels/checkpoints/directories.py", "        yield fresh\n        check_target(target)", "        yield fresh"),
 ]  # fmt: skip
@@ -378,7 +382,7 @@ RESUMED = [
     (DIGEST, "{name} {tensor.dtype} {tuple(tensor.shape)} {again}", "{name} {tensor.dtype} {tuple(tensor.shape)}"),
     (DIGEST, "for part in rows.split(each):", "for part in rows.split(each)[:1]:"),
     (DIGEST, "for part in rows.split(each):", "for part in rows[:-1].split(each):"),
-    (DIGEST, "if k not in _ELSEWHERE", "if k"),
+    (DIGEST, "if key not in _ELSEWHERE", "if key"),
 ]  # fmt: skip
 
 SCALING = "triton_kernels/scalers.py"
@@ -411,7 +415,7 @@ READERS = [
 
 HF = "qkernels/checkpoints/huggingface.py"
 LOADED = [
-    ("qkernels/formats/base.py", "1 << 20, 1 << 15", "1 << 20, 1 << 20"),
+    ("qkernels/formats/base.py", "1 << 20, 1 << 12", "1 << 20, 1 << 20"),
     (HF, "files.read_as(name, dtype)", "files.read(name).to(dtype or files.read(name).dtype)"),
 ]
 OUT_OF_MEMORY = [

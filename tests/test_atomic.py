@@ -245,6 +245,81 @@ def test_nobody_can_plant_a_link_in_what_is_written(tmp_path: Path, monkeypatch:
         fresh.write_text("new")
 
 
+def left_by(folder: Path, host: str) -> Path:
+    """What a process killed between its two renames left, seen from a machine on which no lock is held."""
+    private = folder / f"{atomic.PREFIX}{host}"
+    (private / "old-0").mkdir(parents=True)
+    Directory.write(private / "old-0" / "model", faults.OLD)
+    (private / "lock").write_text(f"{host} 1\n")
+    return private
+
+
+def test_what_another_machine_writes_is_not_removed(tmp_path: Path) -> None:
+    """Many file systems hold locks for one machine alone, so that ours would find another's free."""
+    theirs = left_by(tmp_path, "elsewhere")
+    (theirs / "new").write_text("half of it")
+    File.write(tmp_path / "other", faults.NEW)
+    assert (theirs / "new").read_text() == "half of it"
+    assert Directory.read(tmp_path / "model") == faults.OLD  # in the empty place
+    os.utime(theirs, (0, 0))
+    File.write(tmp_path / "other", faults.NEW)
+    assert not theirs.exists()
+
+
+def test_without_locks_the_old_one_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    private = left_by(tmp_path, atomic.socket.gethostname())
+    monkeypatch.setattr(atomic, "fcntl", None)
+    File.write(tmp_path / "other", faults.NEW)
+    assert Directory.read(tmp_path / "model") == faults.OLD
+    assert private.exists()
+    monkeypatch.undo()
+    File.write(tmp_path / "other", faults.NEW)
+    assert not private.exists()
+
+
+def test_a_forked_process_leaves_it_to_its_parent(tmp_path: Path) -> None:
+    with atomic.replacing(tmp_path / "model") as fresh:
+        fresh.write_text(faults.NEW)
+        child = os.fork()
+        if child == 0:
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                signal.pause()
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    assert (tmp_path / "model").read_text() == faults.NEW
+
+
+def test_a_handler_set_in_c_is_left_alone(tmp_path: Path) -> None:
+    """faulthandler's, or the one of torch's data loaders: Python does not know of them."""
+    code = (
+        "import faulthandler, os, signal, sys; from pathlib import Path; from qkernels import atomic\n"
+        "faulthandler.register(signal.SIGTERM)\n"
+        "with atomic.replacing(Path(sys.argv[1])) as fresh: fresh.write_text('new')\n"
+        "os.kill(os.getpid(), signal.SIGTERM); print('alive')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "model")], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "alive\n", done.stderr
+
+
+def test_what_is_saved_is_saved_although_its_folder_cannot_be_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = atomic._sync_one
+
+    def refused(path: Path) -> None:
+        if path == tmp_path:
+            raise PermissionError(13, "Permission denied")
+        real(path)
+
+    monkeypatch.setattr(atomic, "_sync_one", refused)
+    File.write(tmp_path / "model", faults.NEW)
+    assert (tmp_path / "model").read_text() == faults.NEW
+
+
 def test_directories_are_not_replaced_by_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected a file or nothing to save to, got a directory"):
         File.write(tmp_path, "new")

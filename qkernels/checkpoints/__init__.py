@@ -74,6 +74,10 @@ def _floating(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 def _existing(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
-    if not path.exists():
+    try:
+        exists = path.exists()
+    except OSError as error:
+        raise ValueError(f"{path!s:.300}: expected a path that there can be, got: {error.strerror}") from None
+    if not exists:
         raise FileNotFoundError(f"{path}: expected a model directory or a .gguf file, found nothing")
     return path

@@ -23,7 +23,9 @@ _COUNTS = re.compile(
     r"(?:^|_)(?:num|n|layers?|labels?|blocks?|heads?|experts?|depths?|stages?|repeats?|levels?|groups?|count)(?:_|$)"
 )
 #: of what may be many without costing anything before the model is built
-_SIZES = re.compile(r"position|ctx|vocab|embd|token|pixel|param|floor|_id|ids?$|theta|length|hidden_size")
+_SIZES = re.compile(
+    r"position|ctx|vocab|word|embd|token|pixel|param|floor|_id|ids?$|theta|length|hidden_size|step|sample|train|epoch"
+)
 #: set by transformers when it reads the config; what chooses the code that computes
 _IMPLEMENTATIONS = {
     f"{prefix}{kind}_implementation{suffix}"
@@ -39,13 +41,13 @@ _SHARED: dict[str, tuple[type, ...]] = {
     "sliding_window": (int, type(None)),
     "attention_chunk_size": (int, type(None)),
     "head_dim": (int, type(None)),
-    "is_causal": (bool,),
+    "is_causal": (bool, type(None)),
     "use_cache": (bool, type(None)),
     "output_attentions": (bool, type(None)),
     "output_hidden_states": (bool, type(None)),
     "use_bidirectional_attention": (bool, type(None), str),
     "chunk_size_feed_forward": (int, type(None)),
-    "torch_dtype": (str, type(None)),
+    "torch_dtype": (str, dict, type(None)),
     "unpadded_vocab_size": (int, type(None)),
     "partial_rotary_factor": (int, float, type(None)),
     "gradient_checkpointing": (bool, type(None)),

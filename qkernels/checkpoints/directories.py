@@ -26,6 +26,10 @@ def check_target(path: Path) -> Path:
         return target
     if not target.is_dir():
         raise ValueError(f"{path}: expected a directory or nothing to save to, got a file")
+    if target == Path.cwd():
+        raise ValueError(
+            f"{path}: expected a directory that can be replaced, got the one that this process is in"
+        )
     if target.is_mount():
         raise ValueError(
             f"{path}: expected a directory that can be replaced, got a mount point; save to one inside it"

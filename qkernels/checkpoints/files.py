@@ -13,8 +13,9 @@ import stat
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 #: of a JSON file, and of a safetensors header, as in safetensors
 MAX_JSON_BYTES = 100_000_000
@@ -54,7 +55,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def open_regular(path: Path) -> Iterator[BinaryIO]:
+def open_regular(path: Path) -> Iterator[BufferedReader]:
     """The regular file at `path`, open for reading.
 
     Raises FileNotFoundError if nothing is there, ValueError if it is something else, or cannot be opened.
@@ -175,10 +176,10 @@ class Unchanged:
             )
 
 
-def _state(path: Path) -> tuple[int, int, int, int] | None:
-    """Device, inode, bytes and time of the last change in ns; None if the file is gone."""
+def _state(path: Path) -> tuple[int, int] | None:
+    """Bytes and time of the last change in ns; None if the file is gone. Some file systems change an inode's number."""
     try:
         status = os.stat(path)
     except OSError:
         return None
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_size, status.st_mtime_ns

@@ -119,7 +119,10 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=False
         )
-        tokenizer("a")  # some of what the files say is looked at only now: `model_max_length`, say
+        if not isinstance(
+            tokenizer.model_max_length, (int, float)
+        ):  # which is looked at only when a text is cut
+            raise ValueError(f"model_max_length: expected a number, got {tokenizer.model_max_length!r:.60}")
         return tokenizer
 
 

@@ -37,8 +37,8 @@ _SIZES = (
 _REQUIRED_FIELDS = ("hidden_size", "num_hidden_layers", "vocab_size")
 #: bytes of what a model computes once: masks and tables of positions
 _MAX_BUFFERS = 2**31
-#: made while a model is built that has none in its files
-_MORE_TENSORS = 20_000
+#: made while a model is built that has none in its files; numbers in tables of positions, which are computed in Python
+_MORE_TENSORS, _MORE_NUMBERS = 20_000, 1 << 22
 #: where AutoGPTQ and AutoAWQ kept their config before config.json had a place for it
 _OLD_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
@@ -77,7 +77,7 @@ def skeleton(directory: Path, files: TensorFiles) -> tuple[PreTrainedModel, Plan
 
 
 class _Counted(TorchFunctionMode):
-    """Stops what makes more tensors than `limit`."""
+    """Stops what makes more tensors, or parameters of more numbers, than there can be."""
 
     _MAKERS = (
         torch.empty,
@@ -90,15 +90,25 @@ class _Counted(TorchFunctionMode):
         torch.randn,
     )
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, files: TensorFiles) -> None:
         super().__init__()
-        self.limit = self.left = limit
+        self.tensors = self.most_tensors = 16 * len(files.infos) + _MORE_TENSORS
+        self.numbers = self.most_numbers = _weights(files) + _MORE_NUMBERS
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.left -= func in self._MAKERS
-        if self.left < 0:
-            raise _TooMuchError(f"expected at most {self.limit} tensors, as the files hold fewer, got more")
-        return func(*args, **(kwargs or {}))
+        made = func(*args, **(kwargs or {}))
+        self.tensors -= func in self._MAKERS
+        if self.tensors < 0:
+            raise _TooMuchError(
+                f"expected at most {self.most_tensors} tensors, as the files hold fewer, got more"
+            )
+        if func is torch.empty:  # parameters are; buffers are looked at when they are all there
+            self.numbers -= made.numel()
+        if self.numbers < 0:
+            raise _TooMuchError(
+                f"expected parameters of at most {self.most_numbers} numbers, as the files hold fewer, got more"
+            )
+        return made
 
 
 class _TooMuchError(ValueError):
@@ -109,7 +119,7 @@ def _try_on_meta(where: str, kind: Any, config: Any, files: TensorFiles) -> None
     """Build the model without memory first. ValueError if it has far more tensors than the files, or buffers, which
     are really there later, that no model has."""
     try:
-        with torch.device("meta"), _Counted(16 * len(files.infos) + _MORE_TENSORS):
+        with torch.device("meta"), _Counted(files):
             model = kind._from_config(copy.deepcopy(config))
     except _TooMuchError as error:
         raise ValueError(f"{where}: {error}") from None
@@ -170,9 +180,14 @@ def _model_class(where: str, config: Any) -> Any:
     return kind[0] if isinstance(kind, tuple) else kind
 
 
+def _weights(files: TensorFiles) -> int:
+    """How many there can be, of a bit each."""
+    return 8 * sum(info.nbytes for info in files.infos.values())
+
+
 def _check_sizes(where: str, config: Any, files: TensorFiles) -> None:
     """ValueError for more layers than tensors, or a size above the number of weights there can be."""
-    weights = 8 * sum(info.nbytes for info in files.infos.values())  # of a bit each
+    weights = _weights(files)
     for part in (config, config.get_text_config()):
         for field in _SIZES:
             value = getattr(part, field, None)

@@ -49,14 +49,18 @@ _BITS = {
 }  # fmt: skip
 
 
+_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+
 @dataclass(frozen=True)
 class TensorInfo:
-    """One stored tensor: safetensors' name of its dtype ("F16"), shape, bytes, and its file."""
+    """One stored tensor: safetensors' name of its dtype ("F16"), shape, bytes, its file and where it begins there."""
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
     file: Path
+    offset: int
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -78,7 +82,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         text = file.read(length)
     header = parse_json(f"{path}: header", text, unique=True)
     header.pop("__metadata__", None)
-    infos = {name: _info(path, name, entry, size - 8 - length) for name, entry in header.items()}
+    infos = {name: _info(path, name, entry, 8 + length, size) for name, entry in header.items()}
     _check_layout(path, header, size - 8 - length)
     return infos
 
@@ -99,7 +103,9 @@ def _check_layout(path: Path, header: dict[str, Any], data_bytes: int) -> None:
         raise ValueError(f"{path}: expected {expected} bytes of data, got {data_bytes}")
 
 
-def _info(path: Path, name: str, entry: Any, data_bytes: int) -> TensorInfo:
+def _info(path: Path, name: str, entry: Any, start: int, size: int) -> TensorInfo:
+    """Of a file of `size` bytes, whose data begins at `start`."""
+    data_bytes = size - start
     where = f"{path}: tensor {name!r:.200}"
     if len(name) > _MAX_NAME:
         raise ValueError(f"{where}: expected a name of at most {_MAX_NAME} characters, got {len(name)}")
@@ -124,7 +130,7 @@ def _info(path: Path, name: str, entry: Any, data_bytes: int) -> TensorInfo:
         raise ValueError(
             f"{where}: expected data up to byte {end}, got a file with {data_bytes} bytes of it (truncated?)"
         )
-    return TensorInfo(dtype, tuple(shape), nbytes, path)
+    return TensorInfo(dtype, tuple(shape), nbytes, path, start + begin)
 
 
 class TensorFiles:
@@ -146,8 +152,8 @@ class TensorFiles:
             expected = locate(path) if path.is_dir() else {path: None}
         self._unchanged: dict[Path, Unchanged] = {}
         for file, names in expected.items():
-            header = read_header(file)
             self._unchanged[file] = Unchanged(file)
+            header = read_header(file)
             missing = sorted(set(names or ()) - set(header))
             if missing:
                 raise ValueError(
@@ -196,16 +202,22 @@ class TensorFiles:
     def read_as(self, name: str, dtype: torch.dtype | None) -> Tensor:
         """As `read`, a floating tensor in `dtype`, unless that is None.
 
-        Where that makes a copy, it comes by a map of its own: the file's pages count for this process until their map
-        is closed, and here nobody needs them any more.
+        What is converted is not mapped: pages of the file count for this process for as long as their map lives.
         """
-        from safetensors import safe_open
-
-        tensor = self.read(name)
-        if dtype is None or tensor.dtype == dtype or not tensor.is_floating_point():
-            return tensor
-        with safe_open(self.infos[name].file, framework="pt") as alone:
-            return alone.get_tensor(name).to(dtype)  # type: ignore[no-any-return]
+        info = self.infos[name]
+        stored = _FLOATS.get(info.dtype)
+        if dtype is None or stored is None or stored == dtype:
+            return self.read(name)
+        if not info.nbytes:
+            return torch.empty(info.shape, dtype=dtype)
+        self._unchanged[info.file].check()
+        raw = bytearray(info.nbytes)
+        with open_regular(info.file) as file:
+            file.seek(info.offset)
+            count = file.readinto(raw)
+        if count != info.nbytes:
+            raise ValueError(f"{info.file}: tensor {name!r}: expected {info.nbytes} bytes, got {count}")
+        return torch.frombuffer(raw, dtype=stored).view(info.shape).to(dtype)
 
 
 def locate(directory: Path) -> dict[Path, list[str] | None]:

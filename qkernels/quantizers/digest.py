@@ -40,13 +40,19 @@ def of_model(model: nn.Module) -> str:
     config = getattr(model, "config", None)
     to_dict = getattr(config, "to_dict", None)
     values = to_dict() if to_dict else getattr(config, "__dict__", None)
-    values = {k: v for k, v in (values or {}).items() if k not in _ELSEWHERE}
     return hashlib.blake2b(as_json([modules, tensors, values]).encode(), digest_size=32).hexdigest()
 
 
 def as_json(values: Any) -> str:
     """The same text for the same values; what JSON has no word for by its type's name."""
-    return json.dumps(values, sort_keys=True, default=lambda value: type(value).__name__)
+    return json.dumps(_keyed(values), sort_keys=True, default=lambda value: type(value).__name__)
+
+
+def _keyed(values: Any) -> Any:
+    """With keys that are all strings, and without those of _ELSEWHERE."""
+    if isinstance(values, dict):
+        return {str(key): _keyed(value) for key, value in values.items() if key not in _ELSEWHERE}
+    return [_keyed(value) for value in values] if isinstance(values, (list, tuple)) else values
 
 
 def _add(digest: Any, name: str, tensor: Tensor) -> None:

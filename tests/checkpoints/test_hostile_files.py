@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import qkernels as qk
-from qkernels.checkpoints import files, load_tokenizer
+from qkernels.checkpoints import files, load_tokenizer, tensor_files
 from qkernels.checkpoints.tensor_files import INDEX, TensorFiles, read_header
 
 from ..tiny import ids, tiny_model
@@ -193,6 +194,41 @@ def test_a_file_that_changes_while_it_is_loaded(directory: Path) -> None:
         path.unlink()
         with pytest.raises(ValueError, match="expected the file whose header was read"):
             open_files.read("model.norm.weight")
+
+
+def test_a_file_replaced_while_its_header_is_read(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, path = tensor_files.read_header, directory / "model.safetensors"
+
+    def replaced(file: Path) -> Any:
+        header = real(file)
+        os.replace(_copy(path, path.read_bytes()), path)
+        return header
+
+    monkeypatch.setattr(tensor_files, "read_header", replaced)
+    with (
+        TensorFiles(directory) as open_files,
+        pytest.raises(ValueError, match="expected the file whose header was read"),
+    ):
+        open_files.read("model.norm.weight")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, None])
+def test_tensors_that_are_converted(tmp_path: Path, dtype: torch.dtype | None) -> None:
+    """Read without a map, each from its own place; others are as they are."""
+    tensors = {"a": torch.randn(3, 5), "b": torch.randn(7).half(), "c": torch.randn(2, 0), "d": torch.arange(4),
+               "e": torch.tensor(2.5), "f": torch.randn(2, 3).bfloat16()}  # fmt: skip
+    save_file(tensors, tmp_path / "model.safetensors")
+    with TensorFiles(tmp_path) as open_files:
+        for name, tensor in tensors.items():
+            expected = tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+            got = open_files.read_as(name, dtype)
+            assert got.dtype == expected.dtype
+            assert torch.equal(got, expected)
+
+
+def test_a_path_that_no_file_can_have() -> None:
+    with pytest.raises(ValueError, match="expected a path that there can be, got: File name too long"):
+        qk.load_model("a" * 300)
 
 
 def _copy(path: Path, data: bytes) -> Path:

@@ -124,12 +124,61 @@ def test_regex_agrees_with_re() -> None:
             with pytest.raises(ValueError, match="expected"):
                 patterns.Patterns().compile("f", text)
             continue
-        ours = patterns.Patterns().compile("f", text)
-        assert [ours.match(name) for name in _NAMES] == [judge.match(name) is not None for name in _NAMES], (
-            text
-        )
+        (rules := patterns.Rules(patterns.Patterns())).add_pattern("f", text, 0)
+        assert [rules.first(name) is not None for name in _NAMES] == [
+            judge.match(name) is not None for name in _NAMES
+        ], text
         compared += 1
     assert compared > 500
+
+
+def test_patterns_tried_together_agree_with_each_by_itself() -> None:
+    """With groups, references, flags and names among them, which mean something else in one pattern."""
+    generator = random.Random(3)
+    more = [
+        r"(?i)MODEL.*",
+        r"(a|m)(o).*\2",
+        r"(?P<n>m).*(?P=n)",
+        r"(?:.*)(?<!x)mlp",
+        r"(x)?(?(1)y|model.*gate)",
+        "a|lm_",
+    ]
+    for _ in range(40):
+        texts = ["".join(generator.choices(_PIECES, k=generator.randint(1, 4))) for _ in range(200)]
+        texts += generator.sample(more, generator.randint(0, 3))
+        generator.shuffle(texts)
+        judges, rules = [], patterns.Rules(patterns.Patterns())
+        for text in texts:
+            try:
+                rules.add_pattern("f", text, len(judges))
+            except ValueError:
+                continue
+            judges.append(re.compile(text))
+        for name in _NAMES:
+            first = next((i for i, judge in enumerate(judges) if judge.match(name)), None)
+            assert rules.first(name) == first, name
+
+
+def test_many_patterns_of_a_large_mixture() -> None:
+    """DeepSeek-V3's 45,000 names, with a pattern for each of 58 layers: harmless, and once refused as too slow."""
+    names = [
+        f"model.layers.{i}.mlp.experts.{e}.{w}_proj"
+        for i in range(58)
+        for e in range(256)
+        for w in ("up", "gate", "down")
+    ]
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32,
+              "dynamic": {rf"-:.*model\.layers\.{i}\.mlp\.gate.*": {} for i in range(58)}}  # fmt: skip
+    with quick(20):
+        plan = Plan("here", config)
+        assert all(plan.scheme(name) is not None for name in names)
+    assert plan.scheme("model.layers.57.mlp.gate") is None
+
+
+def test_counts_that_follow_each_other_only_add_up() -> None:
+    patterns.Patterns().compile("f", r"\.".join([r"\d{1,3}"] * 10))
+    with pytest.raises(ValueError, match="expected counts of at most 20000 together"):
+        patterns.Patterns().compile("f", r"(?:(?:a{30}){30}){30}")
 
 
 def test_lists_agree_with_transformers_s_matcher() -> None:

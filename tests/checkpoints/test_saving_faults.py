@@ -139,6 +139,12 @@ def test_no_link_is_followed(tmp_path: Path, name: str) -> None:
     assert not (tmp_path / name).is_symlink()
 
 
+def test_the_current_directory_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="got the one that this process is in"):
+        qk.save_model(tiny_model(), ".")
+
+
 def test_what_came_to_the_directory_meanwhile_is_not_lost(tmp_path: Path) -> None:
     """Saving takes minutes; somebody may have put notes beside the old model since it began."""
     net = models("nf4")[0]

@@ -58,7 +58,8 @@ def is_built() -> bool:
 
     if unavailable() is not None or not torch.cuda.is_available():
         return False
-    return cached((native_arch(*torch.cuda.get_device_capability()),)).is_file()
+    module = cached((native_arch(*torch.cuda.get_device_capability()),))
+    return module.is_file() and untrusted(module) is None
 
 
 @lru_cache(maxsize=1)
@@ -141,7 +142,14 @@ def private_folder(folder: Path) -> Path:
 
 
 def check_owner(path: Path) -> None:
-    """RuntimeError if anybody but this user and root can change what is at `path`, or put something else there.
+    """RuntimeError if `path` is `untrusted`."""
+    why = untrusted(path)
+    if why is not None:
+        raise RuntimeError(f"{why}. Remove it, or set QKERNELS_CACHE to a folder of your own")
+
+
+def untrusted(path: Path) -> str | None:
+    """Why anybody but this user and root could change what is at `path`, or put something else there, or None.
 
     A module's folder and the two it lies in, up to the cache's root, are looked at, too.
     """
@@ -152,10 +160,11 @@ def check_owner(path: Path) -> None:
         if part != path and mode & stat.S_ISVTX:
             others = 0  # as in /tmp: others cannot rename what is ours
         if stat.S_ISLNK(mode) or status.st_uid not in (0, os.geteuid()) or mode & others:
-            raise RuntimeError(
+            return (
                 f"{part}: expected what only this user can write to, because code is loaded from {path}; got "
-                f"{stat.filemode(mode)} of user {status.st_uid}. Remove it, or set QKERNELS_CACHE to a folder of your own"
+                f"{stat.filemode(mode)} of user {status.st_uid}"
             )
+    return None
 
 
 def cached(archs: tuple[str, ...], root: Path | None = None) -> Path:
