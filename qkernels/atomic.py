@@ -62,9 +62,8 @@ def replacing(path: Path) -> Iterator[Path]:
                 yield folder / _NEW
                 _sync(folder / _NEW)
                 _put(folder / _NEW, path)
-                with suppress(
-                    OSError
-                ):  # it is saved; that a power cut keeps it, not every file system can promise
+                # It is saved. That a power cut keeps its name, not every file system can promise.
+                with suppress(OSError):
                     _sync_one(parent)
         finally:
             if os.getpid() == process:  # a process forked meanwhile leaves it to its parent

@@ -1,7 +1,7 @@
 """The one door to files that somebody else wrote: regular files alone, of a bounded size, and errors that name them.
 
 A FIFO blocks who opens it, a device has no end, and stat tells the size of neither. So a file is opened without
-blocking, then the open file is asked what it is, and no more than the limit is read whatever it says of its size.
+blocking, then the open file is asked what it is and how long, and it is refused if it holds more than it says.
 Symbolic links to regular files are followed: Hugging Face's cache is made of them.
 """
 
@@ -69,9 +69,7 @@ def open_regular(path: Path) -> Iterator[BufferedReader]:
         raise FileNotFoundError(f"{path.parent}: expected a file {path.name}, found none") from None
     except (OSError, ValueError) as error:  # a name that no file can have is either
         check_regular(path)  # a socket cannot be opened
-        raise ValueError(
-            f"{_printable(str(path))}: expected a file that can be read, got: {_reason(error)}"
-        ) from None
+        raise _unreadable(path, error) from None
     try:
         _check_regular(path, os.fstat(descriptor))
     except ValueError:
@@ -81,8 +79,19 @@ def open_regular(path: Path) -> Iterator[BufferedReader]:
         yield file
 
 
-def _reason(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+def read_part(file: BufferedReader, where: str, offset: int, count: int) -> bytearray:
+    """`count` bytes of an open file from `offset` on. ValueError, which begins with `where`, if there are fewer."""
+    raw = bytearray(count)
+    file.seek(offset)
+    got = file.readinto(raw)
+    if got != count:
+        raise ValueError(f"{where}: expected {count} bytes, got {got}")
+    return raw
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return ValueError(f"{_printable(str(path))}: expected a file that can be read, got: {reason}")
 
 
 def _printable(text: str, limit: int = 300) -> str:
@@ -108,9 +117,7 @@ def check_regular(path: Path, limit: int | None = None) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{_printable(str(path))}: expected a file that can be read, got: {_reason(error)}"
-        ) from None
+        raise _unreadable(path, error) from None
     _check_regular(path, status)
     if limit is not None and status.st_size > limit:
         raise ValueError(f"{path}: expected at most {limit} bytes, got {status.st_size}")

@@ -102,9 +102,9 @@ class _Counted(TorchFunctionMode):
             raise _TooMuchError(
                 f"expected at most {self.most_tensors} tensors, as the files hold fewer, got more"
             )
-        if (
-            func is torch.empty and made.dim() < 3
-        ):  # parameters; experts stay on meta, buffers are looked at at the end
+        # Of parameters alone: those of experts, of three dimensions, are never made (NoExperts), and buffers are
+        # looked at when all are there.
+        if func is torch.empty and made.dim() < 3:
             self.numbers -= made.numel()
         if self.numbers < 0:
             raise _TooMuchError(

@@ -27,6 +27,7 @@ from .files import (
     open_regular,
     parse_json,
     read_json,
+    read_part,
 )
 
 SINGLE = "model.safetensors"
@@ -211,12 +212,8 @@ class TensorFiles:
         if not info.nbytes:
             return torch.empty(info.shape, dtype=dtype)
         self._unchanged[info.file].check()
-        raw = bytearray(info.nbytes)
         with open_regular(info.file) as file:
-            file.seek(info.offset)
-            count = file.readinto(raw)
-        if count != info.nbytes:
-            raise ValueError(f"{info.file}: tensor {name!r}: expected {info.nbytes} bytes, got {count}")
+            raw = read_part(file, f"{info.file}: tensor {name!r}", info.offset, info.nbytes)
         return torch.frombuffer(raw, dtype=stored).view(info.shape).to(dtype)
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +103,7 @@ class ImportanceMatrix:
         Entries of mixtures of experts are not taken; an entry of a layer has one row, which llama.cpp writes with
         or without a dimension for it.
         """
+        from ..checkpoints.files import open_regular, read_part
         from ..checkpoints.gguf_header import read_header
 
         path = Path(path)
@@ -110,7 +112,7 @@ class ImportanceMatrix:
             raise ValueError(f"{path}: general.type: expected 'imatrix', got {kind!r}")
         stored = {tensor.name: tensor for tensor in header.tensors}
 
-        def values(file: BinaryIO, name: str, columns: int) -> Tensor:
+        def values(file: BufferedReader, name: str, columns: int) -> Tensor:
             tensor = stored.get(name)
             if (
                 tensor is None
@@ -119,17 +121,14 @@ class ImportanceMatrix:
             ):
                 got = "none" if tensor is None else f"{tensor.type} {tensor.shape}"
                 raise ValueError(f"{path}: {name}: expected float32 of shape (1, {columns}), got {got}")
-            file.seek(tensor.offset)
-            raw = file.read(tensor.nbytes)
-            if len(raw) != tensor.nbytes:
-                raise ValueError(f"{path}: {name}: expected {tensor.nbytes} bytes, got {len(raw)}")
-            found = torch.frombuffer(bytearray(raw), dtype=torch.float32)
+            raw = read_part(file, f"{path}: {name}", tensor.offset, tensor.nbytes)
+            found = torch.frombuffer(raw, dtype=torch.float32)
             if not bool(torch.isfinite(found).all()) or bool((found < 0).any()):
                 raise ValueError(f"{path}: {name}: expected finite values >= 0, got others")
             return found
 
         means, tokens = {}, 0
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             for module, name in _stored_names(model).items():
                 if name + _SUMS not in stored:
                     continue
