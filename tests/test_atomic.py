@@ -218,7 +218,8 @@ def test_nothing_but_our_own_private_folders_is_cleaned_up(tmp_path: Path) -> No
     """No link to one, no file called so, no folder without a lock, none whose process is about to take it."""
     precious = tmp_path / "elsewhere" / "precious"
     precious.mkdir(parents=True)
-    (precious / "lock").write_text("1\n")
+    (precious / "lock").write_text(f"{atomic.socket.gethostname()} 1\n")
+    (precious / "data").write_text("text")
     (tmp_path / f"{atomic.PREFIX}link").symlink_to(precious, target_is_directory=True)
     (tmp_path / f"{atomic.PREFIX}file").write_text("text")
     (tmp_path / f"{atomic.PREFIX}folder").mkdir()
@@ -288,6 +289,21 @@ def test_a_forked_process_leaves_it_to_its_parent(tmp_path: Path) -> None:
             finally:
                 os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    assert (tmp_path / "model").read_text() == faults.NEW
+
+
+def test_a_forked_process_that_ends_the_block_leaves_it_too(tmp_path: Path) -> None:
+    saving = atomic.replacing(tmp_path / "model")
+    fresh = saving.__enter__()
+    child = os.fork()
+    if child == 0:
+        try:
+            saving.__exit__(SystemExit, SystemExit(), None)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    fresh.write_text(faults.NEW)
+    saving.__exit__(None, None, None)
     assert (tmp_path / "model").read_text() == faults.NEW
 
 
