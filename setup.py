@@ -29,7 +29,11 @@ class BuildCuda(build_ext):
 
 
 setup(
-    packages=[*find_packages(include=["qkernels", "qkernels.*"]), "qkernels.triton_kernels", "qkernels.csrc"],
+    packages=[
+        *find_packages(include=["qkernels", "qkernels.*"]),
+        "qkernels.triton_kernels",
+        "qkernels.csrc",
+    ],
     package_dir={"qkernels.triton_kernels": "triton_kernels", "qkernels.csrc": "csrc"},
     package_data={"qkernels": ["py.typed"], "qkernels.csrc": ["*/*.h", "*/*.cu", "*/*.cpp"]},
     ext_modules=[Extension("qkernels._cuda", [])] if ARCHS else [],

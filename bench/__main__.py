@@ -31,19 +31,29 @@ def main(
         str, typer.Option("--shapes", help="Models, or NxK, separated by commas.")
     ] = "square,llama-3-8b",
     rows: Annotated[str, typer.Option(help="Values of M.")] = ",".join(map(str, shapes.ROWS)),
-    backend: Annotated[str, typer.Option(help="triton, cuda or reference; several with commas.")] = "triton",
+    backend: Annotated[
+        str, typer.Option(help="triton, cuda or reference; several with commas.")
+    ] = "triton",
     with_peers: Annotated[
         str,
-        typer.Option("--peers", help="all, none, some of the files in bench/peers, or modules like them."),
+        typer.Option(
+            "--peers", help="all, none, some of the files in bench/peers, or modules like them."
+        ),
     ] = "all",
     repeats: int = 20,
-    deadline: Annotated[float, typer.Option(help="Seconds after which it stops and reports.")] = 1e9,
-    jobs: Annotated[int, typer.Option(help="Processes that compile Triton kernels beforehand.")] = 1,
+    deadline: Annotated[
+        float, typer.Option(help="Seconds after which it stops and reports.")
+    ] = 1e9,
+    jobs: Annotated[
+        int, typer.Option(help="Processes that compile Triton kernels beforehand.")
+    ] = 1,
     tiny: Annotated[
         bool, typer.Option("--tiny", help="Two small shapes, for machines without a GPU.")
     ] = False,
     output: Annotated[Path | None, typer.Option(help="Folder for NAME.json and NAME.md.")] = None,
-    page: Annotated[bool, typer.Option(help="Write NAME.md; bench.report can do it later, anywhere.")] = True,
+    page: Annotated[
+        bool, typer.Option(help="Write NAME.md; bench.report can do it later, anywhere.")
+    ] = True,
     name: str = "race",
 ) -> None:
     """Race every contestant on every shape."""
@@ -68,7 +78,9 @@ def main(
         for number, one in enumerate(field)
     ]
     cases = [case for case in cases if case[3]]
-    job = worker.Job(suite, backend, with_peers, tiny, device, repeats, cases, {}, copy=device != "cpu")
+    job = worker.Job(
+        suite, backend, with_peers, tiny, device, repeats, cases, {}, copy=device != "cpu"
+    )
     if device != "cpu" and "cuda" in backend.split(","):
         _build()  # here, for a worker that took a minute at its first call would seem to hang
     if jobs > 1 and device != "cpu":
@@ -77,7 +89,9 @@ def main(
             (number, n, k, part)
             for number, n, k, counted in cases
             if field[number].compiles
-            for part in ([[m] for m in counted] if isinstance(field[number], peers.Peer) else [counted])
+            for part in (
+                [[m] for m in counted] if isinstance(field[number], peers.Peer) else [counted]
+            )
         ]
         supervisor.warm(job, compiled, jobs, deadline * 0.4, say)
     kept = Kept(output, name, page)
@@ -87,7 +101,11 @@ def main(
     except KeyboardInterrupt:
         say("stopped")
     kept.close()
-    wrong = [row for row in kept.rows if row.failed and row.contestant.startswith(("qkernels", "torch bf16"))]
+    wrong = [
+        row
+        for row in kept.rows
+        if row.failed and row.contestant.startswith(("qkernels", "torch bf16"))
+    ]
     raise typer.Exit(1 if wrong else 0)
 
 
@@ -142,7 +160,9 @@ class Kept:
 
     def write(self) -> None:
         if self.output is not None:
-            supervisor.write(self.output / f"{self.name}.json", json.dumps(self.report(), indent=1) + "\n")
+            supervisor.write(
+                self.output / f"{self.name}.json", json.dumps(self.report(), indent=1) + "\n"
+            )
 
     def close(self) -> None:
         self.show()
@@ -164,7 +184,9 @@ def line(rows: list[race.Row], copy: float | None) -> str:
     who += "" if first.contestant.startswith(("qkernels", "torch bf16")) else f" [{first.group}]"
     for row in rows:
         if row.chain is None:
-            said.append(f"M{row.m} {row.failed if row is first or row.failed != first.failed else '-'}")
+            said.append(
+                f"M{row.m} {row.failed if row is first or row.failed != first.failed else '-'}"
+            )
             continue
         speed = "" if row.speedup is None else f" {row.speedup:.2f}x"
         share = "" if not copy or row.bandwidth is None else f" {row.bandwidth / copy:.0%}"

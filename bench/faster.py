@@ -63,10 +63,14 @@ def _kind(spec: str, shape: tuple[int, int], m: int) -> str | None:
 
 def main(results: Annotated[list[Path], typer.Argument(help="Races of one GPU.")]) -> None:
     reports = [json.loads(file.read_text()) for file in results]
-    print(f'RUN, GPU, CAPABILITY = "{results[0].parent}", "{reports[0]["environment"]["gpu"]}", (9, 0)')
+    print(
+        f'RUN, GPU, CAPABILITY = "{results[0].parent}", "{reports[0]["environment"]["gpu"]}", (9, 0)'
+    )
     print("FASTER: dict[str, tuple[tuple[int, str], ...]] = {")
     for kind, entries in table([row for report in reports for row in report["results"]]).items():
-        pairs = ", ".join(f'({m}, "{backend}")' for m, backend in entries) + "," * (len(entries) == 1)
+        pairs = ", ".join(f'({m}, "{backend}")' for m, backend in entries) + "," * (
+            len(entries) == 1
+        )
         print(f'    "{kind}": ({pairs}),')
     print("}")
 

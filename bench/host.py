@@ -101,7 +101,9 @@ class NullDriver:
             def __init__(self, source: Any, metadata: Any) -> None:
                 pass
 
-            def __call__(self, x: int, y: int, z: int, stream: int, function: str, *rest: Any) -> None:
+            def __call__(
+                self, x: int, y: int, z: int, stream: int, function: str, *rest: Any
+            ) -> None:
                 if record:
                     launches.append((function, (x, y, z), rest[4:]))
 
@@ -123,7 +125,9 @@ def _launcher_class() -> Any:
     """triton's own launcher up to where C code takes over, of the versions whose __call__ is known to do so."""
     from triton.backends.nvidia.driver import CudaLauncher
 
-    if "self.launch(gridX, gridY, gridZ, stream, function" not in inspect.getsource(CudaLauncher.__call__):
+    if "self.launch(gridX, gridY, gridZ, stream, function" not in inspect.getsource(
+        CudaLauncher.__call__
+    ):
         return None
 
     class Launcher(CudaLauncher):
@@ -162,7 +166,9 @@ def null_driver(record: bool = False) -> Iterator[NullDriver]:
         driver._active = None
 
 
-def launcher_of(backend: str, name: str, params: dict[str, Any], rows: int = 1) -> dispatch.Kernel | None:
+def launcher_of(
+    backend: str, name: str, params: dict[str, Any], rows: int = 1
+) -> dispatch.Kernel | None:
     """The real launcher for a format and so many rows, taking any device."""
     p = qk.quantize(torch.zeros(SHAPE), name, **params)
     problem = dispatch.problem_of(p, rows, torch.float16, torch.device("cpu"))
@@ -267,7 +273,8 @@ def layers() -> dict[str, float]:
     found = {}
     for name, params in LAYERS:
         gate_up, down = (
-            qk.quantize_experts(torch.randn(8, *shape), name, **params) for shape in ((512, 256), (256, 256))
+            qk.quantize_experts(torch.randn(8, *shape), name, **params)
+            for shape in ((512, 256), (256, 256))
         )
         layout = qk.formats.get(name).kernel_layout(gate_up.params)
         kernel = next(
@@ -298,7 +305,9 @@ def everything() -> dict[str, dict[str, float]]:
 def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
@@ -325,9 +334,13 @@ def main(
                 else f"{backend:9} {name:44} {value:6.1f} us"
             )
     if "triton" not in found and not markdown:
-        print("triton's launchers: not measured (TRITON_INTERPRET is set, or triton is not installed)")
+        print(
+            "triton's launchers: not measured (TRITON_INTERPRET is set, or triton is not installed)"
+        )
     if output is not None:
-        output.write_text(json.dumps({"environment": versions, "microseconds": found}, indent=1) + "\n")
+        output.write_text(
+            json.dumps({"environment": versions, "microseconds": found}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -76,7 +76,9 @@ def serve(environment: Path, path: Path, text: str, tokens: int, window: int) ->
     model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
     assert model, "llama.cpp could not load the file"
     params = lib.llama_context_default_params()
-    assert params.words[:3] == [512, 2048, 512], f"another layout of llama_context_params: {params.words[:8]}"
+    assert params.words[:3] == [512, 2048, 512], (
+        f"another layout of llama_context_params: {params.words[:8]}"
+    )
     params.words[0] = params.words[1] = params.words[2] = window  # n_ctx, n_batch, n_ubatch
     context = lib.llama_init_from_model(model, params)
     assert context, "llama.cpp could not make a context"
@@ -97,7 +99,9 @@ def serve(environment: Path, path: Path, text: str, tokens: int, window: int) ->
             batch.seq_id[i][0] = 0
         assert lib.llama_decode(context, batch) == 0
         for i, following in enumerate(part[1:]):
-            logits = np.ctypeslib.as_array(lib.llama_get_logits_ith(context, i), (size,)).astype(np.float64)
+            logits = np.ctypeslib.as_array(lib.llama_get_logits_ith(context, i), (size,)).astype(
+                np.float64
+            )
             top = logits.max()
             total -= logits[following] - top - math.log(np.exp(logits - top).sum())
             scored += 1
@@ -126,14 +130,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("gguf", type=Path)
-    parser.add_argument("--llama", type=Path, required=True, help="folder that xllamacpp is installed in")
-    parser.add_argument("--text", default="macbeth", help="a file, or one of qkernels' sample texts")
+    parser.add_argument(
+        "--llama", type=Path, required=True, help="folder that xllamacpp is installed in"
+    )
+    parser.add_argument(
+        "--text", default="macbeth", help="a file, or one of qkernels' sample texts"
+    )
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.serve:
-        print(json.dumps(serve(given.llama, given.gguf, sys.stdin.read(), given.tokens, given.window)))
+        print(
+            json.dumps(serve(given.llama, given.gguf, sys.stdin.read(), given.tokens, given.window))
+        )
         return
     from qkernels.checkpoints import load_tokenizer
     from qkernels.cli.common import read_text

@@ -61,7 +61,9 @@ def model_of(size: str, device: str) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(**SIZES[size], max_position_embeddings=8192, tie_word_embeddings=size != "8b")
+    config = LlamaConfig(
+        **SIZES[size], max_position_embeddings=8192, tie_word_embeddings=size != "8b"
+    )
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -105,7 +107,11 @@ def measure(
 
         def step() -> Any:
             return net(
-                token, past_key_values=cache, use_cache=True, position_ids=where[None], cache_position=where
+                token,
+                past_key_values=cache,
+                use_cache=True,
+                position_ids=where[None],
+                cache_position=where,
             )
 
         return step
@@ -124,7 +130,9 @@ def measure(
 
 def compiled(model: Any, device: str) -> Any:
     torch._dynamo.reset()
-    return torch.compile(model, dynamic=False, backend="inductor" if device == "cuda" else "aot_eager")
+    return torch.compile(
+        model, dynamic=False, backend="inductor" if device == "cuda" else "aot_eager"
+    )
 
 
 def main(
@@ -134,8 +142,12 @@ def main(
     prompt: int = 1024,
     repeats: int = 10,
     backend: str = "auto",
-    modes: Annotated[str, typer.Option(help=f"Ways to decode: some of {', '.join(MODES)}.")] = "eager,graph",
-    deadline: Annotated[float, typer.Option(help="Seconds after which no further format is begun.")] = 1e9,
+    modes: Annotated[
+        str, typer.Option(help=f"Ways to decode: some of {', '.join(MODES)}.")
+    ] = "eager,graph",
+    deadline: Annotated[
+        float, typer.Option(help="Seconds after which no further format is begun.")
+    ] = 1e9,
     output: Annotated[Path | None, typer.Option(help="JSON file; what is in it is kept.")] = None,
 ) -> None:
     if size not in SIZES:
@@ -158,7 +170,9 @@ def main(
             # compiling takes a minute a shape: of the first batch size alone
             ways = [mode for mode in wanted if mode != "compile" or number == 0]
             for row in measure(model, str(spec), batch, prompt, device, repeats, ways):
-                rows = [one for one in rows if (one.format, one.batch) != (row.format, row.batch)] + [row]
+                rows = [
+                    one for one in rows if (one.format, one.batch) != (row.format, row.batch)
+                ] + [row]
                 if output is not None:  # a run cut short leaves what it had
                     _write(output, size, rows, left_out)
         del model
@@ -205,7 +219,9 @@ def quantized(size: str, spec: FormatSpec, backend: str, device: str) -> Any:
     model = model_of(size, device)
     if spec.name == "bf16":
         return model
-    params = {k: min(v, 32) if k == "group_size" and size == "tiny" else v for k, v in spec.params.items()}
+    params = {
+        k: min(v, 32) if k == "group_size" and size == "tiny" else v for k, v in spec.params.items()
+    }
     packed: dict[tuple[int, int], qk.PackedWeight] = {}
     for name, linear in list(model.model.named_modules()):
         if not isinstance(linear, torch.nn.Linear):
@@ -237,7 +253,11 @@ def table_of(rows: list[Row], modes: list[str], title: str) -> Table:
         decodes = [cell(row.decode.get(m), base.decode.get(m) if base else None) for m in modes]
         memory = ["" if v is None else f"{v:.2f}" for v in (row.memory_weights, row.memory_peak)]
         table.add_row(
-            row.format, str(row.batch), cell(row.prefill, base.prefill if base else None), *decodes, *memory
+            row.format,
+            str(row.batch),
+            cell(row.prefill, base.prefill if base else None),
+            *decodes,
+            *memory,
         )
     return table
 

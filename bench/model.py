@@ -28,14 +28,18 @@ def bytes_per_weight(name: str, params: dict[str, object]) -> float:
 
 
 def predicted(sizes: str, names: str, rows: str) -> Table:
-    table = Table("format", "N", "K", "M", *(gpu.name for gpu in roofline.GPUS), title="least time, us")
+    table = Table(
+        "format", "N", "K", "M", *(gpu.name for gpu in roofline.GPUS), title="least time, us"
+    )
     for n, k in shapes.shapes_of(sizes):
         for name, params in shapes.formats_of(names):
             fmt = formats.get(name)
             kind = roofline.operands(name, (n, k), {**fmt.defaults, **params})
             nbytes = int(bytes_per_weight(name, params) * n * k)
             for m in (int(part) for part in rows.split(",")):
-                found = [roofline.estimate(gpu, (n, k), m, nbytes, kind=kind) for gpu in roofline.GPUS]
+                found = [
+                    roofline.estimate(gpu, (n, k), m, nbytes, kind=kind) for gpu in roofline.GPUS
+                ]
                 cells = [f"{one.seconds * 1e6:.1f} {one.limit}" for one in found]
                 table.add_row(str(FormatSpec(name, params)), str(n), str(k), str(m), *cells)
     return table
@@ -45,7 +49,14 @@ def compared(results: Path) -> Table:
     report = json.loads(results.read_text())
     gpu = report["environment"]["gpu"]
     table = Table(
-        "contestant", "N", "K", "M", "predicted us", "measured us", "measured / predicted", title=gpu
+        "contestant",
+        "N",
+        "K",
+        "M",
+        "predicted us",
+        "measured us",
+        "measured / predicted",
+        title=gpu,
     )
     rows = [row for row in report["results"] if row["chain"] and row["predicted"]]
     for row in sorted(rows, key=lambda row: row["chain"] / row["predicted"], reverse=True):

@@ -64,7 +64,9 @@ def main(
         return f"{found:.3f} ({100 * (found / base - 1):+.2f}%)"
 
     rows = [["unquantized", "", f"{base:.3f}", "", "", ""]]
-    known: dict[tuple[float, ...], tuple[float, list[float]]] = {}  # int8 and w8a8 have the same weights
+    known: dict[
+        tuple[float, ...], tuple[float, list[float]]
+    ] = {}  # int8 and w8a8 have the same weights
     for spec in parse_specs(formats):
         errors: dict[int, float] = {}
 
@@ -84,7 +86,9 @@ def main(
             known[sizes] = alone, [measured(noisy(seed)) for seed in range(seeds)]
         alone, noise = known[sizes]
         del rounded
-        full = measured(qk.quantize_model(copy.deepcopy(net), spec.name, progress=False, **spec.params))
+        full = measured(
+            qk.quantize_model(copy.deepcopy(net), spec.name, progress=False, **spec.params)
+        )
         rows.append(
             [
                 str(spec),

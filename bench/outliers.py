@@ -76,7 +76,9 @@ def main(
     for name, arguments, calibrated in FORMATS:
         cells = [str(FormatSpec(name, arguments))]
         for net, unquantized in zip(models, base, strict=True):
-            quantized = quantize_model(copy.deepcopy(net), name, data if calibrated else None, **arguments)
+            quantized = quantize_model(
+                copy.deepcopy(net), name, data if calibrated else None, **arguments
+            )
             found = perplexity(quantized, ids).perplexity
             cells += [f"{found:.3f}", f"{found / unquantized:.4f}"]
         rows.append(cells)

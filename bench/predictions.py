@@ -44,7 +44,9 @@ def _bits(spec: str) -> tuple[float, str]:
     """Bytes a weight, and what the tensor cores multiply."""
     parsed = parse_specs(spec)[0]
     params = {**formats.get(parsed.name).defaults, **parsed.params}
-    return bytes_per_weight(parsed.name, parsed.params), roofline.operands(parsed.name, (1024, 1024), params)
+    return bytes_per_weight(parsed.name, parsed.params), roofline.operands(
+        parsed.name, (1024, 1024), params
+    )
 
 
 class Predictor:
@@ -61,13 +63,17 @@ class Predictor:
                 continue
             best = self._roofline(spec, (row["n"], row["k"]), row["m"], measured_on)
             by_rows = self.factors.setdefault(spec, {})
-            by_rows[row["m"]] = min(by_rows.get(row["m"], math.inf), row["chain"] * 1e-6 / best.seconds)
+            by_rows[row["m"]] = min(
+                by_rows.get(row["m"], math.inf), row["chain"] * 1e-6 / best.seconds
+            )
 
     def _roofline(
         self, spec: str, shape: tuple[int, int], m: int, gpu: roofline.Gpu | None = None
     ) -> roofline.Estimate:
         nbytes, kind = _bits(spec)
-        return roofline.estimate(gpu or self.gpu, shape, m, int(nbytes * shape[0] * shape[1]), kind=kind)
+        return roofline.estimate(
+            gpu or self.gpu, shape, m, int(nbytes * shape[0] * shape[1]), kind=kind
+        )
 
     def product(self, spec: str, shape: tuple[int, int], m: int) -> Time:
         best = self._roofline(spec, shape, m)
@@ -80,7 +86,11 @@ class Predictor:
     def model(self, spec: str, batch: int, rows: int) -> tuple[float, float]:
         """Seconds of one pass of plan.MODEL_SIZE with `rows` tokens in all, after PROMPT tokens if rows == batch."""
         sizes = llm.SIZES[plan.MODEL_SIZE]
-        hidden, layers, heads = sizes["hidden_size"], sizes["num_hidden_layers"], sizes["num_attention_heads"]
+        hidden, layers, heads = (
+            sizes["hidden_size"],
+            sizes["num_hidden_layers"],
+            sizes["num_attention_heads"],
+        )
         times = [self.product(spec, shape, rows) for shape in llm.linear_shapes(plan.MODEL_SIZE)]
         each = [2, 2, 2, 1]  # query and output, key and value, gate and up, down
         head = self.product("bf16", (sizes["vocab_size"], hidden), batch)
@@ -89,11 +99,21 @@ class Predictor:
             # transformers copies them for each query head where there is a mask: read once, written and read 4 times
             slower = 1 + 2 * heads / sizes["num_key_value_heads"]
             width = hidden // heads * sizes["num_key_value_heads"]
-            attention = 4 * width * plan.PROMPT * batch / (self.gpu.bandwidth * 1e9 * roofline.COPY_FRACTION)
+            attention = (
+                4
+                * width
+                * plan.PROMPT
+                * batch
+                / (self.gpu.bandwidth * 1e9 * roofline.COPY_FRACTION)
+            )
         else:  # causal: half of all pairs, two products
-            attention = 2 * plan.PROMPT * rows * hidden / (self.gpu.bf16 * 1e12 * roofline.MATMUL_FRACTION)
+            attention = (
+                2 * plan.PROMPT * rows * hidden / (self.gpu.bf16 * 1e12 * roofline.MATMUL_FRACTION)
+            )
         best = sum(n * time.best for n, time in zip(each, times, strict=True)) + attention
-        expected = sum(n * time.expected for n, time in zip(each, times, strict=True)) + slower * attention
+        expected = (
+            sum(n * time.expected for n, time in zip(each, times, strict=True)) + slower * attention
+        )
         return layers * best + head.best, layers * (expected + BESIDE_LINEARS) + head.expected
 
 
@@ -177,7 +197,9 @@ def _beside_model(predictor: Predictor, row: dict[str, Any]) -> Iterator[tuple[f
 
 
 def main(
-    gpus: Annotated[str, typer.Option("--gpu", help="Names in qkernels/roofline.py.")] = "H200,H100",
+    gpus: Annotated[
+        str, typer.Option("--gpu", help="Names in qkernels/roofline.py.")
+    ] = "H200,H100",
     last: Annotated[Path, typer.Option(help="The race that factors are of.")] = LAST,
     runs: Annotated[list[Path], typer.Option("--beside", help="Results to lay beside it.")] = [],  # noqa: B006
 ) -> None:
@@ -207,7 +229,9 @@ def _print_beside(last: dict[str, Any], reports: list[dict[str, Any]]) -> None:
     for report in reports:
         gpu = roofline.find(str(report["environment"]["gpu"]))
         if gpu is None:
-            raise typer.BadParameter(f"--beside: measured on {report['environment']['gpu'] or 'no GPU'}")
+            raise typer.BadParameter(
+                f"--beside: measured on {report['environment']['gpu'] or 'no GPU'}"
+            )
         lines += beside(Predictor(gpu, last), report)
     print("measured / expected time; what was expected, and measured:")
     for ratio, text in sorted(lines, key=lambda line: -abs(math.log(line[0]))):

@@ -55,7 +55,10 @@ def mean_speedups(rows: Rows) -> dict[str, dict[str, float]]:
 def verdict(reports: list[dict[str, Any]]) -> list[str]:
     """What is said first: each target of DESIGN section 6 at its worst, each peer, what nobody measured."""
     if all(report["environment"]["gpu"] is None for report in reports):
-        return ["No GPU measured, so nothing can be said about the targets of DESIGN section 6.", ""]
+        return [
+            "No GPU measured, so nothing can be said about the targets of DESIGN section 6.",
+            "",
+        ]
     found = [one for one in targets.findings(*reports) if one.measured is not None]
     by_target: dict[targets.Target, list[targets.Finding]] = defaultdict(list)
     for one in found:
@@ -80,7 +83,15 @@ def verdict(reports: list[dict[str, Any]]) -> list[str]:
             worst.kernel, f"{fine} of {len(ones)}",
         ])  # fmt: skip
     body += [[str(target), "not measured", "", "", "", "", ""] for target in missing]
-    headings = ["target", "reached", "measured", "worst format", "at", "kernel", "formats that reach it"]
+    headings = [
+        "target",
+        "reached",
+        "measured",
+        "worst format",
+        "at",
+        "kernel",
+        "formats that reach it",
+    ]
     lines += [table(headings, body), *_peer_lines(reports)]
     short = [one for one in found if (one.reached or 0) < 1]
     lines += ["## Every format that falls short", ""]
@@ -117,7 +128,13 @@ def _peer_lines(reports: list[dict[str, Any]]) -> list[str]:
         for one in found
     ]  # fmt: skip
     note = "Our fastest kernel's speed over the peer's where we are slowest: at least 1 is asked."
-    return ["## Against peers, worst first", "", note, "", table(["peer", "format", "ratio", "at"], body)]
+    return [
+        "## Against peers, worst first",
+        "",
+        note,
+        "",
+        table(["peer", "format", "ratio", "at"], body),
+    ]
 
 
 def table(headings: list[str], rows: list[list[str]]) -> str:
@@ -130,20 +147,30 @@ def write(reports: list[dict[str, Any]], page: Path, drawn: bool = False) -> Pat
     rows: Rows = [row for report in reports for row in report["results"]]
     lines = ["# Race", ""]
     for where in {
-        json.dumps(report["environment"], sort_keys=True): report["environment"] for report in reports
+        json.dumps(report["environment"], sort_keys=True): report["environment"]
+        for report in reports
     }.values():
         lines += [", ".join(f"{key} {value}" for key, value in where.items() if value), ""]
     if all(report["environment"]["gpu"] is None for report in reports):
         lines += ["**No GPU measured: these times are the interpreter's and mean nothing.**", ""]
-    copies = sorted({f"{report['copy_bandwidth']:.0f}" for report in reports if report["copy_bandwidth"]})
+    copies = sorted(
+        {f"{report['copy_bandwidth']:.0f}" for report in reports if report["copy_bandwidth"]}
+    )
     if copies:
         lines += [f"A large copy moves {' and '.join(copies)} GB/s, reads and writes.", ""]
     lines += verdict(reports)
     if drawn:
-        copy = next((report["copy_bandwidth"] for report in reports if report["copy_bandwidth"]), None)
+        copy = next(
+            (report["copy_bandwidth"] for report in reports if report["copy_bandwidth"]), None
+        )
         for name in pictures(rows, copy, page):
             lines += [f"![{name}]({name})", ""]
-    lines += ["## Speed against torch bf16", "", "Geometric mean over all shapes, by rows of x.", ""]
+    lines += [
+        "## Speed against torch bf16",
+        "",
+        "Geometric mean over all shapes, by rows of x.",
+        "",
+    ]
     names = [name for name, _, _ in CLASSES]
     body = [
         [who, *(f"{found[name]:.2f}" if name in found else "" for name in names)]
@@ -153,7 +180,11 @@ def write(reports: list[dict[str, Any]], page: Path, drawn: bool = False) -> Pat
     lines += [table(["contestant", *headings], body)]
     failed = sorted({(r["contestant"], r["group"], r["failed"]) for r in rows if r["failed"]})
     if failed:
-        lines += ["## Not timed", "", table(["contestant", "format", "why"], [list(item) for item in failed])]
+        lines += [
+            "## Not timed",
+            "",
+            table(["contestant", "format", "why"], [list(item) for item in failed]),
+        ]
     lines += ["## Every time", "", table(*_all(rows))]
     page.write_text("\n".join(lines))
     return page
@@ -244,7 +275,9 @@ def pictures(rows: Rows, copy_bandwidth: float | None, page: Path) -> list[str]:
         figure.suptitle(f"{n} x {k}")
         for (family, here), axes in zip(families.items(), grid, strict=True):
             for who in dict.fromkeys(row["contestant"] for row in here):
-                mine = sorted((row for row in here if row["contestant"] == who), key=lambda row: row["m"])
+                mine = sorted(
+                    (row for row in here if row["contestant"] == who), key=lambda row: row["m"]
+                )
                 rows_of_x = [row["m"] for row in mine]
                 style = {"marker": ".", "linestyle": "-" if who.startswith("ours ") else "--"}
                 axes[0].plot(rows_of_x, [row["speedup"] for row in mine], label=who, **style)
@@ -275,15 +308,16 @@ def pictures(rows: Rows, copy_bandwidth: float | None, page: Path) -> list[str]:
 
 
 def main(
-    results: Annotated[list[Path], typer.Argument(help="Race results; of one machine, better in one run.")],
+    results: Annotated[
+        list[Path], typer.Argument(help="Race results; of one machine, better in one run.")
+    ],
     output: Annotated[Path | None, typer.Option(help="Folder; the first results' own.")] = None,
 ) -> None:
     folder = output or results[0].parent
     folder.mkdir(parents=True, exist_ok=True)
     found = [json.loads(file.read_text()) for file in results]
-    races = [
-        report for report in found if "copy_bandwidth" in report
-    ]  # not a model's, which may lie beside them
+    # not a model's, which may lie beside them
+    races = [report for report in found if "copy_bandwidth" in report]
     print(write(races, folder / "REPORT.md", drawn=True))
 
 

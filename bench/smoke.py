@@ -55,7 +55,14 @@ MORE = (
     "w8a8:activation=static,input_scale=0.03,input_zero_point=-7",
 )
 #: formats on which the last three are tried: one of each kind of kernel
-INVARIANT = ("gptq:bits=4,group_size=128", "q4_k", "w8a8", "fp8:activation=dynamic", "quip_sharp", "spqr")
+INVARIANT = (
+    "gptq:bits=4,group_size=128",
+    "q4_k",
+    "w8a8",
+    "fp8:activation=dynamic",
+    "quip_sharp",
+    "spqr",
+)
 REPEATS = 100
 
 
@@ -160,10 +167,16 @@ def _product(
         with poisoned():
             calls = [qk.matmul(x, p, backend=backend) for _ in range(3)]
         worst = max(_error(y, want, dtype) for y in calls)
-        yield Check(*name, "error", worst, "" if worst < 1 else f"error is {worst:.3g} of its bound")
+        yield Check(
+            *name, "error", worst, "" if worst < 1 else f"error is {worst:.3g} of its bound"
+        )
         first = calls[0]
-        differ = sum((qk.matmul(x, p, backend=backend) != first).any().int() for _ in range(repeats))
-        yield Check(*name, "repeat", float(differ), f"{int(differ)} of {repeats} differ" if differ else "")
+        differ = sum(
+            (qk.matmul(x, p, backend=backend) != first).any().int() for _ in range(repeats)
+        )
+        yield Check(
+            *name, "repeat", float(differ), f"{int(differ)} of {repeats} differ" if differ else ""
+        )
         if n == k and p.device.type == "cuda":
             yield _graph(name, x, p, backend)
     except Exception as error:
@@ -188,7 +201,9 @@ def _error(y: Tensor, want: Tensor, dtype: torch.dtype) -> float:
     return max(whole, one)
 
 
-def _graph(name: tuple[str, str, str, int, str], x: Tensor, p: qk.PackedWeight, backend: str) -> Check:
+def _graph(
+    name: tuple[str, str, str, int, str], x: Tensor, p: qk.PackedWeight, backend: str
+) -> Check:
     def chain() -> Tensor:
         return qk.matmul(qk.matmul(x, p, backend=backend), p, backend=backend)
 
@@ -203,7 +218,9 @@ def _graph(name: tuple[str, str, str, int, str], x: Tensor, p: qk.PackedWeight, 
         graph.replay()
         differ += int((found[-1] != want).any())
     eager = sum(int((chain() != want).any()) for _ in range(20))
-    failed = f"{differ} of 20 replays and {eager} of 20 eager chains differ" if differ or eager else ""
+    failed = (
+        f"{differ} of 20 replays and {eager} of 20 eager chains differ" if differ or eager else ""
+    )
     return Check(*name, "graph", float(differ + eager), failed)
 
 
@@ -258,7 +275,13 @@ def work(job: Job, say: Any) -> int:
                     return worker.SPOILT
         except Exception as error:
             said = " ".join(f"{type(error).__name__}: {error}".split())
-            say({"check": asdict(Check(spec, backend, "", 0, "", "error", float("inf"), said[:300]))})
+            say(
+                {
+                    "check": asdict(
+                        Check(spec, backend, "", 0, "", "error", float("inf"), said[:300])
+                    )
+                }
+            )
             if worker.spoilt(device):
                 return worker.SPOILT
         say({"end": [spec, backend, time.monotonic() - started]})
@@ -288,7 +311,9 @@ class Share:
         if events is None:
             code = self.worker.process.wait()
             why = (
-                "" if code in (0, worker.SPOILT) else f"the process died ({code}): {self.worker.last_words()}"
+                ""
+                if code in (0, worker.SPOILT)
+                else f"the process died ({code}): {self.worker.last_words()}"
             )
         elif not events and time.monotonic() - self.heard > self.patience:
             why = f"hung: no answer for {self.patience:.0f} s"
@@ -323,7 +348,9 @@ def summary(checks: list[Check], left: list[tuple[str, str]]) -> list[str]:
         failed = [one for one in mine if one.failed]
         if failed:
             places = [f"{o.shape} M={o.m} {o.dtype} {o.check}: {o.failed[:90]}" for o in failed[:3]]
-            bad.append(f"FAILED {backend} {case}, {len(failed)} of {len(mine)}: " + " | ".join(places))
+            bad.append(
+                f"FAILED {backend} {case}, {len(failed)} of {len(mine)}: " + " | ".join(places)
+            )
         else:
             worst = max((one.value for one in mine if one.check == "error"), default=0.0)
             good.append((worst, f"{worst:.2f} {backend} {case}"))
@@ -339,7 +366,9 @@ def summary(checks: list[Check], left: list[tuple[str, str]]) -> list[str]:
 def main(
     formats: Annotated[str, typer.Option(help="all, or specifications of formats.")] = "all",
     backends: str = "triton,cuda",
-    jobs: Annotated[int, typer.Option(help="Worker processes, which also compile side by side.")] = 2,
+    jobs: Annotated[
+        int, typer.Option(help="Worker processes, which also compile side by side.")
+    ] = 2,
     seconds: Annotated[float, typer.Option(help="After which what is left is given up.")] = 1e9,
     tiny: Annotated[
         bool, typer.Option("--tiny", help="One small shape, for machines without a GPU.")
@@ -383,7 +412,9 @@ def _write(output: Path, checks: list[Check]) -> None:
 if __name__ == "__main__":
     if len(sys.argv) == 2 and sys.argv[1].isdigit():
         with os.fdopen(int(sys.argv[1]), "w", buffering=1) as pipe:
-            ended = work(Job(**json.load(sys.stdin)), lambda event: pipe.write(json.dumps(event) + "\n"))
+            ended = work(
+                Job(**json.load(sys.stdin)), lambda event: pipe.write(json.dumps(event) + "\n")
+            )
         sys.stdout.flush()
         os._exit(ended)  # a spoilt context would only print what is known
     typer.run(main)

@@ -44,17 +44,23 @@ _NAME = re.compile(
 #: `Plain` for so many scales of a tile; other scalers have a number of their own
 _RUNS = re.compile(r"\d+PlainILi(\d+)E")
 _EIGHT_BIT = re.compile(r"eight_bit_(?P<kernel>gem[vm])ILi\d+ELb(?P<blocks>\d)ELi(?P<rows>\d+)E")
-_QUANTIZE = re.compile(r"quantize_kernelINS_\d+(?P<dtype>Half|BFloat)ELb(?P<int8>\d)ELi(?P<shared>\d)E")
+_QUANTIZE = re.compile(
+    r"quantize_kernelINS_\d+(?P<dtype>Half|BFloat)ELb(?P<int8>\d)ELi(?P<shared>\d)E"
+)
 _HOPPER_EIGHT = re.compile(r"eight_bit_hopperILi\d+ELb(?P<blocks>\d)E")
 #: ptxas lets one wgmma wait for the next where it cannot follow their registers
 _SERIALIZED = re.compile(r"\(C75\d\d\) Potential Performance Loss: wgmma.* in the function '(\w+)'")
 _TRANSFORM = re.compile(r"transform_kernelI.*?NS_\d+(?P<dtype>Half|BFloat)E.*?Lb(?P<after>\d)E")
 #: decoder and bits of a weight-only source's codes
-DECODED = {name: codes for codes, name in CODES.items()} | {name: own[:2] for own, name in OWN.items()}
+DECODED = {name: codes for codes, name in CODES.items()} | {
+    name: own[:2] for own, name in OWN.items()
+}
 #: every source, by its name, with its folder in csrc
 SOURCES = {
     **dict.fromkeys(sorted(DECODED), "weight_only"),
-    **dict.fromkeys((*(f"eight_bit_{kind}" for kind in eight_bit.KINDS), "quantize_rows"), "eight_bit"),
+    **dict.fromkeys(
+        (*(f"eight_bit_{kind}" for kind in eight_bit.KINDS), "quantize_rows"), "eight_bit"
+    ),
     "transform_rows": "transforms",
 }
 
@@ -108,7 +114,13 @@ class Facts(NamedTuple):
         found = [f"spills {self.spilled} bytes"] if self.spilled > known else []
         if self.dynamic > SHARED_KIB[int(self.arch.rstrip("a"))] * 1024:
             found.append(f"{self.dynamic} bytes of shared memory do not fit")
-        wanted = "GMMA" if self.kernel.startswith("wgmma") else "MMA" if self.kernel.startswith("gem") else ""
+        wanted = (
+            "GMMA"
+            if self.kernel.startswith("wgmma")
+            else "MMA"
+            if self.kernel.startswith("gem")
+            else ""
+        )
         if wanted not in self.tensor:
             found.append(f"no {wanted} instruction")
         found += [self.overtaken] if self.overtaken else []
@@ -151,13 +163,19 @@ def _tensor_instructions(compiled: Path, arch: str) -> dict[str, tuple[str, str]
     own = tools() / "cuobjdump"  # triton's wheel has one
     tool = str(own) if own.is_file() else shutil.which("cuobjdump")
     if tool is None:
-        raise RuntimeError("no cuobjdump found; install triton or the CUDA toolkit's binary utilities")
+        raise RuntimeError(
+            "no cuobjdump found; install triton or the CUDA toolkit's binary utilities"
+        )
     command = [tool, "-arch", f"sm_{arch}", "-sass", str(compiled)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = {}
     for name, code in re.findall(r"Function : (\w+)(.*?)(?=Function : |\Z)", done.stdout, re.S):
         if tensor := re.search(r"\b(?:UTC)?[HIQ]G?MMA[\w.]*", code):
-            loop = assembly.main_loop(assembly.sass_with_addresses(code)) if "GMMA" in tensor[0] else []
+            loop = (
+                assembly.main_loop(assembly.sass_with_addresses(code))
+                if "GMMA" in tensor[0]
+                else []
+            )
             found[name] = tensor[0], hazards.overtaken(loop) or ""
     return found
 
@@ -178,7 +196,9 @@ def parse(text: str, source: str, arch: str, tensor: dict[str, tuple[str, str]])
             )
         )  # fmt: skip
     if not found:
-        raise RuntimeError(f"{source} for sm_{arch}: ptxas said nothing of any kernel:\n{text[-2000:]}")
+        raise RuntimeError(
+            f"{source} for sm_{arch}: ptxas said nothing of any kernel:\n{text[-2000:]}"
+        )
     return found
 
 
@@ -222,7 +242,9 @@ def _weight_only(name: re.Match[str], source: str) -> tuple[str, str, int, int, 
 def table(facts: list[Facts]) -> str:
     """Markdown: a row for a kernel, both dtypes together; registers and blocks per architecture."""
     archs = sorted({f.arch for f in facts}, key=lambda a: int(a.rstrip("a")))
-    rows: dict[tuple[str, str, int], dict[str, list[Facts]]] = defaultdict(lambda: defaultdict(list))
+    rows: dict[tuple[str, str, int], dict[str, list[Facts]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
     for f in facts:
         rows[f.kernel, f.source, f.runs][f.arch].append(f)
     lines = [
@@ -231,7 +253,9 @@ def table(facts: list[Facts]) -> str:
         + " | spills | shared KiB | tensor core |",
         "|---|---|---|" + "---|" * (len(archs) + 3),
     ]
-    for (kernel, source, runs), by_arch in sorted(rows.items(), key=lambda item: (item[0][0][::-1], item[0])):
+    for (kernel, source, runs), by_arch in sorted(
+        rows.items(), key=lambda item: (item[0][0][::-1], item[0])
+    ):
         all_of = [f for found in by_arch.values() for f in found]
         cells = []
         for arch in archs:
@@ -253,9 +277,15 @@ def table(facts: list[Facts]) -> str:
 
 def page(facts: list[Facts]) -> str:
     """The table, with how it was made."""
-    compiler = subprocess.run([str(build.nvcc()), "--version"], capture_output=True, text=True, check=False)
+    compiler = subprocess.run(
+        [str(build.nvcc()), "--version"], capture_output=True, text=True, check=False
+    )
     sources = {f.source for f in facts}
-    chosen = "" if sources == SOURCES.keys() else " --sources " + " ".join(n for n in SOURCES if n in sources)
+    chosen = (
+        ""
+        if sources == SOURCES.keys()
+        else " --sources " + " ".join(n for n in SOURCES if n in sources)
+    )
     release = re.search(r"release [\d.]+, V[\d.]+", compiler.stdout)
     return (
         f"# CUDA kernels, by ptxas\n\nMade by `python -m bench.static_cuda{chosen}`, nvcc "
@@ -272,7 +302,9 @@ def main() -> int:
     parser.add_argument("--archs", nargs="+", default=list(build.DEFAULT_ARCHS), metavar="ARCH")
     parser.add_argument("--sources", nargs="+", default=list(SOURCES), choices=list(SOURCES))
     parser.add_argument("--output", type=Path, help="write the table to this file")
-    parser.add_argument("--build", type=Path, help="build the whole extension in this folder, and read that")
+    parser.add_argument(
+        "--build", type=Path, help="build the whole extension in this folder, and read that"
+    )
     options = parser.parse_args()
     facts: list[Facts] = []
     if options.build:

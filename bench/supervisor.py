@@ -100,7 +100,11 @@ def run(
                 patience = 120.0 if here is None else contestants[here].patience
                 left = min(heard + patience, deadline) - now
                 if left <= 0:
-                    why = "no time was left" if now >= deadline else f"hung: no answer for {patience:.0f} s"
+                    why = (
+                        "no time was left"
+                        if now >= deadline
+                        else f"hung: no answer for {patience:.0f} s"
+                    )
                     break
                 events = worker.lines(left)
                 if events is None:
@@ -145,14 +149,18 @@ def run(
         cases = [one for one in cases if one[3]]
 
 
-def _unmeasured(cases: list[Case], contestants: list[race.Contestant], why: str) -> Iterator[race.Row]:
+def _unmeasured(
+    cases: list[Case], contestants: list[race.Contestant], why: str
+) -> Iterator[race.Row]:
     for number, n, k, rows in cases:
         one = contestants[number]
         for m in rows:
             yield race.Row(one.name, one.group, n, k, m, failed=why[:300])
 
 
-def warm(job: Job, cases: list[Case], processes: int, seconds: float, said: Callable[[str], None]) -> None:
+def warm(
+    job: Job, cases: list[Case], processes: int, seconds: float, said: Callable[[str], None]
+) -> None:
     """Compile what `cases` need in several processes at once, for `seconds` at most."""
     started = time.monotonic()
     shares = [cases[i::processes] for i in range(min(processes, len(cases)))]

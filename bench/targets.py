@@ -29,7 +29,9 @@ class Target:
     def __str__(self) -> str:
         low, high = self.rows
         m = f"M={low}" if low == high else f"M={low}..{high}" if high < 10**9 else f"M>={low}"
-        size = " of 8192x8192" if self.most == LARGE else " from 8192x8192 on" if self.weights else ""
+        size = (
+            " of 8192x8192" if self.most == LARGE else " from 8192x8192 on" if self.weights else ""
+        )
         return f"{self.family}, {m}: {self.least:g} {METRICS[self.metric].unit}{size}"
 
 
@@ -47,7 +49,8 @@ def _against(*names: str) -> Callable[[Row, list[Row], float], float | None]:
         times = [
             other["chain"]
             for other in others
-            if other["group"] == row["group"] and any(other["contestant"].startswith(n) for n in names)
+            if other["group"] == row["group"]
+            and any(other["contestant"].startswith(n) for n in names)
         ]
         return min(times) / row["chain"] if times else None
 
@@ -81,10 +84,14 @@ FAMILIES: dict[str, Callable[[FormatSpec], bool]] = {
         spec.name in ("awq", "nf4", "q4_k", "iq4_nl")
         or (spec.name == "gptq" and spec.params.get("bits") == 4)
     ),
-    "W8A8 and FP8": lambda spec: spec.name == "w8a8" or (spec.name == "fp8" and "activation" in spec.params),
+    "W8A8 and FP8": lambda spec: (
+        spec.name == "w8a8" or (spec.name == "fp8" and "activation" in spec.params)
+    ),
     "LLM.int8()": lambda spec: spec.name == "int8",
     "SpQR": lambda spec: spec.name == "spqr",
-    "QuIP# 2-bit": lambda spec: spec.name in ("quip", "quip_sharp") and spec.params.get("bits", 2) == 2,
+    "QuIP# 2-bit": lambda spec: (
+        spec.name in ("quip", "quip_sharp") and spec.params.get("bits", 2) == 2
+    ),
     "every format": lambda spec: True,
 }
 _DECODE, _MIDDLE, _PREFILL = (1, 16), (32, 256), (1024, 10**9)
@@ -169,7 +176,10 @@ def findings(*reports: dict[str, Any]) -> list[Finding]:
         copy = report["copy_bandwidth"] or 0.0
         for spec, row, here in _fused(report["results"]):
             for target in TARGETS:
-                if not FAMILIES[target.family](spec) or not target.rows[0] <= row["m"] <= target.rows[1]:
+                if (
+                    not FAMILIES[target.family](spec)
+                    or not target.rows[0] <= row["m"] <= target.rows[1]
+                ):
                     continue
                 if not target.weights <= row["n"] * row["k"] <= target.most:
                     continue
@@ -181,7 +191,9 @@ def findings(*reports: dict[str, Any]) -> list[Finding]:
                 known = worst.setdefault((target, str(spec)), found)
                 if value is not None and (known.measured is None or value < known.measured):
                     worst[target, str(spec)] = found
-    return sorted(worst.values(), key=lambda one: float("inf") if one.reached is None else one.reached)
+    return sorted(
+        worst.values(), key=lambda one: float("inf") if one.reached is None else one.reached
+    )
 
 
 class Peer(NamedTuple):

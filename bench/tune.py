@@ -102,7 +102,9 @@ def _call(problem: tuple[str, dict[str, Any], int, int, int]) -> None:
         qk.matmul(torch.randn(m, k, device=device).bfloat16(), p, backend="triton")
 
 
-def _tuned(problem: tuple[str, dict[str, Any], int, int, int], folder: Path) -> dict[str, Any] | None:
+def _tuned(
+    problem: tuple[str, dict[str, Any], int, int, int], folder: Path
+) -> dict[str, Any] | None:
     """What tuning wrote about the problem, and the time of the table's entry; None without a GPU."""
     from qkernels.backends.triton import autotune
 
@@ -132,7 +134,9 @@ def _compile(found: list[Any], share: int, jobs: int) -> None:
 
     def some(config: configs.GemmConfig, m: int) -> Iterator[configs.GemmConfig]:
         return (
-            one for number, one in enumerate(candidates(config, m)) if number % jobs == share or not number
+            one
+            for number, one in enumerate(candidates(config, m))
+            if number % jobs == share or not number
         )
 
     with (
@@ -145,7 +149,10 @@ def _compile(found: list[Any], share: int, jobs: int) -> None:
             try:
                 _call(problem)
             except Exception as error:
-                print(f"compiling {_words(problem)}: {type(error).__name__}: {error}"[:300], file=sys.stderr)
+                print(
+                    f"compiling {_words(problem)}: {type(error).__name__}: {error}"[:300],
+                    file=sys.stderr,
+                )
 
 
 if __name__ == "__main__":

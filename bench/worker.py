@@ -76,7 +76,10 @@ def work(job: Job, say: Any) -> int:
             try:
                 race.warm(contestant, (n, k), rows, settings)
             except Exception as error:
-                print(f"{contestant.name} {n}x{k}: {type(error).__name__}: {error}"[:500], file=sys.stderr)
+                print(
+                    f"{contestant.name} {n}x{k}: {type(error).__name__}: {error}"[:500],
+                    file=sys.stderr,
+                )
                 if spoilt(job.device):
                     return SPOILT
             continue

@@ -23,7 +23,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="smollm2-135m", help="a sample, a model directory or a .gguf file")
+    parser.add_argument(
+        "--model", default="smollm2-135m", help="a sample, a model directory or a .gguf file"
+    )
     parser.add_argument("--text", default="hamlet", help="a sample or a text file")
     parser.add_argument("--format", default="nf4")
     parser.add_argument("--steps", type=int, default=40)
@@ -36,7 +38,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
 
-    path = samples.model_path(args.model) if args.model in samples.model_names() else Path(args.model)
+    path = (
+        samples.model_path(args.model) if args.model in samples.model_names() else Path(args.model)
+    )
     text = samples.text_path(args.text) if args.text in samples.text_names() else Path(args.text)
     tokenizer = checkpoints.load_tokenizer(path)
     ids = torch.tensor(tokenizer(text.read_text(), verbose=False)["input_ids"])
@@ -68,7 +72,9 @@ def main() -> None:
 
     packed = qk.model.model_summary(model)
     fifth = max(1, args.steps // 5)
-    means = [sum(losses[i : i + fifth]) / len(losses[i : i + fifth]) for i in range(0, args.steps, fifth)]
+    means = [
+        sum(losses[i : i + fifth]) / len(losses[i : i + fifth]) for i in range(0, args.steps, fifth)
+    ]
     lines = [
         "# QLoRA fine-tune",
         "",

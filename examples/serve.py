@@ -23,7 +23,11 @@ from pathlib import Path
 
 def prepare(model: str, format: str | None, output: Path) -> None:
     """Write a directory that vLLM serves: a GGUF file's tensors as they are, another model quantized."""
-    verb = ["convert", model, str(output)] if format is None else ["quantize", model, "-o", str(output)]
+    verb = (
+        ["convert", model, str(output)]
+        if format is None
+        else ["quantize", model, "-o", str(output)]
+    )
     more = [] if format is None else ["--format", format, "--no-report"]
     subprocess.run([sys.executable, "-m", "qkernels", *verb, *more], check=True)
 
@@ -61,7 +65,9 @@ def wait_for(server: subprocess.Popen[bytes], port: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("model", help="a directory, a .gguf file or a sample's name")
     parser.add_argument("--format", help="quantize to it [keep what a GGUF file has]")
     parser.add_argument("--prompt", default="The capital of France is")

@@ -104,7 +104,11 @@ def _put(fresh: Path, target: Path) -> None:
 @cache
 def _renameat2() -> Any:
     """The C library's function, or None."""
-    return getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    return (
+        getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        if sys.platform == "linux"
+        else None
+    )
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -175,7 +179,8 @@ def _clean(parent: Path) -> None:
         with suppress(OSError):  # in use, or gone meanwhile
             status = folder.lstat()
             if stat.S_ISDIR(status.st_mode) and (os.name == "nt" or status.st_uid == os.geteuid()):
-                _restore(folder)  # should its process live, it finds the place taken and replaces it again
+                # should its process live, it finds the place taken and replaces it again
+                _restore(folder)
                 with open(folder / _LOCK, "r+") as lock:
                     if _is_dead(lock) or time.time() - status.st_mtime > _WEEK:
                         _discard(folder)
@@ -230,5 +235,7 @@ def _handled_in_c() -> bool:
         status = Path("/proc/self/status").read_text()
     except OSError:
         return False
-    caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "0")
+    caught = next(
+        (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "0"
+    )
     return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)

@@ -48,7 +48,9 @@ def linears(model: nn.Module, skip: Iterable[str] | None) -> list[tuple[list[str
             f"skip: expected patterns that match a linear layer ({shown or 'there is none'}), "
             f"got {sorted(unmatched)[0]!r}"
         )
-    skipped |= _unfit(model, {key: names[0] for key, (names, _) in layers.items() if key not in skipped})
+    skipped |= _unfit(
+        model, {key: names[0] for key, (names, _) in layers.items() if key not in skipped}
+    )
     places = [(names, linear_of(m)) for key, (names, m) in layers.items() if key not in skipped]
     if not places:
         raise ValueError(
@@ -76,14 +78,17 @@ def _heads(model: nn.Module) -> set[int]:
 def _unfit(model: nn.Module, names: dict[int, str]) -> set[int]:
     """id of the linears, of those in `names`, that only plain weights can serve; says which and why."""
     reasons: dict[str, list[int]] = {}
-    for entry in getattr(model, "_keep_in_fp32_modules", None) or ():  # as transformers' own quantizers do
+    # as transformers' own quantizers do
+    for entry in getattr(model, "_keep_in_fp32_modules", None) or ():
         pattern = re.compile(rf"(^|\.){entry}($|\.)")
         keys = [key for key, name in names.items() if pattern.search(name)]
         if keys:
             reasons[f"{type(model).__name__} keeps {entry} in float32"] = keys
     for module in model.modules():
         if id(module) in names and isinstance(module, nn.Linear) and computes_otherwise(module):
-            reasons.setdefault(f"{type(module).__name__} computes something else", []).append(id(module))
+            reasons.setdefault(f"{type(module).__name__} computes something else", []).append(
+                id(module)
+            )
         if id(module) in names and "forward" in vars(module) and not hasattr(module, "_hf_hook"):
             reasons.setdefault("its forward is replaced by another function", []).append(id(module))
         for path in layers_read_by(module):

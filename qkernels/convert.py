@@ -55,12 +55,18 @@ def convert_weight(p: PackedWeight, format: str, **params: Any) -> tuple[PackedW
     """
     fmt = formats.get(format)
     return _convert_weight(
-        p, fmt, params, lambda guess: fmt.complete({"the weight": p.shape}, {**dict(guess), **params})
+        p,
+        fmt,
+        params,
+        lambda guess: fmt.complete({"the weight": p.shape}, {**dict(guess), **params}),
     )
 
 
 def _convert_weight(
-    p: PackedWeight, fmt: Format, params: dict[str, Any], completed: Callable[[Guess], dict[str, Any]]
+    p: PackedWeight,
+    fmt: Format,
+    params: dict[str, Any],
+    completed: Callable[[Guess], dict[str, Any]],
 ) -> tuple[PackedWeight, str, str]:
     """completed: `params` with those guessed where none are given, and all others that rounding needs."""
     format = fmt.name
@@ -86,7 +92,9 @@ def _convert_weight(
         if isinstance(exact, PackedWeight):
             return exact, EXACT, ""
         reason = exact
-    carried = {key: p.params[key] for key in _GRID_PARAMS if key in fmt.defaults and key in p.params}
+    carried = {
+        key: p.params[key] for key in _GRID_PARAMS if key in fmt.defaults and key in p.params
+    }
     without_bits = {key: value for key, value in carried.items() if key != "bits"}
     for guess in (carried, without_bits, {}):
         try:
@@ -107,7 +115,11 @@ def _carry(p: PackedWeight, grid: Grid, fmt: Format, params: dict[str, Any]) -> 
     bits = p.params.get("bits", 8)
     needed = max(int(grid.codes.max()), int(grid.zero.max())).bit_length()
     reason = ""
-    for width in [bits, *(w for w in (4, 8) if w != bits and w >= needed)]:  # codes fit a wider format, too
+    # codes fit a wider format, too
+    for width in [
+        bits,
+        *(w for w in (4, 8) if w != bits and w >= needed),
+    ]:
         own = {
             "bits": width,
             "group_size": grid.group_size,
@@ -163,13 +175,17 @@ def convert_model(
         )
     layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     if not layers:
-        raise ValueError("model: expected quantized layers to convert, got none; quantize_model makes some")
+        raise ValueError(
+            "model: expected quantized layers to convert, got none; quantize_model makes some"
+        )
     fmt = formats.get(format)
     shapes: dict[str, tuple[int, int]] = {}
     for name, layer in layers.items():
         parts: Sequence[PackedWeight | PackedExperts]
         parts = [layer.packed] if isinstance(layer, QuantLinear) else layer.parts.stacks
-        shapes |= {name if len(parts) == 1 else f"{name}[{i}]": part.shape for i, part in enumerate(parts)}
+        shapes |= {
+            name if len(parts) == 1 else f"{name}[{i}]": part.shape for i, part in enumerate(parts)
+        }
 
     @cache  # one choice for all layers, and one warning
     def completed(guess: Guess) -> dict[str, Any]:
@@ -216,17 +232,25 @@ def _convert_experts(
             made = QuantExperts.from_experts(stacks[GATE], stacks[UP], stacks[DOWN], old.activation)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        made.leaves, made.backend, made.batch_invariant = old.leaves, old.backend, old.batch_invariant
+        made.leaves, made.backend, made.batch_invariant = (
+            old.leaves,
+            old.backend,
+            old.batch_invariant,
+        )
         model.set_submodule(name, made.train(old.training))
     return done
 
 
 def _layer(packed: PackedWeight, old: QuantLinear) -> nn.Module:
     if not formats.get(packed.format).dense:
-        return QuantLinear(packed, old.bias, old.backend, old.batch_invariant, old.dtype).train(old.training)
+        return QuantLinear(packed, old.bias, old.backend, old.batch_invariant, old.dtype).train(
+            old.training
+        )
     linear = nn.Linear(packed.shape[1], packed.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(packed.tensors["weight"], requires_grad=False)
-    linear.bias = None if old.bias is None else nn.Parameter(old.bias.to(linear.weight.dtype), False)
+    linear.bias = (
+        None if old.bias is None else nn.Parameter(old.bias.to(linear.weight.dtype), False)
+    )
     return linear.train(old.training)
 
 

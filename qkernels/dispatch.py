@@ -53,7 +53,9 @@ Run: TypeAlias = "Callable[[Tensor, PackedWeight, Tensor | None, Problem], Tenso
 class Bound(Protocol):
     """A `run` for one weight and problem, which finds out once what every such call has in common."""
 
-    def __call__(self, x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor: ...
+    def __call__(
+        self, x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem
+    ) -> Tensor: ...
 
     def replay(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
         """The same from what was found out, without the weight; None if that is not all known yet."""
@@ -195,7 +197,9 @@ def problem_of(
 ) -> Problem:
     params = tuple(sorted(p.params.items()))
     invariant = resolve_batch_invariant(batch_invariant)
-    return Problem(p.format, params, p.shape, m, dtype, device.type, _capability(device), invariant, p.count)
+    return Problem(
+        p.format, params, p.shape, m, dtype, device.type, _capability(device), invariant, p.count
+    )
 
 
 @lru_cache(maxsize=64)
@@ -221,7 +225,8 @@ def _choose(problem: Problem, backend: str) -> tuple[Kernel | None, list[tuple[s
     rejected: list[tuple[str, str]] = []
     candidates = kernels(grouped=problem.experts > 0)
     faster = measured.faster(problem) if backend == "auto" else None
-    candidates.sort(key=lambda kernel: kernel.backend != faster)  # in order of registration otherwise
+    # in order of registration otherwise
+    candidates.sort(key=lambda kernel: kernel.backend != faster)
     for kernel in candidates:
         why = None
         if backend not in ("auto", kernel.backend):
@@ -271,7 +276,8 @@ def explain(
             reason += f"; the first call moves the weight to the {kernel.layout!r} layout, once"
         if configuration := kernel.configuration(problem):
             reason += f"\n  configuration: {configuration}"
-    if where.type == "cuda" and not problem.experts:  # which experts' bytes are read, only the data says
+    # which experts' bytes are read, only the data says
+    if where.type == "cuda" and not problem.experts:
         reason += at_best(problem, p.nbytes, torch.cuda.get_device_name(where))
     return Explanation(problem, kernel.name, kernel.backend, reason, rejected)
 
@@ -295,12 +301,16 @@ def _dense_rejects(problem: Problem) -> str | None:
     if problem.dtype != stored:
         return f"x must have the weight's dtype {stored}, not {problem.dtype}"
     if problem.batch_invariant:
-        return "torch's matmul sums in an order that depends on M, and batch_invariant was asked for"
+        return (
+            "torch's matmul sums in an order that depends on M, and batch_invariant was asked for"
+        )
     return None
 
 
 def _run_dense(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-    return torch.nn.functional.linear(x, p.storage["weight"], None if bias is None else bias.to(x.dtype))
+    return torch.nn.functional.linear(
+        x, p.storage["weight"], None if bias is None else bias.to(x.dtype)
+    )
 
 
 #: rows the reference computes at a time when it must not depend on M; a matmul of one shape sums in
@@ -321,7 +331,9 @@ def reference(x: Tensor, p: PackedWeight, batch_invariant: bool) -> Tensor:
     if batch_invariant:
         padded = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[0] % _INVARIANT_ROWS))
         chunks = padded.split(_INVARIANT_ROWS)
-        return torch.cat([fmt.matmul(c, tensors, p.shape, p.params, True) for c in chunks])[: x.shape[0]]
+        return torch.cat([fmt.matmul(c, tensors, p.shape, p.params, True) for c in chunks])[
+            : x.shape[0]
+        ]
     return fmt.matmul(x, tensors, p.shape, p.params, False)
 
 
@@ -331,10 +343,24 @@ def _register_all() -> None:
     triton.register_kernels()
     cuda.register_kernels()
     register(
-        Kernel("torch.linear", "reference", layouts.CHECKPOINT, lambda: None, _dense_rejects, _run_dense)
+        Kernel(
+            "torch.linear",
+            "reference",
+            layouts.CHECKPOINT,
+            lambda: None,
+            _dense_rejects,
+            _run_dense,
+        )
     )
     register(
-        Kernel("reference.dequantize", "reference", ANY_LAYOUT, lambda: None, lambda p: None, _run_reference)
+        Kernel(
+            "reference.dequantize",
+            "reference",
+            ANY_LAYOUT,
+            lambda: None,
+            lambda p: None,
+            _run_reference,
+        )
     )
 
 

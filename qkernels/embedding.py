@@ -24,9 +24,8 @@ class QuantEmbedding(Holder):
         super().__init__(dtype)
         self.num_embeddings, self.embedding_dim = packed.shape
         self._hold(packed)
-        take_rows(
-            self.packed, torch.zeros(1, dtype=torch.int64, device=packed.device)
-        )  # ValueError now, not later
+        # ValueError now, not later
+        take_rows(self.packed, torch.zeros(1, dtype=torch.int64, device=packed.device))
 
     def _hold(self, packed: PackedWeight) -> None:
         self._keep(packed.tensors)

@@ -89,7 +89,9 @@ def perplexity(
                     continue
                 log_q = other[begin:end].to(log_p.device).float().log_softmax(-1)
                 reference_nll += _picked(log_q, labels)
-                divergence = torch.nn.functional.kl_div(log_p, log_q, reduction="none", log_target=True)
+                divergence = torch.nn.functional.kl_div(
+                    log_p, log_q, reduction="none", log_target=True
+                )
                 kl += divergence.sum(-1).double().sum().cpu()
                 agreeing += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
             count += chunk.numel() - 1

@@ -65,11 +65,15 @@ class PackedExperts(Prepackable):
             for what in ("format", "shape", "params", "device"):
                 want, got = getattr(experts[0], what), getattr(p, what)
                 if got != want:
-                    raise ValueError(f"experts[{e}]: expected {what} {want}, that of experts[0], got {got}")
+                    raise ValueError(
+                        f"experts[{e}]: expected {what} {want}, that of experts[0], got {got}"
+                    )
         first = experts[0]
         self._nbytes = sum(p.nbytes for p in experts)
         stacked = _stack((p.tensors for p in experts), len(experts))
-        self._set(first.format, first.shape, first.params, layouts.CHECKPOINT, len(experts), *stacked)
+        self._set(
+            first.format, first.shape, first.params, layouts.CHECKPOINT, len(experts), *stacked
+        )
 
     def _set(
         self,
@@ -85,7 +89,9 @@ class PackedExperts(Prepackable):
         self.count = count
         Prepackable.__init__(self, self._snapshot(layout, storage, sizes))
 
-    def _snapshot(self, layout: str, storage: Mapping[str, Tensor], sizes: dict[str, list[int]]) -> Snapshot:
+    def _snapshot(
+        self, layout: str, storage: Mapping[str, Tensor], sizes: dict[str, list[int]]
+    ) -> Snapshot:
         described = {name: getattr(self, name) for name in ("format", "shape", "params", "count")}
         described |= {"layout": layout, "sizes": sizes, "names": list(storage)}
         return Snapshot(layout, dict(storage), sizes, json.dumps(described, sort_keys=True))
@@ -94,7 +100,11 @@ class PackedExperts(Prepackable):
     def _restored(cls, spec: str, storage: Sequence[Tensor], nbytes: int) -> PackedExperts:
         """From `spec` and the values of `storage`, in order."""
         d, self = parsed(spec), cls.__new__(cls)
-        self.format, self.shape, self.params = d["format"], (d["shape"][0], d["shape"][1]), d["params"]
+        self.format, self.shape, self.params = (
+            d["format"],
+            (d["shape"][0], d["shape"][1]),
+            d["params"],
+        )
         self.count, self._nbytes = d["count"], nbytes
         tensors = {
             name: whole(f"experts: {name}", tensor, aligned=d["layout"] != layouts.CHECKPOINT)
@@ -152,7 +162,9 @@ class PackedExperts(Prepackable):
         own = formats.get(self.format).kernel_layout(self.params)
         layout = layout or own
         if layout is None:
-            raise ValueError(f"experts: {self.format} has no kernel layout: its only backend is 'reference'")
+            raise ValueError(
+                f"experts: {self.format} has no kernel layout: its only backend is 'reference'"
+            )
         self._move(layout)
         return self
 
@@ -169,7 +181,11 @@ class PackedExperts(Prepackable):
 
     def __reduce__(self) -> tuple[Any, ...]:
         snapshot = self.snapshot
-        return PackedExperts._restored, (snapshot.spec, list(snapshot.storage.values()), self.nbytes)
+        return PackedExperts._restored, (
+            snapshot.spec,
+            list(snapshot.storage.values()),
+            self.nbytes,
+        )
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{k}={v!r}" for k, v in self.params.items())
@@ -184,7 +200,9 @@ def quantize_experts(weight: Tensor, format: str, **params: Any) -> PackedExpert
     if not isinstance(weight, Tensor) or weight.dim() != 3 or weight.shape[0] == 0:
         got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
         raise ValueError(f"weight: expected a tensor of shape (E, N, K) with E >= 1, got {got}")
-    params = formats.get(format).complete({"the experts": (weight.shape[1], weight.shape[2])}, params)
+    params = formats.get(format).complete(
+        {"the experts": (weight.shape[1], weight.shape[2])}, params
+    )
     return PackedExperts([quantize(part, format, **params) for part in weight])
 
 

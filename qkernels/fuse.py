@@ -59,11 +59,16 @@ def fuse_norms(model: nn.Module) -> Fusions:
         gated = architecture.gated
         if gated is None:
             continue
-        parent, down = _submodule(block, gated.module), _submodule(block, f"{gated.module}.{gated.down}")
+        parent, down = (
+            _submodule(block, gated.module),
+            _submodule(block, f"{gated.module}.{gated.down}"),
+        )
         if parent is None or isinstance(parent, FusedGate):
             continue
         name = f"{path}.{gated.module}"
-        why = _not_silu(getattr(parent, gated.activation, None)) or _not_eight_bit((gated.down,), [down])
+        why = _not_silu(getattr(parent, gated.activation, None)) or _not_eight_bit(
+            (gated.down,), [down]
+        )
         if why is not None:
             found.left.append((name, why))
             continue
@@ -95,7 +100,9 @@ class _Reader(QuantLinear):
     """A QuantLinear whose product the norm before it has computed already."""
 
     def __init__(self, layer: QuantLinear) -> None:
-        super().__init__(layer.packed, layer.bias, layer.backend, layer.batch_invariant, layer.dtype)
+        super().__init__(
+            layer.packed, layer.bias, layer.backend, layer.batch_invariant, layer.dtype
+        )
         self.train(layer.training)
         #: by thread: several may be at different places of one model
         self._delivered: dict[int, Tensor] = {}
@@ -178,9 +185,7 @@ def _not_eight_bit(names: Sequence[str], layers: Sequence[nn.Module | None]) -> 
         if obstacle := formats.get(p.format).obstacle(p.shape, p.params):
             return f"{name}: {obstacle}: plain norm, then matmul"
         if formats.get(p.format).kernel_layout(p.params) != layouts.EIGHT_BIT:
-            return (
-                f"{name}: {p.format} is weight-only, so no activations are quantized: plain norm, then matmul"
-            )
+            return f"{name}: {p.format} is weight-only, so no activations are quantized: plain norm, then matmul"
     try:
         check_layers(layers)  # type: ignore[arg-type]
     except ValueError as error:

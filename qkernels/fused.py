@@ -72,7 +72,9 @@ def rms_norm_matmul(
     if norm_weight.device != x.device:
         raise ValueError(f"norm_weight: expected device {x.device}, x's, got {norm_weight.device}")
     before = _Before(x, norm=norm_weight, eps=eps)
-    return _products(before, weights, biases, backend, dispatch.resolve_batch_invariant(batch_invariant))
+    return _products(
+        before, weights, biases, backend, dispatch.resolve_batch_invariant(batch_invariant)
+    )
 
 
 def silu_mul_matmul(
@@ -120,8 +122,14 @@ def explain(
             lines.append(said + f"not fused, a plain norm and then {kernel.name}: {why}")
             continue
         first = codes.setdefault((kernel.name, _activations(p)), i)
-        made = "norm and quantization in one kernel" if first == i else f"takes the codes of weights[{first}]"
-        lines.append(said + f"{made}, then {kernel.name}; not fused under autograd or torch.compile")
+        made = (
+            "norm and quantization in one kernel"
+            if first == i
+            else f"takes the codes of weights[{first}]"
+        )
+        lines.append(
+            said + f"{made}, then {kernel.name}; not fused under autograd or torch.compile"
+        )
     return "\n".join(lines)
 
 
@@ -231,7 +239,9 @@ def _group(
         known = {} if columns is None else {"columns": columns}
     for rows in slices:
         part = None if up is None else up[rows]
-        codes = halves.quantize(x[rows], first, problem, up=part, norm=norm, eps=before.eps, **known)
+        codes = halves.quantize(
+            x[rows], first, problem, up=part, norm=norm, eps=before.eps, **known
+        )
         for (p, bias, problem), y in zip(parts, ys, strict=True):
             halves.multiply(codes, p, bias, problem, out=y[rows])
     return ys
@@ -249,7 +259,11 @@ class FusedNormLinear(nn.Module):
             raise ValueError(
                 f"norm_weight: expected shape ({layers[0].in_features},), got {tuple(norm_weight.shape)}"
             )
-        held = norm_weight if isinstance(norm_weight, nn.Parameter) else nn.Parameter(norm_weight.detach())
+        held = (
+            norm_weight
+            if isinstance(norm_weight, nn.Parameter)
+            else nn.Parameter(norm_weight.detach())
+        )
         self.weight, self.eps = held, eps
         self.layers = nn.ModuleList(layers)
 
@@ -273,7 +287,9 @@ def check_layers(layers: Sequence[QuantLinear]) -> None:
             raise ValueError(f"layers: expected one {name} for all, got {values}")
 
 
-def norm_and_layers(x: Tensor, norm: Tensor, eps: float, layers: Sequence[QuantLinear]) -> list[Tensor]:
+def norm_and_layers(
+    x: Tensor, norm: Tensor, eps: float, layers: Sequence[QuantLinear]
+) -> list[Tensor]:
     """Each layer's output for RMSNorm of x."""
     if torch.compiler.is_compiling():  # the compiler fuses the norm, each layer is an operator
         plain = rms_norm(x, norm, eps)

@@ -39,9 +39,16 @@ ACTIVATIONS = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gel
 
 @lru_cache(maxsize=4096)
 def _kernel(
-    spec: str, slots: int, dtype: torch.dtype, device: torch.device, backend: str, batch_invariant: bool
+    spec: str,
+    slots: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str,
+    batch_invariant: bool,
 ) -> tuple[dispatch.Kernel, dispatch.Problem]:
-    problem = dispatch.problem_of(PackedExperts._restored(spec, (), 0), slots, dtype, device, batch_invariant)
+    problem = dispatch.problem_of(
+        PackedExperts._restored(spec, (), 0), slots, dtype, device, batch_invariant
+    )
     kernel = dispatch.select(problem, backend)
     if backend == "auto" and device.type == "cuda" and kernel.backend == "reference":
         why = "; ".join(f"{n}: {w}" for n, w in dispatch._choose(problem, "auto")[1])
@@ -109,7 +116,9 @@ def _fused_impl(
     other, down_problem = _chosen(x, ids, second, down_spec, backend, batch_invariant)
     if kernel.fused is not None and kernel.fused is other.fused:
         problems = (problem, down_problem)
-        if kernel.layer is None or not (kept(first.storage, gate_up) and kept(second.storage, down)):
+        if kernel.layer is None or not (
+            kept(first.storage, gate_up) and kept(second.storage, down)
+        ):
             return kernel.fused(x, first, second, weights, ids, activation, problems)
         layer = known or kernel.layer(activation, problems)
         keep_bound(key, gate_up[0], layer)
@@ -177,7 +186,14 @@ def grouped_matmul(
     _prepack_for(experts, x, expert_ids, backend, invariant)
     snapshot = experts.snapshot
     found: Tensor = torch.ops.qkernels.grouped_matmul(
-        x, list(snapshot.storage.values()), expert_ids, weights, bias, snapshot.spec, backend, invariant
+        x,
+        list(snapshot.storage.values()),
+        expert_ids,
+        weights,
+        bias,
+        snapshot.spec,
+        backend,
+        invariant,
     )
     return found
 
@@ -220,7 +236,9 @@ def fused_moe(
         if want != got:
             raise ValueError(f"down: expected {what} {want}, that of gate_up, got {got}")
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+        raise ValueError(
+            f"activation: expected one of {', '.join(ACTIVATIONS)}; got {activation!r}"
+        )
     _check_slots(x, gate_up, topk_ids, "topk_ids", (2,))
     if topk_weights is None:
         raise ValueError("topk_weights: expected a tensor of shape (T, top_k), got None")
@@ -235,7 +253,9 @@ def fused_moe(
     return found
 
 
-def _prepack_for(experts: PackedExperts, x: Tensor, ids: Tensor, backend: str, batch_invariant: bool) -> None:
+def _prepack_for(
+    experts: PackedExperts, x: Tensor, ids: Tensor, backend: str, batch_invariant: bool
+) -> None:
     """Move `experts` to the layout that the kernel takes, unless a graph is being traced."""
     if torch.compiler.is_compiling():
         return
@@ -251,7 +271,9 @@ def _check_experts(where: str, experts: Any) -> None:
         raise ValueError(f"{where}: expected PackedExperts, got {type(experts).__name__}")
 
 
-def _check_slots(x: Any, experts: PackedExperts, ids: Any, where: str, dims: tuple[int, ...]) -> None:
+def _check_slots(
+    x: Any, experts: PackedExperts, ids: Any, where: str, dims: tuple[int, ...]
+) -> None:
     """ValueError unless x and the expert ids fit each other and the experts."""
     k, device = experts.shape[1], experts.device
     if not isinstance(x, Tensor) or x.dtype not in X_DTYPES:
@@ -259,7 +281,9 @@ def _check_slots(x: Any, experts: PackedExperts, ids: Any, where: str, dims: tup
         raise ValueError(f"x: expected a float16, bfloat16, float32 or float64 tensor, got {got}")
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64) or ids.dim() != 2:
         got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise ValueError(f"{where}: expected an int32 or int64 tensor of shape (T, top_k), got {got}")
+        raise ValueError(
+            f"{where}: expected an int32 or int64 tensor of shape (T, top_k), got {got}"
+        )
     wanted = {2: (ids.shape[0], k), 3: (*ids.shape, k)}
     if x.dim() not in dims or tuple(x.shape) != wanted[x.dim()]:
         shapes = " or ".join(str(tuple(wanted[d])) for d in dims)
@@ -277,9 +301,19 @@ def _check_floats(
 ) -> None:
     if tensor is None:
         return
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tuple(tensor.shape) != shape:
-        got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise ValueError(f"{where}: expected a floating tensor of shape {meaning} = {shape}, got {got}")
+    if (
+        not isinstance(tensor, Tensor)
+        or not tensor.is_floating_point()
+        or tuple(tensor.shape) != shape
+    ):
+        got = (
+            f"{tensor.dtype} {tuple(tensor.shape)}"
+            if isinstance(tensor, Tensor)
+            else type(tensor).__name__
+        )
+        raise ValueError(
+            f"{where}: expected a floating tensor of shape {meaning} = {shape}, got {got}"
+        )
     if tensor.device != device:
         raise ValueError(f"{where}: expected device {device}, the experts', got {tensor.device}")
 
@@ -303,7 +337,9 @@ def _run_reference(
     for e in range(experts.count):
         slots = (flat == e).nonzero()[:, 0]
         if slots.numel():
-            found = dispatch.reference(rows[slots // per_row], experts.expert(e), problem.batch_invariant)
+            found = dispatch.reference(
+                rows[slots // per_row], experts.expert(e), problem.batch_invariant
+            )
             y[slots] = found if bias is None else found + bias[e].to(dtype)
     if weights is not None:
         here = ((flat >= 0) & (flat < experts.count))[:, None]

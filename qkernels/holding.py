@@ -131,7 +131,9 @@ class Holder(nn.Module):
         elif assign:
             self._hold(pack(format, tensors, shape, **params))
         elif device.type != "meta":
-            self._hold(pack(format, {name: t.to(device) for name, t in tensors.items()}, shape, **params))
+            self._hold(
+                pack(format, {name: t.to(device) for name, t in tensors.items()}, shape, **params)
+            )
         else:  # as torch does
             warnings.warn(
                 f"{prefix or 'state_dict'}: the packed weight stays without data on the meta device; "

@@ -29,7 +29,9 @@ class _View(NamedTuple):
 
     def agrees(self, buffers: dict[str, Tensor | None]) -> bool:
         """Whether those are the buffers still."""
-        return all(buffers.get(key) is tensor for key, tensor in zip(self.keys, self.tensors, strict=True))
+        return all(
+            buffers.get(key) is tensor for key, tensor in zip(self.keys, self.tensors, strict=True)
+        )
 
 
 class QuantLinear(Holder):
@@ -65,7 +67,9 @@ class QuantLinear(Holder):
             bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach())
         self.register_parameter("bias", bias)
         # An object of its own: other layers may share the tensors, and each moves its weight by itself.
-        self._hold(PackedWeight(packed.format, packed.shape, packed.storage, packed.params, packed.layout))
+        self._hold(
+            PackedWeight(packed.format, packed.shape, packed.storage, packed.params, packed.layout)
+        )
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, format: str, **params: Any) -> QuantLinear:
@@ -87,7 +91,9 @@ class QuantLinear(Holder):
         for name in _HOOKS:
             setattr(self, name, getattr(linear, name))
         hooks = linear._forward_pre_hooks
-        computing = {i for i, hook in hooks.items() if type(hook).__module__.startswith("torch.nn.utils")}
+        computing = {
+            i for i, hook in hooks.items() if type(hook).__module__.startswith("torch.nn.utils")
+        }
         if computing:
             kept = OrderedDict((i, hook) for i, hook in hooks.items() if i not in computing)
             self._forward_pre_hooks = kept
@@ -106,7 +112,9 @@ class QuantLinear(Holder):
             self._keys = [mangled(name) for name in self._names]
             self._meta = (packed.format, packed.shape, dict(packed.params), snapshot.layout)
             self._spec = ops.spec_of(packed, snapshot)
-            self._view: _View | None = _View(packed, tuple(self._keys), tuple(snapshot.storage.values()))
+            self._view: _View | None = _View(
+                packed, tuple(self._keys), tuple(snapshot.storage.values())
+            )
 
     @property
     def packed(self) -> PackedWeight:
@@ -146,7 +154,9 @@ class QuantLinear(Holder):
         Eager calls do this by themselves; call it before torch.compile or CUDA graph capture.
         """
         packed = self.packed
-        ops.prepack_for(packed, x, self.backend, dispatch.resolve_batch_invariant(self.batch_invariant))
+        ops.prepack_for(
+            packed, x, self.backend, dispatch.resolve_batch_invariant(self.batch_invariant)
+        )
         self._settle(packed)
         return self
 

@@ -76,7 +76,9 @@ def quantize_model(
     fmt = formats.get(recipes.RECIPES[recipe] if recipe else format)
     if recipe and (params or resume is not None):
         given = next(iter(params), "resume")
-        raise ValueError(f"{recipe}: {given}: expected none, because a recipe chooses formats itself")
+        raise ValueError(
+            f"{recipe}: {given}: expected none, because a recipe chooses formats itself"
+        )
     places = linears(model, skip)
     stacks = _expert_stacks(model, skip, experts, recipe, calibration)
     kinds = {names[0]: fmt.name for names, _ in places}
@@ -95,7 +97,9 @@ def quantize_model(
         chosen.formats = kinds if recipe else {}
     elif algorithm is not None or resume is not None:
         given = "algorithm" if algorithm is not None else "resume"
-        raise ValueError(f"{given}: expected None without calibration data, got {algorithm or resume!r}")
+        raise ValueError(
+            f"{given}: expected None without calibration data, got {algorithm or resume!r}"
+        )
     checked = {k: v for k, v in params.items() if k not in fmt.quantize_only}
     for names, linear in places:
         try:
@@ -172,7 +176,9 @@ def _expert_stacks(
 ) -> list[tuple[str, nn.Module]]:
     """(name, module) of experts that are no linear layers; says so if they are not `wanted`."""
     patterns = [skip] if isinstance(skip, str) else list(skip or ())
-    found = [(n, m) for n, m in expert_modules(model) if not any(fnmatchcase(n, p) for p in patterns)]
+    found = [
+        (n, m) for n, m in expert_modules(model) if not any(fnmatchcase(n, p) for p in patterns)
+    ]
     if wanted and any(module is model for _, module in found):
         raise ValueError(
             f"model: expected a module with experts in it, which are replaced there, got bare "
@@ -203,7 +209,9 @@ def _check_importance(
     importance: Any, fmt: Any, places: list[tuple[list[str], nn.Linear]], kinds: dict[str, str]
 ) -> None:
     if "importance" not in fmt.quantize_only:
-        raise ValueError(f"calibration: expected token ids or None for {fmt.name}, got an importance matrix")
+        raise ValueError(
+            f"calibration: expected token ids or None for {fmt.name}, got an importance matrix"
+        )
     for names, linear in places:
         _weighted(importance, names[0], linear, kinds[names[0]])
 
@@ -234,7 +242,9 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
 # ---------------------------------------------------------------------- load and save
 def load_model(
-    path: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None
+    path: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str | None = None,
 ) -> PreTrainedModel:
     """Load a model from a Hugging Face directory or a .gguf file.
 

@@ -118,7 +118,13 @@ class ExpertParts:
         device, k = self.down.device, self.first[0].shape[1]
         nowhere = torch.full((1, 1), -1, dtype=torch.int32, device=device)
         weights = torch.zeros(1, 1, device=device)
-        self.run(torch.zeros(1, k, dtype=dtype, device=device), weights, nowhere, activation, batch_invariant)
+        self.run(
+            torch.zeros(1, k, dtype=dtype, device=device),
+            weights,
+            nowhere,
+            activation,
+            batch_invariant,
+        )
 
 
 class QuantExperts(nn.Module):
@@ -184,7 +190,12 @@ class QuantExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states (T, K), top_k_index and top_k_weights (T, top_k) -> (T, N)."""
         return self.parts.run(
-            hidden_states, top_k_weights, top_k_index, self.activation, self.batch_invariant, self.backend
+            hidden_states,
+            top_k_weights,
+            top_k_index,
+            self.activation,
+            self.batch_invariant,
+            self.backend,
         )
 
     @property
@@ -199,7 +210,9 @@ class QuantExperts(nn.Module):
             self.parts = self.parts.to(device)
         return self
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         refuse_save_pretrained()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for e in range(self.parts.count):
@@ -211,7 +224,9 @@ class QuantExperts(nn.Module):
         return f"gate_up={self.gate_up!r}, down={self.down!r}, activation={self.activation!r}"
 
 
-def _halves(weight: Tensor, format: str, params: dict[str, Any]) -> tuple[PackedWeight, PackedWeight]:
+def _halves(
+    weight: Tensor, format: str, params: dict[str, Any]
+) -> tuple[PackedWeight, PackedWeight]:
     """Gate and up of gate_up (2 * I, K): parts of one weight where they can be joined again, so that they will be."""
     rows = weight.shape[0]
     try:
@@ -221,7 +236,9 @@ def _halves(weight: Tensor, format: str, params: dict[str, Any]) -> tuple[Packed
             return halves
     except ValueError:  # of a block or a group across both
         pass
-    return quantize(weight[: rows // 2], format, **params), quantize(weight[rows // 2 :], format, **params)
+    return quantize(weight[: rows // 2], format, **params), quantize(
+        weight[rows // 2 :], format, **params
+    )
 
 
 def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -239,7 +256,11 @@ def routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         parent = name.rpartition(".")[0]
         for child, module in model.get_submodule(parent).named_children():
             weight = module._parameters.get("weight")
-            if weight is not None and weight.dim() == 2 and type(module).forward is not nn.Linear.forward:
+            if (
+                weight is not None
+                and weight.dim() == 2
+                and type(module).forward is not nn.Linear.forward
+            ):
                 yield f"{parent}.{child}" if parent else child, module
 
 
@@ -265,12 +286,15 @@ def expert_weights(module: nn.Module) -> tuple[Tensor, Tensor, str]:
     """
     own = dict(module.named_parameters(recurse=False))
     if set(own) != {"gate_up_proj", "down_proj"}:
-        raise ValueError(f"experts: expected parameters gate_up_proj and down_proj alone, got {sorted(own)}")
+        raise ValueError(
+            f"experts: expected parameters gate_up_proj and down_proj alone, got {sorted(own)}"
+        )
     gate_up, down = own["gate_up_proj"], own["down_proj"]
     if getattr(module, "is_transposed", False) or gate_up.shape[1] != 2 * down.shape[2]:
         raise ValueError(
             f"experts: expected gate_up_proj (E, 2 * I, K) and down_proj (E, N, I), got {tuple(gate_up.shape)} and "
-            f"{tuple(down.shape)}" + (", transposed" if getattr(module, "is_transposed", False) else "")
+            f"{tuple(down.shape)}"
+            + (", transposed" if getattr(module, "is_transposed", False) else "")
         )
     others = sorted({name for name, _ in module.named_children()} - {"act_fn"})
     if others:  # a norm behind each expert, say, or experts that change nothing

@@ -76,7 +76,12 @@ def _kernel(
 
 
 def _matmul_impl(
-    x: Tensor, storage: list[Tensor], bias: Tensor | None, spec: str, backend: str, batch_invariant: bool
+    x: Tensor,
+    storage: list[Tensor],
+    bias: Tensor | None,
+    spec: str,
+    backend: str,
+    batch_invariant: bool,
 ) -> Tensor:
     backend = dispatch.resolve_backend(backend)
     # An operator is given no PackedWeight that could keep plans: what is bound is looked up by where the weight's
@@ -96,7 +101,11 @@ def _matmul_impl(
             stacklevel=2,
         )
         p.prepack_(kernel.layout)
-        return kernel.run(x.contiguous(), p, bias, problem) if x.shape[0] else x.new_empty(0, p.shape[0])
+        return (
+            kernel.run(x.contiguous(), p, bias, problem)
+            if x.shape[0]
+            else x.new_empty(0, p.shape[0])
+        )
     if x.shape[0] == 0:
         return x.new_empty(0, p.shape[0])
     known = known or (kernel.bind(p, problem) if kept(p.storage, storage) else None)
@@ -130,7 +139,12 @@ def keep_bound(key: Any, first: Tensor, what: Any) -> None:
 
 
 def _matmul_fake(
-    x: Tensor, storage: list[Tensor], bias: Tensor | None, spec: str, backend: str, batch_invariant: bool
+    x: Tensor,
+    storage: list[Tensor],
+    bias: Tensor | None,
+    spec: str,
+    backend: str,
+    batch_invariant: bool,
 ) -> Tensor:
     return x.new_empty(x.shape[0], _parse(spec)[1][0])
 
@@ -167,7 +181,9 @@ for _device in ("CPU", "CUDA"):
     _LIB.impl("grad_input", _grad_input_impl, _device)
 torch.library.register_fake("qkernels::matmul", _matmul_fake, lib=_LIB)
 torch.library.register_fake("qkernels::grad_input", _grad_input_fake, lib=_LIB)
-torch.library.register_autograd("qkernels::matmul", _backward, setup_context=_setup_context, lib=_LIB)
+torch.library.register_autograd(
+    "qkernels::matmul", _backward, setup_context=_setup_context, lib=_LIB
+)
 
 
 def matmul(
@@ -263,7 +279,10 @@ def _watched(x: Tensor, bias: Tensor | None) -> bool:
         torch.compiler.is_compiling()
         or type(x) is not Tensor
         or not (bias is None or isinstance(bias, Tensor))
-        or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        or (
+            torch.is_grad_enabled()
+            and (x.requires_grad or (bias is not None and bias.requires_grad))
+        )
         or x.is_meta
         or x.is_neg()
         or (bias is not None and bias.is_neg())
@@ -283,7 +302,9 @@ def call(
     batch_invariant: bool,
 ) -> Tensor:
     """The operator on x of any leading dimensions, operands already checked."""
-    y = torch.ops.qkernels.matmul(x.reshape(-1, shape[1]), storage, bias, spec, backend, batch_invariant)
+    y = torch.ops.qkernels.matmul(
+        x.reshape(-1, shape[1]), storage, bias, spec, backend, batch_invariant
+    )
     return y.reshape(*x.shape[:-1], shape[0])
 
 
@@ -298,7 +319,9 @@ def prepack_for(p: PackedWeight, x: Tensor, backend: str, batch_invariant: bool)
         p.prepack_(kernel.layout)
 
 
-def check_operands(x: Tensor, shape: tuple[int, int], device: torch.device, bias: Tensor | None) -> None:
+def check_operands(
+    x: Tensor, shape: tuple[int, int], device: torch.device, bias: Tensor | None
+) -> None:
     """ValueError unless x (..., K) and bias (N) fit a weight of `shape` on `device`."""
     n, k = shape
     if not isinstance(x, Tensor):
@@ -324,5 +347,7 @@ def check_bias(bias: Any, n: int) -> None:
     if isinstance(bias, Tensor):
         check_strided("bias", bias)
     if not isinstance(bias, Tensor) or tuple(bias.shape) != (n,) or not bias.is_floating_point():
-        got = f"{bias.dtype} {tuple(bias.shape)}" if isinstance(bias, Tensor) else type(bias).__name__
+        got = (
+            f"{bias.dtype} {tuple(bias.shape)}" if isinstance(bias, Tensor) else type(bias).__name__
+        )
         raise ValueError(f"bias: expected a floating tensor of shape ({n},), got {got}")

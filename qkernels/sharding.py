@@ -32,13 +32,17 @@ def shard(p: PackedWeight, dim: int, index: int, count: int) -> PackedWeight:
     return narrow(p, dim, index * part, (index + 1) * part)
 
 
-def check_shard(format: str, shape: tuple[int, int], params: Mapping[str, Any], dim: int, count: int) -> None:
+def check_shard(
+    format: str, shape: tuple[int, int], params: Mapping[str, Any], dim: int, count: int
+) -> None:
     """ValueError, naming the counts that work, if `shard` could not cut such a weight into `count` parts."""
     size = shape[dim]
     unit = formats.get(format).cuts(shape, dict(params))[dim]
     if size % (count * unit) and count > 1:
         works = [
-            str(c) for c in range(1, max(1, min(size // unit, 64)) + 1) if c == 1 or size % (c * unit) == 0
+            str(c)
+            for c in range(1, max(1, min(size // unit, 64)) + 1)
+            if c == 1 or size % (c * unit) == 0
         ]
         raise ValueError(
             f"{format}: {_WORDS[dim]}: expected {size} to be a multiple of {count} parts times {unit}, so "
@@ -52,7 +56,9 @@ def check_cut(
     """ValueError if `narrow` could not cut rows or columns begin..end-1 out of such a weight."""
     size = shape[dim]
     if dim not in (ROWS, COLUMNS) or not 0 <= begin < end <= size:
-        raise ValueError(f"{format}: expected dim 0 or 1 and 0 <= begin < end <= {size}, got {begin}..{end}")
+        raise ValueError(
+            f"{format}: expected dim 0 or 1 and 0 <= begin < end <= {size}, got {begin}..{end}"
+        )
     if (begin, end) == (0, size):
         return
     unit = formats.get(format).cuts(shape, dict(params))[dim]
@@ -92,7 +98,11 @@ def join_rows(parts: Sequence[PackedWeight]) -> PackedWeight | None:
         for name, tensor in tensors[0].items():
             pieces = [t[name] for t in tensors]
             shape = whole[name].shape
-            grown = [] if shape is None else [d for d, size in enumerate(shape) if size != tensor.shape[d]]
+            grown = (
+                []
+                if shape is None
+                else [d for d, size in enumerate(shape) if size != tensor.shape[d]]
+            )
             if grown:
                 joined[name] = torch.cat(pieces, grown[0])
             elif all(torch.equal(tensor, piece) for piece in pieces[1:]):

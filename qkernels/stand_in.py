@@ -35,7 +35,9 @@ class StandIn:
     #: transformers initializes no parameter that says so
     _is_hf_initialized = True
 
-    def __init__(self, format: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, format: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.format, self.shape, self.dtype, self.device = format, torch.Size(shape), dtype, device
 
     def size(self, dim: int | None = None) -> Any:
@@ -94,7 +96,9 @@ class StandIn:
         raise AttributeError(what)
 
     @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> NoReturn:
         for value in (*args, *(kwargs or {}).values()):
             for one in value if isinstance(value, (list, tuple)) else [value]:
                 if isinstance(one, StandIn):

@@ -63,7 +63,9 @@ def _check_memory(where: str, tensor: Tensor) -> None:
     """ValueError unless there is memory for every number, as there is not once somebody has freed it."""
     memory, last = tensor.untyped_storage().nbytes(), tensor.numel() - 1
     if last > 0 and not tensor.is_contiguous():
-        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        last = sum(
+            (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        )
     end = (tensor.storage_offset() + last + 1) * tensor.element_size()
     if last >= 0 and end > memory:
         raise ValueError(f"{where}: expected memory of {end} bytes, got {memory}")

@@ -165,7 +165,9 @@ def balanced(n: int) -> tuple[int, ...]:
     two = max(pairs(n))
     if two[1] <= 64:
         return two
-    three = min((sorted((p, *max(pairs(q)))) for p, q in pairs(n)), key=lambda found: (found[2], sum(found)))
+    three = min(
+        (sorted((p, *max(pairs(q)))) for p, q in pairs(n)), key=lambda found: (found[2], sum(found))
+    )
     return three[1], three[0], three[2]
 
 
@@ -177,7 +179,9 @@ def random_orthogonal(n: int, generator: torch.Generator) -> Tensor:
 
 def random_permutation(n: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
     """A permutation of n, int64, the same on every machine and version: indices sorted by their SplitMix64."""
-    x = (torch.arange(1, n + 1, dtype=torch.int64) + (torch.tensor(seed) << 32)) * -7046029254386353131
+    x = (
+        torch.arange(1, n + 1, dtype=torch.int64) + (torch.tensor(seed) << 32)
+    ) * -7046029254386353131
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
     x = x ^ ((x >> 31) & ((1 << 33) - 1))

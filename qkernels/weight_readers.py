@@ -33,7 +33,14 @@ _QUESTIONS = {
 _QUESTIONS |= {"is_floating_point", "is_complex"}
 _ASKING = {"isinstance", "hasattr", "getattr", "type", "id"}
 #: methods that run before the weights are there
-_SETUP = {"__init__", "reset_parameters", "_reset_parameters", "_init_weights", "init_weights", "tie_weights"}
+_SETUP = {
+    "__init__",
+    "reset_parameters",
+    "_reset_parameters",
+    "_init_weights",
+    "init_weights",
+    "tie_weights",
+}
 #: its fast path reads weights, but steps aside for one with a __torch_function__, which a StandIn has
 _STEPS_ASIDE = (nn.TransformerEncoderLayer,)
 
@@ -59,7 +66,9 @@ def layers_read_by(module: nn.Module) -> set[str]:
 @lru_cache(maxsize=4096)
 def _reads(kind: type) -> tuple[_Read, ...]:
     found: list[_Read] = []
-    names = {name for base in kind.__mro__ if base not in (nn.Module, object) for name in vars(base)}
+    names = {
+        name for base in kind.__mro__ if base not in (nn.Module, object) for name in vars(base)
+    }
     for name in names - _SETUP:
         method = inspect.unwrap(getattr(kind, name, None))  # type: ignore[arg-type]
         if not inspect.isfunction(method) or "weight" not in method.__code__.co_names:
@@ -99,7 +108,12 @@ def _path(node: ast.AST) -> str | None:
     while isinstance(node, ast.Attribute):
         names.append(node.attr)
         node = node.value
-    if not isinstance(node, ast.Name) or node.id != "self" or names[0:1] != ["weight"] or len(names) < 2:
+    if (
+        not isinstance(node, ast.Name)
+        or node.id != "self"
+        or names[0:1] != ["weight"]
+        or len(names) < 2
+    ):
         return None
     return ".".join(reversed(names[1:]))
 
@@ -141,7 +155,11 @@ def _evaluated(node: ast.AST, module: nn.Module) -> Any:
     if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _COMPARISONS:
         left, right = (_evaluated(side, module) for side in (node.left, node.comparators[0]))
         try:
-            return _UNKNOWN if _UNKNOWN in (left, right) else _COMPARISONS[type(node.ops[0])](left, right)
+            return (
+                _UNKNOWN
+                if _UNKNOWN in (left, right)
+                else _COMPARISONS[type(node.ops[0])](left, right)
+            )
         except TypeError:
             return _UNKNOWN
     return _UNKNOWN

@@ -93,7 +93,9 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if FAILURES and report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
         lines = [line[2:] for line in report.longreprtext.splitlines() if line.startswith("E ")]
         with open(FAILURES, "a") as file:
-            file.write(f"{report.nodeid}: {' '.join(lines)[:300] or report.longreprtext[-300:]!r}\n")
+            file.write(
+                f"{report.nodeid}: {' '.join(lines)[:300] or report.longreprtext[-300:]!r}\n"
+            )
 
 
 @pytest.hookimpl(wrapper=True, trylast=True)

@@ -81,7 +81,9 @@ def left_beside(path: Path) -> list[Path]:
     """What saving left, but for folders of processes that were lost before they had locked them; see atomic._clean."""
     others = [entry for entry in path.parent.iterdir() if entry != path]
     return [
-        entry for entry in others if not entry.is_dir() or {file.name for file in entry.iterdir()} - {"lock"}
+        entry
+        for entry in others
+        if not entry.is_dir() or {file.name for file in entry.iterdir()} - {"lock"}
     ]
 
 
@@ -117,7 +119,11 @@ def calls(steps: Steps) -> Iterator[None]:
     try:
         for name, function in real.items():
             setattr(os, name, counted(function))
-        atomic._exchange, builtins.open, io.open = counted(exchange), counted(opened), counted(opened)
+        atomic._exchange, builtins.open, io.open = (
+            counted(exchange),
+            counted(opened),
+            counted(opened),
+        )
         yield
     finally:
         for name, function in real.items():
@@ -162,7 +168,11 @@ def _error(kind: Any, path: Path, at: int) -> int:
 
 def _interrupt(kind: Any, path: Path, at: int) -> int:
     steps = Steps(at, raising(KeyboardInterrupt()))
-    with suppress(KeyboardInterrupt, OSError), lines(steps):  # rmtree closes a file twice if interrupted
+    # rmtree closes a file twice if interrupted
+    with (
+        suppress(KeyboardInterrupt, OSError),
+        lines(steps),
+    ):
         kind.write(path, NEW)
     return steps.count
 
@@ -202,7 +212,9 @@ def exchanging(possible: bool) -> Iterator[None]:
         atomic._renameat2 = real
 
 
-def run(kind: Any, fault: str, *, over: bool, exchange: bool) -> tuple[int, Counter[Any], Counter[Any]]:
+def run(
+    kind: Any, fault: str, *, over: bool, exchange: bool
+) -> tuple[int, Counter[Any], Counter[Any]]:
     """(steps, what was there at once, what was there when the next save had cleaned up) over all steps.
 
     over: whether there is an old one.
@@ -230,7 +242,9 @@ def run(kind: Any, fault: str, *, over: bool, exchange: bool) -> tuple[int, Coun
             assert kind.read(path) == NEW
             # A process lost, or a call failed, before it had locked its folder leaves it empty; see atomic._clean.
             left = [
-                f for f in path.parent.iterdir() if f != path and any(g.name != "lock" for g in f.iterdir())
+                f
+                for f in path.parent.iterdir()
+                if f != path and any(g.name != "lock" for g in f.iterdir())
             ]
             assert left == [], f"{fault}, step {step}"
     return steps, at_once, after

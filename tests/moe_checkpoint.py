@@ -29,7 +29,11 @@ def tiny_moe(kind: str, seed: int = 0) -> torch.nn.Module:
         config = MixtralConfig(**SIZES, intermediate_size=128, num_local_experts=4)
     else:
         config = Qwen3MoeConfig(
-            **SIZES, moe_intermediate_size=128, intermediate_size=256, num_experts=4, norm_topk_prob=True
+            **SIZES,
+            moe_intermediate_size=128,
+            intermediate_size=256,
+            num_experts=4,
+            norm_topk_prob=True,
         )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).float().eval()
@@ -41,7 +45,12 @@ def tiny_moe(kind: str, seed: int = 0) -> torch.nn.Module:
 
 
 def save_moe(
-    kind: str, format: str, params: dict[str, Any], packed: Path, plain: Path, down: str | None = None
+    kind: str,
+    format: str,
+    params: dict[str, Any],
+    packed: Path,
+    plain: Path,
+    down: str | None = None,
 ) -> int:
     """Write the model quantized to `packed` and, with the very values of that dequantized, to `plain`.
 
@@ -60,7 +69,11 @@ def save_moe(
             skipped.append(name)
             continue
         is_down = name.endswith(("w2", "down_proj"))
-        p = qk.quantize(value, down, **{}) if down and is_down else qk.quantize(value, format, **params)
+        p = (
+            qk.quantize(value, down, **{})
+            if down and is_down
+            else qk.quantize(value, format, **params)
+        )
         layers[name] = p
         values[key] = p.dequantize().contiguous()
         del stored[key]

@@ -16,7 +16,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNEL, DECODERS, SCALERS = (f"triton_kernels/{f}.py" for f in ("weight_only", "decoders", "scalers"))
+KERNEL, DECODERS, SCALERS = (
+    f"triton_kernels/{f}.py" for f in ("weight_only", "decoders", "scalers")
+)
 LAYOUT, LAUNCH = "qkernels/layouts/weight_only.py", "qkernels/backends/triton/weight_only.py"
 GEMM8, ACTIVATIONS = "triton_kernels/eight_bit.py", "triton_kernels/activations.py"
 BLOCKS = "triton_kernels/blocks.py"
@@ -49,7 +51,7 @@ WEIGHT_ONLY = [
     (KERNEL, "live = k >= 0", "live = k >= 1"),
     (KERNEL, "mask=kk < KP, other=-1", "mask=kk < KP - 1, other=-1"),
     (KERNEL, "kk = first + part * RUN", "kk = first"),
-    (KERNEL, "_columns(x_rows, perm_ptr, first + tl.arange(0, TILE)", "_columns(x_rows, perm_ptr, tl.arange(0, TILE)"),
+    (KERNEL, "x_rows, perm_ptr, first + tl.arange(0, TILE)", "x_rows, perm_ptr, tl.arange(0, TILE)"),
     (KERNEL, "begin = tl.program_id(1) * share", "begin = 0"),
     (BLOCKS, "for s in range(SPLIT_K):", "for s in range(SPLIT_K - 1):"),
     (BLOCKS, "tl.store(counter_ptr + pid, 0)", "tl.store(counter_ptr + pid, 1)"),
@@ -138,7 +140,7 @@ KRONECKER, TRANSFORMS = "triton_kernels/kronecker.py", "qkernels/backends/triton
 INCOHERENT = [
     (KRONECKER, "return (i ^ (i >> 1)) & 1", "return (i ^ (i >> 3)) & 1"),
     (KRONECKER, "at = i[:, None] * A + j[None, :] if TRANSPOSED", "at = i[:, None] * A + j[None, :] if A < 0"),
-    (KRONECKER, "tl.dot(box - high, factor, ", "(box - high) * 0 + (0 * factor).sum() + ("),
+    (KRONECKER, "box - high, factor, tl.dot(high", "box - box, factor, tl.dot(high"),
     (KRONECKER, ".permute(0, 3, 1, 2)", ".permute(0, 3, 2, 1)"),
     (KRONECKER, "_odd_bits(own & c)", "_odd_bits(own ^ c)"),
     (KRONECKER, "at = c * C + own if TRANSPOSED", "at = own * C + c if TRANSPOSED"),
@@ -167,7 +169,9 @@ INCOHERENT = [
     (LAYOUT, "return 16 if vectors", "return 8 if vectors"),
 ]  # fmt: skip
 
-GEMV, GEMM, TILE, CUDA_SCALERS = (f"csrc/weight_only/{f}.h" for f in ("gemv", "gemm", "tile", "scalers"))
+GEMV, GEMM, TILE, CUDA_SCALERS = (
+    f"csrc/weight_only/{f}.h" for f in ("gemv", "gemm", "tile", "scalers")
+)
 QUAD, SPARSE = (f"csrc/weight_only/{f}.h" for f in ("quad_scalers", "outliers"))
 CUDA_DECODERS, MEMORY = "csrc/decoders/decoders.h", "csrc/ptx/memory.h"
 CUDA = [
@@ -300,7 +304,7 @@ SAVING = [
     (ATOMIC, "(errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)", "(errno.ENOTEMPTY, errno.EEXIST)"),
     (ATOMIC, "host != socket.gethostname()", "False"),
     (ATOMIC, "        return False\n    fcntl.flock", "        return True\n    fcntl.flock"),
-    (ATOMIC, "                _restore(folder)", "                pass"),
+    (ATOMIC, "                _restore(folder)\n", "                pass\n"),
     (ATOMIC, "if os.getpid() == process:", "if True:"),
     (ATOMIC, " or _handled_in_c()", ""),
     (ATOMIC, "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB if False else fcntl.LOCK_UN"),
@@ -446,7 +450,10 @@ SUITES = (
 def copy_of(root: Path, tree: Path) -> Path:
     """A copy of the repository at `root` in `tree`, whose package has the copy's Triton kernels."""
     shutil.copytree(
-        root, tree, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv", "smollm2*", "__pycache__")
+        root,
+        tree,
+        symlinks=True,
+        ignore=shutil.ignore_patterns(".git", ".venv", "smollm2*", "__pycache__"),
     )
     link = tree / "qkernels" / "triton_kernels"
     link.unlink(missing_ok=True)
@@ -491,7 +498,9 @@ def main() -> None:
     missed = 0
     with tempfile.TemporaryDirectory() as folder:
         tree = copy_of(ROOT, Path(folder) / "tree")
-        for (file, old, new), tests in ((m, tests) for mutations, tests in SUITES for m in mutations):
+        for (file, old, new), tests in (
+            (m, tests) for mutations, tests in SUITES for m in mutations
+        ):
             if only in file and any(suite in test for test in tests):
                 alive = survives(tree, file, old, new, tests)
                 missed += alive

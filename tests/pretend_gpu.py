@@ -21,7 +21,8 @@ from typing import Any
 from unittest import mock
 
 if os.environ.get("QKERNELS_PRETEND_GPU") == "1":
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # triton, which torch._dynamo imports, looks once
+    # triton, which torch._dynamo imports, looks once
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
 import torch._dynamo  # it lists what torch.cuda holds, so it must have looked before anything is replaced
@@ -65,7 +66,9 @@ class Pretended(torch.Tensor):
     def get_device(self) -> int:
         return 0
 
-    def new_tensor(self, data: Any, *, dtype: Any = None, device: Any = CUDA, **_: Any) -> torch.Tensor:
+    def new_tensor(
+        self, data: Any, *, dtype: Any = None, device: Any = CUDA, **_: Any
+    ) -> torch.Tensor:
         return torch.tensor(data, dtype=dtype or self.dtype, device=device)
 
     def __getitem__(self, where: Any) -> torch.Tensor:
@@ -177,8 +180,15 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             _waits(name)
     else:
         for t in tensors:
-            if pretended and not isinstance(t, Pretended) and t.dim() > 0 and not name.startswith("index"):
-                raise RuntimeError(f"Expected all tensors to be on the same device, but got cpu in {func}")
+            if (
+                pretended
+                and not isinstance(t, Pretended)
+                and t.dim() > 0
+                and not name.startswith("index")
+            ):
+                raise RuntimeError(
+                    f"Expected all tensors to be on the same device, but got cpu in {func}"
+                )
     if pretended and name.startswith(_WAITING):
         _waits(name)
     on_gpu = (target.type == "cuda") if target is not None else pretended
@@ -284,7 +294,9 @@ class _Extension:
         function = getattr(library, f"qk_{name}")
         function.restype = ctypes.c_char_p
         memory = {t.held.untyped_storage().data_ptr(): t.held for t in list(Pretended.alive)}
-        bytes_of = [torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage()) for t in memory.values()]
+        bytes_of = [
+            torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage()) for t in memory.values()
+        ]
         host.expose(library, [], bytes_of)
         return str(function(ctypes.c_void_p(address)).decode())
 
@@ -300,7 +312,8 @@ def visible() -> Iterator[None]:
     started = cuda.run
 
     def run(name: str, address: int, index: int) -> None:
-        kept = ctypes.string_at(address, _size_of(name))  # whoever gave it writes into it for the next call
+        # whoever gave it writes into it for the next call
+        kept = ctypes.string_at(address, _size_of(name))
 
         def step() -> None:
             again = ctypes.create_string_buffer(kept)
@@ -332,7 +345,9 @@ def visible() -> Iterator[None]:
         """To where `other` is, which C++ takes for meta, or to the GPU, for which it wants a driver."""
         if args and isinstance(args[0], torch.Tensor):
             args = (args[0].device, args[0].dtype, *args[1:])
-        named = [a for a in (*args, kwargs.get("device")) if isinstance(a, (str, torch.device, int))]
+        named = [
+            a for a in (*args, kwargs.get("device")) if isinstance(a, (str, torch.device, int))
+        ]
         if not named or type(named[0]) is bool or torch.device(named[0]).type != "cuda":
             return to(self, *args, **kwargs)
         types = [a for a in (*args, kwargs.get("dtype")) if isinstance(a, torch.dtype)]
@@ -344,7 +359,9 @@ def visible() -> Iterator[None]:
 
     def where_of(condition: Any, *values: Any) -> Any:
         """C++ would make meta tensors of numbers."""
-        return where(condition, *(v if isinstance(v, torch.Tensor) else torch.tensor(v) for v in values))
+        return where(
+            condition, *(v if isinstance(v, torch.Tensor) else torch.tensor(v) for v in values)
+        )
 
     nothing = lambda *_, **__: None  # noqa: E731
     replaced = {
@@ -391,6 +408,7 @@ def visible() -> Iterator[None]:
         yield
 
 
-if os.environ.get("QKERNELS_PRETEND_GPU") == "1":  # as a plugin of pytest, before anything asks for a GPU
+# as a plugin of pytest, before anything asks for a GPU
+if os.environ.get("QKERNELS_PRETEND_GPU") == "1":
     _kept = visible()
     _kept.__enter__()

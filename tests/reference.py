@@ -30,7 +30,9 @@ def static_scale(p: qk.PackedWeight) -> Tensor | None:
     return tensors.get("input_scale", tensors.get("activation_scale"))
 
 
-def assert_fused_close(y: Tensor, x: Tensor, p: qk.PackedWeight, bias: Tensor | None = None) -> None:
+def assert_fused_close(
+    y: Tensor, x: Tensor, p: qk.PackedWeight, bias: Tensor | None = None
+) -> None:
     """y is x @ W^T + bias up to: W rounded to x's dtype once, products summed in float32, y rounded once.
 
     Elementwise  |error| <= u * sum|x||w| + K * 2^-24 * sum|x||w| + u * |y|, and for the whole, where
@@ -43,7 +45,8 @@ def assert_fused_close(y: Tensor, x: Tensor, p: qk.PackedWeight, bias: Tensor | 
         # What is rounded is the product inside the transforms; the outer one spreads a row's errors.
         before, after = fmt.sides(p.tensors, p.shape, p.params)
         inside = (
-            before.inner(x.double()).abs() @ fmt.grid_values(p.tensors, p.shape, p.params).double().abs().T
+            before.inner(x.double()).abs()
+            @ fmt.grid_values(p.tensors, p.shape, p.params).double().abs().T
         )
         magnitude = inside.norm(dim=-1, keepdim=True) * after.diagonal.double().abs()
     else:
@@ -53,9 +56,13 @@ def assert_fused_close(y: Tensor, x: Tensor, p: qk.PackedWeight, bias: Tensor | 
     k = p.shape[1]
     # 1e-7: results or weights below float16's normal range round to multiples of 2^-24
     bound = (
-        (u + k * 2.0**-24) * magnitude + u * want.abs() + 1e-7 * (1 + x.double().abs().sum(-1, keepdim=True))
+        (u + k * 2.0**-24) * magnitude
+        + u * want.abs()
+        + 1e-7 * (1 + x.double().abs().sum(-1, keepdim=True))
     )
     error = (y.double() - want).abs()
     worst = (error - bound).max().item() if error.numel() else 0.0
     assert bool((error <= bound).all()), f"elementwise error over its bound by {worst}"
-    assert error.norm() <= 2 * u * want.norm() + 1e-6, f"{error.norm() / want.norm():.2e} > {2 * u:.2e}"
+    assert error.norm() <= 2 * u * want.norm() + 1e-6, (
+        f"{error.norm() / want.norm():.2e} > {2 * u:.2e}"
+    )

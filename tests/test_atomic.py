@@ -40,10 +40,14 @@ SAVER = textwrap.dedent(
 )
 
 
-def start_saving(path: Path, content: str, count: int, how: str = "exchange") -> subprocess.Popen[str]:
+def start_saving(
+    path: Path, content: str, count: int, how: str = "exchange"
+) -> subprocess.Popen[str]:
     """A process that saves `count` times, once it has begun."""
     arguments = [atomic.__file__, str(path), content, str(count), how]
-    process = subprocess.Popen([sys.executable, "-c", SAVER, *arguments], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SAVER, *arguments], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
@@ -82,7 +86,8 @@ def test_signals_from_outside(tmp_path: Path, number: signal.Signals, how: str) 
         time.sleep(0.005 * i)
         process.send_signal(number)
         process.wait(timeout=30)
-        if number != signal.SIGINT:  # whose traceback Python prints, and ends with 130 or by the signal
+        # whose traceback Python prints, and ends with 130 or by the signal
+        if number != signal.SIGINT:
             assert process.returncode == -number
         if number == signal.SIGKILL:
             atomic._clean(tmp_path)
@@ -138,7 +143,9 @@ def test_two_processes_save_to_one_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["rename", "_exchange"])
-def test_another_process_gets_in_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_another_process_gets_in_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     """A directory appears, or goes, after we looked and before we act."""
     path, module = tmp_path / "model", os if name == "rename" else atomic
     if name == "_exchange":
@@ -231,7 +238,9 @@ def test_nothing_but_our_own_private_folders_is_cleaned_up(tmp_path: Path) -> No
     assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "model"])
 
 
-def test_nobody_can_plant_a_link_in_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_can_plant_a_link_in_what_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Even if the folder's name could be guessed: it is made, not taken over, and is its owner's alone."""
     victim = tmp_path / "victim"
     victim.mkdir()
@@ -267,7 +276,9 @@ def test_what_another_machine_writes_is_not_removed(tmp_path: Path) -> None:
     assert not theirs.exists()
 
 
-def test_without_locks_the_old_one_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_locks_the_old_one_is_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     private = left_by(tmp_path, atomic.socket.gethostname())
     monkeypatch.setattr(atomic, "fcntl", None)
     File.write(tmp_path / "other", faults.NEW)
@@ -316,7 +327,10 @@ def test_a_handler_set_in_c_is_left_alone(tmp_path: Path) -> None:
         "os.kill(os.getpid(), signal.SIGTERM); print('alive')"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "model")], capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, str(tmp_path / "model")],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.stdout == "alive\n", done.stderr
 

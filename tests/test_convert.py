@@ -38,16 +38,23 @@ EXACT: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("int8", {}, "pack_quantized", {}),
     ("w8a8", {"granularity": "tensor"}, "w8a8", {"granularity": "channel"}),
     ("fp8", {"granularity": "block"}, "fp8", {"activation": "dynamic"}),
+    # DeepSeek to compressed-tensors
     (
         "fp8",
         {"granularity": "block"},
         "fp8",
         {"scale_name": "weight_scale"},
-    ),  # DeepSeek to compressed-tensors
+    ),
     ("int8", {}, "int8", {"threshold": 0.0}),
 ]
 INEXACT: list[tuple[str, dict[str, Any], str, dict[str, Any], str]] = [
-    ("gptq", {"group_size": 32, "act_order": True}, "awq", {}, "awq: groups: expected runs of neighbouring"),
+    (
+        "gptq",
+        {"group_size": 32, "act_order": True},
+        "awq",
+        {},
+        "awq: groups: expected runs of neighbouring",
+    ),
     ("gptq", {"bits": 8, "group_size": 32}, "awq", {}, "awq: bits: expected one of (4,), got 8"),
     ("gptq", {"bits": 8, "group_size": 32}, "gptq", {"bits": 4}, "codes of 8 bits do not fit 4"),
     (
@@ -122,7 +129,12 @@ def test_command_without_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     code, out, _ = _run(capsys, tmp_path / "a", tmp_path / "b", "--format", "awq", "--json")
     assert code == 0
     result = json.loads(out)
-    assert (result["layers"], result["exact"], result["requantized"], result["lossless"]) == (14, 14, 0, True)
+    assert (result["layers"], result["exact"], result["requantized"], result["lossless"]) == (
+        14,
+        14,
+        0,
+        True,
+    )
     again = qk.load_model(tmp_path / "b")
     assert torch.equal(model(ids(20)[None]).logits, again(ids(20)[None]).logits)
     code, out, _ = _run(capsys, tmp_path / "b", tmp_path / "c", "--format", "pack_quantized")
@@ -131,7 +143,10 @@ def test_command_without_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert out.rstrip().endswith("\nlossless")
     code, out, _ = _run(capsys, tmp_path / "c", tmp_path / "d", "--format", "gptq")
     assert code == 0
-    first, last = load_file(tmp_path / "a/model.safetensors"), load_file(tmp_path / "d/model.safetensors")
+    first, last = (
+        load_file(tmp_path / "a/model.safetensors"),
+        load_file(tmp_path / "d/model.safetensors"),
+    )
     assert first.keys() == last.keys()
     assert all(torch.equal(v, last[k]) for k, v in first.items())
 
@@ -147,7 +162,9 @@ def test_command_with_loss_says_so(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_command_dequantizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = qk.quantize_model(tiny_model(attention_bias=True).half(), "gptq", progress=False, group_size=32)
+    model = qk.quantize_model(
+        tiny_model(attention_bias=True).half(), "gptq", progress=False, group_size=32
+    )
     huggingface.save(model, tmp_path / "a")
     assert _run(capsys, tmp_path / "a", tmp_path / "b", "-f", "fp16")[0] == 0
     plain = qk.load_model(tmp_path / "b")
@@ -157,13 +174,17 @@ def test_command_dequantizes(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert torch.equal(plain.get_submodule(name).weight, packed.dequantize(torch.float16))
 
 
-def test_command_quantizes_a_plain_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_quantizes_a_plain_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_tiny(tmp_path / "a")
     code, out, _ = _run(capsys, tmp_path / "a", tmp_path / "b", "-f", "nf4", "--json")
     assert code == 0
     assert json.loads(out)["quantized"] == 14
     want = qk.quantize_model(tiny_model(), "nf4", progress=False)
-    assert torch.equal(qk.load_model(tmp_path / "b")(ids(9)[None]).logits, want(ids(9)[None]).logits)
+    assert torch.equal(
+        qk.load_model(tmp_path / "b")(ids(9)[None]).logits, want(ids(9)[None]).logits
+    )
 
 
 def test_command_changes_shards_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,7 +194,10 @@ def test_command_changes_shards_only(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "the same weights" in out
     assert len(list((tmp_path / "b").glob("*.safetensors"))) > 3
     assert _run(capsys, tmp_path / "b", tmp_path / "c")[0] == 0
-    first, last = load_file(tmp_path / "a/model.safetensors"), load_file(tmp_path / "c/model.safetensors")
+    first, last = (
+        load_file(tmp_path / "a/model.safetensors"),
+        load_file(tmp_path / "c/model.safetensors"),
+    )
     assert first.keys() == last.keys()
     assert all(torch.equal(v, last[k]) for k, v in first.items())
 
@@ -211,7 +235,9 @@ def test_shard_sizes() -> None:
         ("gptq", {"group_size": 64}, "bf16", "dequantized"), ("awq", {"group_size": 64}, "awq", "kept"),
     ],
 )  # fmt: skip
-def test_experts(source: str, params: dict[str, Any], target: str, how: str, tmp_path: Path) -> None:
+def test_experts(
+    source: str, params: dict[str, Any], target: str, how: str, tmp_path: Path
+) -> None:
     """Expert by expert, and what is saved says so."""
     save_moe("mixtral", source, params, tmp_path / "q", tmp_path / "p")
     model, tokens = qk.load_model(tmp_path / "q"), ids(9)[None]
@@ -227,7 +253,9 @@ def test_experts(source: str, params: dict[str, Any], target: str, how: str, tmp
     for stack, was in zip(stacks_of(model), old, strict=True):
         for role, packed in stack.parts.expert(3).items():
             assert packed.format == target
-            error = (packed.dequantize() - was[role].dequantize()).norm() / was[role].dequantize().norm()
+            error = (packed.dequantize() - was[role].dequantize()).norm() / was[
+                role
+            ].dequantize().norm()
             assert error <= {"exact": 0, "kept": 0, "dequantized": 2**-9, "requantized": 0.2}[how]
     qk.save_model(model, tmp_path / "m")
     again = qk.load_model(tmp_path / "m")

@@ -24,8 +24,15 @@ from .moe_checkpoint import stacks_of, tiny_moe
 from .tiny import ids, save_tiny, tiny_model
 
 #: hidden size and intermediate size of SmolLM2, a third of it each
-SMOLLM2 = {"hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 3, "num_key_value_heads": 3}
-WORDS = "qkernels: group_size 64 instead of 128, because 128 does not divide the 192 input features of "
+SMOLLM2 = {
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+}
+WORDS = (
+    "qkernels: group_size 64 instead of 128, because 128 does not divide the 192 input features of "
+)
 
 
 @contextmanager
@@ -72,27 +79,34 @@ def test_only_layers_that_are_quantized_count() -> None:
     model = tiny_model(**SMOLLM2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        qk.quantize_model(model, "gptq", skip=["*.self_attn.*", "*.gate_proj", "*.up_proj"], progress=False)
+        qk.quantize_model(
+            model, "gptq", skip=["*.self_attn.*", "*.gate_proj", "*.up_proj"], progress=False
+        )
     assert sizes_of(model) == {128}
 
 
-@pytest.mark.parametrize("params", [{"group_size": 128}, {"group_size": 128, "act_order": True}], ids=str)
+@pytest.mark.parametrize(
+    "params", [{"group_size": 128}, {"group_size": 128, "act_order": True}], ids=str
+)
 @pytest.mark.parametrize("name", ["gptq", "pack_quantized"])
-def test_one_that_is_given_is_kept_and_comes_back(name: str, params: dict[str, Any], tmp_path: Path) -> None:
+def test_one_that_is_given_is_kept_and_comes_back(
+    name: str, params: dict[str, Any], tmp_path: Path
+) -> None:
     model = tiny_model(**SMOLLM2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         qk.quantize_model(model, name, progress=False, **params)
     packed = model.model.layers[0].mlp.up_proj.packed
-    assert packed.tensors["scales" if name == "gptq" else "weight_scale"].numel() == 2 * packed.shape[0]
+    assert (
+        packed.tensors["scales" if name == "gptq" else "weight_scale"].numel()
+        == 2 * packed.shape[0]
+    )
     assert_comes_back(model, tmp_path / "m", 128)
 
 
 def test_one_that_awq_cannot_store_names_the_layer_and_changes_nothing() -> None:
     model = tiny_model(**SMOLLM2)
-    message = (
-        "q_proj: awq: group_size: expected -1 or a divisor of K=192, because awq stores no short last group"
-    )
+    message = "q_proj: awq: group_size: expected -1 or a divisor of K=192, because awq stores no short last group"
     with pytest.raises(ValueError, match=message):
         qk.quantize_model(model, "awq", group_size=128, progress=False)
     assert not sizes_of(model)
@@ -110,7 +124,9 @@ def test_experts_count_like_layers() -> None:
         if hasattr(module, "gate_up_proj"):
             module.gate_up_proj = nn.Parameter(module.gate_up_proj[:, :192].detach().clone())
             module.down_proj = nn.Parameter(module.down_proj[..., :96].detach().clone())
-    with said_once("32 instead of 128, because 128 does not divide the 96 input features of model.layers.0."):
+    with said_once(
+        "32 instead of 128, because 128 does not divide the 96 input features of model.layers.0."
+    ):
         qk.quantize_model(model, "gptq", experts=True, progress=False)
     assert sizes_of(model) == {32}
 
@@ -129,10 +145,23 @@ def test_while_transformers_loads(tmp_path: Path) -> None:
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_tiny(tmp_path / "m", **SMOLLM2)
     assert (
-        main(["quantize", str(tmp_path / "m"), "-f", "gptq", "-o", str(tmp_path / "q"), "--no-report"]) == 0
+        main(
+            [
+                "quantize",
+                str(tmp_path / "m"),
+                "-f",
+                "gptq",
+                "-o",
+                str(tmp_path / "q"),
+                "--no-report",
+            ]
+        )
+        == 0
     )
     lines = capsys.readouterr().err.splitlines()
-    assert [line for line in lines if "group_size" in line] == [WORDS + "model.layers.0.self_attn.q_proj"]
+    assert [line for line in lines if "group_size" in line] == [
+        WORDS + "model.layers.0.self_attn.q_proj"
+    ]
     with pytest.warns(UserWarning, match="somebody else's"):
         warnings.warn("somebody else's", stacklevel=1)  # shown as ever again
 

@@ -91,7 +91,9 @@ def test_bad_input(tokens: object, options: dict[str, int], message: str) -> Non
 
 
 def test_reference_with_another_vocabulary() -> None:
-    with pytest.raises(ValueError, match="reference: expected a vocabulary of 9 like the model's, got 8"):
+    with pytest.raises(
+        ValueError, match="reference: expected a vocabulary of 9 like the model's, got 8"
+    ):
         perplexity(Table(torch.zeros(9, 9)), [1, 2], reference=Table(torch.zeros(9, 8)))
 
 

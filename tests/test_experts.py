@@ -122,7 +122,10 @@ def test_experts_are_views_and_of_one_kind() -> None:
         qk.PackedExperts([awq, torch.randn(16, 64)])
     for other, what in (
         (qk.quantize(torch.randn(16, 64), "nf4"), "format awq, .* got nf4"),
-        (qk.quantize(torch.randn(24, 64), "awq", group_size=32), r"shape \(16, 64\), .* got \(24, 64\)"),
+        (
+            qk.quantize(torch.randn(24, 64), "awq", group_size=32),
+            r"shape \(16, 64\), .* got \(24, 64\)",
+        ),
         (qk.quantize(torch.randn(16, 64), "awq", group_size=64), "params .*32.* got .*64"),
     ):
         with pytest.raises(ValueError, match=rf"experts\[1\]: expected {what}"):
@@ -131,12 +134,16 @@ def test_experts_are_views_and_of_one_kind() -> None:
 
 @pytest.mark.parametrize("weight", [torch.randn(16, 64), torch.randn(0, 16, 64), [1]])
 def test_quantize_wants_a_stack(weight: Any) -> None:
-    with pytest.raises(ValueError, match=r"weight: expected a tensor of shape \(E, N, K\) with E >= 1, got"):
+    with pytest.raises(
+        ValueError, match=r"weight: expected a tensor of shape \(E, N, K\) with E >= 1, got"
+    ):
         qk.quantize_experts(weight, "nf4")
 
 
 # ---------------------------------------------------------------------- products
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
 def test_shapes_dtypes_and_no_tokens(dtype: torch.dtype) -> None:
     gate_up = qk.quantize_experts(torch.randn(4, 64, 32), "nf4", block_size=32)
     down = qk.quantize_experts(torch.randn(4, 24, 32), "nf4", block_size=32)
@@ -180,7 +187,9 @@ def test_a_row_for_each_slot_and_weights() -> None:
 
 
 # ---------------------------------------------------------------------- operators
-@pytest.mark.parametrize(("name", "backend"), [("gptq", "reference"), ("nf4", "triton"), ("w8a8", "triton")])
+@pytest.mark.parametrize(
+    ("name", "backend"), [("gptq", "reference"), ("nf4", "triton"), ("w8a8", "triton")]
+)
 def test_opcheck(name: str, backend: str) -> None:
     if backend == "triton":
         pytest.importorskip("triton")
@@ -195,7 +204,12 @@ def test_opcheck(name: str, backend: str) -> None:
     ids, weights = IDS.to(device), torch.rand(5, 2, device=device)
     first, second = (list(e.storage.values()) for e in (gate_up, down))
     bias = torch.randn(3, 64, device=device)
-    checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    checks = [
+        "test_schema",
+        "test_autograd_registration",
+        "test_faketensor",
+        "test_aot_dispatch_dynamic",
+    ]
     arguments = (x, first, ids, weights, bias, gate_up.spec, backend, False)
     torch.library.opcheck(torch.ops.qkernels.grouped_matmul.default, arguments, test_utils=checks)
     layer = (x, first, second, weights, ids, gate_up.spec, down.spec, "silu", backend, True)
@@ -245,7 +259,10 @@ def test_bad_products(changed: dict[str, Any], message: str) -> None:
             {"down": qk.quantize_experts(torch.randn(3, 24, 64), "nf4")},
             "gate_up: expected 128 rows, .* got 64",
         ),
-        ({"down": qk.quantize_experts(torch.randn(2, 24, 32), "nf4")}, "down: expected count 3, .* got 2"),
+        (
+            {"down": qk.quantize_experts(torch.randn(2, 24, 32), "nf4")},
+            "down: expected count 3, .* got 2",
+        ),
         ({"activation": "relu"}, "activation: expected one of silu, gelu; got 'relu'"),
         ({"topk_weights": None}, "topk_weights: expected a tensor"),
         ({"topk_weights": torch.rand(5, 1)}, "topk_weights: expected a floating tensor"),

@@ -19,7 +19,9 @@ from .cuda.conftest import emulated  # noqa: F401  # a fixture
 from .kernels.test_eight_bit import EIGHT_BIT, assert_close
 
 pytest.importorskip("triton")
-eight_bit_cases = pytest.mark.parametrize(("name", "params"), EIGHT_BIT, ids=map(case_id, EIGHT_BIT))
+eight_bit_cases = pytest.mark.parametrize(
+    ("name", "params"), EIGHT_BIT, ids=map(case_id, EIGHT_BIT)
+)
 BACKENDS = ["reference", "triton", "cuda"]
 K = 200
 
@@ -66,7 +68,11 @@ def normed(x: Tensor, norm: Tensor, eps: float, backend: str) -> Tensor:
     """RMSNorm as `backend` makes it before it quantizes, checked against float64."""
     wide = x.double()
     exact = wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * norm.double()
-    found = fused.rms_norm(x, norm, eps) if backend == "reference" else kept(x, backend, norm=norm, eps=eps)
+    found = (
+        fused.rms_norm(x, norm, eps)
+        if backend == "reference"
+        else kept(x, backend, norm=norm, eps=eps)
+    )
     close_to(found, exact, norm)
     return found
 
@@ -80,7 +86,11 @@ def gated(gate: Tensor, up: Tensor, backend: str) -> Tensor:
 
 def kept(x: Tensor, backend: str, **before: object) -> Tensor:
     """What the kernel quantizes: LLM.int8() keeps it in 16 bits."""
-    p = qk.quantize(torch.randn(4, x.shape[1]), "int8", threshold=2.0).to(DEVICE).prepack_("eight_bit")
+    p = (
+        qk.quantize(torch.randn(4, x.shape[1]), "int8", threshold=2.0)
+        .to(DEVICE)
+        .prepack_("eight_bit")
+    )
     problem = dispatch.problem_of(p, x.shape[0], x.dtype, x.device)
     halves = dispatch.select(problem, backend).quantized
     assert halves is not None
@@ -91,7 +101,9 @@ def kept(x: Tensor, backend: str, **before: object) -> Tensor:
 
 @eight_bit_cases
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-def test_norm_and_products(name: str, params: dict[str, object], dtype: torch.dtype, backend: str) -> None:
+def test_norm_and_products(
+    name: str, params: dict[str, object], dtype: torch.dtype, backend: str
+) -> None:
     """Bit for bit the products of the norm's result, and that within its roundings of float64."""
     q, k = weights(name, params, 24, 17)
     x = (torch.randn(3, K) * torch.tensor([[1.0], [1e-2], [50.0]])).to(dtype).to(DEVICE)
@@ -143,7 +155,9 @@ def test_codes_are_made_once_for_weights_that_take_the_same(quantizations: list[
     before = normed(x, norm, 1e-6, "triton")
     plain = fused.rms_norm(x, norm, 1e-6)
     for y, p in zip(found, ps, strict=True):
-        assert torch.equal(y, qk.matmul(plain if p.format == "nf4" else before, p, backend="triton"))
+        assert torch.equal(
+            y, qk.matmul(plain if p.format == "nf4" else before, p, backend="triton")
+        )
     said = fused.explain(ps, 4, backend="triton").splitlines()
     assert "norm and quantization in one kernel" in said[0]
     assert "takes the codes of weights[0]" in said[2]
@@ -208,13 +222,19 @@ def test_who_watches_gets_plain_operators_and_no_rows_none(quantizations: list[s
     (y,) = fused.rms_norm_matmul(x.detach(), norm, 1e-6, [p], backend="triton")
     y.sum().backward()
     assert norm.grad is not None
-    assert fused.rms_norm_matmul(x.detach()[:0], norm, 1e-6, [p], backend="triton")[0].shape == (0, 8)
+    assert fused.rms_norm_matmul(x.detach()[:0], norm, 1e-6, [p], backend="triton")[0].shape == (
+        0,
+        8,
+    )
     assert not quantizations
 
 
 # ---------------------------------------------------------------------- modules and models
 def test_fused_norm_linear(quantizations: list[str]) -> None:
-    layers = [qk.QuantLinear(p, torch.randn(p.shape[0]).half(), "triton") for p in weights("int8", {}, 8, 16)]
+    layers = [
+        qk.QuantLinear(p, torch.randn(p.shape[0]).half(), "triton")
+        for p in weights("int8", {}, 8, 16)
+    ]
     module = fused.FusedNormLinear(torch.rand(K).half(), 1e-6, layers).to(DEVICE)
     x = torch.randn(2, 3, K).half().to(DEVICE)
     with torch.no_grad():
@@ -232,11 +252,15 @@ def test_fused_norm_linear(quantizations: list[str]) -> None:
 
 
 @pytest.mark.parametrize("format", ["w8a8", "int8"])
-def test_a_fused_llama_computes_what_it_did(format: str, backend: str, quantizations: list[str]) -> None:
+def test_a_fused_llama_computes_what_it_did(
+    format: str, backend: str, quantizations: list[str]
+) -> None:
     from .tiny import ids, tiny_model
 
     dtype = torch.float32 if backend == "reference" else torch.float16
-    model = qk.quantize_model(tiny_model(num_hidden_layers=1).to(dtype), format, progress=False).to(DEVICE)
+    model = qk.quantize_model(tiny_model(num_hidden_layers=1).to(dtype), format, progress=False).to(
+        DEVICE
+    )
     for module in model.modules():
         if isinstance(module, qk.QuantLinear):
             module.backend = backend
@@ -246,7 +270,9 @@ def test_a_fused_llama_computes_what_it_did(format: str, backend: str, quantizat
     assert [name for name, _ in said.fused] == [
         "model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm", "model.layers.0.mlp",
     ]  # fmt: skip
-    assert "fused model.layers.0.input_layernorm with self_attn.q_proj, self_attn.k_proj" in str(said)
+    assert "fused model.layers.0.input_layernorm with self_attn.q_proj, self_attn.k_proj" in str(
+        said
+    )
     tokens = ids(7)[None].to(DEVICE)
     with torch.no_grad():
         want, found = plain(tokens).logits.float(), model(tokens).logits.float()
@@ -275,7 +301,10 @@ def test_what_is_not_fused_is_said() -> None:
     assert [name for name, _ in said.left] == [
         "model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm", "model.layers.0.mlp",
     ]  # fmt: skip
-    assert "self_attn.q_proj: nf4 is weight-only, so no activations are quantized: plain norm" in str(said)
+    assert (
+        "self_attn.q_proj: nf4 is weight-only, so no activations are quantized: plain norm"
+        in str(said)
+    )
     assert torch.equal(model(ids(5)[None]).logits, want)
     model = qk.quantize_model(tiny_model(num_hidden_layers=1), "w8a8", progress=False)
     model.model.layers[0].input_layernorm = nn.LayerNorm(64)
@@ -293,15 +322,30 @@ def test_bad_operands() -> None:
     q, k = *weights("w8a8", {}, 8), qk.quantize(torch.randn(8, 64), "w8a8").to(DEVICE)
     x, norm = torch.randn(4, K).half().to(DEVICE), torch.ones(K).half().to(DEVICE)
     for call, message in [
-        (lambda: fused.rms_norm_matmul(x, norm, 1e-6, []), "weights: expected at least one, got none"),
-        (lambda: fused.rms_norm_matmul(x, norm, 1e-6, [q, k]), r"weights\[1\]: expected 200 features as in"),
-        (lambda: fused.rms_norm_matmul(x, norm, 1e-6, [q], [None, None]), "biases: expected 1, one for each"),
+        (
+            lambda: fused.rms_norm_matmul(x, norm, 1e-6, []),
+            "weights: expected at least one, got none",
+        ),
+        (
+            lambda: fused.rms_norm_matmul(x, norm, 1e-6, [q, k]),
+            r"weights\[1\]: expected 200 features as in",
+        ),
+        (
+            lambda: fused.rms_norm_matmul(x, norm, 1e-6, [q], [None, None]),
+            "biases: expected 1, one for each",
+        ),
         (
             lambda: fused.rms_norm_matmul(x, norm[1:], 1e-6, [q]),
             r"norm_weight: expected floats of shape \(200,\)",
         ),
-        (lambda: fused.rms_norm_matmul(x[:, 1:], norm, 1e-6, [q]), r"x: expected shape \(..., 200\)"),
-        (lambda: fused.silu_mul_matmul(x, x[1:], q), r"up: expected torch.float16 of shape \(4, 200\)"),
+        (
+            lambda: fused.rms_norm_matmul(x[:, 1:], norm, 1e-6, [q]),
+            r"x: expected shape \(..., 200\)",
+        ),
+        (
+            lambda: fused.silu_mul_matmul(x, x[1:], q),
+            r"up: expected torch.float16 of shape \(4, 200\)",
+        ),
         (lambda: fused.silu_mul_matmul(x, x.float(), q), "up: expected torch.float16"),
     ]:
         with pytest.raises(ValueError, match=message):

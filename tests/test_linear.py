@@ -36,7 +36,9 @@ def test_state_dict_is_the_checkpoint_bit_for_bit(
         got = state[f"0.{key}"].cpu().flatten()
         assert torch.equal(got.view(torch.uint8), tensor.flatten().view(torch.uint8)), key
 
-    other = nn.Sequential(qk.QuantLinear(qk.quantize(torch.randn(16, k), name, **params), torch.zeros(16)))
+    other = nn.Sequential(
+        qk.QuantLinear(qk.quantize(torch.randn(16, k), name, **params), torch.zeros(16))
+    )
     assert not other.load_state_dict(state).missing_keys
     x = torch.randn(4, k)
     assert torch.equal(other(x), qk.matmul(x, p, bias))
@@ -59,7 +61,9 @@ def test_loading_from_the_meta_device(name: str, params: dict[str, object]) -> N
     k = k_of(name, 192)
 
     def layer() -> nn.Module:
-        return nn.Sequential(qk.QuantLinear(qk.quantize(torch.randn(16, k), name, **params), torch.zeros(16)))
+        return nn.Sequential(
+            qk.QuantLinear(qk.quantize(torch.randn(16, k), name, **params), torch.zeros(16))
+        )
 
     source, x = layer(), torch.randn(4, k)
     state = {key: tensor.clone() for key, tensor in source.state_dict().items()}
@@ -71,7 +75,9 @@ def test_loading_from_the_meta_device(name: str, params: dict[str, object]) -> N
     assert torch.equal(empty(x), source(x))
 
     empty = layer().to("meta")
-    with pytest.warns(UserWarning, match="0.: the packed weight stays without data on the meta device"):
+    with pytest.warns(
+        UserWarning, match="0.: the packed weight stays without data on the meta device"
+    ):
         empty.load_state_dict(state)
     assert all(tensor.is_meta for tensor in empty[0].packed.tensors.values())
     roomy = empty.to_empty(device="cpu")
@@ -80,7 +86,9 @@ def test_loading_from_the_meta_device(name: str, params: dict[str, object]) -> N
 
 
 def test_dtype_moves_leave_the_packed_tensors_alone() -> None:
-    layer = qk.QuantLinear(qk.quantize(torch.randn(16, 64), "nf4", double_quant=True), torch.randn(16))
+    layer = qk.QuantLinear(
+        qk.quantize(torch.randn(16, 64), "nf4", double_quant=True), torch.randn(16)
+    )
     before = {k: v.clone() for k, v in layer.packed.tensors.items()}
     layer = layer.half()
     assert layer.bias.dtype == torch.float16
@@ -121,7 +129,9 @@ def test_deepcopy_and_memory_stay_packed() -> None:
 
 def test_prepack_keeps_one_copy() -> None:
     pytest.importorskip("triton")
-    layer = qk.QuantLinear(qk.quantize(torch.randn(256, 256), "gptq", group_size=64), backend="triton")
+    layer = qk.QuantLinear(
+        qk.quantize(torch.randn(256, 256), "gptq", group_size=64), backend="triton"
+    )
     x = torch.randn(2, 256).half()
     layer.prepack(x)
     assert "layout='weight_only'" in repr(layer)
@@ -186,7 +196,9 @@ def test_modes_and_transforms_see_an_operator() -> None:
     seen = []
 
     class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             seen.append(str(function))
             return function(*args, **(kwargs or {}))
 
@@ -194,7 +206,8 @@ def test_modes_and_transforms_see_an_operator() -> None:
     with Watch():
         layer(x)
     assert "qkernels.matmul.default" in seen
-    with pytest.raises(RuntimeError, match="functorch"):  # refused by the operator, not computed wrongly
+    # refused by the operator, not computed wrongly
+    with pytest.raises(RuntimeError, match="functorch"):
         torch.func.jacrev(lambda v: layer(v))(x[0])
 
 

@@ -94,7 +94,9 @@ def test_a_layer_that_does_not_fit_is_named_and_nothing_is_changed() -> None:
     model = tiny_model()
     before = _state(model)
     # 64 divides the hidden size 64, not the feed-forward size 96: only down_proj is wrong.
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.down_proj: awq: group_size: .*96.*64"):
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.0\.mlp\.down_proj: awq: group_size: .*96.*64"
+    ):
         qk.quantize_model(model, "awq", group_size=64, progress=False)
     assert _same(before, _state(model))
     assert model_summary(model).quantized_layers == 0

@@ -13,7 +13,9 @@ from qkernels import dispatch, ops
 from .conftest import CASES, all_cases, k_of
 from .reference import ROUNDOFF, assert_fused_close, oracle
 
-WEIGHT_ONLY = [c for c in CASES if c[0] not in ("int8", "w8a8") and c[1].get("activation", "none") == "none"]
+WEIGHT_ONLY = [
+    c for c in CASES if c[0] not in ("int8", "w8a8") and c[1].get("activation", "none") == "none"
+]
 
 
 @all_cases
@@ -23,7 +25,12 @@ def test_opcheck(name: str, params: dict[str, object]) -> None:
     x = torch.randn(3, k, requires_grad=True)
     bias = torch.randn(16, requires_grad=True)
     args = (x, list(p.storage.values()), bias, ops.spec_of(p), "reference", False)
-    checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    checks = [
+        "test_schema",
+        "test_autograd_registration",
+        "test_faketensor",
+        "test_aot_dispatch_dynamic",
+    ]
     if name == "fp8":
         checks.remove("test_schema")  # compares inputs with allclose, which torch lacks for float8
     grad_args = (torch.randn(3, 16), args[1], args[3])
@@ -32,8 +39,12 @@ def test_opcheck(name: str, params: dict[str, object]) -> None:
 
 
 @all_cases
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_reference_shapes_dtypes_and_m_zero(name: str, params: dict[str, object], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
+def test_reference_shapes_dtypes_and_m_zero(
+    name: str, params: dict[str, object], dtype: torch.dtype
+) -> None:
     k = k_of(name, 192)
     p = qk.quantize(torch.randn(16, k), name, **params)
     bias = torch.randn(16).to(dtype)
@@ -52,7 +63,8 @@ def test_reference_is_the_oracle(name: str, params: dict[str, object]) -> None:
     want = oracle(x, p, bias)
     magnitude = x.double().abs() @ p.dequantize(torch.float64).abs().T + bias.double().abs()
     error = (qk.matmul(x, p, bias).double() - want).abs()
-    assert bool((error <= 200 * ROUNDOFF[torch.float32] * magnitude).all())  # K products summed in float32
+    # K products summed in float32
+    assert bool((error <= 200 * ROUNDOFF[torch.float32] * magnitude).all())
     exact = qk.matmul(x.double(), p, bias.double(), backend="reference")
     torch.testing.assert_close(exact, want, rtol=1e-12, atol=1e-12)
 
@@ -88,8 +100,16 @@ def test_compiles_without_a_graph_break() -> None:
         (torch.ones(3, 64, dtype=torch.int32), None, "x: expected float16, .* got torch.int32"),
         (torch.randn(3, 64, device="meta"), None, "x: expected device cpu, the weight's, got meta"),
         ("x", None, "x: expected a torch.Tensor, got str"),
-        (torch.randn(3, 64), torch.randn(15), r"bias: expected a floating tensor of shape \(16,\), got"),
-        (torch.randn(3, 64), torch.ones(16, dtype=torch.int32), r"bias: expected a floating tensor"),
+        (
+            torch.randn(3, 64),
+            torch.randn(15),
+            r"bias: expected a floating tensor of shape \(16,\), got",
+        ),
+        (
+            torch.randn(3, 64),
+            torch.ones(16, dtype=torch.int32),
+            r"bias: expected a floating tensor",
+        ),
     ],
 )
 def test_bad_operands(x: torch.Tensor, bias: torch.Tensor | None, message: str) -> None:
@@ -105,7 +125,9 @@ def test_explain_says_what_runs_and_why_not_the_rest() -> None:
     assert found.kernel == "reference.dequantize"
     text = str(found)
     assert "nf4 (16, 64), M=4, float16 on cpu" in text
-    assert {name for name, _ in found.rejected} == {k.name for k in dispatch.kernels()} - {found.kernel}
+    assert {name for name, _ in found.rejected} == {k.name for k in dispatch.kernels()} - {
+        found.kernel
+    }
     assert all(why for _, why in found.rejected)
 
 
@@ -119,9 +141,13 @@ def test_dense_runs_torch_linear_in_its_own_dtype_only() -> None:
 
 def test_asking_for_a_backend_without_a_kernel_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     p = qk.quantize(torch.randn(16, 64), "bf16")
-    with pytest.raises(ValueError, match="triton.weight_only_gemm: bf16 .* is not in the weight-only family"):
+    with pytest.raises(
+        ValueError, match="triton.weight_only_gemm: bf16 .* is not in the weight-only family"
+    ):
         qk.matmul(torch.randn(2, 64).half(), p, backend="triton")
-    with pytest.raises(ValueError, match="backend: expected one of auto, reference, triton, cuda; got 'tpu'"):
+    with pytest.raises(
+        ValueError, match="backend: expected one of auto, reference, triton, cuda; got 'tpu'"
+    ):
         qk.matmul(torch.randn(2, 64), p, backend="tpu")
     monkeypatch.setenv("QKERNELS_BACKEND", "triton")
     with pytest.raises(ValueError, match="bf16 .* is not in the eight-bit family"):

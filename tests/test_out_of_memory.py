@@ -28,7 +28,9 @@ LEFT = (1, 2, 4, 8, 16, 32, 64)
 
 def model() -> torch.nn.Module:
     """18 MB of float32."""
-    return tiny_model(hidden_size=512, intermediate_size=1536, num_hidden_layers=1, num_attention_heads=8)
+    return tiny_model(
+        hidden_size=512, intermediate_size=1536, num_hidden_layers=1, num_attention_heads=8
+    )
 
 
 def taken() -> int:
@@ -65,7 +67,8 @@ def run(kind: str, folder: Path) -> list[str]:
             again = model()
             ends.append(limited(lambda m=again: qk.quantize_model(m, "q4_1", progress=False), left))
             if ends[-1]:
-                qk.quantize_model(again, "q4_1", progress=False)  # goes on with the layers that are left
+                # goes on with the layers that are left
+                qk.quantize_model(again, "q4_1", progress=False)
         with torch.no_grad():
             assert torch.equal(again(tokens).logits, logits)
     return ends
@@ -83,7 +86,9 @@ def test_it_is_said_nothing_is_half_done_and_then_it_works(kind: str, tmp_path: 
     failed = [end for end in ends if end]
     assert failed, "nothing ran out of memory"
     assert not ends[-1]
-    assert [end for end in failed if "memory" not in end.lower() and "alloc" not in end.lower()] == []
+    assert [
+        end for end in failed if "memory" not in end.lower() and "alloc" not in end.lower()
+    ] == []
 
 
 @pytest.mark.parametrize("name", ["model", "model.gguf"])
@@ -98,7 +103,9 @@ def test_a_save_without_memory_leaves_the_old_model(
     for fails in (1, 2, 5, 20, 10**9):
         calls = []
 
-        def contiguous(self: Tensor, fails: int = fails, calls: list[int] = calls, **more: Any) -> Tensor:
+        def contiguous(
+            self: Tensor, fails: int = fails, calls: list[int] = calls, **more: Any
+        ) -> Tensor:
             calls.append(1)
             if len(calls) >= fails:
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
@@ -115,5 +122,8 @@ def test_a_save_without_memory_leaves_the_old_model(
         assert failed or fails > 2
         assert [path.name for path in folder.iterdir()] == [name]
         with torch.no_grad():
-            found, want = qk.load_model(target)(tokens).logits, (old if failed else new)(tokens).logits
+            found, want = (
+                qk.load_model(target)(tokens).logits,
+                (old if failed else new)(tokens).logits,
+            )
         torch.testing.assert_close(found, want)

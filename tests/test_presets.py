@@ -25,7 +25,11 @@ def test_low_bit_is_the_table_of_its_results() -> None:
         assert parse_specs(str(spec)) == [spec]
     assert parse_specs("low-bit") == list(LISTS["low-bit"])
     text = (Path(__file__).parents[1] / "bench/results/low-bit.md").read_text()
-    rows = [line.split("|")[1:4] for line in text.splitlines() if line.startswith("| ") and ":bits=" in line]
+    rows = [
+        line.split("|")[1:4]
+        for line in text.splitlines()
+        if line.startswith("| ") and ":bits=" in line
+    ]
     rows += [["nf4", "", ""]]
     named = []
     for spec in LOW_BIT:

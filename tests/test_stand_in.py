@@ -73,7 +73,9 @@ def test_it_cannot_be_assigned() -> None:
     """As tying does it: a head that computes with its packed bytes must not pretend to have another weight."""
     layer = _layer()
     for value in (nn.Parameter(torch.ones(16, 64)), torch.ones(16, 64), None):
-        with pytest.raises(ValueError, match=r"weight: expected nothing to be assigned, .* packed \(nf4\)"):
+        with pytest.raises(
+            ValueError, match=r"weight: expected nothing to be assigned, .* packed \(nf4\)"
+        ):
             layer.weight = value
     assert set(dict(layer.named_parameters())) == {"bias"}
 

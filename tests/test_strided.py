@@ -19,7 +19,9 @@ FUSED = [case for case in CASES if layout_of(*case) is not None]
 
 def sliced(t: Tensor) -> Tensor:
     """Every second number in each dimension; between them lie others."""
-    between = torch.full([2 * size + 1 for size in t.shape], 77, dtype=torch.float32, device=t.device)
+    between = torch.full(
+        [2 * size + 1 for size in t.shape], 77, dtype=torch.float32, device=t.device
+    )
     return between.to(t.dtype)[tuple(slice(1, None, 2) for _ in t.shape)].copy_(t)
 
 
@@ -91,7 +93,10 @@ def test_expanded_stored_tensors(name: str, params: dict[str, object]) -> None:
         # Bytes that are a small number where they are a float16; or no sparse weight, or order of columns.
         alike = int.from_bytes(b"\x1a" * tensor.element_size(), "little")
         for value in [0.01] if tensor.is_floating_point() else [alike, 1, 0]:
-            filled = {**tensors, key: torch.full_like(tensor, value, memory_format=torch.contiguous_format)}
+            filled = {
+                **tensors,
+                key: torch.full_like(tensor, value, memory_format=torch.contiguous_format),
+            }
             try:
                 weight = qk.pack(name, filled, p.shape, **p.params).dequantize()
             except ValueError:
@@ -163,7 +168,11 @@ def test_x_and_bias(name: str, params: dict[str, object], lay: str) -> None:
     for backend, dtype, invariant in (
         ("reference", torch.float32, False),
         ("reference", torch.float64, True),
-        *([("triton", torch.bfloat16, False), ("triton", torch.float16, True)] if name != "bf16" else []),
+        *(
+            [("triton", torch.bfloat16, False), ("triton", torch.float16, True)]
+            if name != "bf16"
+            else []
+        ),
     ):
         x, bias = LAYS[lay](torch.randn(3, 256, dtype=dtype)), LAYS[lay](torch.randn(16))
         more = {"backend": backend, "batch_invariant": invariant}

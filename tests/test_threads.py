@@ -65,7 +65,9 @@ def _any_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
             own = qk.formats.get(problem.format).kernel_layout(dict(problem.params))
             return None if own == layout else "another layout"
 
-        def run(x: Tensor, p: qk.PackedWeight, bias: Tensor | None, problem: dispatch.Problem) -> Tensor:
+        def run(
+            x: Tensor, p: qk.PackedWeight, bias: Tensor | None, problem: dispatch.Problem
+        ) -> Tensor:
             assert p.layout == layout
             return dispatch._run_reference(x, p, bias, problem)
 
@@ -94,7 +96,9 @@ def test_the_first_calls_of_a_layer(name: str, params: dict[str, Any]) -> None:
     p = qk.quantize(torch.randn(16, k), name, **params)
     x, bias = torch.randn(3, k), torch.randn(16)
     want = qk.matmul(x, p, bias, backend="reference")
-    layers = [qk.QuantLinear(qk.pack(name, dict(p.tensors), p.shape, **p.params), bias) for _ in range(20)]
+    layers = [
+        qk.QuantLinear(qk.pack(name, dict(p.tensors), p.shape, **p.params), bias) for _ in range(20)
+    ]
 
     def work(i: int) -> list[Tensor]:
         outputs = []

@@ -20,7 +20,13 @@ from .tiny import ids
 SIZES: dict[str, Any] = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2}
 ATTENTION: dict[str, Any] = {"num_attention_heads": 4, "intermediate_size": 128}
 VISION = {"hidden_size": 64, "num_hidden_layers": 1, "image_size": 32, "patch_size": 8, **ATTENTION}
-TEXT = {**SIZES, **ATTENTION, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64}
+TEXT = {
+    **SIZES,
+    **ATTENTION,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+}
 
 
 # ---------------------------------------------------------------------- what is read
@@ -60,7 +66,9 @@ class _ReadsLess(_Reads):
 
 def test_what_a_class_reads() -> None:
     assert layers_read_by(_Reads()) == {f"inner.{name}" for name in "aefhi"}
-    assert layers_read_by(_ReadsLess()) == {f"inner.{name}" for name in "aef"}, "its method is another"
+    assert layers_read_by(_ReadsLess()) == {f"inner.{name}" for name in "aef"}, (
+        "its method is another"
+    )
     slow = _Reads()
     slow.slow = True
     assert layers_read_by(slow) == {f"inner.{name}" for name in "adhi"}
@@ -99,7 +107,9 @@ def test_a_linear_that_computes_something_else_stays_plain() -> None:
     kinds = (Doubled, Broken, Renamed, Falcons)
     model = nn.Sequential(*(kind(64, 64, bias=bias) for kind in kinds for bias in (True, False)))
     weights = [layer.weight for layer in model]
-    with pytest.warns(UserWarning, match="qkernels: 0 and 1 more like it stays as it is: Doubled computes"):
+    with pytest.warns(
+        UserWarning, match="qkernels: 0 and 1 more like it stays as it is: Doubled computes"
+    ):
         qk.quantize_model(model, "nf4", progress=False)
     names = [type(layer).__name__ for layer in model]
     assert names == ["Doubled", "Doubled", "Broken", "Broken", *["QuantLinear"] * 4]
@@ -109,7 +119,10 @@ def test_a_linear_that_computes_something_else_stays_plain() -> None:
 def test_hooks_stay_and_a_replaced_forward_too() -> None:
     seen = []
     model = nn.Sequential(
-        nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64), transformers.pytorch_utils.Conv1D(64, 64)
+        nn.Linear(64, 64),
+        nn.Linear(64, 64),
+        nn.Linear(64, 64),
+        transformers.pytorch_utils.Conv1D(64, 64),
     )
     handle = model[0].register_forward_hook(lambda module, args, y: y + 1)
     model[3].register_forward_pre_hook(lambda module, args: seen.append(type(module).__name__))
@@ -158,7 +171,9 @@ def test_a_classifier_stays_plain_whenever_it_is_asked_for() -> None:
     qk.quantize_model(model, "nf4", skip=["*.output.dense"], progress=False)
     qk.quantize_model(model, "nf4", progress=False)
     assert [n for n, m in model.named_modules() if isinstance(m, nn.Linear)] == ["classifier"]
-    with pytest.raises(ValueError, match="expected at least one nn.Linear to quantize, got none .1 skipped"):
+    with pytest.raises(
+        ValueError, match="expected at least one nn.Linear to quantize, got none .1 skipped"
+    ):
         qk.quantize_model(model, "nf4", progress=False)
 
 
@@ -172,7 +187,9 @@ def test_torchs_transformer_from_quantize_to_load() -> None:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
     plain = copy.deepcopy(model)
-    with pytest.warns(UserWarning, match="out_proj and 1 more like it stays as it is: MultiheadAttention"):
+    with pytest.warns(
+        UserWarning, match="out_proj and 1 more like it stays as it is: MultiheadAttention"
+    ):
         qk.quantize_model(model, "nf4", progress=False)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, qk.QuantLinear)}
     assert set(layers) == {f"layers.{i}.linear{j}" for i in range(2) for j in (1, 2)}
@@ -237,7 +254,9 @@ FAMILIES: dict[str, Any] = {
     "llama classifier": lambda: transformers.LlamaForSequenceClassification(
         transformers.LlamaConfig(**TEXT, num_labels=3, pad_token_id=0)
     ),
-    "vit": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**VISION, num_labels=3)),
+    "vit": lambda: transformers.ViTForImageClassification(
+        transformers.ViTConfig(**VISION, num_labels=3)
+    ),
     "clip": _clip,
     "whisper": _whisper,
     "falcon": lambda: transformers.FalconForCausalLM(
@@ -259,7 +278,10 @@ def _inputs(name: str) -> dict[str, torch.Tensor]:
     if name.startswith("t5"):
         return {"input_ids": tokens, "decoder_input_ids": tokens}
     if name == "gemma3 with a vision tower":
-        return {"input_ids": torch.cat([torch.full((1, 4), 100), tokens], 1), "pixel_values": pixels}
+        return {
+            "input_ids": torch.cat([torch.full((1, 4), 100), tokens], 1),
+            "pixel_values": pixels,
+        }
     if name == "vit":
         return {"pixel_values": pixels}
     if name == "clip":
@@ -299,7 +321,9 @@ def test_a_family_from_quantize_to_save_to_load(
         linear.weight.data.copy_(weight if isinstance(linear, nn.Linear) else weight.T)
     left = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     heads = {"lm_head", "score", "classifier", "proj_out"}
-    assert all(n in heads or n.rpartition(".")[2] == PLAIN.get(name) or ".out_proj" in n for n in left), left
+    assert all(
+        n in heads or n.rpartition(".")[2] == PLAIN.get(name) or ".out_proj" in n for n in left
+    ), left
     torch.testing.assert_close(_answer(model, name), _answer(plain, name), rtol=1e-4, atol=1e-4)
     qk.save_model(model, tmp_path / "m")
     again = qk.load_model(tmp_path / "m")

@@ -37,7 +37,8 @@ def _rounded(value):
     if INTERPRETED:
         return (value + 12582912.0) - 12582912.0  # 1.5 * 2^23, where floats are integers
     else:
-        return libdevice.rint(value)  # not the sum above: a multiplication before it would fuse into it
+        # not the sum above: a multiplication before it would fuse into it
+        return libdevice.rint(value)
 
 
 @triton.jit
@@ -123,7 +124,9 @@ def _codes(x, k, scale, zero, threshold, K, INT8: tl.constexpr, SHARED: tl.const
 
 
 @triton.jit
-def _inverse_rms(first, x_row, up_row, K, eps, DTYPE: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr):
+def _inverse_rms(
+    first, x_row, up_row, K, eps, DTYPE: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr
+):
     """1 / rms of a row; `first`: its first chunk."""
     total = tl.sum(first * first, 0)
     for start in range(BLOCK, K, BLOCK):
@@ -223,7 +226,9 @@ def quantize_rows(
         absmax = size.to(tl.float32, bitcast=True)
         if INT8:
             tl.store(scale_ptr + row, tl.div_rn(absmax, 127.0))
-            scale = tl.where(size == 0, 0.0, 127.0 * tl.div_rn(1.0, tl.where(size == 0, 1.0, absmax)))
+            scale = tl.where(
+                size == 0, 0.0, 127.0 * tl.div_rn(1.0, tl.where(size == 0, 1.0, absmax))
+            )
         else:
             scale = tl.div_rn(absmax, 448.0)
             scale = tl.where(scale < TOKEN_FLOOR, TOKEN_FLOOR, scale)  # keeps NaN, unlike maximum

@@ -256,7 +256,10 @@ def _split_e8p(words, high, table, BITS: tl.constexpr, DTYPE: tl.constexpr):
             SHARE: tl.constexpr = 1 / 3.45  # qkernels/formats/quip_sharp.py
             MIDDLE: tl.constexpr = OFFSET + 7.5
         else:
-            more0, more1 = tl.load(table + 256 + (high & 255)), tl.load(table + 256 + ((high >> 8) & 255))
+            more0, more1 = (
+                tl.load(table + 256 + (high & 255)),
+                tl.load(table + 256 + ((high >> 8) & 255)),
+            )
             SHARE: tl.constexpr = 1 / 2.04
             MIDDLE: tl.constexpr = OFFSET + 8
         even0, odd0 = _nibble_floats(more0, DTYPE)
@@ -264,7 +267,9 @@ def _split_e8p(words, high, table, BITS: tl.constexpr, DTYPE: tl.constexpr):
         even = (even.to(tl.float32) - (OFFSET + 7.5)) + (
             tl.join(even0, even1).to(tl.float32) - MIDDLE
         ) * SHARE
-        odd = (odd.to(tl.float32) - (OFFSET + 7.5)) + (tl.join(odd0, odd1).to(tl.float32) - MIDDLE) * SHARE
+        odd = (odd.to(tl.float32) - (OFFSET + 7.5)) + (
+            tl.join(odd0, odd1).to(tl.float32) - MIDDLE
+        ) * SHARE
         return even.to(DTYPE), odd.to(DTYPE)
 
 

@@ -32,5 +32,10 @@ def wait_for_last(EARLY: tl.constexpr):
 def fetch(pointers):
     """Bring the 128 bytes around each pointer into the L2 cache."""
     tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [pointers],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
     )

@@ -66,7 +66,12 @@ def _half(codes, E4M3: tl.constexpr, FINITE: tl.constexpr):
         value = moved.to(tl.float16, bitcast=True)
     else:
         value = tl.inline_asm_elementwise(
-            E4M3_HALVES if E4M3 else E5M2_HALVES, "=&r,=&r,r", [codes], tl.float16, is_pure=True, pack=4
+            E4M3_HALVES if E4M3 else E5M2_HALVES,
+            "=&r,=&r,r",
+            [codes],
+            tl.float16,
+            is_pure=True,
+            pack=4,
         )
     if E4M3:
         value *= 256.0
@@ -204,7 +209,16 @@ def eight_bit_gemm(
             if OUTLIERS:
                 x16_rows = x16_ptr + m.to(tl.int64)[None, :] * K
                 y = _outliers(
-                    y, scale, w_rows, x_rows, x16_rows, columns_ptr, threshold, K, BY_ELEMENT, UPCAST
+                    y,
+                    scale,
+                    w_rows,
+                    x_rows,
+                    x16_rows,
+                    columns_ptr,
+                    threshold,
+                    K,
+                    BY_ELEMENT,
+                    UPCAST,
                 )
             y *= tl.load(w_scale_ptr + n)[:, None]
         if HAS_BIAS:

@@ -38,13 +38,17 @@ def _mixed(box, factor_ptr, A: tl.constexpr, B: tl.constexpr, NEXT: tl.constexpr
         i, j = tl.arange(0, B), tl.arange(0, B)
         inside = (i < A)[:, None] & (j < A)[None, :]
         if SYLVESTER:
-            factor = tl.where(inside, 1.0 - 2.0 * _odd_bits(i[:, None] & j[None, :]).to(tl.float32), 0.0)
+            factor = tl.where(
+                inside, 1.0 - 2.0 * _odd_bits(i[:, None] & j[None, :]).to(tl.float32), 0.0
+            )
         else:
             at = i[:, None] * A + j[None, :] if TRANSPOSED else j[None, :] * A + i[:, None]
             factor = tl.load(factor_ptr + at, mask=inside, other=0).to(tl.float32)
         box = box.reshape(ROWS * TOTAL // B, B)
         high = (box.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-        box = tl.dot(box - high, factor, tl.dot(high, factor, input_precision="tf32"), input_precision="tf32")
+        box = tl.dot(
+            box - high, factor, tl.dot(high, factor, input_precision="tf32"), input_precision="tf32"
+        )
     elif not SYLVESTER:
         box *= tl.load(factor_ptr).to(tl.float32)
     box = box.reshape(ROWS, TOTAL // B // NEXT, NEXT, B).permute(0, 3, 1, 2)
@@ -87,7 +91,9 @@ def kronecker_rows(
         source = (i0 * C + c)[:, None] * (A1 * A2) + rest
         if GATHERED:
             source = tl.load(gather_ptr + source, mask=inside, other=0)
-        part = tl.load(x_ptr + m.to(tl.int64)[:, None] * N + source, mask=live, other=0).to(tl.float32)
+        part = tl.load(x_ptr + m.to(tl.int64)[:, None] * N + source, mask=live, other=0).to(
+            tl.float32
+        )
         if HAS_PRE:
             part *= tl.load(pre_ptr + source, mask=inside, other=0).to(tl.float32)
         if SYLVESTER:
@@ -113,4 +119,6 @@ def kronecker_rows(
         word, s = target % 256 // 16, target % 16 // 8 * 4 + target % 8 // 2
         place = s * 32 + word // 2 % 2 * 16 + word % 2 * 8 + word // 4 * 2 + target % 2
         target = target // 256 * 256 + place
-    tl.store(y_ptr + m.to(tl.int64)[:, None] * STRIDE + target, box.to(y_ptr.dtype.element_ty), mask=live)
+    tl.store(
+        y_ptr + m.to(tl.int64)[:, None] * STRIDE + target, box.to(y_ptr.dtype.element_ty), mask=live
+    )

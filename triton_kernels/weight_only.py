@@ -126,7 +126,9 @@ def _accumulate(
     CARRIED: tl.constexpr = not LAST_SCALE and BLOCK_N * RUNS <= 4 * 32 * WARPS
     if CARRIED:
         runs = begin * TILE + tl.arange(0, RUNS) * RUN
-        next_scale, next_zero = SCALER(scaler_args, rows, rows < N, runs, N, K, KP, GROUP, ROW_RUN, LOOKUP)
+        next_scale, next_zero = SCALER(
+            scaler_args, rows, rows < N, runs, N, K, KP, GROUP, ROW_RUN, LOOKUP
+        )
     for tile in range(begin, end):
         if CARRIED:
             scale, zero = next_scale, next_zero
@@ -136,18 +138,26 @@ def _accumulate(
                 scaler_args, rows, rows < N, runs, N, K, KP, GROUP, ROW_RUN, LOOKUP
             )
         at = tile * N + loaded  # in words this fits int32 up to 2^34 weights of 4 bits
-        words = tl.load(qdata_ptr + at[:, None] * 16 + i[None, :], mask=(loaded < N)[:, None], other=0)
+        words = tl.load(
+            qdata_ptr + at[:, None] * 16 + i[None, :], mask=(loaded < N)[:, None], other=0
+        )
         words = _in_row_order(words, BLOCK_N, 16, WARPS).reshape(BLOCK_N, 4, 2, 2)
         high = words
         if HIGH == 16:
-            high = tl.load(qhigh_ptr + at[:, None] * 16 + i[None, :], mask=(loaded < N)[:, None], other=0)
+            high = tl.load(
+                qhigh_ptr + at[:, None] * 16 + i[None, :], mask=(loaded < N)[:, None], other=0
+            )
             high = _in_row_order(high, BLOCK_N, 16, WARPS).reshape(BLOCK_N, 4, 2, 2)
         elif HIGH == 8:
-            high = tl.load(qhigh_ptr + at[:, None] * 8 + i8[None, :], mask=(loaded < N)[:, None], other=0)
+            high = tl.load(
+                qhigh_ptr + at[:, None] * 8 + i8[None, :], mask=(loaded < N)[:, None], other=0
+            )
             high = _in_row_order(high, BLOCK_N, 8, WARPS).reshape(BLOCK_N, 4, 2)
             high = tl.join(high, high >> STEP).permute(0, 1, 3, 2)  # (BLOCK_N, j, p, h)
         elif HIGH == 4:
-            high = tl.load(qhigh_ptr + at[:, None] * 4 + i4[None, :], mask=(loaded < N)[:, None], other=0)
+            high = tl.load(
+                qhigh_ptr + at[:, None] * 4 + i4[None, :], mask=(loaded < N)[:, None], other=0
+            )
             high = _in_row_order(high, BLOCK_N, 4, WARPS)
             high = tl.join(high, high >> 1)  # (BLOCK_N, j, h)
             high = tl.join(high, high >> 2).permute(0, 1, 3, 2)  # (BLOCK_N, j, p, h)
@@ -157,9 +167,13 @@ def _accumulate(
         first = tile * TILE
         if not CARRIED and not LAST_SCALE:
             runs = first + tl.arange(0, RUNS) * RUN
-            scale, zero = SCALER(scaler_args, rows, rows < N, runs, N, K, KP, GROUP, ROW_RUN, LOOKUP)
+            scale, zero = SCALER(
+                scaler_args, rows, rows < N, runs, N, K, KP, GROUP, ROW_RUN, LOOKUP
+            )
         if LAST_SCALE:
-            x = _columns(x_rows, perm_ptr, first + tl.arange(0, TILE), (m < M)[None, :], K, KP, INDEXED)
+            x = _columns(
+                x_rows, perm_ptr, first + tl.arange(0, TILE), (m < M)[None, :], K, KP, INDEXED
+            )
             if UPCAST:
                 value, x = _widened(value), _widened(x)
             value = FINISH(value, tl.zeros((BLOCK_N, 1), dtype=tl.float32), BITS, DTYPE)
@@ -189,7 +203,9 @@ def _accumulate(
             zeros = _cut(zero, BLOCK_N, RUNS, RUNS)
             for part in tl.static_range(RUNS):
                 kk = first + part * RUN
-                x = _columns(x_rows, perm_ptr, kk + tl.arange(0, RUN), (m < M)[None, :], K, KP, INDEXED)
+                x = _columns(
+                    x_rows, perm_ptr, kk + tl.arange(0, RUN), (m < M)[None, :], K, KP, INDEXED
+                )
                 operand = parts[part]
                 if UPCAST:
                     operand, x = _widened(operand), _widened(x)
@@ -198,7 +214,9 @@ def _accumulate(
                 if MINUS:
                     acc -= zeros[part] * tl.sum(x.to(tl.float32), axis=0)[None, :]
         else:
-            x = _columns(x_rows, perm_ptr, first + tl.arange(0, TILE), (m < M)[None, :], K, KP, INDEXED)
+            x = _columns(
+                x_rows, perm_ptr, first + tl.arange(0, TILE), (m < M)[None, :], K, KP, INDEXED
+            )
             value = value.reshape(BLOCK_N, RUNS, RUN)
             if UPCAST:
                 value, x = _widened(value), _widened(x)
@@ -210,12 +228,16 @@ def _accumulate(
             value = value.reshape(BLOCK_N, TILE).to(x.dtype)
             acc = _finished(tl.dot(value, x, acc, input_precision="ieee"), WAIT)
     if LAST_SCALE:
-        scale, zero = SCALER(scaler_args, rows, rows < N, tl.arange(0, 1), N, K, KP, GROUP, ROW_RUN, LOOKUP)
+        scale, zero = SCALER(
+            scaler_args, rows, rows < N, tl.arange(0, 1), N, K, KP, GROUP, ROW_RUN, LOOKUP
+        )
         acc *= scale.to(tl.float32)
     if OUTLIERS:
         if FOLDED:  # once for each column of y
             m = tl.where(tl.arange(0, BLOCK_M) < BLOCK_M // RUNS, m, M)
-        acc += _sparse(outlier_args, sparse_x_ptr, s, rows, m, M, N, UPCAST, BLOCK_M, BLOCK_N, SHARES)
+        acc += _sparse(
+            outlier_args, sparse_x_ptr, s, rows, m, M, N, UPCAST, BLOCK_M, BLOCK_N, SHARES
+        )
     return acc
 
 
@@ -379,4 +401,6 @@ def weight_only_gemm(
         if HAS_BIAS:
             found += tl.load(bias_ptr + rows, mask=rows < N, other=0).to(tl.float32)[:, None]
         y = y_ptr + columns.to(tl.int64)[None, :] * N + rows[:, None]
-        tl.store(y, found.to(y_ptr.dtype.element_ty), mask=(rows < N)[:, None] & (columns < M)[None, :])
+        tl.store(
+            y, found.to(y_ptr.dtype.element_ty), mask=(rows < N)[:, None] & (columns < M)[None, :]
+        )

@@ -127,14 +127,21 @@ def _stop(process: subprocess.Popen[Any]) -> None:
 
 def main(
     out: Annotated[
-        Path | None, typer.Argument(help="Folder of the results; the device tool names one.", envvar="OUT")
+        Path | None,
+        typer.Argument(help="Folder of the results; the device tool names one.", envvar="OUT"),
     ] = None,
-    call: Annotated[list[str], typer.Option(help=f"One of {', '.join(plan.CALLS)}; again for more.")] = [],  # noqa: B006
-    part: Annotated[list[str], typer.Option(help=f"One of {', '.join(plan.PARTS)}; again for more.")] = [],  # noqa: B006
+    call: Annotated[
+        list[str], typer.Option(help=f"One of {', '.join(plan.CALLS)}; again for more.")
+    ] = [],  # noqa: B006
+    part: Annotated[
+        list[str], typer.Option(help=f"One of {', '.join(plan.PARTS)}; again for more.")
+    ] = [],  # noqa: B006
     formats: Annotated[str | None, typer.Option(help="Formats instead of a part's own.")] = None,
     seconds: Annotated[int, typer.Option(help="For all parts together.")] = plan.CALL_SECONDS,
     tiny: Annotated[bool, typer.Option("--tiny", help="Without a GPU.")] = False,
-    bare: Annotated[bool, typer.Option("--without-parcel", help="There is no .gpu/ to unpack.")] = False,
+    bare: Annotated[
+        bool, typer.Option("--without-parcel", help="There is no .gpu/ to unpack.")
+    ] = False,
     show: Annotated[bool, typer.Option("--plan", help="Print the plan and run nothing.")] = False,
 ) -> None:
     if show:
@@ -145,7 +152,9 @@ def main(
     for option, given, known in (("--call", call, plan.CALLS), ("--part", part, plan.PARTS)):
         for name in given:
             if name not in known:
-                raise typer.BadParameter(f"{option}: expected one of {', '.join(known)}; got {name!r}")
+                raise typer.BadParameter(
+                    f"{option}: expected one of {', '.join(known)}; got {name!r}"
+                )
     names = [*(name for one in call for name in plan.CALLS[one]), *part]
     if not names and not tiny:
         raise typer.BadParameter("expected --call, --part or --tiny, got none of them")

@@ -71,11 +71,17 @@ def products(parts: list[str], formats: str | None = None) -> Iterator[Product]:
                     yield Product(spec, (shape.n, shape.k), calls)
         elif name in ("memcheck", "racecheck"):
             for given in parse_specs(formats or plan.NEWEST):
-                yield Product(str(given), sanitized.SHAPE, [Call(torch.bfloat16, m) for m in sanitized.ROWS])
+                yield Product(
+                    str(given), sanitized.SHAPE, [Call(torch.bfloat16, m) for m in sanitized.ROWS]
+                )
         elif name == "model":
             rows = {m for batch in plan.BATCHES for m in (batch, batch * plan.PROMPT)}
             calls = [Call(torch.bfloat16, m) for m in sorted(rows)]
-            specs = [str(spec) for spec in parse_specs(formats)] if formats else list(plan.MODEL_FORMATS)
+            specs = (
+                [str(spec) for spec in parse_specs(formats)]
+                if formats
+                else list(plan.MODEL_FORMATS)
+            )
             for spec in specs:
                 for size in () if spec == "bf16" else llm.linear_shapes(plan.MODEL_SIZE):
                     yield Product(spec, size, calls)
@@ -145,7 +151,11 @@ def compile_all(wanted: list[Product], arch: int) -> tuple[int, int]:
                         qk.matmul(x, there, backend="triton", batch_invariant=call.invariant)
             size = f"{shape[0]}x{shape[1]}"
             took = time.monotonic() - started
-            print(f"{spec} {size}: {len(hits) - before} kernels, {took:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"{spec} {size}: {len(hits) - before} kernels, {took:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
     return len(hits), sum(hits)
 
 
@@ -180,14 +190,18 @@ def _no_driver() -> Iterator[None]:
 def main(
     folder: Annotated[Path, typer.Argument(help="The cache, by the path that it will have there.")],
     parts: Annotated[str, typer.Option(help="Parts of the plan.")] = PLANNED,
-    formats: Annotated[str | None, typer.Option(help="Specifications, instead of the parts' own.")] = None,
+    formats: Annotated[
+        str | None, typer.Option(help="Specifications, instead of the parts' own.")
+    ] = None,
     arch: Annotated[int, typer.Option(help="Compute capability: 90.")] = 90,
     jobs: Annotated[int, typer.Option(help="Processes.")] = 2,
     share: Annotated[int, typer.Option(hidden=True)] = -1,
 ) -> None:
     for name in parts.split(","):
         if name not in plan.PARTS:
-            raise typer.BadParameter(f"--parts: expected some of {', '.join(plan.PARTS)}; got {name!r}")
+            raise typer.BadParameter(
+                f"--parts: expected some of {', '.join(plan.PARTS)}; got {name!r}"
+            )
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise typer.BadParameter("triton is told to interpret: unset TRITON_INTERPRET")
     os.environ["TRITON_CACHE_DIR"] = str(folder.resolve())

@@ -70,7 +70,9 @@ def _place_extension(folder: Path) -> None:
     module = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not module.is_file():
         there = ", ".join(file.name for file in folder.glob("*.so"))
-        raise ValueError(f"the parcel's extension: expected {module.name} for this Python, got {there}")
+        raise ValueError(
+            f"the parcel's extension: expected {module.name} for this Python, got {there}"
+        )
     target = build.cached((ARCH,), ROOT / "cache")
     build.private_folder(target.parent)
     shutil.copyfile(module, target)

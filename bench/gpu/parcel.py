@@ -71,7 +71,11 @@ class Packing:
 
     def run(self, *words: str, **variables: str) -> None:
         """Run that Python in this checkout. RuntimeError if it fails."""
-        environment = {**os.environ, "PYTHONPATH": f"{install.REPOSITORY}:{WORK / 'site'}", **variables}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": f"{install.REPOSITORY}:{WORK / 'site'}",
+            **variables,
+        }
         environment.pop("TRITON_INTERPRET", None)
         done = subprocess.run(
             [str(self.python), *words], cwd=install.REPOSITORY, env=environment, check=False
@@ -146,7 +150,10 @@ def _toolkit() -> Path:
     """The CUDA toolkit's folder; nvcc on PATH may be a script that lies elsewhere."""
     compiler = Path(install.build_module().nvcc() or "/usr/local/cuda/bin/nvcc").resolve()
     candidates = (compiler.parents[1], Path("/usr/local/cuda"))
-    return next((folder for folder in candidates if (folder / "include" / "cuda.h").is_file()), candidates[1])
+    return next(
+        (folder for folder in candidates if (folder / "include" / "cuda.h").is_file()),
+        candidates[1],
+    )
 
 
 #: archive -> what makes its folder
@@ -173,7 +180,14 @@ def archive(folder: Path, target: Path) -> None:
     part = target.with_suffix(".part")
     rename = f"--transform=s|^{folder.name}|{target.name.removesuffix('.tar.xz')}|"
     left_out = ["--exclude=__pycache__", "--exclude=*.lock", "--exclude=tmp.*"]
-    command = ["tar", "-C", str(folder.parent), *left_out, rename, "--use-compress-program=xz -T2 -4"]
+    command = [
+        "tar",
+        "-C",
+        str(folder.parent),
+        *left_out,
+        rename,
+        "--use-compress-program=xz -T2 -4",
+    ]
     subprocess.run([*command, "-cf", str(part), folder.name], check=True)
     part.replace(target)
 
@@ -191,7 +205,8 @@ def sizes() -> str:
     total = checkout + sum(file.stat().st_size for file in archives)
     lines.append(f"{checkout / 2**20:6.1f} MiB  the checkout")
     lines.append(
-        f"{total / 2**20:6.1f} MiB  in all, of {LIMIT >> 20}" + (": TOO LARGE" if total >= LIMIT else "")
+        f"{total / 2**20:6.1f} MiB  in all, of {LIMIT >> 20}"
+        + (": TOO LARGE" if total >= LIMIT else "")
     )
     return "\n".join(lines)
 
@@ -219,8 +234,12 @@ def check(python: Path) -> None:
 
 def main(
     only: Annotated[str, typer.Option(help=f"Some of {', '.join(MAKERS)}.")] = ",".join(MAKERS),
-    python: Annotated[str, typer.Option(help="Python 3.12, which makes the environment.")] = "python3.12",
-    looking: Annotated[bool, typer.Option("--check", help="Unpack and look, pack nothing.")] = False,
+    python: Annotated[
+        str, typer.Option(help="Python 3.12, which makes the environment.")
+    ] = "python3.12",
+    looking: Annotated[
+        bool, typer.Option("--check", help="Unpack and look, pack nothing.")
+    ] = False,
 ) -> None:
     names = only.split(",")
     for name in names:

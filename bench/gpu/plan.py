@@ -55,7 +55,11 @@ class Race:
             f"--repeats 11 --jobs {self.jobs} --deadline {{seconds}} --name {name} --output {{out}} --no-page"
         )
         return Command(
-            f"{words} --backend {self.backends}", most, f"{words} --backend triton --tiny", "", variables
+            f"{words} --backend {self.backends}",
+            most,
+            f"{words} --backend triton --tiny",
+            "",
+            variables,
         )
 
 
@@ -119,7 +123,10 @@ tests/test_linear.py tests/kernels/test_graphs.py tests/kernels/test_memory.py t
 """
 _PYTEST = "-m pytest -p no:cacheprovider --tb=short"
 _EARLY = Race(
-    "gptq:bits=4,group_size=128,q4_k,w8a8,quip_sharp", "square,4096x14336", "1,16", backends="triton"
+    "gptq:bits=4,group_size=128,q4_k,w8a8,quip_sharp",
+    "square,4096x14336",
+    "1,16",
+    backends="triton",
 )
 
 PARTS: dict[str, Part] = {
@@ -224,7 +231,9 @@ def table() -> str:
     for call, names in CALLS.items():
         for name in names:
             lines.append(f"{call:6} {name:12} {PARTS[name].expected:7}  {PARTS[name].about}")
-        lines.append(f"{call:6} {'all':12} {sum(PARTS[n].expected for n in names):7}  of {CALL_SECONDS}")
+        lines.append(
+            f"{call:6} {'all':12} {sum(PARTS[n].expected for n in names):7}  of {CALL_SECONDS}"
+        )
     others = [name for name in PARTS if not any(name in names for names in CALLS.values())]
     lines += [f"       {name:12} {PARTS[name].expected:7}  {PARTS[name].about}" for name in others]
     return "\n".join(lines)

@@ -27,14 +27,19 @@ import torch
 from ..peers import gptqmodel_, humming_
 
 #: name -> bytes of L2 cache, kHz and width in bits of the memory: what Humming's choices depend on
-CARDS = {"NVIDIA H200": (62_914_560, 3_201_000, 6144), "NVIDIA H100 80GB HBM3": (52_428_800, 2_619_000, 5120)}
+CARDS = {
+    "NVIDIA H200": (62_914_560, 3_201_000, 6144),
+    "NVIDIA H100 80GB HBM3": (52_428_800, 2_619_000, 5120),
+}
 PROCESSORS, CLOCK_KHZ = 132, 1_980_000
 
 
 @contextlib.contextmanager
 def _hopper(name: str) -> Any:
     """torch sees one GPU of compute capability 9.0; nothing can be run on it."""
-    properties = types.SimpleNamespace(name=name, major=9, minor=0, multi_processor_count=PROCESSORS)
+    properties = types.SimpleNamespace(
+        name=name, major=9, minor=0, multi_processor_count=PROCESSORS
+    )
     replaced = {
         "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
         "get_device_capability": lambda *_: (9, 0), "get_device_properties": lambda *_: properties,
@@ -60,7 +65,9 @@ def marlin(folder: Path) -> None:
 
 def check(folder: Path) -> None:
     """Load Marlin, import what is raced, and look all of Humming's kernels up. RuntimeError if one would be compiled."""
-    never = mock.patch("torch.utils.cpp_extension._run_ninja_build", side_effect=RuntimeError("not prebuilt"))
+    never = mock.patch(
+        "torch.utils.cpp_extension._run_ninja_build", side_effect=RuntimeError("not prebuilt")
+    )
     with _hopper("NVIDIA H200"), never:
         importlib.import_module("bitsandbytes")
         gptqmodel_.build()
@@ -100,7 +107,11 @@ def _humming(folder: Path, card: str, contestant: humming_.Humming, size: int) -
         prepared, numbers = inputs._prepare_process_input_op, itertools.count(1)
         zeros = torch.zeros
         nothing: Callable[..., None] = lambda *_, **__: None  # noqa: E731
-        classes = [one for one in vars(kernel).values() if isinstance(one, type) and one is not HummingKernel]
+        classes = [
+            one
+            for one in vars(kernel).values()
+            if isinstance(one, type) and one is not HummingKernel
+        ]
         replaced: list[tuple[Any, str, Any]] = [
             (transform, "DeviceInfo", lambda *_: device.DeviceInfo(0)),
             (utils, "init_humming_launcher", nothing),
@@ -149,7 +160,14 @@ def _number(kernel: Any, number: int) -> None:
 def _info(card: str) -> type:
     """What Humming's native module tells of a card."""
     cache, memory_khz, width = CARDS[card]
-    operations = {"float16": 1, "bfloat16": 1, "float8e4m3": 2, "float8e5m2": 2, "int8": 2, "int4": 4}
+    operations = {
+        "float16": 1,
+        "bfloat16": 1,
+        "float8e4m3": 2,
+        "float8e5m2": 2,
+        "int8": 2,
+        "int4": 4,
+    }
     facts = {
         "index": 0, "is_ppu": False, "name": card, "sm_count": PROCESSORS, "sm_major": 9, "sm_minor": 0,
         "sm_version": 90, "max_threads_per_block": 1024, "max_threads_per_sm": 2048,

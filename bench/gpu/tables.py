@@ -30,7 +30,8 @@ def of(out: Path, ended: Mapping[str, tuple[str, float]], characters: int) -> st
     room = characters - len(tail) - sum(len(name) + 6 for name in blocks)
     shortest_first = sorted(blocks, key=lambda name: len(blocks[name]))
     for number, name in enumerate(shortest_first):
-        share = max(200, room // (len(blocks) - number))  # what short results leave is the long ones'
+        # what short results leave is the long ones'
+        share = max(200, room // (len(blocks) - number))
         blocks[name] = _cut(blocks[name], share, plan.PARTS[name].tail)
         room -= len(blocks[name])
     return "\n".join([f"=== {name}\n{text}" for name, text in blocks.items()] + [tail])
@@ -84,7 +85,9 @@ def _races(rows: list[dict[str, Any]], copy: float | None) -> str:
         first = by_rows.get(counts[0])
         if copy and first and not first["failed"]:
             cells.append(f"| alone {first['alone']:.1f}, {first['bandwidth'] / copy:.0%} of a copy")
-        said.append(f"{who.removeprefix('qkernels ')}{'' if ours else f' [{group}]'}: {' '.join(cells)}")
+        said.append(
+            f"{who.removeprefix('qkernels ')}{'' if ours else f' [{group}]'}: {' '.join(cells)}"
+        )
     return "\n".join(said)
 
 

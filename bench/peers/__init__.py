@@ -51,7 +51,11 @@ def unrounded(weight: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def layer(
-    call: Callable[[Tensor], Tensor], nbytes: int, weight: Tensor, tolerance: float, kind: str = "bf16"
+    call: Callable[[Tensor], Tensor],
+    nbytes: int,
+    weight: Tensor,
+    tolerance: float,
+    kind: str = "bf16",
 ) -> Layer:
     return Layer(call, nbytes, unrounded(weight), tolerance, kind)
 
@@ -59,7 +63,9 @@ def layer(
 def same_weight(call: Callable[[Tensor], Tensor], p: PackedWeight, kind: str = "bf16") -> Layer:
     """Of a peer that was given the tensors of `p`: held to our reference of the same codes."""
     dtype = torch.float64 if p.shape[0] * p.shape[1] <= 2**26 else torch.float32
-    return Layer(call, p.nbytes, lambda x: qk.matmul(x.to(dtype), p, backend="reference"), SAME_WEIGHT, kind)
+    return Layer(
+        call, p.nbytes, lambda x: qk.matmul(x.to(dtype), p, backend="reference"), SAME_WEIGHT, kind
+    )
 
 
 def contestants(only: Sequence[str] | None = None) -> list[Contestant]:
@@ -68,11 +74,14 @@ def contestants(only: Sequence[str] | None = None) -> list[Contestant]:
     ValueError for a name that is neither.
     """
     modules = {
-        info.name.removesuffix("_"): f"{__name__}.{info.name}" for info in pkgutil.iter_modules(__path__)
+        info.name.removesuffix("_"): f"{__name__}.{info.name}"
+        for info in pkgutil.iter_modules(__path__)
     }
     found: list[Contestant] = []
     for name in modules if only is None else only:
         if name not in modules and "." not in name:
-            raise ValueError(f"peers: expected some of {', '.join(modules)}, or a module; got {name!r}")
+            raise ValueError(
+                f"peers: expected some of {', '.join(modules)}, or a module; got {name!r}"
+            )
         found += importlib.import_module(modules.get(name, name)).CONTESTANTS
     return found

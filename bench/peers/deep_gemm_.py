@@ -46,7 +46,9 @@ class DeepGEMM(Peer):
 
         if not hasattr(deep_gemm, "fp8_gemm_nt"):
             version = getattr(deep_gemm, "__version__", "unknown")
-            raise ImportError(f"deep_gemm {version} has no fp8_gemm_nt: DeepGEMM 2 or newer is needed")
+            raise ImportError(
+                f"deep_gemm {version} has no fp8_gemm_nt: DeepGEMM 2 or newer is needed"
+            )
         p = qk.quantize(weight, "fp8", granularity="block", activation="dynamic")
         t = p.tensors
         scale = t["weight_scale_inv"] if "weight_scale_inv" in t else t["weight_scale"]

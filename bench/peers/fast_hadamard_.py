@@ -23,7 +23,9 @@ def _layer(call: nn.Module, k: int) -> Layer:
     factors = [factor.double() for factor in transforms.hadamard_factors(k)]
 
     def want(x: Tensor) -> Tensor:
-        return transforms.kronecker(x.double(), [factor.to(x.device) for factor in factors]) / math.sqrt(k)
+        return transforms.kronecker(
+            x.double(), [factor.to(x.device) for factor in factors]
+        ) / math.sqrt(k)
 
     return Layer(call, 4 * k, want, 0.02)
 

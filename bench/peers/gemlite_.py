@@ -58,7 +58,9 @@ class Dynamic(GemLite):
 
         self._configure()
         maker = getattr(gemlite.helper, self.maker)(device=str(weight.device), dtype=torch.bfloat16)
-        return layer(maker.from_weights(weight.bfloat16()), weight.numel(), weight, EIGHT_BIT, self.kind)
+        return layer(
+            maker.from_weights(weight.bfloat16()), weight.numel(), weight, EIGHT_BIT, self.kind
+        )
 
 
 CONTESTANTS = [

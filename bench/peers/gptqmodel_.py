@@ -32,7 +32,9 @@ def _regular_expressions() -> None:
     """GPTQModel imports pypcre, which comes as sources that need libpcre2's: it uses no more than `re` has."""
     if importlib.util.find_spec("pcre") is None:
         stand_in = types.ModuleType("pcre")
-        vars(stand_in).update({name: getattr(re, name) for name in ("compile", "escape", "split", "Pattern")})
+        vars(stand_in).update(
+            {name: getattr(re, name) for name in ("compile", "escape", "split", "Pattern")}
+        )
         flags = {"MULTILINE": re.MULTILINE, "CASELESS": re.IGNORECASE, "DOTALL": re.DOTALL}
         stand_in.Flag = types.SimpleNamespace(**flags)  # type: ignore[attr-defined]
         stand_in.__spec__ = importlib.util.spec_from_loader("pcre", None)
@@ -72,7 +74,9 @@ class GPTQModel(Peer):
         _regular_expressions()
         made = importlib.import_module(f"gptqmodel.nn_modules.qlinear.{self.kernel}")
         n, k = weight.shape
-        p = qk.quantize(weight, "gptq", bits=self.bits, group_size=128, checkpoint_format=self.zeros)
+        p = qk.quantize(
+            weight, "gptq", bits=self.bits, group_size=128, checkpoint_format=self.zeros
+        )
         linear = getattr(made, self.cls)(
             bits=self.bits, group_size=128, desc_act=False, sym=True, in_features=k, out_features=n, bias=False,
             dtype=torch.bfloat16, register_buffers=True,

@@ -42,7 +42,9 @@ def keep_kernels(store: Path) -> None:
         source = (code, sm_version, kernel_expr, disable_fast_math, postprocess_cubin is not None)
         file = store / f"{hashlib.sha256(repr(source).encode()).hexdigest()[:24]}.cubin"
         if not file.is_file():
-            compiled = compile_new(cls, code, sm_version, kernel_expr, disable_fast_math, postprocess_cubin)
+            compiled = compile_new(
+                cls, code, sm_version, kernel_expr, disable_fast_math, postprocess_cubin
+            )
             part = file.with_suffix(f".{os.getpid()}")
             store.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(compiled, part)
@@ -63,7 +65,13 @@ class Humming(Peer):
         bits: float,
         kind: str = "bf16",
     ) -> None:
-        self.group, self.weights, self.inputs, self.bits, self.kind = group, weights, inputs, bits, kind
+        self.group, self.weights, self.inputs, self.bits, self.kind = (
+            group,
+            weights,
+            inputs,
+            bits,
+            kind,
+        )
 
     def prepare(self, weight: Tensor) -> Layer:
         from humming.layer import HummingLayer

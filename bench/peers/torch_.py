@@ -48,7 +48,12 @@ class _ScaledMM(nn.Module):
         scale = x.abs().amax(1, keepdim=True).float() / 448
         codes = (x / scale).to(torch.float8_e4m3fn)
         return torch._scaled_mm(
-            codes, self.codes, scale_a=scale, scale_b=self.scale, out_dtype=x.dtype, use_fast_accum=True
+            codes,
+            self.codes,
+            scale_a=scale,
+            scale_b=self.scale,
+            out_dtype=x.dtype,
+            use_fast_accum=True,
         )
 
 

@@ -24,7 +24,9 @@ class TorchAO(Peer):
         linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=torch.bfloat16)
         model = torch.nn.Sequential(linear.to(weight.device).requires_grad_(False))
         model[0].weight.copy_(weight)
-        arguments = {k: getattr(ao, v)() if isinstance(v, str) else v for k, v in self.arguments.items()}
+        arguments = {
+            k: getattr(ao, v)() if isinstance(v, str) else v for k, v in self.arguments.items()
+        }
         ao.quantize_(model, getattr(ao, self.config)(**arguments))
         return layer(torch.compile(model), weight.numel(), weight, EIGHT_BIT, self.kind)
 

@@ -38,7 +38,13 @@ HEADINGS = (
 
 def row(facts: Facts) -> list[str]:
     if facts.error:
-        return [facts.kernel, facts.label, str(facts.arch), "does not compile", *[""] * (len(HEADINGS) - 4)]
+        return [
+            facts.kernel,
+            facts.label,
+            str(facts.arch),
+            "does not compile",
+            *[""] * (len(HEADINGS) - 4),
+        ]
     return [
         facts.kernel,
         facts.label,
@@ -86,7 +92,9 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="repeatable; all")
+    parser.add_argument(
+        "--arch", type=int, action="append", choices=ARCHITECTURES, help="repeatable; all"
+    )
     parser.add_argument("--kernel", metavar="NAME", help="only kernels whose name contains this")
     parser.add_argument(
         "--job",
@@ -97,7 +105,9 @@ def main() -> None:
     parser.add_argument("--subset", action="store_true", help="the few jobs that tests compile")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all facts here")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="write TTGIR, PTX and SASS there")
+    parser.add_argument(
+        "--keep", type=Path, metavar="FOLDER", help="write TTGIR, PTX and SASS there"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes that compile (2)")
     args = parser.parse_args()
     # Before triton is imported here or in a worker: the interpreter's kernels cannot be compiled.

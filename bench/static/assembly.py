@@ -52,7 +52,9 @@ class Program(NamedTuple):
 
 # ---------------------------------------------------------------------- reading
 _SASS_LABEL = re.compile(r"([.$\w]+):\s*$")
-_SASS_LINE = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(@!?\w+\s+)?([A-Z][\w.:]*)\s*(.*?)\s*;?\s*$")
+_SASS_LINE = re.compile(
+    r"\s+/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(@!?\w+\s+)?([A-Z][\w.:]*)\s*(.*?)\s*;?\s*$"
+)
 _SASS_TARGET = re.compile(r"`\(([^()]+)\)")
 
 
@@ -68,7 +70,9 @@ def sass(text: str) -> Program:
             target = _SASS_TARGET.search(operands)
             # BRA.U UP0, `(.L_x_1): the predicate can be an operand, too
             conditional = bool(predicate) or bool(target and operands[: target.start()].strip())
-            instructions.append(Instruction(opcode, operands, target[1] if target else None, conditional))
+            instructions.append(
+                Instruction(opcode, operands, target[1] if target else None, conditional)
+            )
     return Program(instructions, labels)
 
 
@@ -104,7 +108,9 @@ def ptx(text: str) -> Program:
         elif found := _PTX_LINE.match(line):
             predicate, opcode, operands = found.groups()
             target = _PTX_TARGET.search(operands) if opcode.startswith("bra") else None
-            instructions.append(Instruction(opcode, operands, target[1] if target else None, bool(predicate)))
+            instructions.append(
+                Instruction(opcode, operands, target[1] if target else None, bool(predicate))
+            )
     return Program(instructions, labels)
 
 

@@ -60,7 +60,11 @@ def _pairs(label: str) -> list[tuple[str, object]]:
         found.append(
             (
                 name,
-                int(value) if value.isdigit() else value == "True" if value in ("True", "False") else value,
+                int(value)
+                if value.isdigit()
+                else value == "True"
+                if value in ("True", "False")
+                else value,
             )
         )
     return found
@@ -76,7 +80,9 @@ def main(
         raise typer.BadParameter(f"--gpu: expected H100 or H200, got {gpu!r}")
     (size,) = shapes.shapes_of(shape)
     print(f"{known.name}, {shape}, M = 1, bfloat16\n")
-    print("| format | instr/weight | issue, us | memory, us | limit |\n| --- | ---: | ---: | ---: | --- |")
+    print(
+        "| format | instr/weight | issue, us | memory, us | limit |\n| --- | ---: | ---: | ---: | --- |"
+    )
     for name, per_weight, issue, memory in rows(known, size):
         limit = "issue" if issue > memory else "memory"
         print(f"| {name} | {per_weight:.2f} | {issue:.1f} | {memory:.1f} | {limit} |")

@@ -84,10 +84,14 @@ def failures(facts: Facts) -> list[str]:
     if facts.error:
         return [f"{facts.name}: does not compile: {facts.error}"]
     found = []
-    most, most_in_loop = (SPILLS_WIDE, LOOP_SPILLS_WIDE) if facts.columns >= 256 else (SPILLS_OUTSIDE, 0)
+    most, most_in_loop = (
+        (SPILLS_WIDE, LOOP_SPILLS_WIDE) if facts.columns >= 256 else (SPILLS_OUTSIDE, 0)
+    )
     if facts.spills > most or facts.loop_spills > most_in_loop:
         often = f"{facts.loop_spills} loads and stores" if facts.loop_spills else "none"
-        found.append(f"spills {facts.spills} bytes of registers per thread ({often} in the main loop)")
+        found.append(
+            f"spills {facts.spills} bytes of registers per thread ({often} in the main loop)"
+        )
     if facts.shared > (limit := SHARED_KIB[facts.arch] * 1024):
         found.append(f"needs {facts.shared} bytes of shared memory, a block may have {limit}")
     elif facts.blocks == 0:
@@ -100,7 +104,9 @@ def failures(facts: Facts) -> list[str]:
         if facts.tensor_core is None:
             found.append("has no tensor-core instruction")
         elif not assembly.is_native(facts.tensor_core, facts.arch):
-            found.append(f"has only {facts.tensor_core}, not the architecture's own tensor-core instruction")
+            found.append(
+                f"has only {facts.tensor_core}, not the architecture's own tensor-core instruction"
+            )
     return [f"{facts.name}: {what}" for what in found]
 
 
@@ -134,7 +140,11 @@ def facts_of(family: str, job: CompileJob, keep: Path | None = None) -> Facts:
     sass_text, usage = _disassembled(kernel.asm["cubin"])
     if keep:
         stem = re.sub(r"[^\w.=-]+", "_", facts.name)
-        for suffix, text in (("ttgir", kernel.asm["ttgir"]), ("ptx", kernel.asm["ptx"]), ("sass", sass_text)):
+        for suffix, text in (
+            ("ttgir", kernel.asm["ttgir"]),
+            ("ptx", kernel.asm["ptx"]),
+            ("sass", sass_text),
+        ):
             (keep / f"{stem}.{suffix}").write_text(text)
 
     facts.registers = int(usage["REG"])
@@ -209,4 +219,6 @@ def _disassembled(cubin: bytes) -> tuple[str, dict[str, str]]:
             command = [str(tools() / name), option, file.name]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-        return tool("nvdisasm", "-c"), dict(re.findall(r"(\w+):(\d+)", tool("cuobjdump", "-res-usage")))
+        return tool("nvdisasm", "-c"), dict(
+            re.findall(r"(\w+):(\d+)", tool("cuobjdump", "-res-usage"))
+        )

@@ -40,7 +40,9 @@ def overtaken(loop: list[Instruction]) -> str | None:
                 group = set()
         elif found.opcode == "WARPGROUP.DEPBAR.LE":
             pending = int(found.operands.split(",")[1], 0)
-            under_way = under_way[len(under_way) - pending :] if pending < len(under_way) else under_way
+            under_way = (
+                under_way[len(under_way) - pending :] if pending < len(under_way) else under_way
+            )
         elif taken := _written(found) & group.union(*under_way):
             return f"{found.opcode} writes R{min(taken)}, which a product under way reads"
     return None

@@ -40,7 +40,9 @@ class Occupancy(NamedTuple):
     limit: str
 
 
-def occupancy(arch: int, registers: int, shared: int, warps: int, tensor_columns: int = 0) -> Occupancy:
+def occupancy(
+    arch: int, registers: int, shared: int, warps: int, tensor_columns: int = 0
+) -> Occupancy:
     """registers: per thread. shared: bytes per block. warps: per block. tensor_columns: per block."""
     limits = LIMITS[arch]
     per_warp = _rounded(max(registers, 1) * 32, _REGISTER_UNIT)

@@ -33,7 +33,9 @@ def kind_of(problem: Problem) -> str | None:
         return f"{codes.decoder}{codes.bits} {codes.scaler}"
     if layout == layouts.EIGHT_BIT:
         both = fmt.eight_bit_traits(problem.shape, params)
-        return f"{both.kind} {both.weight_scale} {both.activation}" + (" outliers" if both.threshold else "")
+        return f"{both.kind} {both.weight_scale} {both.activation}" + (
+            " outliers" if both.threshold else ""
+        )
     return None
 
 

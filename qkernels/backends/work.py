@@ -84,7 +84,9 @@ class Recording(Work):
     steps: in order, (launch, its tensors, what it returned), or (None, (x, its transpose), None).
     """
 
-    def __init__(self, operands: Sequence[Tensor | None], y: Tensor, kept: Iterable[Tensor]) -> None:
+    def __init__(
+        self, operands: Sequence[Tensor | None], y: Tensor, kept: Iterable[Tensor]
+    ) -> None:
         """kept: tensors that stay alive and in place from call to call: the weight's."""
         self.steps: list[Any] = []
         self._sizes = {SCRATCH: 0, ZEROS: 0}
@@ -186,7 +188,9 @@ class Memory:
         tensors: list[Tensor | None] = [y, None, None, None, *operands]
         bases = [y.data_ptr(), 0, 0, 0, *addresses]
         if self._scratch:
-            tensors[SCRATCH] = scratch = torch.empty(self._scratch, dtype=torch.uint8, device=device)
+            tensors[SCRATCH] = scratch = torch.empty(
+                self._scratch, dtype=torch.uint8, device=device
+            )
             bases[SCRATCH] = scratch.data_ptr()
         if self._zeros:
             tensors[ZEROS] = zeros = torch.zeros(self._zeros, dtype=torch.uint8, device=device)
@@ -286,7 +290,11 @@ class Recorded(Replays):
     """
 
     def __init__(
-        self, run: Callable[..., Tensor], compute: Compute, replay: type[Replay], cast_bias: bool = False
+        self,
+        run: Callable[..., Tensor],
+        compute: Compute,
+        replay: type[Replay],
+        cast_bias: bool = False,
     ) -> None:
         super().__init__(replay)
         self._run, self._compute, self._cast_bias = run, compute, cast_bias

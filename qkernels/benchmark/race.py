@@ -78,7 +78,9 @@ class Dense(Contestant):
             weight.shape[1], weight.shape[0], bias=False, dtype=torch.bfloat16, device=weight.device
         ).requires_grad_(False)
         linear.weight.copy_(weight)
-        return Layer(linear, weight.numel() * 2, lambda x: x.double() @ linear.weight.double().T, 0.01)
+        return Layer(
+            linear, weight.numel() * 2, lambda x: x.double() @ linear.weight.double().T, 0.01
+        )
 
 
 #: formats of ours -> what others call theirs
@@ -185,7 +187,10 @@ def case(
     the dense product fills it in."""
     gpu = roofline.find(torch.cuda.get_device_name()) if settings.device == "cuda" else None
     weight = _weight(shape, settings)
-    inputs = {m: _input(shape[1], m, settings, contestant.outliers) for m in taken(contestant, shape, rows)}
+    inputs = {
+        m: _input(shape[1], m, settings, contestant.outliers)
+        for m in taken(contestant, shape, rows)
+    }
     for row in _race(contestant, weight, inputs, settings):
         if row.chain is not None:
             place = (*shape, row.m)
@@ -204,7 +209,9 @@ def taken(contestant: Contestant, shape: tuple[int, int], rows: list[int]) -> li
     return [m for m in rows if contestant.takes(*shape, m)]
 
 
-def warm(contestant: Contestant, shape: tuple[int, int], rows: list[int], settings: Settings) -> None:
+def warm(
+    contestant: Contestant, shape: tuple[int, int], rows: list[int], settings: Settings
+) -> None:
     """Call it once for each number of rows, so that what it compiles lies on disk."""
     if contestant.unavailable() is not None:
         return
@@ -263,7 +270,9 @@ def _race(
         yield row
 
 
-def _eager(row: Row, contestant: Contestant, layers: list[Layer], x: Tensor, settings: Settings) -> None:
+def _eager(
+    row: Row, contestant: Contestant, layers: list[Layer], x: Tensor, settings: Settings
+) -> None:
     """Once more, without a CUDA graph, for one who cannot be captured; with its first failure if that fails."""
     why, row.failed = row.failed, ""
     try:
@@ -273,7 +282,9 @@ def _eager(row: Row, contestant: Contestant, layers: list[Layer], x: Tensor, set
         row.failed = why
 
 
-def _time(row: Row, contestant: Contestant, layers: list[Layer], x: Tensor, settings: Settings) -> None:
+def _time(
+    row: Row, contestant: Contestant, layers: list[Layer], x: Tensor, settings: Settings
+) -> None:
     first = layers[0]
     row.nbytes = first.nbytes
     want = first.want(x)
@@ -318,10 +329,14 @@ def _driver() -> dict[str, str]:
     fields = ("driver_version", "clocks.max.sm", "clocks.max.memory", "power.limit")
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        said = subprocess.run(
+            command, capture_output=True, text=True, timeout=20, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return {}
-    return dict(zip(fields, (part.strip() for part in said.splitlines()[0].split(",")), strict=False))
+    return dict(
+        zip(fields, (part.strip() for part in said.splitlines()[0].split(",")), strict=False)
+    )
 
 
 def report_of(

@@ -25,7 +25,9 @@ class Time(NamedTuple):
 
 def of_samples(samples: Sequence[float]) -> Time:
     ordered = sorted(samples)
-    return Time(statistics.median(ordered), ordered[len(ordered) * 3 // 4] - ordered[len(ordered) // 4])
+    return Time(
+        statistics.median(ordered), ordered[len(ordered) * 3 // 4] - ordered[len(ordered) // 4]
+    )
 
 
 def copies_for(weight_bytes: int, device: str) -> int:

@@ -18,7 +18,9 @@ __all__ = ["load", "load_tokenizer", "save"]
 
 
 def load(
-    path: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None
+    path: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str | None = None,
 ) -> PreTrainedModel:
     """The model at `path`, a Hugging Face directory or a .gguf file; see `qkernels.load_model`."""
     from . import gguf, huggingface
@@ -77,7 +79,11 @@ def _existing(path: str | os.PathLike[str]) -> Path:
     try:
         exists = path.exists()
     except OSError as error:
-        raise ValueError(f"{path!s:.300}: expected a path that there can be, got: {error.strerror}") from None
+        raise ValueError(
+            f"{path!s:.300}: expected a path that there can be, got: {error.strerror}"
+        ) from None
     if not exists:
-        raise FileNotFoundError(f"{path}: expected a model directory or a .gguf file, found nothing")
+        raise FileNotFoundError(
+            f"{path}: expected a model directory or a .gguf file, found nothing"
+        )
     return path

@@ -62,7 +62,9 @@ def check_values(path: Path, values: Mapping[str, Any]) -> None:
         if isinstance(value, (dict, list)):
             items += len(value)
         if items > MAX_ITEMS:
-            raise ValueError(f"{path}: {where:.200}: expected at most {MAX_ITEMS} items in all, got more")
+            raise ValueError(
+                f"{path}: {where:.200}: expected at most {MAX_ITEMS} items in all, got more"
+            )
         counts = _COUNTS.search(key) and not _SIZES.search(key)
         if counts and isinstance(value, (int, float)) and not abs(value) <= MAX_COUNT:
             raise ValueError(
@@ -136,7 +138,9 @@ def check_fields(path: Path, kind: type, values: Mapping[str, Any]) -> None:
         if key in declared:
             continue
         if callable(getattr(kind, key, None)):
-            raise ValueError(f"{path}: {key}: expected a field of {kind.__name__}, got the name of a method")
+            raise ValueError(
+                f"{path}: {key}: expected a field of {kind.__name__}, got the name of a method"
+            )
     for key, part in getattr(kind, "sub_configs", {}).items():
         nested = values.get(key)
         if isinstance(nested, dict):
@@ -144,7 +148,11 @@ def check_fields(path: Path, kind: type, values: Mapping[str, Any]) -> None:
 
 
 def _declared(kind: type) -> set[str]:
-    return {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
+    return (
+        {field.name for field in dataclasses.fields(kind)}
+        if dataclasses.is_dataclass(kind)
+        else set()
+    )
 
 
 def _config_class(kind: Any, values: Mapping[str, Any]) -> Any:

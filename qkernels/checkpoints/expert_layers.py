@@ -43,7 +43,9 @@ class Source:
     around: str | None
 
 
-def load_experts(model: nn.Module, prefix: str, names: ExpertNames, weights: Weights, source: Source) -> None:
+def load_experts(
+    model: nn.Module, prefix: str, names: ExpertNames, weights: Weights, source: Source
+) -> None:
     """Put the experts of module `prefix` in place: QuantExperts if they are packed, else its parameters.
 
     Raises ValueError naming the file and the tensor or module: for a missing expert or one too many, experts in
@@ -139,12 +141,15 @@ def _described(scheme: Scheme | None) -> str:
 
 
 # ---------------------------------------------------------------------- packed
-def _packed(tensors: Owned, shape: tuple[int, int], scheme: Scheme | None, source: Source) -> PackedWeight:
+def _packed(
+    tensors: Owned, shape: tuple[int, int], scheme: Scheme | None, source: Source
+) -> PackedWeight:
     """The weight of one expert, mapped."""
     found = {own: source.files.read(full) for own, full in tensors.items()}
     bias = found.pop("bias", None)
     where = f"{_file(tensors, source)}: {stored_module(tensors)}"
-    if bias is not None and bool(bias.any()):  # GPTQ files often hold zeros for layers that have none
+    # GPTQ files often hold zeros for layers that have none
+    if bias is not None and bool(bias.any()):
         raise ValueError(f"{where}.bias: expected none or zeros, got one that is not zero")
     if scheme is None:
         scheme = Scheme(_sixteen(tensors, source), {})

@@ -61,7 +61,10 @@ def open_regular(path: Path) -> Iterator[BufferedReader]:
     Raises FileNotFoundError if nothing is there, ValueError if it is something else, or cannot be opened.
     """
     flags = (
-        os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+        os.O_RDONLY
+        | getattr(os, "O_NONBLOCK", 0)
+        | getattr(os, "O_CLOEXEC", 0)
+        | getattr(os, "O_BINARY", 0)
     )
     try:
         descriptor = os.open(path, flags)
@@ -132,7 +135,9 @@ def read_bytes(path: Path, limit: int = MAX_JSON_BYTES, what: str = "JSON") -> b
             raise ValueError(f"{path}: expected at most {limit} bytes of {what}, got {size}")
         text = file.read(size + 1)
     if len(text) != size:
-        raise ValueError(f"{path}: expected {size} bytes, as its directory entry says, got another number")
+        raise ValueError(
+            f"{path}: expected {size} bytes, as its directory entry says, got another number"
+        )
     return text
 
 
@@ -165,7 +170,9 @@ def parse_json(where: str, text: bytes, *, unique: bool = False) -> dict[str, An
         items = (item for one in level for item in (one.values() if isinstance(one, dict) else one))
         level = [item for item in items if isinstance(item, (dict, list))]
     if level:
-        raise ValueError(f"{where}: expected JSON of a depth of at most {_MAX_JSON_DEPTH}, got more")
+        raise ValueError(
+            f"{where}: expected JSON of a depth of at most {_MAX_JSON_DEPTH}, got more"
+        )
     return value
 
 

@@ -48,7 +48,9 @@ def is_gguf(path: str | os.PathLike[str]) -> bool:
 
 
 def load(
-    path: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    path: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
     """The model in a GGUF file, its weights as they are packed there.
 
@@ -109,7 +111,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
 
     path = Path(path).resolve()
     found = gguf_tokenizer.load(path)
-    found.gguf_file = str(path)  # which has more of it than transformers keeps: gguf_writer copies that
+    # which has more of it than transformers keeps: gguf_writer copies that
+    found.gguf_file = str(path)
     return found
 
 
@@ -132,7 +135,9 @@ def _dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
             weight = nn.Parameter(module.packed.dequantize(dtype))
             plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             plain.weight = weight
-            plain.bias = None if module.bias is None else nn.Parameter(module.bias.detach().to(dtype))
+            plain.bias = (
+                None if module.bias is None else nn.Parameter(module.bias.detach().to(dtype))
+            )
         elif isinstance(module, QuantExperts):
             assert bare is not None
             plain = _plain_experts(module, bare.get_submodule(name), dtype)

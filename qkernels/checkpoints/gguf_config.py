@@ -18,7 +18,13 @@ import torch
 from .gguf_header import GgufHeader, GgufTensor
 
 #: general.architecture -> whether rows of query and key weights are permuted
-ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False, "qwen2moe": False, "qwen3moe": False}
+ARCHITECTURES = {
+    "llama": True,
+    "qwen2": False,
+    "qwen3": False,
+    "qwen2moe": False,
+    "qwen3moe": False,
+}
 ROPE_TABLE = "rope_freqs.weight"
 _MOST = 2**31 - 1
 
@@ -184,7 +190,9 @@ def _mixture(architecture: str, header: GgufHeader) -> Mixture | None:
     return MIXTURES.get(architecture) if some else None
 
 
-def _checked(path: Path, header: GgufHeader, architecture: str, rules: dict[str, Rule]) -> dict[str, Any]:
+def _checked(
+    path: Path, header: GgufHeader, architecture: str, rules: dict[str, Rule]
+) -> dict[str, Any]:
     """The values of the rules' keys, each of its type and range. ValueError for others that matter."""
     prefix = architecture + "."
     given = {k.removeprefix(prefix): v for k, v in header.metadata.items() if k.startswith(prefix)}
@@ -245,7 +253,9 @@ def _check_experts(
             f"{path}: {architecture}.expert_used_count: expected at most the {count} experts, got "
             f"{found['expert_used_count']}"
         )
-    fields: dict[str | None, int] = {"moe_intermediate_size": inner} if architecture != "llama" else {}
+    fields: dict[str | None, int] = (
+        {"moe_intermediate_size": inner} if architecture != "llama" else {}
+    )
     if shared in tensors:
         fields["shared_expert_intermediate_size"] = sizes["expert_shared_feed_forward_length"]
     return fields
@@ -265,7 +275,9 @@ def _check_sizes(
 
     def same(key: str, expected: int, what: str) -> None:
         if key in found and found[key] != expected:
-            raise ValueError(f"{path}: {architecture}.{key}: expected {expected}, {what}; got {found[key]}")
+            raise ValueError(
+                f"{path}: {architecture}.{key}: expected {expected}, {what}; got {found[key]}"
+            )
 
     blocks = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
     if found["block_count"] > len(blocks):
@@ -274,7 +286,11 @@ def _check_sizes(
     same("vocab_size", vocabulary, "the rows of token_embd.weight")
     same("embedding_length", hidden, "the columns of token_embd.weight")
     if not experts:
-        same("feed_forward_length", shape("blk.0.ffn_up.weight")[0], "the rows of blk.0.ffn_up.weight")
+        same(
+            "feed_forward_length",
+            shape("blk.0.ffn_up.weight")[0],
+            "the rows of blk.0.ffn_up.weight",
+        )
     heads = found["attention.head_count"]
     groups = found.get("attention.head_count_kv", heads)
     size = found.get("attention.key_length", hidden // heads)
@@ -315,7 +331,11 @@ def _rope(
         rope |= {"rope_type": "linear", "factor": factor}
     if kind == "yarn":
         original = found.get("rope.scaling.original_context_length", found["context_length"])
-        rope |= {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+        rope |= {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": original,
+        }
         for name in ("beta_fast", "beta_slow"):
             if f"rope.scaling.yarn_{name}" in found:
                 rope[name] = found[f"rope.scaling.yarn_{name}"]
@@ -323,7 +343,9 @@ def _rope(
         table = _read_table(path, tensors[ROPE_TABLE], size)
         if bool((table != 1).any()):
             if rope["rope_type"] != "default":
-                raise ValueError(f"{path}: {ROPE_TABLE}: expected none beside {kind} scaling, got one")
+                raise ValueError(
+                    f"{path}: {ROPE_TABLE}: expected none beside {kind} scaling, got one"
+                )
             rope |= _llama3(path, table, theta)
     return rope
 
@@ -339,7 +361,9 @@ def _read_table(path: Path, tensor: GgufTensor, size: int) -> torch.Tensor:
 def rope_table(rope: dict[str, Any], size: int) -> torch.Tensor:
     """What llama.cpp divides the rotary frequencies by for transformers' "llama3", float32 (size / 2)."""
     exponents = torch.arange(0, size, 2, dtype=torch.float64) / size
-    turns = rope["original_max_position_embeddings"] * rope["rope_theta"] ** -exponents / (2 * math.pi)
+    turns = (
+        rope["original_max_position_embeddings"] * rope["rope_theta"] ** -exponents / (2 * math.pi)
+    )
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     smooth = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 / ((1 - smooth) / rope["factor"] + smooth)).float()

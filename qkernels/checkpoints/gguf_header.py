@@ -24,7 +24,19 @@ from .files import open_regular
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 #: struct codes of the scalar value types; 8 is a string, 9 an array
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 _STRING, _ARRAY = 8, 9
 _MAX_NAME = 65535
 _MAX_DIMENSIONS = 4
@@ -66,7 +78,9 @@ def read_header(path: str | os.PathLike[str], keep: str | None = None) -> GgufHe
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size < 24:
-            raise ValueError(f"{path}: expected a GGUF header of at least 24 bytes, got a file of {size}")
+            raise ValueError(
+                f"{path}: expected a GGUF header of at least 24 bytes, got a file of {size}"
+            )
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Reader(path, data, keep).header()
 
@@ -114,7 +128,9 @@ class _Reader:
         # The least a tensor or an entry takes: a count beyond that is no reason to loop or allocate.
         for field, count, least in (("tensor", tensor_count, 32), ("metadata", entry_count, 13)):
             if count * least > self.size:
-                raise self.fail(f"{field} count", f"at most {self.size // least} in {self.size} bytes", count)
+                raise self.fail(
+                    f"{field} count", f"at most {self.size // least} in {self.size} bytes", count
+                )
         metadata: dict[str, Any] = {}
         for i in range(entry_count):
             key = self.string(f"metadata key {i}", _MAX_NAME)
@@ -190,14 +206,18 @@ class _Reader:
             nbytes = math.prod(shape) // block * block_bytes
             if start + offset + nbytes > self.size:
                 raise self.fail(
-                    f"{field}: data", f"bytes up to {start + offset + nbytes}", f"a file of {self.size}"
+                    f"{field}: data",
+                    f"bytes up to {start + offset + nbytes}",
+                    f"a file of {self.size}",
                 )
             tensors[name] = GgufTensor(name, ggml_type.name, shape, nbytes, start + offset)
         end, before = 0, ""
         for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
             if tensor.offset < end:
                 raise self.fail(
-                    f"tensor {tensor.name!r}: data", f"bytes from {end} on, after {before!r}", tensor.offset
+                    f"tensor {tensor.name!r}: data",
+                    f"bytes from {end} on, after {before!r}",
+                    tensor.offset,
                 )
             end, before = tensor.offset + tensor.nbytes, tensor.name
         return list(tensors.values())

@@ -91,7 +91,9 @@ def _linear(reader: _Reader, name: str, linear: nn.Linear) -> QuantLinear:
     packed = reader.weight(name, (linear.out_features, linear.in_features))
     bias = None
     if linear.bias is not None:
-        bias = nn.Parameter(reader.plain(f"{name}.bias", (linear.out_features,)), requires_grad=False)
+        bias = nn.Parameter(
+            reader.plain(f"{name}.bias", (linear.out_features,)), requires_grad=False
+        )
     return QuantLinear(packed, bias)
 
 
@@ -103,7 +105,9 @@ def _experts(
     count, shapes = gate_up.shape[0], expert_shapes(module)
     called = {role: f"{name}.{leaf}" for role, leaf in LEAVES.items()}
     if not any(reader.is_packed(own) for own in called.values()):
-        own = {role: reader.plain(f"{called[role]}.weight", (count, *shapes[role])) for role in ROLES}
+        own = {
+            role: reader.plain(f"{called[role]}.weight", (count, *shapes[role])) for role in ROLES
+        }
         for leaf, value in (
             ("gate_up_proj", torch.cat([own[GATE], own[UP]], 1)), ("down_proj", own[DOWN])
         ):  # fmt: skip
@@ -111,7 +115,9 @@ def _experts(
         return module
     stacks = {role: reader.experts(called[role], count, shapes[role]) for role in ROLES}
     try:
-        return QuantExperts.from_experts(stacks[GATE], stacks[UP], stacks[DOWN], activation).to(device)
+        return QuantExperts.from_experts(stacks[GATE], stacks[UP], stacks[DOWN], activation).to(
+            device
+        )
     except ValueError as error:
         raise ValueError(f"{reader.path}: {name}: {error}") from None
 
@@ -159,18 +165,24 @@ class _Reader:
     def _tensor(self, name: str, shape: tuple[int, ...]) -> GgufTensor:
         stored = self._find(name)
         if stored is None or stored not in self.tensors:
-            raise ValueError(f"{self.path}: {stored or name}: expected a tensor of shape {shape}, found none")
+            raise ValueError(
+                f"{self.path}: {stored or name}: expected a tensor of shape {shape}, found none"
+            )
         tensor = self.tensors[stored]
         # The gate of a shared expert is one row, which the file has as a vector.
         if tuple(tensor.shape) != shape and (shape[0] != 1 or tuple(tensor.shape) != shape[1:]):
-            raise ValueError(f"{self.path}: {stored}: expected shape {shape}, got {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{self.path}: {stored}: expected shape {shape}, got {tuple(tensor.shape)}"
+            )
         self.used.add(stored)
         return tensor
 
     def _bytes(self, tensor: GgufTensor) -> Tensor:
         """The file's bytes, mapped copy-on-write."""
         self.file.check()
-        mapped = np.memmap(self.path, dtype=np.uint8, mode="c", offset=tensor.offset, shape=(tensor.nbytes,))
+        mapped = np.memmap(
+            self.path, dtype=np.uint8, mode="c", offset=tensor.offset, shape=(tensor.nbytes,)
+        )
         return torch.from_numpy(mapped)
 
     def _order(self, name: str, rows: int) -> Tensor | None:
@@ -184,7 +196,9 @@ class _Reader:
     def experts(self, module: str, count: int, shape: tuple[int, int]) -> list[PackedWeight]:
         """The weights (N, K) of each expert, as stored in one tensor (E, N, K)."""
         tensor = self._tensor(f"{module}.weight", (count, *shape))
-        return [self._pack(tensor, part, shape, None) for part in self._bytes(tensor).view(count, -1)]
+        return [
+            self._pack(tensor, part, shape, None) for part in self._bytes(tensor).view(count, -1)
+        ]
 
     def _pack(
         self, tensor: GgufTensor, data: Tensor, shape: tuple[int, int], order: Tensor | None
@@ -193,7 +207,9 @@ class _Reader:
         if tensor.type in ("F16", "BF16"):
             dense = data.view(_PLAIN[tensor.type]).view(shape)
             dense = dense if order is None else dense[order]
-            return pack("fp16" if dense.dtype == torch.float16 else "bf16", {"weight": dense}, shape)
+            return pack(
+                "fp16" if dense.dtype == torch.float16 else "bf16", {"weight": dense}, shape
+            )
         name = tensor.type.lower()
         if name not in formats.names():
             known = ", ".join(sorted(n.upper() for n in formats.names() if "data" in _specs(n)))
@@ -240,5 +256,7 @@ def memory_of(model: nn.Module) -> int:
     """Bytes of a model's parameters and buffers, those that share memory counted once."""
     seen: dict[int, int] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
-        seen[tensor.data_ptr()] = max(seen.get(tensor.data_ptr(), 0), tensor.numel() * tensor.element_size())
+        seen[tensor.data_ptr()] = max(
+            seen.get(tensor.data_ptr(), 0), tensor.numel() * tensor.element_size()
+        )
     return sum(seen.values())

@@ -34,7 +34,9 @@ def load(path: Path) -> Any:
     check_any_architecture(path, header)  # transformers makes a config on the way
     _check(path, header.metadata)
     try:
-        return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            str(path.parent), gguf_file=path.name, local_files_only=True
+        )
     except MemoryError:
         raise
     except Exception as error:  # what is wrong with a file shows in any way there
@@ -50,7 +52,9 @@ def _check(path: Path, metadata: dict[str, Any]) -> None:
         return ValueError(f"{path}: {PREFIX}{key}: expected {expected}, got {got!r:.60}")
 
     for key, kind in _ITEMS.items():
-        if key in given and not (isinstance(given[key], list) and all(type(v) is kind for v in given[key])):
+        if key in given and not (
+            isinstance(given[key], list) and all(type(v) is kind for v in given[key])
+        ):
             raise fail(key, f"an array of {kind.__name__}", given[key])
     tokens, model = given.get("tokens"), given.get("model")
     if not tokens:
@@ -105,13 +109,17 @@ def write(writer: Any, tokenizer: Any, vocabulary: int) -> None:
     source = getattr(tokenizer, "gguf_file", None)
     if source is not None:
         if not Path(source).is_file():
-            raise ValueError(f"tokenizer: expected the file it was read from at {source}, found none")
+            raise ValueError(
+                f"tokenizer: expected the file it was read from at {source}, found none"
+            )
         _copy(writer, Path(source), vocabulary)
         return
     name = getattr(tokenizer, "name_or_path", None) or type(tokenizer).__name__
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise ValueError(f"tokenizer: {name}: expected a fast tokenizer, got {type(tokenizer).__name__}")
+        raise ValueError(
+            f"tokenizer: {name}: expected a fast tokenizer, got {type(tokenizer).__name__}"
+        )
     described = json.loads(backend.to_str())
     model = described["model"]
     if model["type"] != "BPE":
@@ -172,7 +180,9 @@ def _pre_tokenizer(name: str, described: dict[str, Any]) -> str:
     # Qwen's NFC is left out by llama.cpp and its converter, too.
     normal = {step["type"] for step in _steps(described.get("normalizer"))} <= {"NFC"}
     plain = not (
-        model.get("continuing_subword_prefix") or model.get("end_of_word_suffix") or model["dropout"]
+        model.get("continuing_subword_prefix")
+        or model.get("end_of_word_suffix")
+        or model["dropout"]
     )
     found = _BYTE_LEVEL.get((*rules, bool(model.get("ignore_merges"))))
     if found is None or not normal or not plain:
@@ -185,7 +195,11 @@ def _pre_tokenizer(name: str, described: dict[str, Any]) -> str:
 
 
 def _add_sentencepiece(
-    writer: Any, name: str, described: dict[str, Any], listed: list[tuple[str, int]], merges: list[Any]
+    writer: Any,
+    name: str,
+    described: dict[str, Any],
+    listed: list[tuple[str, int]],
+    merges: list[Any],
 ) -> None:
     """SentencePiece's BPE. llama.cpp merges the pair whose token has the best score: scores are the merges' order."""
     vocabulary, unknown = described["model"]["vocab"], described["model"].get("unk_token")
@@ -218,7 +232,12 @@ def _space_prefix(name: str, described: dict[str, Any]) -> bool:
     rest = before[prepend:]
     if rest == [{"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}] and not cuts:
         return prepend
-    if not before and len(cuts) == 1 and cuts[0]["type"] == "Metaspace" and cuts[0]["replacement"] == _SPACE:
+    if (
+        not before
+        and len(cuts) == 1
+        and cuts[0]["type"] == "Metaspace"
+        and cuts[0]["replacement"] == _SPACE
+    ):
         inside = next((t for t in described["model"]["vocab"] if _SPACE in t[1:]), None)
         if not cuts[0].get("split", True) or inside is None:
             return bool(cuts[0]["prepend_scheme"] != "never")
@@ -251,7 +270,9 @@ def _ranks(
         last = token
     for token in vocabulary.keys() - whole:
         lefts = pairs.get(token, set())
-        halves = {token[:i] for i in range(1, len(token)) if {token[:i], token[i:]} <= vocabulary.keys()}
+        halves = {
+            token[:i] for i in range(1, len(token)) if {token[:i], token[i:]} <= vocabulary.keys()
+        }
         if halves != lefts:
             raise ValueError(
                 f"tokenizer: {name}: expected merges that follow from scores, got {len(lefts)} of the "

@@ -70,9 +70,13 @@ def check(model: nn.Module, tokenizer: Any, format: str | None = None) -> None:
     if format is not None and format not in RECIPES:
         fmt = formats.get(format)
         if not fmt.dense and getattr(fmt, "ggml_type", None) is None:
-            raise ValueError(f"{format}: expected one of GGUF's types for a .gguf file, got another format")
+            raise ValueError(
+                f"{format}: expected one of GGUF's types for a .gguf file, got another format"
+            )
     if tokenizer is None:
-        raise ValueError("tokenizer: expected one, since a GGUF file holds model and tokenizer, got none")
+        raise ValueError(
+            "tokenizer: expected one, since a GGUF file holds model and tokenizer, got none"
+        )
     config: Any = model.config
     writer = gguf.GGUFWriter(os.devnull, architecture)
     _describe(writer, config, "", [])
@@ -142,7 +146,9 @@ def _packed(name: str, module: QuantLinear | QuantEmbedding) -> tuple[Tensor, st
     fmt = formats.get(packed.format)
     if fmt.dense:
         weight = packed.tensors["weight"]
-        return (weight.view(torch.uint8), "BF16") if weight.dtype == torch.bfloat16 else (weight, None)
+        return (
+            (weight.view(torch.uint8), "BF16") if weight.dtype == torch.bfloat16 else (weight, None)
+        )
     ggml_type = getattr(fmt, "ggml_type", None)
     if ggml_type is None:
         raise ValueError(
@@ -159,7 +165,9 @@ def _tied(head: Any, embedding: Any) -> bool:
             torch.equal(tensor, its.tensors[name]) for name, tensor in mine.tensors.items()
         )
     one, other = getattr(head, "weight", None), getattr(embedding, "weight", None)
-    return isinstance(one, Tensor) and isinstance(other, Tensor) and one.data_ptr() == other.data_ptr()
+    return (
+        isinstance(one, Tensor) and isinstance(other, Tensor) and one.data_ptr() == other.data_ptr()
+    )
 
 
 # ---------------------------------------------------------------------- metadata
@@ -193,7 +201,9 @@ def _describe(writer: Any, config: Any, name: str, types: list[str | None]) -> N
     writer.add_vocab_size(config.vocab_size)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     most = Counter(kind for kind in types if kind is not None).most_common(1)
-    labels = [f"MOSTLY_{most[0][0]}{suffix}" for suffix in ("", "_M", "_S")] if most else ["MOSTLY_F16"]
+    labels = (
+        [f"MOSTLY_{most[0][0]}{suffix}" for suffix in ("", "_M", "_S")] if most else ["MOSTLY_F16"]
+    )
     for label in labels:
         if label in gguf.LlamaFileType.__members__:
             writer.add_file_type(gguf.LlamaFileType[label])
@@ -213,7 +223,9 @@ def _add_rope_scaling(writer: Any, config: Any, rope: dict[str, Any]) -> None:
     """The scaling of positions, but for llama3's, which is a tensor. ValueError for one that GGUF has not."""
     kind = rope.get("rope_type", "default")
     if kind not in _ROPE_PARAMETERS:
-        raise ValueError(f"config: rope_type: expected one of {', '.join(_ROPE_PARAMETERS)}, got {kind!r}")
+        raise ValueError(
+            f"config: rope_type: expected one of {', '.join(_ROPE_PARAMETERS)}, got {kind!r}"
+        )
     usual = {"rope_type", "type", "rope_theta"} | _ROPE_PARAMETERS[kind]
     neutral = {"partial_rotary_factor": (1, None), "truncate": (True, None)}
     for key, value in rope.items():

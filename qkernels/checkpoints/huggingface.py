@@ -36,7 +36,13 @@ __all__ = ["load", "load_tokenizer", "save"]
 GENERATION_CONFIG = "generation_config.json"
 _TEMPLATES = "additional_chat_templates"
 _TEXTS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".bpe")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
 
 
 def load(
@@ -61,7 +67,9 @@ def load(
         source = Source(directory, files, plan, device, dtype, around)
         used: set[str] = set()
         dequantized: list[str] = []
-        for name in files.infos:  # file by file: of a sharded checkpoint one shard is mapped at a time
+        for (
+            name
+        ) in files.infos:  # file by file: of a sharded checkpoint one shard is mapped at a time
             if name in used:
                 continue
             if name in inventory.parts:
@@ -80,13 +88,21 @@ def load(
             scheme = scheme_of(owned, files, plan, kinds)
             if scheme is None and prefix is not None and is_linear(model.get_submodule(prefix)):
                 scheme = mixed_dense(owned, files, around)
-            if prefix is not None and scheme is not None and inventory.names.has_matrix_of_its_own(prefix):
+            if (
+                prefix is not None
+                and scheme is not None
+                and inventory.names.has_matrix_of_its_own(prefix)
+            ):
                 plain = dtype or DTYPES.get(around, model.dtype)
-                load_dequantized(model.get_submodule(prefix), prefix, owned, files, scheme, device, plain)
+                load_dequantized(
+                    model.get_submodule(prefix), prefix, owned, files, scheme, device, plain
+                )
                 dequantized.append(prefix)
                 used |= set(owned.values())
             elif prefix is not None and scheme is not None:
-                layer = quantized_layer(directory, model, prefix, owned, files, scheme, device, dtype)
+                layer = quantized_layer(
+                    directory, model, prefix, owned, files, scheme, device, dtype
+                )
                 model.set_submodule(prefix, layer)
                 used |= set(owned.values())
             elif _assign(
@@ -106,7 +122,9 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     """The tokenizer saved in a model directory. ValueError if there is none."""
     directory = _model_directory(path)
     if not any(check_regular(directory / name) for name in _TOKENIZER_FILES):
-        raise ValueError(f"{directory}: expected tokenizer files ({_TOKENIZER_FILES[0]}, ...), found none")
+        raise ValueError(
+            f"{directory}: expected tokenizer files ({_TOKENIZER_FILES[0]}, ...), found none"
+        )
     # transformers opens by itself what it likes of them, config.json included, and builds its config.
     for file in (*directory.iterdir(), *(directory / _TEMPLATES).glob("*")):
         if file.suffix in _TEXTS:
@@ -119,10 +137,11 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=False
         )
-        if not isinstance(
-            tokenizer.model_max_length, (int, float)
-        ):  # which is looked at only when a text is cut
-            raise ValueError(f"model_max_length: expected a number, got {tokenizer.model_max_length!r:.60}")
+        # which is looked at only when a text is cut
+        if not isinstance(tokenizer.model_max_length, (int, float)):
+            raise ValueError(
+                f"model_max_length: expected a number, got {tokenizer.model_max_length!r:.60}"
+            )
         return tokenizer
 
 
@@ -142,7 +161,9 @@ def _model_directory(path: str | os.PathLike[str]) -> Path:
     if not directory.exists():
         raise FileNotFoundError(f"{directory}: expected a model directory, found nothing")
     if not directory.is_dir():
-        raise ValueError(f"{directory}: expected a model directory or a .gguf file, got another file")
+        raise ValueError(
+            f"{directory}: expected a model directory or a .gguf file, got another file"
+        )
     return directory
 
 
@@ -172,7 +193,9 @@ def _assign(
     for name, info in zip(names, infos, strict=True):
         where = f"{info.file}: tensor {name!r}"
         if len(names) == 1 and info.shape != tuple(slot.shape):
-            raise ValueError(f"{where}: expected shape {tuple(slot.shape)} from {CONFIG}, got {info.shape}")
+            raise ValueError(
+                f"{where}: expected shape {tuple(slot.shape)} from {CONFIG}, got {info.shape}"
+            )
         if slot.is_floating_point() and info.dtype not in ("F16", "BF16", "F32", "F64"):
             raise ValueError(f"{where}: expected dtype F16, BF16 or F32, got {info.dtype}")
     if len(names) > 1 and _together([info.shape for info in infos], dim) != tuple(slot.shape):
@@ -182,7 +205,9 @@ def _assign(
         )
     tensors = [files.read_as(name, dtype) for name in names]
     tensor = (tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)).to(device)
-    slots[leaf] = nn.Parameter(tensor, slot.requires_grad) if isinstance(slot, nn.Parameter) else tensor
+    slots[leaf] = (
+        nn.Parameter(tensor, slot.requires_grad) if isinstance(slot, nn.Parameter) else tensor
+    )
     return True
 
 
@@ -196,7 +221,11 @@ def _together(shapes: list[tuple[int, ...]], dim: int) -> tuple[int, ...] | None
 
 def _check_complete(directory: Path, model: Any, unexpected: list[str], plan: Plan) -> None:
     ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()]
-    ignored += [CACHE_SCALE, re.compile(r"\.rotary_emb\.inv_freq$")]  # old checkpoints carry this constant
+    # old checkpoints carry this constant
+    ignored += [
+        CACHE_SCALE,
+        re.compile(r"\.rotary_emb\.inv_freq$"),
+    ]
     unexpected = [n for n in unexpected if not any(p.search(n) for p in ignored)]
     if unexpected:
         shown = ", ".join(unexpected[:3]) + (", ..." if len(unexpected) > 3 else "")
@@ -209,4 +238,6 @@ def _check_complete(directory: Path, model: Any, unexpected: list[str], plan: Pl
     missing = [name for name, tensor in tensors if tensor.is_meta]
     if missing:
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise ValueError(f"{directory}: expected {len(missing)} more tensors, found none of: {shown}")
+        raise ValueError(
+            f"{directory}: expected {len(missing)} more tensors, found none of: {shown}"
+        )

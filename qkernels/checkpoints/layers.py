@@ -53,7 +53,9 @@ class Inventory:
             part = self.names.part(full)
             name = self.names.of_file(full) if part is None else f"{part.whole}[{part.index}]"
             if name in taken:
-                raise ValueError(f"{info.file}: tensor {full!r}: expected once, got {taken[name]!r}, too")
+                raise ValueError(
+                    f"{info.file}: tensor {full!r}: expected once, got {taken[name]!r}, too"
+                )
             taken[name] = full
             if part is not None:
                 whole = wholes.setdefault(part.whole, {})
@@ -126,7 +128,9 @@ def embedding_dtype(model: PreTrainedModel, inventory: Inventory, files: TensorF
     full = inventory.layers.get(prefix or "", {}).get("weight")
     if full is None:  # one that scales its rows is no layer that could be packed
         names = (name for name in files.infos if name.endswith("weight"))
-        full = next((name for name in names if inventory.names.of_file(name) == f"{prefix}.weight"), "")
+        full = next(
+            (name for name in names if inventory.names.of_file(name) == f"{prefix}.weight"), ""
+        )
     info = files.infos.get(full)
     return info.dtype if info is not None and info.dtype in ("F16", "BF16", "F32", "F64") else None
 
@@ -166,14 +170,21 @@ def quantized_layer(
     linear = linear_of(module)
     # GPTQ files often hold a bias of zeros for layers that have none in the model; it is kept.
     if linear.bias is not None and "bias" not in names:
-        raise ValueError(f"{directory}: {prefix}.bias: expected shape ({linear.out_features},), got none")
+        raise ValueError(
+            f"{directory}: {prefix}.bias: expected shape ({linear.out_features},), got none"
+        )
     tensors = {own: files.read(full) for own, full in names.items()}
     bias = tensors.pop("bias", None)
-    if formats.get(scheme.format).dense and linear is not module:  # a plain weight lies as Conv1D has it
+    # a plain weight lies as Conv1D has it
+    if formats.get(scheme.format).dense and linear is not module:
         tensors["weight"] = tensors["weight"].T.contiguous()
     with located(prefix, names, files):
-        packed = pack(scheme.format, tensors, (linear.out_features, linear.in_features), **scheme.params)
-        layer = QuantLinear(packed.to(device), None if bias is None else bias.to(device), dtype=dtype)
+        packed = pack(
+            scheme.format, tensors, (linear.out_features, linear.in_features), **scheme.params
+        )
+        layer = QuantLinear(
+            packed.to(device), None if bias is None else bias.to(device), dtype=dtype
+        )
     return layer.requires_grad_(False)
 
 
@@ -183,7 +194,9 @@ def located(prefix: str, names: Owned, files: TensorFiles) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{files.infos[next(iter(names.values()))].file}: {prefix}: {error}") from None
+        raise ValueError(
+            f"{files.infos[next(iter(names.values()))].file}: {prefix}: {error}"
+        ) from None
 
 
 def _packed_embedding(
@@ -198,4 +211,6 @@ def _packed_embedding(
     tensors = {own: files.read(full) for own, full in names.items()}
     shape = (embedding.num_embeddings, embedding.embedding_dim)
     with located(prefix, names, files):
-        return QuantEmbedding(pack(scheme.format, tensors, shape, **scheme.params).to(device), dtype)
+        return QuantEmbedding(
+            pack(scheme.format, tensors, shape, **scheme.params).to(device), dtype
+        )

@@ -71,7 +71,11 @@ def skeleton(directory: Path, files: TensorFiles) -> tuple[PreTrainedModel, Plan
         kind = _model_class(where, config)
     _try_on_meta(where, kind, config, files)
     expected = f"a {kind.__name__}'s config"
-    with told_by(directory / CONFIG, expected), init_empty_weights(include_buffers=False), NoExperts():
+    with (
+        told_by(directory / CONFIG, expected),
+        init_empty_weights(include_buffers=False),
+        NoExperts(),
+    ):
         model = kind._from_config(config)
     return model, plan
 
@@ -151,7 +155,11 @@ def transposed_layers(model: nn.Module) -> set[str]:
     known = vars(sys.modules[type(model).__module__]).values()
     if not isinstance(model, PreTrainedModel) or not any(value is Conv1D for value in known):
         return set()
-    return {name for name, module in without_weights(model).named_modules() if isinstance(module, Conv1D)}
+    return {
+        name
+        for name, module in without_weights(model).named_modules()
+        if isinstance(module, Conv1D)
+    }
 
 
 def _model_class(where: str, config: Any) -> Any:
@@ -253,7 +261,9 @@ def read_config(directory: Path) -> tuple[Any, Mapping[str, Any] | None]:
             quantization = {"quant_method": method, **read_json(directory / name)}
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise ValueError(f"{path}: model_type: expected a model transformers knows, got {kind!r:.100}")
+        raise ValueError(
+            f"{path}: model_type: expected a model transformers knows, got {kind!r:.100}"
+        )
     config_class = CONFIG_MAPPING[kind]
     with told_by(path, f"a valid {kind} config"):
         # {"__float__": "Infinity"}, which JSON has no number for
@@ -262,7 +272,8 @@ def read_config(directory: Path) -> tuple[Any, Mapping[str, Any] | None]:
     aliases = getattr(config_class, "attribute_map", {})
     nested = any(isinstance(value, dict) and "hidden_size" in value for value in values.values())
     for field in _REQUIRED_FIELDS:
-        has_field = hasattr(config_class, aliases.get(field, field))  # a vision model has no vocabulary
+        # a vision model has no vocabulary
+        has_field = hasattr(config_class, aliases.get(field, field))
         if nested or not has_field or aliases.get(field, field) in values or field in values:
             continue
         raise ValueError(f"{path}: {field}: expected a positive integer, got none")

@@ -88,7 +88,9 @@ class Names:
         self._renamings, self._converters = _transforms(model)
         self._reversed = _reversed(self._renamings)
         self.experts: dict[str, ExpertNames] = {}
-        stacks = [name for name, module in model.named_modules() if isinstance(module, QuantExperts)]
+        stacks = [
+            name for name, module in model.named_modules() if isinstance(module, QuantExperts)
+        ]
         for prefix in (*(name for name, _ in expert_modules(model)), *stacks):
             leaves = self._leaves(prefix)
             self.experts[prefix] = ExpertNames(prefix, leaves or LEAVES, leaves is not None)
@@ -106,7 +108,10 @@ class Names:
                 continue
             for role, pattern in zip(roles, converter.source_patterns, strict=True):
                 leaf = pattern.split(".")[-2]
-                if converter.rename_source_key(f"{prefix}.0.{leaf}.weight")[0] == f"{prefix}.{target}":
+                if (
+                    converter.rename_source_key(f"{prefix}.0.{leaf}.weight")[0]
+                    == f"{prefix}.{target}"
+                ):
                     found[role] = leaf
         return found if set(found) == set(LEAVES) else None
 
@@ -115,7 +120,9 @@ class Names:
         """The module whose matrix a tensor belongs to by its name, as transformers has both: a linear, an embedding,
         or, unless it is a tensor of transformers', what has a matrix besides (a router)."""
         prefix = _prefix(name, self._layers)
-        return prefix if prefix is not None or name in self._tensors else _prefix(name, self._matrices)
+        return (
+            prefix if prefix is not None or name in self._tensors else _prefix(name, self._matrices)
+        )
 
     def has_matrix_of_its_own(self, prefix: str) -> bool:
         """Whether the module computes with a matrix in a way of its own, so that no layer of ours can stand in."""
@@ -139,9 +146,13 @@ class Names:
         if self.has(name):
             return name
         renamed = _apply(self._renamings, name)
-        if self.has(renamed) or (self.experts_of(renamed) is not None and self.experts_of(name) is None):
+        if self.has(renamed) or (
+            self.experts_of(renamed) is not None and self.experts_of(name) is None
+        ):
             return renamed
-        for other in (f"{self._base}.{name}", name.removeprefix(f"{self._base}.")) if self._base else ():
+        for other in (
+            (f"{self._base}.{name}", name.removeprefix(f"{self._base}.")) if self._base else ()
+        ):
             if self.has(other) or self.experts_of(other) is not None:
                 return other  # of a model without its head, or with one
         return name
@@ -157,7 +168,9 @@ class Names:
             whole, pattern = converter.rename_source_key(renamed)
             if pattern is not None and whole in self._tensors:
                 patterns = converter.source_patterns
-                return Part(whole, patterns.index(pattern), len(patterns), converter.operations[0].dim)
+                return Part(
+                    whole, patterns.index(pattern), len(patterns), converter.operations[0].dim
+                )
         return None
 
     # ------------------------------------------------------------------ for files

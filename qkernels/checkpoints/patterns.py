@@ -64,7 +64,11 @@ class Patterns:
                 f"{field}: expected patterns of at most {_MAX_PATTERN} characters, got {len(text)}"
             )
         bare = re.sub(r"\\.", "", text, flags=re.DOTALL)
-        groups, atoms = 1, 1  # counts of groups may be nested, those of single characters only add up
+        # counts of groups may be nested, those of single characters only add up
+        groups, atoms = (
+            1,
+            1,
+        )
         for group, least, most in _COUNTS.findall(bare):
             count = max(1, *(int(count[:9]) for count in (least, most) if count))
             groups, atoms = (groups * count, atoms) if group else (groups, atoms + count)
@@ -75,13 +79,17 @@ class Patterns:
             )
         rest = _COUNTS.sub("", bare)
         if "{" in rest or "[:" in rest:  # where `re` and `regex` differ
-            raise ValueError(f"{field}: expected no braces but counts and no [:class:], got {text!r:.60}")
+            raise ValueError(
+                f"{field}: expected no braces but counts and no [:class:], got {text!r:.60}"
+            )
         begin = time.thread_time()
         try:
             re.compile(text)
             compiled = regex.compile(text, regex.VERSION0)
         except (re.error, regex.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"{field}: expected a regular expression, got {text!r:.60} ({error})") from None
+            raise ValueError(
+                f"{field}: expected a regular expression, got {text!r:.60} ({error})"
+            ) from None
         self.spend(time.thread_time() - begin, field, text)
         return Pattern(field, text, compiled)
 
@@ -108,7 +116,9 @@ class Rules:
 
     def add_pattern(self, field: str, text: str, place: int) -> None:
         """`place` must not be less than of those before it."""
-        if (name := _literal(text)) is not None:  # ours of many layers that differ are such: one each
+        if (
+            name := _literal(text)
+        ) is not None:  # ours of many layers that differ are such: one each
             self.add_name(name, place)
         else:
             self._patterns.append((place, self._all.compile(field, text)))
@@ -170,7 +180,11 @@ class Skipped:
         """Whether the module called `name` is left alone."""
         if not self._ends:
             return False
-        if any(name[len(name) - length :] in self._ends for length in self._lengths if length <= len(name)):
+        if any(
+            name[len(name) - length :] in self._ends
+            for length in self._lengths
+            if length <= len(name)
+        ):
             return True
         if any(self._begins(name, end) for end in range(1, len(name) + 1)):
             return True

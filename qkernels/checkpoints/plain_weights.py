@@ -17,7 +17,11 @@ from .tensor_files import TensorFiles
 
 _SHOWN = 3
 #: by safetensors' names
-DTYPES: dict[str | None, torch.dtype] = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+DTYPES: dict[str | None, torch.dtype] = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+}
 
 
 def load_dequantized(
@@ -38,12 +42,15 @@ def load_dequantized(
     assert isinstance(weight, nn.Parameter)
     tensors = {own: files.read(full) for own, full in names.items()}
     bias = tensors.pop("bias", None)
-    if bias is not None and bool(bias.any()):  # GPTQ files often hold zeros for layers that have none
+    # GPTQ files often hold zeros for layers that have none
+    if bias is not None and bool(bias.any()):
         with located(f"{prefix}.bias", names, files):
             raise ValueError("expected none or zeros, got one that is not zero")
     with located(prefix, names, files):
         packed = pack(scheme.format, tensors, (weight.shape[0], weight.shape[1]), **scheme.params)
-    module.weight = nn.Parameter(packed.dequantize(dtype).contiguous().to(device), weight.requires_grad)
+    module.weight = nn.Parameter(
+        packed.dequantize(dtype).contiguous().to(device), weight.requires_grad
+    )
 
 
 def warn_dequantized(prefixes: list[str]) -> None:

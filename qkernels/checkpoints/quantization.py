@@ -107,7 +107,9 @@ def _parse(config: Config) -> Scheme:
             return Scheme(name, params)
     method = config.get("quant_method")
     if isinstance(config.get("config_groups"), Mapping):
-        raise ValueError(f"{FIELD}.config_groups: expected {_METHODS}; got {config['config_groups']!r:.200}")
+        raise ValueError(
+            f"{FIELD}.config_groups: expected {_METHODS}; got {config['config_groups']!r:.200}"
+        )
     raise ValueError(f"{FIELD}.quant_method: expected {_METHODS}; got {method!r:.60}")
 
 
@@ -133,7 +135,9 @@ def _split_dynamic(config: Config) -> tuple[list[Config], Pick]:
             places.append(None)
             continue
         if not isinstance(overrides, Mapping):
-            raise ValueError(f"{FIELD}.dynamic[{key!r:.60}]: expected an object, got {overrides!r:.60}")
+            raise ValueError(
+                f"{FIELD}.dynamic[{key!r:.60}]: expected an object, got {overrides!r:.60}"
+            )
         places.append(len(variants))
         variants.append({**config, **overrides, "quant_method": config["quant_method"]})
 
@@ -203,7 +207,9 @@ def _split_own(config: Config) -> tuple[list[Config], Pick]:
         variants.append({**group, "quant_method": OWN})
         for name in _strings(f"groups[{i}].modules", group.get("modules")):
             if name in place:
-                raise ValueError(f"{FIELD}.groups[{i}].modules: {name}: expected in one group, got it in two")
+                raise ValueError(
+                    f"{FIELD}.groups[{i}].modules: {name}: expected in one group, got it in two"
+                )
             place[name] = i
     return variants, lambda name, kinds: place.get(name)
 
@@ -211,7 +217,9 @@ def _split_own(config: Config) -> tuple[list[Config], Pick]:
 def _parse_own(group: Config) -> Scheme:
     format, params = group.get("format"), group.get("params", {})
     if not isinstance(format, str) or format not in formats.names():
-        raise ValueError(f"{FIELD}.groups: format: expected one of {formats.names()}, got {format!r:.60}")
+        raise ValueError(
+            f"{FIELD}.groups: format: expected one of {formats.names()}, got {format!r:.60}"
+        )
     if not isinstance(params, Mapping):
         raise ValueError(f"{FIELD}.groups: params: expected an object, got {params!r:.60}")
     unknown = sorted(set(params) - set(formats.get(format).defaults))
@@ -228,7 +236,9 @@ def _skip_rule(config: Config, patterns: Patterns) -> Skipped:
 
 def _strings(field: str, value: Any) -> list[str]:
     value = [] if value is None else value
-    if not isinstance(value, (list, tuple)) or not all(isinstance(entry, str) and entry for entry in value):
+    if not isinstance(value, (list, tuple)) or not all(
+        isinstance(entry, str) and entry for entry in value
+    ):
         raise ValueError(f"{FIELD}.{field}: expected a list of names, got {value!r:.60}")
     return list(value)
 
@@ -259,10 +269,16 @@ def describe(
     if not packed:
         return None
     # Configs are compared, not parameters: what each weight's own tensors state may differ.
-    configs = {n: formats.get(p.format).to_hf_config(p.params, skipped) or {} for n, p in packed.items()}
-    if any(name in transposed and _method(config) not in _TRANSPOSED for name, config in configs.items()):
+    configs = {
+        n: formats.get(p.format).to_hf_config(p.params, skipped) or {} for n, p in packed.items()
+    }
+    if any(
+        name in transposed and _method(config) not in _TRANSPOSED
+        for name, config in configs.items()
+    ):
         configs = {
-            n: Format.to_hf_config(formats.get(p.format), p.params, skipped) or {} for n, p in packed.items()
+            n: Format.to_hf_config(formats.get(p.format), p.params, skipped) or {}
+            for n, p in packed.items()
         }
     variants: list[dict[str, Any]] = []
     names: list[list[str]] = []
@@ -272,7 +288,9 @@ def describe(
             names.append([])
         names[variants.index(config)].append(name)
     if not set(embeddings).isdisjoint(packed) and _method(variants[0]) not in _EMBEDDINGS:
-        raise ValueError(f"{_method(variants[0])}: expected linears alone, got {min(embeddings)}, too")
+        raise ValueError(
+            f"{_method(variants[0])}: expected linears alone, got {min(embeddings)}, too"
+        )
     if len(variants) == 1 and _method(variants[0]) != OWN and set(embeddings).isdisjoint(packed):
         return variants[0]
     join = _JOIN.get(_method(variants[0]))

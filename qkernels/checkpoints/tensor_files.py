@@ -109,7 +109,9 @@ def _info(path: Path, name: str, entry: Any, start: int, size: int) -> TensorInf
     data_bytes = size - start
     where = f"{path}: tensor {name!r:.200}"
     if len(name) > _MAX_NAME:
-        raise ValueError(f"{where}: expected a name of at most {_MAX_NAME} characters, got {len(name)}")
+        raise ValueError(
+            f"{where}: expected a name of at most {_MAX_NAME} characters, got {len(name)}"
+        )
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _BITS:
@@ -117,7 +119,9 @@ def _info(path: Path, name: str, entry: Any, start: int, size: int) -> TensorInf
     if not isinstance(shape, list) or not all(type(s) is int and 0 <= s < 2**63 for s in shape):
         raise ValueError(f"{where}: shape: expected a list of sizes, got {shape!r:.60}")
     if len(shape) > _MAX_DIMENSIONS:
-        raise ValueError(f"{where}: shape: expected at most {_MAX_DIMENSIONS} dimensions, got {len(shape)}")
+        raise ValueError(
+            f"{where}: shape: expected at most {_MAX_DIMENSIONS} dimensions, got {len(shape)}"
+        )
     good = isinstance(offsets, list) and len(offsets) == 2
     if not good or not all(type(offset) is int and abs(offset) < 2**63 for offset in offsets):
         raise ValueError(f"{where}: data_offsets: expected [begin, end], got {offsets!r:.60}")
@@ -163,10 +167,14 @@ class TensorFiles:
                 )
             for name in header:
                 if name in self.infos:
-                    raise ValueError(f"{file}: tensor {name!r}: also in {self.infos[name].file.name}")
+                    raise ValueError(
+                        f"{file}: tensor {name!r}: also in {self.infos[name].file.name}"
+                    )
             self.infos.update(header)
             if len(self.infos) > _MAX_TENSORS:
-                raise ValueError(f"{file}: expected at most {_MAX_TENSORS} tensors in all, got more")
+                raise ValueError(
+                    f"{file}: expected at most {_MAX_TENSORS} tensors in all, got more"
+                )
         self._open: dict[Path, Any] = {}
 
     def __enter__(self) -> TensorFiles:
@@ -224,14 +232,17 @@ def locate(directory: Path) -> dict[Path, list[str] | None]:
     and for a directory without weights.
     """
     index = directory / INDEX
-    if check_regular(directory / SINGLE):  # whatever an index says: it may be left from an earlier save
+    # whatever an index says: it may be left from an earlier save
+    if check_regular(directory / SINGLE):
         return {directory / SINGLE: None}
     if not check_regular(index):
         found = sorted(directory.glob("*.safetensors"))
         if len(found) == 1:
             return {found[0]: None}
         if found:
-            raise ValueError(f"{directory}: expected {SINGLE} or {INDEX}, got {len(found)} other files")
+            raise ValueError(
+                f"{directory}: expected {SINGLE} or {INDEX}, got {len(found)} other files"
+            )
         pickles = sorted(f.name for f in directory.iterdir() if f.suffix in PICKLES)
         if pickles:
             raise ValueError(
@@ -241,11 +252,17 @@ def locate(directory: Path) -> dict[Path, list[str] | None]:
         raise ValueError(f"{directory}: expected {SINGLE} or {INDEX}, found neither")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: weight_map: expected a non-empty object, got {weight_map!r:.60}")
+        raise ValueError(
+            f"{index}: weight_map: expected a non-empty object, got {weight_map!r:.60}"
+        )
     placed: dict[Path, list[str] | None] = {}
     for name, file in weight_map.items():
         # A bare file name: the index must not lead out of the directory.
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+        if (
+            not isinstance(file, str)
+            or Path(file).name != file
+            or not file.endswith(".safetensors")
+        ):
             raise ValueError(
                 f"{index}: weight_map[{name!r:.200}]: expected a .safetensors file name, got {file!r:.200}"
             )

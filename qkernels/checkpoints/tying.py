@@ -105,7 +105,9 @@ def _same(model: nn.Module, name: str, other: str) -> bool:
     first, second = _parameter(model, name), _parameter(model, other)
     if first is None or second is None:
         return False
-    return first.shape == second.shape and first.dtype == second.dtype and torch.equal(first, second)
+    return (
+        first.shape == second.shape and first.dtype == second.dtype and torch.equal(first, second)
+    )
 
 
 def _share(model: nn.Module, name: str, other: str) -> bool:

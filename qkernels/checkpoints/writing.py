@@ -45,7 +45,9 @@ def save(
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
+        raise ValueError(
+            f"model: expected a transformers PreTrainedModel, got {type(model).__name__}"
+        )
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes: expected at least 1, got {max_shard_bytes}")
     check_kinds(model)
@@ -57,7 +59,9 @@ def save(
         tensor_files.write(tensors, fresh, max_shard_bytes)
         config.save_pretrained(fresh)
         if quantized is not None:
-            directories.write_json(fresh / CONFIG, {**read_json(fresh / CONFIG), **_marks(quantized)})
+            directories.write_json(
+                fresh / CONFIG, {**read_json(fresh / CONFIG), **_marks(quantized)}
+            )
         if getattr(model, "generation_config", None) is not None and model.can_generate():
             model.generation_config.save_pretrained(fresh)
         if tokenizer is not None:
@@ -105,13 +109,17 @@ def quantization_config(model: PreTrainedModel, names: Names) -> tuple[dict[str,
     stored = names.module
     transposed = {stored(name) for name in transposed_layers(model)}
     layers, plain = matrices(model, names)
-    embeddings = {stored(n): m.packed for n, m in model.named_modules() if isinstance(m, QuantEmbedding)}
+    embeddings = {
+        stored(n): m.packed for n, m in model.named_modules() if isinstance(m, QuantEmbedding)
+    }
     if any(not formats.get(packed.format).dense for packed in embeddings.values()):
         head = _tied_head(model)
         tied = None if head is None else stored(head)
         others = {name: packed for name, packed in layers.items() if name != tied}
         try:
-            return quantization.describe({**embeddings, **others}, plain, list(embeddings), transposed), True
+            return quantization.describe(
+                {**embeddings, **others}, plain, list(embeddings), transposed
+            ), True
         except ValueError:
             pass
     return quantization.describe(layers, plain, (), transposed), False
@@ -119,7 +127,9 @@ def quantization_config(model: PreTrainedModel, names: Names) -> tuple[dict[str,
 
 def matrices(model: nn.Module, names: Names) -> tuple[dict[str, PackedWeight], list[str]]:
     """(packed weights but embeddings, names of plain ones) as `quantization.describe` takes them."""
-    layers = {names.module(n): m.packed for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    layers = {
+        names.module(n): m.packed for n, m in model.named_modules() if isinstance(m, QuantLinear)
+    }
     plain = [names.module(n) for n, m in model.named_modules() if is_linear(m)]
     return layers | _packed_experts(model, names), plain + _plain_in_mixtures(model, names)
 
@@ -134,13 +144,17 @@ def _packed_experts(model: nn.Module, names: Names) -> dict[str, PackedWeight]:
             except ValueError as error:
                 raise ValueError(f"{prefix}: {error}") from None
             for role, packed in like.items():
-                found |= {names.experts[prefix].of(e, role): packed for e in range(module.parts.count)}
+                found |= {
+                    names.experts[prefix].of(e, role): packed for e in range(module.parts.count)
+                }
     return found
 
 
 def _plain_in_mixtures(model: nn.Module, names: Names) -> list[str]:
     """The files' names of what else is a matrix beside or among experts, but no linear layer: routers, plain experts."""
-    found = [names.module(name) for name, module in routers(model) if not isinstance(module, nn.Linear)]
+    found = [
+        names.module(name) for name, module in routers(model) if not isinstance(module, nn.Linear)
+    ]
     for prefix, own in names.experts.items():
         module = model.get_submodule(prefix)
         if _by_themselves(prefix, module, names):
@@ -154,7 +168,9 @@ def _by_themselves(prefix: str, module: nn.Module, names: Names) -> bool:
 
 
 def _count(module: nn.Module) -> int:
-    return next(parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.dim() == 3)
+    return next(
+        parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.dim() == 3
+    )
 
 
 def _tied_head(model: PreTrainedModel) -> str | None:
@@ -202,7 +218,11 @@ def stored_tensors(
         own: dict[str, Tensor]
         if isinstance(module, QuantEmbedding):
             stays = packed and not formats.get(module.packed.format).dense
-            own = dict(module.packed.tensors) if stays else {"weight": module.packed.dequantize(module.dtype)}
+            own = (
+                dict(module.packed.tensors)
+                if stays
+                else {"weight": module.packed.dequantize(module.dtype)}
+            )
         elif isinstance(module, QuantLinear):
             own = dict(module.packed.tensors)
             if prefix in transposed and formats.get(module.packed.format).dense:
@@ -217,7 +237,11 @@ def stored_tensors(
         else:
             own = {k: v for k, v in module._parameters.items() if v is not None}
             buffers = module._buffers.items()
-            own |= {k: v for k, v in buffers if v is not None and k not in module._non_persistent_buffers_set}
+            own |= {
+                k: v
+                for k, v in buffers
+                if v is not None and k not in module._non_persistent_buffers_set
+            }
         for name, tensor in own.items():
             if tensor.is_meta:
                 raise ValueError(
@@ -225,7 +249,13 @@ def stored_tensors(
                     "take the hooks off first (accelerate.hooks.remove_hook_from_submodules)"
                 )
             if tensor.numel():
-                key = (tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride())
+                key = (
+                    tensor.data_ptr(),
+                    tensor.device,
+                    tensor.dtype,
+                    tuple(tensor.shape),
+                    tensor.stride(),
+                )
                 if key in seen and not isinstance(module, (QuantLinear, QuantEmbedding)):
                     continue
                 seen.add(key)
@@ -248,7 +278,9 @@ def _experts_tensors(prefix: str, module: nn.Module, names: Names) -> Iterator[t
     if isinstance(module, QuantExperts):
         for e in range(module.parts.count):
             for role, packed in module.parts.expert(e).items():
-                yield from ((f"{own.of(e, role)}.{name}", tensor) for name, tensor in packed.tensors.items())
+                yield from (
+                    (f"{own.of(e, role)}.{name}", tensor) for name, tensor in packed.tensors.items()
+                )
         return
     gate_up, down = module.gate_up_proj, module.down_proj
     assert isinstance(gate_up, Tensor)

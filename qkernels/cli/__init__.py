@@ -40,11 +40,14 @@ def _run(given: list[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "qkernels":
             raise
-        return _fail(f"needs the package {error.name}; pip install 'qkernels[hf,gguf]' has all it needs")
+        return _fail(
+            f"needs the package {error.name}; pip install 'qkernels[hf,gguf]' has all it needs"
+        )
     except (ValueError, OSError, SampleError) as error:
         return _fail(_message(error))
     except Exception as error:
-        if hasattr(error, "format_message"):  # a usage error: typer's click, or the click it carries
+        # a usage error: typer's click, or the click it carries
+        if hasattr(error, "format_message"):
             return _fail(_message(error))
         raise
 

@@ -8,7 +8,19 @@ import typer
 
 from . import common
 
-COLUMNS = ["format", "N", "K", "M", "kernel", "us", "x bf16", "GB/s", "TFLOP/s", "predicted us", "error"]
+COLUMNS = [
+    "format",
+    "N",
+    "K",
+    "M",
+    "kernel",
+    "us",
+    "x bf16",
+    "GB/s",
+    "TFLOP/s",
+    "predicted us",
+    "error",
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -18,7 +30,9 @@ def register(app: typer.Typer) -> None:
 def bench(
     formats: Annotated[
         str,
-        typer.Option(help='Suites (weight_only, eight_bit, gguf, lowbit, all) or a list such as "nf4,awq".'),
+        typer.Option(
+            help='Suites (weight_only, eight_bit, gguf, lowbit, all) or a list such as "nf4,awq".'
+        ),
     ] = "weight_only,eight_bit",
     shapes: Annotated[
         str, typer.Option(help="square, llama-3-8b, llama-3-70b, qwen3-32b, tiny, or NxK.")

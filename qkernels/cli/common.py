@@ -18,22 +18,33 @@ ModelArgument = Annotated[
     str, typer.Argument(help="A Hugging Face directory, a .gguf file, or the sample smollm2-135m.")
 ]
 TextOption = Annotated[
-    str, typer.Option("--text", help="Evaluation text: a file, or a sample (macbeth, hamlet, kjv, ...).")
+    str,
+    typer.Option(
+        "--text", help="Evaluation text: a file, or a sample (macbeth, hamlet, kjv, ...)."
+    ),
 ]
-TokensOption = Annotated[int, typer.Option("--tokens", min=2, help="How many tokens of the text to use.")]
+TokensOption = Annotated[
+    int, typer.Option("--tokens", min=2, help="How many tokens of the text to use.")
+]
 WindowOption = Annotated[int, typer.Option("--window", min=2, help="Tokens in one context window.")]
 DeviceOption = Annotated[
     str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
 ]
 DtypeOption = Annotated[
     str | None,
-    typer.Option("--dtype", help="float32, float16 or bfloat16 for what is not quantized [the file's]."),
+    typer.Option(
+        "--dtype", help="float32, float16 or bfloat16 for what is not quantized [the file's]."
+    ),
 ]
 CalibrationOption = Annotated[
     str | None,
-    typer.Option("--calibration", help="Calibration text: a file, or a sample; not the evaluation text."),
+    typer.Option(
+        "--calibration", help="Calibration text: a file, or a sample; not the evaluation text."
+    ),
 ]
-SamplesOption = Annotated[int, typer.Option("--samples", min=1, help="Windows of calibration text.")]
+SamplesOption = Annotated[
+    int, typer.Option("--samples", min=1, help="Windows of calibration text.")
+]
 LengthOption = Annotated[int, typer.Option("--length", min=2, help="Tokens in one of them.")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Of the choice of calibration windows.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON to stdout instead of text.")]
@@ -71,7 +82,9 @@ def read_text(name: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, got byte {error.object[error.start]:#x}") from None
+        raise ValueError(
+            f"{path}: expected UTF-8 text, got byte {error.object[error.start]:#x}"
+        ) from None
 
 
 def text_ids(tokenizer: Any, text: str, count: int, name: str) -> torch.Tensor:
@@ -81,7 +94,9 @@ def text_ids(tokenizer: Any, text: str, count: int, name: str) -> torch.Tensor:
     # A token is seldom more than 16 characters: do not tokenize a whole book for 1,000 tokens.
     ids = tokenizer(text[: 64 * count + 1000], verbose=False)["input_ids"][:count]
     if len(ids) < count:
-        raise ValueError(f"{name}: expected at least {count} tokens, got {len(ids)}; lower --tokens")
+        raise ValueError(
+            f"{name}: expected at least {count} tokens, got {len(ids)}; lower --tokens"
+        )
     return torch.tensor(ids, dtype=torch.int64)
 
 
@@ -92,7 +107,9 @@ def calibration_ids(
     from ..quantizers import calibration_ids
 
     if name == evaluation:
-        raise ValueError(f"--calibration: expected another text than the evaluation's, got {name} for both")
+        raise ValueError(
+            f"--calibration: expected another text than the evaluation's, got {name} for both"
+        )
     return calibration_ids(tokenizer, read_text(name), samples, length, seed)
 
 
@@ -107,7 +124,9 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError:
         raise ValueError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device: expected one of {torch.cuda.device_count()} GPUs, got {name!r}")
+        raise ValueError(
+            f"--device: expected one of {torch.cuda.device_count()} GPUs, got {name!r}"
+        )
     return device
 
 
@@ -195,7 +214,9 @@ def write_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def write_table(title: str | None, columns: list[str], rows: list[list[str]], left: int = 1) -> None:
+def write_table(
+    title: str | None, columns: list[str], rows: list[list[str]], left: int = 1
+) -> None:
     """A table on stdout; the first `left` columns are text, the others numbers."""
     from rich import box
     from rich.console import Console

@@ -29,7 +29,9 @@ def convert(
     output: Annotated[str, typer.Argument(help="Directory to write.")],
     format: Annotated[
         str | None,
-        typer.Option("--format", "-f", help="Storage format; fp16 and bf16 dequantize [keep the model's]."),
+        typer.Option(
+            "--format", "-f", help="Storage format; fp16 and bf16 dequantize [keep the model's]."
+        ),
     ] = None,
     param: Annotated[
         list[str] | None,
@@ -82,7 +84,9 @@ def convert(
         "mean_error": sum(errors) / len(errors) if errors else 0.0,
         "max_error": max(errors, default=0.0),
         "lossless": not (counts["requantized"] or counts["quantized"] or counts["dequantized"]),
-        "bytes_on_disk": directories.directory_bytes(target) if target.is_dir() else target.stat().st_size,
+        "bytes_on_disk": directories.directory_bytes(target)
+        if target.is_dir()
+        else target.stat().st_size,
     }
     if json:
         common.write_json({**result, "modules": layers})

@@ -50,7 +50,9 @@ def evaluate(
     from ..presets import parse_specs
 
     if formats is not None and against is not None:
-        raise ValueError("--against: expected no --formats beside it; each is compared with MODEL itself")
+        raise ValueError(
+            "--against: expected no --formats beside it; each is compared with MODEL itself"
+        )
     specs = parse_specs(formats) if formats is not None else []
     contents = common.read_text(text)
     net, tokenizer = common.load(model, device, dtype, packed=not specs)
@@ -58,7 +60,9 @@ def evaluate(
     data = None
     if any("algorithm" in spec.params for spec in specs):
         if calibration is None:
-            raise ValueError("--calibration: expected a text, for the formats with an algorithm, got none")
+            raise ValueError(
+                "--calibration: expected a text, for the formats with an algorithm, got none"
+            )
         data = common.calibration_ids(tokenizer, calibration, text, samples, length, seed)
     if specs:
         _check_unquantized(net, model)
@@ -72,7 +76,13 @@ def evaluate(
     first = results[0]["perplexity"]
     for result in results:
         result["ratio"] = result["perplexity"] / first
-    used = {"model": model, "text": text, "tokens": len(ids), "window": window, "device": str(net.device)}
+    used = {
+        "model": model,
+        "text": text,
+        "tokens": len(ids),
+        "window": window,
+        "device": str(net.device),
+    }
     if json:
         common.write_json({**used, "results": results})
         return
@@ -89,7 +99,9 @@ def _check_unquantized(net: Any, name: str) -> None:
 
     kinds = model_summary(net).formats
     if kinds:
-        raise ValueError(f"{name}: --formats: expected an unquantized model, got one in {', '.join(kinds)}")
+        raise ValueError(
+            f"{name}: --formats: expected an unquantized model, got one in {', '.join(kinds)}"
+        )
 
 
 def _describe(net: Any) -> str:

@@ -17,7 +17,9 @@ def register(app: typer.Typer) -> None:
 def generate(
     model: common.ModelArgument,
     prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to add.")] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Tokens to add.")
+    ] = 64,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the prompt in the model's chat template.")
     ] = False,
@@ -34,6 +36,8 @@ def generate(
     text = common.generate(net, tokenizer, prompt, max_new_tokens, chat)
     if json:
         seconds = time.perf_counter() - start
-        common.write_json({"prompt": prompt, "text": text, "seconds": seconds, "device": str(net.device)})
+        common.write_json(
+            {"prompt": prompt, "text": text, "seconds": seconds, "device": str(net.device)}
+        )
     else:
         print(text if chat else prompt + text)

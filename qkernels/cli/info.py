@@ -38,13 +38,21 @@ def info(json: common.JsonOption = False) -> None:
         [str(i), g["name"], g["capability"], common.human_bytes(g["memory"])]
         for i, g in enumerate(facts["gpus"])
     ]
-    common.write_table("GPUs", ["", "name", "capability", "memory"], gpus or [["-", "none", "", ""]], left=2)
-    packages = [[p["name"], p["version"] or "not installed", p["use"]] for p in facts["optional_packages"]]
+    common.write_table(
+        "GPUs", ["", "name", "capability", "memory"], gpus or [["-", "none", "", ""]], left=2
+    )
+    packages = [
+        [p["name"], p["version"] or "not installed", p["use"]] for p in facts["optional_packages"]
+    ]
     common.write_table("Optional packages", ["package", "version", "for"], packages, left=3)
     known = [[f["name"], f["summary"]] for f in facts["formats"]]
     common.write_table("Formats", ["format", ""], known, left=2)
     kernels = [
-        [k["name"], k["backend"], "usable" if k["unavailable"] is None else f"not usable: {k['unavailable']}"]
+        [
+            k["name"],
+            k["backend"],
+            "usable" if k["unavailable"] is None else f"not usable: {k['unavailable']}",
+        ]
         for k in facts["kernels"]
     ]
     common.write_table("Kernels", ["kernel", "backend", "here"], kernels, left=3)
@@ -79,7 +87,9 @@ def collect() -> dict:  # type: ignore[type-arg]
         "optional_packages": [
             {"name": name, "version": _version(name), "use": use} for name, use in _OPTIONAL.items()
         ],
-        "formats": [{"name": name, "summary": formats.get(name).summary} for name in formats.names()],
+        "formats": [
+            {"name": name, "summary": formats.get(name).summary} for name in formats.names()
+        ],
         "kernels": [
             {"name": k.name, "backend": k.backend, "unavailable": k.unavailable()}
             for k in [*dispatch.kernels(), *dispatch.kernels(grouped=True)]
@@ -110,7 +120,9 @@ def _nvcc() -> str | None:
     if found is None:
         return None
     try:
-        text = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=20).stdout
+        text = subprocess.run(
+            [found, "--version"], capture_output=True, text=True, timeout=20
+        ).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{found} does not run: {error}"
     match = re.search(r"release ([\d.]+)", text)

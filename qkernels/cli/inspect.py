@@ -81,7 +81,10 @@ def inspect(
             print(f"{key}: {value}")
     print(f"total: {len(rows)} modules, {common.human_bytes(total)} of tensors", end="")
     if summary["bits_per_weight"] is not None:
-        print(f", {summary['weights']:,} weights, {summary['bits_per_weight']:.3f} bits per weight", end="")
+        print(
+            f", {summary['weights']:,} weights, {summary['bits_per_weight']:.3f} bits per weight",
+            end="",
+        )
     if quantized:
         bits = summary["quantized_bits_per_weight"]
         print(f"; {len(quantized)} quantized modules at {bits:.3f} bits per weight", end="")
@@ -115,7 +118,9 @@ def _gguf(path: Path) -> tuple[dict[str, Any], list[Row]]:
     for tensor in header.tensors:
         module, _, leaf = tensor.name.rpartition(".")
         label = {leaf: f"{tensor.type} {list(tensor.shape)}"}
-        rows.append(Row(module, tensor.type, label, tensor.shape, math.prod(tensor.shape), tensor.nbytes))
+        rows.append(
+            Row(module, tensor.type, label, tensor.shape, math.prod(tensor.shape), tensor.nbytes)
+        )
     keys = {"general.architecture": "architecture", "general.name": "name"}
     facts = {label: header.metadata.get(key) for key, label in keys.items()}
     return {"file": str(path), "gguf version": header.version, **facts}, rows
@@ -148,7 +153,9 @@ def _safetensors(path: Path) -> tuple[dict[str, Any], list[Row]]:
             for prefix, weights in inventory.experts.items():
                 sizes = expert_layers.expert_shapes(model.get_submodule(prefix))
                 shapes |= {
-                    layers.stored_module(own): sizes[r] for (_, r), own in weights.items() if r in sizes
+                    layers.stored_module(own): sizes[r]
+                    for (_, r), own in weights.items()
+                    if r in sizes
                 }
             schemes = plan.schemes
             facts |= {
@@ -163,12 +170,18 @@ def _safetensors(path: Path) -> tuple[dict[str, Any], list[Row]]:
         rows = []
         for module, leaves in sorted(modules.items(), key=lambda item: _natural(item[0])):
             infos = {leaf: files.infos[name] for leaf, name in leaves.items()}
-            scheme = None if plan is None else plan.scheme(module, kinds.get(module, quantization.LINEAR))
+            scheme = (
+                None
+                if plan is None
+                else plan.scheme(module, kinds.get(module, quantization.LINEAR))
+            )
             rows.append(_row(module, infos, scheme and scheme.format, shapes.get(module)))
     return facts, rows
 
 
-def _row(module: str, infos: dict[str, Any], format: str | None, shape: tuple[int, int] | None) -> Row:
+def _row(
+    module: str, infos: dict[str, Any], format: str | None, shape: tuple[int, int] | None
+) -> Row:
     tensors = {leaf: f"{info.dtype} {list(info.shape)}" for leaf, info in infos.items()}
     nbytes = sum(info.nbytes for info in infos.values())
     plain = set(infos) <= {"weight", "bias"} and all(i.dtype in _FLOATS for i in infos.values())

@@ -39,7 +39,8 @@ def quantize(
     algorithm: Annotated[
         str | None,
         typer.Option(
-            "--algorithm", help="gptq, awq, smoothquant, ranges or imatrix; needs --calibration [format's]."
+            "--algorithm",
+            help="gptq, awq, smoothquant, ranges or imatrix; needs --calibration [format's].",
         ),
     ] = None,
     imatrix: Annotated[
@@ -48,7 +49,9 @@ def quantize(
     ] = None,
     resume: Annotated[
         str | None,
-        typer.Option("--resume", help="Directory that keeps finished blocks, to go on from if interrupted."),
+        typer.Option(
+            "--resume", help="Directory that keeps finished blocks, to go on from if interrupted."
+        ),
     ] = None,
     samples: common.SamplesOption = 32,
     length: common.LengthOption = 512,
@@ -79,7 +82,9 @@ def quantize(
 
     spec = FormatSpec(format, parse_params(format, param or []))
     source, target = common.model_path(model), Path(output)
-    if (target.resolve() if is_file(target) else directories.check_target(target)) == source.resolve():
+    if (
+        target.resolve() if is_file(target) else directories.check_target(target)
+    ) == source.resolve():
         raise ValueError(f"--output: expected another directory than the model's, got {output}")
     if calibration is None and (algorithm or resume):
         raise ValueError(
@@ -121,7 +126,9 @@ def quantize(
         "format": str(spec),
         "quantized_layers": summary.quantized_layers,
         "bits_per_weight": summary.bits_per_weight,
-        "bytes_on_disk": target.stat().st_size if is_file(target) else directories.directory_bytes(target),
+        "bytes_on_disk": target.stat().st_size
+        if is_file(target)
+        else directories.directory_bytes(target),
     }
     if report:
         del net

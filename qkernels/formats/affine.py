@@ -38,7 +38,9 @@ class Grid(NamedTuple):
     def dequantize(self) -> Tensor:
         """(N, K) float32."""
         group_of = None if self.group_of is None else self.group_of.long()
-        return decode(self.codes.T, self.scale.T, self.zero.T, self.group_size, group_of).contiguous()
+        return decode(
+            self.codes.T, self.scale.T, self.zero.T, self.group_size, group_of
+        ).contiguous()
 
     def group_index(self) -> Tensor:
         """int32 (K), the group of each input feature, stated or not."""
@@ -66,7 +68,11 @@ class Grouped(Format):
         if "group_size" in params or name is None:
             return dict(params)
         size = default_group_size([k for _, k in shapes.values()], default, self.short_groups)
-        instead = f"{default} with a short last group" if size == default else f"{size} instead of {default}"
+        instead = (
+            f"{default} with a short last group"
+            if size == default
+            else f"{size} instead of {default}"
+        )
         warnings.warn(
             f"qkernels: group_size {instead}, because {default} does not divide the {shapes[name][1]} input "
             f"features of {name}",
@@ -105,7 +111,9 @@ def default_group_size(sizes: list[int], default: int, short: bool) -> int:
 def in_order(codes: Tensor, group_size: int) -> Tensor:
     """k // group_size for the K features of codes (N, K), int32."""
     k = codes.shape[1]
-    return torch.arange(k, dtype=torch.int32, device=codes.device) // (k if group_size == -1 else group_size)
+    return torch.arange(k, dtype=torch.int32, device=codes.device) // (
+        k if group_size == -1 else group_size
+    )
 
 
 def groups(k: int, group_size: int) -> int:
@@ -162,7 +170,9 @@ def fit(grouped: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
         low = -high
     scale = (high - low) / top
     if bool((scale > torch.finfo(torch.float16).max).any()):
-        raise ValueError(f"weight: expected scales below 65504 (float16), got {scale.max().item():.6g}")
+        raise ValueError(
+            f"weight: expected scales below 65504 (float16), got {scale.max().item():.6g}"
+        )
     # An all-zero group gets scale 1 (its codes are all `zero`); a subnormal scale loses its bits.
     scale = torch.where(high > low, scale.clamp(min=SMALLEST_NORMAL_FP16), torch.ones_like(scale))
     scale = scale.half()

@@ -58,7 +58,9 @@ class Awq(affine.Grouped):
         self.expect("bits", params["bits"], (4,))
         self.check_group_size(shape, params)
         if shape[0] % 8:
-            raise ValueError(f"{self.name}: shape: expected N to be a multiple of 8, got N={shape[0]}")
+            raise ValueError(
+                f"{self.name}: shape: expected N to be a multiple of 8, got N={shape[0]}"
+            )
 
     def cuts(self, shape: Shape, params: Params) -> Shape:
         return 8, max(1, params["group_size"])
@@ -77,7 +79,9 @@ class Awq(affine.Grouped):
 
     def from_grid(self, grid: affine.Grid, params: Params) -> dict[str, Tensor]:
         if not grid.in_order(params["group_size"]):
-            raise ValueError(f"{self.name}: groups: expected runs of neighbouring features, got act-order")
+            raise ValueError(
+                f"{self.name}: groups: expected runs of neighbouring features, got act-order"
+            )
         return {
             "qweight": pack_columns(grid.codes.T.contiguous()),
             "qzeros": pack_columns(grid.zero.T.contiguous()),
@@ -106,7 +110,9 @@ class Awq(affine.Grouped):
         size = shape[1] if params["group_size"] == -1 else params["group_size"]
         return WeightOnlyTraits(4, "linear", "group", size)
 
-    def weight_only(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> WeightOnlyParts:
+    def weight_only(
+        self, tensors: Mapping[str, Tensor], shape: Shape, params: Params
+    ) -> WeightOnlyParts:
         return WeightOnlyParts(
             codes=unpack_columns(tensors["qweight"]).T,
             scaler_tensors={
@@ -115,7 +121,9 @@ class Awq(affine.Grouped):
             },
         )
 
-    def from_weight_only(self, parts: WeightOnlyParts, shape: Shape, params: Params) -> dict[str, Tensor]:
+    def from_weight_only(
+        self, parts: WeightOnlyParts, shape: Shape, params: Params
+    ) -> dict[str, Tensor]:
         return {
             "qweight": pack_columns(parts.codes.T.contiguous()),
             "qzeros": pack_columns(parts.scaler_tensors["zeros"]),
@@ -139,7 +147,9 @@ class Awq(affine.Grouped):
             return None
         version = str(config.get("version", "gemm")).lower()
         if version != "gemm":
-            raise ValueError(f"quantization_config.version: expected 'gemm' for awq, got {version!r}")
+            raise ValueError(
+                f"quantization_config.version: expected 'gemm' for awq, got {version!r}"
+            )
         return {
             "bits": config.get("bits", config.get("w_bit", 4)),
             "group_size": config.get("group_size", config.get("q_group_size", 128)),

@@ -90,7 +90,9 @@ class Format(ABC):
         unknown = sorted(set(params) - set(self.defaults))
         if unknown:
             known = ", ".join(self.defaults) or "none"
-            raise ValueError(f"{self.name}: unknown parameter {unknown[0]!r}; expected one of: {known}")
+            raise ValueError(
+                f"{self.name}: unknown parameter {unknown[0]!r}; expected one of: {known}"
+            )
         self.check_shape(shape)
         resolved = {**self.defaults, **params}
         resolved = self.check_types(resolved)
@@ -136,7 +138,9 @@ class Format(ABC):
                 ok, want = False, "an int of 32 bits"
         elif isinstance(default, float):
             ok = (
-                isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _FLOAT32_MAX
+                isinstance(value, (int, float))
+                and not isinstance(value, bool)
+                and abs(value) <= _FLOAT32_MAX
             )
             value, want = float(value) if ok else value, "a finite number of float32"
         elif isinstance(default, str):
@@ -166,7 +170,9 @@ class Format(ABC):
         """The format that a weight's tensor names themselves state, if they do; this one otherwise."""
         return self.name
 
-    def params_from_tensors(self, tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> Params:
+    def params_from_tensors(
+        self, tensors: Mapping[str, Tensor], params: Mapping[str, Any]
+    ) -> Params:
         """`params` plus those the tensors themselves state (a bitsandbytes quant state, say).
 
         Called by `qkernels.pack` before `resolve`. What is stated twice must agree: ValueError.
@@ -191,7 +197,9 @@ class Format(ABC):
                 )
         extra = sorted(set(tensors) - set(specs))
         if extra:
-            raise ValueError(f"{self.name}: {extra[0]}: unexpected tensor; expected {sorted(specs)}")
+            raise ValueError(
+                f"{self.name}: {extra[0]}: unexpected tensor; expected {sorted(specs)}"
+            )
         devices = {str(t.device) for t in tensors.values()}
         if len(devices) > 1:
             raise ValueError(f"{self.name}: tensors: expected one device, got {sorted(devices)}")
@@ -205,7 +213,9 @@ class Format(ABC):
         count, value = 0, 0.0
         flat = tensor.reshape(-1)
         for part in (
-            flat.split(_CHECKED_AT_ONCE_CPU if flat.is_cpu else _CHECKED_AT_ONCE) if len(flat) else ()
+            flat.split(_CHECKED_AT_ONCE_CPU if flat.is_cpu else _CHECKED_AT_ONCE)
+            if len(flat)
+            else ()
         ):
             values = part.float()
             low, high = (float(end) for end in values.aminmax())  # NaN if there is one
@@ -263,7 +273,13 @@ class Format(ABC):
         return 1, 1
 
     def cut(
-        self, tensors: Mapping[str, Tensor], shape: Shape, params: Params, dim: int, begin: int, end: int
+        self,
+        tensors: Mapping[str, Tensor],
+        shape: Shape,
+        params: Params,
+        dim: int,
+        begin: int,
+        end: int,
     ) -> tuple[dict[str, Tensor], Params]:
         """Tensors and parameters of rows (dim 0) or columns (dim 1) begin..end-1, multiples of `cuts`.
 
@@ -304,7 +320,11 @@ class Format(ABC):
         for name, tensor in tensors.items():
             full, more = whole[name].shape, other[name].shape
             if full != more:
-                if full is None or more is None or (full[0], more[0], full[1:]) != (n, n + 1, more[1:]):
+                if (
+                    full is None
+                    or more is None
+                    or (full[0], more[0], full[1:]) != (n, n + 1, more[1:])
+                ):
                     raise ValueError(
                         f"{self.name}: {name}: expected a tensor that keeps rows apart, got shape {full}"
                     )
@@ -317,11 +337,15 @@ class Format(ABC):
         """Code width, decoder, scaler and group size. Only in the weight-only family."""
         raise NotImplementedError(f"{self.name} is not in the weight-only kernel family")
 
-    def weight_only(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> WeightOnlyParts:
+    def weight_only(
+        self, tensors: Mapping[str, Tensor], shape: Shape, params: Params
+    ) -> WeightOnlyParts:
         """The weight as `qkernels.layouts` packs it for those kernels. Only in the weight-only family."""
         raise NotImplementedError(f"{self.name} is not in the weight-only kernel family")
 
-    def from_weight_only(self, parts: WeightOnlyParts, shape: Shape, params: Params) -> dict[str, Tensor]:
+    def from_weight_only(
+        self, parts: WeightOnlyParts, shape: Shape, params: Params
+    ) -> dict[str, Tensor]:
         """The inverse of `weight_only`, bit for bit."""
         raise NotImplementedError(f"{self.name} is not in the weight-only kernel family")
 
@@ -329,11 +353,15 @@ class Format(ABC):
         """Kinds of codes and scales. Only in the 8-bit family."""
         raise NotImplementedError(f"{self.name} is not in the 8-bit kernel family")
 
-    def eight_bit(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> EightBitParts:
+    def eight_bit(
+        self, tensors: Mapping[str, Tensor], shape: Shape, params: Params
+    ) -> EightBitParts:
         """The weight as `qkernels.layouts` packs it for those kernels. Only in the 8-bit family."""
         raise NotImplementedError(f"{self.name} is not in the 8-bit kernel family")
 
-    def from_eight_bit(self, parts: EightBitParts, shape: Shape, params: Params) -> dict[str, Tensor]:
+    def from_eight_bit(
+        self, parts: EightBitParts, shape: Shape, params: Params
+    ) -> dict[str, Tensor]:
         """The inverse of `eight_bit`, bit for bit."""
         raise NotImplementedError(f"{self.name} is not in the 8-bit kernel family")
 
@@ -374,7 +402,9 @@ def check_weight(where: str, weight: Any) -> None:
         raise ValueError(f"{where}: expected a torch.Tensor, got {type(weight).__name__}")
     check_strided(where, weight)
     if weight.dim() != 2 or 0 in weight.shape:
-        raise ValueError(f"{where}: expected a non-empty (N, K) matrix, got shape {tuple(weight.shape)}")
+        raise ValueError(
+            f"{where}: expected a non-empty (N, K) matrix, got shape {tuple(weight.shape)}"
+        )
     if not weight.is_floating_point():
         raise ValueError(f"{where}: expected a floating dtype, got {_dtype_name(weight.dtype)}")
     if not weight.is_meta and not bool(torch.isfinite(weight).all()):

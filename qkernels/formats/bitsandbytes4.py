@@ -59,7 +59,8 @@ def dynamic_map() -> Tensor:
     values = [torch.tensor([0.0, 1.0])]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1.0, 2**exponent + 1, dtype=torch.float32)
-        middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)  # all in float32, as they do
+        # all in float32, as they do
+        middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)
         values += [middles, -middles]
     return torch.cat(values).sort().values
 
@@ -111,11 +112,19 @@ class Bitsandbytes4(Format):
         return min(n, block // math.gcd(block, k)), block if k % block == 0 else k
 
     def cut(
-        self, tensors: Mapping[str, Tensor], shape: Shape, params: Params, dim: int, begin: int, end: int
+        self,
+        tensors: Mapping[str, Tensor],
+        shape: Shape,
+        params: Params,
+        dim: int,
+        begin: int,
+        end: int,
     ) -> tuple[dict[str, Tensor], Params]:
         """Double quantization is undone, exactly, where its blocks of 256 would be cut."""
         (n, k), block = shape, params["block_size"]
-        rows, columns = (slice(begin, end), slice(0, k)) if dim == 0 else (slice(0, n), slice(begin, end))
+        rows, columns = (
+            (slice(begin, end), slice(0, k)) if dim == 0 else (slice(0, n), slice(begin, end))
+        )
         found, nested = dict(tensors), params["double_quant"]
         first, last = begin * k // block, -(-end * k // block)
         if nested and (dim == 1 or first % NESTED_BLOCK_SIZE):
@@ -124,14 +133,15 @@ class Bitsandbytes4(Format):
             nested = False
         codes = unpack_nibbles(tensors["weight"])[: n * k].view(n, k)[rows, columns].reshape(-1)
         codes = torch.nn.functional.pad(codes, (0, codes.numel() % 2)).view(-1, 2)
-        found["weight"] = ((codes[:, 0] << 4) | codes[:, 1])[
-            :, None
-        ]  # plain bytes, whatever they were called
+        # plain bytes, whatever they were called
+        found["weight"] = ((codes[:, 0] << 4) | codes[:, 1])[:, None]
         absmax = found["weight.absmax"]
         if dim == 0:
             found["weight.absmax"] = absmax[first:last].contiguous()
         else:
-            found["weight.absmax"] = absmax.view(n, -1)[:, begin // block : end // block].reshape(-1)
+            found["weight.absmax"] = absmax.view(n, -1)[:, begin // block : end // block].reshape(
+                -1
+            )
         if nested:
             outer = slice(first // NESTED_BLOCK_SIZE, -(-last // NESTED_BLOCK_SIZE))
             found["weight.nested_absmax"] = found["weight.nested_absmax"][outer].contiguous()
@@ -160,7 +170,9 @@ class Bitsandbytes4(Format):
             specs["weight.nested_quant_map"] = TensorSpec((torch.float32,), (256,))
         return specs
 
-    def params_from_tensors(self, tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> Params:
+    def params_from_tensors(
+        self, tensors: Mapping[str, Tensor], params: Mapping[str, Any]
+    ) -> Params:
         params = dict(params)
         for name, dtype in _STORAGES.items():
             weight = tensors.get("weight")
@@ -197,7 +209,9 @@ class Bitsandbytes4(Format):
                 raise ValueError(
                     f"{self.name}: {self.state_name}: expected a finite nested_offset, got {offset!r}"
                 )
-            self.check_finite("weight.nested_absmax", tensors["weight.nested_absmax"], nonnegative=True)
+            self.check_finite(
+                "weight.nested_absmax", tensors["weight.nested_absmax"], nonnegative=True
+            )
             self.check_finite("weight.nested_quant_map", tensors["weight.nested_quant_map"])
         else:
             self.check_finite("weight.absmax", tensors["weight.absmax"], nonnegative=True)
@@ -206,7 +220,9 @@ class Bitsandbytes4(Format):
         where = f"{self.name}: {self.state_name}"
         TensorSpec((torch.uint8,), None).check(where, tensor)
         if tensor.numel() > _MAX_STATE_BYTES:
-            raise ValueError(f"{where}: expected at most {_MAX_STATE_BYTES} bytes, got {tensor.numel()}")
+            raise ValueError(
+                f"{where}: expected at most {_MAX_STATE_BYTES} bytes, got {tensor.numel()}"
+            )
         try:
             state = json.loads(bytes(tensor.flatten().tolist()).decode())
         except (ValueError, RecursionError) as error:
@@ -265,7 +281,9 @@ class Bitsandbytes4(Format):
         absmax = tensors["weight.absmax"]
         if not params["double_quant"]:
             return absmax
-        outer = tensors["weight.nested_absmax"].repeat_interleave(NESTED_BLOCK_SIZE)[: absmax.numel()]
+        outer = tensors["weight.nested_absmax"].repeat_interleave(NESTED_BLOCK_SIZE)[
+            : absmax.numel()
+        ]
         inner = tensors["weight.nested_quant_map"][absmax.int()]
         return inner * outer + self._offset(tensors)
 
@@ -282,7 +300,9 @@ class Bitsandbytes4(Format):
             scaler += "_flat"
         return WeightOnlyTraits(4, "lut16", scaler, params["block_size"])
 
-    def weight_only(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> WeightOnlyParts:
+    def weight_only(
+        self, tensors: Mapping[str, Tensor], shape: Shape, params: Params
+    ) -> WeightOnlyParts:
         n, k = shape
         absmax = tensors["weight.absmax"]
         if k % params["block_size"] == 0:
@@ -291,7 +311,9 @@ class Bitsandbytes4(Format):
         if params["double_quant"]:
             scaler_tensors["nested_map"] = tensors["weight.nested_quant_map"]
             scaler_tensors["nested_absmax"] = tensors["weight.nested_absmax"]
-            scaler_tensors["offset"] = torch.tensor([self._offset(tensors)], device=tensors["weight"].device)
+            scaler_tensors["offset"] = torch.tensor(
+                [self._offset(tensors)], device=tensors["weight"].device
+            )
         codes = unpack_nibbles(tensors["weight"])[: n * k].view(n, k)
         return WeightOnlyParts(
             codes=codes,
@@ -300,7 +322,9 @@ class Bitsandbytes4(Format):
             extra={self.state_name: tensors[self.state_name]},
         )
 
-    def from_weight_only(self, parts: WeightOnlyParts, shape: Shape, params: Params) -> dict[str, Tensor]:
+    def from_weight_only(
+        self, parts: WeightOnlyParts, shape: Shape, params: Params
+    ) -> dict[str, Tensor]:
         codes = parts.codes.reshape(-1)
         codes = torch.nn.functional.pad(codes, (0, codes.numel() % 2)).view(-1, 2)
         assert parts.table is not None

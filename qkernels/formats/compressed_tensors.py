@@ -36,7 +36,13 @@ class Scheme(NamedTuple):
 
 
 def arguments(
-    kind: str, bits: int, strategy: str, *, dynamic: bool = False, symmetric: bool = True, **more: Any
+    kind: str,
+    bits: int,
+    strategy: str,
+    *,
+    dynamic: bool = False,
+    symmetric: bool = True,
+    **more: Any,
 ) -> dict[str, Any]:
     """How weights or inputs are quantized, with compressed-tensors' field names."""
     return {
@@ -75,7 +81,9 @@ def check_dense(config: Mapping[str, Any]) -> None:
     """ValueError if the config leaves out weights that are zero."""
     sparsity = config.get("sparsity_config")
     if isinstance(sparsity, Mapping) and sparsity.get("format", "dense") != "dense":
-        raise ValueError(f"{_WHERE}.sparsity_config.format: expected 'dense', got {sparsity['format']!r:.60}")
+        raise ValueError(
+            f"{_WHERE}.sparsity_config.format: expected 'dense', got {sparsity['format']!r:.60}"
+        )
 
 
 def read(config: Mapping[str, Any]) -> Scheme | None:
@@ -97,7 +105,9 @@ def read(config: Mapping[str, Any]) -> Scheme | None:
     if not isinstance(weights, Mapping):
         raise ValueError(f"{where}.weights: expected an object, got {weights!r:.60}")
     if inputs is not None and not isinstance(inputs, Mapping):
-        raise ValueError(f"{where}.input_activations: expected an object or null, got {inputs!r:.60}")
+        raise ValueError(
+            f"{where}.input_activations: expected an object or null, got {inputs!r:.60}"
+        )
     if group.get("output_activations") is not None:
         raise ValueError(
             f"{where}.output_activations: expected null, got {group['output_activations']!r:.60}"
@@ -106,7 +116,9 @@ def read(config: Mapping[str, Any]) -> Scheme | None:
         raise ValueError(f"{where}.weights.dynamic: expected false, got {weights['dynamic']!r:.60}")
     check_dense(config)
     if config.get("transform_config"):
-        raise ValueError(f"{_WHERE}.transform_config: expected none, got {config['transform_config']!r:.60}")
+        raise ValueError(
+            f"{_WHERE}.transform_config: expected none, got {config['transform_config']!r:.60}"
+        )
     storage = group.get("format") or config.get("format")
     if not isinstance(storage, str):
         raise ValueError(f"{_WHERE}.format: expected a string, got {storage!r:.60}")
@@ -160,7 +172,11 @@ def _read_inputs(inputs: Mapping[str, Any] | None, kind: str, width: int | None)
     strategy, dynamic = inputs.get("strategy"), inputs.get("dynamic", False)
     symmetric = inputs.get("symmetric", True) is True
     asymmetric = kind == "int"  # which has zero points
-    if dynamic is True and strategy == ("token" if width is None else "group") and (symmetric or asymmetric):
+    if (
+        dynamic is True
+        and strategy == ("token" if width is None else "group")
+        and (symmetric or asymmetric)
+    ):
         if width is not None and inputs.get("group_size") != width:
             raise ValueError(
                 f"{_WHERE} input_activations.group_size: expected {width} like the weights, "
@@ -169,7 +185,11 @@ def _read_inputs(inputs: Mapping[str, Any] | None, kind: str, width: int | None)
         return {"activation": "dynamic", "symmetric_input": symmetric}
     if dynamic is False and strategy == "tensor" and width is None and (symmetric or asymmetric):
         return {"activation": "static", "symmetric_input": symmetric}
-    allowed = "dynamic per token, or static per tensor" if width is None else f"dynamic per group of {width}"
+    allowed = (
+        "dynamic per token, or static per tensor"
+        if width is None
+        else f"dynamic per group of {width}"
+    )
     raise ValueError(
         f"{_WHERE} input_activations: expected {allowed}{'' if asymmetric else ', and symmetric'}, got "
         f"dynamic={dynamic!r:.60} strategy={strategy!r:.60} symmetric={symmetric}"

@@ -160,7 +160,9 @@ def _nearest_shifted(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     odd = negative.sum(1) % 2
     # The signs' product must make the sum even.
     mismatch = odd[:, None] != (kinds.sum(1) % 2)[None, :]
-    score, kind = (2 * ordered @ kinds.T - kinds.square().sum(1) - 2 * mismatch * ordered[:, 7:]).max(1)
+    score, kind = (
+        2 * ordered @ kinds.T - kinds.square().sum(1) - 2 * mismatch * ordered[:, 7:]
+    ).max(1)
     entries = torch.empty_like(y).scatter_(1, order, kinds[kind])
     index = _index_of().to(y.device)[((entries - 0.5).long() * _POWERS.to(y.device)).sum(1)]
     flipped = torch.where(mismatch.gather(1, kind[:, None])[:, 0], order[:, 7], -1)
@@ -168,7 +170,11 @@ def _nearest_shifted(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     reach = 2 * ordered @ long[0].sort(descending=True).values - 12
     maybe = (reach > score).nonzero()[:, 0]
     if maybe.numel():
-        size, mismatch = size[maybe], (odd[maybe] == 0)[:, None]  # five entries of 1.5: the sum is odd
+        # five entries of 1.5: the sum is odd
+        size, mismatch = (
+            size[maybe],
+            (odd[maybe] == 0)[:, None],
+        )
         cost, place = (size[:, None, :] * long).min(2)
         found, which = (2 * size @ long.T - 12 - 4 * mismatch * cost).max(1)
         wins = found > score[maybe]

@@ -55,13 +55,19 @@ def check_groups(fmt: str, grid: Grid, count: int = 1) -> None:
     """ValueError unless each row of the grid has so many groups."""
     if grid.scale.shape[1] != count:
         wanted = "one" if count == 1 else f"{count}"
-        raise ValueError(f"{fmt}: groups: expected {wanted} for each row, got {grid.scale.shape[1]}")
+        raise ValueError(
+            f"{fmt}: groups: expected {wanted} for each row, got {grid.scale.shape[1]}"
+        )
 
 
 def signed_codes(fmt: str, grid: Grid) -> Tensor:
     """int8 (N, K), codes less their zero points. ValueError if a step is none that int8 holds."""
-    zero = grid.zero.to(torch.int16).repeat_interleave(grid.codes.shape[1] // grid.zero.shape[1], dim=1)
+    zero = grid.zero.to(torch.int16).repeat_interleave(
+        grid.codes.shape[1] // grid.zero.shape[1], dim=1
+    )
     steps = grid.codes.to(torch.int16) - zero
     if bool((steps < -128).any()) or bool((steps > 127).any()):
-        raise ValueError(f"{fmt}: expected codes within 128 of their zero point, got {steps.abs().max()}")
+        raise ValueError(
+            f"{fmt}: expected codes within 128 of their zero point, got {steps.abs().max()}"
+        )
     return steps.to(torch.int8)

@@ -53,7 +53,9 @@ def to_fp8(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 class Fp8(Format):
     name = "fp8"
-    summary = "8-bit float E4M3/E5M2, per tensor, channel, group or block (compressed-tensors, DeepSeek)"
+    summary = (
+        "8-bit float E4M3/E5M2, per tensor, channel, group or block (compressed-tensors, DeepSeek)"
+    )
     algorithms = ("ranges", "smoothquant")
     activation_top = 448.0  # activations are E4M3 whatever the weight is
     #: scale_name "auto" is weight_scale_inv for blocks and weight_scale for the others
@@ -76,13 +78,19 @@ class Fp8(Format):
         for key in ("block_rows", "block_columns"):
             if params[key] < 1 or (params["granularity"] != "block" and params[key] != BLOCK):
                 wanted = (
-                    "a positive number" if params["granularity"] == "block" else f"{BLOCK} without blocks"
+                    "a positive number"
+                    if params["granularity"] == "block"
+                    else f"{BLOCK} without blocks"
                 )
                 raise ValueError(f"fp8: {key}: expected {wanted}, got {params[key]}")
         if params["granularity"] == "block" and params["activation"] == "static":
-            raise ValueError("fp8: activation: expected 'none' or 'dynamic' with block scales, got 'static'")
+            raise ValueError(
+                "fp8: activation: expected 'none' or 'dynamic' with block scales, got 'static'"
+            )
 
-    def params_from_tensors(self, tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> Params:
+    def params_from_tensors(
+        self, tensors: Mapping[str, Tensor], params: Mapping[str, Any]
+    ) -> Params:
         stated: Params = {}
         for name in _INPUT_SCALES:
             if name in tensors:
@@ -103,7 +111,10 @@ class Fp8(Format):
             return super().take_rows(tensors, shape, params, index)
         name = params["scale_name"]
         scale = tensors[name][index // params["block_rows"]]
-        return {**tensors, "weight": tensors["weight"][index], name: scale}, {**params, "block_rows": 1}
+        return {**tensors, "weight": tensors["weight"][index], name: scale}, {
+            **params,
+            "block_rows": 1,
+        }
 
     def specs(self, shape: Shape, params: Params) -> dict[str, TensorSpec]:
         (n, k), (rows, columns) = shape, _block(params)
@@ -122,7 +133,9 @@ class Fp8(Format):
         self.check_finite(name, tensors[name], nonnegative=True)
         for name, spec in self.specs(shape, params).items():
             if spec.shape is None and tensors[name].numel() != 1:
-                raise ValueError(f"fp8: {name}: expected one element, got shape {tuple(tensors[name].shape)}")
+                raise ValueError(
+                    f"fp8: {name}: expected one element, got shape {tuple(tensors[name].shape)}"
+                )
         if params["activation"] == "static":
             name = _INPUT_SCALES[params["scale_name"]]
             self.check_finite(name, tensors[name])
@@ -173,20 +186,18 @@ class Fp8(Format):
         if params["activation"] == "none":
             if columns % SLICE == 0:
                 return None
-            return (
-                f"kernels that decode float8 take blocks of a multiple of {SLICE} columns, not of {columns}"
-            )
+            return f"kernels that decode float8 take blocks of a multiple of {SLICE} columns, not of {columns}"
         if (rows, columns) == (BLOCK, BLOCK):
             return None
-        return (
-            f"kernels that multiply 8 bits by 8 bits take scales of 128x128 blocks, not of {rows}x{columns}"
-        )
+        return f"kernels that multiply 8 bits by 8 bits take scales of 128x128 blocks, not of {rows}x{columns}"
 
     def weight_only_traits(self, shape: Shape, params: Params) -> WeightOnlyTraits:
         rows, group = _block(params) if params["granularity"] == "block" else (1, shape[1])
         return WeightOnlyTraits(8, params["float_format"], "scale", group, min(rows, shape[0]))
 
-    def weight_only(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> WeightOnlyParts:
+    def weight_only(
+        self, tensors: Mapping[str, Tensor], shape: Shape, params: Params
+    ) -> WeightOnlyParts:
         name = params["scale_name"]
         scale = tensors[name]
         if params["granularity"] == "block":
@@ -199,8 +210,13 @@ class Fp8(Format):
             extra={name: scale},
         )
 
-    def from_weight_only(self, parts: WeightOnlyParts, shape: Shape, params: Params) -> dict[str, Tensor]:
-        return {"weight": parts.codes.contiguous().view(DTYPES[params["float_format"]]), **parts.extra}
+    def from_weight_only(
+        self, parts: WeightOnlyParts, shape: Shape, params: Params
+    ) -> dict[str, Tensor]:
+        return {
+            "weight": parts.codes.contiguous().view(DTYPES[params["float_format"]]),
+            **parts.extra,
+        }
 
     def eight_bit_traits(self, shape: Shape, params: Params) -> EightBitTraits:
         if params["granularity"] == "block":
@@ -208,18 +224,24 @@ class Fp8(Format):
         static = params["activation"] == "static"
         return EightBitTraits(params["float_format"], "row", "tensor" if static else "token")
 
-    def eight_bit(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> EightBitParts:
+    def eight_bit(
+        self, tensors: Mapping[str, Tensor], shape: Shape, params: Params
+    ) -> EightBitParts:
         extra = {key: tensor for key, tensor in tensors.items() if key != "weight"}
         scale = tensors[params["scale_name"]]
         if params["granularity"] != "block":
             scale = scale.reshape(-1).expand(shape[0])
-        return EightBitParts(tensors["weight"], scale, self._input_scale(tensors, params), extra=extra)
+        return EightBitParts(
+            tensors["weight"], scale, self._input_scale(tensors, params), extra=extra
+        )
 
     @staticmethod
     def _input_scale(tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> Tensor | None:
         return tensors.get(_INPUT_SCALES[params["scale_name"]])
 
-    def from_eight_bit(self, parts: EightBitParts, shape: Shape, params: Params) -> dict[str, Tensor]:
+    def from_eight_bit(
+        self, parts: EightBitParts, shape: Shape, params: Params
+    ) -> dict[str, Tensor]:
         return {"weight": parts.weight, **parts.extra}
 
     # ------------------------------------------------------------------ the product

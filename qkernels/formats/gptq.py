@@ -50,7 +50,9 @@ class Gptq(affine.Grouped):
         self.expect("checkpoint_format", params["checkpoint_format"], tuple(_SHIFTS))
         self.check_group_size(shape, params)
 
-    def params_from_tensors(self, tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> Params:
+    def params_from_tensors(
+        self, tensors: Mapping[str, Tensor], params: Mapping[str, Any]
+    ) -> Params:
         stated = dict(params)
         qzeros, scales, index = (tensors.get(name) for name in ("qzeros", "scales", "g_idx"))
         if _is_plain(qzeros, 2) and scales is not None and params.get("symmetric") is not False:
@@ -60,7 +62,9 @@ class Gptq(affine.Grouped):
             if _says_nothing(index, params):
                 stated["act_order"] = False
             elif "act_order" not in params:
-                stated["act_order"] = not torch.equal(index.long(), _in_order(index.numel(), params, index))
+                stated["act_order"] = not torch.equal(
+                    index.long(), _in_order(index.numel(), params, index)
+                )
         return stated
 
     def _convention(self, qzeros: Tensor, scales: Any, params: Mapping[str, Any]) -> Params:
@@ -103,7 +107,13 @@ class Gptq(affine.Grouped):
         return affine.cuts(params, bits.codes_per_words(params["bits"]))
 
     def cut(
-        self, tensors: Mapping[str, Tensor], shape: Shape, params: Params, dim: int, begin: int, end: int
+        self,
+        tensors: Mapping[str, Tensor],
+        shape: Shape,
+        params: Params,
+        dim: int,
+        begin: int,
+        end: int,
     ) -> tuple[dict[str, Tensor], Params]:
         found, params = super().cut(tensors, shape, params, dim, begin, end)
         if dim == 1 and "g_idx" in found and not _says_nothing(tensors["g_idx"], params):
@@ -118,7 +128,9 @@ class Gptq(affine.Grouped):
         index = tensors.get("g_idx")
         if index is not None:
             affine.check_group_index(self.name, "g_idx", index, k, params)
-            in_order = _says_nothing(index, params) or torch.equal(index.long(), _in_order(k, params, index))
+            in_order = _says_nothing(index, params) or torch.equal(
+                index.long(), _in_order(k, params, index)
+            )
             if not params["act_order"] and not in_order:
                 raise ValueError(
                     f"{self.name}: g_idx: expected k // group_size because act_order is False, "
@@ -130,7 +142,9 @@ class Gptq(affine.Grouped):
             ("qzeros", tensors["qzeros"].T, n),
         ):
             if count * b % 32 and not bits.padding_is_zero(stream, b, count):
-                raise ValueError(f"{self.name}: {name}: expected zero bits behind the last code, got others")
+                raise ValueError(
+                    f"{self.name}: {name}: expected zero bits behind the last code, got others"
+                )
 
     def from_grid(self, grid: affine.Grid, params: Params) -> dict[str, Tensor]:
         return {
@@ -164,7 +178,9 @@ class Gptq(affine.Grouped):
         size = shape[1] if params["group_size"] == -1 else params["group_size"]
         return WeightOnlyTraits(params["bits"], "linear", "group", size)
 
-    def weight_only(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> WeightOnlyParts:
+    def weight_only(
+        self, tensors: Mapping[str, Tensor], shape: Shape, params: Params
+    ) -> WeightOnlyParts:
         n, k = shape
         index = tensors.get("g_idx")
         useless = index is not None and _says_nothing(index, params)
@@ -178,7 +194,9 @@ class Gptq(affine.Grouped):
             extra={"g_idx": index} if useless else {},  # type: ignore[dict-item]
         )
 
-    def from_weight_only(self, parts: WeightOnlyParts, shape: Shape, params: Params) -> dict[str, Tensor]:
+    def from_weight_only(
+        self, parts: WeightOnlyParts, shape: Shape, params: Params
+    ) -> dict[str, Tensor]:
         tensors = {
             "qweight": bits.pack_rows(parts.codes.T, params["bits"]),
             "qzeros": _pack_zeros(parts.scaler_tensors["zeros"], params),
@@ -229,7 +247,11 @@ def left_alone(skipped: list[str]) -> dict[str, Any]:
 
 def _is_plain(tensor: Any, dims: int) -> bool:
     """Whether it is integers as they are stored, of `dims` dimensions, that can be looked at."""
-    if not isinstance(tensor, Tensor) or tensor.dtype != torch.int32 or tensor.layout != torch.strided:
+    if (
+        not isinstance(tensor, Tensor)
+        or tensor.dtype != torch.int32
+        or tensor.layout != torch.strided
+    ):
         return False
     return tensor.dim() == dims and bool(tensor.numel()) and not tensor.is_meta
 

@@ -55,7 +55,9 @@ class IncoherentFormat(Format):
     quantize_only = {"hessian": None, "seed": 0, "passes": 2}
 
     @abstractmethod
-    def sides(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> tuple[Side, Side]:
+    def sides(
+        self, tensors: Mapping[str, Tensor], shape: Shape, params: Params
+    ) -> tuple[Side, Side]:
         """(input's, output's)."""
 
     @abstractmethod
@@ -76,7 +78,9 @@ class IncoherentFormat(Format):
     def obstacle(self, shape: Shape, params: Params) -> str | None:
         for orders in self.orders(shape):
             kept = self.kept(orders)
-            held = math.prod(max(16, 1 << (order - 1).bit_length()) for order in kept[:1] + kept[1:][-1:])
+            held = math.prod(
+                max(16, 1 << (order - 1).bit_length()) for order in kept[:1] + kept[1:][-1:]
+            )
             if max(kept, default=1) > LARGEST_FACTOR or held > 8192:
                 return f"its transform has factors of {orders}, too large for one program"
         return None
@@ -89,7 +93,9 @@ class IncoherentFormat(Format):
     def orders(self, shape: Shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Orders of the factors of the input's and of the output's transform."""
 
-    def kernel_sides(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> dict[str, Tensor]:
+    def kernel_sides(
+        self, tensors: Mapping[str, Tensor], shape: Shape, params: Params
+    ) -> dict[str, Tensor]:
         """`WeightOnlyParts.sides`."""
         found = {}
         for name, side in zip(("input", "output"), self.sides(tensors, shape, params), strict=True):

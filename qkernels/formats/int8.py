@@ -35,7 +35,9 @@ class Int8(Format):
 
     def check_params(self, shape: Shape, params: Params) -> None:
         if params["threshold"] < 0:
-            raise ValueError(f"{self.name}: threshold: expected a number >= 0, got {params['threshold']}")
+            raise ValueError(
+                f"{self.name}: threshold: expected a number >= 0, got {params['threshold']}"
+            )
 
     def specs(self, shape: Shape, params: Params) -> dict[str, TensorSpec]:
         return {
@@ -48,7 +50,9 @@ class Int8(Format):
         self.check_finite("SCB", tensors["SCB"], nonnegative=True)
         layout = tensors.get("weight_format")
         if layout is not None and int(layout) != 0:
-            raise ValueError(f"{self.name}: weight_format: expected 0 (row major), got {int(layout)}")
+            raise ValueError(
+                f"{self.name}: weight_format: expected 0 (row major), got {int(layout)}"
+            )
 
     def quantize(self, weight: Tensor, params: Params) -> dict[str, Tensor]:
         # bitsandbytes quantizes the float16 copy of the weight. No clamp to its range: a weight
@@ -108,11 +112,15 @@ class Int8(Format):
     def eight_bit_traits(self, shape: Shape, params: Params) -> EightBitTraits:
         return EightBitTraits("int8", "row", "token", threshold=float(params["threshold"]))
 
-    def eight_bit(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> EightBitParts:
+    def eight_bit(
+        self, tensors: Mapping[str, Tensor], shape: Shape, params: Params
+    ) -> EightBitParts:
         extra = {key: tensor for key, tensor in tensors.items() if key != "weight"}
         return EightBitParts(tensors["weight"], tensors["SCB"] / 127, extra=extra)
 
-    def from_eight_bit(self, parts: EightBitParts, shape: Shape, params: Params) -> dict[str, Tensor]:
+    def from_eight_bit(
+        self, parts: EightBitParts, shape: Shape, params: Params
+    ) -> dict[str, Tensor]:
         return {"weight": parts.weight, **parts.extra}
 
     # ------------------------------------------------------------------ checkpoints

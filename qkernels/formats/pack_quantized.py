@@ -35,7 +35,9 @@ _KERNEL_BITS = (2, 3, 4, 8)
 
 class PackQuantized(affine.Grouped):
     name = "pack_quantized"
-    summary = "2..8-bit integers in groups, with or without zeros (compressed-tensors, llm-compressor)"
+    summary = (
+        "2..8-bit integers in groups, with or without zeros (compressed-tensors, llm-compressor)"
+    )
     algorithms = ("gptq", "awq")
     defaults = {"bits": 4, "group_size": 128, "symmetric": True, "act_order": False}
 
@@ -61,13 +63,21 @@ class PackQuantized(affine.Grouped):
         return affine.cuts(params, bits.codes_per_words(params["bits"]))
 
     def cut(
-        self, tensors: Mapping[str, Tensor], shape: Shape, params: Params, dim: int, begin: int, end: int
+        self,
+        tensors: Mapping[str, Tensor],
+        shape: Shape,
+        params: Params,
+        dim: int,
+        begin: int,
+        end: int,
     ) -> tuple[dict[str, Tensor], Params]:
         found, params = super().cut(tensors, shape, params, dim, begin, end)
         found["weight_shape"] = found["weight_shape"].clone()
         found["weight_shape"][dim] = end - begin
         if dim == 1 and "weight_g_idx" in found:
-            index, kept, size = affine.cut_groups(found["weight_g_idx"], params["group_size"], begin, end)
+            index, kept, size = affine.cut_groups(
+                found["weight_g_idx"], params["group_size"], begin, end
+            )
             for name in ("weight_scale", "weight_zero_point"):
                 if name in found:
                     found[name] = tensors[name][:, kept].contiguous()
@@ -103,7 +113,9 @@ class PackQuantized(affine.Grouped):
         for name, (stream, count) in streams.items():
             # Only the last word of a stream that does not fill it can hold such bits.
             if count * b % 32 and not bits.padding_is_zero(stream, b, count):
-                raise ValueError(f"{self.name}: {name}: expected zero bits behind the last code, got others")
+                raise ValueError(
+                    f"{self.name}: {name}: expected zero bits behind the last code, got others"
+                )
 
     # ------------------------------------------------------------------ arithmetic
     def from_grid(self, grid: affine.Grid, params: Params) -> dict[str, Tensor]:
@@ -124,7 +136,9 @@ class PackQuantized(affine.Grouped):
         if params["act_order"]:
             tensors["weight_g_idx"] = grid.group_index()
         elif not grid.in_order(params["group_size"]):
-            raise ValueError(f"{self.name}: act_order: expected True for groups in another order, got False")
+            raise ValueError(
+                f"{self.name}: act_order: expected True for groups in another order, got False"
+            )
         return tensors
 
     def to_grid(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> affine.Grid:
@@ -145,7 +159,9 @@ class PackQuantized(affine.Grouped):
     def _zeros(tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> Tensor:
         """Zero points uint8 (N, G)."""
         if params["symmetric"]:
-            return torch.full_like(tensors["weight_scale"], 1 << (params["bits"] - 1), dtype=torch.uint8)
+            return torch.full_like(
+                tensors["weight_scale"], 1 << (params["bits"] - 1), dtype=torch.uint8
+            )
         return bits.unpack_rows(tensors["weight_zero_point"], params["bits"], shape[0])
 
     # ------------------------------------------------------------------ kernel family
@@ -156,7 +172,9 @@ class PackQuantized(affine.Grouped):
         size = shape[1] if params["group_size"] == -1 else params["group_size"]
         return WeightOnlyTraits(params["bits"], "linear", "group", size)
 
-    def weight_only(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> WeightOnlyParts:
+    def weight_only(
+        self, tensors: Mapping[str, Tensor], shape: Shape, params: Params
+    ) -> WeightOnlyParts:
         grid = self.to_grid(tensors, shape, params)
         return WeightOnlyParts(
             codes=grid.codes,
@@ -165,7 +183,9 @@ class PackQuantized(affine.Grouped):
             extra={"weight_shape": tensors["weight_shape"]},
         )
 
-    def from_weight_only(self, parts: WeightOnlyParts, shape: Shape, params: Params) -> dict[str, Tensor]:
+    def from_weight_only(
+        self, parts: WeightOnlyParts, shape: Shape, params: Params
+    ) -> dict[str, Tensor]:
         b = params["bits"]
         tensors = {
             "weight_packed": bits.pack_rows(parts.codes.T, b).T.contiguous(),

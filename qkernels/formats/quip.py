@@ -45,7 +45,9 @@ class Quip(IncoherentFormat):
 
     def specs(self, shape: Shape, params: Params) -> dict[str, TensorSpec]:
         (n, k), half = shape, (torch.float16,)
-        factors = {name: TensorSpec(half, (order, order)) for name, order in _factors(shape).items()}
+        factors = {
+            name: TensorSpec(half, (order, order)) for name, order in _factors(shape).items()
+        }
         return {
             "qweight": TensorSpec((torch.int32,), (bits.words(k, params["bits"]), n)),
             "scale": TensorSpec((torch.float32,), ()),
@@ -59,19 +61,27 @@ class Quip(IncoherentFormat):
             self.check_finite(name, tensors[name])
         seeds = tensors["perm_seeds"]
         if int(seeds.min()) < 0 or int(seeds.max()) >= 1 << 31:
-            raise ValueError(f"{self.name}: perm_seeds: expected values in [0, 2^31), got {seeds.tolist()}")
+            raise ValueError(
+                f"{self.name}: perm_seeds: expected values in [0, 2^31), got {seeds.tolist()}"
+            )
         k, b = shape[1], params["bits"]
         if k * b % 32 and not bits.padding_is_zero(tensors["qweight"], b, k):
-            raise ValueError(f"{self.name}: qweight: expected zero bits behind the last code, got others")
+            raise ValueError(
+                f"{self.name}: qweight: expected zero bits behind the last code, got others"
+            )
 
     # ------------------------------------------------------------------ arithmetic
-    def sides(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> tuple[Side, Side]:
+    def sides(
+        self, tensors: Mapping[str, Tensor], shape: Shape, params: Params
+    ) -> tuple[Side, Side]:
         device = tensors["in_scale"].device
         ones = torch.ones(shape[0], dtype=torch.float16, device=device)
         seeds = tensors["perm_seeds"].tolist()
         perms = [random_permutation(shape[1 - i], seeds[i], device) for i in range(2)]
         names = list(_factors(shape))
-        before, after = ([tensors[n] for n in names if n.startswith(side)] for side in ("in", "out"))
+        before, after = (
+            [tensors[n] for n in names if n.startswith(side)] for side in ("in", "out")
+        )
         return Side(before, 1.0, tensors["in_scale"], perms[0]), Side(after, 1.0, ones, perms[1])
 
     def orders(self, shape: Shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -105,9 +115,13 @@ class Quip(IncoherentFormat):
 
     # ------------------------------------------------------------------ kernel family
     def weight_only_traits(self, shape: Shape, params: Params) -> WeightOnlyTraits:
-        return WeightOnlyTraits(params["bits"], "halfway", "scale", shape[1], shape[0], norms=(1.0, 1.0))
+        return WeightOnlyTraits(
+            params["bits"], "halfway", "scale", shape[1], shape[0], norms=(1.0, 1.0)
+        )
 
-    def weight_only(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> WeightOnlyParts:
+    def weight_only(
+        self, tensors: Mapping[str, Tensor], shape: Shape, params: Params
+    ) -> WeightOnlyParts:
         return WeightOnlyParts(
             codes=bits.unpack_rows(tensors["qweight"], params["bits"], shape[1]).T,
             scaler_tensors={"absmax": tensors["scale"].view(1, 1)},
@@ -115,7 +129,9 @@ class Quip(IncoherentFormat):
             extra={"perm_seeds": tensors["perm_seeds"]},
         )
 
-    def from_weight_only(self, parts: WeightOnlyParts, shape: Shape, params: Params) -> dict[str, Tensor]:
+    def from_weight_only(
+        self, parts: WeightOnlyParts, shape: Shape, params: Params
+    ) -> dict[str, Tensor]:
         factors = {}
         for name in _factors(shape):
             side = "input" if name.startswith("in") else "output"

@@ -56,7 +56,9 @@ class QuipSharp(IncoherentFormat):
                 hadamard_orders(size)
             except ValueError as error:
                 raise ValueError(f"{self.name}: shape: {error}") from None
-        if params["checkpoint_format"] == "quip_sharp" and (params["bits"] != 2 or n % 16 or k % 64):
+        if params["checkpoint_format"] == "quip_sharp" and (
+            params["bits"] != 2 or n % 16 or k % 64
+        ):
             raise ValueError(
                 f"{self.name}: checkpoint_format: expected 'compact' for bits={params['bits']}, shape={shape}; "
                 "'quip_sharp' is for 2 bits, N a multiple of 16 and K of 64"
@@ -104,7 +106,9 @@ class QuipSharp(IncoherentFormat):
             stored["Qidxs_resid"] = _low_16(codes >> 16).to(_RESIDUAL[params["bits"]])
         return stored
 
-    def sides(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> tuple[Side, Side]:
+    def sides(
+        self, tensors: Mapping[str, Tensor], shape: Shape, params: Params
+    ) -> tuple[Side, Side]:
         device = tensors["SU"].device
         n, k = shape
         before = [f.to(device) for f in hadamard_factors(k)]
@@ -152,7 +156,9 @@ class QuipSharp(IncoherentFormat):
         whole, norms = -(-k // 256) * 256, (math.sqrt(k), math.sqrt(n))
         return WeightOnlyTraits(params["bits"], "e8p", "scale", whole, n, norms=norms)
 
-    def weight_only(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> WeightOnlyParts:
+    def weight_only(
+        self, tensors: Mapping[str, Tensor], shape: Shape, params: Params
+    ) -> WeightOnlyParts:
         kept = {name: tensors[name] for name in ("SU", "SV", "codebook_id")}
         return WeightOnlyParts(
             codes=self._codes(tensors, shape, params),
@@ -162,7 +168,9 @@ class QuipSharp(IncoherentFormat):
             extra=kept,
         )
 
-    def from_weight_only(self, parts: WeightOnlyParts, shape: Shape, params: Params) -> dict[str, Tensor]:
+    def from_weight_only(
+        self, parts: WeightOnlyParts, shape: Shape, params: Params
+    ) -> dict[str, Tensor]:
         scale = parts.scaler_tensors["absmax"].view(()) * 2
         return {**self._stored(parts.codes, params), "Wscale": scale, **parts.extra}
 

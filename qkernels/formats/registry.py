@@ -38,7 +38,9 @@ def get(name: str) -> Format:
     try:
         return _FORMATS[name]
     except (KeyError, TypeError):
-        raise ValueError(f"format: expected one of {', '.join(_FORMATS)}; got {reprlib.repr(name)}") from None
+        raise ValueError(
+            f"format: expected one of {', '.join(_FORMATS)}; got {reprlib.repr(name)}"
+        ) from None
 
 
 _OWN = (

@@ -111,9 +111,13 @@ class Spqr(Format):
         if size < 1 or k % size:
             raise ValueError(f"{self.name}: group_size: expected a divisor of K={k}, got {size}")
         if params["row_group"] < 1:
-            raise ValueError(f"{self.name}: row_group: expected at least 1, got {params['row_group']}")
+            raise ValueError(
+                f"{self.name}: row_group: expected at least 1, got {params['row_group']}"
+            )
         if k > 65536:
-            raise ValueError(f"{self.name}: shape: expected K up to 65536, 16-bit columns, got K={k}")
+            raise ValueError(
+                f"{self.name}: shape: expected K up to 65536, 16-bit columns, got K={k}"
+            )
         if params["act_order"] and k % 2:
             raise ValueError(f"{self.name}: act_order: expected an even K, got K={k}")
         if params["checkpoint_format"] == "spqr_quant":
@@ -127,10 +131,18 @@ class Spqr(Format):
     # ------------------------------------------------------------------ tensors
     def cuts(self, shape: Shape, params: Params) -> Shape:
         # In act-order a group's columns lie anywhere, and groups of unequal sizes cannot be said.
-        return min(shape[0], params["row_group"]), shape[1] if params["act_order"] else params["group_size"]
+        return min(shape[0], params["row_group"]), shape[1] if params["act_order"] else params[
+            "group_size"
+        ]
 
     def cut(
-        self, tensors: Mapping[str, Tensor], shape: Shape, params: Params, dim: int, begin: int, end: int
+        self,
+        tensors: Mapping[str, Tensor],
+        shape: Shape,
+        params: Params,
+        dim: int,
+        begin: int,
+        end: int,
     ) -> tuple[dict[str, Tensor], Params]:
         """Outliers go with their rows or columns."""
         grid = self._grid(tensors, shape, params)
@@ -179,8 +191,14 @@ class Spqr(Format):
         _, k = shape
         offsets, col_vals = tensors["row_offsets"], tensors["col_vals"]
         if col_vals.dim() != 1:
-            raise ValueError(f"{self.name}: col_vals: expected one dimension, got {tuple(col_vals.shape)}")
-        if int(offsets[0]) != 0 or int(offsets[-1]) != col_vals.numel() or bool((offsets.diff() < 0).any()):
+            raise ValueError(
+                f"{self.name}: col_vals: expected one dimension, got {tuple(col_vals.shape)}"
+            )
+        if (
+            int(offsets[0]) != 0
+            or int(offsets[-1]) != col_vals.numel()
+            or bool((offsets.diff() < 0).any())
+        ):
             raise ValueError(
                 f"{self.name}: row_offsets: expected values rising from 0 to {col_vals.numel()}, the length "
                 f"of col_vals; got {int(offsets[0])}..{int(offsets[-1])}, "
@@ -200,18 +218,24 @@ class Spqr(Format):
                     f"{self.name}: col_vals: expected columns rising within each row, got others"
                 )
         if "in_perm" in tensors and not params["act_order"]:
-            raise ValueError(f"{self.name}: in_perm: expected none because act_order is False, got one")
+            raise ValueError(
+                f"{self.name}: in_perm: expected none because act_order is False, got one"
+            )
         if params["act_order"]:
             perm = _unpack_perm(tensors["in_perm"])
             if not torch.equal(perm.sort().values, torch.arange(k, device=perm.device)):
-                raise ValueError(f"{self.name}: in_perm: expected a permutation of {k} features, got another")
+                raise ValueError(
+                    f"{self.name}: in_perm: expected a permutation of {k} features, got another"
+                )
         grid = self._grid(tensors, shape, params)
         name = "dense_weights" if params["checkpoint_format"] == "spqr_quant" else "second_level"
         self.check_finite(name, grid.second_level)
         again = self.from_spqr(grid, shape, params)
         for key in ("dense_weights", "qweight", "qstats"):
             if key in tensors and not torch.equal(again[key], tensors[key]):
-                raise ValueError(f"{self.name}: {key}: expected zero bits behind the last code, got others")
+                raise ValueError(
+                    f"{self.name}: {key}: expected zero bits behind the last code, got others"
+                )
 
     def quantize(self, weight: Tensor, params: Params) -> dict[str, Tensor]:
         """SpQR without calibration: every input counts the same, and errors are not passed on."""
@@ -247,7 +271,9 @@ class Spqr(Format):
     def _grid(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> SpqrGrid:
         n, k = shape
         if params["checkpoint_format"] == "spqr_quant":
-            codes, scale_codes, zero_codes, second_level = _unpack_dense(tensors["dense_weights"], shape)
+            codes, scale_codes, zero_codes, second_level = _unpack_dense(
+                tensors["dense_weights"], shape
+            )
         else:
             codes = bits.unpack_rows(tensors["qweight"], params["bits"], k).T.contiguous()
             stat_codes = bits.unpack_rows(tensors["qstats"], 2 * STAT_BITS, n)
@@ -282,7 +308,9 @@ class Spqr(Format):
             outliers=True,
         )
 
-    def weight_only(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> WeightOnlyParts:
+    def weight_only(
+        self, tensors: Mapping[str, Tensor], shape: Shape, params: Params
+    ) -> WeightOnlyParts:
         grid = self._grid(tensors, shape, params)
         codes, col_vals, group_index, extra = grid.codes, grid.col_vals, None, {}
         if grid.perm is not None:
@@ -303,7 +331,9 @@ class Spqr(Format):
             extra=extra,
         )
 
-    def from_weight_only(self, parts: WeightOnlyParts, shape: Shape, params: Params) -> dict[str, Tensor]:
+    def from_weight_only(
+        self, parts: WeightOnlyParts, shape: Shape, params: Params
+    ) -> dict[str, Tensor]:
         codes, col_vals, perm = parts.codes, parts.outliers["col_vals"], None
         if params["act_order"]:
             perm = _unpack_perm(parts.extra["in_perm"])

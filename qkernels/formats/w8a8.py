@@ -57,14 +57,18 @@ class W8A8(Format):
         self.expect("granularity", params["granularity"], ("channel", "tensor"))
         self.expect("activation", params["activation"], ("dynamic", "static", "none"))
         if not params["symmetric_input"] and params["activation"] == "none":
-            raise ValueError(f"{self.name}: symmetric_input: expected True with activation 'none', got False")
+            raise ValueError(
+                f"{self.name}: symmetric_input: expected True with activation 'none', got False"
+            )
         if params["granularity"] == "tensor" and params["group_size"] != -1:
             raise ValueError(
                 f"{self.name}: group_size: expected -1 with granularity 'tensor', got {params['group_size']}"
             )
         affine.check_group_size(self.name, shape[1], params["group_size"], short=False)
 
-    def params_from_tensors(self, tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> Params:
+    def params_from_tensors(
+        self, tensors: Mapping[str, Tensor], params: Mapping[str, Any]
+    ) -> Params:
         # A symmetric checkpoint may hold zero points, all 0.
         names = {"symmetric_input": "input_zero_point", "symmetric_weight": "weight_zero_point"}
         return {**params, **{key: False for key, name in names.items() if name in tensors}}
@@ -72,7 +76,10 @@ class W8A8(Format):
     def specs(self, shape: Shape, params: Params) -> dict[str, TensorSpec]:
         groups = (shape[0], affine.groups(shape[1], params["group_size"]))
         scale = groups if params["granularity"] == "channel" else (1,)
-        specs = {"weight": TensorSpec((torch.int8,), shape), "weight_scale": TensorSpec(FLOATS, scale)}
+        specs = {
+            "weight": TensorSpec((torch.int8,), shape),
+            "weight_scale": TensorSpec(FLOATS, scale),
+        }
         if not params["symmetric_weight"]:
             specs["weight_zero_point"] = TensorSpec((torch.int8,), scale)
         if params["activation"] == "static":
@@ -115,13 +122,17 @@ class W8A8(Format):
                 raise ValueError(
                     f"{self.name}: input_scale: expected a number > 0 with activation='static', got {scale!r}"
                 )
-            tensors["input_scale"] = torch.tensor([scale], dtype=torch.float32, device=weight.device)
+            tensors["input_scale"] = torch.tensor(
+                [scale], dtype=torch.float32, device=weight.device
+            )
             if zero is not None:
                 if not isinstance(zero, int) or not -128 <= zero <= 127:
                     raise ValueError(
                         f"{self.name}: input_zero_point: expected an int in [-128, 127], got {zero!r}"
                     )
-                tensors["input_zero_point"] = torch.tensor([zero], dtype=torch.int8, device=weight.device)
+                tensors["input_zero_point"] = torch.tensor(
+                    [zero], dtype=torch.int8, device=weight.device
+                )
         elif scale is not None or zero is not None:
             raise ValueError(
                 f"{self.name}: input_scale, input_zero_point: expected none with activation="
@@ -135,13 +146,19 @@ class W8A8(Format):
                 f"{self.name}: expected granularity channel and no static activation, got {params}"
             )
         if reason := self.obstacle((1, 1), params):  # who asks for a grid asks for speed, too
-            raise ValueError(f"{self.name}: groups: expected one for each row and no zero points: {reason}")
+            raise ValueError(
+                f"{self.name}: groups: expected one for each row and no zero points: {reason}"
+            )
         check_groups(self.name, grid, affine.groups(grid.codes.shape[1], params["group_size"]))
         if not grid.in_order(params["group_size"]):
-            raise ValueError(f"{self.name}: groups: expected equal runs of features, got another order")
+            raise ValueError(
+                f"{self.name}: groups: expected equal runs of features, got another order"
+            )
         scale = grid.scale.contiguous()
         if not params["symmetric_weight"]:
-            codes, zero = ((part.to(torch.int16) - 128).to(torch.int8) for part in (grid.codes, grid.zero))
+            codes, zero = (
+                (part.to(torch.int16) - 128).to(torch.int8) for part in (grid.codes, grid.zero)
+            )
             return {"weight": codes, "weight_scale": scale, "weight_zero_point": zero.contiguous()}
         return {"weight": signed_codes(self.name, grid), "weight_scale": scale}
 
@@ -221,15 +238,21 @@ class W8A8(Format):
         size = shape[1] if params["group_size"] == -1 else params["group_size"]
         return WeightOnlyTraits(8, "linear", "group", size)
 
-    def weight_only(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> WeightOnlyParts:
+    def weight_only(
+        self, tensors: Mapping[str, Tensor], shape: Shape, params: Params
+    ) -> WeightOnlyParts:
         grid = self.to_grid(tensors, shape, params)
-        extra = {key: tensors[key] for key in ("weight_scale", "weight_zero_point") if key in tensors}
+        extra = {
+            key: tensors[key] for key in ("weight_scale", "weight_zero_point") if key in tensors
+        }
         scalers = {"scales": grid.scale.T, "zeros": grid.zero.T}
         if params["granularity"] == "channel":
             extra = {}  # the very numbers
         return WeightOnlyParts(codes=grid.codes, scaler_tensors=scalers, extra=extra)
 
-    def from_weight_only(self, parts: WeightOnlyParts, shape: Shape, params: Params) -> dict[str, Tensor]:
+    def from_weight_only(
+        self, parts: WeightOnlyParts, shape: Shape, params: Params
+    ) -> dict[str, Tensor]:
         codes = (parts.codes.to(torch.int16) - 128).to(torch.int8)
         tensors = {"weight": codes.contiguous(), **parts.extra}
         if params["granularity"] == "channel":
@@ -240,9 +263,13 @@ class W8A8(Format):
         return tensors
 
     def eight_bit_traits(self, shape: Shape, params: Params) -> EightBitTraits:
-        return EightBitTraits("int8", "row", "tensor" if params["activation"] == "static" else "token")
+        return EightBitTraits(
+            "int8", "row", "tensor" if params["activation"] == "static" else "token"
+        )
 
-    def eight_bit(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> EightBitParts:
+    def eight_bit(
+        self, tensors: Mapping[str, Tensor], shape: Shape, params: Params
+    ) -> EightBitParts:
         zero = tensors.get("input_zero_point")
         extra = {key: tensors[key] for key in tensors if key in ("weight_scale", "input_scale")}
         return EightBitParts(
@@ -253,7 +280,9 @@ class W8A8(Format):
             extra,
         )
 
-    def from_eight_bit(self, parts: EightBitParts, shape: Shape, params: Params) -> dict[str, Tensor]:
+    def from_eight_bit(
+        self, parts: EightBitParts, shape: Shape, params: Params
+    ) -> dict[str, Tensor]:
         tensors = {"weight": parts.weight, **parts.extra}
         if parts.input_zero_point is not None:
             tensors["input_zero_point"] = parts.input_zero_point

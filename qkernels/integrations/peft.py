@@ -159,7 +159,9 @@ class LoraQuantLinear(Linear):
         self._active_adapter = adapter_name
         self._name = kwargs.get("target_name") or "QuantLinear"
         self._model = model or _Model(None)
-        self._packed_base: list[QuantLinear] = []  # of a merged layer; a list, so that it is no submodule
+        self._packed_base: list[
+            QuantLinear
+        ] = []  # of a merged layer; a list, so that it is no submodule
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
@@ -178,7 +180,9 @@ class LoraQuantLinear(Linear):
         """The model's dtype: that of its first parameter that is no adapter's. None if the model is not known."""
         model = self._model()
         parameters = () if model is None else model.named_parameters()
-        return next((p.dtype for n, p in parameters if p.is_floating_point() and "lora_" not in n), None)
+        return next(
+            (p.dtype for n, p in parameters if p.is_floating_point() and "lora_" not in n), None
+        )
 
     # ------------------------------------------------------------------ adapters
     @property
@@ -195,10 +199,15 @@ class LoraQuantLinear(Linear):
         take its place.
         """
         # PEFT marks its variants, but this one, which it does only on layers of GPTQModel.
-        variants = ["use_qalora", *(f.name for f in fields(config) if f.metadata.get("is_lora_variant"))]
+        variants = [
+            "use_qalora",
+            *(f.name for f in fields(config) if f.metadata.get("is_lora_variant")),
+        ]
         for name in variants:
             if getattr(config, name, None):
-                raise ValueError(f"{name}: expected none with QuantLinear, got {getattr(config, name)!r}")
+                raise ValueError(
+                    f"{name}: expected none with QuantLinear, got {getattr(config, name)!r}"
+                )
         init = config.init_lora_weights
         if (init.lower() if isinstance(init, str) else init) not in _INITS:
             raise ValueError(
@@ -227,7 +236,9 @@ class LoraQuantLinear(Linear):
             )
         dtype = self._dtype()
         with torch.no_grad():
-            weight = packed.packed.dequantize() + sum(self.get_delta_weight(name).float() for name in names)
+            weight = packed.packed.dequantize() + sum(
+                self.get_delta_weight(name).float() for name in names
+            )
             weight = self._finite("weight", weight, dtype or torch.float16, names)
             bias = packed.bias
             if biased:
@@ -269,7 +280,9 @@ class LoraQuantLinear(Linear):
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         model = self._model()
-        if model is not None and not any(isinstance(m, (Holder, QuantExperts)) for m in model.modules()):
+        if model is not None and not any(
+            isinstance(m, (Holder, QuantExperts)) for m in model.modules()
+        ):
             for module in model.modules():
                 if getattr(module, "hf_quantizer", None) is not None:
                     module.hf_quantizer.remove_quantization_config(module)

@@ -74,12 +74,16 @@ def parallelize(
     if plan is None:
         kind = getattr(config, "model_type", None)
         if kind not in PLANS:
-            raise ValueError(f"plan: expected one for a model of type {kind!r}; known: {', '.join(PLANS)}")
+            raise ValueError(
+                f"plan: expected one for a model of type {kind!r}; known: {', '.join(PLANS)}"
+            )
         plan = PLANS[kind]
         for field in ("num_attention_heads", "num_key_value_heads"):
             heads = getattr(config, field, None)
             if heads is not None and heads % count:
-                raise ValueError(f"model: expected {field}={heads} to be a multiple of {count} processes")
+                raise ValueError(
+                    f"model: expected {field}={heads} to be a multiple of {count} processes"
+                )
     parts: dict[str, nn.Module] = {}
     unused = set(plan)
     for name, module in model.named_modules():
@@ -92,7 +96,9 @@ def parallelize(
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     if unused:
-        raise ValueError(f"plan: expected patterns that match a linear layer, got {sorted(unused)[0]!r}")
+        raise ValueError(
+            f"plan: expected patterns that match a linear layer, got {sorted(unused)[0]!r}"
+        )
     for name, part in parts.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, part)
@@ -113,12 +119,14 @@ def _part(
 def _cut(module: QuantLinear | nn.Linear, dim: int, index: int, count: int, bias: Any) -> nn.Module:
     if isinstance(module, QuantLinear):
         packed = shard(module.packed, dim, index, count)
-        return QuantLinear(packed, bias, module.backend, module.batch_invariant, module.dtype).train(
-            module.training
-        )
+        return QuantLinear(
+            packed, bias, module.backend, module.batch_invariant, module.dtype
+        ).train(module.training)
     weight = module.weight
     if weight.shape[dim] % count:
-        raise ValueError(f"expected {weight.shape[dim]} features to be a multiple of {count} processes")
+        raise ValueError(
+            f"expected {weight.shape[dim]} features to be a multiple of {count} processes"
+        )
     part = weight.detach().chunk(count, dim)[index].clone()
     linear = nn.Linear(part.shape[1], part.shape[0], bias=False, device="meta", dtype=part.dtype)
     linear.weight = nn.Parameter(part, requires_grad=False)

@@ -66,7 +66,9 @@ class QKernelsConfig(QuantizationConfigMixin):
         if "groups" in params and format is None and checkpoint is None:
             checkpoint = {"quant_method": METHOD, "groups": params.pop("groups")}
         if (format is None) == (checkpoint is None):
-            raise ValueError(f"format: expected one of {', '.join(formats.names())}; got {format!r}")
+            raise ValueError(
+                f"format: expected one of {', '.join(formats.names())}; got {format!r}"
+            )
         self.quant_method = METHOD
         self.format, self.skip, self.checkpoint, self.params = format, skip, checkpoint, params
         if format is not None:
@@ -79,8 +81,16 @@ class QKernelsConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """As in a config. What is saved says something else: what the format's own ecosystem writes (Saver)."""
-        own = {"format": self.format, "skip": self.skip, "checkpoint": self.checkpoint, **self.params}
-        return {"quant_method": METHOD, **{key: value for key, value in own.items() if value is not None}}
+        own = {
+            "format": self.format,
+            "skip": self.skip,
+            "checkpoint": self.checkpoint,
+            **self.params,
+        }
+        return {
+            "quant_method": METHOD,
+            **{key: value for key, value in own.items() if value is not None},
+        }
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
@@ -98,7 +108,9 @@ def checkpoint_config(path: str | os.PathLike[str], **options: Any) -> Any:
     config = AutoConfig.from_pretrained(path, **options)
     written = getattr(config, "quantization_config", None)
     if written is None:
-        raise ValueError(f"{path}: expected a quantized checkpoint, got a config without quantization_config")
+        raise ValueError(
+            f"{path}: expected a quantized checkpoint, got a config without quantization_config"
+        )
     written = written if isinstance(written, dict) else written.to_dict()
     Plan(os.fspath(path), written)
     config.quantization_config = QKernelsConfig(checkpoint=written).to_dict()
@@ -162,7 +174,9 @@ class QKernelsQuantizer(Saver):
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         several = isinstance(device_map, dict) and len(set(device_map.values())) > 1
         if several or (isinstance(device_map, str) and torch.cuda.device_count() > 1):
-            raise ValueError(f"device_map: expected one device for the whole model, got {device_map!r}")
+            raise ValueError(
+                f"device_map: expected one device for the whole model, got {device_map!r}"
+            )
 
     def update_device_map(self, device_map: Any) -> Any:
         """ "auto" and its like are the GPU if there is one."""
@@ -206,8 +220,12 @@ class QKernelsQuantizer(Saver):
     def _read(self, model: PreTrainedModel, checkpoint_files: list[str] | None) -> None:
         """Read the packed layers of the checkpoint, and take them off transformers' list."""
         plan = Plan(str(model.config.name_or_path), self.quantization_config.checkpoint)
-        if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):
-            raise ValueError(f"checkpoint: expected safetensors files, got {checkpoint_files!r:.200}")
+        if not checkpoint_files or not all(
+            str(file).endswith(".safetensors") for file in checkpoint_files
+        ):
+            raise ValueError(
+                f"checkpoint: expected safetensors files, got {checkpoint_files!r:.200}"
+            )
         where = Path(checkpoint_files[0]).parent
         with TensorFiles([Path(file) for file in checkpoint_files]) as files:
             inventory = layers.Inventory(model, files)
@@ -228,9 +246,12 @@ class QKernelsQuantizer(Saver):
             source = expert_layers.Source(where, files, plan, self.device, None, None)
             for prefix, weights in inventory.experts.items():
                 called = inventory.names.experts[prefix]
-                stack = expert_layers.packed_experts(model.get_submodule(prefix), called, weights, source)
+                stack = expert_layers.packed_experts(
+                    model.get_submodule(prefix), called, weights, source
+                )
                 if stack is not None:
-                    stack.leaves = called.leaves  # `save_pretrained` knows the way back of all but them
+                    # `save_pretrained` knows the way back of all but them
+                    stack.leaves = called.leaves
                     self.layers[prefix], self.stored[prefix] = stack, called.stored
             strange = [name for name in files.infos if not inventory.takes(name)]
             if strange and not self.layers:
@@ -240,7 +261,9 @@ class QKernelsQuantizer(Saver):
                 )
             self._tie(model, {inventory.names.of_file(name) for name in files.infos})
         for prefix, layer in self.layers.items():
-            model.set_submodule(prefix, _Placeholder(layer.weight if isinstance(layer, Holder) else None))
+            model.set_submodule(
+                prefix, _Placeholder(layer.weight if isinstance(layer, Holder) else None)
+            )
         prefixes = {*self.stored, *self.stored.values()}
         packed = rf"^(?:{'|'.join(map(re.escape, sorted(prefixes)))})\."
         for mark in ("_keys_to_ignore_on_load_unexpected", "_keys_to_ignore_on_load_missing"):
@@ -261,7 +284,9 @@ class QKernelsQuantizer(Saver):
                 self.stored[ends[0]] = ends[0]
 
     # ------------------------------------------------------------------ while they come
-    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+    def param_needs_quantization(
+        self, model: PreTrainedModel, param_name: str, **kwargs: Any
+    ) -> bool:
         prefix, _, leaf = param_name.rpartition(".")
         return leaf == "weight" and prefix in self.wanted
 
@@ -284,7 +309,9 @@ class QKernelsQuantizer(Saver):
         model.set_submodule(name, _Placeholder(layer.weight, bias))  # type: ignore[arg-type]
 
     # ------------------------------------------------------------------ after
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
         for prefix, layer in self.layers.items():
             placeholder = model.get_submodule(prefix)
             if isinstance(layer, QuantLinear) and layer.bias is None:

@@ -23,7 +23,11 @@ _MODULES: dict[str, ModuleType] = {WEIGHT_ONLY: weight_only, EIGHT_BIT: eight_bi
 
 
 def pack(
-    format: str, shape: tuple[int, int], params: Mapping[str, Any], tensors: Mapping[str, Tensor], layout: str
+    format: str,
+    shape: tuple[int, int],
+    params: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    layout: str,
 ) -> dict[str, Tensor]:
     """Checkpoint tensors -> the tensors of `layout`, each contiguous and aligned, for kernels get addresses only.
 
@@ -32,9 +36,13 @@ def pack(
     fmt = _format(format)
     own = fmt.kernel_layout(params)
     if layout not in _MODULES or layout != own:
-        raise ValueError(f"layout: expected {own or 'none'!r} for {format!r} {dict(params)}, got {layout!r}")
+        raise ValueError(
+            f"layout: expected {own or 'none'!r} for {format!r} {dict(params)}, got {layout!r}"
+        )
     packed = _MODULES[layout].pack(fmt, shape, dict(params), tensors)
-    return {name: whole(f"{format}: {name}", tensor, aligned=True) for name, tensor in packed.items()}
+    return {
+        name: whole(f"{format}: {name}", tensor, aligned=True) for name, tensor in packed.items()
+    }
 
 
 def unpack(

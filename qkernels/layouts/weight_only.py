@@ -191,7 +191,8 @@ def pack(
         storage["perm"] = perm
         if slice_group is not None:
             storage["slice_group"] = slice_group
-        codes = torch.nn.functional.pad(codes, (0, 1))[:, perm.long()]  # -1 picks the padding column
+        # -1 picks the padding column
+        codes = torch.nn.functional.pad(codes, (0, 1))[:, perm.long()]
     return storage | pack_codes(codes, traits.bits, table=parts.table is not None)
 
 
@@ -231,7 +232,8 @@ def pack_codes(codes: Tensor, bits: int, *, table: bool = False) -> dict[str, Te
     width, features = plane_bits(bits), tile_features(bits)
     tiles = -(-k // features)
     codes = torch.nn.functional.pad(codes, (0, tiles * features - k))
-    parts = codes.view(n, tiles, -1, 2, 2, 4, 2).permute(1, 0, 5, 3, 4, 2, 6)  # (T, N, j, p, h, s, b)
+    # (T, N, j, p, h, s, b)
+    parts = codes.view(n, tiles, -1, 2, 2, 4, 2).permute(1, 0, 5, 3, 4, 2, 6)
     qdata = torch.zeros(tiles, n, 4, 2, 2, dtype=torch.int32, device=codes.device)
     for s in range(16 // width):
         for b in range(2):
@@ -257,7 +259,9 @@ def _high_places(bits: int) -> list[tuple[tuple[int, int], int, int]]:
     return [((p, h), h if halves else 0, own * (p if halves else p * 2 + h)) for p, h in places]
 
 
-def unpack_codes(storage: Mapping[str, Tensor], bits: int, n: int, k: int, *, table: bool = False) -> Tensor:
+def unpack_codes(
+    storage: Mapping[str, Tensor], bits: int, n: int, k: int, *, table: bool = False
+) -> Tensor:
     """The inverse of `pack_codes`: codes uint8 (N, k)."""
     width = plane_bits(bits)
     qdata = storage["qdata"]

@@ -72,7 +72,9 @@ class Gptq(Algorithm):
             for name, weight, params in zip(names, weights, resolved, strict=True):
                 end = begin + weight.shape[0]
                 part = grid._replace(
-                    codes=grid.codes[begin:end], scale=grid.scale[begin:end], zero=grid.zero[begin:end]
+                    codes=grid.codes[begin:end],
+                    scale=grid.scale[begin:end],
+                    zero=grid.zero[begin:end],
                 )
                 begin = end
                 shape = (weight.shape[0], weight.shape[1])
@@ -108,8 +110,12 @@ class Awq(Algorithm):
             # The product of queries and keys feels clipping more than these errors tell.
             if self.settings["clip"] and not name.endswith(("q_proj", "k_proj")):
                 size = self.params.get("group_size", self.params.get("block_size", -1))
-                default = self.fmt.defaults.get("group_size", self.fmt.defaults.get("block_size", -1))
-                size = size if "group_size" in self.params or "block_size" in self.params else default
+                default = self.fmt.defaults.get(
+                    "group_size", self.fmt.defaults.get("block_size", -1)
+                )
+                size = (
+                    size if "group_size" in self.params or "block_size" in self.params else default
+                )
                 weight = awq.search_clip(weight, found[name].hessian, size, self._round_trip)
             packed[name] = self.rounded(weight)
             layer.weight.copy_(packed[name].dequantize())
@@ -173,7 +179,9 @@ class Imatrix(Algorithm):
         packed = {}
         for name, layer in wanted.items():
             own = full[id(layer)]
-            weighted = "importance" in formats.get(self.formats.get(own, self.fmt.name)).quantize_only
+            weighted = (
+                "importance" in formats.get(self.formats.get(own, self.fmt.name)).quantize_only
+            )
             more = {"importance": found[name].mean_square} if weighted else {}
             packed[name] = self.rounded(layer.weight.detach(), own, **more)
         return packed

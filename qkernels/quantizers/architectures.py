@@ -87,7 +87,9 @@ def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind in BY_MODEL_TYPE:
         path = BY_MODEL_TYPE[kind].blocks
-        return [(f"{path}.{i}", block) for i, block in enumerate(model.get_submodule(path).children())]
+        return [
+            (f"{path}.{i}", block) for i, block in enumerate(model.get_submodule(path).children())
+        ]
     lists = [
         (name, module)
         for name, module in model.named_modules()

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 
-def calibration_ids(tokenizer: Any, text: str, samples: int = 32, length: int = 512, seed: int = 0) -> Tensor:
+def calibration_ids(
+    tokenizer: Any, text: str, samples: int = 32, length: int = 512, seed: int = 0
+) -> Tensor:
     """`samples` windows of `length` tokens from random places of a text, int64 (samples, length).
 
     Raises ValueError if the text has fewer than `length` + 1 tokens.
@@ -40,12 +42,18 @@ def batches_of(calibration: Any, vocabulary: int | None) -> list[Tensor]:
             or ids.dim() not in (1, 2)
             or not ids.numel()
         ):
-            got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+            got = (
+                f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+            )
             raise ValueError(f"calibration[{i}]: expected integers of shape (tokens,), got {got}")
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or (vocabulary is not None and high >= vocabulary):
-            raise ValueError(f"calibration[{i}]: expected ids in [0, {vocabulary}), got {low}..{high}")
-        batches += list(ids.reshape(1, -1).long().split(1) if ids.dim() == 1 else ids.long().split(1))
+            raise ValueError(
+                f"calibration[{i}]: expected ids in [0, {vocabulary}), got {low}..{high}"
+            )
+        batches += list(
+            ids.reshape(1, -1).long().split(1) if ids.dim() == 1 else ids.long().split(1)
+        )
     return batches
 
 
@@ -159,7 +167,9 @@ class BlockInputs:
         called = {name for _, names in seen for name in names}
         missing = sorted(set(wanted) - called)
         if missing:
-            raise ValueError(f"{missing[0]}: expected to be called in a forward pass of its block, was not")
+            raise ValueError(
+                f"{missing[0]}: expected to be called in a forward pass of its block, was not"
+            )
         return [names for _, names in seen]
 
     def collect(

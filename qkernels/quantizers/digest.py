@@ -33,9 +33,14 @@ def of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 def of_model(model: nn.Module) -> str:
     """Of all parameters and buffers, of what the modules are, and of the config, but not of where it came from."""
-    modules = [f"{name} {type(m).__qualname__} {m.extra_repr()}" for name, m in model.named_modules()]
+    modules = [
+        f"{name} {type(m).__qualname__} {m.extra_repr()}" for name, m in model.named_modules()
+    ]
     tensors = of_tensors(
-        [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        [
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        ]
     )
     config = getattr(model, "config", None)
     to_dict = getattr(config, "to_dict", None)

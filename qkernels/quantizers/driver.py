@@ -59,7 +59,11 @@ def quantize_calibrated(
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     batches = batches_of(calibration, vocabulary)
     blocks = architectures.blocks_of(model)
-    store = None if resume is None else _Store(Path(resume), _job(model, algorithm, wanted, batches), fmt)
+    store = (
+        None
+        if resume is None
+        else _Store(Path(resume), _job(model, algorithm, wanted, batches), fmt)
+    )
     training = model.training
     model.eval()
     try:
@@ -96,7 +100,10 @@ def replace(root: nn.Module, name: str, linear: nn.Linear, packed: PackedWeight)
 
 # ---------------------------------------------------------------------- resuming
 def _job(
-    model: nn.Module, algorithm: algorithms.Algorithm, wanted: dict[str, nn.Linear], batches: list[Tensor]
+    model: nn.Module,
+    algorithm: algorithms.Algorithm,
+    wanted: dict[str, nn.Linear],
+    batches: list[Tensor],
 ) -> dict[str, Any]:
     """What must be the same for finished blocks to be of use.
 
@@ -140,7 +147,9 @@ class _Store:
                         f"{got!r:.200} there and is {value!r:.200} now"
                     )
         elif any(not file.name.startswith(atomic.PREFIX) for file in path.iterdir()):
-            raise ValueError(f"resume: expected an empty directory or one of an earlier run, got {path}")
+            raise ValueError(
+                f"resume: expected an empty directory or one of an earlier run, got {path}"
+            )
         else:
             with atomic.replacing_file(manifest) as fresh:
                 fresh.write_text(json.dumps(job, indent=1))
@@ -149,7 +158,11 @@ class _Store:
         return self.path / f"block-{number}.safetensors"
 
     def save(self, number: int, block: nn.Module, packed: dict[str, PackedWeight]) -> None:
-        tensors = {f"packed.{n}/{k}": t.contiguous() for n, p in packed.items() for k, t in p.tensors.items()}
+        tensors = {
+            f"packed.{n}/{k}": t.contiguous()
+            for n, p in packed.items()
+            for k, t in p.tensors.items()
+        }
         for name, parameter in _plain(block, packed).items():
             tensors[f"plain.{name}"] = parameter.detach().contiguous()
         params = json.dumps({name: p.params for name, p in packed.items()})
@@ -188,9 +201,13 @@ class _Store:
     ) -> dict[str, PackedWeight]:
         for key, value in {"job": self.job, "block": str(number)}.items():
             if said.get(key) != value:
-                raise ValueError(f"one of another {key}: expected {value}, got {said.get(key, 'none')}")
+                raise ValueError(
+                    f"one of another {key}: expected {value}, got {said.get(key, 'none')}"
+                )
         params = json.loads(said.get("params", "null"))
-        if not isinstance(params, dict) or not all(isinstance(own, dict) for own in params.values()):
+        if not isinstance(params, dict) or not all(
+            isinstance(own, dict) for own in params.values()
+        ):
             raise ValueError(f"params: expected an object of objects, got {params!r:.80}")
         if set(params) != set(wanted):
             raise ValueError(f"layers {sorted(params)}, expected {sorted(wanted)}")

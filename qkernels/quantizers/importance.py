@@ -93,7 +93,9 @@ class ImportanceMatrix:
                 if name in names:
                     sums = (mean.double() * self.tokens).float().cpu()
                     writer.add_tensor(names[name] + _SUMS, sums[None].numpy())
-                    writer.add_tensor(names[name] + _COUNTS, torch.tensor([[float(self.tokens)]]).numpy())
+                    writer.add_tensor(
+                        names[name] + _COUNTS, torch.tensor([[float(self.tokens)]]).numpy()
+                    )
             write_out(writer)
 
     @classmethod
@@ -120,7 +122,9 @@ class ImportanceMatrix:
                 or tensor.shape != (1,) * (len(tensor.shape) - 1) + (columns,)
             ):
                 got = "none" if tensor is None else f"{tensor.type} {tensor.shape}"
-                raise ValueError(f"{path}: {name}: expected float32 of shape (1, {columns}), got {got}")
+                raise ValueError(
+                    f"{path}: {name}: expected float32 of shape (1, {columns}), got {got}"
+                )
             raw = read_part(file, f"{path}: {name}", tensor.offset, tensor.nbytes)
             found = torch.frombuffer(raw, dtype=torch.float32)
             if not bool(torch.isfinite(found).all()) or bool((found < 0).any()):
@@ -140,7 +144,9 @@ class ImportanceMatrix:
                     )
                 means[module], tokens = sums / count, max(tokens, int(count))
         if not means:
-            raise ValueError(f"{path}: expected entries for layers of this model, got {len(stored)} others")
+            raise ValueError(
+                f"{path}: expected entries for layers of this model, got {len(stored)} others"
+            )
         return cls(means, tokens)
 
 

@@ -59,7 +59,9 @@ def to_inside(
     return inside, before.inner(before.inner(hessian.float()).T)
 
 
-def ldlq(weight: Tensor, hessian: Tensor | None, rounder: Rounder, *, block: int, passes: int = 0) -> Tensor:
+def ldlq(
+    weight: Tensor, hessian: Tensor | None, rounder: Rounder, *, block: int, passes: int = 0
+) -> Tensor:
     """Codes of weight (N, K). rounder: (N, block) targets -> codes (N, any) and their values (N, block).
 
     Raises ValueError for an H that stays singular.
@@ -97,7 +99,13 @@ def ldlq(weight: Tensor, hessian: Tensor | None, rounder: Rounder, *, block: int
 
 
 def _descend(
-    weight: Tensor, error: Tensor, codes: list[Tensor], h: Tensor, rounder: Rounder, block: int, lazy: int
+    weight: Tensor,
+    error: Tensor,
+    codes: list[Tensor],
+    h: Tensor,
+    rounder: Rounder,
+    block: int,
+    lazy: int,
 ) -> None:
     """Rounds every block again to what is best if all others stay; changes `error` and `codes`."""
     k = weight.shape[1]

@@ -25,8 +25,12 @@ def assign(recipe: str, model: nn.Module, linears: dict[str, nn.Linear]) -> dict
     config: Any = getattr(model, "config", None)
     layers = getattr(config, "num_hidden_layers", None)
     if not isinstance(layers, int):
-        raise ValueError(f"{recipe}: expected a model whose config has num_hidden_layers, got {config!r}")
-    return {name: _type_of(recipe, name, linear.in_features, layers) for name, linear in linears.items()}
+        raise ValueError(
+            f"{recipe}: expected a model whose config has num_hidden_layers, got {config!r}"
+        )
+    return {
+        name: _type_of(recipe, name, linear.in_features, layers) for name, linear in linears.items()
+    }
 
 
 def _type_of(recipe: str, name: str, k: int, layers: int) -> str:

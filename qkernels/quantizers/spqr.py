@@ -70,7 +70,11 @@ def spqr(
     if hessian is not None:
         upper = inverse_factor(h if perm is None else h[perm][:, perm], damp)
     worth = upper.diagonal()
-    limit = threshold * float((w.var(0) / worth.square()).mean()) if n > 1 and threshold >= 0 else torch.inf
+    limit = (
+        threshold * float((w.var(0) / worth.square()).mean())
+        if n > 1 and threshold >= 0
+        else torch.inf
+    )
     top = (1 << bits) - 1
     row_group = min(row_group, n)
     groups, rows = k // group_size, -(-n // row_group)
@@ -104,7 +108,9 @@ def spqr(
                 value = (column - rounded).half()
                 is_outlier = (error.square() > limit) & torch.isfinite(value) & (value != 0)
                 outliers[:, at] = torch.where(is_outlier, value, 0)
-                error = torch.where(is_outlier, (column - rounded - value.to(dtype)) / worth[at], error)
+                error = torch.where(
+                    is_outlier, (column - rounded - value.to(dtype)) / worth[at], error
+                )
             errors[:, i] = error
             block[:, i + 1 :].addr_(error, factor[i, i + 1 :], alpha=-1)
         w[:, end:].addmm_(errors, upper[begin:end, end:], alpha=-1)
@@ -129,7 +135,11 @@ def _without_outliers(group: Tensor, worth: Tensor, limit: float, top: int) -> T
     """group (N, g) with likely outliers replaced by the mean of the rest, for fitting a range."""
     if limit == torch.inf or group.shape[1] < 3:
         return group
-    cost = ((_fit(*_extremes(group), top).round(group, top) - group) / worth).square().sum(-1, keepdim=True)
+    cost = (
+        ((_fit(*_extremes(group), top).round(group, top) - group) / worth)
+        .square()
+        .sum(-1, keepdim=True)
+    )
     # Leaving one weight out changes the range only if it is the smallest or the largest.
     saved = torch.empty_like(group)
     for i in range(group.shape[1]):
@@ -142,7 +152,9 @@ def _without_outliers(group: Tensor, worth: Tensor, limit: float, top: int) -> T
     return torch.where(kept, group, mean)
 
 
-def _quantized_stats(kept: Tensor, worth: Tensor, top: int, row_group: int) -> tuple[Tensor, Tensor]:
+def _quantized_stats(
+    kept: Tensor, worth: Tensor, top: int, row_group: int
+) -> tuple[Tensor, Tensor]:
     """A group (N, g) -> codes uint8 (2, N) of scales and zeros, and the second level float16 (R, 4).
 
     Step and offset of the codes come from the range of the rows' own scales and zeros; each row then

@@ -21,11 +21,15 @@ from qkernels.cli import main
 def test_shapes_and_formats() -> None:
     assert shapes.shapes_of("square, 8192x8192,72x5") == [(8192, 8192), (72, 5)]
     for wrong in ("3by4", "0x4", "x4", "llama-9"):
-        with pytest.raises(ValueError, match=f"shapes: expected NxK or one of square, .*; got '{wrong}'"):
+        with pytest.raises(
+            ValueError, match=f"shapes: expected NxK or one of square, .*; got '{wrong}'"
+        ):
             shapes.shapes_of(wrong)
     everything = shapes.formats_of("all")
     assert {"bf16", "gptq", "w8a8"} <= {name for name, _ in everything}
-    assert shapes.formats_of("eight_bit") == [c for c in everything if c in shapes.SUITES["eight_bit"]]
+    assert shapes.formats_of("eight_bit") == [
+        c for c in everything if c in shapes.SUITES["eight_bit"]
+    ]
     assert shapes.formats_of("nf4,gptq:bits=3") == [("nf4", {}), ("gptq", {"bits": 3})]
 
 
@@ -92,7 +96,10 @@ class Wrong(race.Dense):
 def test_what_is_wrong_is_not_timed(how: str, why: str) -> None:
     rows = list(
         race.run(
-            [Wrong(how), race.Ours("nf4", {}, "reference")], [(64, 128)], [1, 3], race.Settings("cpu", 2)
+            [Wrong(how), race.Ours("nf4", {}, "reference")],
+            [(64, 128)],
+            [1, 3],
+            race.Settings("cpu", 2),
         )
     )
     assert [(row.contestant, row.m) for row in rows if row.failed] == [("wrong", 1), ("wrong", 3)]
@@ -129,14 +136,21 @@ def test_named_peers_race_in_the_order_of_their_names() -> None:
 
 
 def row(contestant: str, m: int, chain: float, group: str = "g") -> dict[str, object]:
-    made = race.Row(contestant, group, 64, 128, m, chain=chain, spread=0.1, alone=chain, speedup=10 / chain)
+    made = race.Row(
+        contestant, group, 64, 128, m, chain=chain, spread=0.1, alone=chain, speedup=10 / chain
+    )
     made.bandwidth, made.tflops, made.error = 1.0, 1.0, 1e-3
     return vars(made)
 
 
 def test_report(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    rows = [row("qkernels a", 1, 5), row("peer", 1, 10), row("qkernels a", 64, 8), row("peer", 64, 4)]
+    rows = [
+        row("qkernels a", 1, 5),
+        row("peer", 1, 10),
+        row("qkernels a", 64, 8),
+        row("peer", 64, 4),
+    ]
     rows.append(vars(race.Row("gone", "g", 64, 128, 1, failed="not installed")))
     speeds = report.mean_speedups(rows)
     assert speeds["qkernels a"] == pytest.approx({"decode": 2.0, "middle": 1.25})
@@ -156,9 +170,9 @@ def test_pictures_are_of_each_family(tmp_path: Path) -> None:
     assert {name: [one["contestant"] for one in ones] for name, ones in families.items()} == {
         "4-bit weight-only": ["ours nf4", "ours nf4", "peer [nf4]", "peer [nf4]"]
     }
-    assert report.pictures([{**one, "predicted": 5.0} for one in rows], 4000.0, tmp_path / "x.md") == [
-        "8192x8192.png"
-    ]
+    assert report.pictures(
+        [{**one, "predicted": 5.0} for one in rows], 4000.0, tmp_path / "x.md"
+    ) == ["8192x8192.png"]
     assert (tmp_path / "8192x8192.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -173,7 +187,20 @@ def test_host_overhead_is_measured_with_a_kernel_that_does_nothing() -> None:
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
-        main(["bench", "--formats", "nf4", "--shapes", "16x64", "--rows", "1,2", "--repeats", "1", "--json"])
+        main(
+            [
+                "bench",
+                "--formats",
+                "nf4",
+                "--shapes",
+                "16x64",
+                "--rows",
+                "1,2",
+                "--repeats",
+                "1",
+                "--json",
+            ]
+        )
         == 0
     )
     results = json.loads(capsys.readouterr().out)["results"]
@@ -184,10 +211,14 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--rows", "0"]) == 2
     assert "--rows: expected numbers from 1" in capsys.readouterr().err
     assert main(["bench", "--formats", "nf5"]) == 2
-    assert main(["bench", "--formats", "awq:group_size=128", "--shapes", "16x64", "--rows", "1"]) == 2
+    assert (
+        main(["bench", "--formats", "awq:group_size=128", "--shapes", "16x64", "--rows", "1"]) == 2
+    )
 
 
-def synthetic(spec: str, m: int, chain: float, dense: float, backend: str = "triton", n: int = 8192) -> dict:
+def synthetic(
+    spec: str, m: int, chain: float, dense: float, backend: str = "triton", n: int = 8192
+) -> dict:
     """A row as a race makes it, of round numbers that nobody measured."""
     group = race.GROUPS.get(spec, spec)
     made = race.Row(
@@ -198,7 +229,11 @@ def synthetic(spec: str, m: int, chain: float, dense: float, backend: str = "tri
 
 
 def test_what_falls_short_of_the_targets_worst_first() -> None:
-    four, copy = "gptq:bits=4,group_size=128", 8192 * 4096 / 10 / 1e3  # a copy of such a weight takes 10 us
+    # a copy of such a weight takes 10 us
+    four, copy = (
+        "gptq:bits=4,group_size=128",
+        8192 * 4096 / 10 / 1e3,
+    )
     rows = [
         synthetic(four, 1, 40, 100),  # 2.5x of 3.5, a quarter of the bandwidth
         synthetic(four, 1, 20, 100, backend="cuda"),  # the faster one counts: 5x, half of it
@@ -221,7 +256,11 @@ def test_what_falls_short_of_the_targets_worst_first() -> None:
             0.5,
             "8192x8192, M=1",
         ),
-        ("4-bit weight-only, M=1..16: 0.8 of the copy bandwidth, alone of 8192x8192", 0.5, "8192x8192, M=1"),
+        (
+            "4-bit weight-only, M=1..16: 0.8 of the copy bandwidth, alone of 8192x8192",
+            0.5,
+            "8192x8192, M=1",
+        ),
         ("4-bit weight-only, M=64: 2 x torch bf16", 2.0, "8192x8192, M=64"),
         ("4-bit weight-only, M=1..16: 3.5 x torch bf16", 5.0, "8192x8192, M=1"),
         ("4-bit weight-only, M=32..256: 1 x torch bf16", 2.0, "8192x8192, M=64"),
@@ -236,7 +275,9 @@ def test_what_falls_short_of_the_targets_worst_first() -> None:
         text.split("## Against peers")[0],
         *text.split("## Against peers")[1].split("## Every"),
     )
-    assert table.count("**50%**") == 1, "the peer's; 0.5 / 0.95 = 53%, 0.5 / 0.9 = 56%, 0.5 / 0.8 = 62%"
+    assert table.count("**50%**") == 1, (
+        "the peer's; 0.5 / 0.95 = 53%, 0.5 / 0.9 = 56%, 0.5 / 0.8 = 62%"
+    )
     assert (
         table.index("**50%**")
         < table.index("**53%**")
@@ -301,6 +342,9 @@ def test_a_peer_of_the_same_codes_is_held_to_them() -> None:
     p = qk.quantize(torch.randn(64, 128), "gptq", bits=4, group_size=128)
     right = peers.same_weight(lambda x: qk.matmul(x, p), p)
     x = torch.randn(3, 128).bfloat16()
-    for layer, wrong in ((right, False), (peers.same_weight(lambda x: 1.03 * qk.matmul(x, p), p), True)):
+    for layer, wrong in (
+        (right, False),
+        (peers.same_weight(lambda x: 1.03 * qk.matmul(x, p), p), True),
+    ):
         error = (layer.call(x) - layer.want(x)).norm() / layer.want(x).norm()
         assert bool(error > layer.tolerance) is wrong

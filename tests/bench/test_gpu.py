@@ -51,7 +51,8 @@ def test_every_command_parses(words: str, tmp_path: Path) -> None:
         return
     app = typer.Typer()
     app.command()(importlib.import_module(name).main)
-    given = typer.main.get_command(app).make_context(module, options).params  # an error for an unknown option
+    # an error for an unknown option
+    given = typer.main.get_command(app).make_context(module, options).params
     for option in ("suite", "formats"):
         if given.get(option):
             assert shapes.formats_of(given[option])
@@ -59,7 +60,9 @@ def test_every_command_parses(words: str, tmp_path: Path) -> None:
         assert shapes.shapes_of(given["sizes"])
         assert {int(m) for m in given["rows"].split(",")}
         assert set(given["backend"].split(",")) <= set(dispatch.BACKENDS)
-        raced = worker.contestants(given["suite"], given["backend"], given["with_peers"], given["tiny"])
+        raced = worker.contestants(
+            given["suite"], given["backend"], given["with_peers"], given["tiny"]
+        )
         named = {"none"} if given["with_peers"] == "none" else set(given["with_peers"].split(","))
         assert named <= {"none"} or len(raced) > 1 + len(given["backend"].split(","))
 
@@ -92,7 +95,9 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         (("OUT", "--part", "lunch"), "got 'lunch'"),
     ],
 )
-def test_wrong_arguments_are_named(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+def test_wrong_arguments_are_named(
+    arguments: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
     done = run(*(str(tmp_path) if word == "OUT" else word for word in arguments), COLUMNS="200")
     assert done.returncode == 2
     assert message in " ".join(done.stderr.split())
@@ -189,7 +194,9 @@ def test_a_part_that_hangs_is_stopped_and_the_next_one_runs(
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
-def test_a_runner_that_is_stopped_stops_what_it_started(tmp_path: Path, sign: signal.Signals) -> None:
+def test_a_runner_that_is_stopped_stops_what_it_started(
+    tmp_path: Path, sign: signal.Signals
+) -> None:
     code = (
         "import sys; from bench.gpu import __main__ as runner, plan\n"
         f"plan.PARTS['smoke'] = plan.Part('', 1, (plan.Command('', 99, {str(tmp_path / 'long.py')!r}),))\n"
@@ -198,7 +205,9 @@ def test_a_runner_that_is_stopped_stops_what_it_started(tmp_path: Path, sign: si
     (tmp_path / "long.py").write_text(
         f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)\n"
     )
-    runs = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    runs = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     until = time.monotonic() + 30
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
         assert time.monotonic() < until
@@ -213,7 +222,9 @@ def test_a_runner_that_is_stopped_stops_what_it_started(tmp_path: Path, sign: si
 def test_other_formats_are_run_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     one = runner.Run(tmp_path, 10**6, tiny=False, formats="nf4")
     started: list[list[str]] = []
-    monkeypatch.setattr(one, "_command", lambda name, command, words, left: started.append(words) or "0")
+    monkeypatch.setattr(
+        one, "_command", lambda name, command, words, left: started.append(words) or "0"
+    )
     for name in ("model", "race", "smoke"):
         one.part(name)
     assert [words[1] for words in started] == ["bench.llm", "bench", "bench.smoke"]
@@ -222,12 +233,16 @@ def test_other_formats_are_run_once(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 def test_a_failure_of_one_format_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     one = runner.Run(tmp_path, 10**6, tiny=False, formats=None)
-    monkeypatch.setattr(one, "_command", lambda name, command, words, left: "1" if "nf4" in words else "0")
+    monkeypatch.setattr(
+        one, "_command", lambda name, command, words, left: "1" if "nf4" in words else "0"
+    )
     one.part("model")
     (tmp_path / "model.txt").write_text("Traceback\nOutOfMemoryError: 3 GiB")
     (tmp_path / "model.json").write_text('{"results": []}')
     assert one.ended["model"][0] == "nf4 1"
-    assert "nf4 1; said last: Traceback OutOfMemoryError: 3 GiB" in tables.of(tmp_path, one.ended, 5000)
+    assert "nf4 1; said last: Traceback OutOfMemoryError: 3 GiB" in tables.of(
+        tmp_path, one.ended, 5000
+    )
 
 
 def test_the_last_race_as_a_table(tmp_path: Path) -> None:
@@ -277,8 +292,9 @@ def test_tables_of_races_and_models() -> None:
     rows = [{**row("qkernels cuda nf4", 1, 2.0, "out of memory"), "alone": None, "bandwidth": None}]
     assert tables._races(rows, 400.0).splitlines()[-1] == "cuda nf4: out of memory"
     model = {"format": "nf4", "batch": 1, "prompt": 9, "prefill": 100.0, "decode": {"graph": 2.0}}
-    assert "nf4, batch 1: prefill of 9 100, decode (graph) 2.0, 5.0 GiB, at most 7.0" in tables._models(
-        [{**model, "memory_weights": 5.0, "memory_peak": 7.0}]
+    assert (
+        "nf4, batch 1: prefill of 9 100, decode (graph) 2.0, 5.0 GiB, at most 7.0"
+        in tables._models([{**model, "memory_weights": 5.0, "memory_peak": 7.0}])
     )
 
 
@@ -288,7 +304,9 @@ def pack(parcel: Path, name: str, files: dict[str, str]) -> None:
     for file, text in files.items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text(text)
-    subprocess.run(["tar", "-C", str(parcel), "-cJf", str(parcel / f"{name}.tar.xz"), name], check=True)
+    subprocess.run(
+        ["tar", "-C", str(parcel), "-cJf", str(parcel / f"{name}.tar.xz"), name], check=True
+    )
 
 
 @pytest.fixture
@@ -345,7 +363,8 @@ def test_a_damaged_archive_is_named(parcel: Path) -> None:
 def test_a_missing_archive_is_named(parcel: Path) -> None:
     (parcel / "prebuilt.tar.xz").unlink()
     with pytest.raises(
-        ValueError, match="prebuilt.tar.xz is not there. The parcel, which git ignores, must be carried"
+        ValueError,
+        match="prebuilt.tar.xz is not there. The parcel, which git ignores, must be carried",
     ):
         install.unpack(parcel)
 
@@ -356,7 +375,9 @@ def test_what_is_compiled_beforehand_is_all_that_the_calls_start() -> None:
     from bench.gpu import cache
 
     parts = cache.PLANNED.split(",")
-    assert set(parts) | {"racecheck", "gemlite"} == {name for names in plan.CALLS.values() for name in names}
+    assert set(parts) | {"racecheck", "gemlite"} == {
+        name for names in plan.CALLS.values() for name in names
+    }
     by_part = {name: list(cache.products([name])) for name in parts}
     assert all(by_part.values())
     assert list(cache.products(["racecheck"])) == by_part["memcheck"]
@@ -366,7 +387,9 @@ def test_what_is_compiled_beforehand_is_all_that_the_calls_start() -> None:
     assert any(call.late for one in by_part["smoke"] for call in one.calls)
 
 
-def test_hummings_kernels_are_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_hummings_kernels_are_compiled_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     compiled: list[str] = []
 
     class Compiler:
@@ -390,7 +413,10 @@ def test_hummings_kernels_are_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp
     for _ in range(2):
         humming_.keep_kernels(tmp_path / "store")
         for code in ("a", "b"):
-            assert Path(Compiler.compile(code, 90, "kernel<1>")).read_text() == f"machine code of {code}"
+            assert (
+                Path(Compiler.compile(code, 90, "kernel<1>")).read_text()
+                == f"machine code of {code}"
+            )
     assert Path(Compiler.compile("a", 90, "kernel<2>")).is_file()
     assert compiled == ["a", "b", "a"]
 
@@ -450,7 +476,9 @@ def test_predictions_are_the_last_runs_own_times_where_it_measured() -> None:
     assert all(ratio == pytest.approx(1) for ratio, _ in lines)
     slower = {
         **report,
-        "results": [{**row, "chain": 3 * row["chain"]} for row in report["results"] if row["chain"]],
+        "results": [
+            {**row, "chain": 3 * row["chain"]} for row in report["results"] if row["chain"]
+        ],
     }
     assert all(ratio == pytest.approx(3) for ratio, _ in predictions.beside(predictor, slower))
     other = predictor.product("nf4", (28672, 4096), 4096)
@@ -464,7 +492,9 @@ def test_predictions_of_models() -> None:
     assert gpu is not None
     predictor = predictions.Predictor(gpu, json.loads(predictions.LAST.read_text()))
     best, expected = predictor.model("bf16", 1, 1)
-    parameters = 32 * sum(n * k * c for (n, k), c in zip(llm.linear_shapes("8b"), (2, 2, 2, 1), strict=True))
+    parameters = 32 * sum(
+        n * k * c for (n, k), c in zip(llm.linear_shapes("8b"), (2, 2, 2, 1), strict=True)
+    )
     assert parameters == 6_979_321_856
     assert 2 * parameters / 4.8e12 < best < expected < 10e-3
     decode = {

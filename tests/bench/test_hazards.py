@@ -26,10 +26,11 @@ PRODUCT, ONE_LEFT, NONE_LEFT = (
         (code(PRODUCT, "LDS.128 R86, [R3]", NONE_LEFT), 88),  # four registers from R86 on
         (code(PRODUCT, "IMAD.WIDE R90, R1, R2, R4", NONE_LEFT), 90),
         (code(PRODUCT, "LOP3.LUT P1, R91, R1, R2, RZ, 0x3c, !PT"), 91),
+        # a group not committed yet
         (
             code(PRODUCT.replace(", gsb0", ""), "MOV R88, R5", PRODUCT, NONE_LEFT),
             88,
-        ),  # a group not committed yet
+        ),
     ],
 )
 def test_writes_to_operands_under_way(loop: list[Instruction], register: int) -> None:
@@ -42,10 +43,13 @@ def test_writes_to_operands_under_way(loop: list[Instruction], register: int) ->
         code("MOV R89, R5", PRODUCT, NONE_LEFT),
         code("MOV R92, R5", PRODUCT, ONE_LEFT),  # another register
         code("STG.E.128 [R4], R88", PRODUCT, ONE_LEFT),  # reads it
-        code(PRODUCT.replace("R88", "gdesc[UR4]"), "MOV R88, R5"),  # the operand lies in shared memory
+        # the operand lies in shared memory
+        code(PRODUCT.replace("R88", "gdesc[UR4]"), "MOV R88, R5"),
         code("ISETP.GE.AND P0, PT, R88, R1, PT", PRODUCT, ONE_LEFT),
         # two products, each waited for by the time its operand is written again
-        code("MOV R88, R1", PRODUCT, ONE_LEFT, "MOV R96, R1", PRODUCT.replace("R88", "R96"), ONE_LEFT),
+        code(
+            "MOV R88, R1", PRODUCT, ONE_LEFT, "MOV R96, R1", PRODUCT.replace("R88", "R96"), ONE_LEFT
+        ),
     ],
 )
 def test_what_overtakes_nothing(loop: list[Instruction]) -> None:

@@ -37,7 +37,9 @@ def test_the_table_of_a_race() -> None:
 
 def test_every_kind_that_races_has_a_name() -> None:
     kinds = {
-        faster._kind(f"{name}:{','.join(f'{k}={v}' for k, v in params.items())}".rstrip(":"), (512, 512), 1)
+        faster._kind(
+            f"{name}:{','.join(f'{k}={v}' for k, v in params.items())}".rstrip(":"), (512, 512), 1
+        )
         for name, params in shapes.formats_of("all")
         if name != "bf16"
     }
@@ -51,7 +53,12 @@ def two_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def kernel(name: str) -> dispatch.Kernel:
         return dispatch.Kernel(
-            name, name.split(".")[0], layouts.WEIGHT_ONLY, lambda: None, lambda problem: None, lambda *_: None
+            name,
+            name.split(".")[0],
+            layouts.WEIGHT_ONLY,
+            lambda: None,
+            lambda problem: None,
+            lambda *_: None,
         )
 
     names = ("triton.one", "cuda.one", "cuda.two")
@@ -72,7 +79,12 @@ def test_auto_takes_the_faster_one() -> None:
         return dispatch.select(problem._replace(**changes), backend).name
 
     assert chosen() == "cuda.one"
-    assert [chosen(m=m) for m in (1, 9, 64, 4096)] == ["cuda.one", "triton.one", "triton.one", "triton.one"]
+    assert [chosen(m=m) for m in (1, 9, 64, 4096)] == [
+        "cuda.one",
+        "triton.one",
+        "triton.one",
+        "triton.one",
+    ]
     assert chosen("triton") == "triton.one"
     # what was measured says nothing about another GPU, or about sums in one order
     assert chosen(capability=(8, 0)) == chosen(batch_invariant=True) == "triton.one"

@@ -47,7 +47,9 @@ def unwritten(y: Tensor) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize("fault", [one_wrong, unwritten, lambda y: y * 1.05], ids=["one", "nan", "all"])
+@pytest.mark.parametrize(
+    "fault", [one_wrong, unwritten, lambda y: y * 1.05], ids=["one", "nan", "all"]
+)
 def test_a_wrong_kernel_fails(monkeypatch: pytest.MonkeyPatch, fault: Any) -> None:
     found = checks(monkeypatch, fault)
     assert all(one.failed for one in found if one.check == "error")
@@ -57,7 +59,9 @@ def test_a_kernel_with_other_bits_now_and_then_fails(monkeypatch: pytest.MonkeyP
     calls = itertools.count()
     found = checks(monkeypatch, lambda y: y * (1 + 2**-6) if next(calls) % 5 == 4 else y)
     assert any(one.failed for one in found if one.check == "repeat")
-    assert not any(one.failed for one in found if one.check == "error" and "of its bound" not in one.failed)
+    assert not any(
+        one.failed for one in found if one.check == "error" and "of its bound" not in one.failed
+    )
 
 
 def test_poisoned_memory_is_poisoned() -> None:
@@ -100,8 +104,12 @@ def test_a_process_that_dies_takes_its_own_case_only(monkeypatch: pytest.MonkeyP
         new, more = share.poll()
         found += new
     assert started == [[("nf4", "cuda"), ("q4_k", "cuda")], [("q4_k", "cuda")]]
-    assert [(one.case, one.failed) for one in found] == [("nf4", "the process died (1): Segmentation fault")]
-    lines = smoke.summary([*found, smoke.Check("q4_k", "cuda", "", 1, "", "error", 0.5)], [("awq", "cuda")])
+    assert [(one.case, one.failed) for one in found] == [
+        ("nf4", "the process died (1): Segmentation fault")
+    ]
+    lines = smoke.summary(
+        [*found, smoke.Check("q4_k", "cuda", "", 1, "", "error", 0.5)], [("awq", "cuda")]
+    )
     assert lines[0].startswith("FAILED cuda nf4, 1 of 1: ")
     assert "0.50 cuda q4_k" in lines
     assert lines[-1] == "no time was left for: cuda awq"
@@ -122,7 +130,9 @@ def test_nodes_of_a_graph_are_counted_by_kind(tmp_path: Path) -> None:
     """
     library = tmp_path / "libcuda.so"
     subprocess.run(
-        ["cc", "-shared", "-fPIC", "-o", str(library), "-x", "c", "-"], input=source.encode(), check=True
+        ["cc", "-shared", "-fPIC", "-o", str(library), "-x", "c", "-"],
+        input=source.encode(),
+        check=True,
     )
     assert starts.node_kinds(0x1234567890, str(library)) == [0, 2, 0]
     with pytest.raises(RuntimeError, match="cuGraphGetNodes: CUDA error 400"):

@@ -19,7 +19,9 @@ from qkernels.benchmark import race
 from .broken import CONTESTANTS
 
 
-def raced(rows: list[int], deadline: float = 1e9, peers: str = "tests.bench.broken") -> list[race.Row]:
+def raced(
+    rows: list[int], deadline: float = 1e9, peers: str = "tests.bench.broken"
+) -> list[race.Row]:
     field = worker.contestants("bf16", "reference", peers, True)
     cases = [(number, 64, 128, list(rows)) for number in range(len(field))]
     job = worker.Job("bf16", "reference", peers, True, "cpu", 1, cases, {})
@@ -37,7 +39,11 @@ def test_what_breaks_its_process_costs_its_own_place_only() -> None:
     for how, why in (("dies", "the process died (9)"), ("hangs", "hung: no answer for 3 s")):
         assert found[f"qkernels broken {how}", 1].failed.startswith(why)
         after = found[f"qkernels broken {how}", 3]
-        assert (after.failed, after.chain is not None, after.speedup is not None) == ("", True, True)
+        assert (after.failed, after.chain is not None, after.speedup is not None) == (
+            "",
+            True,
+            True,
+        )
     assert found["qkernels broken always", 3].failed.startswith("the process died (9)")
 
 
@@ -77,20 +83,27 @@ def test_results_are_on_disk_before_the_end(tmp_path: Path) -> None:
     try:
         for _ in range(600):
             time.sleep(0.1)
-            if (tmp_path / "r.json").exists() and "broken dies" in (tmp_path / "r.json").read_text():
+            if (tmp_path / "r.json").exists() and "broken dies" in (
+                tmp_path / "r.json"
+            ).read_text():
                 break
         running.send_signal(signal.SIGTERM)
         said, _ = running.communicate(timeout=60)
     finally:
         running.kill()
     found = json.loads((tmp_path / "r.json").read_text())["results"]
-    assert {row["contestant"] for row in found if row["chain"]} >= {"torch bf16", "qkernels broken dies"}
+    assert {row["contestant"] for row in found if row["chain"]} >= {
+        "torch bf16",
+        "qkernels broken dies",
+    }
     assert "stopped" in said
     assert "# Race" in (tmp_path / "r.md").read_text()
 
 
 def test_a_line_says_what_matters() -> None:
-    row = race.Row("qkernels cuda nf4", "nf4", 64, 128, 1, chain=12.34, speedup=3.456, bandwidth=3000.0)
+    row = race.Row(
+        "qkernels cuda nf4", "nf4", 64, 128, 1, chain=12.34, speedup=3.456, bandwidth=3000.0
+    )
     gone = race.Row("qkernels cuda nf4", "nf4", 64, 128, 16, failed="hung: no answer for 45 s")
     assert (
         command.line([row, gone], 4000.0)
@@ -98,10 +111,15 @@ def test_a_line_says_what_matters() -> None:
     )
     peer = race.Row("humming", "w8a8", 64, 128, 1, failed="humming is not installed")
     also = race.Row("humming", "w8a8", 64, 128, 16, failed="humming is not installed")
-    assert command.line([peer, also], None) == "64x128 humming [w8a8]: M1 humming is not installed | M16 -"
+    assert (
+        command.line([peer, also], None)
+        == "64x128 humming [w8a8]: M1 humming is not installed | M16 -"
+    )
 
 
 @pytest.mark.parametrize("job", [{"copy": True}, {"warm": True}])
 def test_jobs_travel_as_json(job: dict[str, bool]) -> None:
-    made = worker.Job("nf4", "triton", "none", True, "cpu", 1, [(0, 64, 128, [1])], {"64,128,1": 2.5}, **job)
+    made = worker.Job(
+        "nf4", "triton", "none", True, "cpu", 1, [(0, 64, 128, [1])], {"64,128,1": 2.5}, **job
+    )
     assert worker.Job(**json.loads(json.dumps(vars(made)))).dense == {"64,128,1": 2.5}

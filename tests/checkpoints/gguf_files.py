@@ -31,7 +31,11 @@ def entry(value: Any) -> tuple[Any, gguf.GGUFValueType, gguf.GGUFValueType | Non
         return value, TYPE.BOOL, None
     if isinstance(value, int):
         small = TYPE.INT32 if value < 0 else TYPE.UINT32
-        return value, small if -(2**31) <= value < 2**32 else TYPE.UINT64 if value > 0 else TYPE.INT64, None
+        return (
+            value,
+            small if -(2**31) <= value < 2**32 else TYPE.UINT64 if value > 0 else TYPE.INT64,
+            None,
+        )
     return value, TYPE.FLOAT32 if isinstance(value, float) else TYPE.STRING, None
 
 

@@ -30,16 +30,22 @@ def test_a_missing_expert(saved: Path) -> None:
     path = saved / "model.safetensors"
     whole = load_file(path)
     save_file({k: t for k, t in whole.items() if not k.startswith(f"{EXPERT}.")}, path)
-    with pytest.raises(ValueError, match=f"{EXPERT}: expected the weight of one of 4 experts, found none"):
+    with pytest.raises(
+        ValueError, match=f"{EXPERT}: expected the weight of one of 4 experts, found none"
+    ):
         qk.load_model(saved)
-    save_file({k: t for k, t in whole.items() if "layers.1.block_sparse_moe.experts" not in k}, path)
+    save_file(
+        {k: t for k, t in whole.items() if "layers.1.block_sparse_moe.experts" not in k}, path
+    )
     with pytest.raises(ValueError, match="found none of: model.layers.1.mlp.experts.gate_up_proj"):
         qk.load_model(saved)
 
 
 def test_a_missing_tensor_of_an_expert(saved: Path) -> None:
     edit(saved, drop=f"{EXPERT}.scales")
-    with pytest.raises(ValueError, match=rf"model.safetensors: {EXPERT}: gptq: scales: expected .* got none"):
+    with pytest.raises(
+        ValueError, match=rf"model.safetensors: {EXPERT}: gptq: scales: expected .* got none"
+    ):
         qk.load_model(saved)
 
 
@@ -50,9 +56,8 @@ def test_an_expert_too_many(saved: Path) -> None:
         qk.load_model(saved)
 
 
-@pytest.mark.parametrize(
-    "name", ["w4.qweight", "w1", "gate_proj.qweight"]
-)  # of no expert's weight, of no tensor, of another architecture
+# of no expert's weight, of no tensor, of another architecture
+@pytest.mark.parametrize("name", ["w4.qweight", "w1", "gate_proj.qweight"])
 def test_tensors_of_other_names(name: str, saved: Path) -> None:
     edit(saved, **{f"model.layers.0.block_sparse_moe.experts.0.{name}": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"NAME one of w1, w3, w2, got '0\."):
@@ -68,7 +73,9 @@ def test_experts_that_are_no_numbers(number: str, saved: Path) -> None:
 
 def test_one_tensor_for_all_packed_experts(saved: Path) -> None:
     edit(saved, **{"model.layers.0.mlp.experts.gate_up_proj_packed": torch.zeros(1)})
-    with pytest.raises(ValueError, match="expected tensors called EXPERT.* got 'gate_up_proj_packed'"):
+    with pytest.raises(
+        ValueError, match="expected tensors called EXPERT.* got 'gate_up_proj_packed'"
+    ):
         qk.load_model(saved)
 
 
@@ -82,7 +89,9 @@ def test_a_bias_that_is_not_zero(saved: Path) -> None:
     edit(saved, **{f"{EXPERT}.bias": torch.zeros(128)})
     assert len(stacks_of(qk.load_model(saved))) == 2
     edit(saved, **{f"{EXPERT}.bias": torch.arange(128.0)})
-    with pytest.raises(ValueError, match=f"{EXPERT}.bias: expected none or zeros, got one that is not zero"):
+    with pytest.raises(
+        ValueError, match=f"{EXPERT}.bias: expected none or zeros, got one that is not zero"
+    ):
         qk.load_model(saved)
 
 
@@ -90,7 +99,9 @@ def test_a_bad_packed_tensor(saved: Path) -> None:
     scales = load_file(saved / "model.safetensors")[f"{EXPERT}.scales"]
     scales[0, 3] = torch.nan
     edit(saved, **{f"{EXPERT}.scales": scales})
-    with pytest.raises(ValueError, match=f"model.safetensors: {EXPERT}: gptq: scales: expected finite"):
+    with pytest.raises(
+        ValueError, match=f"model.safetensors: {EXPERT}: gptq: scales: expected finite"
+    ):
         qk.load_model(saved)
 
 
@@ -123,7 +134,9 @@ def test_experts_whose_own_tensors_say_other_parameters(tmp_path: Path) -> None:
     path = tmp_path / "q/model.safetensors"
     tensors = {k: t for k, t in load_file(path).items() if not k.startswith(f"{EXPERT}.")}
     save_file(tensors | {f"{EXPERT}.{k}": t for k, t in other.tensors.items()}, path)
-    with pytest.raises(ValueError, match=r"experts\[2\]: expected params .*, that of experts\[0\], got"):
+    with pytest.raises(
+        ValueError, match=r"experts\[2\]: expected params .*, that of experts\[0\], got"
+    ):
         qk.load_model(tmp_path / "q")
 
 
@@ -161,7 +174,9 @@ def test_configs_that_do_not_fit(changes: dict[str, Any], message: str, saved: P
     ],
     ids=str,
 )  # fmt: skip
-def test_plain_experts_that_do_not_fit(name: str, tensor: Tensor, message: str, saved: Path) -> None:
+def test_plain_experts_that_do_not_fit(
+    name: str, tensor: Tensor, message: str, saved: Path
+) -> None:
     edit(saved.parent / "p", **{f"{EXPERT}.{name}": tensor})
     with pytest.raises(ValueError, match=message):
         qk.load_model(saved.parent / "p")

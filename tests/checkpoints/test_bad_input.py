@@ -21,7 +21,9 @@ from qkernels.checkpoints.tensor_files import INDEX, TensorFiles
 
 from ..tiny import tiny_model
 
-FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+FUZZ = settings(
+    max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), database=None
+)
 
 
 def _file(path: Path, header: Any, data: bytes = bytes(64), length: int | None = None) -> Path:
@@ -38,7 +40,10 @@ def _entry(begin: int, end: int, shape: list[Any], dtype: Any = "F32") -> dict[s
 def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
     """Files of small sound checkpoints: one file of GPTQ, shards of NF4."""
     found = {}
-    for name, params, limit in (("gptq", {"group_size": 32}, 10**9), ("nf4", {"double_quant": True}, 20_000)):
+    for name, params, limit in (
+        ("gptq", {"group_size": 32}, 10**9),
+        ("nf4", {"double_quant": True}, 20_000),
+    ):
         path = tmp_path_factory.mktemp("originals") / name
         model = qk.quantize_model(tiny_model(), name, progress=False, **params)
         huggingface.save(model, path, max_shard_bytes=limit)
@@ -95,7 +100,9 @@ def test_header_lengths_beyond_the_file(length: int, tmp_path: Path) -> None:
 
 @FUZZ
 @given(data=st.data())
-def test_fuzzed_files_fail_cleanly(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_fuzzed_files_fail_cleanly(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     raw = bytearray(save({"a": torch.arange(8.0), "b": torch.zeros(3, 2, dtype=torch.int8)}))
     kind = data.draw(st.sampled_from(["bytes", "cut", "json"]))
     if kind == "bytes":
@@ -157,7 +164,9 @@ def test_a_tensor_in_two_shards(originals: dict[str, dict[str, bytes]], tmp_path
         qk.load_model(_put(files, tmp_path / "m"))
 
 
-def test_shards_in_each_other_s_place(originals: dict[str, dict[str, bytes]], tmp_path: Path) -> None:
+def test_shards_in_each_other_s_place(
+    originals: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
     files = dict(originals["nf4"])
     names = sorted(name for name in files if name.endswith(".safetensors"))
     files[names[0]], files[names[1]] = files[names[1]], files[names[0]]
@@ -254,7 +263,9 @@ def test_fuzzed_quantization_configs_fail_cleanly(config: dict[str, Any]) -> Non
 @settings(FUZZ, max_examples=25)
 @given(data=st.data())
 def test_fuzzed_checkpoints_fail_cleanly(
-    data: st.DataObject, originals: dict[str, dict[str, bytes]], tmp_path_factory: pytest.TempPathFactory
+    data: st.DataObject,
+    originals: dict[str, dict[str, bytes]],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     """Bytes of any file changed: the model loads, or one error says why not."""
     files = dict(originals[data.draw(st.sampled_from(["gptq", "nf4"]))])

@@ -25,7 +25,14 @@ Groups = dict[str, dict[str, Any]]
 
 def weights(**changes: Any) -> dict[str, Any]:
     """QuantizationArgs; by default of int4 in groups of 32."""
-    return {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, **changes}
+    return {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": 32,
+        **changes,
+    }
 
 
 def int8(**changes: Any) -> dict[str, Any]:
@@ -70,7 +77,11 @@ def write(
     rounded as the groups say.
     """
     from compressed_tensors.compressors import ModelCompressor
-    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config, fake_quantize
+    from compressed_tensors.quantization import (
+        QuantizationConfig,
+        apply_quantization_config,
+        fake_quantize,
+    )
 
     model = tiny_model() if model is None else model
     config = QuantizationConfig(config_groups=groups, ignore=list(ignore))
@@ -120,9 +131,9 @@ def assert_same_tensors(one: Path, other: Path) -> None:
     assert set(ours) == set(theirs)
     for name, tensor in theirs.items():
         assert (ours[name].dtype, ours[name].shape) == (tensor.dtype, tensor.shape), name
-        assert torch.equal(ours[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), (
-            name
-        )
+        assert torch.equal(
+            ours[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)
+        ), name
 
 
 def _packed_zeros(path: Path) -> bool:
@@ -131,13 +142,19 @@ def _packed_zeros(path: Path) -> bool:
 
 
 def check(
-    path: Path, again: Path, rounded: dict[str, Tensor], logits: Tensor | None, within: float = 2.0**-19
+    path: Path,
+    again: Path,
+    rounded: dict[str, Tensor],
+    logits: Tensor | None,
+    within: float = 2.0**-19,
 ) -> nn.Module:
     """Load, compare weights and logits, save, and compare what is saved: for us and for transformers."""
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
     model = qk.load_model(path)
-    packed = {n: m for n, m in model.named_modules() if isinstance(m, (qk.QuantLinear, QuantEmbedding))}
+    packed = {
+        n: m for n, m in model.named_modules() if isinstance(m, (qk.QuantLinear, QuantEmbedding))
+    }
     assert set(packed) == set(rounded)
     for name, layer in packed.items():
         assert torch.equal(layer.packed.dequantize(), rounded[name]), name
@@ -153,7 +170,9 @@ def check(
     more = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = AutoModelForCausalLM.from_pretrained(again, device_map="cpu", dtype=torch.float32, **more)
+        theirs = AutoModelForCausalLM.from_pretrained(
+            again, device_map="cpu", dtype=torch.float32, **more
+        )
     theirs(ids(4)[None])
     for name, value in rounded.items():
         assert torch.equal(theirs.get_submodule(name).weight, value), name
@@ -174,15 +193,22 @@ TARGETS = [
     "ignore", [[], ["Embedding"], ["Linear"], ["lm_head", "re:.*k_proj"], ["Module"]], ids=str
 )
 @pytest.mark.parametrize("targets", TARGETS, ids=str)
-def test_targets_agree_with_compressed_tensors(targets: dict[str, list[str]], ignore: list[str]) -> None:
+def test_targets_agree_with_compressed_tensors(
+    targets: dict[str, list[str]], ignore: list[str]
+) -> None:
     """What their own functions apply to each linear and embedding of a model."""
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 
     bits = dict(zip(targets, (4, 8, 2), strict=False))
     groups = {
-        name: {"targets": own, "weights": weights(num_bits=bits[name])} for name, own in targets.items()
+        name: {"targets": own, "weights": weights(num_bits=bits[name])}
+        for name, own in targets.items()
     }
-    config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": groups,
+    }
     plan = Plan("here", {**config, "ignore": ignore})
     model = tiny_model()
     theirs = QuantizationConfig(config_groups=groups, ignore=ignore)
@@ -235,7 +261,8 @@ def test_head_tied_to_a_packed_embedding(kind: str, tmp_path: Path) -> None:
     assert (got - want).norm() < 2.0**-19 * want.norm()
     head, embedding = ours.get_output_embeddings(), ours.get_input_embeddings()
     assert (
-        head.packed.tensors["weight_scale"].data_ptr() == embedding.packed.tensors["weight_scale"].data_ptr()
+        head.packed.tensors["weight_scale"].data_ptr()
+        == embedding.packed.tensors["weight_scale"].data_ptr()
     )
     qk.save_model(ours, tmp_path / "s")
     assert_same_tensors(tmp_path / "s", tmp_path / "q")
@@ -277,7 +304,10 @@ def test_compression_config(nested: bool, tmp_path: Path) -> None:
         }
     edit(tmp_path / "q", quantization_config=None, compression_config=old)
     ours = qk.load_model(tmp_path / "q")
-    assert all(torch.equal(ours.get_submodule(n).packed.dequantize(), value) for n, value in rounded.items())
+    assert all(
+        torch.equal(ours.get_submodule(n).packed.dequantize(), value)
+        for n, value in rounded.items()
+    )
     qk.save_model(ours, tmp_path / "s")
     assert "compression_config" not in json.loads((tmp_path / "s/config.json").read_text())
     assert_same_tensors(tmp_path / "s", tmp_path / "q")

@@ -14,7 +14,9 @@ from ..moe_checkpoint import SIZES, edit, stacks_of
 from .test_expert_layers import assert_same, ids, tensors_of
 
 
-@pytest.mark.parametrize("kind", ["OlmoeConfig", "DeepseekV3Config", "PhimoeConfig", "MiniMaxM2Config"])
+@pytest.mark.parametrize(
+    "kind", ["OlmoeConfig", "DeepseekV3Config", "PhimoeConfig", "MiniMaxM2Config"]
+)
 def test_other_architectures(kind: str, tmp_path: Path) -> None:
     """Names of their own for routers, shared experts and biases of routers."""
     import transformers
@@ -24,7 +26,9 @@ def test_other_architectures(kind: str, tmp_path: Path) -> None:
              "kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 64}  # fmt: skip
     if kind == "DeepseekV3Config":
         sizes["head_dim"] = 32
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**sizes)).eval()
+    model = transformers.AutoModelForCausalLM.from_config(
+        getattr(transformers, kind)(**sizes)
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.2)
@@ -54,7 +58,9 @@ def kimi() -> nn.Module:
              "num_key_value_heads": 4, "kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32,
              "v_head_dim": 64, "linear_head_dim": 64, "linear_num_heads": 4, "num_experts_per_token": 2,
              "pad_token_id": None, "use_cache": False}  # fmt: skip
-    model = transformers.AutoModelForCausalLM.from_config(transformers.KimiLinearConfig(**sizes)).eval()
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.KimiLinearConfig(**sizes)
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.1)
@@ -72,7 +78,9 @@ def test_tensors_that_files_keep_in_parts(kimi: nn.Module, tmp_path: Path) -> No
     name = "model.layers.0.self_attn.{}_conv1d.weight"
     assert name.format("k") in tensors_of(tmp_path / "ours")
     edit(tmp_path / "ours", **{name.format("k"): torch.zeros(255, 1, 4)})
-    with pytest.raises(ValueError, match=r"q_conv1d.*, .*v_conv1d.*: expected shape \(768, 1, 4\) together"):
+    with pytest.raises(
+        ValueError, match=r"q_conv1d.*, .*v_conv1d.*: expected shape \(768, 1, 4\) together"
+    ):
         qk.load_model(tmp_path / "ours")
     edit(tmp_path / "ours", drop=name.format("k"))
     with pytest.raises(ValueError, match="got 2 unexpected: .*conv1d.weight"):

@@ -59,7 +59,9 @@ def tensors_of(directory: Path) -> dict[str, Tensor]:
 
 
 def config_of(directory: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((directory / "config.json").read_text())["quantization_config"]
+    config: dict[str, Any] = json.loads((directory / "config.json").read_text())[
+        "quantization_config"
+    ]
     return config
 
 
@@ -78,7 +80,9 @@ def test_computes_what_the_dequantized_model_does(
     with torch.no_grad():
         want = plain(tokens).logits
         # Sums in float32 in another order.
-        torch.testing.assert_close(model(tokens).logits, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+        torch.testing.assert_close(
+            model(tokens).logits, want, rtol=1e-4, atol=1e-4 * want.abs().max().item()
+        )
         for stack in stacks_of(model):  # so that experts matter
             stack.activation = "gelu"
         assert (model(tokens).logits - want).abs().max() > 1e-2 * want.abs().max()
@@ -86,7 +90,9 @@ def test_computes_what_the_dequantized_model_does(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("name", "params"), BOTH, ids=str)
-def test_formats_that_round_activations(kind: str, name: str, params: dict[str, Any], tmp_path: Path) -> None:
+def test_formats_that_round_activations(
+    kind: str, name: str, params: dict[str, Any], tmp_path: Path
+) -> None:
     """Each expert is held to the product of its own three weights, as they lie in the file."""
     save_moe(kind, name, params, tmp_path / "q", tmp_path / "p")
     model, tensors = qk.load_model(tmp_path / "q"), tensors_of(tmp_path / "q")
@@ -96,7 +102,9 @@ def test_formats_that_round_activations(kind: str, name: str, params: dict[str, 
             weights = []
             for leaf, shape in zip(LEAVES[kind], ((128, 256), (128, 256), (256, 128)), strict=True):
                 prefix = f"model.layers.{layer}.{BLOCK[kind]}.experts.{e}.{leaf}."
-                own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+                own = {
+                    k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)
+                }
                 weights.append(qk.pack(name, own, shape, **stack.down.params))
             gate, up = (qk.matmul(x, w, backend="reference") for w in weights[:2])
             want = qk.matmul(silu(gate) * up, weights[2], backend="reference")
@@ -112,7 +120,9 @@ def test_down_projections_in_another_format(kind: str, tmp_path: Path) -> None:
     tokens = ids()
     with torch.no_grad():
         want = plain(tokens).logits
-        torch.testing.assert_close(model(tokens).logits, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+        torch.testing.assert_close(
+            model(tokens).logits, want, rtol=1e-4, atol=1e-4 * want.abs().max().item()
+        )
     huggingface.save(model, tmp_path / "s")
     assert_same(tensors_of(tmp_path / "q"), tensors_of(tmp_path / "s"))
 
@@ -120,7 +130,10 @@ def test_down_projections_in_another_format(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_plain_down_projection_beside_packed_ones(kind: str, tmp_path: Path) -> None:
     save_moe(kind, "gptq", {"group_size": 64}, tmp_path / "q", tmp_path / "p")
-    tensors, plain = load_file(tmp_path / "q/model.safetensors"), load_file(tmp_path / "p/model.safetensors")
+    tensors, plain = (
+        load_file(tmp_path / "q/model.safetensors"),
+        load_file(tmp_path / "p/model.safetensors"),
+    )
     leaf = f".{LEAVES[kind][2]}."
     tensors = {k: t for k, t in tensors.items() if not (".experts." in k and leaf in k)}
     for name, tensor in plain.items():
@@ -130,15 +143,22 @@ def test_a_plain_down_projection_beside_packed_ones(kind: str, tmp_path: Path) -
     save_file(tensors, tmp_path / "q/model.safetensors", metadata={"format": "pt"})
     save_file(plain, tmp_path / "p/model.safetensors", metadata={"format": "pt"})
     model, reference = qk.load_model(tmp_path / "q"), qk.load_model(tmp_path / "p")
-    assert {(s.parts.first[0].format, s.down.format) for s in stacks_of(model)} == {("gptq", "fp16")}
+    assert {(s.parts.first[0].format, s.down.format) for s in stacks_of(model)} == {
+        ("gptq", "fp16")
+    }
     tokens = ids()
     with torch.no_grad():
         want = reference(tokens).logits
-        torch.testing.assert_close(model(tokens).logits, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+        torch.testing.assert_close(
+            model(tokens).logits, want, rtol=1e-4, atol=1e-4 * want.abs().max().item()
+        )
     huggingface.save(model, tmp_path / "s")
     assert_same(tensors, tensors_of(tmp_path / "s"))
     assert_same(qk.load_model(tmp_path / "s").state_dict(), model.state_dict())
-    edit(tmp_path / "q", **{name: t.float() for name, t in tensors.items() if name in plain and leaf in name})
+    edit(
+        tmp_path / "q",
+        **{name: t.float() for name, t in tensors.items() if name in plain and leaf in name},
+    )
     with pytest.raises(
         ValueError, match=rf"experts.0{leaf[:-1]}: expected a weight in F16 or BF16 .* got F32"
     ):
@@ -147,14 +167,20 @@ def test_a_plain_down_projection_beside_packed_ones(kind: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
-def test_experts_that_are_plain_stay_so(kind: str, dtype: torch.dtype | None, tmp_path: Path) -> None:
+def test_experts_that_are_plain_stay_so(
+    kind: str, dtype: torch.dtype | None, tmp_path: Path
+) -> None:
     """And their files are those that transformers writes."""
     model = tiny_moe(kind).half()
     with pytest.warns(UserWarning, match="experts of 2 layers .* stay as they are"):
         qk.quantize_model(model, "gptq", group_size=64, progress=False)
     qk.save_model(model, tmp_path / "q")
     skipped = matrices(model, Names(model))[1]  # for quantization methods that list them
-    experts = {f"model.layers.1.{BLOCK[kind]}.experts.{e}.{leaf}" for e in range(4) for leaf in LEAVES[kind]}
+    experts = {
+        f"model.layers.1.{BLOCK[kind]}.experts.{e}.{leaf}"
+        for e in range(4)
+        for leaf in LEAVES[kind]
+    }
     assert experts | {f"model.layers.0.{BLOCK[kind]}.gate", "lm_head"} <= set(skipped)
     names = set(tensors_of(tmp_path / "q"))
     assert f"model.layers.1.{BLOCK[kind]}.experts.3.{LEAVES[kind][1]}.weight" in names
@@ -224,7 +250,9 @@ def test_what_is_loaded_is_saved_as_it_was(
     qk.save_model(model, tmp_path / "s", max_shard_bytes=1_000_000)
     assert_same(tensors_of(tmp_path / "q"), tensors_of(tmp_path / "s"))
     old, new = config_of(tmp_path / "q"), config_of(tmp_path / "s")
-    assert {key: _sorted(value) for key, value in old.items()} == {key: _sorted(v) for key, v in new.items()}
+    assert {key: _sorted(value) for key, value in old.items()} == {
+        key: _sorted(v) for key, v in new.items()
+    }
     again = qk.load_model(tmp_path / "s")
     assert_same(again.state_dict(), model.state_dict())
     with torch.no_grad():
@@ -248,7 +276,9 @@ def test_what_is_quantized_here_comes_back(
     qk.save_model(model, tmp_path / "m")
     again = qk.load_model(tmp_path / "m")
     assert_same(again.state_dict(), state)
-    assert [len(s.parts.first) for s in stacks_of(again)] == [len(s.parts.first) for s in stacks_of(model)]
+    assert [len(s.parts.first) for s in stacks_of(again)] == [
+        len(s.parts.first) for s in stacks_of(model)
+    ]
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, model(tokens).logits)
     prefix = f"model.layers.0.{BLOCK[kind]}.experts.3.{LEAVES[kind][2]}."
@@ -265,12 +295,16 @@ def test_what_is_quantized_here_comes_back(
     ],
     ids=str,
 )  # fmt: skip
-def test_transformers_reads_our_experts(kind: str, name: str, params: dict[str, Any], tmp_path: Path) -> None:
+def test_transformers_reads_our_experts(
+    kind: str, name: str, params: dict[str, Any], tmp_path: Path
+) -> None:
     """Dequantized, which is all it can do on a CPU. bitsandbytes' and int8 experts it does not read at all (5.24)."""
     pytest.importorskip("compressed_tensors")
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config
 
-    model = qk.quantize_model(tiny_moe(kind).bfloat16(), name, experts=True, progress=False, **params)
+    model = qk.quantize_model(
+        tiny_moe(kind).bfloat16(), name, experts=True, progress=False, **params
+    )
     qk.save_model(model, tmp_path / "m")
     config = {"fp8": FineGrainedFP8Config, "compressed-tensors": CompressedTensorsConfig}[
         config_of(tmp_path / "m")["quant_method"]
@@ -295,7 +329,9 @@ def test_experts_in_another_method_than_linears_are_refused(tmp_path: Path) -> N
     for name, module in list(expert_modules(model)):
         model.set_submodule(name, qk.QuantExperts.from_module(module, "nf4"))
     qk.quantize_model(model, "gptq", group_size=64, progress=False)
-    with pytest.raises(ValueError, match=r"block_sparse_moe.experts.0.w1: expected gptq .* got nf4"):
+    with pytest.raises(
+        ValueError, match=r"block_sparse_moe.experts.0.w1: expected gptq .* got nf4"
+    ):
         qk.save_model(model, tmp_path / "m")
     assert not (tmp_path / "m").exists()
 
@@ -327,7 +363,9 @@ def test_no_more_than_one_layer_is_held_twice(
         assert stack.parts.stored_bytes == stack.nbytes
         for part in stack.parts.stacks:
             for tensor in part.storage.values():
-                assert tensor.untyped_storage().nbytes() == tensor.nbytes, "a part of something bigger"
+                assert tensor.untyped_storage().nbytes() == tensor.nbytes, (
+                    "a part of something bigger"
+                )
     from qkernels.formats import registry
 
     def dense(*args: Any, **kwargs: Any) -> Tensor:

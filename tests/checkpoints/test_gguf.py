@@ -29,7 +29,9 @@ def file(tmp_path: Path) -> Path:
     writer.add_array("some.words", ["a", "bc", "déf"])
     writer.add_array("some.numbers", list(range(100)))
     writer.add_tensor("norm.weight", np.arange(64, dtype=np.float32))
-    blocks = package.quantize(np.random.rand(8, 64).astype(np.float32), package.GGMLQuantizationType.Q8_0)
+    blocks = package.quantize(
+        np.random.rand(8, 64).astype(np.float32), package.GGMLQuantizationType.Q8_0
+    )
     writer.add_tensor("up.weight", blocks, raw_dtype=package.GGMLQuantizationType.Q8_0)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -54,7 +56,8 @@ def test_header(file: Path) -> None:
 def test_agrees_with_the_gguf_package_where_the_data_lies(file: Path) -> None:
     ours = {t.name: (t.offset, t.nbytes, t.type) for t in gguf.read_header(file).tensors}
     theirs = {
-        t.name: (t.data_offset, t.n_bytes, t.tensor_type.name) for t in package.GGUFReader(file).tensors
+        t.name: (t.data_offset, t.n_bytes, t.tensor_type.name)
+        for t in package.GGUFReader(file).tensors
     }
     assert ours == theirs
 
@@ -126,4 +129,6 @@ def test_real_model_perplexity() -> None:
     assert all(p.dtype == torch.float32 for p in model.parameters())
     assert not hasattr(model.config, "quantization_config")
     ids = tokenizer(GPL3.read_text())["input_ids"]
-    assert perplexity(model, ids, window=1024, max_tokens=1024).perplexity == pytest.approx(19.30, abs=0.01)
+    assert perplexity(model, ids, window=1024, max_tokens=1024).perplexity == pytest.approx(
+        19.30, abs=0.01
+    )

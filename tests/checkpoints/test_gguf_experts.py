@@ -63,7 +63,9 @@ def mixture(
     qk.save_model(dense, source, bpe_tokenizer())
     dense, _ = gguf.load_dequantized(source)
     settings = dense.config.to_dict()
-    more = {key: settings[key] for key in ("rope_parameters", "max_position_embeddings", "rms_norm_eps")}
+    more = {
+        key: settings[key] for key in ("rope_parameters", "max_position_embeddings", "rms_norm_eps")
+    }
     want = AutoModelForCausalLM.from_config(
         config(
             **{**SIZES, **fields, **more},
@@ -87,7 +89,10 @@ def mixture(
         tensors[f"{there}gate_exps.weight"], g = blocks(random(E, inner, K), gate)
         tensors[f"{there}up_exps.weight"], u = blocks(random(E, inner, K), up)
         tensors[f"{there}down_exps.weight"], d = blocks(random(E, K, inner), down)
-        state[f"{here}experts.gate_up_proj"], state[f"{here}experts.down_proj"] = torch.cat([g, u], 1), d
+        state[f"{here}experts.gate_up_proj"], state[f"{here}experts.down_proj"] = (
+            torch.cat([g, u], 1),
+            d,
+        )
         if kind == "qwen2moe":
             for leaf, shape in (("gate", (shared, K)), ("up", (shared, K)), ("down", (K, shared))):
                 tensors[f"{there}{leaf}_shexp.weight"], worth = blocks(random(*shape), "q8_0")
@@ -98,10 +103,17 @@ def mixture(
     reader = package.GGUFReader(source)
     old = {k: f.contents() for k, f in reader.fields.items() if k.startswith(f"{base}.")}
     keys = {k.replace(f"{base}.", f"{kind}.", 1): v for k, v in old.items()}
-    keys |= {f"{kind}.expert_count": E, f"{kind}.expert_used_count": USED, "general.architecture": kind}
+    keys |= {
+        f"{kind}.expert_count": E,
+        f"{kind}.expert_used_count": USED,
+        "general.architecture": kind,
+    }
     if kind != "llama":
         keys[f"{kind}.expert_feed_forward_length"] = inner
-    drop = {*old, *(f"blk.{n}.ffn_{leaf}.weight" for n in range(2) for leaf in ("gate", "up", "down"))}
+    drop = {
+        *old,
+        *(f"blk.{n}.ffn_{leaf}.weight" for n in range(2) for leaf in ("gate", "up", "down")),
+    }
     left = {k: v for k, v in (keys | changes).items() if v is not None}
     made = {k: v for k, v in tensors.items() if k not in changes}
     return rewrite(source, tmp_path / "m.gguf", left, drop, made), want
@@ -110,7 +122,12 @@ def mixture(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("gate", "up", "down"),
-    [("q8_0", "q8_0", "q4_0"), ("q4_1", "q8_0", "iq4_nl"), ("fp16", "fp16", "q8_0"), ("f32", "f32", "f32")],
+    [
+        ("q8_0", "q8_0", "q4_0"),
+        ("q4_1", "q8_0", "iq4_nl"),
+        ("fp16", "fp16", "q8_0"),
+        ("f32", "f32", "f32"),
+    ],
 )
 def test_computes_what_the_dequantized_model_does(
     kind: str, gate: str, up: str, down: str, tmp_path: Path
@@ -129,7 +146,9 @@ def test_computes_what_the_dequantized_model_does(
         assert (logits(model) - want).abs().max() > 1e-2 * want.abs().max()
     dequantized, _ = gguf.load_dequantized(path)
     assert not stacks_of(dequantized)
-    torch.testing.assert_close(logits(dequantized), want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+    torch.testing.assert_close(
+        logits(dequantized), want, rtol=1e-4, atol=1e-4 * want.abs().max().item()
+    )
 
 
 @pytest.mark.parametrize(("kind", "sizes"), [("qwen2moe", (1408, 5632)), ("qwen3moe", (768, 0))])
@@ -170,7 +189,9 @@ def test_saved_as_a_directory(kind: str, tmp_path: Path) -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_what_does_not_fit(kind: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_what_does_not_fit(
+    kind: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     path, _ = mixture(kind, tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
         qk.load_model(path)
@@ -178,11 +199,15 @@ def test_what_does_not_fit(kind: str, changes: dict[str, Any], message: str, tmp
 
 def test_tensors_that_do_not_fit(tmp_path: Path) -> None:
     path, _ = mixture("qwen3moe", tmp_path, gate="f32")
-    with pytest.raises(ValueError, match="blk.0.ffn_gate_exps.weight: expected one of the types .* got F32"):
+    with pytest.raises(
+        ValueError, match="blk.0.ffn_gate_exps.weight: expected one of the types .* got F32"
+    ):
         qk.load_model(path)
     path, _ = mixture("qwen3moe", tmp_path)
     name = "blk.1.ffn_down_exps.weight"
     wrong = np.zeros((E, K, INNER + 32), np.float32)
     rewrite(path, tmp_path / "wrong.gguf", drop=[name], tensors={name: wrong})
-    with pytest.raises(ValueError, match=rf"{name}: expected shape \(4, 64, 96\), got \(4, 64, 128\)"):
+    with pytest.raises(
+        ValueError, match=rf"{name}: expected shape \(4, 64, 96\), got \(4, 64, 128\)"
+    ):
         qk.load_model(tmp_path / "wrong.gguf")

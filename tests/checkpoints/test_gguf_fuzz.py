@@ -35,7 +35,9 @@ def _good() -> bytes:
         writer.add_array("some.numbers", [1, 2, 3])
         q8_0 = package.GGMLQuantizationType.Q8_0
         writer.add_tensor("norm.weight", np.ones(64, dtype=np.float32))
-        writer.add_tensor("up.weight", package.quantize(np.ones((8, 64), np.float32), q8_0), raw_dtype=q8_0)
+        writer.add_tensor(
+            "up.weight", package.quantize(np.ones((8, 64), np.float32), q8_0), raw_dtype=q8_0
+        )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -114,7 +116,9 @@ def test_damaged_models_are_an_error_or_load(
     content = bytearray(good)
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, begin - 1))
-        value = data.draw(st.binary(min_size=1, max_size=4) | NUMBERS.map(lambda n: struct.pack("<Q", n)))
+        value = data.draw(
+            st.binary(min_size=1, max_size=4) | NUMBERS.map(lambda n: struct.pack("<Q", n))
+        )
         content[at : at + len(value)] = value
     path.write_bytes(content)
     _loads_or_says_why(path)
@@ -129,12 +133,16 @@ VALUES = st.one_of(
 
 @settings(max_examples=60, deadline=None, database=None)
 @given(data=st.data())
-def test_odd_metadata_is_an_error_or_loads(data: st.DataObject, model_file: tuple[Path, bytes, int]) -> None:
+def test_odd_metadata_is_an_error_or_loads(
+    data: st.DataObject, model_file: tuple[Path, bytes, int]
+) -> None:
     """Any value under any key that there is, or that matters and is not there."""
     path = model_file[0]
     source = path.with_name("good.gguf")
     more = [f"llama.{key}" for key in (*gguf_config.RULES, *gguf_config._NEUTRAL)]
-    keys = sorted({*gguf.read_header(source).metadata, *more, "tokenizer.ggml.scores", "tokenizer.ggml.pre"})
+    keys = sorted(
+        {*gguf.read_header(source).metadata, *more, "tokenizer.ggml.scores", "tokenizer.ggml.pre"}
+    )
     changes = data.draw(st.dictionaries(st.sampled_from(keys), VALUES, min_size=1, max_size=3))
     rewrite(source, path, changes, data.draw(st.lists(st.sampled_from(keys), max_size=1)))
     _loads_or_says_why(path)

@@ -21,11 +21,19 @@ def entry(key: str, kind: int, value: bytes) -> bytes:
 
 
 def write(
-    path: Path, entries: list[bytes], tensors: list[tuple[str, int, int]], data: int, alignment: int = 32
+    path: Path,
+    entries: list[bytes],
+    tensors: list[tuple[str, int, int]],
+    data: int,
+    alignment: int = 32,
 ) -> Path:
     """tensors: float32 vectors: (name, numbers, offset). data: bytes behind the header."""
-    infos = [text(name) + struct.pack("<IQIQ", 1, count, 0, offset) for name, count, offset in tensors]
-    header = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(entries)) + b"".join(entries + infos)
+    infos = [
+        text(name) + struct.pack("<IQIQ", 1, count, 0, offset) for name, count, offset in tensors
+    ]
+    header = (
+        b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(entries)) + b"".join(entries + infos)
+    )
     path.write_bytes(header + bytes(-len(header) % alignment) + bytes(data))
     return path
 
@@ -35,7 +43,8 @@ def aligned(alignment: int) -> list[bytes]:
 
 
 @pytest.mark.parametrize(
-    ("alignment", "second"), [(32, 96), (32, 64), (32, 0), (32, 32), (1, 127), (1, 125), (4, 124), (64, 64)]
+    ("alignment", "second"),
+    [(32, 96), (32, 64), (32, 0), (32, 32), (1, 127), (1, 125), (4, 124), (64, 64)],
 )
 @pytest.mark.parametrize("swapped", [False, True])
 def test_tensors_that_overlap(tmp_path: Path, alignment: int, second: int, swapped: bool) -> None:
@@ -43,7 +52,9 @@ def test_tensors_that_overlap(tmp_path: Path, alignment: int, second: int, swapp
     path = tmp_path / "x.gguf"
     tensors = [("a", 32, 0), ("b", 32, second)]
     write(path, aligned(alignment), tensors[::-1] if swapped else tensors, 512, alignment)
-    with pytest.raises(ValueError, match=r"x.gguf: tensor '[ab]': data: expected bytes from \d+ on, after"):
+    with pytest.raises(
+        ValueError, match=r"x.gguf: tensor '[ab]': data: expected bytes from \d+ on, after"
+    ):
         gguf_header.read_header(path)
     tensors = [("a", 32, 0), ("b", 32, 128)]
     write(path, aligned(alignment), tensors[::-1] if swapped else tensors, 256, alignment)
@@ -52,8 +63,12 @@ def test_tensors_that_overlap(tmp_path: Path, alignment: int, second: int, swapp
 
 
 def test_a_small_tensor_inside_another(tmp_path: Path) -> None:
-    path = write(tmp_path / "x.gguf", aligned(4), [("a", 32, 0), ("b", 1, 64), ("c", 1, 128)], 256, 4)
-    with pytest.raises(ValueError, match=r"tensor 'b': data: expected bytes from \d+ on, after 'a'"):
+    path = write(
+        tmp_path / "x.gguf", aligned(4), [("a", 32, 0), ("b", 1, 64), ("c", 1, 128)], 256, 4
+    )
+    with pytest.raises(
+        ValueError, match=r"tensor 'b': data: expected bytes from \d+ on, after 'a'"
+    ):
         gguf_header.read_header(path)
 
 
@@ -80,8 +95,12 @@ def test_the_end_of_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [b"\x01", b"\x00"])
 def test_a_bool_is_no_alignment(tmp_path: Path, value: bytes) -> None:
-    path = write(tmp_path / "x.gguf", [entry("general.alignment", BOOL, value)], [("a", 1, 0)], 4, 1)
-    with pytest.raises(ValueError, match=r"'general.alignment': expected a power of two, got (True|False)"):
+    path = write(
+        tmp_path / "x.gguf", [entry("general.alignment", BOOL, value)], [("a", 1, 0)], 4, 1
+    )
+    with pytest.raises(
+        ValueError, match=r"'general.alignment': expected a power of two, got (True|False)"
+    ):
         gguf_header.read_header(path)
 
 

@@ -147,7 +147,9 @@ def test_bad_tokenizers(
 
 @pytest.mark.parametrize("key", ["falcon.block_count", "falcon.attention.head_count_kv"])
 @pytest.mark.parametrize("value", [HUGE, [8, HUGE], -1, "x"])
-def test_absurd_counts_of_other_architectures(key: str, value: Any, good: Path, tmp_path: Path) -> None:
+def test_absurd_counts_of_other_architectures(
+    key: str, value: Any, good: Path, tmp_path: Path
+) -> None:
     changes = {"general.architecture": "falcon", key: value}
     path = rewrite(good, tmp_path / "bad.gguf", changes)
     with (
@@ -262,7 +264,9 @@ def test_llama_3_table(good: Path, tmp_path: Path) -> None:
             smooth = (8192 / length - 1) / 3
             table.append(1 / ((1 - smooth) / factor + smooth))
     assert len(set(table)) == 3
-    path = rewrite(good, tmp_path / "x.gguf", tensors={"rope_freqs.weight": np.array(table, np.float32)})
+    path = rewrite(
+        good, tmp_path / "x.gguf", tensors={"rope_freqs.weight": np.array(table, np.float32)}
+    )
     plain, scaled = qk.load_model(good), qk.load_model(path)
     torch.testing.assert_close(inv_freq(scaled), inv_freq(plain) / torch.tensor(table))
     rope = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": theta}
@@ -274,7 +278,9 @@ def test_llama_3_table(good: Path, tmp_path: Path) -> None:
     np.linspace(1, 32, 8), np.full(8, np.nan), np.full(8, 0.5), np.full(4, 1.0), np.full(8, np.inf),
 ])  # fmt: skip
 def test_other_tables(table: np.ndarray, good: Path, tmp_path: Path) -> None:
-    path = rewrite(good, tmp_path / "x.gguf", tensors={"rope_freqs.weight": table.astype(np.float32)})
+    path = rewrite(
+        good, tmp_path / "x.gguf", tensors={"rope_freqs.weight": table.astype(np.float32)}
+    )
     with pytest.raises(ValueError, match="rope_freqs.weight: expected"):
         qk.load_model(path)
 

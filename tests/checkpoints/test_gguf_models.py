@@ -11,7 +11,13 @@ import gguf as package
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import qkernels as qk
 from qkernels import samples
@@ -38,14 +44,19 @@ def bpe_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocabulary, [("h", "e")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", bos_token="<begin>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", bos_token="<begin>"
+    )
 
 
 def model_of(kind: str, **changes: Any) -> nn.Module:
     torch.manual_seed(0)
     if kind == "llama":
         return tiny_model(**changes)
-    config, model = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}[kind]
+    config, model = {
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    }[kind]
     more = {"head_dim": 16} if kind == "qwen3" else {}
     made = model(config(**SIZES, **more, **changes)).eval()
     for parameter in made.parameters():
@@ -79,13 +90,14 @@ def test_written_and_read(kind: str, format: str, changes: dict[str, Any], tmp_p
     assert [p.name for p in tmp_path.iterdir()] == ["model.gguf"]
     loaded = qk.load_model(path)
     assert torch.equal(logits(loaded), want)
-    layers = {n: m.packed.format for n, m in loaded.named_modules() if isinstance(m, qk.QuantLinear)}
+    layers = {
+        n: m.packed.format for n, m in loaded.named_modules() if isinstance(m, qk.QuantLinear)
+    }
     assert {name: kind for name, kind in layers.items() if name != "lm_head"} == {
         n: format for n, m in model.named_modules() if isinstance(m, qk.QuantLinear)
     }
-    if (
-        format != "bf16" and kind != "qwen3"
-    ):  # transformers misses the head size of Qwen3's; it reads the others, rows in their order
+    # transformers misses the head size of Qwen3's; it reads the others, rows in their order
+    if format != "bf16" and kind != "qwen3":
         dequantized, tokenizer = gguf.load_dequantized(path)
         torch.testing.assert_close(logits(dequantized), want, rtol=1e-4, atol=1e-4)
         assert tokenizer("the hen")["input_ids"] == bpe_tokenizer()("the hen")["input_ids"]
@@ -95,7 +107,9 @@ def test_written_and_read(kind: str, format: str, changes: dict[str, Any], tmp_p
         for key, field in one.fields.items():
             if key.startswith("tokenizer."):
                 assert field.contents() == other.fields[key].contents(), key
-        assert {t.name: bytes(t.data) for t in one.tensors} == {t.name: bytes(t.data) for t in other.tensors}
+        assert {t.name: bytes(t.data) for t in one.tensors} == {
+            t.name: bytes(t.data) for t in other.tensors
+        }
 
 
 def test_a_packed_embedding_is_shared_with_the_head() -> None:
@@ -116,7 +130,9 @@ def test_a_packed_embedding_is_shared_with_the_head() -> None:
 
 @pytest.mark.parametrize(("format", "params"), [("q6_k", {}), ("fp8", {})])
 def test_an_embedding_s_state_dict(format: str, params: dict[str, Any]) -> None:
-    one, other = (QuantEmbedding(qk.quantize(torch.randn(50, 256), format, **params)) for _ in range(2))
+    one, other = (
+        QuantEmbedding(qk.quantize(torch.randn(50, 256), format, **params)) for _ in range(2)
+    )
     tokens = torch.tensor([3, 49, 0])
     want = one(tokens)
     assert not torch.equal(other(tokens), want)
@@ -156,8 +172,16 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
             b"blk.1.ffn_dowm.weight",
             "blk.1.ffn_down.weight: expected a tensor of shape",
         ),
-        (b"blk.0.attn_norm.weight", b"blk.7.attn_norm.weight", "blk.0.attn_norm.weight: expected a tensor"),
-        (b"token_embd.weight", b"token_embe.weight", "token_embd.weight: expected a tensor of shape"),
+        (
+            b"blk.0.attn_norm.weight",
+            b"blk.7.attn_norm.weight",
+            "blk.0.attn_norm.weight: expected a tensor",
+        ),
+        (
+            b"token_embd.weight",
+            b"token_embe.weight",
+            "token_embd.weight: expected a tensor of shape",
+        ),
     ],
 )
 def test_damaged_names(old: bytes, new: bytes, message: str, good: Path, tmp_path: Path) -> None:
@@ -199,7 +223,9 @@ def test_types_and_tensors_that_are_not_known(tmp_path: Path) -> None:
         reader.check_all_used()
 
 
-def test_a_file_that_is_cut_while_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_cut_while_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its bytes are mapped: to read those that are gone would end the process."""
     model = tiny_model()
     path = tmp_path / "cut.gguf"
@@ -226,11 +252,14 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
         qk.save_model(model, path, tiny_tokenizer())
     qk.quantize_model(model, "gptq", group_size=32, progress=False)
     with pytest.raises(
-        ValueError, match=r"layers.0.self_attn.q_proj: expected a layer in one of GGUF's types, got gptq"
+        ValueError,
+        match=r"layers.0.self_attn.q_proj: expected a layer in one of GGUF's types, got gptq",
     ):
         qk.save_model(model, path, bpe_tokenizer())
     model.config.model_type = "mystery"
-    with pytest.raises(ValueError, match="model: expected one of the types llama, .*, got 'mystery'"):
+    with pytest.raises(
+        ValueError, match="model: expected one of the types llama, .*, got 'mystery'"
+    ):
         qk.save_model(model, path, bpe_tokenizer())
     assert list(tmp_path.iterdir()) == []
 

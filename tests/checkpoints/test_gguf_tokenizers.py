@@ -8,7 +8,16 @@ from typing import Any
 
 import gguf as package
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import PreTrainedTokenizerFast
 
 import qkernels as qk
@@ -19,10 +28,23 @@ from ..tiny import tiny_model
 
 TEXT = "the hen, he said: a  theme é ☃ 123\nhen"
 LEGACY = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-WORDS = ["▁h", "he", "▁he", "th", "the", "▁the", "en", "hen", "▁hen"]  # in the order of their scores
+# in the order of their scores
+WORDS = [
+    "▁h",
+    "he",
+    "▁he",
+    "th",
+    "the",
+    "▁the",
+    "en",
+    "hen",
+    "▁hen",
+]
 
 
-def byte_level(pre: Any, *, normalizer: Any = None, merges: Any = (("h", "e"),), **options: Any) -> Any:
+def byte_level(
+    pre: Any, *, normalizer: Any = None, merges: Any = (("h", "e"),), **options: Any
+) -> Any:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: i for i, letter in enumerate(letters)}
     vocabulary |= {a + b: len(vocabulary) + i for i, (a, b) in enumerate(merges)}
@@ -30,12 +52,23 @@ def byte_level(pre: Any, *, normalizer: Any = None, merges: Any = (("h", "e"),),
     tokenizer.pre_tokenizer, tokenizer.decoder = pre, decoders.ByteLevel()
     if normalizer is not None:
         tokenizer.normalizer = normalizer
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", bos_token="<begin>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", bos_token="<begin>"
+    )
 
 
-def sentencepiece(normalizer: Any = LEGACY, pre: Any = None, drop: int | None = None, **options: Any) -> Any:
+def sentencepiece(
+    normalizer: Any = LEGACY, pre: Any = None, drop: int | None = None, **options: Any
+) -> Any:
     """As Llama 2's: bytes, letters, and the merges that its scores imply."""
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *"▁thenmasid,:", *WORDS]
+    tokens = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{i:02X}>" for i in range(256)),
+        *"▁thenmasid,:",
+        *WORDS,
+    ]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     merges = [
         (word[:i], word[i:])
@@ -45,17 +78,31 @@ def sentencepiece(normalizer: Any = LEGACY, pre: Any = None, drop: int | None = 
     ]
     if drop is not None:
         del merges[drop]
-    settings: dict[str, Any] = {"byte_fallback": True, "unk_token": "<unk>", "fuse_unk": True, **options}
+    settings: dict[str, Any] = {
+        "byte_fallback": True,
+        "unk_token": "<unk>",
+        "fuse_unk": True,
+        **options,
+    }
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, **settings))
     if normalizer is not None:
         tokenizer.normalizer = normalizer
     if pre is not None:
         tokenizer.pre_tokenizer = pre
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in ("<unk>", "<s>", "</s>")])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_special_tokens(
+        [AddedToken(t, normalized=False) for t in ("<unk>", "<s>", "</s>")]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
@@ -127,7 +174,9 @@ def _llama_cpp(text: str, metadata: dict[str, Any]) -> list[int]:
     while True:
         joined = [a + b for a, b in pairwise(parts)]
         best = max(
-            (i for i, p in enumerate(joined) if p in ids), key=lambda i: scores[ids[joined[i]]], default=None
+            (i for i, p in enumerate(joined) if p in ids),
+            key=lambda i: scores[ids[joined[i]]],
+            default=None,
         )
         if best is None:
             break
@@ -160,13 +209,17 @@ def test_what_is_not_known(tokenizer: Any, message: str, tmp_path: Path) -> None
 
 
 def test_vocabularies_that_do_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected ids below the model's vocabulary of 128, got 258"):
+    with pytest.raises(
+        ValueError, match="expected ids below the model's vocabulary of 128, got 258"
+    ):
         qk.save_model(tiny_model(), tmp_path / "x.gguf", byte_level(plain()))
     save(tmp_path / "x.gguf", byte_level(plain()))
     read = load_tokenizer(tmp_path / "x.gguf")
     with pytest.raises(ValueError, match="expected 128 tokens, the model's vocabulary, got 320"):
         qk.save_model(tiny_model(), tmp_path / "y.gguf", read)
     (tmp_path / "x.gguf").unlink()
-    with pytest.raises(ValueError, match="expected the file it was read from at .*x.gguf, found none"):
+    with pytest.raises(
+        ValueError, match="expected the file it was read from at .*x.gguf, found none"
+    ):
         save(tmp_path / "y.gguf", read)
     assert list(tmp_path.iterdir()) == []

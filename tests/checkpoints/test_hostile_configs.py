@@ -91,7 +91,11 @@ def test_numbers_and_lengths_in_a_config_cost_nothing(directory: Path, tmp_path:
 def _unbounded(values: dict[str, Any], kind: Any) -> str | None:
     """The name of an integer of a config that may be of any size; another one for each class."""
     numbers = sorted(key for key, value in values.items() if type(value) is int)
-    free = [key for key in numbers if said_by(lambda key=key: check_values(Path("x"), {key: 10**7})) is None]
+    free = [
+        key
+        for key in numbers
+        if said_by(lambda key=key: check_values(Path("x"), {key: 10**7})) is None
+    ]
     return random.Random(kind.__name__).choice(free) if free else None
 
 
@@ -133,13 +137,17 @@ def test_depth_of_json(directory: Path) -> None:
         deep = [deep]
     for changes in ({"x": deep}, {"quantization_config": {"quant_method": "gptq", "bits": deep}}):
         change(directory, changes)
-        with pytest.raises(ValueError, match="config.json: expected JSON of a depth of at most 32, got more"):
+        with pytest.raises(
+            ValueError, match="config.json: expected JSON of a depth of at most 32, got more"
+        ):
             qk.load_model(directory)
 
 
 def test_the_tokenizer_s_door_checks_the_config_too(directory: Path) -> None:
     change(directory, {"num_labels": 10**30})
-    with pytest.raises(ValueError, match="config.json: num_labels: expected a number of at most 131072"):
+    with pytest.raises(
+        ValueError, match="config.json: num_labels: expected a number of at most 131072"
+    ):
         load_tokenizer(directory)
 
 
@@ -162,22 +170,29 @@ def hosts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     "experts_implementation", "_experts_implementation", "_experts_implementation_internal",
 ])  # fmt: skip
 @pytest.mark.parametrize("where", ["outside", "text_config", "in a list", "by parts"])
-def test_repositories_of_kernels_are_refused(key: str, where: str, directory: Path, hosts: list[str]) -> None:
+def test_repositories_of_kernels_are_refused(
+    key: str, where: str, directory: Path, hosts: list[str]
+) -> None:
     for name in ("kernels-community/flash-attn2", "evil/kernel@v1:f", "paged|evil/kernel"):
         change(directory, {
             "outside": {key: name}, "text_config": {"text_config": {key: name}},
             "in a list": {"parts": [{key: name}]}, "by parts": {key: {"": "sdpa", "text_config": name}},
         }[where])  # fmt: skip
-        with pytest.raises(ValueError, match=f"config.json: {key}: expected none, .* got the repository"):
+        with pytest.raises(
+            ValueError, match=f"config.json: {key}: expected none, .* got the repository"
+        ):
             qk.load_model(directory)
     assert hosts == []
 
 
 @pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "eager", "no such", 5])
-def test_plain_names_of_implementations_do_not_count(name: Any, directory: Path, hosts: list[str]) -> None:
+def test_plain_names_of_implementations_do_not_count(
+    name: Any, directory: Path, hosts: list[str]
+) -> None:
     expected = qk.load_model(directory).config
     change(
-        directory, {"attn_implementation": name, "_attn_implementation": name, "experts_implementation": name}
+        directory,
+        {"attn_implementation": name, "_attn_implementation": name, "experts_implementation": name},
     )
     loaded = qk.load_model(directory)
     assert loaded.config._attn_implementation == expected._attn_implementation
@@ -188,10 +203,16 @@ def test_plain_names_of_implementations_do_not_count(name: Any, directory: Path,
 def test_repositories_of_backbones_are_refused(directory: Path, hosts: list[str]) -> None:
     change(
         directory,
-        {"model_type": "dpt", "architectures": ["DPTForDepthEstimation"], "backbone": "evil/backbone"},
+        {
+            "model_type": "dpt",
+            "architectures": ["DPTForDepthEstimation"],
+            "backbone": "evil/backbone",
+        },
     )
     for load in (qk.load_model, load_tokenizer):
-        with pytest.raises(ValueError, match="config.json: backbone: .* got the repository 'evil/backbone'"):
+        with pytest.raises(
+            ValueError, match="config.json: backbone: .* got the repository 'evil/backbone'"
+        ):
             load(directory)
     assert hosts == []
 
@@ -222,7 +243,9 @@ def test_generation_configs_that_are_none(text: bytes, directory: Path) -> None:
 @pytest.mark.parametrize("name", ["a" * 300, "\0", "\ud800", "a\0b", "x" * 5000])
 def test_indexes_that_name_what_no_file_is_called(name: str, directory: Path) -> None:
     (directory / "model.safetensors").unlink()
-    (directory / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": f"{name}.safetensors"}}))
+    (directory / INDEX).write_text(
+        json.dumps({"weight_map": {"lm_head.weight": f"{name}.safetensors"}})
+    )
     with pytest.raises(ValueError, match=f"{INDEX}: ") as caught:
         qk.load_model(directory)
     assert len(str(caught.value)) < 2000
@@ -251,7 +274,9 @@ def test_indexes_that_name_what_no_file_is_called(name: str, directory: Path) ->
     ({"text_config": {"hidden_size": "x"}}, "expected a LlamaForCausalLM's config"),
     ({"return_dict": False}, None),
 ])  # fmt: skip
-def test_values_of_the_wrong_kind(changes: dict[str, Any], message: str | None, directory: Path) -> None:
+def test_values_of_the_wrong_kind(
+    changes: dict[str, Any], message: str | None, directory: Path
+) -> None:
     """What loads computes; what would not is refused, and the error names the file."""
     change(directory, changes)
     if message is None:
@@ -279,7 +304,9 @@ def test_tokenizer_files_of_garbage(directory: Path) -> None:
         whole = json.loads(good)
         samples = [b"", b"[]", b"\xff\xfe", b"5", good[: len(good) // 2], b"{}"]
         for key in list(whole)[:12]:
-            samples += [json.dumps({**whole, key: value}).encode() for value in (5, "x", [[]], {"a": 5})]
+            samples += [
+                json.dumps({**whole, key: value}).encode() for value in (5, "x", [[]], {"a": 5})
+            ]
         for data in generator.sample(samples, min(len(samples), 20)):
             path.write_bytes(data)
             said = said_by(lambda: load_tokenizer(directory))

@@ -50,7 +50,10 @@ def test_what_is_no_regular_file(
         server.bind(path.name)
         server.close()
     load = load_tokenizer if "token" in name or "template" in name else qk.load_model
-    with quick(20), pytest.raises(ValueError, match=f"{path.name}: expected a regular file, got {kind}"):
+    with (
+        quick(20),
+        pytest.raises(ValueError, match=f"{path.name}: expected a regular file, got {kind}"),
+    ):
         load(directory)
 
 
@@ -76,7 +79,9 @@ def test_links_to_regular_files_work(directory: Path, tmp_path: Path) -> None:
     assert load_tokenizer(cache).vocab_size == load_tokenizer(directory).vocab_size
 
 
-def test_a_file_that_is_longer_than_its_size_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_longer_than_its_size_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "grows.json"
     path.write_bytes(b"x" * 1000)
     real = os.fstat
@@ -87,7 +92,9 @@ def test_a_file_that_is_longer_than_its_size_says(tmp_path: Path, monkeypatch: p
         return os.stat_result(values)
 
     monkeypatch.setattr(os, "fstat", small)
-    with pytest.raises(ValueError, match="grows.json: expected 0 bytes, as its directory entry says"):
+    with pytest.raises(
+        ValueError, match="grows.json: expected 0 bytes, as its directory entry says"
+    ):
         files.read_bytes(path, 100)
 
 
@@ -110,7 +117,9 @@ def test_duplicate_keys_take_no_time(tmp_path: Path) -> None:
     header = "{" + ",".join(f'"{i}":0' for i in range(100_000)) + ',"99999":0}'
     with (
         quick(2),
-        pytest.raises(ValueError, match="x.safetensors: header: expected JSON, .*'99999' is there twice"),
+        pytest.raises(
+            ValueError, match="x.safetensors: header: expected JSON, .*'99999' is there twice"
+        ),
     ):
         read_header(_safetensors(tmp_path / "x.safetensors", header.encode()))
 
@@ -142,9 +151,7 @@ def test_names_of_many_components(directory: Path) -> None:
     for name in ("." * 501, "model." * 1_000_000):
         header = json.dumps({name: {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}).encode()
         _safetensors(directory / "model.safetensors", header)
-        expected = (
-            f"model.safetensors: tensor '.*: expected a name of at most 500 characters, got {len(name)}"
-        )
+        expected = f"model.safetensors: tensor '.*: expected a name of at most 500 characters, got {len(name)}"
         with quick(2), pytest.raises(ValueError, match=expected):
             qk.load_model(directory)
 
@@ -152,7 +159,10 @@ def test_names_of_many_components(directory: Path) -> None:
 @pytest.mark.parametrize("item", ["{}", "[]", "0", '{"":{}}', '""'])
 def test_headers_of_many_items(item: str, tmp_path: Path) -> None:
     header = ('{"a":[' + ",".join([item] * 3_000_000) + "]}").encode()
-    with quick(1), pytest.raises(ValueError, match="header: expected JSON of at most 2000000 items, got"):
+    with (
+        quick(1),
+        pytest.raises(ValueError, match="header: expected JSON of at most 2000000 items, got"),
+    ):
         read_header(_safetensors(tmp_path / "x.safetensors", header))
 
 
@@ -182,7 +192,8 @@ def test_a_file_that_changes_while_it_is_loaded(directory: Path) -> None:
         open_files.read("model.norm.weight")
         os.truncate(path, len(good) // 2)
         with pytest.raises(
-            ValueError, match="model.safetensors: expected the file whose header was read, got one changed"
+            ValueError,
+            match="model.safetensors: expected the file whose header was read, got one changed",
         ):
             open_files.read("model.norm.weight")
     path.write_bytes(good)
@@ -196,7 +207,9 @@ def test_a_file_that_changes_while_it_is_loaded(directory: Path) -> None:
             open_files.read("model.norm.weight")
 
 
-def test_a_file_replaced_while_its_header_is_read(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_replaced_while_its_header_is_read(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, path = tensor_files.read_header, directory / "model.safetensors"
 
     def replaced(file: Path) -> Any:
@@ -220,14 +233,18 @@ def test_tensors_that_are_converted(tmp_path: Path, dtype: torch.dtype | None) -
     save_file(tensors, tmp_path / "model.safetensors")
     with TensorFiles(tmp_path) as open_files:
         for name, tensor in tensors.items():
-            expected = tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+            expected = (
+                tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+            )
             got = open_files.read_as(name, dtype)
             assert got.dtype == expected.dtype
             assert torch.equal(got, expected)
 
 
 def test_a_path_that_no_file_can_have() -> None:
-    with pytest.raises(ValueError, match="expected a path that there can be, got: File name too long"):
+    with pytest.raises(
+        ValueError, match="expected a path that there can be, got: File name too long"
+    ):
         qk.load_model("a" * 300)
 
 

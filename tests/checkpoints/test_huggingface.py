@@ -53,7 +53,9 @@ def _edit_tensors(directory: Path, drop: str = "", **changes: torch.Tensor) -> N
 #: group sizes of conftest's cases that do not divide 64 and 96 have no tiny model; GGUF types have files of
 #: their own
 FITTING = [
-    (n, p) for n, p in CASES if p.get("group_size", 32) in (-1, 32) and n not in {t.name for t in TYPES}
+    (n, p)
+    for n, p in CASES
+    if p.get("group_size", 32) in (-1, 32) and n not in {t.name for t in TYPES}
 ] + [
     ("gptq", {"bits": 4, "group_size": 16, "act_order": True, "symmetric": False}),
     ("gptq", {"bits": 3, "group_size": 32, "symmetric": False}),
@@ -144,7 +146,8 @@ def test_dtype_converts_what_is_not_packed(tmp_path: Path) -> None:
     packed = again.model.layers[0].mlp.up_proj.packed.tensors
     expected = model.model.layers[0].mlp.up_proj.packed.tensors
     assert all(
-        torch.equal(packed[k], expected[k]) and packed[k].dtype == v.dtype for k, v in expected.items()
+        torch.equal(packed[k], expected[k]) and packed[k].dtype == v.dtype
+        for k, v in expected.items()
     )
     assert again(ids(9)[None]).logits.dtype == torch.bfloat16
 
@@ -158,7 +161,10 @@ def test_shards_and_index(tmp_path: Path) -> None:
     assert files[0].name == f"model-00001-of-{count:05d}.safetensors"
     for file in files:
         tensors = load_file(file)
-        assert sum(t.numel() * t.element_size() for t in tensors.values()) <= 20_000 or len(tensors) == 1
+        assert (
+            sum(t.numel() * t.element_size() for t in tensors.values()) <= 20_000
+            or len(tensors) == 1
+        )
     index = json.loads((tmp_path / "m/model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {f.name for f in files}
     _assert_same_state(model, huggingface.load(tmp_path / "m"))
@@ -198,7 +204,11 @@ def test_a_quantized_output_projection(tmp_path: Path) -> None:
 
 
 #: bitsandbytes' CPU kernel wants blocks that divide K
-BITSANDBYTES = [("nf4", {"block_size": 32, "double_quant": True}), ("fp4", {"block_size": 32}), ("int8", {})]
+BITSANDBYTES = [
+    ("nf4", {"block_size": 32, "double_quant": True}),
+    ("fp4", {"block_size": 32}),
+    ("int8", {}),
+]
 
 
 @pytest.mark.parametrize(("format", "params"), BITSANDBYTES)
@@ -211,7 +221,9 @@ def test_transformers_reads_our_bitsandbytes_files(
 
     model = _quantized(format, **params)
     huggingface.save(model, tmp_path / "m")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m", device_map="cpu", dtype=torch.float16)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "m", device_map="cpu", dtype=torch.float16
+    )
     for name, layer in model.named_modules():
         if not isinstance(layer, qk.QuantLinear):
             continue
@@ -236,7 +248,9 @@ def test_transformers_reads_our_compressed_tensors_files(
 
     model = _quantized(name, **params)
     huggingface.save(model, tmp_path / "m")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m", device_map="cpu", dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "m", device_map="cpu", dtype=torch.float32
+    )
     theirs(ids(4)[None])  # it decompresses on first use
     for name, layer in model.named_modules():
         if isinstance(layer, qk.QuantLinear):
@@ -250,17 +264,24 @@ def test_transformers_reads_our_compressed_tensors_files(
     ("fp8", {"granularity": "block", "activation": "dynamic", "scale_name": "weight_scale"}),
     ("fp8", {"granularity": "tensor", "activation": "dynamic", "scale_name": "weight_scale_inv"}),
 ], ids=str)  # fmt: skip
-def test_transformers_dequantizes_our_files(name: str, params: dict[str, Any], tmp_path: Path) -> None:
+def test_transformers_dequantizes_our_files(
+    name: str, params: dict[str, Any], tmp_path: Path
+) -> None:
     """`dequantize=True`, which is also all transformers can do with FP8 on a CPU."""
     pytest.importorskip("compressed_tensors")
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config
 
     model = _quantized(name, **params).bfloat16()
     huggingface.save(model, tmp_path / "m")
-    method = json.loads((tmp_path / "m/config.json").read_text())["quantization_config"]["quant_method"]
+    method = json.loads((tmp_path / "m/config.json").read_text())["quantization_config"][
+        "quant_method"
+    ]
     kind = {"fp8": FineGrainedFP8Config, "compressed-tensors": CompressedTensorsConfig}[method]
     theirs = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "m", device_map="cpu", dtype=torch.bfloat16, quantization_config=kind(dequantize=True)
+        tmp_path / "m",
+        device_map="cpu",
+        dtype=torch.bfloat16,
+        quantization_config=kind(dequantize=True),
     )
     for layer_name, layer in model.named_modules():
         if isinstance(layer, qk.QuantLinear):
@@ -343,7 +364,9 @@ def test_saving_to_a_file_or_a_module_that_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "f").write_text("")
     with pytest.raises(ValueError, match="expected a directory or nothing to save to, got a file"):
         huggingface.save(tiny_model(), tmp_path / "f")
-    with pytest.raises(ValueError, match="model: expected a transformers PreTrainedModel, got Linear"):
+    with pytest.raises(
+        ValueError, match="model: expected a transformers PreTrainedModel, got Linear"
+    ):
         huggingface.save(nn.Linear(2, 2), tmp_path / "m")
     with pytest.raises(ValueError, match="max_shard_bytes: expected at least 1, got 0"):
         huggingface.save(tiny_model(), tmp_path / "m", max_shard_bytes=0)
@@ -409,7 +432,9 @@ def test_missing_config(saved: Path) -> None:
 
 def test_missing_and_unexpected_tensors(saved: Path) -> None:
     _edit_tensors(saved, drop="model.norm.weight")
-    with pytest.raises(ValueError, match="expected 1 more tensors, found none of: model.norm.weight"):
+    with pytest.raises(
+        ValueError, match="expected 1 more tensors, found none of: model.norm.weight"
+    ):
         huggingface.load(saved)
     _edit_tensors(saved, **{"model.norm.weight": torch.ones(64), "model.norm.bias": torch.ones(64)})
     with pytest.raises(ValueError, match="got 1 unexpected: model.norm.bias$"):
@@ -429,31 +454,43 @@ def test_a_bad_packed_tensor_is_named_with_its_file(saved: Path) -> None:
     scales = load_file(saved / "model.safetensors")[name].clone()
     scales[0, 3] = torch.nan
     _edit_tensors(saved, **{name: scales})
-    with pytest.raises(ValueError, match=r"model.safetensors: .*up_proj: gptq: scales: expected finite"):
+    with pytest.raises(
+        ValueError, match=r"model.safetensors: .*up_proj: gptq: scales: expected finite"
+    ):
         huggingface.load(saved)
 
 
 def test_a_plain_tensor_of_the_wrong_shape_or_dtype(saved: Path) -> None:
     _edit_tensors(saved, **{"model.norm.weight": torch.ones(65)})
-    with pytest.raises(ValueError, match=r"'model.norm.weight': expected shape \(64,\) .* got \(65,\)"):
+    with pytest.raises(
+        ValueError, match=r"'model.norm.weight': expected shape \(64,\) .* got \(65,\)"
+    ):
         huggingface.load(saved)
     _edit_tensors(saved, **{"model.norm.weight": torch.ones(64, dtype=torch.int8)})
-    with pytest.raises(ValueError, match=r"'model.norm.weight': expected dtype F16, BF16 or F32, got I8"):
+    with pytest.raises(
+        ValueError, match=r"'model.norm.weight': expected dtype F16, BF16 or F32, got I8"
+    ):
         huggingface.load(saved)
 
 
 def test_pickled_weights_are_refused(saved: Path) -> None:
     (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"got only pickled ones \(pytorch_model.bin\), .* never loaded"):
+    with pytest.raises(
+        ValueError, match=r"got only pickled ones \(pytorch_model.bin\), .* never loaded"
+    ):
         huggingface.load(saved)
 
 
 def test_no_weights_at_all(saved: Path) -> None:
     (saved / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="expected model.safetensors or .*index.json, found neither"):
+    with pytest.raises(
+        ValueError, match="expected model.safetensors or .*index.json, found neither"
+    ):
         huggingface.load(saved)
 
 
 def test_a_file_is_no_directory(saved: Path) -> None:
-    with pytest.raises(ValueError, match="expected a model directory or a .gguf file, got another file"):
+    with pytest.raises(
+        ValueError, match="expected a model directory or a .gguf file, got another file"
+    ):
         huggingface.load(saved / "config.json")

@@ -25,7 +25,9 @@ SHARD = 2_500_000
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """18 MB of int8 in shards of 2.5 MB, 2 MB of it float32 embeddings."""
-    model = tiny_model(hidden_size=512, intermediate_size=1536, num_hidden_layers=5, vocab_size=1000)
+    model = tiny_model(
+        hidden_size=512, intermediate_size=1536, num_hidden_layers=5, vocab_size=1000
+    )
     qk.quantize_model(model, "w8a8", progress=False)
     path = tmp_path_factory.mktemp("sharded") / "m"
     huggingface.save(model, path, max_shard_bytes=SHARD)
@@ -48,7 +50,8 @@ def test_peak_memory_is_the_model_and_one_shard(sharded: Path) -> None:
     assert len(shards) >= 6
     huggingface.load(sharded)  # code that loads lazily is in memory from here on
     gc.collect()
-    getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)  # what is free must not be counted as held
+    # what is free must not be counted as held
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)
     try:
         before = _held(reset=True)["VmRSS"]
     except OSError as error:
@@ -113,7 +116,9 @@ def test_save_model_shards(tmp_path: Path) -> None:
     qk.save_model(model, tmp_path / "n", max_shard_bytes=40_000)
     files = list((tmp_path / "n").glob("*.safetensors"))
     assert len(files) > 2
-    assert torch.equal(model(ids(9)[None]).logits, qk.load_model(tmp_path / "n")(ids(9)[None]).logits)
+    assert torch.equal(
+        model(ids(9)[None]).logits, qk.load_model(tmp_path / "n")(ids(9)[None]).logits
+    )
 
 
 def test_what_is_loaded_stays_when_the_files_go(tmp_path: Path) -> None:

@@ -42,7 +42,13 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
 def _gpt2() -> transformers.PreTrainedModel:
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+        vocab_size=128,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     model = transformers.GPT2LMHeadModel(config).eval()
     for parameter in model.parameters():
@@ -57,11 +63,15 @@ def test_gpt2(format: str, params: dict[str, Any], tmp_path: Path) -> None:
     qk.save_model(model, tmp_path / "m")
     loaded = qk.load_model(tmp_path / "m")
     assert type(loaded.transformer.h[0].mlp.c_fc).__name__ == "Conv1D"
-    torch.testing.assert_close(_logits(loaded), _logits(model), rtol=0, atol=0 if format != "fp16" else 1e-5)
+    torch.testing.assert_close(
+        _logits(loaded), _logits(model), rtol=0, atol=0 if format != "fp16" else 1e-5
+    )
     qk.save_model(loaded, tmp_path / "again")
     assert torch.equal(_logits(qk.load_model(tmp_path / "again")), _logits(loaded))
     try:  # transformers must not run it on random weights
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "m", dtype=torch.float32
+        )
     except ImportError:  # of GPTQModel
         assert format == "gptq"
     else:
@@ -76,7 +86,8 @@ def test_bitsandbytes_own_gpt2(options: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     _gpt2().save_pretrained(tmp_path / "m")
     config = transformers.BitsAndBytesConfig(
-        **options, **({"bnb_4bit_compute_dtype": torch.float32} if "load_in_4bit" in options else {})
+        **options,
+        **({"bnb_4bit_compute_dtype": torch.float32} if "load_in_4bit" in options else {}),
     )
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "m", quantization_config=config, device_map="cpu"
@@ -103,7 +114,9 @@ def test_gpt2_quantized_on_load(format: str, tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------------- configs that say too little, or wrong
 @pytest.mark.parametrize("change", [{"desc_act": False}, {"desc_act": None}], ids=str)
-def test_permuted_groups_that_the_config_does_not_speak_of(change: dict[str, Any], tmp_path: Path) -> None:
+def test_permuted_groups_that_the_config_does_not_speak_of(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
     model = qk.quantize_model(tiny_model(), "gptq", group_size=32, act_order=True, progress=False)
     qk.save_model(model, tmp_path / "m")
     _edit(tmp_path / "m", **change)
@@ -116,7 +129,8 @@ def test_an_index_of_zeros(said: bool, tmp_path: Path) -> None:
     qk.save_model(model, tmp_path / "m")
     file = tmp_path / "m/model.safetensors"
     tensors = {
-        k: torch.zeros_like(v) if k.endswith("g_idx") else v.clone() for k, v in load_file(file).items()
+        k: torch.zeros_like(v) if k.endswith("g_idx") else v.clone()
+        for k, v in load_file(file).items()
     }
     save_file(tensors, file)
     _edit(tmp_path / "m", desc_act=said)
@@ -193,7 +207,11 @@ def test_classes_that_do_not_fit(names: list[str], message: str, tmp_path: Path)
 
 def test_a_model_without_a_class(tmp_path: Path) -> None:
     config = transformers.ViTConfig(
-        hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96, image_size=32
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=96,
+        image_size=32,
     )
     qk.save_model(transformers.ViTModel(config), tmp_path / "m")
     file = tmp_path / "m/config.json"
@@ -247,18 +265,23 @@ def test_t5_as_bitsandbytes_has_it(options: dict[str, Any], tmp_path: Path) -> N
     """Its `wo` overflows float16, so transformers' quantizers leave it plain, and could not read it packed."""
     pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
-    config = transformers.T5Config(vocab_size=128, d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4)
+    config = transformers.T5Config(
+        vocab_size=128, d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4
+    )
     model = transformers.T5ForConditionalGeneration(config).eval()
     model.save_pretrained(tmp_path / "m")
     config = transformers.BitsAndBytesConfig(**options)
     load = transformers.T5ForConditionalGeneration.from_pretrained
     theirs = load(tmp_path / "m", quantization_config=config, device_map="cpu", dtype=torch.float32)
     with pytest.warns(
-        UserWarning, match="wo and 1 more like it stays as it is: T5ForConditionalGeneration keeps wo"
+        UserWarning,
+        match="wo and 1 more like it stays as it is: T5ForConditionalGeneration keeps wo",
     ):
         qk.quantize_model(model, "nf4" if "load_in_4bit" in options else "int8", progress=False)
     plain = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    packed = {n for n, m in theirs.named_modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt")}
+    packed = {
+        n for n, m in theirs.named_modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt")
+    }
     assert packed == {n for n, m in model.named_modules() if isinstance(m, qk.QuantLinear)}
     assert {n.rpartition(".")[2] for n in plain} == {"wo", "lm_head"}
     theirs.save_pretrained(tmp_path / "t")

@@ -31,7 +31,9 @@ def test_names_go_there_and_back() -> None:
 def test_names_of_models_without_experts_stay() -> None:
     names = Names(tiny_model())
     assert not names.experts
-    assert all(names.written(name) == name == names.of_file(name) for name in tiny_model().state_dict())
+    assert all(
+        names.written(name) == name == names.of_file(name) for name in tiny_model().state_dict()
+    )
 
 
 class _Renaming:
@@ -57,7 +59,17 @@ def test_names_that_would_not_come_back_stay() -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    ["afmoe", "ernie4_5_moe", "exaone_moe", "hy_v3", "jamba", "laguna", "minimax_m2", "phimoe", "qwen3_next"],
+    [
+        "afmoe",
+        "ernie4_5_moe",
+        "exaone_moe",
+        "hy_v3",
+        "jamba",
+        "laguna",
+        "minimax_m2",
+        "phimoe",
+        "qwen3_next",
+    ],
 )
 def test_names_are_those_that_transformers_writes(kind: str) -> None:
     """Of models of the usual size, without weights."""
@@ -82,7 +94,11 @@ def test_names_are_those_that_transformers_writes(kind: str) -> None:
     }
     assert found == want
     for name in want:
-        assert names.layer_of(names.of_file(name)) or names.of_file(name) in names._tensors or name in found
+        assert (
+            names.layer_of(names.of_file(name))
+            or names.of_file(name) in names._tensors
+            or name in found
+        )
     for prefix, own in experts.items():
         assert {names.experts_of(names.of_file(name)) for name in own} == {prefix}
 

@@ -49,7 +49,9 @@ def test_a_golden_checkpoint_survives_saving_bit_for_bit(tmp_path: Path) -> None
         before = load_file(source / "model.safetensors")
         after = load_file(tmp_path / source.name / "model.safetensors")
         assert before.keys() == after.keys()
-        assert all(torch.equal(before[k], after[k]) and before[k].dtype == after[k].dtype for k in before)
+        assert all(
+            torch.equal(before[k], after[k]) and before[k].dtype == after[k].dtype for k in before
+        )
 
 
 @pytest.mark.parametrize("options", [
@@ -97,16 +99,18 @@ def test_fine_grained_fp8(scale_fmt: str, tmp_path: Path) -> None:
         tensors |= quantize.convert({name: tensors[name]})
     save_file(tensors, tmp_path / "m/model.safetensors")
     path = tmp_path / "m/config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": config.to_dict()}))
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "quantization_config": config.to_dict()})
+    )
     ours = qk.load_model(tmp_path / "m")
     for name, layer in ours.named_modules():
         if isinstance(layer, qk.QuantLinear):
             assert layer.packed.params["activation"] == "dynamic"
             scale = tensors[f"{name}.weight_scale_inv"].float()
             assert (scale.log2() == scale.log2().round()).all() == (scale_fmt == "ue8m0")
-            want = tensors[f"{name}.weight"].float() * scale.repeat_interleave(128, 0).repeat_interleave(
-                128, 1
-            )
+            want = tensors[f"{name}.weight"].float() * scale.repeat_interleave(
+                128, 0
+            ).repeat_interleave(128, 1)
             assert torch.equal(layer.packed.dequantize(), want)
             # E4M3 has 3 bits behind its point: half a step is 2^-4, and scales that are powers of two are no worse
             weight = model.get_submodule(name).weight
@@ -140,7 +144,11 @@ def test_compressed_tensors(kind: str, tmp_path: Path) -> None:
     """Their own compressor on a model whose scales their own functions chose."""
     scheme = _ct_scheme(kind)
     from compressed_tensors.compressors import ModelCompressor
-    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config, fake_quantize
+    from compressed_tensors.quantization import (
+        QuantizationConfig,
+        apply_quantization_config,
+        fake_quantize,
+    )
     from compressed_tensors.quantization.utils import calculate_qparams
 
     if scheme.weights.group_size:
@@ -163,7 +171,9 @@ def test_compressed_tensors(kind: str, tmp_path: Path) -> None:
         module.weight_scale.data.copy_(scale)
         if hasattr(module, "weight_zero_point"):
             module.weight_zero_point.data.copy_(zero)
-        rounded = fake_quantize(weight, module.weight_scale, getattr(module, "weight_zero_point", None), args)
+        rounded = fake_quantize(
+            weight, module.weight_scale, getattr(module, "weight_zero_point", None), args
+        )
         reference.get_submodule(name).weight.data.copy_(rounded)
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
@@ -172,7 +182,9 @@ def test_compressed_tensors(kind: str, tmp_path: Path) -> None:
     ours = qk.load_model(tmp_path / "q")
     for name, layer in ours.named_modules():
         if isinstance(layer, qk.QuantLinear):
-            assert torch.equal(layer.packed.dequantize(), reference.get_submodule(name).weight), name
+            assert torch.equal(layer.packed.dequantize(), reference.get_submodule(name).weight), (
+                name
+            )
     assert sum(isinstance(m, qk.QuantLinear) for m in ours.modules()) == 14
     if scheme.input_activations is None:
         with torch.no_grad():

@@ -37,8 +37,16 @@ def test_a_gguf_file_becomes_a_directory_bit_for_bit(tmp_path: Path, kind: str, 
     qk.save_model(packed, tmp_path / "directory")
     again = qk.load_model(tmp_path / "directory")
     assert isinstance(again.get_input_embeddings(), QuantEmbedding) == tied
-    want = {n: m.packed for n, m in packed.named_modules() if isinstance(m, (qk.QuantLinear, QuantEmbedding))}
-    found = {n: m.packed for n, m in again.named_modules() if isinstance(m, (qk.QuantLinear, QuantEmbedding))}
+    want = {
+        n: m.packed
+        for n, m in packed.named_modules()
+        if isinstance(m, (qk.QuantLinear, QuantEmbedding))
+    }
+    found = {
+        n: m.packed
+        for n, m in again.named_modules()
+        if isinstance(m, (qk.QuantLinear, QuantEmbedding))
+    }
     assert found.keys() == want.keys()
     for name, p in want.items():
         assert (p.format, p.params) == (found[name].format, found[name].params)
@@ -85,7 +93,9 @@ def test_an_embedding_that_no_config_speaks_of_is_dequantized(
     if head == "tied":
         model.set_output_embeddings(qk.QuantLinear(embedding.packed))
     elif head == "own":
-        model.set_output_embeddings(qk.QuantLinear(qk.quantize(torch.randn(128, 64), format, **params)))
+        model.set_output_embeddings(
+            qk.QuantLinear(qk.quantize(torch.randn(128, 64), format, **params))
+        )
     want = logits(model)
     qk.save_model(model, tmp_path / "x")
     again = qk.load_model(tmp_path / "x")
@@ -151,7 +161,9 @@ def test_what_the_config_says(tmp_path: Path) -> None:
     assert plan.scheme("model.layers.1.mlp.down_proj") == ("q8_0", {})
 
 
-def test_convert_keeps_a_gguf_files_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_keeps_a_gguf_files_tensors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from qkernels.cli import main
 
     model = tiny_model(**BIG)

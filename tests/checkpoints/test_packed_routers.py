@@ -55,7 +55,9 @@ def test_packed_routers(kind: str, name: str, params: dict[str, Any], tmp_path: 
     with pytest.warns(UserWarning, match=NOTE):
         ours = qk.load_model(tmp_path / "q")
     values = {
-        k: v for k, v in load_file(tmp_path / "p/model.safetensors").items() if k.endswith("gate.weight")
+        k: v
+        for k, v in load_file(tmp_path / "p/model.safetensors").items()
+        if k.endswith("gate.weight")
     }
     assert len(values) == 2
     for i, value in enumerate(values[key] for key in sorted(values)):
@@ -85,7 +87,9 @@ def test_a_packed_router_that_the_config_leaves_alone(tmp_path: Path) -> None:
     left = (tmp_path / "q/config.json").read_text()
     _pack_routers("gptq", {"group_size": 32}, tmp_path / "q", tmp_path / "p")
     (tmp_path / "q/config.json").write_text(left)
-    with pytest.raises(ValueError, match=r"layers.0.mlp.gate: expected a plain weight, because .* got g_idx"):
+    with pytest.raises(
+        ValueError, match=r"layers.0.mlp.gate: expected a plain weight, because .* got g_idx"
+    ):
         qk.load_model(tmp_path / "q")
 
 
@@ -93,10 +97,13 @@ def test_a_packed_router_of_another_shape(tmp_path: Path) -> None:
     save_moe("qwen3_moe", "gptq", {"group_size": 32}, tmp_path / "q", tmp_path / "p")
     _pack_routers("gptq", {"group_size": 32}, tmp_path / "q", tmp_path / "p")
     tensors = load_file(tmp_path / "q/model.safetensors")
-    tensors["model.layers.1.mlp.gate.scales"] = tensors["model.layers.1.mlp.gate.scales"][:-1].clone()
+    tensors["model.layers.1.mlp.gate.scales"] = tensors["model.layers.1.mlp.gate.scales"][
+        :-1
+    ].clone()
     save_file(tensors, tmp_path / "q/model.safetensors", {"format": "pt"})
     with pytest.raises(
-        ValueError, match=r"model.safetensors: model.layers.1.mlp.gate: gptq: scales: expected shape"
+        ValueError,
+        match=r"model.safetensors: model.layers.1.mlp.gate: gptq: scales: expected shape",
     ):
         qk.load_model(tmp_path / "q")
 
@@ -115,7 +122,9 @@ def test_a_scaled_embedding(tmp_path: Path) -> None:
     )).eval()  # fmt: skip
     groups = {"a": {"targets": ["Embedding"], "weights": weights()}}
     rounded, logits = write(tmp_path / "q", groups, model=model)
-    with pytest.warns(UserWarning, match="1 modules are stored packed .* dequantized: model.embed_tokens"):
+    with pytest.warns(
+        UserWarning, match="1 modules are stored packed .* dequantized: model.embed_tokens"
+    ):
         ours = qk.load_model(tmp_path / "q")
     assert torch.equal(ours.model.embed_tokens.weight, rounded["model.embed_tokens"])
     with torch.no_grad():

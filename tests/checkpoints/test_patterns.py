@@ -21,23 +21,39 @@ from .hostile import quick, said_by
 # ---------------------------------------------------------------------- patterns
 _NAME = "model.layers.11.self_attn.q_proj"
 #: the first is one that `regex` sees through and `re` does not
-_ENDLESS = ["(?:[a-z0-9_.]+)+!", r"(?:\w|[a-z]|\.)+[!?]", r"(?:.|[a-z])+(?=x).", r"(?:(\w|[a-z]|.)+)+(?<!.)"]
+_ENDLESS = [
+    "(?:[a-z0-9_.]+)+!",
+    r"(?:\w|[a-z]|\.)+[!?]",
+    r"(?:.|[a-z])+(?=x).",
+    r"(?:(\w|[a-z]|.)+)+(?<!.)",
+]
 
 
 def _with(field: str, pattern: str) -> dict[str, Any]:
     if field == "dynamic":
-        return {"quant_method": "gptq", "bits": 4, "group_size": 32, "dynamic": {f"-:{pattern}": {}}}
+        return {
+            "quant_method": "gptq",
+            "bits": 4,
+            "group_size": 32,
+            "dynamic": {f"-:{pattern}": {}},
+        }
     if field == "modules_to_not_convert":
         return {"quant_method": "gptq", "bits": 4, "group_size": 32, field: [pattern]}
     group = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "symmetric": True,
                                                 "strategy": "group", "group_size": 32}}  # fmt: skip
-    config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"g": group}}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"g": group},
+    }
     if field == "ignore":
         return {**config, "ignore": [f"re:{pattern}"]}
     return {**config, "config_groups": {"g": {**group, "targets": [f"re:{pattern}"]}}}
 
 
-@pytest.mark.parametrize("field", ["ignore", "config_groups.g.targets", "dynamic", "modules_to_not_convert"])
+@pytest.mark.parametrize(
+    "field", ["ignore", "config_groups.g.targets", "dynamic", "modules_to_not_convert"]
+)
 @pytest.mark.parametrize("pattern", _ENDLESS, ids=range(len(_ENDLESS)))
 def test_patterns_that_backtrack(field: str, pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All names of a model together take at most the limit; the error names field and pattern."""
@@ -50,9 +66,7 @@ def test_patterns_that_backtrack(field: str, pattern: str, monkeypatch: pytest.M
 
     with quick(1.5):
         said = said_by(all_names)
-    expected = (
-        rf"here: quantization_config.{field}: expected patterns that take at most 0.2 s in all, got more at '"
-    )
+    expected = rf"here: quantization_config.{field}: expected patterns that take at most 0.2 s in all, got more at '"
     assert said is None or re.match(expected, said)
     assert said is not None or pattern == _ENDLESS[0]
 
@@ -186,15 +200,30 @@ def test_lists_agree_with_transformers_s_matcher() -> None:
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     generator = random.Random(2)
-    pieces = ["model", ".", "layers", "1", "11", "mlp", "_", "up_proj", "proj", "lm_head", "q", "experts.3"]
+    pieces = [
+        "model",
+        ".",
+        "layers",
+        "1",
+        "11",
+        "mlp",
+        "_",
+        "up_proj",
+        "proj",
+        "lm_head",
+        "q",
+        "experts.3",
+    ]
     names = [name for name in _NAMES if name] + ["modelXlayers.1.mlp", "model.layers.1"]
     for _ in range(300):
         count = generator.randint(1, 4)
-        entries = ["".join(generator.choices(pieces, k=generator.randint(1, 5))) for _ in range(count)]
+        entries = [
+            "".join(generator.choices(pieces, k=generator.randint(1, 5))) for _ in range(count)
+        ]
         skipped = patterns.Skipped(patterns.Patterns(), "f", entries)
-        assert [not skipped(name) for name in names] == [should_convert_module(n, entries) for n in names], (
-            entries
-        )
+        assert [not skipped(name) for name in names] == [
+            should_convert_module(n, entries) for n in names
+        ], entries
 
 
 def test_long_lists_of_names_are_quick() -> None:
@@ -218,7 +247,9 @@ def test_long_lists_of_names_are_quick() -> None:
     ):
         with quick(10):
             plan = Plan("here", config)
-            assert [plan.scheme(name) is None for name in names] == [i % 2 == 0 for i in range(len(names))]
+            assert [plan.scheme(name) is None for name in names] == [
+                i % 2 == 0 for i in range(len(names))
+            ]
 
 
 def test_rules_keep_their_order() -> None:

@@ -20,12 +20,22 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 
 
 def _group(bits: int, targets: list[str], **more: Any) -> dict[str, Any]:
-    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    weights = {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": 32,
+    }
     return {"targets": targets, "weights": weights, "input_activations": None, **more}
 
 
 def _ct(groups: dict[str, Any], **more: Any) -> dict[str, Any]:
-    config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"]}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "ignore": ["lm_head"],
+    }
     return {**config, "config_groups": groups, **more}
 
 
@@ -151,9 +161,10 @@ def _assert_reads_back(model: nn.Module, path: Path) -> dict[str, Any]:
     for name, layer in model.named_modules():
         if isinstance(layer, qk.QuantLinear):
             other = again.get_submodule(name)
-            assert (other.packed.format, other.packed.params) == (layer.packed.format, layer.packed.params), (
-                name
-            )
+            assert (other.packed.format, other.packed.params) == (
+                layer.packed.format,
+                layer.packed.params,
+            ), name
     assert torch.equal(model(ids(20)[None]).logits, again(ids(20)[None]).logits)
     return json.loads((path / "config.json").read_text())["quantization_config"]
 
@@ -165,7 +176,10 @@ def test_gptq_of_several_widths_goes_into_dynamic(tmp_path: Path) -> None:
     assert config["bits"] == 4
     assert config["dynamic"] == {
         r"-:^model\.layers\.0\.mlp\.up_proj$": {},
-        **{rf"+:^model\.layers\.{i}\.mlp\.down_proj$": {"bits": 8, "group_size": -1} for i in range(2)},
+        **{
+            rf"+:^model\.layers\.{i}\.mlp\.down_proj$": {"bits": 8, "group_size": -1}
+            for i in range(2)
+        },
     }
 
 
@@ -187,7 +201,9 @@ def test_transformers_reads_our_mixed_file(tmp_path: Path) -> None:
     model = _mixed(("pack_quantized", {"group_size": 32}, ["*.down_proj", "*.o_proj"]),
                    ("fp8", {"activation": "dynamic"}, ["*.o_proj"]))  # fmt: skip
     huggingface.save(model, tmp_path / "m")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m", device_map="cpu", dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "m", device_map="cpu", dtype=torch.float32
+    )
     theirs(ids(4)[None])  # it decompresses on first use
     for name, layer in model.named_modules():
         if isinstance(layer, qk.QuantLinear):
@@ -197,7 +213,9 @@ def test_transformers_reads_our_mixed_file(tmp_path: Path) -> None:
 def test_gptq_v1_beside_v2_cannot_be_said(tmp_path: Path) -> None:
     model = _mixed(("gptq", {"group_size": 32}, ["*.down_proj"]),
                    ("gptq", {"group_size": 32, "checkpoint_format": "gptq_v2"}, []))  # fmt: skip
-    with pytest.raises(ValueError, match="down_proj: expected gptq with .* because no quantization_config"):
+    with pytest.raises(
+        ValueError, match="down_proj: expected gptq with .* because no quantization_config"
+    ):
         huggingface.save(model, tmp_path / "m")
 
 
@@ -206,7 +224,10 @@ def test_packed_tensors_of_a_layer_the_config_leaves_alone(tmp_path: Path) -> No
     huggingface.save(_mixed(("gptq", {"group_size": 32}, [])), tmp_path / "m")
     path = tmp_path / "m/config.json"
     config = json.loads(path.read_text())
-    config["quantization_config"]["modules_to_not_convert"] = ["lm_head", "model.layers.1.mlp.up_proj"]
+    config["quantization_config"]["modules_to_not_convert"] = [
+        "lm_head",
+        "model.layers.1.mlp.up_proj",
+    ]
     path.write_text(json.dumps(config))
     with pytest.raises(
         ValueError, match="layers.1.mlp.up_proj: expected a plain weight, because .* got g_idx"
@@ -224,7 +245,9 @@ def test_quantized_lm_head(tmp_path: Path) -> None:
     assert "dynamic" not in config
 
 
-@pytest.mark.parametrize(("name", "method"), [("quantize_config.json", "gptq"), ("quant_config.json", "awq")])
+@pytest.mark.parametrize(
+    ("name", "method"), [("quantize_config.json", "gptq"), ("quant_config.json", "awq")]
+)
 def test_configs_in_files_of_their_own(name: str, method: str, tmp_path: Path) -> None:
     """As AutoGPTQ and AutoAWQ wrote them before config.json held them."""
     model = _mixed((method, {"group_size": 32}, []))
@@ -246,9 +269,14 @@ def test_scales_of_a_quantized_cache_are_passed_over(tmp_path: Path) -> None:
     model = _mixed(("fp8", {"granularity": "tensor"}, []))
     huggingface.save(model, tmp_path / "m")
     file = tmp_path / "m/model.safetensors"
-    more = {f"model.layers.0.self_attn.{n}": torch.ones(1) for n in ("k_scale", "k_proj.k_scale", "v_scale")}
+    more = {
+        f"model.layers.0.self_attn.{n}": torch.ones(1)
+        for n in ("k_scale", "k_proj.k_scale", "v_scale")
+    }
     save_file({**load_file(file), **more}, file)
-    assert torch.equal(model(ids(9)[None]).logits, huggingface.load(tmp_path / "m")(ids(9)[None]).logits)
+    assert torch.equal(
+        model(ids(9)[None]).logits, huggingface.load(tmp_path / "m")(ids(9)[None]).logits
+    )
 
 
 def test_fp8_scales_as_transformers_names_them(tmp_path: Path) -> None:

@@ -81,7 +81,9 @@ def place(request: pytest.FixtureRequest) -> Iterator[tuple[Path, Save, list[str
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()], ids=lambda e: type(e).__name__
 )  # fmt: skip
-def test_a_call_that_fails(place: tuple[Path, Save, list[str | None]], error: BaseException) -> None:
+def test_a_call_that_fails(
+    place: tuple[Path, Save, list[str | None]], error: BaseException
+) -> None:
     path, save, (old, new) = place
     counting = faults.Steps(0, lambda: None)
     with faults.calls(counting):
@@ -92,11 +94,12 @@ def test_a_call_that_fails(place: tuple[Path, Save, list[str | None]], error: Ba
         try:
             with faults.calls(faults.Steps(step, faults.raising(error))):
                 save(path, 1)
+        # ValueError: config.json is read again, as anybody's
         except (
             OSError,
             ValueError,
             KeyboardInterrupt,
-        ):  # ValueError: config.json is read again, as anybody's
+        ):
             failed = True
         got = digest(path)
         assert got in (old, new), f"step {step}"
@@ -123,7 +126,10 @@ def test_a_full_disk(place: tuple[Path, Save, list[str | None]], size: int) -> N
     path, save, (old, new) = place
     files = path.iterdir() if path.is_dir() else [path]
     if max(file.stat().st_size for file in files) > size:
-        with largest_file(size), pytest.raises(OSError, match="too large|requested and|cannot be written"):
+        with (
+            largest_file(size),
+            pytest.raises(OSError, match="too large|requested and|cannot be written"),
+        ):
             save(path, 1)
         assert digest(path) == old
         assert [entry.name for entry in path.parent.iterdir()] == [path.name]
@@ -143,7 +149,9 @@ def test_no_link_is_followed(tmp_path: Path, name: str) -> None:
     assert not (tmp_path / name).is_symlink()
 
 
-def test_the_current_directory_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_current_directory_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="got the one that this process is in"):
         qk.save_model(tiny_model(), ".")
@@ -161,6 +169,8 @@ def test_what_came_to_the_directory_meanwhile_is_not_lost(tmp_path: Path) -> Non
         (tmp_path / "model" / "notes.txt").write_text("precious")
 
     tokenizer.save_pretrained = meanwhile
-    with pytest.raises(ValueError, match="expected nothing but a saved model's files.*got notes.txt"):
+    with pytest.raises(
+        ValueError, match="expected nothing but a saved model's files.*got notes.txt"
+    ):
         qk.save_model(net, tmp_path / "model", tokenizer)
     assert (tmp_path / "model" / "notes.txt").read_text() == "precious"

@@ -117,7 +117,10 @@ def test_one_tensor_in_two_shards(tmp_path: Path) -> None:
     _shards(tmp_path / "m")
     save_file({"t0": torch.ones(10)}, tmp_path / "m/model-00003-of-00003.safetensors")
     index = {
-        "weight_map": {"t0": "model-00003-of-00003.safetensors", "t1": "model-00001-of-00003.safetensors"}
+        "weight_map": {
+            "t0": "model-00003-of-00003.safetensors",
+            "t1": "model-00001-of-00003.safetensors",
+        }
     }
     (tmp_path / "m" / INDEX).write_text(json.dumps(index))
     with pytest.raises(ValueError, match="tensor 't0': also in model-0000[13]-of-00003"):

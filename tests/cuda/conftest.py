@@ -19,7 +19,9 @@ ORDER = [0]
 DEFINES: list[str] = []
 
 
-def emulate(name: str, call: ctypes.Structure, reads: list[torch.Tensor], writes: list[torch.Tensor]) -> str:
+def emulate(
+    name: str, call: ctypes.Structure, reads: list[torch.Tensor], writes: list[torch.Tensor]
+) -> str:
     lib = host.library(host.source_of(name), tuple(DEFINES))
     function = getattr(lib, f"qk_{name}")
     function.restype = ctypes.c_char_p

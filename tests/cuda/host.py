@@ -20,12 +20,19 @@ CSRC = Path(__file__).parents[2] / "csrc"
 FLAGS = ["-std=c++17", "-O1", "-Wall", "-Werror", "-fPIC", "-shared"]
 #: set in test_sanitizers.py's processes
 if os.environ.get("QKERNELS_SANITIZE"):
-    FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1"]
+    FLAGS += [
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        "-fno-omit-frame-pointer",
+        "-g1",
+    ]
 
 
 def source_of(kernel: str) -> str:
     """The file, relative to csrc, with the entry point of `kernel`, a name of csrc/bindings."""
-    found = sorted({*CSRC.glob(f"*/{kernel}.cu"), *CSRC.glob(f"*/{kernel.removeprefix('weight_only_')}.cu")})
+    found = sorted(
+        {*CSRC.glob(f"*/{kernel}.cu"), *CSRC.glob(f"*/{kernel.removeprefix('weight_only_')}.cu")}
+    )
     assert len(found) == 1, f"{kernel}: {found}"
     return str(found[0].relative_to(CSRC))
 

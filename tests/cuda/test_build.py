@@ -63,13 +63,17 @@ def test_the_static_table_sees_spills_and_missing_kernels() -> None:
     entry = re.search(r"'(\w+)'", PTXAS)
     assert entry is not None
     tensor = {entry[1]: ("HMMA.16816.F32", "")}
-    good, bad = (static_cuda.parse(PTXAS.format(stores=n), "linear4", "80", tensor)[0] for n in (0, 8))
+    good, bad = (
+        static_cuda.parse(PTXAS.format(stores=n), "linear4", "80", tensor)[0] for n in (0, 8)
+    )
     assert (good.registers, good.stack, good.blocks, good.problems) == (120, 64, 4, [])
     assert bad.problems == ["spills 8 bytes"]
     assert static_cuda.parse(PTXAS.format(stores=0), "linear4", "80", {})[0].problems == [
         "no MMA instruction"
     ]
-    words = f"ptxas info : (C7513) Potential Performance Loss: wgmma, in the function '{entry[1]}'\n"
+    words = (
+        f"ptxas info : (C7513) Potential Performance Loss: wgmma, in the function '{entry[1]}'\n"
+    )
     slow = static_cuda.parse(words + PTXAS.format(stores=0), "linear4", "80", tensor)[0]
     assert slow.problems == ["its wgmma instructions are serialized"]
     found = {entry[1]: ("HGMMA", "MOV writes R8, which a product under way reads")}
@@ -114,7 +118,9 @@ def test_versions() -> None:
     build.check_versions(13000, 13000)
     build.check_versions(13000, 13010)
     build.check_versions(12080, 13000)
-    with pytest.raises(RuntimeError, match="compiled by CUDA 13.0, but the driver knows CUDA up to 12.8"):
+    with pytest.raises(
+        RuntimeError, match="compiled by CUDA 13.0, but the driver knows CUDA up to 12.8"
+    ):
         build.check_versions(13000, 12080)
     with pytest.raises(RuntimeError, match="no NVIDIA driver"):
         build.check_versions(13000, 0)
@@ -160,10 +166,17 @@ def test_code_is_loaded_only_from_where_nobody_else_can_write(
     monkeypatch.setattr(build, "build", lambda target, archs, folder: target.touch())
     module = build.build_cached(("80",))
     assert (module.parent.stat().st_mode & 0o777, module.stat().st_mode & 0o022) == (0o700, 0)
-    for part, mode in ((module, 0o775), (module, 0o757), (module.parent, 0o770), (module.parents[2], 0o777)):
+    for part, mode in (
+        (module, 0o775),
+        (module, 0o757),
+        (module.parent, 0o770),
+        (module.parents[2], 0o777),
+    ):
         before = part.stat().st_mode & 0o7777
         part.chmod(mode)
-        with pytest.raises(RuntimeError, match="expected what only this user can write to, because code"):
+        with pytest.raises(
+            RuntimeError, match="expected what only this user can write to, because code"
+        ):
             build.build_cached(("80",))
         part.chmod(before)
     module.parents[2].chmod(0o1777)  # as /tmp
@@ -195,7 +208,9 @@ def test_another_compiler_at_the_same_path_builds_again(
     assert len(places) == 2
 
 
-def test_failed_build_shows_the_compilers_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_failed_build_shows_the_compilers_words(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     pytest.importorskip("pybind11")
     pytest.importorskip("ninja")
     compiler = tmp_path / "nvcc"

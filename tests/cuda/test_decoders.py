@@ -27,7 +27,11 @@ def pointer(t: torch.Tensor) -> ctypes.c_void_p:
 
 
 def decoded(
-    kind: str, codes: torch.Tensor, dtype: torch.dtype, zero: float = 0, table: torch.Tensor | None = None
+    kind: str,
+    codes: torch.Tensor,
+    dtype: torch.dtype,
+    zero: float = 0,
+    table: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """codes uint8 (N, K), K a whole number of tiles -> values (N, K), through layout and decoder."""
     bits = {"lut16": 4, "e4m3": 8, "e5m2": 8}.get(kind) or int(kind[-1])
@@ -115,7 +119,8 @@ def test_codes_of_eight_weights(bits: int, dtype: torch.dtype) -> None:
     if bits == 2:
         assert torch.equal(found, want)
     else:
-        u = 2.0**-11 if dtype == torch.float16 else 2.0**-8  # and 2^-20: of float32 where both cancel
+        # and 2^-20: of float32 where both cancel
+        u = 2.0**-11 if dtype == torch.float16 else 2.0**-8
         assert bool(((found - want).abs() <= u * (1 + 2.0**-10) * want.abs() + 2.0**-20).all())
 
 
@@ -126,7 +131,9 @@ def test_table_in_every_place(dtype: torch.dtype) -> None:
     for code in range(16):
         codes = torch.randint(16, (128, 128), dtype=torch.uint8)
         codes[places, places] = code
-        assert torch.equal(decoded("lut16", codes, dtype, table=table), table.to(dtype)[codes.long()])
+        assert torch.equal(
+            decoded("lut16", codes, dtype, table=table), table.to(dtype)[codes.long()]
+        )
 
 
 @dtypes

@@ -31,13 +31,18 @@ from ..kernels.test_eight_bit import (  # noqa: F401  # the last two are fixture
 pytestmark = pytest.mark.usefixtures("emulated")
 
 
-def product(x: Tensor, p: qk.PackedWeight, bias: Tensor | None = None, invariant: bool = False) -> Tensor:
+def product(
+    x: Tensor, p: qk.PackedWeight, bias: Tensor | None = None, invariant: bool = False
+) -> Tensor:
     return qk.matmul(x, p, bias, backend="cuda", batch_invariant=invariant)
 
 
 def test_structs_of_another_version_are_refused() -> None:
     x = torch.randn(1, 16).half().to(DEVICE)
-    for call, name in ((eight_bit.QuantizeCall, "quantize_rows"), (eight_bit.EightBitCall, "eight_bit_int8")):
+    for call, name in (
+        (eight_bit.QuantizeCall, "quantize_rows"),
+        (eight_bit.EightBitCall, "eight_bit_int8"),
+    ):
         with pytest.raises(RuntimeError, match="different versions"):
             launch.start(name, call(size=ctypes.sizeof(call) + 8), [x], [])
 
@@ -46,11 +51,18 @@ def test_structs_of_another_version_are_refused() -> None:
 @eight_bit_cases
 @dtypes
 @pytest.mark.parametrize(("m", "k"), [(5, 300), (1, 16), (3, 301), (2, 8 * 256 * 4 + 1000)])
-def test_codes_bit_for_bit(name: str, params: dict[str, object], dtype: torch.dtype, m: int, k: int) -> None:
+def test_codes_bit_for_bit(
+    name: str, params: dict[str, object], dtype: torch.dtype, m: int, k: int
+) -> None:
     """Also of rows longer than a block's registers hold, and of numbers of every size."""
     p = packed(name, params, k, n=1)
     for spread in (0, 4):
-        x = (torch.randn(m, k) * torch.exp(spread * torch.randn(m, k))).clamp(-6e4, 6e4).to(dtype).to(DEVICE)
+        x = (
+            (torch.randn(m, k) * torch.exp(spread * torch.randn(m, k)))
+            .clamp(-6e4, 6e4)
+            .to(dtype)
+            .to(DEVICE)
+        )
         x[-1, : k // 2] = 0
         assert_codes(eight_bit.quantize(x, p, problem(p, x)), x, p)
 
@@ -104,9 +116,13 @@ def test_silu_and_product(dtype: torch.dtype) -> None:
 def test_operands_that_do_not_fit() -> None:
     x = torch.randn(2, 64).half().to(DEVICE)
     p = packed("w8a8", {}, 64, n=1)
-    with pytest.raises(ValueError, match=r"up: expected contiguous torch.float16 of shape \(2, 64\), got"):
+    with pytest.raises(
+        ValueError, match=r"up: expected contiguous torch.float16 of shape \(2, 64\), got"
+    ):
         eight_bit.quantize(x, p, problem(p, x), up=x[:1])
-    with pytest.raises(ValueError, match=r"norm: expected contiguous torch.float16 of shape \(64,\), got"):
+    with pytest.raises(
+        ValueError, match=r"norm: expected contiguous torch.float16 of shape \(64,\), got"
+    ):
         eight_bit.quantize(x, p, problem(p, x), norm=torch.ones(64, device=DEVICE))
 
 
@@ -142,7 +158,9 @@ def test_odd_and_even_shapes(name: str, params: dict[str, object], n: int, k: in
 
 
 @pytest.mark.parametrize(("name", "params"), FP8, ids=map(case_id, FP8))
-def test_gpus_without_fp8(name: str, params: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_without_fp8(
+    name: str, params: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
     if DEVICE == "cuda":
         pytest.skip("of a GPU there is one")
     emulation.DEFINES.append("QK_EMULATED_ARCH=800")
@@ -156,7 +174,9 @@ def test_gpus_without_fp8(name: str, params: dict[str, object], monkeypatch: pyt
 
 
 @pytest.mark.parametrize("float_format", ["e4m3", "e5m2"])
-@pytest.mark.parametrize(("n", "k", "m"), [(257, 300, 3), (129, 129, 9), (1, 640, 130), (200, 127, 40)])
+@pytest.mark.parametrize(
+    ("n", "k", "m"), [(257, 300, 3), (129, 129, 9), (1, 640, 130), (200, 127, 40)]
+)
 def test_block_scales_stay_in_their_blocks(n: int, k: int, m: int, float_format: str) -> None:
     params = {"granularity": "block", "activation": "dynamic", "float_format": float_format}
     fmt = qk.formats.get("fp8")
@@ -173,7 +193,8 @@ def test_block_scales_stay_in_their_blocks(n: int, k: int, m: int, float_format:
 def test_zero_points(zero: int) -> None:
     params = {"activation": "static", "input_scale": 0.01, "input_zero_point": zero}
     for m in (2, 18):
-        x, p, bias = operands("w8a8", params, 70, 203, m, torch.float16)  # a scale at which x saturates
+        # a scale at which x saturates
+        x, p, bias = operands("w8a8", params, 70, 203, m, torch.float16)
         assert_close(product(x, p, bias), x, p, bias)
 
 
@@ -229,7 +250,9 @@ def test_split_and_sequential_shares_sum_alike(monkeypatch: pytest.MonkeyPatch) 
     x = torch.cat([half, -half], 1).bfloat16().to(DEVICE)
     monkeypatch.setattr(eight_bit, "processors", lambda device: 8)
     split = product(x, p, invariant=True)
-    assert eight_bit.configure("e4m3", p.shape, 5, True, 8).split > 1, "this test would compare nothing"
+    assert eight_bit.configure("e4m3", p.shape, 5, True, 8).split > 1, (
+        "this test would compare nothing"
+    )
     monkeypatch.setattr(eight_bit, "PARTIAL_BYTES", 0)
     config = eight_bit.configure("e4m3", p.shape, 5, True, 8)
     assert config.split == 1
@@ -248,7 +271,9 @@ def test_partial_sums_stay_small() -> None:
                 config = eight_bit.configure(kind, (1024, 28672), m, invariant, 132)
                 tile = config.rows * (16 if config.gemv else 128)
                 blocks = -(-1024 // (16 if config.gemv else 128)) * -(-m // config.rows)
-                assert config.split == 1 or config.split * blocks * tile * 4 <= eight_bit.PARTIAL_BYTES
+                assert (
+                    config.split == 1 or config.split * blocks * tile * 4 <= eight_bit.PARTIAL_BYTES
+                )
                 assert config.split == 1 or blocks <= workspace.MAX_BLOCKS
                 shares.add(config.share)
             if invariant and kind != "int8":

@@ -21,7 +21,8 @@ from ..kernels.test_eight_bit import EIGHT_BIT, FP8, assert_close
 pytestmark = [
     pytest.mark.usefixtures("emulated", "poisoned"),
     pytest.mark.skipif(
-        torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="for sm_90"
+        torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
+        reason="for sm_90",
     ),
 ]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -56,7 +57,9 @@ def test_every_format(name: str, params: dict[str, object], dtype: torch.dtype) 
     ("name", "params", "n", "k"), weight_only.ODD + weight_only.SHORT + weight_only.SPLIT_PAIRS + weight_only.ONE_SCALER[:5], ids=str
 )  # fmt: skip
 @dtypes
-def test_odd_shapes(name: str, params: dict[str, object], n: int, k: int, dtype: torch.dtype) -> None:
+def test_odd_shapes(
+    name: str, params: dict[str, object], n: int, k: int, dtype: torch.dtype
+) -> None:
     y, x, p, bias = weight_only.run(name, params, n, k, 137, dtype, with_bias=n % 2 == 0)
     assert_fused_close(y, x, p, bias)
 
@@ -77,7 +80,9 @@ def test_several_tiles_a_block(name: str, params: dict[str, object], two_process
 
 def test_tiles_shorter_than_a_ring(two_processors: None) -> None:
     """No ring goes round between two tiles, so nothing but the warpgroup's own barrier keeps one's rows apart."""
-    y, x, p, bias = weight_only.run("gptq", {"bits": 4, "group_size": 64}, 300, 64, 600, torch.float16)
+    y, x, p, bias = weight_only.run(
+        "gptq", {"bits": 4, "group_size": 64}, 300, 64, 600, torch.float16
+    )
     assert_fused_close(y, x, p, bias)
 
 
@@ -175,7 +180,9 @@ def test_every_eight_bit_format(name: str, params: dict[str, object], dtype: tor
 
 
 @pytest.mark.parametrize(("name", "params"), CODES, ids=map(case_id, CODES))
-def test_several_eight_bit_tiles_a_block(name: str, params: dict[str, object], two_processors: None) -> None:
+def test_several_eight_bit_tiles_a_block(
+    name: str, params: dict[str, object], two_processors: None
+) -> None:
     params = params | ({"activation": "dynamic"} if name == "fp8" else {})
     p = qk.quantize(torch.randn(301, 1100), name, **params).to(DEVICE)
     x = torch.randn(270, 1100).half().to(DEVICE)

@@ -36,7 +36,9 @@ cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
 
 
 def recorded(p: qk.PackedWeight) -> list[Recorded]:
-    return [plan.run for plan in p.plans.values() if isinstance(getattr(plan, "run", None), Recorded)]
+    return [
+        plan.run for plan in p.plans.values() if isinstance(getattr(plan, "run", None), Recorded)
+    ]
 
 
 @pytest.mark.usefixtures("emulated", "poisoned")
@@ -127,7 +129,9 @@ def test_the_extension_is_given_the_same(
                     assert later[field] > 2**20, f"{name}.{field}: an address"
                 elif field not in ("stream", "early"):
                     assert later[field] == value, f"{name}.{field}"
-        assert all(fields["early"] for _, fields in call), "only the weight's first call has to wait"
+        assert all(fields["early"] for _, fields in call), (
+            "only the weight's first call has to wait"
+        )
     assert not calls[0][0][1]["early"]
     starts = [{fields["stream"] for _, fields in call} for call in calls]
     assert all(stream >= {7} or min(stream) > 7 for stream in starts)

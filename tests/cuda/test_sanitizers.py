@@ -24,7 +24,8 @@ OPTIONS = {
 
 
 @pytest.mark.skipif(
-    torch.cuda.is_available() or shutil.which("g++") is None, reason="runs the emulator, built by g++"
+    torch.cuda.is_available() or shutil.which("g++") is None,
+    reason="runs the emulator, built by g++",
 )
 def test_kernels_under_sanitizers() -> None:
     libraries = [
@@ -35,7 +36,18 @@ def test_kernels_under_sanitizers() -> None:
     ]
     given = os.environ.get("SANITIZED")
     runs = given.split() if given else RUNS
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-s", "-p", "no:cacheprovider", *runs]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-n",
+        "0",
+        "-q",
+        "-s",
+        "-p",
+        "no:cacheprovider",
+        *runs,
+    ]
     command += ["--deselect", "tests/cuda/test_sanitizers.py"]
     environment = {**os.environ, **OPTIONS, "LD_PRELOAD": " ".join(libraries)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -82,7 +82,9 @@ EXPLAINED: list[tuple[Any, str, dict[str, object], int, int]] = [
 @pytest.mark.parametrize("case", EXPLAINED, ids=case_of)
 @pytest.mark.parametrize("megabytes", [32, 1])
 def test_explain_names_the_shares_that_run(
-    megabytes: int, case: tuple[Any, str, dict[str, object], int, int], monkeypatch: pytest.MonkeyPatch
+    megabytes: int,
+    case: tuple[Any, str, dict[str, object], int, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also where copies of x leave little of the workspace, and of slices; which stay within it."""
     module, name, params, m, k = case

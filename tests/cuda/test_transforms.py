@@ -32,7 +32,9 @@ class Weight:
         if side.perm is not None:
             tensors["perm"] = side.perm.int()
         self.shape, self.plans = (n, n), {}
-        self.storage = {f"{s}.{k}": t.to(DEVICE) for s in ("input", "output") for k, t in tensors.items()}
+        self.storage = {
+            f"{s}.{k}": t.to(DEVICE) for s in ("input", "output") for k, t in tensors.items()
+        }
         self.orders = tuple(f.shape[0] for f in kept)
 
 
@@ -74,7 +76,9 @@ SIZES = [1, 2, 8, 12, 36, 64, 72, 192, 256, 512, 576, 1376, 2048, 5120, 8192]
 RANDOM = [1, 7, 35, 64, 130, 469, 576, 1376]
 
 
-@pytest.mark.parametrize(("make", "n"), [(hadamard, n) for n in SIZES] + [(random, n) for n in RANDOM])
+@pytest.mark.parametrize(
+    ("make", "n"), [(hadamard, n) for n in SIZES] + [(random, n) for n in RANDOM]
+)
 @dtypes
 def test_both_sides(make: object, n: int, dtype: torch.dtype) -> None:
     side, p = make(n)  # type: ignore[operator]
@@ -84,13 +88,17 @@ def test_both_sides(make: object, n: int, dtype: torch.dtype) -> None:
         found = transforms.before(x.to(DEVICE), p, traits).cpu().double()
         want = side.inner(x.double())
         error = (found - want).abs()
-        assert bool((error <= U[dtype] * want.abs() + bound(side, x.double(), n, False) + 2.0**-25).all()), m
+        assert bool(
+            (error <= U[dtype] * want.abs() + bound(side, x.double(), n, False) + 2.0**-25).all()
+        ), m
 
         y, bias = torch.randn(m, n), torch.randn(n).to(dtype)
         found = transforms.after(y.to(DEVICE), p, traits, bias.to(DEVICE), dtype).cpu().double()
         want = side.outer(y.double()) + bias.double()
         error = (found - want).abs()
-        assert bool((error <= U[dtype] * want.abs() + bound(side, y.double(), n, True) + 2.0**-23).all()), m
+        assert bool(
+            (error <= U[dtype] * want.abs() + bound(side, y.double(), n, True) + 2.0**-23).all()
+        ), m
 
 
 @pytest.mark.parametrize("n", [8, 264, 768])
@@ -108,13 +116,17 @@ def test_vectors_are_in_their_order_with_zeros_behind_them(n: int) -> None:
 
 
 @pytest.mark.parametrize(("make", "n"), [(hadamard, 4096), (hadamard, 180), (random, 130)])
-def test_a_row_does_not_depend_on_its_company(make: object, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_does_not_depend_on_its_company(
+    make: object, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nor on which block has it."""
     side, p = make(n)  # type: ignore[operator]
     traits = traits_of(side, n, vectors=False)
     x, y = torch.randn(9, n).half().to(DEVICE), torch.randn(9, n).to(DEVICE)
     alone = [transforms.before(x[i : i + 1].clone(), p, traits) for i in range(9)]
-    alone_after = [transforms.after(y[i : i + 1].clone(), p, traits, None, torch.half) for i in range(9)]
+    alone_after = [
+        transforms.after(y[i : i + 1].clone(), p, traits, None, torch.half) for i in range(9)
+    ]
     for blocks in (1024, 4):
         monkeypatch.setattr(transforms, "ROWS", blocks)
         assert torch.equal(transforms.before(x, p, traits), torch.cat(alone))
@@ -181,12 +193,13 @@ def any_weight(name: str, n: int, k: int, params: dict[str, object]) -> qk.Packe
 
 @pytest.mark.parametrize(("name", "params", "n", "k"), ODD, ids=str)
 @dtypes
-def test_odd_shapes(name: str, params: dict[str, object], n: int, k: int, dtype: torch.dtype) -> None:
+def test_odd_shapes(
+    name: str, params: dict[str, object], n: int, k: int, dtype: torch.dtype
+) -> None:
     p = any_weight(name, n, k, params)
     bias = torch.randn(n).to(dtype).to(DEVICE)
-    for m in (
-        (1, 5, 19) if n > 8 else (64,)
-    ):  # one output alone may be near zero, far below what it is a sum of
+    # one output alone may be near zero, far below what it is a sum of
+    for m in (1, 5, 19) if n > 8 else (64,):
         x = torch.randn(m, k).to(dtype).to(DEVICE)
         assert_fused_close(qk.matmul(x, p, bias, backend="cuda"), x, p, bias)
         assert_fused_close(qk.matmul(x, p, backend="cuda"), x, p)

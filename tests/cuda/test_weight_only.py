@@ -44,7 +44,9 @@ def test_every_format_has_a_kernel() -> None:
 def test_what_has_no_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(calls.OWN, ("halfway", 2, "scale"))
     p = qk.quantize(torch.randn(8, 256), "quip", bits=2).to(DEVICE)
-    with pytest.raises(ValueError, match="no CUDA kernel for 2-bit halfway codes with scales 'scale'"):
+    with pytest.raises(
+        ValueError, match="no CUDA kernel for 2-bit halfway codes with scales 'scale'"
+    ):
         qk.matmul(torch.randn(2, 256).half().to(DEVICE), p, backend="cuda")
 
 
@@ -58,7 +60,10 @@ def test_every_format(name: str, params: dict[str, object], m: int, dtype: torch
 
 
 #: blocks that end between the two features of a pair
-SPLIT_PAIRS = [("nf4", {"block_size": 64}, 37, 45), ("fp4", {"block_size": 32, "double_quant": True}, 20, 51)]
+SPLIT_PAIRS = [
+    ("nf4", {"block_size": 64}, 37, 45),
+    ("fp4", {"block_size": 32, "double_quant": True}, 20, 51),
+]
 
 
 #: N that ends inside a block, K of a single block or that ends inside a tile; groups of SpQR that cross slices
@@ -72,7 +77,9 @@ ONE_SCALER = [
 
 @pytest.mark.parametrize(("name", "params", "n", "k"), ODD + SPLIT_PAIRS + ONE_SCALER, ids=str)
 @dtypes
-def test_odd_shapes(name: str, params: dict[str, object], n: int, k: int, dtype: torch.dtype) -> None:
+def test_odd_shapes(
+    name: str, params: dict[str, object], n: int, k: int, dtype: torch.dtype
+) -> None:
     for m in (5, 17):
         y, x, p, bias = run(name, params, n, k, m, dtype)
         assert_fused_close(y, x, p, bias)
@@ -80,7 +87,9 @@ def test_odd_shapes(name: str, params: dict[str, object], n: int, k: int, dtype:
 
 @pytest.mark.parametrize(("name", "params", "n", "k"), SHORT, ids=str)
 @dtypes
-def test_short_last_groups(name: str, params: dict[str, object], n: int, k: int, dtype: torch.dtype) -> None:
+def test_short_last_groups(
+    name: str, params: dict[str, object], n: int, k: int, dtype: torch.dtype
+) -> None:
     """The GEMV's rows of x and the GEMM's. The emulator tells of reads behind the last scale."""
     for m in (1, 3, 17):
         y, x, p, bias = run(name, params, n, k, m, dtype)
@@ -147,14 +156,18 @@ def test_rows_do_not_depend_on_m(name: str, params: dict[str, object]) -> None:
     full = qk.matmul(x, p, backend="cuda", batch_invariant=True)
     assert_fused_close(full, x, p)
     for m in (1, 2, 7, 8, 9, 16, 17):
-        assert torch.equal(qk.matmul(x[:m], p, backend="cuda", batch_invariant=True), full[:m]), f"M={m}"
+        assert torch.equal(qk.matmul(x[:m], p, backend="cuda", batch_invariant=True), full[:m]), (
+            f"M={m}"
+        )
 
 
 def test_activations_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A share longer than what is staged at a time."""
     monkeypatch.setattr("qkernels.backends.cuda.weight_only.STAGED_BYTES", 1024)
     monkeypatch.setattr("qkernels.backends.cuda.weight_only.processors", lambda device: 1)
-    y, x, p, bias = run("gptq", {"bits": 8, "group_size": 64}, 72, 2500 // 64 * 64, 2, torch.float16)
+    y, x, p, bias = run(
+        "gptq", {"bits": 8, "group_size": 64}, 72, 2500 // 64 * 64, 2, torch.float16
+    )
     assert shares(p, 2) == 1
     assert_fused_close(y, x, p, bias)
 
@@ -169,7 +182,9 @@ def with_outliers(weight: torch.Tensor, counts: torch.Tensor, first: int) -> qk.
     """`weight` in SpQR, with random outliers instead of its own: so many in each row, in columns from `first` on."""
     shape = (weight.shape[0], weight.shape[1])
     tensors = dict(qk.quantize(weight, "spqr", bits=4, group_size=16).tensors)
-    columns = [first + torch.randperm(shape[1] - first)[:count].sort().values for count in counts.tolist()]
+    columns = [
+        first + torch.randperm(shape[1] - first)[:count].sort().values for count in counts.tolist()
+    ]
     values = torch.randn(int(counts.sum())).half().view(torch.int16).int()
     tensors["row_offsets"] = torch.cat([torch.zeros(1), counts.cumsum(0)]).int()
     tensors["col_vals"] = (values << 16) | torch.cat(columns).int()

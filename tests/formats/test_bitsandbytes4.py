@@ -17,7 +17,9 @@ SHAPES = [(64, 128), (7, 9), (5, 9), (33, 100), (128, 576)]
 
 def theirs(weight: torch.Tensor, kind: str, block: int, nested: bool):
     shape = tuple(weight.shape)
-    data, state = bnb.quantize_4bit(weight, blocksize=block, quant_type=kind, compress_statistics=nested)
+    data, state = bnb.quantize_4bit(
+        weight, blocksize=block, quant_type=kind, compress_statistics=nested
+    )
     tensors = {"weight": data}
     for key, value in state.as_dict(packed=True).items():
         tensors[f"weight.{key}"] = value
@@ -42,7 +44,9 @@ def test_tables_are_bitsandbytes_own() -> None:
 @pytest.mark.parametrize("block", [32, 64, 256, 4096])
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_reads_what_bitsandbytes_writes(kind: str, block: int, nested: bool, shape: tuple[int, int]) -> None:
+def test_reads_what_bitsandbytes_writes(
+    kind: str, block: int, nested: bool, shape: tuple[int, int]
+) -> None:
     weight = torch.randn(shape)
     tensors, values = theirs(weight, kind, block, nested)
     p = qk.pack(kind, tensors, shape=shape)  # block size and nesting come from the quant state
@@ -52,7 +56,9 @@ def test_reads_what_bitsandbytes_writes(kind: str, block: int, nested: bool, sha
 
 
 def decoded_absmax(tensors: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
-    offset = json.loads(bytes(tensors[f"weight.quant_state.bitsandbytes__{kind}"].tolist()))["nested_offset"]
+    offset = json.loads(bytes(tensors[f"weight.quant_state.bitsandbytes__{kind}"].tolist()))[
+        "nested_offset"
+    ]
     codes = tensors["weight.absmax"]
     outer = tensors["weight.nested_absmax"].repeat_interleave(256)[: codes.numel()]
     return tensors["weight.nested_quant_map"][codes.int()] * outer + offset
@@ -72,7 +78,9 @@ def test_writes_the_bytes_bitsandbytes_writes(
     for name, tensor in tensors.items():
         if "quant_state" in name:
             ours, other = (json.loads(bytes(t.tolist())) for t in (p.tensors[name], tensor))
-            assert ours.pop("nested_offset", 0.0) == pytest.approx(other.pop("nested_offset", 0.0), rel=1e-6)
+            assert ours.pop("nested_offset", 0.0) == pytest.approx(
+                other.pop("nested_offset", 0.0), rel=1e-6
+            )
             assert ours == other
         elif name == "weight":
             # x * (1/absmax) against x / absmax decides values within one rounding of a midpoint.

@@ -20,7 +20,12 @@ INT8: list[dict[str, Any]] = [
     {"symmetric_weight": False, "symmetric_input": False, "granularity": "tensor"},
     {"symmetric_weight": False, "symmetric_input": False, "group_size": 16},
     {"symmetric_input": False, "group_size": 48},
-    {"symmetric_weight": False, "activation": "static", "input_scale": 0.03, "input_zero_point": -7},
+    {
+        "symmetric_weight": False,
+        "activation": "static",
+        "input_scale": 0.03,
+        "input_zero_point": -7,
+    },
     {"group_size": 32, "activation": "static", "input_scale": 0.03},
     {"symmetric_weight": False, "activation": "none"},
     {"symmetric_weight": False, "activation": "none", "granularity": "tensor"},
@@ -80,7 +85,10 @@ def _padded(weight: Tensor, args: Any) -> Tensor:
 def test_the_product_is_theirs(name: str, params: dict[str, Any]) -> None:
     """Codes and scales agree but for a sum in another order: float32, K terms, each of which is rounded."""
     p = qk.quantize(
-        torch.randn(80, 96), name, **{"scale_name": "weight_scale"} if name == "fp8" else {}, **params
+        torch.randn(80, 96),
+        name,
+        **{"scale_name": "weight_scale"} if name == "fp8" else {},
+        **params,
     )
     x = torch.randn(7, 96) * torch.tensor([1.0, 30, 1e-3, 1, 1, 1, 1])[:, None]
     x[3] = x[3].abs()  # 0 is outside of its range
@@ -96,9 +104,9 @@ def test_the_product_is_theirs(name: str, params: dict[str, Any]) -> None:
         bound = bound + 1e-4 * 2.0**-4 * p.dequantize().abs().double().sum(1)
     if p.params["activation"] != "none":
         # Zero points cancel: what is added before that is as large as the whole range.
-        bound = bound + 96 * 2.0**-23 * 2 * x.abs().amax(1, keepdim=True) * p.dequantize().abs().double().sum(
-            1
-        )
+        bound = bound + 96 * 2.0**-23 * 2 * x.abs().amax(
+            1, keepdim=True
+        ) * p.dequantize().abs().double().sum(1)
     assert bool(((got.double() - want).abs() <= bound).all())
     assert torch.equal(got[4], torch.zeros(80))
 
@@ -110,7 +118,8 @@ def test_rounding_keeps_within_half_a_step(name: str, params: dict[str, Any]) ->
     weight[3], weight[4], weight[5] = weight[3].abs() + 1, -weight[4].abs() - 1, 0
     p = qk.quantize(weight, name, **params)
     error = (p.dequantize() - weight).abs()
-    if name == "fp8":  # 3 bits behind the point, and steps of 2^-9 near 0, of a block's largest / 448
+    # 3 bits behind the point, and steps of 2^-9 near 0, of a block's largest / 448
+    if name == "fp8":
         top = float(weight.abs().max())
         assert bool((error <= weight.abs() * 2.0**-4 + 2.0**-9 * top / 448).all())
     else:
@@ -127,7 +136,9 @@ UNFUSED = [case for case in ONLY + ROUNDED if case not in FUSED]
 
 @pytest.mark.parametrize(("name", "params"), FUSED, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_weight_only_products_are_fused(name: str, params: dict[str, Any], dtype: torch.dtype) -> None:
+def test_weight_only_products_are_fused(
+    name: str, params: dict[str, Any], dtype: torch.dtype
+) -> None:
     pytest.importorskip("triton")
     for n, k in ((72, 192), (40, 96)):
         p = qk.quantize(torch.randn(n, k), name, **params)
@@ -146,7 +157,9 @@ def test_weight_only_products_are_fused(name: str, params: dict[str, Any], dtype
 @pytest.mark.parametrize(("name", "params"), UNFUSED, ids=str)
 def test_explain_says_what_stops_the_kernels(name: str, params: dict[str, Any]) -> None:
     p = qk.quantize(
-        torch.randn(256, 256), name, **{**params, **({"group_size": 32} if "group_size" in params else {})}
+        torch.randn(256, 256),
+        name,
+        **{**params, **({"group_size": 32} if "group_size" in params else {})},
     )
     found = qk.explain(p)
     assert found.kernel == "reference.dequantize"

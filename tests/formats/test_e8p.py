@@ -43,7 +43,8 @@ def test_every_entry() -> None:
     for code in [*range(0, 1 << 16, 37), 0xFFFF]:
         assert points[code].tolist() == decode_by_hand(code), code
     assert points.unique(dim=0).shape == (1 << 16, 8)
-    lattice = torch.where((points % 1 == 0.75)[:, :1], points - 0.25, points + 0.25)  # take the shift off
+    # take the shift off
+    lattice = torch.where((points % 1 == 0.75)[:, :1], points - 0.25, points + 0.25)
     assert bool((lattice % 1 == 0.5).all())
     assert bool((lattice.sum(1) % 2 == 0).all())
 

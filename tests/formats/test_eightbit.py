@@ -47,7 +47,9 @@ def test_int8_matmul_is_bitsandbytes_own(rows: int, outliers: bool) -> None:
     # Both compute the same integers. Theirs then rounds to float16 after the int8 part, after adding the
     # bias and after the outlier part, and the CPU constant 6.200124e-05 is 1.8e-5 off 1/127^2.
     want = theirs(x).detach()
-    torch.testing.assert_close(ours, want, rtol=4 * 2.0**-11, atol=4 * 2.0**-11 * want.abs().max().item())
+    torch.testing.assert_close(
+        ours, want, rtol=4 * 2.0**-11, atol=4 * 2.0**-11 * want.abs().max().item()
+    )
 
 
 def test_int8_row_absmax_counts_the_small_elements_of_outlier_columns() -> None:
@@ -102,7 +104,10 @@ def test_w8a8_zero_rows_and_zero_weights_give_zero() -> None:
         ({"activation": "static"}, "input_scale: expected a number > 0 .* got None"),
         ({"activation": "static", "input_scale": -1.0}, "input_scale: expected a number > 0"),
         ({"input_scale": 1.0}, "expected none with activation='dynamic'"),
-        ({"activation": "static", "input_scale": 1.0, "input_zero_point": 300}, "input_zero_point: expected"),
+        (
+            {"activation": "static", "input_scale": 1.0, "input_zero_point": 300},
+            "input_zero_point: expected",
+        ),
         ({"granularity": "block"}, "granularity: expected one of"),
     ],
 )
@@ -128,9 +133,12 @@ def decode_fp8(bits: int, exponent_bits: int, mantissa_bits: int) -> float:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "e", "m", "top"), [(torch.float8_e4m3fn, 4, 3, 448.0), (torch.float8_e5m2, 5, 2, 57344.0)]
+    ("dtype", "e", "m", "top"),
+    [(torch.float8_e4m3fn, 4, 3, 448.0), (torch.float8_e5m2, 5, 2, 57344.0)],
 )
-def test_fp8_cast_is_saturating_nearest_even(dtype: torch.dtype, e: int, m: int, top: float) -> None:
+def test_fp8_cast_is_saturating_nearest_even(
+    dtype: torch.dtype, e: int, m: int, top: float
+) -> None:
     table = sorted({v for b in range(256) if (v := decode_fp8(b, e, m)) == v})
     assert max(table) == top
     grid = torch.tensor(table)
@@ -173,13 +181,19 @@ def test_fp8_dynamic_activation_is_per_token_or_per_group() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight": torch.full((8, 32), float("nan")).to(torch.float8_e4m3fn)}, "weight: expected finite"),
+        (
+            {"weight": torch.full((8, 32), float("nan")).to(torch.float8_e4m3fn)},
+            "weight: expected finite",
+        ),
         (
             {"weight": torch.zeros(8, 32, dtype=torch.uint8)},
             "weight: expected dtype float8_e4m3fn, got uint8",
         ),
         ({"weight_scale": torch.ones(8)}, r"weight_scale: expected shape \(8, 1\), got \(8,\)"),
-        ({"weight_scale": -torch.ones(8, 1)}, "weight_scale: expected finite values >= 0, got -1.0"),
+        (
+            {"weight_scale": -torch.ones(8, 1)},
+            "weight_scale: expected finite values >= 0, got -1.0",
+        ),
     ],
 )
 def test_fp8_bad_tensors(change: dict[str, torch.Tensor], message: str) -> None:

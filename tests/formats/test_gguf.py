@@ -25,7 +25,9 @@ def random_blocks(fmt: GgufFormat, n: int, k: int) -> torch.Tensor:
     for name, tensor in fields.items():
         if tensor.dtype == torch.float16:
             bits = tensor.view(torch.int16)
-            fields[name] = torch.where(bits & 0x7C00 == 0x7C00, bits & ~0x4000, bits).view(torch.float16)
+            fields[name] = torch.where(bits & 0x7C00 == 0x7C00, bits & ~0x4000, bits).view(
+                torch.float16
+            )
     return fmt.join(fields).view(n, -1)
 
 
@@ -73,7 +75,11 @@ def test_prepack_restores_every_bit(fmt: GgufFormat) -> None:
     data = random_blocks(fmt, 40, k)
     p = qk.pack(fmt.name, {"data": data}, (40, k)).prepack_("weight_only")
     assert torch.equal(p.tensors["data"], data)
-    held = sum(t.numel() * t.element_size() for name, t in p.storage.items() if name not in ("table", "lut"))
+    held = sum(
+        t.numel() * t.element_size()
+        for name, t in p.storage.items()
+        if name not in ("table", "lut")
+    )
     # No expansion: what the file has, and at most the padding of the last tile of codes (512 of 256..).
     tile = 256 if fmt.bits in (2, 3) else 512 // fmt.bits if fmt.bits in (4, 8) else 128
     padded = -(-k // tile) * tile
@@ -91,7 +97,9 @@ def test_error_is_no_worse_than_llama_cpp_s(fmt: GgufFormat, weighted: bool) -> 
     w = torch.ones(weight.shape[1]) if importance is None else importance
 
     def error(p: qk.PackedWeight) -> float:
-        return float((((p.dequantize() - weight).square() * w).sum(1) / (weight.square() * w).sum(1)).sum())
+        return float(
+            (((p.dequantize() - weight).square() * w).sum(1) / (weight.square() * w).sum(1)).sum()
+        )
 
     ours = qk.quantize(weight, fmt.name, importance=importance)
     assert error(ours) <= 1.01 * error(best)
@@ -122,12 +130,16 @@ def test_zeros_stay_zeros(fmt: GgufFormat) -> None:
 
 @types
 def test_bad_input(fmt: GgufFormat) -> None:
-    with pytest.raises(ValueError, match=f"{fmt.name}: shape: expected .* multiple of {fmt.block}, got 48"):
+    with pytest.raises(
+        ValueError, match=f"{fmt.name}: shape: expected .* multiple of {fmt.block}, got 48"
+    ):
         qk.quantize(torch.randn(4, 48), fmt.name)
     data = random_blocks(fmt, 4, 256)
     with pytest.raises(ValueError, match=f"{fmt.name}: data: expected shape"):
         qk.pack(fmt.name, {"data": data[:, :-1]}, (4, 256))
-    with pytest.raises(ValueError, match="importance: expected a floating tensor of shape \\(256,\\)"):
+    with pytest.raises(
+        ValueError, match="importance: expected a floating tensor of shape \\(256,\\)"
+    ):
         qk.quantize(torch.randn(4, 256), fmt.name, importance=torch.ones(255))
     with pytest.raises(ValueError, match="importance: expected finite values >= 0, got -1.0"):
         qk.quantize(torch.randn(4, 256), fmt.name, importance=-torch.ones(256))

@@ -64,7 +64,12 @@ def test_the_one_zero_of_a_symmetric_grid(
     bits: int, named: str | None, stored_as: str, shift: int, said: dict[str, Any]
 ) -> None:
     tensors, weight = _tensors(bits, _symmetric(bits), shift)
-    params = {"bits": bits, "group_size": SIZE, **said, **({"checkpoint_format": named} if named else {})}
+    params = {
+        "bits": bits,
+        "group_size": SIZE,
+        **said,
+        **({"checkpoint_format": named} if named else {}),
+    }
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         p = qk.pack("gptq", tensors, (N, K), **params)
@@ -74,8 +79,13 @@ def test_the_one_zero_of_a_symmetric_grid(
     assert len(texts) == int(stored_as != (named or "gptq"))
     if texts:
         zero = 2 ** (bits - 1)
-        assert f"qzeros hold {zero - shift} everywhere, the zero point {zero} of a symmetric grid" in texts[0]
-        assert f"{stored_as!r} stores it: read so, although {named or 'gptq'!r} is named" in texts[0]
+        assert (
+            f"qzeros hold {zero - shift} everywhere, the zero point {zero} of a symmetric grid"
+            in texts[0]
+        )
+        assert (
+            f"{stored_as!r} stores it: read so, although {named or 'gptq'!r} is named" in texts[0]
+        )
     layer = qk.QuantLinear(p)
     layer._hold(layer.packed.prepack_("weight_only"))
     assert torch.equal(layer.state_dict()["qzeros"], tensors["qzeros"])
@@ -112,7 +122,9 @@ def test_permuted_groups_are_in_the_tensors(said: dict[str, Any]) -> None:
     p = qk.pack("gptq", tensors, (N, K), group_size=SIZE, **said)
     assert p.params["act_order"] is True
     assert torch.equal(p.dequantize().double(), weight)
-    with pytest.raises(ValueError, match="g_idx: expected k // group_size because act_order is False"):
+    with pytest.raises(
+        ValueError, match="g_idx: expected k // group_size because act_order is False"
+    ):
         qk.pack("gptq", tensors, (N, K), group_size=SIZE, act_order=False)
 
 

@@ -23,7 +23,9 @@ def test_gptq_4bit_words_by_hand() -> None:
     p = qk.pack("gptq", tensors, shape=(n, 8), bits=4, group_size=8)
     want = 0.5 * (torch.arange(1, 9) - 8)
     assert torch.equal(p.dequantize(), want.expand(n, 8))
-    v2 = qk.pack("gptq", tensors, (n, 8), bits=4, group_size=8, checkpoint_format="gptq_v2", symmetric=False)
+    v2 = qk.pack(
+        "gptq", tensors, (n, 8), bits=4, group_size=8, checkpoint_format="gptq_v2", symmetric=False
+    )
     assert torch.equal(v2.dequantize(), (want + 0.5).expand(n, 8))
 
 
@@ -148,14 +150,20 @@ def test_gptq_bad_tensors(change: dict[str, torch.Tensor | None], message: str) 
 
 
 def test_gptq_scrambled_g_idx_needs_act_order() -> None:
-    with pytest.raises(ValueError, match="g_idx: expected k // group_size because act_order is False"):
+    with pytest.raises(
+        ValueError, match="g_idx: expected k // group_size because act_order is False"
+    ):
         qk.pack("gptq", gptq_tensors(), shape=(32, 64), group_size=32, act_order=False)
 
 
 @pytest.mark.parametrize(
     ("name", "params", "message"),
     [
-        ("awq", {"group_size": 48}, r"group_size: expected -1 or a divisor of K=64, because awq stores no"),
+        (
+            "awq",
+            {"group_size": 48},
+            r"group_size: expected -1 or a divisor of K=64, because awq stores no",
+        ),
         ("gptq", {"group_size": 0}, r"group_size: expected -1 or at least 1, got 0"),
         ("gptq", {"bits": 5}, r"bits: expected one of \(2, 3, 4, 8\), got 5"),
         ("gptq", {"bits": True}, r"bits: expected an int, got True"),

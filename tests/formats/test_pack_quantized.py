@@ -18,7 +18,9 @@ CASES = [
 ]
 
 
-def _theirs(weight: torch.Tensor, bits: int, group_size: int, symmetric: bool) -> tuple[Any, Any, Any]:
+def _theirs(
+    weight: torch.Tensor, bits: int, group_size: int, symmetric: bool
+) -> tuple[Any, Any, Any]:
     """(compressor, scheme, their tensors) of their round-to-nearest."""
     quantization = pytest.importorskip("compressed_tensors.quantization")
     from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
@@ -34,7 +36,11 @@ def _theirs(weight: torch.Tensor, bits: int, group_size: int, symmetric: bool) -
     grouped = weight.unflatten(1, (-1, weight.shape[1] if group_size == -1 else group_size))
     scale, zero = calculate_qparams(grouped.amin(-1), grouped.amax(-1), args)
     state = {"weight": weight, "weight_scale": scale.half().float(), "weight_zero_point": zero}
-    return PackedQuantizationCompressor, scheme, PackedQuantizationCompressor.compress(state, scheme)
+    return (
+        PackedQuantizationCompressor,
+        scheme,
+        PackedQuantizationCompressor.compress(state, scheme),
+    )
 
 
 @pytest.mark.parametrize("params", CASES, ids=str)
@@ -51,7 +57,9 @@ def test_what_they_pack_we_read_and_back(params: dict[str, Any]) -> None:
     assert torch.equal(ours.dequantize(torch.float16), again)
 
 
-@pytest.mark.parametrize("params", [*CASES, {"bits": 4, "group_size": 24, "act_order": True}], ids=str)
+@pytest.mark.parametrize(
+    "params", [*CASES, {"bits": 4, "group_size": 24, "act_order": True}], ids=str
+)
 def test_kernel_layout_gives_back_the_same_bits(params: dict[str, Any]) -> None:
     p = qk.quantize(torch.randn(40, 96), "pack_quantized", **params)
     before = {k: v.clone() for k, v in p.tensors.items()}
@@ -61,7 +69,9 @@ def test_kernel_layout_gives_back_the_same_bits(params: dict[str, Any]) -> None:
         return
     after = p.prepack_(layout).tensors
     assert before.keys() == after.keys()
-    assert all(torch.equal(before[k], after[k]) and before[k].dtype == after[k].dtype for k in before)
+    assert all(
+        torch.equal(before[k], after[k]) and before[k].dtype == after[k].dtype for k in before
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,7 +108,9 @@ def test_grids_carry_over_exactly(source: str, target: str) -> None:
 
 
 def test_grids_that_do_not_fit_are_refused() -> None:
-    ordered = qk.quantize(torch.randn(40, 96), "gptq", group_size=32, act_order=True, symmetric=False)
+    ordered = qk.quantize(
+        torch.randn(40, 96), "gptq", group_size=32, act_order=True, symmetric=False
+    )
     grid = qk.formats.get("gptq").to_grid(ordered.tensors, ordered.shape, ordered.params)
     for name, params, message in [
         ("awq", {}, "awq: groups: expected runs of neighbouring features, got act-order"),

@@ -41,7 +41,9 @@ def test_thresholds_are_floats(threshold: float) -> None:
     p = qk.quantize(torch.randn(16, 64), "int8", threshold=threshold)
     assert type(p.params["threshold"]) is float
     x = torch.randn(3, 64).half() * 10
-    want = qk.matmul(x, qk.quantize(p.dequantize(), "int8", threshold=float(threshold)), backend="reference")
+    want = qk.matmul(
+        x, qk.quantize(p.dequantize(), "int8", threshold=float(threshold)), backend="reference"
+    )
     if threshold > 1e5:  # nothing reaches it: as none at all
         want = qk.matmul(x, qk.pack("int8", p.tensors, p.shape, threshold=0), backend="reference")
         assert torch.equal(qk.matmul(x, p, backend="reference"), want)

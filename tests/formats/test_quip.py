@@ -31,7 +31,12 @@ def test_quip_sharp_spelled_out(n: int, k: int, bits: int) -> None:
     if bits == 3:
         inside = inside + e8p.residual_points().double()[t["Qidxs_resid"].long()] / 2.04
     h_n, h_k = (whole(transforms.hadamard_factors(size)) / math.sqrt(size) for size in (n, k))
-    want = t["SV"].double()[:, None] * (h_n @ inside.view(n, k) @ h_k.T) * t["SU"].double() * t["Wscale"]
+    want = (
+        t["SV"].double()[:, None]
+        * (h_n @ inside.view(n, k) @ h_k.T)
+        * t["SU"].double()
+        * t["Wscale"]
+    )
     torch.testing.assert_close(p.dequantize(torch.float64), want, rtol=1e-5, atol=1e-5)
 
 
@@ -49,7 +54,9 @@ def test_quip_spelled_out(bits: int) -> None:
     for i in range(n):
         for j in range(k):
             if j * bits % 32 + bits > 32:
-                codes[i][j] |= (int(t["qweight"][j * bits // 32 + 1, i]) & 0xFFFFFFFF) << (32 - j * bits % 32)
+                codes[i][j] |= (int(t["qweight"][j * bits // 32 + 1, i]) & 0xFFFFFFFF) << (
+                    32 - j * bits % 32
+                )
             codes[i][j] &= (1 << bits) - 1
     inside = (torch.tensor(codes).double() - ((1 << bits) - 1) / 2) * t["scale"]
     before = whole([t["in0"], t["in1"]]).T
@@ -95,18 +102,32 @@ def test_large_entries_are_spread() -> None:
 
 
 BAD = [
-    ("quip_sharp", {"Wscale": torch.tensor(float("nan"))}, "Wscale: expected finite values, got nan"),
-    ("quip_sharp", {"SU": torch.full((64,), float("inf")).half()}, "SU: expected finite values, got inf"),
+    (
+        "quip_sharp",
+        {"Wscale": torch.tensor(float("nan"))},
+        "Wscale: expected finite values, got nan",
+    ),
+    (
+        "quip_sharp",
+        {"SU": torch.full((64,), float("inf")).half()},
+        "SU: expected finite values, got inf",
+    ),
     ("quip_sharp", {"SV": torch.ones(15).half()}, r"SV: expected shape \(16,\), got \(15,\)"),
     ("quip_sharp", {"codebook_id": torch.tensor(3)}, "codebook_id: expected 7 for bits=2, got 3"),
     ("quip_sharp", {"Qidxs": torch.zeros(16, 8)}, "Qidxs: expected dtype int16, got float32"),
     ("quip", {"perm_seeds": torch.tensor([-1, 0])}, "perm_seeds: expected values in"),
-    ("quip", {"in_scale": torch.full((64,), float("nan")).half()}, "in_scale: expected finite values"),
+    (
+        "quip",
+        {"in_scale": torch.full((64,), float("nan")).half()},
+        "in_scale: expected finite values",
+    ),
     ("quip", {"out1": torch.zeros(4, 5).half()}, r"out1: expected shape \(4, 4\), got \(4, 5\)"),
 ]
 
 
-@pytest.mark.parametrize(("name", "change", "message"), BAD, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    ("name", "change", "message"), BAD, ids=lambda v: v if isinstance(v, str) else ""
+)
 def test_bad_tensors(name: str, change: dict[str, torch.Tensor], message: str) -> None:
     p = qk.quantize(torch.randn(16, 64), name)
     with pytest.raises(ValueError, match=message):
@@ -117,7 +138,12 @@ def test_bad_tensors(name: str, change: dict[str, torch.Tensor], message: str) -
     ("name", "shape", "params", "message"),
     [
         ("quip_sharp", (16, 20), {}, "shape: expected K to be a multiple of 8, got K=20"),
-        ("quip_sharp", (131, 8), {}, "hadamard: expected a size whose odd part is at most 128, got 131"),
+        (
+            "quip_sharp",
+            (131, 8),
+            {},
+            "hadamard: expected a size whose odd part is at most 128, got 131",
+        ),
         ("quip_sharp", (16, 64), {"bits": 5}, r"bits: expected one of \(2, 3, 4\), got 5"),
         (
             "quip_sharp",
@@ -128,6 +154,8 @@ def test_bad_tensors(name: str, change: dict[str, torch.Tensor], message: str) -
         ("quip", (16, 64), {"bits": 8}, r"bits: expected one of \(2, 3, 4\), got 8"),
     ],
 )
-def test_bad_parameters(name: str, shape: tuple[int, int], params: dict[str, object], message: str) -> None:
+def test_bad_parameters(
+    name: str, shape: tuple[int, int], params: dict[str, object], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         qk.quantize(torch.randn(*shape), name, **params)

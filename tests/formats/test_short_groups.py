@@ -48,13 +48,17 @@ def checkpoint(
         "scales": scales,
         "g_idx": g_idx.astype(np.int32),
     }
-    return {name: torch.from_numpy(t.copy()) for name, t in tensors.items()}, torch.from_numpy(weight.copy())
+    return {name: torch.from_numpy(t.copy()) for name, t in tensors.items()}, torch.from_numpy(
+        weight.copy()
+    )
 
 
 @pytest.mark.parametrize(("n", "k", "size"), SHAPES)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("act_order", [False, True])
-def test_gptq_reads_what_autogptq_writes(n: int, k: int, size: int, bits: int, act_order: bool) -> None:
+def test_gptq_reads_what_autogptq_writes(
+    n: int, k: int, size: int, bits: int, act_order: bool
+) -> None:
     for shift, written in ((1, "gptq"), (0, "gptq_v2")):
         tensors, want = checkpoint(n, k, size, bits, shift, act_order)
         params = {"bits": bits, "group_size": size, "act_order": act_order, "symmetric": False}
@@ -79,19 +83,29 @@ def test_gptq_says_how_many_scales_there_are_to_be() -> None:
     with pytest.raises(ValueError, match=r"qzeros: expected shape \(2, 4\), got \(1, 4\)"):
         qk.pack("gptq", less, (32, 192), group_size=128)
     with pytest.raises(ValueError, match=r"g_idx: expected values in \[0, 2\), got 0..2"):
-        qk.pack("gptq", {**tensors, "g_idx": tensors["g_idx"] * 2}, (32, 192), group_size=128, act_order=True)
+        qk.pack(
+            "gptq",
+            {**tensors, "g_idx": tensors["g_idx"] * 2},
+            (32, 192),
+            group_size=128,
+            act_order=True,
+        )
 
 
 # ---------------------------------------------------------------------- compressed-tensors, against itself
 @pytest.mark.parametrize(("k", "size"), [(shape[1], shape[2]) for shape in SHAPES])
-@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (4, False), (3, False), (5, False), (8, True)])
+@pytest.mark.parametrize(
+    ("bits", "symmetric"), [(4, True), (4, False), (3, False), (5, False), (8, True)]
+)
 def test_pack_quantized_reads_what_compressed_tensors_packs(
     k: int, size: int, bits: int, symmetric: bool
 ) -> None:
     """Their compressor refuses such K, though they store ceil(K / group_size) scales; so it is given zeros behind the
     last feature, and its codes are packed without those by its own function."""
     packing = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
-    from compressed_tensors.quantization.lifecycle.initialize import initialize_module_for_quantization
+    from compressed_tensors.quantization.lifecycle.initialize import (
+        initialize_module_for_quantization,
+    )
 
     weight = torch.randn(40, k)
     padded = torch.nn.functional.pad(weight, (0, -k % size))
@@ -116,7 +130,9 @@ def test_pack_quantized_reads_what_compressed_tensors_packs(
 @pytest.mark.parametrize("name", ["gptq", "pack_quantized"])
 @pytest.mark.parametrize(("n", "k", "size"), SHAPES)
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_each_group_is_rounded_by_itself(name: str, n: int, k: int, size: int, symmetric: bool) -> None:
+def test_each_group_is_rounded_by_itself(
+    name: str, n: int, k: int, size: int, symmetric: bool
+) -> None:
     """As its columns are alone, one group a row: the short one is like any other."""
     weight = torch.randn(n, k) * torch.linspace(1, 8, k) + 0.3
     p = qk.quantize(weight, name, group_size=size, symmetric=symmetric)
@@ -141,14 +157,14 @@ def test_groups_in_act_order(name: str, n: int, k: int, size: int) -> None:
 
 
 def test_awq_has_no_short_groups() -> None:
-    message = (
-        "awq: group_size: expected -1 or a divisor of K=576, because awq stores no short last group, got 128"
-    )
+    message = "awq: group_size: expected -1 or a divisor of K=576, because awq stores no short last group, got 128"
     with pytest.raises(ValueError, match=message):
         qk.quantize(torch.randn(8, 576), "awq", group_size=128)
     for name in ("gptq", "pack_quantized"):
         for size in (0, -2):
-            with pytest.raises(ValueError, match=f"group_size: expected -1 or at least 1, got {size}"):
+            with pytest.raises(
+                ValueError, match=f"group_size: expected -1 or at least 1, got {size}"
+            ):
                 qk.quantize(torch.randn(8, 64), name, group_size=size)
 
 
@@ -156,8 +172,12 @@ def test_awq_has_no_short_groups() -> None:
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("name", ["gptq", "pack_quantized"])
 def test_cut(name: str, act_order: bool) -> None:
-    p = qk.quantize(torch.randn(64, 576), name, group_size=128, act_order=act_order, symmetric=False)
-    with pytest.raises(ValueError, match="expected 576 to be a multiple of 2 parts times 128.*that work: 1$"):
+    p = qk.quantize(
+        torch.randn(64, 576), name, group_size=128, act_order=act_order, symmetric=False
+    )
+    with pytest.raises(
+        ValueError, match="expected 576 to be a multiple of 2 parts times 128.*that work: 1$"
+    ):
         shard(p, COLUMNS, 0, 2)
     assert torch.equal(shard(p, ROWS, 1, 2).dequantize(), p.dequantize()[32:])
     for begin, end in ((0, 512), (512, 576), (128, 576), (128, 384)):
@@ -224,7 +244,9 @@ def test_a_group_size_that_is_not_given(name: str) -> None:
         warnings.simplefilter("error")
         assert qk.quantize(torch.randn(64, 256), name).params["group_size"] == 128
         assert qk.quantize(torch.randn(64, 576), name, group_size=-1).params["group_size"] == -1
-    with pytest.warns(UserWarning, match="because 128 does not divide the 80 input features") as said:
+    with pytest.warns(
+        UserWarning, match="because 128 does not divide the 80 input features"
+    ) as said:
         p = qk.quantize(torch.randn(64, 80), name)
     assert p.params["group_size"] == (80 if name == "awq" else 128)
     assert ("128 with a short last group" in str(said[0].message)) == (name != "awq")
@@ -236,7 +258,9 @@ def test_a_group_size_that_is_not_given(name: str) -> None:
 def test_pack_guesses_nothing() -> None:
     """A checkpoint that does not say has 128: what the tensors are must fit it."""
     tensors = qk.quantize(torch.randn(64, 576), "gptq", group_size=64).tensors
-    with pytest.raises(ValueError, match=r"scales: expected shape \(5, 64\), got \(9, 64\)|qzeros: expected"):
+    with pytest.raises(
+        ValueError, match=r"scales: expected shape \(5, 64\), got \(9, 64\)|qzeros: expected"
+    ):
         qk.pack("gptq", tensors, (64, 576))
 
 

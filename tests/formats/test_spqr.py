@@ -36,7 +36,9 @@ def test_compact_words_by_hand() -> None:
         "qstats": torch.tensor([[stats]], dtype=torch.int32),
         "second_level": torch.tensor([[[0.5, 2.0, 1.0, 1.0], [0.25, 1.0, -1.0, 0.0]]]).half(),
         "row_offsets": torch.tensor([0, 0, 2, 2, 3], dtype=torch.int32),
-        "col_vals": torch.tensor([col_val(10.0, 2), col_val(-1.5, 15), col_val(100.0, 0)], dtype=torch.int32),
+        "col_vals": torch.tensor(
+            [col_val(10.0, 2), col_val(-1.5, 15), col_val(100.0, 0)], dtype=torch.int32
+        ),
     }
     p = qk.pack("spqr", tensors, shape=(4, 16), row_group=2)
     codes = torch.arange(16) % 8
@@ -91,7 +93,9 @@ def test_both_storages_hold_the_same_weight() -> None:
     public = qk.quantize(weight, "spqr", checkpoint_format="spqr_quant")
     assert torch.equal(compact.dequantize(), public.dequantize())
     # 3 + 6/16 + 64/256, rows rounded up to 48 and words to 32 bits, 32 a row offset and an outlier
-    bits = 3 * 40 * 96 + 8 * 32 * 6 + 64 * 3 * 6 + 32 * 41 + 32 * compact.tensors["col_vals"].numel()
+    bits = (
+        3 * 40 * 96 + 8 * 32 * 6 + 64 * 3 * 6 + 32 * 41 + 32 * compact.tensors["col_vals"].numel()
+    )
     assert compact.nbytes * 8 == bits
 
 
@@ -104,7 +108,13 @@ def test_transformers_reads_our_config() -> None:
     theirs = SpQRConfig.from_dict(config)
     assert (theirs.bits, theirs.beta1, theirs.beta2) == (3, 16, 16)
     assert type(fmt).from_hf_config(config) == params
-    public = {"quant_method": "spqr", "bits": 3, "beta1": 16, "beta2": 16}  # as its converter writes it
+    # as its converter writes it
+    public = {
+        "quant_method": "spqr",
+        "bits": 3,
+        "beta1": 16,
+        "beta2": 16,
+    }
     assert type(fmt).from_hf_config(public) == params
 
 
@@ -118,8 +128,14 @@ BAD = [
         r"row_offsets: expected shape \(17,\), got \(16,\)",
     ),
     ({"col_vals": torch.zeros(2, 2, dtype=torch.int32)}, "col_vals: expected one dimension"),
-    ({"second_level": torch.full((4, 1, 4), float("nan")).half()}, "second_level: expected finite values"),
-    ({"in_perm": torch.zeros(32, dtype=torch.int32)}, "in_perm: expected none because act_order is False"),
+    (
+        {"second_level": torch.full((4, 1, 4), float("nan")).half()},
+        "second_level: expected finite values",
+    ),
+    (
+        {"in_perm": torch.zeros(32, dtype=torch.int32)},
+        "in_perm: expected none because act_order is False",
+    ),
     ({"qstats": torch.full((3, 4), -1, dtype=torch.int32)}, None),
 ]
 
@@ -141,7 +157,11 @@ def test_bad_tensors(change: dict[str, torch.Tensor], message: str | None) -> No
 @pytest.mark.parametrize(
     ("offsets", "entries", "message"),
     [
-        ([0] + [2] * 16, [col_val(1.0, 5), col_val(1.0, 64)], "col_vals: expected columns below 64, got 64"),
+        (
+            [0] + [2] * 16,
+            [col_val(1.0, 5), col_val(1.0, 64)],
+            "col_vals: expected columns below 64, got 64",
+        ),
         (
             [0] + [2] * 16,
             [col_val(1.0, 5), col_val(1.0, 5)],
@@ -152,7 +172,11 @@ def test_bad_tensors(change: dict[str, torch.Tensor], message: str | None) -> No
             [col_val(1.0, 5), signed(0x7C000006, 32)],
             "col_vals: expected finite values, got inf",
         ),
-        ([0, 2] + [1] * 14 + [2], [col_val(1.0, 5), col_val(1.0, 6)], "row_offsets: expected values rising"),
+        (
+            [0, 2] + [1] * 14 + [2],
+            [col_val(1.0, 5), col_val(1.0, 6)],
+            "row_offsets: expected values rising",
+        ),
     ],
 )
 def test_bad_outliers(offsets: list[int], entries: list[int], message: str) -> None:
@@ -163,11 +187,15 @@ def test_bad_outliers(offsets: list[int], entries: list[int], message: str) -> N
 
 def test_bad_permutation_and_padding() -> None:
     tensors = dict(
-        qk.quantize(torch.randn(10, 32), "spqr", checkpoint_format="spqr_quant", act_order=True).tensors
+        qk.quantize(
+            torch.randn(10, 32), "spqr", checkpoint_format="spqr_quant", act_order=True
+        ).tensors
     )
     params = {"checkpoint_format": "spqr_quant", "act_order": True}
     with pytest.raises(ValueError, match="in_perm: expected a permutation of 32 features"):
-        qk.pack("spqr", {**tensors, "in_perm": torch.zeros(16, dtype=torch.int32)}, (10, 32), **params)
+        qk.pack(
+            "spqr", {**tensors, "in_perm": torch.zeros(16, dtype=torch.int32)}, (10, 32), **params
+        )
     words = tensors["dense_weights"].clone()
     words[11] |= 8  # a row past the last
     with pytest.raises(ValueError, match="dense_weights: expected zero bits behind the last code"):
@@ -180,7 +208,10 @@ def test_bad_permutation_and_padding() -> None:
         ({"bits": 5}, r"bits: expected one of \(2, 3, 4\), got 5"),
         ({"group_size": 24}, "group_size: expected a divisor of K=64, got 24"),
         ({"row_group": 0}, "row_group: expected at least 1, got 0"),
-        ({"bits": 4, "checkpoint_format": "spqr_quant"}, "checkpoint_format: expected 'compact' for bits"),
+        (
+            {"bits": 4, "checkpoint_format": "spqr_quant"},
+            "checkpoint_format: expected 'compact' for bits",
+        ),
     ],
 )
 def test_bad_parameters(params: dict[str, object], message: str) -> None:

@@ -126,7 +126,9 @@ def replay(target: str, paths: list[Path]) -> int:
         for path in paths:
             case = documents.parse(path.read_bytes())
             found = (
-                session.run(case) if case is not None else session.oracle.Finding("no case of documents.py")
+                session.run(case)
+                if case is not None
+                else session.oracle.Finding("no case of documents.py")
             )
             print(f"{path}: {'good' if found is None else found.cause}")
             if found is not None:

@@ -88,7 +88,12 @@ def _imported(name: str, guided: bool) -> ModuleType:
             include=["qkernels"], exclude=[f"qkernels.{part}" for part in without]
         )
     with instrumented:
-        for part in ("checkpoints", "formats", "layouts"):  # or what is imported late is not instrumented
+        # or what is imported late is not instrumented
+        for part in (
+            "checkpoints",
+            "formats",
+            "layouts",
+        ):
             folder = importlib.import_module(f"qkernels.{part}")
             for module in pkgutil.walk_packages(folder.__path__, f"{folder.__name__}."):
                 importlib.import_module(module.name)
@@ -171,7 +176,9 @@ def _fuzz(recorder: Recorder, seconds: int, corpus: Path) -> None:
         [sys.argv[0], *options, *folders],
         recorder,
         custom_mutator=lambda data, most, seed: mutator(bytes(data), most, seed, change),
-        custom_crossover=lambda one, other, most, seed: mutator.cross(bytes(one), bytes(other), most, seed),
+        custom_crossover=lambda one, other, most, seed: mutator.cross(
+            bytes(one), bytes(other), most, seed
+        ),
     )
     atheris.Fuzz()
 

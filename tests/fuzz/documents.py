@@ -31,7 +31,19 @@ KINDS = ("fifo", "folder", "zero", "loop", "broken")
 _BYTES = ("patch", "insert", "cut", "kind")
 #: the most items that a "$list", "$text" or "$deep" makes
 MOST = 1_000_000
-_GGUF_CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
+_GGUF_CODES = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "B",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 _STRING, _ARRAY = 8, 9
 
 Tree = dict[str, Any]
@@ -48,7 +60,9 @@ def parse(data: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     good = (
-        isinstance(case, dict) and isinstance(case.get("seed"), str) and isinstance(case.get("edits"), list)
+        isinstance(case, dict)
+        and isinstance(case.get("seed"), str)
+        and isinstance(case.get("edits"), list)
     )
     return case if good and all(isinstance(edit, list) and edit for edit in case["edits"]) else None
 
@@ -128,7 +142,9 @@ def _deep(given: Any) -> Any:
 # ---------------------------------------------------------------------- trees as files
 def files_of(tree: Tree, edits: list[list[Any]]) -> dict[str, bytes | Special]:
     """File name -> its bytes, with the edits that are of bytes."""
-    files: dict[str, bytes | Special] = {name: _encoded(name, value) for name, value in tree.items()}
+    files: dict[str, bytes | Special] = {
+        name: _encoded(name, value) for name, value in tree.items()
+    }
     for edit in edits:
         if edit[0] in _BYTES and len(edit) > 2 and isinstance(edit[1], str) and edit[1] in files:
             try:
@@ -210,17 +226,30 @@ def gguf_tree(content: bytes, path: str) -> Tree:
         }
         for t in reader.tensors
     }
-    return {"version": 3, "metadata": metadata, "tensors": tensors, "data": content[reader.data_offset :]}
+    return {
+        "version": 3,
+        "metadata": metadata,
+        "tensors": tensors,
+        "data": content[reader.data_offset :],
+    }
 
 
 def _gguf(tree: Tree) -> bytes:
     """Whatever the tree says, as the format would have it."""
     metadata, tensors = _items(tree.get("metadata")), _items(tree.get("tensors"))
-    out = [b"GGUF", _number(tree.get("version"), "I"), struct.pack("<QQ", len(tensors), len(metadata))]
+    out = [
+        b"GGUF",
+        _number(tree.get("version"), "I"),
+        struct.pack("<QQ", len(tensors), len(metadata)),
+    ]
     for key, entry in metadata:
         entry = entry if isinstance(entry, dict) else {"type": _STRING, "value": entry}
         kind = entry.get("type")
-        out += [_string(key), _number(kind, "I"), _value(kind, entry.get("item"), entry.get("value"))]
+        out += [
+            _string(key),
+            _number(kind, "I"),
+            _value(kind, entry.get("item"), entry.get("value")),
+        ]
     for name, info in tensors:
         info = info if isinstance(info, dict) else {}
         shape = info.get("shape")
@@ -239,7 +268,9 @@ def _value(kind: Any, item: Any, value: Any) -> bytes:
     if kind == _ARRAY:
         values = value if isinstance(value, list) else [value]
         return (
-            _number(item, "I") + struct.pack("<Q", len(values)) + b"".join(_value(item, 4, v) for v in values)
+            _number(item, "I")
+            + struct.pack("<Q", len(values))
+            + b"".join(_value(item, 4, v) for v in values)
         )
     if kind == _STRING or not isinstance(kind, int) or kind not in _GGUF_CODES:
         return _string(value)

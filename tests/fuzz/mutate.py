@@ -106,7 +106,9 @@ class Mutator:
     def _last(self, path: Any) -> Any:
         return path[-1] if isinstance(path, list) and path else None
 
-    def _edit(self, rng: random.Random, name: str, change: Callable[[bytes], bytes] | None) -> list[Any]:
+    def _edit(
+        self, rng: random.Random, name: str, change: Callable[[bytes], bytes] | None
+    ) -> list[Any]:
         seed = self.seeds[name]
         path = _descend(rng, seed)
         value = documents.at(seed, path)
@@ -139,7 +141,9 @@ class Mutator:
         )
         return ["patch" if dice < 0.97 else "insert", file, place, content.hex()]
 
-    def _value(self, rng: random.Random, old: Any, key: Any, change: Callable[[bytes], bytes] | None) -> Any:
+    def _value(
+        self, rng: random.Random, old: Any, key: Any, change: Callable[[bytes], bytes] | None
+    ) -> Any:
         dice = rng.random()
         if isinstance(old, bool) and dice < 0.3:
             return not old
@@ -175,7 +179,8 @@ class Mutator:
             return [self._value(rng, old, key, change) for _ in range(rng.randrange(4))]
         if dice < 0.89:
             return {
-                rng.choice(self.keys): self._value(rng, None, None, change) for _ in range(rng.randrange(3))
+                rng.choice(self.keys): self._value(rng, None, None, change)
+                for _ in range(rng.randrange(3))
             }
         return rng.choice(_ODD)
 
@@ -203,7 +208,9 @@ def _small(value: Any) -> bool:
 
 def _keys(node: Any) -> set[str]:
     if isinstance(node, dict):
-        return {k for k in node if len(k) < 60} | {key for value in node.values() for key in _keys(value)}
+        return {k for k in node if len(k) < 60} | {
+            key for value in node.values() for key in _keys(value)
+        }
     return {key for value in node for key in _keys(value)} if isinstance(node, list) else set()
 
 
@@ -212,7 +219,11 @@ def _sizes(tree: Tree) -> dict[str, tuple[int, int]]:
     found = {}
     for name, content in documents.files_of(tree, []).items():
         value = tree[name]
-        data = len(value["data"]) if isinstance(value, dict) and isinstance(value.get("data"), bytes) else 0
+        data = (
+            len(value["data"])
+            if isinstance(value, dict) and isinstance(value.get("data"), bytes)
+            else 0
+        )
         found[name] = max(1, len(content)), len(content) - data
     return found
 

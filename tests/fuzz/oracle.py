@@ -50,7 +50,8 @@ def attempt(what: str, names: tuple[str, ...], call: Callable[[], Any]) -> Any:
     except (ValueError, FileNotFoundError) as error:
         if not any(name in str(error) for name in names):
             raise Finding(
-                f"{what}: the message names none of its files or tensors: {_place(error)}", str(error)
+                f"{what}: the message names none of its files or tensors: {_place(error)}",
+                str(error),
             ) from error
         return None
 

@@ -77,7 +77,10 @@ def _seed(folder: Path, model: Any, shard: int) -> Tree:
         content = path.read_bytes()
         if path.suffix == ".safetensors":
             (length,) = struct.unpack("<Q", content[:8])
-            tree[path.name] = {"header": json.loads(content[8:][:length]), "data": content[8 + length :]}
+            tree[path.name] = {
+                "header": json.loads(content[8:][:length]),
+                "data": content[8 + length :],
+            }
         else:
             tree[path.name] = json.loads(content)
     return tree

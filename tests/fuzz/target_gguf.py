@@ -20,7 +20,9 @@ from .work import forward, place
 
 FILE = "model.gguf"
 #: keys that no seed has
-WORDS = [f"llama.{key}" for key in (*gguf_config.RULES, *gguf_config.EXPERT_RULES, *gguf_config._NEUTRAL)]
+WORDS = [
+    f"llama.{key}" for key in (*gguf_config.RULES, *gguf_config.EXPERT_RULES, *gguf_config._NEUTRAL)
+]
 WORDS += [
     f"tokenizer.ggml.{key}"
     for key in ("scores", "pre", "merges", "token_type", "add_bos_token", "cls_token_id")
@@ -69,7 +71,9 @@ def _renamed(seed: Tree, architecture: str) -> Tree:
         seed, [["set", [FILE, "metadata", "general.architecture", "value"], architecture]]
     )
     metadata = tree[FILE]["metadata"]
-    tree[FILE]["metadata"] = {k.replace("llama.", f"{architecture}."): v for k, v in metadata.items()}
+    tree[FILE]["metadata"] = {
+        k.replace("llama.", f"{architecture}."): v for k, v in metadata.items()
+    }
     return tree
 
 
@@ -79,7 +83,11 @@ def _sentencepiece(seed: Tree) -> Tree:
     metadata = tree[FILE]["metadata"]
     count = len(metadata["tokenizer.ggml.tokens"]["value"])
     metadata["tokenizer.ggml.model"]["value"] = "llama"
-    metadata["tokenizer.ggml.scores"] = {"type": 9, "item": 6, "value": [-float(i) for i in range(count)]}
+    metadata["tokenizer.ggml.scores"] = {
+        "type": 9,
+        "item": 6,
+        "value": [-float(i) for i in range(count)],
+    }
     return tree
 
 
@@ -94,7 +102,9 @@ def run(tree: Tree, edits: list[list[Any]], folder: Path) -> None:
         size = path.stat().st_size
         for tensor in header.tensors:
             if not 0 <= tensor.offset <= tensor.offset + tensor.nbytes <= size:
-                raise Finding("read_header: a tensor outside of the file", f"{tensor}, {size} bytes")
+                raise Finding(
+                    "read_header: a tensor outside of the file", f"{tensor}, {size} bytes"
+                )
         _compare(path, header)
     model = attempt("load_model", names, lambda: qk.load_model(path))
     if model is not None:

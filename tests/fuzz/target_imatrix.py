@@ -44,7 +44,9 @@ def run(tree: Tree, edits: list[list[Any]], folder: Path) -> None:
     """Load the file and use one of its entries."""
     place(folder, documents.files_of(tree, edits))
     path, model = folder / FILE, _model()
-    matrix = attempt("ImportanceMatrix.load", (str(folder),), lambda: qk.ImportanceMatrix.load(path, model))
+    matrix = attempt(
+        "ImportanceMatrix.load", (str(folder),), lambda: qk.ImportanceMatrix.load(path, model)
+    )
     if matrix is None:
         return
     if type(matrix.tokens) is not int or matrix.tokens < 1:
@@ -54,7 +56,9 @@ def run(tree: Tree, edits: list[list[Any]], folder: Path) -> None:
         linear = model.get_submodule(name)
         good = mean.shape == (linear.in_features,) and mean.dtype == torch.float32
         if not good or not bool(torch.isfinite(mean).all()) or bool((mean < 0).any()):
-            raise Finding("ImportanceMatrix.load: means that are none", f"{name}: {mean.shape} {mean}")
+            raise Finding(
+                "ImportanceMatrix.load: means that are none", f"{name}: {mean.shape} {mean}"
+            )
     name = next(iter(matrix.means))
     linear = model.get_submodule(name)
     packed = qk.quantize(linear.weight, "q4_0", importance=matrix.of(name, linear.in_features))
@@ -73,4 +77,6 @@ def _compare(path: Path, matrix: qk.ImportanceMatrix, model: Any) -> None:
             for t in (stored[f"{names[name]}.in_sum2"], stored[f"{names[name]}.counts"])
         )
         if counts.size != 1 or not np.array_equal(mean.numpy(), sums / counts):
-            raise Finding("ImportanceMatrix.load: other means than the file's", f"{name}: {counts} {mean}")
+            raise Finding(
+                "ImportanceMatrix.load: other means than the file's", f"{name}: {counts} {mean}"
+            )

@@ -163,11 +163,14 @@ def _use(packed: qk.PackedWeight, fused: bool) -> None:
     weight = packed.dequantize()
     if tuple(weight.shape) != (n, k):
         raise Finding(
-            f"{packed.format}: dequantize: another shape", f"{tuple(weight.shape)} instead of {(n, k)}"
+            f"{packed.format}: dequantize: another shape",
+            f"{tuple(weight.shape)} instead of {(n, k)}",
         )
     finite = bool(torch.isfinite(weight).all())
     if not finite and not formats.get(packed.format).dense:
-        raise Finding(f"{packed.format}: dequantize: values that are not finite", repr(packed.params))
+        raise Finding(
+            f"{packed.format}: dequantize: values that are not finite", repr(packed.params)
+        )
     x = torch.randn(3, k, generator=torch.Generator().manual_seed(0))
     y = qk.matmul(x, packed, backend="reference")
     if tuple(y.shape) != (3, n):

@@ -70,7 +70,9 @@ def _without_name() -> None:
     (lambda: {}["x"], "KeyError"), (_without_name, "load: the message names none"), (_hang, "takes too long"),
     (lambda: bytearray(1 << 60), "takes too much memory"), (lambda: bytearray(b"x") * (300 << 20), "takes too much memory"),
 ], ids=["error", "no-name", "hang", "bomb", "growth"])  # fmt: skip
-def test_what_the_oracle_sees(run: Callable[[], None], cause: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_oracle_sees(
+    run: Callable[[], None], cause: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(oracle, "CPU_SECONDS", 0.3 if run is _hang else 20)
     found = oracle.checked(run)
     assert found is not None
@@ -84,12 +86,13 @@ def test_what_the_oracle_sees(run: Callable[[], None], cause: str, monkeypatch: 
 ])  # fmt: skip
 def test_what_is_forbidden(code: str, tmp_path: Path) -> None:
     """Audit hooks stay, so in a process of its own."""
-    start = (
-        f"from pathlib import Path; from tests.fuzz import oracle; oracle.forbid((Path({str(tmp_path)!r}),))"
-    )
+    start = f"from pathlib import Path; from tests.fuzz import oracle; oracle.forbid((Path({str(tmp_path)!r}),))"
     inside = f"open({str(tmp_path / 'x')!r}, 'w').close()"
     done = subprocess.run(
-        [sys.executable, "-c", f"{start}; {inside}; {code}"], capture_output=True, text=True, check=False
+        [sys.executable, "-c", f"{start}; {inside}; {code}"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert "tests.fuzz.oracle.Outside" in done.stderr
     assert (tmp_path / "x").exists()
@@ -116,7 +119,9 @@ recorder(b'{"seed":"plain","edits":[["drop",["x"]]]}')
     ("os.kill(os.getpid(), 11)", "SIGSEGV"), ("os.kill(os.getpid(), 7)", "SIGBUS"), ("os.kill(os.getpid(), 9)", "SIGKILL"),
     ("os._exit(3)", "exit status 3"), ("time.sleep(60)", "SIGABRT"),
 ], ids=["segv", "bus", "kill", "exit", "hang"])  # fmt: skip
-def test_a_death_is_a_finding(body: str, cause: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_death_is_a_finding(
+    body: str, cause: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the input that it died of, and the rest of the time goes on in another process."""
     script = tmp_path / "dying.py"
     script.write_text(DYING % body)

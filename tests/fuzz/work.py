@@ -28,7 +28,9 @@ def place(folder: Path, files: Mapping[str, bytes | Special]) -> None:
         elif content == "folder":
             path.mkdir()
         else:
-            path.symlink_to({"zero": "/dev/zero", "loop": path, "broken": folder / "nothing"}[content])
+            path.symlink_to(
+                {"zero": "/dev/zero", "loop": path, "broken": folder / "nothing"}[content]
+            )
 
 
 def forward(model: Any) -> None:

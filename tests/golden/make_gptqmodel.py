@@ -41,11 +41,15 @@ def check() -> None:
         ("awq", {"group_size": 32}),
     ):
         ours = tiny_model(tie_word_embeddings=False).half()
-        qk.quantize_model(ours, format, progress=False, skip=["model.layers.1.mlp.down_proj"], **params)
+        qk.quantize_model(
+            ours, format, progress=False, skip=["model.layers.1.mlp.down_proj"], **params
+        )
         with tempfile.TemporaryDirectory() as scratch:
             qk.save_model(ours, scratch, tiny_tokenizer())
             backend = BACKEND.TORCH_AWQ if format == "awq" else BACKEND.TORCH
-            theirs = GPTQModel.load(scratch, backend=backend, device="cpu", dtype=torch.float16).model
+            theirs = GPTQModel.load(
+                scratch, backend=backend, device="cpu", dtype=torch.float16
+            ).model
             with torch.no_grad():
                 a, b = (model(ids(20)[None]).logits.float() for model in (ours, theirs))
         error = (a - b).norm() / b.norm()

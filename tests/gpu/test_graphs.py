@@ -34,7 +34,9 @@ def test_cuda_graph_replay(name: str, params: dict[str, object], m: int) -> None
         assert torch.equal(y, layer(x))
 
 
-@pytest.mark.parametrize("case", [("awq", {}), ("q4_k", {}), ("fp8", {"activation": "dynamic"})], ids=str)
+@pytest.mark.parametrize(
+    "case", [("awq", {}), ("q4_k", {}), ("fp8", {"activation": "dynamic"})], ids=str
+)
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_cuda_graph_of_experts(case: tuple[str, dict[str, object]], tokens: int) -> None:
     """Wherever tokens go: the graph is captured with one routing and replayed with others."""

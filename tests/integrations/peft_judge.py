@@ -39,7 +39,9 @@ def bases(
     return model, plain
 
 
-def pair(adapters: tuple[str, ...] = ("default",), options: Any = None, **kwargs: Any) -> tuple[Any, Any]:
+def pair(
+    adapters: tuple[str, ...] = ("default",), options: Any = None, **kwargs: Any
+) -> tuple[Any, Any]:
     """(ours, PEFT's): the models of `bases`, each with adapters of the same random weights, in eval mode."""
     model, plain = bases(**kwargs)
     options = {"r": 4, "target_modules": "all-linear", **(options or {})}

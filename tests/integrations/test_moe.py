@@ -39,7 +39,9 @@ def test_experts_that_are_parameters(kind: str) -> None:
     model = model_of(kind)
     assert len(list(expert_modules(model))) == 2
     plain = copy.deepcopy(model)
-    with pytest.warns(UserWarning, match=r"experts of 2 layers \(model.layers.0.*\), .* stay as they are"):
+    with pytest.warns(
+        UserWarning, match=r"experts of 2 layers \(model.layers.0.*\), .* stay as they are"
+    ):
         qk.quantize_model(plain, "q8_0", progress=False)
     assert len(list(expert_modules(plain))) == 2
     quantized = qk.quantize_model(copy.deepcopy(model), "q8_0", experts=True, progress=False)
@@ -54,7 +56,9 @@ def test_experts_that_are_parameters(kind: str) -> None:
     with torch.no_grad():
         want, original = plain(ids).logits, model(ids).logits
         torch.testing.assert_close(quantized(ids).logits, want, rtol=1e-4, atol=1e-4)
-        assert (want - original).abs().max() > 1e-3  # so that what is compared differs from what it was
+        assert (
+            want - original
+        ).abs().max() > 1e-3  # so that what is compared differs from what it was
     assert model_summary(quantized).quantized_weights > model_summary(plain).quantized_weights
     state = stacks[0].state_dict()
     gate_up = torch.cat([state["3.gate_proj.data"], state["3.up_proj.data"]])
@@ -88,10 +92,16 @@ def test_experts_that_are_linear_layers() -> None:
 
 def test_what_cannot_be_quantized_says_so() -> None:
     model = model_of("mixtral")
-    with pytest.raises(ValueError, match="model.layers.0.mlp.experts: awq: group_size: .* K=96, .* got 64"):
+    with pytest.raises(
+        ValueError, match="model.layers.0.mlp.experts: awq: group_size: .* K=96, .* got 64"
+    ):
         qk.quantize_model(model, "awq", experts=True, group_size=64, progress=False)
-    assert not any(isinstance(m, qk.QuantLinear) for m in model.modules()), "changed before all was checked"
-    with pytest.raises(ValueError, match="experts: expected False with a recipe or calibration data"):
+    assert not any(isinstance(m, qk.QuantLinear) for m in model.modules()), (
+        "changed before all was checked"
+    )
+    with pytest.raises(
+        ValueError, match="experts: expected False with a recipe or calibration data"
+    ):
         qk.quantize_model(model, "gptq", torch.zeros(1, 8, dtype=torch.int64), experts=True)
     (_, module), *_ = expert_modules(model)
     module.act_fn = nn.ReLU()
@@ -114,7 +124,9 @@ OTHERS = [
 
 
 @pytest.mark.parametrize(("model", "name", "message"), OTHERS, ids=str)
-def test_experts_that_compute_something_else_are_refused(model: str, name: str, message: str) -> None:
+def test_experts_that_compute_something_else_are_refused(
+    model: str, name: str, message: str
+) -> None:
     """Most look the same but for their forward."""
     file = f"transformers.models.{model}.modeling_{model}"
     kind = getattr(pytest.importorskip(file), name)
@@ -170,7 +182,13 @@ def test_what_is_a_router() -> None:
         shared_expert_intermediate_size=32,
     )
     model = transformers.AutoModelForCausalLM.from_config(config)
-    assert [name for name, _ in routers(model)] == ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]
+    assert [name for name, _ in routers(model)] == [
+        "model.layers.0.mlp.gate",
+        "model.layers.1.mlp.gate",
+    ]
     qk.quantize_model(model, "q8_0", experts=True, progress=False)
     assert isinstance(model.model.layers[0].mlp.shared_expert_gate, qk.QuantLinear)
-    assert [name for name, _ in routers(model)] == ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]
+    assert [name for name, _ in routers(model)] == [
+        "model.layers.0.mlp.gate",
+        "model.layers.1.mlp.gate",
+    ]

@@ -51,7 +51,8 @@ def test_adapters_learn_and_the_base_stays(name: str, params: dict[str, Any]) ->
         if step == 1:  # B starts at zero, so A has a gradient from the second step on
             grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
             assert all(
-                g is not None and bool(torch.isfinite(g).all()) and bool(g.any()) for g in grads.values()
+                g is not None and bool(torch.isfinite(g).all()) and bool(g.any())
+                for g in grads.values()
             )
         optimizer.step()
         optimizer.zero_grad()
@@ -74,7 +75,9 @@ def test_gradients_are_those_of_the_dequantized_model() -> None:
             if type(layer).__name__ == "LoraQuantLinear":
                 plain.get_submodule(name).weight.copy_(layer.base_layer.packed.dequantize())
     other = peft.get_peft_model(plain, peft.LoraConfig(r=4, target_modules="all-linear"))
-    other.load_state_dict({k: v for k, v in model.state_dict().items() if "lora_" in k}, strict=False)
+    other.load_state_dict(
+        {k: v for k, v in model.state_dict().items() if "lora_" in k}, strict=False
+    )
     tokens = ids(40).view(2, 20)
     _loss(model, tokens).backward()
     _loss(other, tokens).backward()

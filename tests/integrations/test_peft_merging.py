@@ -50,7 +50,9 @@ def same_layers(ours: nn.Module, theirs: nn.Module, tolerance: float = 1e-6) -> 
 @pytest.mark.parametrize("safe", [False, True])
 @pytest.mark.parametrize("lora_bias", [False, True])
 @pytest.mark.parametrize("base", BASES, ids=str)
-def test_merging_is_what_peft_does(base: tuple[str, dict[str, Any]], lora_bias: bool, safe: bool) -> None:
+def test_merging_is_what_peft_does(
+    base: tuple[str, dict[str, Any]], lora_bias: bool, safe: bool
+) -> None:
     ours, theirs = pair(base=base, options={"lora_bias": lora_bias, "lora_alpha": 12}, **BIASES)
     beside = logits(ours)
     assert close(beside, logits(theirs))
@@ -142,7 +144,9 @@ def test_a_lora_bias_has_nowhere_to_go_on_a_base_without_one() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("upcast", [True, False], ids=["adapters in float32", "adapters in the model's"])
+@pytest.mark.parametrize(
+    "upcast", [True, False], ids=["adapters in float32", "adapters in the model's"]
+)
 def test_the_merged_weights_are_in_the_dtype_of_the_model(dtype: torch.dtype, upcast: bool) -> None:
     from .peft_judge import bases, same_adapters
 
@@ -163,7 +167,9 @@ def test_the_merged_weights_are_in_the_dtype_of_the_model(dtype: torch.dtype, up
     assert close(logits(tuned[0]), logits(tuned[1]), tolerance)
     merged, judge = (model.merge_and_unload() for model in tuned)
     assert {p.dtype for p in merged.parameters()} == {dtype}
-    same_layers(merged, judge, {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype])
+    same_layers(
+        merged, judge, {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]
+    )
     assert close(logits(merged), logits(judge), tolerance)
 
 
@@ -252,7 +258,9 @@ def test_a_copy_merges_by_itself() -> None:
     merged = twin.merge_and_unload()
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
     same = {n: m.to(torch.bfloat16) for n, m in plain_layers(theirs.merge_and_unload()).items()}
-    assert all(close(layer.weight, same[name].weight, 2e-2) for name, layer in plain_layers(merged).items())
+    assert all(
+        close(layer.weight, same[name].weight, 2e-2) for name, layer in plain_layers(merged).items()
+    )
     assert torch.equal(logits(ours), beside)
     part = copy.deepcopy(ours.get_submodule("base_model.model.model.layers.0.mlp"))
     assert all(layer._model() is ours.base_model.model for layer in (part.up_proj, part.down_proj))
@@ -287,7 +295,9 @@ def test_a_merged_model_can_be_quantized_again() -> None:
     qk.quantize_model(merged, "q8_0", progress=False)
     layers = {n: m for n, m in merged.named_modules() if isinstance(m, qk.QuantLinear)}
     assert len(layers) == 14
-    assert all(close(layer.packed.dequantize(), before[name], 2**-7) for name, layer in layers.items())
+    assert all(
+        close(layer.packed.dequantize(), before[name], 2**-7) for name, layer in layers.items()
+    )
 
 
 def test_a_layer_that_came_from_conv1d_is_one_again() -> None:

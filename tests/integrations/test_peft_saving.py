@@ -23,7 +23,12 @@ X = ids(18).view(2, 9)
 FORMAT = "nf4"
 PARAMS = {"block_size": 64}
 SOURCES = ["quantize_model", "load_model", "from_pretrained", "checkpoint_config"]
-CHANGES = {"attention_bias": True, "mlp_bias": True, "intermediate_size": 128}  # bitsandbytes takes no 96
+# bitsandbytes takes no 96
+CHANGES = {
+    "attention_bias": True,
+    "mlp_bias": True,
+    "intermediate_size": 128,
+}
 
 
 def quantized(source: str, folder: Path, dtype: torch.dtype) -> Any:
@@ -46,7 +51,9 @@ def quantized(source: str, folder: Path, dtype: torch.dtype) -> Any:
 
 
 def tuned(model: Any, told: bool = True, **options: Any) -> Any:
-    config = peft.LoraConfig(**{"r": 4, "target_modules": "all-linear", "lora_bias": True, **options})
+    config = peft.LoraConfig(
+        **{"r": 4, "target_modules": "all-linear", "lora_bias": True, **options}
+    )
     torch.manual_seed(2)
     wrapped = peft.get_peft_model(model, with_quant_linear(config, model if told else None)).eval()
     with torch.no_grad():
@@ -96,9 +103,8 @@ def test_a_merged_model_is_saved_as_an_ordinary_one(
     ):
         assert torch.equal(logits(loaded), expected)
         assert not [m for m in loaded.modules() if isinstance(m, qk.QuantLinear)]
-    assert torch.equal(
-        logits(merged.float()), logits(loaded.float())
-    )  # transformers refuses it to quantized ones
+    # transformers refuses it to quantized ones
+    assert torch.equal(logits(merged.float()), logits(loaded.float()))
 
 
 @pytest.mark.parametrize("how", ["save_model", "save_pretrained"])
@@ -107,7 +113,9 @@ def test_a_merged_model_is_saved_as_an_ordinary_one(
 def test_a_partly_merged_model_is_saved_with_its_packed_layers(
     source: str, how: str, unmerged: list[str], tmp_path: Path
 ) -> None:
-    merged = tuned(quantized(source, tmp_path, torch.float32), target_modules=unmerged).merge_and_unload()
+    merged = tuned(
+        quantized(source, tmp_path, torch.float32), target_modules=unmerged
+    ).merge_and_unload()
     expected = logits(merged)
     plain = {n for n, m in merged.named_modules() if type(m) is torch.nn.Linear} - {"lm_head"}
     assert {name.rpartition(".")[2] for name in plain} == set(unmerged)
@@ -156,7 +164,8 @@ def test_adapters_that_are_taken_off_leave_the_quantized_model(source: str, tmp_
     assert torch.equal(logits(again), before)
     assert getattr(again, "is_quantized", False) == marked
     assert (
-        save(again, "save_model", tmp_path / "again")["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+        save(again, "save_model", tmp_path / "again")["quantization_config"]["bnb_4bit_quant_type"]
+        == "nf4"
     )
     assert torch.equal(logits(qk.load_model(tmp_path / "again")), before)
     if marked:

@@ -47,7 +47,11 @@ SAME: dict[str, dict[str, Any]] = {
     "modules_to_save": {"modules_to_save": ["embed_tokens"]},
     "init_lora_weights": {"init_lora_weights": False},
     "layers_to_transform": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
-    "layers_pattern": {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
+    "layers_pattern": {
+        "target_modules": ["q_proj"],
+        "layers_to_transform": 0,
+        "layers_pattern": "layers",
+    },
     "rank_pattern": {"rank_pattern": {r"layers\.0\.self_attn\.q_proj": 2}},
     "alpha_pattern": {"alpha_pattern": {r"layers\.1\..*": 3}},
     "trainable_token_indices": {"trainable_token_indices": [3, 5]},
@@ -56,7 +60,10 @@ SAME: dict[str, dict[str, Any]] = {
         "target_modules": ["q_proj", "down_proj"],
     },
     "lora_bias": {"lora_bias": True},
-    "target_parameters": {"target_parameters": ["embed_tokens.weight"], "target_modules": ["q_proj"]},
+    "target_parameters": {
+        "target_parameters": ["embed_tokens.weight"],
+        "target_modules": ["q_proj"],
+    },
     "ensure_weight_tying": {"ensure_weight_tying": True, "modules_to_save": ["embed_tokens"]},
 }
 #: nothing that a layer computes by, or of use with one of `init_lora_weights` alone
@@ -99,9 +106,8 @@ def test_a_field_does_what_it_does_on_plain_layers(name: str) -> None:
         return  # the embedding, which is PEFT's own business; here it is tied, too
     merged = logits(ours.merge_and_unload())
     assert close(merged, beside, 1e-4)
-    if (
-        name != "layer_replication"
-    ):  # whose layers share weights in PEFT, so that it adds adapters to all of them
+    # whose layers share weights in PEFT, so that it adds adapters to all of them
+    if name != "layer_replication":
         assert close(merged, logits(theirs.merge_and_unload()), 1e-4)
 
 
@@ -208,7 +214,9 @@ def test_adapters_of_a_saved_config_are_made_empty_and_filled(tmp_path: Any) -> 
     ours.save_pretrained(tmp_path)
     base, _ = bases()
     config = with_quant_linear(peft.LoraConfig.from_pretrained(tmp_path), base)
-    again = peft.PeftModel.from_pretrained(base, tmp_path, config=config, low_cpu_mem_usage=True).eval()
+    again = peft.PeftModel.from_pretrained(
+        base, tmp_path, config=config, low_cpu_mem_usage=True
+    ).eval()
     assert torch.equal(logits(again), logits(ours))
 
 
@@ -232,7 +240,9 @@ def test_all_linear_means_what_it_means_on_plain_layers(skip: list[str] | None, 
 
 def test_all_linear_of_a_second_adapter() -> None:
     tuned = []
-    for tuner, ours in zip(pair(options={"target_modules": ["q_proj"]}), (True, False), strict=True):
+    for tuner, ours in zip(
+        pair(options={"target_modules": ["q_proj"]}), (True, False), strict=True
+    ):
         config = peft.LoraConfig(r=2, target_modules="all-linear")
         tuner.add_adapter("second", with_quant_linear(config, tuner) if ours else config)
         tuner.set_adapter("second")
@@ -253,11 +263,14 @@ def test_all_linear_leaves_the_head_of_a_classifier() -> None:
 
 def test_all_linear_needs_the_model() -> None:
     with pytest.raises(
-        ValueError, match="target_modules: expected names of layers, or a model, got 'all-linear' and none"
+        ValueError,
+        match="target_modules: expected names of layers, or a model, got 'all-linear' and none",
     ):
         with_quant_linear(peft.LoraConfig(target_modules="all-linear"))
     config = peft.LoraConfig(target_modules="all-linear", layer_replication=[(0, 2), (1, 2)])
-    with pytest.raises(ValueError, match="expected names of layers with layer_replication, got 'all-linear'"):
+    with pytest.raises(
+        ValueError, match="expected names of layers with layer_replication, got 'all-linear'"
+    ):
         with_quant_linear(config, bases()[0])
 
 
@@ -273,7 +286,8 @@ def test_saved_modules_that_are_packed_are_refused(names: list[str], said: str) 
     model, _ = bases()
     config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=names)
     with pytest.raises(
-        ValueError, match=f"^modules_to_save: expected plain modules, got {said}, whose weight is packed"
+        ValueError,
+        match=f"^modules_to_save: expected plain modules, got {said}, whose weight is packed",
     ):
         with_quant_linear(config, model)
 

@@ -29,7 +29,12 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("pack_quantized", {"group_size": 32}), ("int8", {}), ("w8a8", {}), ("fp8", {}),
 ]  # fmt: skip
 #: what no quantization_config of others can say
-OURS: list[tuple[str, dict[str, Any]]] = [("q8_0", {}), ("quip", {}), ("quip_sharp", {}), ("spqr", {})]
+OURS: list[tuple[str, dict[str, Any]]] = [
+    ("q8_0", {}),
+    ("quip", {}),
+    ("quip_sharp", {}),
+    ("spqr", {}),
+]
 
 
 def _model(format: str, params: dict[str, Any], **sizes: Any) -> nn.Module:
@@ -69,9 +74,13 @@ def test_transformers_reads_what_save_pretrained_writes(
     """On random weights it would differ by as much as there is."""
     model = _model(format, params)
     model.save_pretrained(tmp_path / "s")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "s", device_map="cpu", dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "s", device_map="cpu", dtype=torch.float32
+    )
     a, b = _logits(model), _logits(theirs)
-    assert (a - b).norm() < 0.05 * a.norm()  # 4-bit products in bfloat16, or activations that are not rounded
+    assert (
+        a - b
+    ).norm() < 0.05 * a.norm()  # 4-bit products in bfloat16, or activations that are not rounded
 
 
 def test_it_is_asked_anew_at_each_save(tmp_path: Path) -> None:
@@ -81,25 +90,32 @@ def test_it_is_asked_anew_at_each_save(tmp_path: Path) -> None:
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         other.model.layers[0].self_attn.q_proj = nn.Linear(64, 64, bias=False)
         other.save_pretrained(tmp_path / "b")
-        assert "model.layers.0.self_attn.q_proj" in _quantization(tmp_path / "b")["llm_int8_skip_modules"]
+        assert (
+            "model.layers.0.self_attn.q_proj"
+            in _quantization(tmp_path / "b")["llm_int8_skip_modules"]
+        )
         assert torch.equal(_logits(qk.load_model(tmp_path / "b")), _logits(other))
     model.model.save_pretrained(tmp_path / "c")
     inner = qk.load_model(tmp_path / "c")
-    assert torch.equal(inner(ids(9)[None]).last_hidden_state, model.model(ids(9)[None]).last_hidden_state)
+    assert torch.equal(
+        inner(ids(9)[None]).last_hidden_state, model.model(ids(9)[None]).last_hidden_state
+    )
     convert_model(model, "bf16")
     model.save_pretrained(tmp_path / "d")
     assert _quantization(tmp_path / "d") is None
     model.save_pretrained(tmp_path / "d")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "d", dtype=torch.bfloat16)
-    assert torch.equal(theirs.model.layers[1].mlp.up_proj.weight, model.model.layers[1].mlp.up_proj.weight)
+    assert torch.equal(
+        theirs.model.layers[1].mlp.up_proj.weight, model.model.layers[1].mlp.up_proj.weight
+    )
 
 
 @pytest.mark.parametrize(("format", "params"), OURS, ids=str)
-def test_what_only_we_read_is_not_saved_so(format: str, params: dict[str, Any], tmp_path: Path) -> None:
+def test_what_only_we_read_is_not_saved_so(
+    format: str, params: dict[str, Any], tmp_path: Path
+) -> None:
     model = _model(format, params)
-    message = (
-        rf"save_pretrained: expected formats .* others know, got {format}; qkernels.save_model\(model, path\)"
-    )
+    message = rf"save_pretrained: expected formats .* others know, got {format}; qkernels.save_model\(model, path\)"
     with pytest.raises(ValueError, match=message):
         model.save_pretrained(tmp_path / "s")
     assert not list((tmp_path / "s").iterdir())
@@ -127,9 +143,8 @@ def test_resized_embeddings(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "s")
     assert torch.equal(_logits(qk.load_model(tmp_path / "s")), _logits(model))
     model.lm_head = qk.QuantLinear.from_linear(model.lm_head, "nf4")
-    with pytest.raises(
-        TypeError, match="Old language model head is of type .*QuantLinear"
-    ):  # transformers' own
+    # transformers' own
+    with pytest.raises(TypeError, match="Old language model head is of type .*QuantLinear"):
         model.resize_token_embeddings(150)
 
 
@@ -138,7 +153,9 @@ def _own(path: Path) -> dict[str, torch.Tensor]:
     """Directories that only we read -> the logits of what is in them."""
     models = {format: _model(format, params) for format, params in OURS}
     model = models["embedding"] = _model("q8_0", {}, tie_word_embeddings=False)
-    model.set_input_embeddings(QuantEmbedding(qk.quantize(model.get_input_embeddings().weight, "q8_0")))
+    model.set_input_embeddings(
+        QuantEmbedding(qk.quantize(model.get_input_embeddings().weight, "q8_0"))
+    )
     for name, model in models.items():
         qk.save_model(model, path / name)
         config = json.loads((path / name / "config.json").read_text())
@@ -164,7 +181,9 @@ def test_our_own_directories(tmp_path: Path) -> None:
     """Refused by transformers alone; loaded once our integration is imported, and read by qk.load_model."""
     want = _own(tmp_path)
     paths = [str(tmp_path / name) for name in want]
-    result = subprocess.run([sys.executable, "-c", LOAD, *paths], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", LOAD, *paths], capture_output=True, text=True, check=True
+    )
     lines = result.stdout.splitlines()
     assert len(lines) == len(paths), result.stderr
     assert all(line.startswith("REFUSED") and NOTE in line for line in lines), lines
@@ -187,7 +206,10 @@ def test_our_own_directories(tmp_path: Path) -> None:
 def test_the_note_goes_with_the_formats(tmp_path: Path) -> None:
     """A directory of ours that becomes one of others' no longer keeps them out."""
     qk.save_model(_model("q8_0", {}), tmp_path / "m")
-    for model in (qk.load_model(tmp_path / "m"), AutoModelForCausalLM.from_pretrained(tmp_path / "m")):
+    for model in (
+        qk.load_model(tmp_path / "m"),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "m"),
+    ):
         convert_model(model, "int8")
         qk.save_model(model, tmp_path / "c")
         model.save_pretrained(tmp_path / "d")
@@ -235,7 +257,9 @@ def test_a_model_quantized_by_transformers_is_asked_anew(tmp_path: Path) -> None
     from qkernels.integrations.transformers import QKernelsConfig
 
     save_tiny(tmp_path / "m")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", quantization_config=QKernelsConfig("nf4"))
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "m", quantization_config=QKernelsConfig("nf4")
+    )
     model.model.layers[0].mlp.up_proj = nn.Linear(64, 96, bias=False)
     model.save_pretrained(tmp_path / "s")
     assert torch.equal(_logits(qk.load_model(tmp_path / "s")), _logits(model))
@@ -249,7 +273,9 @@ def test_layers_that_the_saved_model_does_not_know_of(tmp_path: Path) -> None:
     layer.up_proj = qk.QuantLinear.from_linear(layer.up_proj, "nf4")
     qk.quantize_model(inner.model, "gptq", group_size=32, progress=False)
     for i, model in enumerate((by_hand, inner)):
-        with pytest.raises(ValueError, match=r"put in by hand; qkernels.save_model\(model, path\) saves it"):
+        with pytest.raises(
+            ValueError, match=r"put in by hand; qkernels.save_model\(model, path\) saves it"
+        ):
             model.save_pretrained(tmp_path / str(i))
         assert not list((tmp_path / str(i)).glob("*.safetensors"))
         qk.save_model(model, tmp_path / f"m{i}")
@@ -269,7 +295,9 @@ def test_a_model_without_its_head_and_with_it(tmp_path: Path) -> None:
     for format, params in (("q8_0", {}), ("gptq", {"group_size": 32})):
         model = _model(format, params)
         qk.save_model(model, tmp_path / format)
-        base = AutoModel.from_pretrained(tmp_path / format, config=checkpoint_config(tmp_path / format))
+        base = AutoModel.from_pretrained(
+            tmp_path / format, config=checkpoint_config(tmp_path / format)
+        )
         assert isinstance(base, LlamaModel)
         assert sum(isinstance(m, qk.QuantLinear) for m in base.modules()) == 13
         with torch.no_grad():
@@ -301,11 +329,16 @@ def test_a_tied_packed_embedding_of_our_own(tmp_path: Path) -> None:
     import qkernels.integrations.transformers  # noqa: F401
 
     model = _model("q8_0", {})
-    model.set_input_embeddings(QuantEmbedding(qk.quantize(model.get_input_embeddings().weight, "q8_0")))
+    model.set_input_embeddings(
+        QuantEmbedding(qk.quantize(model.get_input_embeddings().weight, "q8_0"))
+    )
     model.set_output_embeddings(qk.QuantLinear(model.get_input_embeddings().packed))
     qk.save_model(model, tmp_path / "m")
     assert json.loads((tmp_path / "m/config.json").read_text())["tie_word_embeddings"] is True
-    for loaded in (qk.load_model(tmp_path / "m"), AutoModelForCausalLM.from_pretrained(tmp_path / "m")):
+    for loaded in (
+        qk.load_model(tmp_path / "m"),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "m"),
+    ):
         assert isinstance(loaded.get_input_embeddings(), QuantEmbedding)
         assert isinstance(loaded.lm_head, qk.QuantLinear)
         torch.testing.assert_close(_logits(loaded), _logits(model))
@@ -323,7 +356,8 @@ def test_a_packed_router_through_transformers(tmp_path: Path) -> None:
     for name in [name for name in tensors if name.endswith("mlp.gate.weight")]:
         packed = qk.quantize(tensors.pop(name), "gptq", bits=8, group_size=64)
         tensors |= {
-            f"{name.removesuffix('weight')}{key}": t.contiguous() for key, t in packed.tensors.items()
+            f"{name.removesuffix('weight')}{key}": t.contiguous()
+            for key, t in packed.tensors.items()
         }
     save_file(tensors, file)
     config = json.loads((tmp_path / "q/config.json").read_text())
@@ -334,9 +368,13 @@ def test_a_packed_router_through_transformers(tmp_path: Path) -> None:
     }
     config["quantization_config"] = {**quantization, "dynamic": {r"+:.*mlp\.gate$": {"bits": 8}}}
     (tmp_path / "q/config.json").write_text(json.dumps(config))
-    with pytest.warns(UserWarning, match="2 modules are stored packed but compute with a plain weight"):
+    with pytest.warns(
+        UserWarning, match="2 modules are stored packed but compute with a plain weight"
+    ):
         want = _logits(qk.load_model(tmp_path / "q"))
-    with pytest.warns(UserWarning, match="2 modules are stored packed but compute with a plain weight"):
+    with pytest.warns(
+        UserWarning, match="2 modules are stored packed but compute with a plain weight"
+    ):
         theirs = AutoModelForCausalLM.from_pretrained(
             tmp_path / "q", config=checkpoint_config(tmp_path / "q"), dtype=torch.float32
         )
@@ -345,15 +383,22 @@ def test_a_packed_router_through_transformers(tmp_path: Path) -> None:
 
 def test_offloaded_models_are_refused_by_name(tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate")
-    model = accelerate.cpu_offload(_model("gptq", {"group_size": 32}), execution_device=torch.device("cpu"))
+    model = accelerate.cpu_offload(
+        _model("gptq", {"group_size": 32}), execution_device=torch.device("cpu")
+    )
     for save in (model.save_pretrained, lambda path: qk.save_model(model, path)):
         with pytest.raises(
-            ValueError, match="expected data to save, got a tensor on the meta device; of an offloaded"
+            ValueError,
+            match="expected data to save, got a tensor on the meta device; of an offloaded",
         ):
             save(tmp_path / "s")
         assert not list(tmp_path.glob("s/*.safetensors"))
     plain = accelerate.cpu_offload(tiny_model(), execution_device=torch.device("cpu"))
-    with pytest.raises(ValueError, match="_proj: weight: expected data, got a tensor on the meta device"):
+    with pytest.raises(
+        ValueError, match="_proj: weight: expected data, got a tensor on the meta device"
+    ):
         qk.quantize_model(plain, "nf4", progress=False)
-    with pytest.raises(ValueError, match="nf4: weight: expected data, got a tensor on the meta device"):
+    with pytest.raises(
+        ValueError, match="nf4: weight: expected data, got a tensor on the meta device"
+    ):
         qk.quantize(torch.empty(4, 64, device="meta"), "nf4")

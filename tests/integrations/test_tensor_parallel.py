@@ -73,7 +73,9 @@ def check_models() -> None:
             tp.parallelize(model)
             found = model(tokens).logits
         error = float((found - want).norm() / want.norm())
-        assert error < (1e-4 if name in ("gptq", "awq", "nf4", "bf16", "fp8") else 0.1), f"{name}: {error}"
+        assert error < (1e-4 if name in ("gptq", "awq", "nf4", "bf16", "fp8") else 0.1), (
+            f"{name}: {error}"
+        )
         if name != "bf16":
             assert qk.model.model_summary(model).quantized_bytes < 0.6 * held
 
@@ -97,7 +99,9 @@ def test_two_processes(tmp_path: Path) -> None:
 
 @pytest.fixture
 def one_process(tmp_path: Path) -> Any:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
     yield
     dist.destroy_process_group()
 
@@ -105,10 +109,14 @@ def one_process(tmp_path: Path) -> Any:
 def test_bad_input(one_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     qk.quantize_model(model, "gptq", group_size=32, progress=False)
-    with pytest.raises(ValueError, match="plan: expected patterns that match a linear layer, got 'no.such'"):
+    with pytest.raises(
+        ValueError, match="plan: expected patterns that match a linear layer, got 'no.such'"
+    ):
         tp.parallelize(model, plan={"no.such": ROWS})
     monkeypatch.setattr(dist, "get_world_size", lambda group: 3)
-    with pytest.raises(ValueError, match="expected num_attention_heads=4 to be a multiple of 3 processes"):
+    with pytest.raises(
+        ValueError, match="expected num_attention_heads=4 to be a multiple of 3 processes"
+    ):
         tp.parallelize(model)
     monkeypatch.setattr(dist, "get_world_size", lambda group: 4)
     with pytest.raises(ValueError, match="expected num_key_value_heads=2 to be a multiple of 4"):

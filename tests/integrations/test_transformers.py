@@ -36,7 +36,9 @@ def _quantized_layers(model: nn.Module) -> dict[str, qk.QuantLinear]:
 
 
 @pytest.mark.parametrize(("name", "params"), KINDS, ids=str)
-def test_quantize_on_load_save_and_load_again(name: str, params: dict[str, Any], tmp_path: Path) -> None:
+def test_quantize_on_load_save_and_load_again(
+    name: str, params: dict[str, Any], tmp_path: Path
+) -> None:
     """The same layers as quantize_model makes; what save_pretrained writes, every reader reads."""
     save_tiny(tmp_path / "m", attention_bias=True)
     config = QKernelsConfig(name, **params)
@@ -52,7 +54,9 @@ def test_quantize_on_load_save_and_load_again(name: str, params: dict[str, Any],
     huggingface.save(want, tmp_path / "w")
     assert written == json.loads((tmp_path / "w/config.json").read_text())["quantization_config"]
     assert torch.equal(qk.load_model(tmp_path / "s")(x).logits, want(x).logits)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "s", config=checkpoint_config(tmp_path / "s"))
+    again = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "s", config=checkpoint_config(tmp_path / "s")
+    )
     assert torch.equal(again(x).logits, want(x).logits)
     assert again.lm_head.weight is again.model.embed_tokens.weight
     again.save_pretrained(tmp_path / "t")
@@ -76,7 +80,9 @@ def test_loading_reports_nothing_missing_or_unexpected(
 def test_skip_and_dtype(tmp_path: Path) -> None:
     save_tiny(tmp_path / "m", tie_word_embeddings=False)
     model = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "m", dtype=torch.bfloat16, quantization_config=QKernelsConfig("fp8", skip=["*.down_proj"])
+        tmp_path / "m",
+        dtype=torch.bfloat16,
+        quantization_config=QKernelsConfig("fp8", skip=["*.down_proj"]),
     )
     plain = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     assert plain == {"lm_head", *(f"model.layers.{i}.mlp.down_proj" for i in range(2))}
@@ -85,10 +91,14 @@ def test_skip_and_dtype(tmp_path: Path) -> None:
 
 
 def test_quantized_lm_head_of_a_checkpoint(tmp_path: Path) -> None:
-    want = qk.quantize_model(tiny_model(tie_word_embeddings=False), "gptq", group_size=32, progress=False)
+    want = qk.quantize_model(
+        tiny_model(tie_word_embeddings=False), "gptq", group_size=32, progress=False
+    )
     want.lm_head = qk.QuantLinear.from_linear(want.lm_head, "gptq", group_size=32)
     huggingface.save(want, tmp_path / "m")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", config=checkpoint_config(tmp_path / "m"))
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "m", config=checkpoint_config(tmp_path / "m")
+    )
     assert isinstance(model.lm_head, qk.QuantLinear)
     assert torch.equal(model(ids(9)[None]).logits, want(ids(9)[None]).logits)
 
@@ -132,13 +142,16 @@ def test_bad_use(tmp_path: Path) -> None:
     huggingface.save(qk.quantize_model(tiny_model(), "nf4", progress=False), tmp_path / "q")
     config = checkpoint_config(tmp_path / "q")
     config.quantization_config["checkpoint"]["llm_int8_skip_modules"] = ["up_proj"]
-    with pytest.raises(ValueError, match="expected a plain weight, because quantization_config leaves"):
+    with pytest.raises(
+        ValueError, match="expected a plain weight, because quantization_config leaves"
+    ):
         load(tmp_path / "q", config=config)
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 @pytest.mark.parametrize(
-    ("name", "params"), [("gptq", {"group_size": 64}), ("nf4", {}), ("fp8", {}), ("int8", {}), ("q8_0", {})]
+    ("name", "params"),
+    [("gptq", {"group_size": 64}), ("nf4", {}), ("fp8", {}), ("int8", {}), ("q8_0", {})],
 )
 def test_a_mixture_of_experts(kind: str, name: str, params: dict[str, Any], tmp_path: Path) -> None:
     """Each expert's tensors become one stack, and are saved by themselves again."""
@@ -151,7 +164,9 @@ def test_a_mixture_of_experts(kind: str, name: str, params: dict[str, Any], tmp_
         want = qk.load_model(tmp_path / "q")(tokens).logits
         assert torch.equal(model(tokens).logits, want)
         if name == "q8_0":
-            with pytest.raises(ValueError, match=r"got q8_0; qkernels.save_model\(model, path\) saves them"):
+            with pytest.raises(
+                ValueError, match=r"got q8_0; qkernels.save_model\(model, path\) saves them"
+            ):
                 model.save_pretrained(tmp_path / "again")
             qk.save_model(model, tmp_path / "again")
         else:

@@ -88,9 +88,19 @@ def test_experts_of_other_processes() -> None:
 
 def test_names_of_tensors() -> None:
     leaves = ["gate_proj", "down_proj", "up_proj"]
-    assert expert_tensor("12.up_proj.weight.quant_state.nf4", leaves) == (12, "w3", "weight.quant_state.nf4")
+    assert expert_tensor("12.up_proj.weight.quant_state.nf4", leaves) == (
+        12,
+        "w3",
+        "weight.quant_state.nf4",
+    )
     assert expert_tensor("0.down_proj.bias", leaves) == (0, "w2", "bias")
-    for bad in ("gate_up_proj", "x.up_proj.qweight", "1.w1.qweight", "1.up_proj", "-1.up_proj.qweight"):
+    for bad in (
+        "gate_up_proj",
+        "x.up_proj.qweight",
+        "1.w1.qweight",
+        "1.up_proj",
+        "-1.up_proj.qweight",
+    ):
         with pytest.raises(
             ValueError, match="expected tensors called EXPERT.NAME.TENSOR with NAME one of gate"
         ):
@@ -101,7 +111,9 @@ def test_names_of_tensors() -> None:
                                               ("qwen3_moe", ("gate_proj", "up_proj", "down_proj"))])  # fmt: skip
 def test_a_checkpoint_of_experts(kind: str, leaves: tuple[str, ...], tmp_path: Path) -> None:
     save_moe(kind, "gptq", {"group_size": 64}, tmp_path / "q", tmp_path / "p")
-    checkpoint = Checkpoint(json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"])
+    checkpoint = Checkpoint(
+        json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
+    )
     checkpoint.open(tmp_path / "q")
     block = "model.layers.1.block_sparse_moe" if kind == "mixtral" else "model.layers.1.mlp"
     assert checkpoint.scheme(f"{block}.gate") is None
@@ -109,7 +121,9 @@ def test_a_checkpoint_of_experts(kind: str, leaves: tuple[str, ...], tmp_path: P
     for leaf, shape in zip(leaves, ((128, 256), (128, 256), (256, 128)), strict=True):
         stack = []
         for e in range(4):
-            source = source_of(checkpoint, f"{block}.experts.{e}.{leaf}", shape, [Piece(0, shape[0])])
+            source = source_of(
+                checkpoint, f"{block}.experts.{e}.{leaf}", shape, [Piece(0, shape[0])]
+            )
             for own, tensor in (checkpoint.tensors(source.name) or {}).items():
                 assert own in source.names()
                 source.add(own, tensor, CPU)

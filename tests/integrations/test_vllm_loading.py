@@ -18,7 +18,13 @@ import qkernels as qk
 from qkernels.checkpoints.layers import stored_module
 from qkernels.checkpoints.quantization import Scheme
 from qkernels.integrations.vllm.checkpoint import Checkpoint
-from qkernels.integrations.vllm.loading import Piece, Source, fused_pieces, layer_pieces, shard_index
+from qkernels.integrations.vllm.loading import (
+    Piece,
+    Source,
+    fused_pieces,
+    layer_pieces,
+    shard_index,
+)
 
 from ..conftest import CASES, case_id, k_of
 from ..tiny import tiny_model, tiny_tokenizer
@@ -45,7 +51,11 @@ def loaded(source: Source, tensors: dict[str, torch.Tensor]) -> list[qk.PackedWe
 def test_every_row_is_held_by_as_many_processes_as_should(count: int) -> None:
     heads, kv_heads, size = 8, 2, 16
     replicas = max(1, count // kv_heads)
-    local = [heads * size // count, kv_heads * size * replicas // count, kv_heads * size * replicas // count]
+    local = [
+        heads * size // count,
+        kv_heads * size * replicas // count,
+        kv_heads * size * replicas // count,
+    ]
     held = [torch.zeros(heads * size), torch.zeros(kv_heads * size), torch.zeros(kv_heads * size)]
     for rank in range(count):
         pieces = layer_pieces(local, sum(local) * count, rank, replicas)
@@ -88,14 +98,18 @@ def test_two_processes_have_the_whole(name: str, params: dict[str, Any]) -> None
             piece = Piece(0, 256, rank, 2) if dim == 0 else Piece(0, 256)
             source = source_of(p, [piece], columns=(rank, 2) if dim else (0, 1))
             if p.shape[dim] % (2 * qk.formats.get(name).cuts(p.shape, p.params)[dim]):
-                with pytest.raises(ValueError, match="^m: .* expected .* 2 parts .*; counts that work: 1"):
+                with pytest.raises(
+                    ValueError, match="^m: .* expected .* 2 parts .*; counts that work: 1"
+                ):
                     source.check(p.tensors)
                 continue
             found += loaded(source, p.tensors)
         if found:
             assert torch.equal(torch.cat([part.dequantize() for part in found], dim), whole)
             for part in found:  # nothing of the whole is kept alive by a view
-                assert all(t.untyped_storage().nbytes() <= max(t.nbytes, 64) for t in part.storage.values())
+                assert all(
+                    t.untyped_storage().nbytes() <= max(t.nbytes, 64) for t in part.storage.values()
+                )
 
 
 def test_one_process_holds_the_checkpoints_own_bytes() -> None:
@@ -129,21 +143,27 @@ def test_a_short_last_group_is_served_whole_and_not_cut() -> None:
 def test_bad_tensors_show_before_they_are_loaded() -> None:
     p = qk.quantize(torch.randn(64, 64), "gptq", group_size=32)
     source = Source("m", Scheme("gptq", {"bits": 8, "group_size": 32}), p.shape, [Piece(0, 64)])
-    with pytest.raises(ValueError, match=r"m: gptq: qweight: expected shape \(16, 64\), got \(8, 64\)"):
+    with pytest.raises(
+        ValueError, match=r"m: gptq: qweight: expected shape \(16, 64\), got \(8, 64\)"
+    ):
         source.check(p.tensors)
     less = {k: v for k, v in p.tensors.items() if k != "scales"}
     good = source_of(p, [Piece(0, 64)])
     with pytest.raises(ValueError, match="m: gptq: scales: expected a tensor of shape"):
         good.check(less)
     odd = Source("m", Scheme("awq", {"group_size": 48}), p.shape, [Piece(0, 64)])
-    with pytest.raises(ValueError, match="m: awq: group_size: expected -1 or a divisor of K=64, .* got 48"):
+    with pytest.raises(
+        ValueError, match="m: awq: group_size: expected -1 or a divisor of K=64, .* got 48"
+    ):
         odd.check(None)
     loaded(good, p.tensors)
     with pytest.raises(ValueError, match="m: scales: expected to be loaded once"):
         good.add("scales", p.tensors["scales"], CPU)
     unfinished = source_of(p, [Piece(0, 64)])
     unfinished.add("scales", p.tensors["scales"], CPU)
-    with pytest.raises(ValueError, match="m: gptq: qweight: expected a tensor of shape .*, got none"):
+    with pytest.raises(
+        ValueError, match="m: gptq: qweight: expected a tensor of shape .*, got none"
+    ):
         unfinished.finish(CPU)
 
 
@@ -201,14 +221,21 @@ def test_it_goes_to_other_processes(tmp_path: Path) -> None:
     _, config = saved(tmp_path / "x", "gptq", group_size=32)
     checkpoint = Checkpoint(config)
     again = pickle.loads(pickle.dumps(checkpoint))
-    assert again.scheme("model.layers.0.mlp.up_proj") == checkpoint.scheme("model.layers.0.mlp.up_proj")
+    assert again.scheme("model.layers.0.mlp.up_proj") == checkpoint.scheme(
+        "model.layers.0.mlp.up_proj"
+    )
     checkpoint.open(tmp_path / "x")
     checkpoint.rename(lambda name: f"a.{name}")
     again = pickle.loads(pickle.dumps(checkpoint))
     for name in ("a.model.layers.0.mlp.up_proj", "a.model.layers.1.mlp.up_proj"):
         assert again.scheme(name) == checkpoint.scheme(name)
         assert again.names(name) == checkpoint.names(name)
-    assert again.tensors("a.model.layers.0.mlp.up_proj").keys() == {"qweight", "qzeros", "scales", "g_idx"}
+    assert again.tensors("a.model.layers.0.mlp.up_proj").keys() == {
+        "qweight",
+        "qzeros",
+        "scales",
+        "g_idx",
+    }
 
 
 def test_a_config_that_contradicts_the_files(tmp_path: Path) -> None:
@@ -234,7 +261,9 @@ def test_a_packed_embedding_is_found(tmp_path: Path) -> None:
     qk.save_model(model, tmp_path / "x")
     import json
 
-    checkpoint = Checkpoint(json.loads((tmp_path / "x" / "config.json").read_text())["quantization_config"])
+    checkpoint = Checkpoint(
+        json.loads((tmp_path / "x" / "config.json").read_text())["quantization_config"]
+    )
     checkpoint.open(tmp_path / "x")
     assert checkpoint.embedding() == "model.embed_tokens"
     assert not checkpoint.has("lm_head")

@@ -33,7 +33,12 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 _EMPTY = torch.empty
 #: whole tiles of no format, if it takes them; 32 * 100 weights are whole blocks, the last of which ends with them
 SHAPES = ((32, 100), (24, 104), (24, 192), (16, 256))
-EXPERTS = [("awq", {"group_size": 32}), ("nf4", {}), ("q8_0", {}), ("fp8", {"activation": "dynamic"})]
+EXPERTS = [
+    ("awq", {"group_size": 32}),
+    ("nf4", {}),
+    ("q8_0", {}),
+    ("fp8", {"activation": "dynamic"}),
+]
 
 
 def guarded(shape: tuple[int, ...], dtype: torch.dtype, at_end: bool) -> Tensor:
@@ -90,9 +95,8 @@ def run(name: str, params: dict[str, object], at_end: bool) -> None:
     storage = {key: moved(t, at_end) for key, t in p.storage.items()}
     q = qk.PackedWeight(p.format, p.shape, p.storage, p.params, p.layout)
     q.snapshot = Snapshot(p.layout, storage)
-    m = (
-        3 if at_end and not params.get("act_order") else 17
-    )  # from 17 rows on, x is gathered by a kernel of its own
+    # from 17 rows on, x is gathered by a kernel of its own
+    m = 3 if at_end and not params.get("act_order") else 17
     x, bias = torch.randn(m, p.shape[1]).half(), torch.randn(p.shape[0]).half()
     want = qk.matmul(x, p, bias, backend="triton")
     with everywhere(at_end):
@@ -114,7 +118,8 @@ def run_experts(name: str, params: dict[str, object], at_end: bool) -> None:
         stack.snapshot = type(stack.snapshot)(layout, lain, sizes, spec)
     with everywhere(at_end):
         got = qk.fused_moe(
-            *(moved(x, at_end), up, down, moved(weights, at_end), moved(ids, at_end)), backend="triton"
+            *(moved(x, at_end), up, down, moved(weights, at_end), moved(ids, at_end)),
+            backend="triton",
         )
     assert torch.equal(got, want), f"experts of {name} {params}: another product"
 

@@ -41,7 +41,9 @@ def activations(granularity: str) -> tuple[torch.Tensor, np.ndarray]:
     values = x.double().numpy()
     amax = np.abs(values).max(1, keepdims=True)
     scale = (
-        np.maximum(amax, 1e-4) / 448 if granularity == "block" else np.maximum(amax / 448, 1 / (448 * 512))
+        np.maximum(amax, 1e-4) / 448
+        if granularity == "block"
+        else np.maximum(amax / 448, 1 / (448 * 512))
     )
     low, high = (e4m3(values / scale * (1 + by)) for by in (-1e-5, 1e-5))
     return x, np.where(low == high, low * scale, np.nan)

@@ -66,7 +66,9 @@ def expected(x: Tensor, p: qk.PackedWeight) -> tuple[Tensor, Tensor]:
 def assert_codes(a: eight_bit.Activations, x: Tensor, p: qk.PackedWeight) -> None:
     codes, scale = expected(x, p)
     k = x.shape[1]
-    assert torch.equal(a.codes[:, :k].contiguous().view(torch.uint8), codes.contiguous().view(torch.uint8))
+    assert torch.equal(
+        a.codes[:, :k].contiguous().view(torch.uint8), codes.contiguous().view(torch.uint8)
+    )
     assert a.codes.shape[1] == -(-k // 16) * 16
     assert not bool(a.codes[:, k:].contiguous().view(torch.uint8).any())
     assert torch.equal(a.scale, scale)
@@ -75,7 +77,9 @@ def assert_codes(a: eight_bit.Activations, x: Tensor, p: qk.PackedWeight) -> Non
 # ---------------------------------------------------------------------- codes
 @eight_bit_cases
 @dtypes
-@pytest.mark.parametrize(("m", "k", "block"), [(5, 300, 16384), (1, 16, 16384), (3, 301, 128), (2, 512, 256)])
+@pytest.mark.parametrize(
+    ("m", "k", "block"), [(5, 300, 16384), (1, 16, 16384), (3, 301, 128), (2, 512, 256)]
+)
 def test_codes_bit_for_bit(
     name: str,
     params: dict[str, object],
@@ -89,18 +93,27 @@ def test_codes_bit_for_bit(
     monkeypatch.setattr(outlier_columns, "ROW_BLOCK", block)
     p = packed(name, params, k)
     for spread in (0, 4):
-        x = (torch.randn(m, k) * torch.exp(spread * torch.randn(m, k))).clamp(-6e4, 6e4).to(dtype).to(DEVICE)
+        x = (
+            (torch.randn(m, k) * torch.exp(spread * torch.randn(m, k)))
+            .clamp(-6e4, 6e4)
+            .to(dtype)
+            .to(DEVICE)
+        )
         x[-1, : k // 2] = 0
         assert_codes(eight_bit.quantize(x, p, problem(p, x)), x, p)
 
 
 @pytest.mark.parametrize(("name", "params"), EIGHT_BIT, ids=map(case_id, EIGHT_BIT))
-def test_midpoints_round_to_even_and_tiny_rows_meet_the_floor(name: str, params: dict[str, object]) -> None:
+def test_midpoints_round_to_even_and_tiny_rows_meet_the_floor(
+    name: str, params: dict[str, object]
+) -> None:
     halves = torch.arange(-127, 128) / 2
     rows = [halves * 2, halves, halves.sign() * 63.5, halves * 0, halves * 2.0**-22, halves * 1e-7]
     rows[1][0] = 127.0  # then every code is a midpoint
     x = torch.stack(rows).half().to(DEVICE)
-    p = packed(name, {**params, "input_scale": 1.0} if "input_scale" in params else params, x.shape[1])
+    p = packed(
+        name, {**params, "input_scale": 1.0} if "input_scale" in params else params, x.shape[1]
+    )
     assert_codes(eight_bit.quantize(x, p, problem(p, x)), x, p)
 
 
@@ -120,7 +133,9 @@ def test_e4m3_of_every_16_bit_float_and_between_codes() -> None:
     sixteen = torch.arange(-32768, 32768).to(torch.int16)
     codes = torch.arange(0, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     middles = (codes[1:] + codes[:-1]) / 2
-    near = torch.cat([middles, middles.nextafter(codes[1:]), middles.nextafter(codes[:-1]), -middles])
+    near = torch.cat(
+        [middles, middles.nextafter(codes[1:]), middles.nextafter(codes[:-1]), -middles]
+    )
     random = (torch.randn(4096) * torch.exp(4 * torch.randn(4096)))[: 4096 - near.numel()]
     for x in (
         sixteen.view(torch.float16).float(),
@@ -163,7 +178,11 @@ def test_ptx_of_every_fp8_code_in_every_place(kind: str) -> None:
 @dtypes
 @pytest.mark.parametrize("block", [16384, 128])
 def test_rms_norm_and_codes_in_one_kernel(
-    name: str, params: dict[str, object], dtype: torch.dtype, block: int, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    params: dict[str, object],
+    dtype: torch.dtype,
+    block: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(outlier_columns, "ROW_BLOCK", block)
     m, k, eps = 4, 300, 1e-5
@@ -176,7 +195,10 @@ def test_rms_norm_and_codes_in_one_kernel(
     u = 2.0**-11 if dtype == torch.float16 else 2.0**-8
     # two roundings to dtype, float32 before them; 2^-24: float16 below its normal range, times |weight|
     assert bool(
-        ((normed.double() - exact).abs() <= 2.01 * u * exact.abs() + 2.0**-24 * (1 + weight.abs())).all()
+        (
+            (normed.double() - exact).abs()
+            <= 2.01 * u * exact.abs() + 2.0**-24 * (1 + weight.abs())
+        ).all()
     )
 
     p = packed(name, params, k)
@@ -207,7 +229,11 @@ def test_rms_norm_rounds_where_models_do() -> None:
             r"x: expected float16 or bfloat16 of shape \(M, 16\), got",
         ),
         (torch.ones(2, 16), torch.ones(16), "x: expected float16 or bfloat16"),
-        (torch.ones(2, 16).half(), torch.ones(15), r"weight: expected floats of shape \(16,\), got"),
+        (
+            torch.ones(2, 16).half(),
+            torch.ones(15),
+            r"weight: expected floats of shape \(16,\), got",
+        ),
     ],
 )
 def test_rms_norm_bad_operands(x: Tensor, weight: Tensor, message: str) -> None:
@@ -248,7 +274,9 @@ def test_outliers(planted: str, m: int, invariant: bool, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("block", [16384, 128])
 @pytest.mark.parametrize("planted", ["none", "one", "many", "all", "row"])
-def test_columns_are_listed_in_order(planted: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_columns_are_listed_in_order(
+    planted: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(outlier_columns, "ROW_BLOCK", block)
     x = with_outliers(5, 300, planted, torch.float16)
     p = packed("int8", {}, 300)

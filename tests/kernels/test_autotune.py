@@ -36,7 +36,9 @@ def problem(m: int = 1) -> dispatch.Problem:
 @pytest.mark.parametrize("m", [1, 16, 17, 128, 129, 4096])
 @pytest.mark.parametrize("invariant", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_every_table_entry_fits_its_architecture(arch: int, m: int, invariant: bool, bits: int) -> None:
+def test_every_table_entry_fits_its_architecture(
+    arch: int, m: int, invariant: bool, bits: int
+) -> None:
     traits = weight_only.layout.WeightOnlyTraits(bits, "linear", "group", 64)
     sizes = weight_only.sizes(traits)
     config = configs.choose(weight_only.family(traits), arch, m, invariant, *sizes)
@@ -63,7 +65,8 @@ def test_no_share_is_empty(tiles: int, blocks: int) -> None:
 def test_batch_invariant_configurations_differ_in_block_m_only() -> None:
     for arch in ARCHITECTURES:
         found = {
-            configs.choose("weight_only", arch, m, True, 128, 64)._replace(block_m=0) for m in range(1, 300)
+            configs.choose("weight_only", arch, m, True, 128, 64)._replace(block_m=0)
+            for m in range(1, 300)
         }
         assert len(found) == 1
 
@@ -116,7 +119,9 @@ def test_a_file_that_makes_no_sense_is_ignored(tuning: Path, text: str) -> None:
 
 def _write_many(path: Path, value: int) -> None:
     for _ in range(50):
-        autotune._write(path, {"config": configs.GemmConfig(value, 64, 4, 3)._asdict(), "pad": "x" * 10000})
+        autotune._write(
+            path, {"config": configs.GemmConfig(value, 64, 4, 3)._asdict(), "pad": "x" * 10000}
+        )
 
 
 def test_many_processes_may_write(tmp_path: Path) -> None:
@@ -138,7 +143,9 @@ def test_many_processes_may_write(tmp_path: Path) -> None:
     assert [f.name for f in path.parent.iterdir()] == ["key.json"]
 
 
-def test_off_by_default_and_never_when_batch_invariant(tuning: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_off_by_default_and_never_when_batch_invariant(
+    tuning: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tabled = weight_only.tabled(problem())
     autotune.tune("weight_only", problem(), tabled, lambda config: None, lambda call: 1.0)
     invariant = problem()._replace(batch_invariant=True)

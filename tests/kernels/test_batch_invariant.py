@@ -19,7 +19,9 @@ from .launches import Launches
 
 pytestmark = pytest.mark.usefixtures("dots_in_one_order")
 QUANTIZED = [case for case in CASES if layout_of(*case) is not None]
-quantized_cases = pytest.mark.parametrize(("name", "params"), QUANTIZED, ids=map(case_id, QUANTIZED))
+quantized_cases = pytest.mark.parametrize(
+    ("name", "params"), QUANTIZED, ids=map(case_id, QUANTIZED)
+)
 MOST = 300
 
 
@@ -91,7 +93,10 @@ def test_only_the_rows_of_a_tile_depend_on_m_on_any_gpu(family: str, arch: int) 
     }
     assert len(found) == 1
     for processors in (46, 132, 148):
-        shares = {configs.shares_of(config, 64, -(-8192 // config.block_n), processors) for config in found}
+        shares = {
+            configs.shares_of(config, 64, -(-8192 // config.block_n), processors)
+            for config in found
+        }
         assert len(shares) == 1
 
 
@@ -100,7 +105,9 @@ def test_the_reference_does_not_depend_on_m(name: str, params: dict[str, object]
     p, x = operands(name, params, torch.float32)
     full = qk.matmul(x, p, backend="reference", batch_invariant=True)
     for m in (1, 3, 16, 17, 33, 63, 64, 65, 129, 257):  # it takes 64 rows at a time
-        assert torch.equal(qk.matmul(x[:m], p, backend="reference", batch_invariant=True), full[:m]), f"M={m}"
+        assert torch.equal(
+            qk.matmul(x[:m], p, backend="reference", batch_invariant=True), full[:m]
+        ), f"M={m}"
     assert torch.equal(qk.matmul(x[299:], p, backend="reference", batch_invariant=True), full[299:])
 
 

@@ -22,7 +22,9 @@ FP8 = [case for case in EIGHT_BIT if case[0] == "fp8"] + [
     ("fp8", {"activation": "dynamic", "float_format": "e5m2"}),
     ("fp8", {"activation": "dynamic", "float_format": "e5m2", "granularity": "block"}),
 ]
-eight_bit_cases = pytest.mark.parametrize(("name", "params"), EIGHT_BIT, ids=map(case_id, EIGHT_BIT))
+eight_bit_cases = pytest.mark.parametrize(
+    ("name", "params"), EIGHT_BIT, ids=map(case_id, EIGHT_BIT)
+)
 fp8_cases = pytest.mark.parametrize(("name", "params"), FP8, ids=map(case_id, FP8))
 dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 
@@ -47,7 +49,9 @@ def counters_end_as_zeros() -> Any:
 
 
 # ---------------------------------------------------------------------- the bound
-def reference(x: Tensor, p: qk.PackedWeight, bias: Tensor | None, invariant: bool = False) -> Tensor:
+def reference(
+    x: Tensor, p: qk.PackedWeight, bias: Tensor | None, invariant: bool = False
+) -> Tensor:
     y = qk.formats.get(p.format).matmul(x.double(), p.tensors, p.shape, p.params, invariant)
     return y if bias is None else y + bias.double()
 
@@ -64,12 +68,16 @@ def quantized(x: Tensor, p: qk.PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
         x = x.masked_fill(x.abs() >= threshold, 0)
     elif params["granularity"] == "block":
         padded = torch.nn.functional.pad(x, (0, -x.shape[1] % 128)).view(x.shape[0], -1, 128)
-        scale = (padded.abs().amax(2).clamp(min=1e-4) / 448).repeat_interleave(128, 1)[:, : x.shape[1]]
+        scale = (padded.abs().amax(2).clamp(min=1e-4) / 448).repeat_interleave(128, 1)[
+            :, : x.shape[1]
+        ]
     else:
         scale = (x.abs().amax(1, keepdim=True) / 448).clamp(min=1 / (448 * 512))
     value = torch.where(scale == 0, 0, x / scale)
     if p.format == "fp8":
-        below, above = (to_fp8(value * f, torch.float8_e4m3fn).double() for f in (1 - 2**-22, 1 + 2**-22))
+        below, above = (
+            to_fp8(value * f, torch.float8_e4m3fn).double() for f in (1 - 2**-22, 1 + 2**-22)
+        )
     else:
         below, above = (torch.round(value * f) for f in (1 - 2**-22, 1 + 2**-22))
     return scale, below, above
@@ -98,7 +106,8 @@ def assert_close(
     if p.params.get("threshold"):
         columns = (x.abs() >= p.params["threshold"]).any(0, keepdim=True)
         bound += u * (scale * columns) @ w
-    bound += u * (want.abs() + bound) + 2.0**-24 * (1 + w.sum(0))  # the last: below float16's normal range
+    # the last: below float16's normal range
+    bound += u * (want.abs() + bound) + 2.0**-24 * (1 + w.sum(0))
     error = (y.double() - want).abs()
     assert bool((error <= bound).all()), f"error over its bound by {(error - bound).max().item()}"
     assert error.norm() <= bound.norm()  # NaN fails here, too
@@ -156,7 +165,9 @@ def test_block_scales_stay_in_their_blocks(n: int, k: int, float_format: str) ->
     tensors["weight_scale_inv"] = scale * torch.exp2(torch.randint(-3, 4, scale.shape))
     p = qk.pack("fp8", tensors, (n, k), **params).to(DEVICE)
     for m in (3, 130) if n > 200 else (3,):
-        groups = torch.exp2(torch.randint(-4, 5, (m, -(-k // 128)))).repeat_interleave(128, 1)[:, :k]
+        groups = torch.exp2(torch.randint(-4, 5, (m, -(-k // 128)))).repeat_interleave(128, 1)[
+            :, :k
+        ]
         x = (torch.randn(m, k) * groups).half().to(DEVICE)
         assert_close(qk.matmul(x, p, backend="triton"), x, p)
 
@@ -164,7 +175,8 @@ def test_block_scales_stay_in_their_blocks(n: int, k: int, float_format: str) ->
 @pytest.mark.parametrize("zero", [None, 0, -128, 127, 5])
 def test_zero_points(zero: int | None) -> None:
     params = {"activation": "static", "input_scale": 0.01, "input_zero_point": zero}
-    x, p, bias = operands("w8a8", params, 70, 203, 18, torch.float16)  # a scale at which x saturates
+    # a scale at which x saturates
+    x, p, bias = operands("w8a8", params, 70, 203, 18, torch.float16)
     assert_close(qk.matmul(x, p, bias, backend="triton"), x, p, bias)
     assert ("row_sum" in p.storage) == (zero is not None)
 
@@ -246,9 +258,17 @@ def test_gradient_in_the_kernel_layout(name: str, params: dict[str, object]) -> 
 
 # ---------------------------------------------------------------------- the layout
 SCALES = [  # as checkpoints have them, besides what `quantize` makes
-    ("w8a8", {"activation": "static"}, {"weight_scale": torch.float16, "input_scale": torch.bfloat16}),
+    (
+        "w8a8",
+        {"activation": "static"},
+        {"weight_scale": torch.float16, "input_scale": torch.bfloat16},
+    ),
     ("fp8", {"activation": "dynamic", "granularity": "tensor"}, {"weight_scale": torch.bfloat16}),
-    ("fp8", {"activation": "dynamic", "granularity": "block"}, {"weight_scale_inv": torch.bfloat16}),
+    (
+        "fp8",
+        {"activation": "dynamic", "granularity": "block"},
+        {"weight_scale_inv": torch.bfloat16},
+    ),
 ]
 
 
@@ -267,7 +287,12 @@ def test_prepack_is_invertible(
         before["weight_scale"] = before["weight_scale"].reshape(())
     if name == "int8" and k == 33:
         del before["weight_format"]
-    p = qk.pack(name, before, (n, k), **{key: v for key, v in params.items() if not key.startswith("input_")})
+    p = qk.pack(
+        name,
+        before,
+        (n, k),
+        **{key: v for key, v in params.items() if not key.startswith("input_")},
+    )
     after = p.prepack_("eight_bit").tensors
     assert before.keys() == after.keys()
     for key, tensor in before.items():

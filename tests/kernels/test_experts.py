@@ -112,7 +112,8 @@ def test_every_format(name: str, params: dict[str, Any], dtypes: tuple[torch.dty
 
 @dtypes
 @pytest.mark.parametrize(
-    ("tokens", "top_k", "experts"), [(1, 1, 1), (1, 4, 5), (3, 2, 4), (17, 4, 4), (33, 1, 2), (70, 2, 2)]
+    ("tokens", "top_k", "experts"),
+    [(1, 1, 1), (1, 4, 5), (3, 2, 4), (17, 4, 4), (33, 1, 2), (70, 2, 2)],
 )
 @pytest.mark.parametrize(
     "case", [("awq", {"group_size": 64}), ("fp8", {"activation": "dynamic"})], ids=case_id
@@ -169,7 +170,9 @@ def test_a_row_for_each_slot_and_weights(case: tuple[str, dict[str, Any]]) -> No
 def test_only_experts_of_other_processes(lost: int) -> None:
     experts = make("nf4", {}, 3, 24, 64)
     ids = torch.full((3, 2), lost, device=DEVICE)
-    y = qk.grouped_matmul(activations(3, 64), experts, ids, backend="triton", bias=activations(3, 24))
+    y = qk.grouped_matmul(
+        activations(3, 64), experts, ids, backend="triton", bias=activations(3, 24)
+    )
     assert torch.equal(y, torch.zeros_like(y))
     weights = torch.full((3, 2), float("nan"), device=DEVICE)
     y = qk.grouped_matmul(activations(3, 64), experts, ids, weights, backend="triton")
@@ -188,9 +191,14 @@ def test_configurations_met_here() -> None:
     experts = make("awq", {"group_size": 64}, 2, 40, 64)
     x, ids = activations(160, 64), route(160, 2, 2)
     assert_experts_close(qk.grouped_matmul(x, experts, ids, backend="triton"), x, experts, ids)
-    met = [backend.tabled(dispatch.problem_of(experts, m, x.dtype, x.device)).block_m for m in (4, 140, 320)]
+    met = [
+        backend.tabled(dispatch.problem_of(experts, m, x.dtype, x.device)).block_m
+        for m in (4, 140, 320)
+    ]
     if DEVICE == "cpu":
-        assert met == [configs.TABLE["weight_only", 0, c].block_m for c in ("decode", "middle", "prefill")]
+        assert met == [
+            configs.TABLE["weight_only", 0, c].block_m for c in ("decode", "middle", "prefill")
+        ]
 
 
 def test_entries_of_their_own() -> None:
@@ -206,7 +214,9 @@ def test_entries_of_their_own() -> None:
         ("fp8", {"activation": "dynamic"}, (8, 9), 1200, None),
     ]:
         items = tuple(sorted(qk.formats.get(name).resolve((64, 256), params).items()))
-        four = dispatch.Problem(name, items, (64, 256), m, torch.float16, "cuda", capability, experts=4)
+        four = dispatch.Problem(
+            name, items, (64, 256), m, torch.float16, "cuda", capability, experts=4
+        )
         one = four._replace(m=m // 4, experts=0)
         family = weight_only if name in ("gptq", "q4_1") else eight_bit
         found, theirs = backend.tabled(four), family.tabled(one)._replace(shares=1)
@@ -237,7 +247,9 @@ def test_sorted_slots(slots: int, experts: int, block_m: int) -> None:
         assert owners[:used] == sorted(owners[:used])
         bucket = torch.where((ids >= 0) & (ids < experts), ids, experts).flatten()
         for e in set(bucket.tolist()):
-            mine = rows[:used][torch.tensor([o == e for o in owners[:used]], device=DEVICE)].flatten()
+            mine = rows[:used][
+                torch.tensor([o == e for o in owners[:used]], device=DEVICE)
+            ].flatten()
             want = (bucket == e).nonzero()[:, 0]
             assert torch.equal(mine[: want.numel()].long(), want)
             assert bool((mine[want.numel() :] == slots).all())
@@ -255,7 +267,9 @@ LAYERS = [
 
 @dtypes
 @pytest.mark.parametrize(("name", "params", "activation"), LAYERS, ids=str)
-def test_whole_layer(name: str, params: dict[str, Any], activation: str, dtype: torch.dtype) -> None:
+def test_whole_layer(
+    name: str, params: dict[str, Any], activation: str, dtype: torch.dtype
+) -> None:
     gate_up, down = make(name, params, 4, 128, 96), make(name, params, 4, 40, 64)
     ids, weights = route(7, 2, 4), torch.rand(7, 2, device=DEVICE)
     ids[3, 1], ids[5] = -1, 4
@@ -281,7 +295,9 @@ def test_processes_with_an_expert_each_add_up() -> None:
     parts = []
     for first in range(4):
         own = [qk.quantize_experts(w[first : first + 1], "nf4").to(DEVICE) for w in weight]
-        parts.append(qk.fused_moe(x, own[0], own[1], weights, ids - first, backend="triton").double())
+        parts.append(
+            qk.fused_moe(x, own[0], own[1], weights, ids - first, backend="triton").double()
+        )
     gate_up, down = (qk.quantize_experts(w, "nf4").to(DEVICE) for w in weight)
     whole = qk.fused_moe(x, gate_up, down, weights, ids, backend="triton").double()
     assert (sum(parts) - whole).norm() <= 2 * ROUNDOFF[torch.float16] * whole.norm()
@@ -306,7 +322,9 @@ def test_rows_do_not_depend_on_the_batch(case: tuple[str, dict[str, Any]], backe
     x, ids = activations(40, k), route(40, 2, 2)
     full = qk.grouped_matmul(x, experts, ids, backend=backend, batch_invariant=True)
     for tokens in (1, 9):
-        part = qk.grouped_matmul(x[:tokens], experts, ids[:tokens], backend=backend, batch_invariant=True)
+        part = qk.grouped_matmul(
+            x[:tokens], experts, ids[:tokens], backend=backend, batch_invariant=True
+        )
         assert torch.equal(part, full[:tokens])
     moved = ids.clone()
     moved[9:] = 0  # where the others go does not matter either
@@ -316,7 +334,10 @@ def test_rows_do_not_depend_on_the_batch(case: tuple[str, dict[str, Any]], backe
 
 @pytest.mark.usefixtures("dots_in_one_order")
 def test_layer_does_not_depend_on_the_batch_and_repeats_itself() -> None:
-    gate_up, down = make("awq", {"group_size": 32}, 3, 128, 64), make("awq", {"group_size": 32}, 3, 40, 64)
+    gate_up, down = (
+        make("awq", {"group_size": 32}, 3, 128, 64),
+        make("awq", {"group_size": 32}, 3, 40, 64),
+    )
     x, ids, weights = activations(30, 64), route(30, 2, 3), torch.rand(30, 2, device=DEVICE)
 
     def layer(m: int) -> Tensor:
@@ -362,7 +383,9 @@ def test_allocations_do_not_depend_on_the_data(
 
 
 def test_compiles_whole_and_equals_eager() -> None:
-    gate_up, down = (make("awq", {"group_size": 32}, 3, *shape).prepack() for shape in ((64, 32), (40, 32)))
+    gate_up, down = (
+        make("awq", {"group_size": 32}, 3, *shape).prepack() for shape in ((64, 32), (40, 32))
+    )
     x, ids, weights = activations(4, 32), route(4, 2, 3), torch.rand(4, 2, device=DEVICE)
     torch._dynamo.reset()
 
@@ -406,7 +429,10 @@ def test_explain_says_what_runs() -> None:
     assert "triton.experts_weight_only: fused" in text
     assert "moves the weight to the 'weight_only' layout" in text
     assert "block_m=16" in text
-    assert "not triton.experts_eight_bit: gptq with these parameters is not in the eight-bit family" in text
+    assert (
+        "not triton.experts_eight_bit: gptq with these parameters is not in the eight-bit family"
+        in text
+    )
 
 
 def test_irregular_groups_are_an_error() -> None:

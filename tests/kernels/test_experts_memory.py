@@ -59,7 +59,9 @@ def test_codes_stay_within_32_mb(
     experts = make(name, params, EXPERTS, 2 * k, k).prepack(layouts.EIGHT_BIT)
     ids = torch.zeros(tokens, TOP_K, dtype=torch.int64, device=DEVICE)
     weights = torch.ones(tokens, TOP_K, device=DEVICE)
-    x = torch.empty(tokens, *([TOP_K] if rows == "slot" else []), k, dtype=torch.float16, device=DEVICE)
+    x = torch.empty(
+        tokens, *([TOP_K] if rows == "slot" else []), k, dtype=torch.float16, device=DEVICE
+    )
     problem = problem_of(experts, ids)
     if rows == "layer":
         down = make(name, params, EXPERTS, 64, k).prepack(layouts.EIGHT_BIT)
@@ -78,7 +80,11 @@ def test_codes_stay_within_32_mb(
 @pytest.mark.parametrize("invariant", [False, True])
 @pytest.mark.usefixtures("dots_in_one_order")
 def test_slices_change_no_bit(
-    invariant: bool, name: str, params: dict[str, Any], sizes: list[int], monkeypatch: pytest.MonkeyPatch
+    invariant: bool,
+    name: str,
+    params: dict[str, Any],
+    sizes: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tokens, n, k = 41, 48, 144
     gate_up, down = make(name, params, EXPERTS, 2 * n, k), make(name, params, EXPERTS, 40, n)

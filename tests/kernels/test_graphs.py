@@ -27,7 +27,9 @@ def test_compiles_whole_and_equals_eager(name: str, params: dict[str, object]) -
     x = torch.randn(3, k_of(name, 192)).half().to(DEVICE)
     layer = layer_of(name, params).prepack(x)
     torch._dynamo.reset()  # every case is another specialization of one forward
-    compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(
+        copy.deepcopy(layer), fullgraph=True, backend="aot_eager", dynamic=True
+    )
     assert torch.equal(compiled(x), layer(x))
     assert torch.equal(compiled(x[:2]), layer(x[:2]))
 
@@ -58,4 +60,6 @@ def test_allocations_do_not_depend_on_the_data(
     assert first == sizes
     assert first, "nothing was allocated, not even the output: the recorder is blind"
     weight = layer.packed.shape[0] * layer.packed.shape[1]
-    assert all(torch.Size(shape).numel() < weight for shape, _ in first), "an allocation of weight size"
+    assert all(torch.Size(shape).numel() < weight for shape, _ in first), (
+        "an allocation of weight size"
+    )

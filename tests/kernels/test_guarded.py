@@ -20,7 +20,9 @@ pytestmark = pytest.mark.skipif(
 
 def run(*arguments: str) -> tuple[int, str]:
     command = [sys.executable, "-m", "tests.kernels.guarded", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=dict(os.environ))
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, env=dict(os.environ)
+    )
     return done.returncode, f"{done.stdout}{done.stderr[-2000:]}"
 
 
@@ -36,4 +38,7 @@ def test_no_kernel_leaves_its_tensors(where: str) -> None:
 
 def test_one_element_beyond_is_noticed() -> None:
     code, said = run("planted")
-    assert (code, said.splitlines()) == (-signal.SIGSEGV, ["planted: 0 beyond", "planted: 1 beyond"])
+    assert (code, said.splitlines()) == (
+        -signal.SIGSEGV,
+        ["planted: 0 beyond", "planted: 1 beyond"],
+    )

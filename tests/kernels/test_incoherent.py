@@ -34,14 +34,20 @@ def of_random(n: int) -> tuple[Side, dict[str, torch.Tensor]]:
     factors = [transforms.random_orthogonal(order, generator) for order in transforms.balanced(n)]
     factors = [-f.abs() if len(f) == 1 else f for f in factors]  # of order 1 they are signs, too
     diagonal, perm = torch.randn(n).half(), torch.randperm(n)
-    storage = {"diagonal": diagonal, "perm": perm.int()} | {f"factor{i}": f for i, f in enumerate(factors)}
+    storage = {"diagonal": diagonal, "perm": perm.int()} | {
+        f"factor{i}": f for i, f in enumerate(factors)
+    }
     return Side(factors, 1.0, diagonal, perm), storage
 
 
-CASES = [(of_hadamard, n) for n in SIZES] + [(of_random, n) for n in (7, 35, 64, 469, 576, 4224, 8192)]
+CASES = [(of_hadamard, n) for n in SIZES] + [
+    (of_random, n) for n in (7, 35, 64, 469, 576, 4224, 8192)
+]
 
 
-@pytest.mark.parametrize(("make", "n"), CASES, ids=lambda v: v if isinstance(v, int) else v.__name__)
+@pytest.mark.parametrize(
+    ("make", "n"), CASES, ids=lambda v: v if isinstance(v, int) else v.__name__
+)
 @pytest.mark.parametrize("m", [1, 5, 18])
 @dtypes
 def test_transforms(make: object, n: int, m: int, dtype: torch.dtype) -> None:
@@ -53,15 +59,22 @@ def test_transforms(make: object, n: int, m: int, dtype: torch.dtype) -> None:
     x = torch.randn(m, n).to(dtype)
     found = launcher.before(x.to(DEVICE), on_device(storage, "input"), side.norm, False, m <= 16)
     want = side.inner(x.double())
-    size = (x.double() * side.diagonal.double()).norm(dim=1, keepdim=True)  # what bounds every output
-    assert bool(((found.cpu().double() - want).abs() <= u * want.abs() + 2.0**-18 * size + 2.0**-24).all())
+    # what bounds every output
+    size = (x.double() * side.diagonal.double()).norm(dim=1, keepdim=True)
+    assert bool(
+        ((found.cpu().double() - want).abs() <= u * want.abs() + 2.0**-18 * size + 2.0**-24).all()
+    )
 
     y, bias = torch.randn(m, n), torch.randn(n).to(dtype)
     out = torch.full((m, n), float("nan"), dtype=dtype, device=DEVICE)
-    launcher.after(y.to(DEVICE), out, on_device(storage, "output"), side.norm, bias.to(DEVICE), m <= 16)
+    launcher.after(
+        y.to(DEVICE), out, on_device(storage, "output"), side.norm, bias.to(DEVICE), m <= 16
+    )
     want = side.outer(y.double()) + bias.double()
     size = y.double().norm(dim=1, keepdim=True) * side.diagonal.double().abs()
-    assert bool(((out.cpu().double() - want).abs() <= u * want.abs() + 2.0**-18 * size + 2.0**-24).all())
+    assert bool(
+        ((out.cpu().double() - want).abs() <= u * want.abs() + 2.0**-18 * size + 2.0**-24).all()
+    )
 
 
 def on_device(storage: dict[str, torch.Tensor], side: str) -> dict[str, torch.Tensor]:
@@ -94,7 +107,13 @@ ODD = [
 @pytest.mark.parametrize("m", [1, 19])
 @dtypes
 def test_odd_shapes(
-    name: str, params: dict[str, object], n: int, k: int, m: int, dtype: torch.dtype, poisoned_outputs: None
+    name: str,
+    params: dict[str, object],
+    n: int,
+    k: int,
+    m: int,
+    dtype: torch.dtype,
+    poisoned_outputs: None,
 ) -> None:
     p = qk.quantize(torch.randn(n, k), name, **params).to(DEVICE)
     m = m if n > 8 else 64  # one output alone may be near zero, far below what it is a sum of

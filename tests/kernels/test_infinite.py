@@ -54,7 +54,10 @@ def classes(y: Tensor) -> Tensor:
 def outliers(p: qk.PackedWeight) -> Tensor:
     """Where (N, K) SpQR has a sparse weight."""
     tensors = dict(p.tensors)
-    tensors |= {"row_offsets": torch.zeros_like(tensors["row_offsets"]), "col_vals": tensors["col_vals"][:0]}
+    tensors |= {
+        "row_offsets": torch.zeros_like(tensors["row_offsets"]),
+        "col_vals": tensors["col_vals"][:0],
+    }
     dense = qk.pack("spqr", tensors, shape=p.shape, **p.params)
     return dense.dequantize(torch.float64) != p.dequantize(torch.float64)
 
@@ -82,7 +85,9 @@ def assert_as_weights_say(y: Tensor, x: Tensor, rows: Infinities, p: qk.PackedWe
         assert not bool(y[m].isfinite().any())
 
 
-def check(name: str, params: dict[str, object], backend: str, m: int, invariant: bool = False) -> None:
+def check(
+    name: str, params: dict[str, object], backend: str, m: int, invariant: bool = False
+) -> None:
     p = qk.quantize(torch.randn(N, k_of(name, 192)), name, **params).to(DEVICE)
     fmt = qk.formats.get(name)
     for dtype in (torch.float16, torch.bfloat16):

@@ -35,7 +35,10 @@ def launched(name: str, params: dict[str, object], bias: bool, m: int) -> None:
     plain, odd = torch.randn(m, 256).half(), torch.randn(m * 256 + 1).half()[1:].view(m, 256)
     assert plain.data_ptr() % 16 == 0
     assert odd.data_ptr() % 16 != 0, "of another alignment, so of another kernel"
-    with host.null_driver(record=True) as driver, host.only(host.launcher_of("triton", name, params)):
+    with (
+        host.null_driver(record=True) as driver,
+        host.only(host.launcher_of("triton", name, params)),
+    ):
         for x in (plain, odd):
             taken = []
             for _ in range(4):  # triton's, triton's and recorded, replayed, replayed
@@ -45,12 +48,16 @@ def launched(name: str, params: dict[str, object], bias: bool, m: int) -> None:
                 taken.append((y, list(driver.launches)))
             kept = taken[-1][1]
             for _, _, values in kept:
-                assert not any(isinstance(v, torch.Tensor) for v in flat(values)), "this was no kept launch"
+                assert not any(isinstance(v, torch.Tensor) for v in flat(values)), (
+                    "this was no kept launch"
+                )
             for y, found in taken:
                 assert [(function, grid) for function, grid, _ in found] == [
                     (function, grid) for function, grid, _ in kept
                 ]
-                assert y.data_ptr() in addresses(found[-1][2]), "the output is not what the kernel writes"
+                assert y.data_ptr() in addresses(found[-1][2]), (
+                    "the output is not what the kernel writes"
+                )
                 assert (plain if x is plain else odd).data_ptr() in addresses(found[0][2])
             first = taken[0][1]
             for (_, _, theirs), (_, _, ours) in zip(first, kept, strict=True):
@@ -120,7 +127,13 @@ def freed() -> None:
 
 @pytest.mark.parametrize(
     ("version", "waits"),
-    [("3.6.0", True), ("3.8.0+git1234", True), ("3.9.0", False), ("3.10.1", False), ("4.0.0", False)],
+    [
+        ("3.6.0", True),
+        ("3.8.0+git1234", True),
+        ("3.9.0", False),
+        ("3.10.1", False),
+        ("4.0.0", False),
+    ],
 )
 def test_who_waits_for_products(version: str, waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where triton would let decoding overtake a product, and nowhere else: on Blackwell it would cost much."""
@@ -158,13 +171,19 @@ def elsewhere(call: str) -> None:
 
 def recorded(p: qk.PackedWeight) -> Recorded:
     """The one product of `p`."""
-    (plan,) = [plan for plan in p.plans.values() if isinstance(getattr(plan, "run", None), Recorded)]
+    (plan,) = [
+        plan for plan in p.plans.values() if isinstance(getattr(plan, "run", None), Recorded)
+    ]
     run: Recorded = plan.run
     return run
 
 
 def replays(
-    name: str, params: dict[str, object], m: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    params: dict[str, object],
+    m: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Five calls with other x and bias each; new memory is full of NaN."""
     n, k = 40, k_of(name, 192)
@@ -188,14 +207,18 @@ def replays(
             x, list(p.storage.values()), bias, qk.ops.spec_of(p), "triton", False
         )
         assert torch.equal(as_operator, want), f"call {call}"
-    (operator,) = [run for first, run in qk.ops._BOUND.values() if first() in set(p.storage.values())]
+    (operator,) = [
+        run for first, run in qk.ops._BOUND.values() if first() in set(p.storage.values())
+    ]
     for run in (recorded(p), operator):
         assert list(run._replays) == [0]
         assert run._replays[0] is not None
 
 
 @fused_cases
-def test_replays_equal_runs(name: str, params: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replays_equal_runs(
+    name: str, params: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
     replays(name, params, 3, torch.bfloat16, monkeypatch)
 
 
@@ -236,7 +259,11 @@ def test_bias_within_x_is_not_replayed() -> None:
     p = qk.quantize(torch.randn(192, 192), "w8a8").to(DEVICE)
     for _ in range(4):
         x = torch.randn(2, 192).half().to(DEVICE)
-        for bias in (torch.randn(192).half().to(DEVICE), x[0]):  # the second call of all is the one recorded
+        # the second call of all is the one recorded
+        for bias in (
+            torch.randn(192).half().to(DEVICE),
+            x[0],
+        ):
             y = qk.matmul(x, p, bias, backend="triton")
             problem = dispatch.problem_of(p, 2, x.dtype, x.device)
             assert torch.equal(y, dispatch.select(problem, "triton").run(x, p, bias, problem))
@@ -272,17 +299,23 @@ def test_layers_of_experts_are_replayed(case: tuple[str, dict[str, Any]], tokens
     )
     for call in range(4):
         x = torch.randn(tokens, 192).half().to(DEVICE)
-        ids, weights = torch.randint(-1, 4, (tokens, 2)).to(DEVICE), torch.rand(tokens, 2).to(DEVICE)
+        ids, weights = (
+            torch.randint(-1, 4, (tokens, 2)).to(DEVICE),
+            torch.rand(tokens, 2).to(DEVICE),
+        )
         y = qk.fused_moe(x, gate_up, down, weights, ids, backend="triton")
         (kernel, first), (_, second) = (
-            grouped._kernel(p.spec, ids.numel(), x.dtype, x.device, "triton", False) for p in (gate_up, down)
+            grouped._kernel(p.spec, ids.numel(), x.dtype, x.device, "triton", False)
+            for p in (gate_up, down)
         )
         assert kernel.fused is not None
         want = kernel.fused(x, gate_up, down, weights, ids, "silu", (first, second))
         assert bool(want.isfinite().all())
         assert torch.equal(y, want), f"call {call}"
     (layer,) = [
-        made for first, made in qk.ops._BOUND.values() if first() is next(iter(gate_up.storage.values()))
+        made
+        for first, made in qk.ops._BOUND.values()
+        if first() is next(iter(gate_up.storage.values()))
     ]
     assert list(layer._replays) == [0]
     assert layer._replays[0] is not None

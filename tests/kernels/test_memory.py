@@ -96,7 +96,8 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> Counted:
 
 def extra_bytes(run: Any, p: qk.PackedWeight, m: int, invariant: bool) -> int:
     """Peak of what `run` allocates for M = m, without its output."""
-    x = torch.empty(m, p.shape[1], dtype=torch.float16, device=DEVICE)  # never touched: no memory of its own
+    # never touched: no memory of its own
+    x = torch.empty(m, p.shape[1], dtype=torch.float16, device=DEVICE)
     problem = dispatch.problem_of(p, m, x.dtype, x.device, invariant)
     with Peak() as counted:
         y = run(x, p, None, problem)

@@ -40,7 +40,10 @@ def test_each_launch_says_whether_to_fuse() -> None:
     seen = json.loads(done.stdout)
     assert set(seen) == {name for _, name in KERNELS}
     for name, launches in seen.items():
-        assert launches == [{"enable_fp_fusion": True, "num_warps": 4}, {"enable_fp_fusion": False}], name
+        assert launches == [
+            {"enable_fp_fusion": True, "num_warps": 4},
+            {"enable_fp_fusion": False},
+        ], name
 
 
 def test_compiling_does_not_warn() -> None:

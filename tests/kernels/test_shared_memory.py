@@ -37,7 +37,9 @@ def compiled_bytes() -> list[int]:
         kernel: Any = experts if name == "gptq" else weight_only
         label = f"{name} bits={bits} " if name in ("gptq", "quip_sharp") else f"{name} "
         tabled, kernel.tabled = kernel.tabled, lambda problem, config=config: config
-        job = next(j for j in kernel.compile_jobs(ARCH) if j.label.startswith(label) and "bf16" in j.label)
+        job = next(
+            j for j in kernel.compile_jobs(ARCH) if j.label.startswith(label) and "bf16" in j.label
+        )
         kernel.tabled = tabled
         found.append(_compiled(job).metadata.shared)
     return found
@@ -54,7 +56,9 @@ def traits() -> list[weight_only.layout.WeightOnlyTraits]:
     found = []
     for name, bits, _ in JOBS:
         params = next(
-            params for own, params, _ in weight_only.JOBS if own == name and params.get("bits", bits) == bits
+            params
+            for own, params, _ in weight_only.JOBS
+            if own == name and params.get("bits", bits) == bits
         )
         fmt = weight_only.formats.get(name)
         found.append(fmt.weight_only_traits((8192, 8192), fmt.resolve((8192, 8192), params)))

@@ -57,7 +57,8 @@ def test_subset(subset: list[dict[str, Any]]) -> None:
         for facts in mine:
             name = f"{facts['kernel']} {facts['label']} sm_{arch}"
             assert facts["error"] is None, name
-            assert facts["spills"] == 0 or facts["columns"] == 256, name  # those the tool has checked
+            # those the tool has checked
+            assert facts["spills"] == 0 or facts["columns"] == 256, name
             assert 0 < facts["shared"] <= SHARED_KIB[arch] * 1024, name
             assert 16 <= facts["registers"] <= 255, name
             assert facts["blocks"] >= 1, name
@@ -95,14 +96,23 @@ def test_good_facts_pass() -> None:
     ("change", "says"),
     [
         ({"spills": 16}, "spills 16 bytes of registers per thread (none in the main loop)"),
-        ({"spills": 8, "loop_spills": 2}, "spills 8 bytes of registers per thread (2 loads and stores"),
+        (
+            {"spills": 8, "loop_spills": 2},
+            "spills 8 bytes of registers per thread (2 loads and stores",
+        ),
         ({"spills": 64, "loop_spills": 9}, "(9 loads and stores in the main loop)"),
         ({"columns": 128, "spills": 512}, "spills 512 bytes"),
         ({"columns": 256, "spills": 513}, "spills 513 bytes"),
-        ({"columns": 256, "spills": 8, "loop_spills": 19}, "(19 loads and stores in the main loop)"),
+        (
+            {"columns": 256, "spills": 8, "loop_spills": 19},
+            "(19 loads and stores in the main loop)",
+        ),
         ({"overtaken": "MOV writes R9, which a product reads"}, "MOV writes R9"),
         ({"shared": 227 * 1024 + 1}, "a block may have 232448"),
-        ({"arch": 120, "shared": 100 * 1024, "tensor_core": "HMMA.16816.F32"}, "a block may have 101376"),
+        (
+            {"arch": 120, "shared": 100 * 1024, "tensor_core": "HMMA.16816.F32"},
+            "a block may have 101376",
+        ),
         ({"tensor_core": None}, "no tensor-core instruction"),
         ({"tensor_core": "HMMA.16816.F32"}, "only HMMA.16816.F32"),
         ({"arch": 100}, "only HGMMA"),

@@ -45,7 +45,9 @@ def test_every_format(name: str, params: dict[str, object]) -> None:
 
 
 @dtypes
-def test_each_run_of_a_tile_has_its_own_sums(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_run_of_a_tile_has_its_own_sums(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two dots a tile, each scaled by itself: scales and zero points of one run must not serve the other."""
     from qkernels.backends.triton import weight_only
 
@@ -71,17 +73,22 @@ def test_each_run_of_a_tile_has_its_own_sums(dtype: torch.dtype, monkeypatch: py
         ("gptq", {"bits": 2, "group_size": 128}, 8),
         ("q6_k", {}, 2),
         ("q2_k", {}, 1),
+        # zero points that are no integers, and outliers, which are to be added once
         (
             "spqr",
             {"bits": 4},
             2,
-        ),  # zero points that are no integers, and outliers, which are to be added once
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
 @dtypes
 def test_runs_in_columns_of_their_own(
-    name: str, params: dict[str, object], rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    params: dict[str, object],
+    rows: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Up to so many rows; batch-invariant mode and more rows sum in the other order."""
     from qkernels.backends.triton import weight_only
@@ -92,7 +99,9 @@ def test_runs_in_columns_of_their_own(
     for m in {1, rows, rows + 1, 17}:
         assert_right(p, bias, m, dtype)
         assert seen.pop() == (m <= rows), m
-    qk.matmul(torch.randn(1, p.shape[1]).to(dtype).to(DEVICE), p, backend="triton", batch_invariant=True)
+    qk.matmul(
+        torch.randn(1, p.shape[1]).to(dtype).to(DEVICE), p, backend="triton", batch_invariant=True
+    )
     assert not seen.pop()
 
 
@@ -132,7 +141,9 @@ def test_short_last_groups(name: str, params: dict[str, object], n: int, k: int)
     p.prepack_("weight_only")
     size = params["group_size"]
     whole = not params.get("act_order") and (size % 16 == 0 or size >= k)  # type: ignore[operator]
-    assert ("perm" in p.storage) != whole, "features are only moved where slices would have two scales"
+    assert ("perm" in p.storage) != whole, (
+        "features are only moved where slices would have two scales"
+    )
     # NaN and zeros that are none behind the last scale, so that reading there shows.
     for key, behind in (("scaler.scales", float("nan")), ("scaler.zeros", 255)):
         tensor = p.storage[key]
@@ -145,12 +156,16 @@ def test_short_last_groups(name: str, params: dict[str, object], n: int, k: int)
 
 @pytest.mark.parametrize(("name", "params", "n", "k"), ODD, ids=str)
 @dtypes
-def test_odd_shapes(name: str, params: dict[str, object], n: int, k: int, dtype: torch.dtype) -> None:
+def test_odd_shapes(
+    name: str, params: dict[str, object], n: int, k: int, dtype: torch.dtype
+) -> None:
     assert_right(*packed(name, params, n, k, dtype), 5, dtype)
 
 
 @pytest.mark.parametrize(("name", "params", "n", "k"), ODD + SHORT, ids=str)
-def test_prepack_is_invertible_on_odd_shapes(name: str, params: dict[str, object], n: int, k: int) -> None:
+def test_prepack_is_invertible_on_odd_shapes(
+    name: str, params: dict[str, object], n: int, k: int
+) -> None:
     p = qk.quantize(torch.randn(n, k), name, **params)
     before = {key: t.clone() for key, t in p.tensors.items()}
     after = p.prepack_("weight_only").tensors

@@ -28,7 +28,9 @@ Array = np.ndarray[Any, Any]
 def tokens(seed: int = 0) -> list[Tensor]:
     """Of different lengths, so that a mean of means is another mean."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, VOCABULARY, (count,), generator=generator) for count in (40, 90, 11, 60)]
+    return [
+        torch.randint(0, VOCABULARY, (count,), generator=generator) for count in (40, 90, 11, 60)
+    ]
 
 
 def seen_by(model: nn.Module, names: list[str]) -> dict[str, Array]:
@@ -77,7 +79,9 @@ class Model(nn.Module):
         self.config = SimpleNamespace(num_hidden_layers=2, vocab_size=VOCABULARY)
         self.embedding = nn.Embedding(VOCABULARY, k)
         self.layers = nn.ModuleList([Block(k, inside) for _ in range(2)])
-        few = torch.randn(VOCABULARY, 10, generator=generator) @ torch.randn(10, k, generator=generator)
+        few = torch.randn(VOCABULARY, 10, generator=generator) @ torch.randn(
+            10, k, generator=generator
+        )
         values = few * torch.rand(k, generator=generator).square() + 0.3 * torch.randn(
             VOCABULARY, k, generator=generator
         )
@@ -99,14 +103,18 @@ def hessian_of(x: Array) -> Tensor:
     return torch.from_numpy(x.T @ x / len(x)).float()
 
 
-def by_gptq(weights: list[Tensor], x: list[Array], fmt: str, params: dict[str, Any]) -> list[Tensor]:
+def by_gptq(
+    weights: list[Tensor], x: list[Array], fmt: str, params: dict[str, Any]
+) -> list[Tensor]:
     """Rows are independent, but not the last bits of products with more or fewer of them: all at once."""
     params = {"bits": 4, "symmetric": formats.get(fmt).defaults["symmetric"], **params}
     grid = gptq.gptq(torch.cat(weights), hessian_of(x[0]), **params)
     return list(grid.dequantize().split([w.shape[0] for w in weights]))
 
 
-def by_spqr(weights: list[Tensor], x: list[Array], fmt: str, params: dict[str, Any]) -> list[Tensor]:
+def by_spqr(
+    weights: list[Tensor], x: list[Array], fmt: str, params: dict[str, Any]
+) -> list[Tensor]:
     options = {**formats.get("spqr").defaults, **params}
     stored = {key: options.pop(key) for key in ("checkpoint_format",)}
     out = []
@@ -120,17 +128,27 @@ def by_spqr(weights: list[Tensor], x: list[Array], fmt: str, params: dict[str, A
     return out
 
 
-def by_ldlq(weights: list[Tensor], x: list[Array], fmt: str, params: dict[str, Any]) -> list[Tensor]:
+def by_ldlq(
+    weights: list[Tensor], x: list[Array], fmt: str, params: dict[str, Any]
+) -> list[Tensor]:
     return [qk.quantize(w, fmt, hessian=hessian_of(x[0]), **params).dequantize() for w in weights]
 
 
-def by_imatrix(weights: list[Tensor], x: list[Array], fmt: str, params: dict[str, Any]) -> list[Tensor]:
+def by_imatrix(
+    weights: list[Tensor], x: list[Array], fmt: str, params: dict[str, Any]
+) -> list[Tensor]:
     squares = [torch.from_numpy(np.square(own).mean(0)).float() for own in x]
-    return [qk.quantize(w, fmt, importance=s).dequantize() for w, s in zip(weights, squares, strict=True)]
+    return [
+        qk.quantize(w, fmt, importance=s).dequantize()
+        for w, s in zip(weights, squares, strict=True)
+    ]
 
 
 #: layers by their order in a block; those in one list are quantized before any of them is put in
-IN_TURN, AT_ONCE = [["gate_proj", "up_proj"], ["down_proj"]], [["gate_proj", "up_proj", "down_proj"]]
+IN_TURN, AT_ONCE = (
+    [["gate_proj", "up_proj"], ["down_proj"]],
+    [["gate_proj", "up_proj", "down_proj"]],
+)
 EXACT = [
     ("gptq", "gptq", {"group_size": 32}, by_gptq),
     ("gptq", "gptq", {"group_size": 32, "bits": 3, "symmetric": False, "damp": 0.3}, by_gptq),
@@ -150,12 +168,16 @@ EXACT = [
 
 
 @pytest.mark.parametrize(
-    ("name", "algorithm", "params", "direct"), EXACT, ids=lambda value: getattr(value, "__name__", str(value))
+    ("name", "algorithm", "params", "direct"),
+    EXACT,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_the_weights_are_those_of_the_algorithm_called_with_what_each_layer_reads(
     name: str, algorithm: str, params: dict[str, Any], direct: Any
 ) -> None:
-    quantized = qk.quantize_model(Model(), name, tokens(), algorithm=algorithm, progress=False, **params)
+    quantized = qk.quantize_model(
+        Model(), name, tokens(), algorithm=algorithm, progress=False, **params
+    )
     judge = Model()
     gained = []
     for number in range(2):
@@ -166,9 +188,15 @@ def test_the_weights_are_those_of_the_algorithm_called_with_what_each_layer_read
             weights = [layer.weight.detach().clone() for layer in layers]
             packed = [quantized.get_submodule(n).packed for n in full]
             expected = direct(weights, list(x.values()), name, params)
-            for n, layer, weight, p, want in zip(full, layers, weights, packed, expected, strict=True):
+            for n, layer, weight, p, want in zip(
+                full, layers, weights, packed, expected, strict=True
+            ):
                 assert torch.equal(p.dequantize(), want), n
-                options = {k: v for k, v in params.items() if k not in algorithms.BY_NAME[algorithm].options}
+                options = {
+                    k: v
+                    for k, v in params.items()
+                    if k not in algorithms.BY_NAME[algorithm].options
+                }
                 blind = qk.quantize(weight, name, **options).dequantize()
                 # Importance is of single features, the others' judge is the output.
                 by = np.diag(np.sqrt(np.square(x[n]).mean(0))) if algorithm == "imatrix" else x[n]
@@ -191,13 +219,21 @@ def test_a_recipe_weighs_each_layer_by_what_it_reads() -> None:
             layer, p = judge.get_submodule(name), quantized.get_submodule(name).packed
             kinds.add(p.format)
             takes = "importance" in formats.get(p.format).quantize_only
-            more = {"importance": torch.from_numpy(np.square(x[name]).mean(0)).float()} if takes else {}
+            more = (
+                {"importance": torch.from_numpy(np.square(x[name]).mean(0)).float()}
+                if takes
+                else {}
+            )
             want = qk.quantize(layer.weight, p.format, **more).tensors["data"]
             assert torch.equal(p.tensors["data"], want), name
             blind = qk.quantize(layer.weight, p.format).tensors["data"]
-            assert torch.equal(want, blind) == (p.format == "q8_0"), "whose scale the largest weight sets"
+            assert torch.equal(want, blind) == (p.format == "q8_0"), (
+                "whose scale the largest weight sets"
+            )
         for name in x:
-            judge.get_submodule(name).weight.data.copy_(quantized.get_submodule(name).packed.dequantize())
+            judge.get_submodule(name).weight.data.copy_(
+                quantized.get_submodule(name).packed.dequantize()
+            )
     assert kinds == {"q4_k", "q5_0", "q8_0"}
 
 
@@ -240,7 +276,9 @@ def test_static_ranges_are_the_largest_value_that_each_layer_reads(name: str, to
             p = quantized.get_submodule(n).packed
             scales.append(float(np.float32(np.abs(x[n]).max() / top)))
             assert p.tensors["input_scale"].item() == scales[-1], n
-            assert torch.equal(p.dequantize(), qk.quantize(judge.get_submodule(n).weight, name).dequantize())
+            assert torch.equal(
+                p.dequantize(), qk.quantize(judge.get_submodule(n).weight, name).dequantize()
+            )
         put_in(judge, quantized, number)
     assert len(set(scales)) == 8, "of inputs, seven layers a block read four"
 
@@ -281,12 +319,18 @@ def clipped(weight: Array, x: Array, size: int, round_trip: Any) -> Array:
     ("gptq", {"bits": 3, "group_size": 32, "symmetric": False}, 32),
     ("nf4", {"block_size": 32, "clip": False}, 32),
 ], ids=str)  # fmt: skip
-def test_awq_scales_and_clips_by_what_each_layer_reads(name: str, params: dict[str, Any], size: int) -> None:
-    quantized = qk.quantize_model(llama(), name, tokens(), algorithm="awq", progress=False, **params)
+def test_awq_scales_and_clips_by_what_each_layer_reads(
+    name: str, params: dict[str, Any], size: int
+) -> None:
+    quantized = qk.quantize_model(
+        llama(), name, tokens(), algorithm="awq", progress=False, **params
+    )
     own = {key: value for key, value in params.items() if key != "clip"}
 
     def round_trip(weight: Array) -> Array:
-        return qk.quantize(torch.from_numpy(weight).float(), name, **own).dequantize().double().numpy()
+        return (
+            qk.quantize(torch.from_numpy(weight).float(), name, **own).dequantize().double().numpy()
+        )
 
     judge, gained, scaled = llama(), [], 0
     for number in range(2):
@@ -299,7 +343,9 @@ def test_awq_scales_and_clips_by_what_each_layer_reads(name: str, params: dict[s
             ("input_layernorm", ATTENTION), ("self_attn.v_proj", ["self_attn.o_proj"]),
             ("post_attention_layernorm", FEED_FORWARD), ("mlp.up_proj", ["mlp.down_proj"]),
         ):  # fmt: skip
-            scale = searched(np.concatenate([weight[n] for n in readers]), x[readers[0]], round_trip)
+            scale = searched(
+                np.concatenate([weight[n] for n in readers]), x[readers[0]], round_trip
+            )
             scaled += bool(scale.std() > 0)
             for n in readers:
                 weight[n], read[n] = weight[n] * scale, x[n] / scale
@@ -307,16 +353,22 @@ def test_awq_scales_and_clips_by_what_each_layer_reads(name: str, params: dict[s
                 weight[before] = weight[before] / scale[:, None]
             else:
                 norm = block.get_submodule(before).weight.detach().double().numpy() / scale
-                np.testing.assert_allclose(found.get_submodule(before).weight.detach(), norm, rtol=1e-5)
+                np.testing.assert_allclose(
+                    found.get_submodule(before).weight.detach(), norm, rtol=1e-5
+                )
         for leaf in LLAMA:
             kept = params.get("clip") is False or leaf.endswith(("q_proj", "k_proj"))
-            want = round_trip(weight[leaf] if kept else clipped(weight[leaf], read[leaf], size, round_trip))
+            want = round_trip(
+                weight[leaf] if kept else clipped(weight[leaf], read[leaf], size, round_trip)
+            )
             got = found.get_submodule(leaf).packed.dequantize().double().numpy()
             # float32 here and float64 there may fall to different sides of a midpoint or a range, rarely
             same = np.isclose(got, want, rtol=2e-3, atol=1e-6).mean()
             assert same > 0.95, f"{number}.{leaf}: {same}"
             blind = plain[leaf] @ x[leaf].T - round_trip(plain[leaf]) @ x[leaf].T
-            gained.append(np.square((weight[leaf] - got) @ read[leaf].T).sum() / np.square(blind).sum())
+            gained.append(
+                np.square((weight[leaf] - got) @ read[leaf].T).sum() / np.square(blind).sum()
+            )
         put_in(judge, quantized, number)
     assert scaled >= 7, "of eight inputs"
     assert np.mean(gained) < 0.9, gained
@@ -329,13 +381,17 @@ def test_awq_scales_and_clips_by_what_each_layer_reads(name: str, params: dict[s
     ("fp8", {"activation": "static"}),
 ], ids=str)  # fmt: skip
 def test_smoothquant_evens_out_what_each_layer_reads(name: str, params: dict[str, Any]) -> None:
-    quantized = qk.quantize_model(llama(), name, tokens(), algorithm="smoothquant", progress=False, **params)
+    quantized = qk.quantize_model(
+        llama(), name, tokens(), algorithm="smoothquant", progress=False, **params
+    )
     judge, alpha, top = llama(), params.get("alpha", 0.5), 448 if name == "fp8" else 127
     for number in range(2):
         block, found = (m.get_submodule(f"model.layers.{number}") for m in (judge, quantized))
         x = seen_by(judge, [f"model.layers.{number}.{leaf}" for leaf in LLAMA])
         x = {leaf: x[f"model.layers.{number}.{leaf}"] for leaf in LLAMA}
-        weight = {leaf: block.get_submodule(leaf).weight.detach().double().numpy() for leaf in LLAMA}
+        weight = {
+            leaf: block.get_submodule(leaf).weight.detach().double().numpy() for leaf in LLAMA
+        }
         for readers in (ATTENTION, FEED_FORWARD):
             largest = np.max([np.abs(weight[n]).max(0) for n in readers], 0)
             scale = np.abs(x[readers[0]]).max(0) ** alpha / largest ** (1 - alpha)

@@ -39,20 +39,32 @@ def logits(model: nn.Module, tokens: torch.Tensor | None = None) -> torch.Tensor
 
 CASES = [
     ("gptq", None, {"bits": 4, "group_size": 32}),
-    ("gptq", "gptq", {"bits": 3, "group_size": 32, "symmetric": False, "act_order": True, "damp": 0.05}),
+    (
+        "gptq",
+        "gptq",
+        {"bits": 3, "group_size": 32, "symmetric": False, "act_order": True, "damp": 0.05},
+    ),
     ("gptq", "gptq", {"bits": 4, "group_size": 32, "act_order": True, "static_groups": True}),
     ("gptq", "awq", {"bits": 3, "group_size": 32, "symmetric": False}),
     # a short last group where there are 96 features, and only that one at 128
     ("gptq", "gptq", {"bits": 4, "group_size": 64, "symmetric": False}),
     ("gptq", "gptq", {"bits": 4, "group_size": 64, "act_order": True}),
     ("gptq", "awq", {"bits": 4, "group_size": 64, "symmetric": False}),
-    ("pack_quantized", "gptq", {"bits": 4, "group_size": 128, "act_order": True, "static_groups": True}),
+    (
+        "pack_quantized",
+        "gptq",
+        {"bits": 4, "group_size": 128, "act_order": True, "static_groups": True},
+    ),
     ("awq", None, {"group_size": 32}),
     ("awq", "gptq", {"group_size": 32, "clip_search": True}),
     ("nf4", None, {"block_size": 32}),
     ("nf4", None, {"block_size": 64}),  # blocks that go on in the next row
     ("spqr", None, {"bits": 3}),
-    ("spqr", "spqr", {"bits": 4, "group_size": 32, "act_order": True, "threshold": 0.1, "damp": 0.5}),
+    (
+        "spqr",
+        "spqr",
+        {"bits": 4, "group_size": 32, "act_order": True, "threshold": 0.1, "damp": 0.5},
+    ),
     ("quip", "ldlq", {"bits": 4, "seed": 3, "rescale": True}),
     ("quip_sharp", None, {"bits": 4, "passes": 1}),
     ("w8a8", None, {"alpha": 0.6}),
@@ -86,17 +98,26 @@ def llama(**changes: object) -> nn.Module:
     return tiny_model(num_key_value_heads=4, **changes)
 
 
-SMALL = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 MODELS = {
     "llama": lambda: llama(attention_bias=True),
     "mistral": lambda: MistralForCausalLM(
         MistralConfig(**SMALL, intermediate_size=96, num_key_value_heads=4)
     ),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL, intermediate_size=96, num_key_value_heads=4)),
+    "qwen2": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**SMALL, intermediate_size=96, num_key_value_heads=4)
+    ),
     "qwen3": lambda: Qwen3ForCausalLM(
         Qwen3Config(**SMALL, intermediate_size=96, num_key_value_heads=4, head_dim=16)
     ),
-    "opt": lambda: OPTForCausalLM(OPTConfig(**SMALL, ffn_dim=96, word_embed_proj_dim=64, pad_token_id=1)),
+    "opt": lambda: OPTForCausalLM(
+        OPTConfig(**SMALL, ffn_dim=96, word_embed_proj_dim=64, pad_token_id=1)
+    ),
 }
 
 
@@ -109,7 +130,9 @@ def test_gpt2_whose_linears_are_transposed(algorithm: str | None) -> None:
         nn.init.normal_(parameter, 1 if parameter.dim() == 1 else 0, 0.2)
     want = logits(model)
     calibration = None if algorithm is None else batches()
-    qk.quantize_model(model, "gptq", calibration, algorithm=algorithm, bits=8, group_size=32, progress=False)
+    qk.quantize_model(
+        model, "gptq", calibration, algorithm=algorithm, bits=8, group_size=32, progress=False
+    )
     layers = {n: m for n, m in model.named_modules() if isinstance(m, qk.QuantLinear)}
     assert len(layers) == 8
     assert layers["transformer.h.0.attn.c_attn"].packed.shape == (192, 64)
@@ -144,7 +167,9 @@ def test_grouped_query_attention_is_not_folded_into_values() -> None:
 def test_unknown_architecture() -> None:
     model = tiny_model()
     model.config.model_type = "mystery"
-    with pytest.raises(ValueError, match=r"model: expected one of the types gpt2, llama, .*, got 'mystery'"):
+    with pytest.raises(
+        ValueError, match=r"model: expected one of the types gpt2, llama, .*, got 'mystery'"
+    ):
         qk.quantize_model(copy.deepcopy(model), "awq", batches(), group_size=32, progress=False)
     # GPTQ needs no such knowledge: it finds the blocks by itself.
     qk.quantize_model(model, "gptq", batches(), group_size=32, progress=False)
@@ -218,17 +243,23 @@ def test_resume_gives_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
         monkeypatch.setattr(driver, "replace", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            qk.quantize_model(tiny_model(), name, batches(), resume=folder, progress=False, **params)
+            qk.quantize_model(
+                tiny_model(), name, batches(), resume=folder, progress=False, **params
+            )
         monkeypatch.setattr(driver, "replace", real)
         (folder / "block-1.safetensors").unlink()  # as if it had stopped before writing it
-        resumed = qk.quantize_model(tiny_model(), name, batches(), resume=folder, progress=False, **params)
+        resumed = qk.quantize_model(
+            tiny_model(), name, batches(), resume=folder, progress=False, **params
+        )
         state, again = whole.state_dict(), resumed.state_dict()
         assert state.keys() == again.keys()
         assert all(torch.equal(state[key], again[key]) for key in state)
 
 
 def test_resume_refuses_another_job(tmp_path: Path) -> None:
-    qk.quantize_model(tiny_model(), "awq", batches(), resume=tmp_path / "r", progress=False, group_size=32)
+    qk.quantize_model(
+        tiny_model(), "awq", batches(), resume=tmp_path / "r", progress=False, group_size=32
+    )
     for change in (
         {"format": "gptq", "group_size": 32},
         {"format": "awq", "group_size": 16},
@@ -284,7 +315,9 @@ def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
 
 
 def test_algorithm_without_calibration() -> None:
-    with pytest.raises(ValueError, match="algorithm: expected None without calibration data, got 'gptq'"):
+    with pytest.raises(
+        ValueError, match="algorithm: expected None without calibration data, got 'gptq'"
+    ):
         qk.quantize_model(tiny_model(), "gptq", algorithm="gptq", group_size=32)
 
 
@@ -292,9 +325,15 @@ def test_calibration_ids() -> None:
     text = "".join(chr(32 + i % 90) for i in range(500))
     found = qk.calibration_ids(tiny_tokenizer(), text, samples=3, length=20, seed=1)
     assert found.shape == (3, 20)
-    assert torch.equal(found, qk.calibration_ids(tiny_tokenizer(), text, samples=3, length=20, seed=1))
-    assert not torch.equal(found, qk.calibration_ids(tiny_tokenizer(), text, samples=3, length=20, seed=2))
-    with pytest.raises(ValueError, match="calibration text: expected more than 600 tokens, got 500"):
+    assert torch.equal(
+        found, qk.calibration_ids(tiny_tokenizer(), text, samples=3, length=20, seed=1)
+    )
+    assert not torch.equal(
+        found, qk.calibration_ids(tiny_tokenizer(), text, samples=3, length=20, seed=2)
+    )
+    with pytest.raises(
+        ValueError, match="calibration text: expected more than 600 tokens, got 500"
+    ):
         qk.calibration_ids(tiny_tokenizer(), text, length=600)
 
 

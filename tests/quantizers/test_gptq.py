@@ -13,14 +13,22 @@ from qkernels.quantizers import gptq
 def problem(n: int, k: int, tokens: int = 400) -> tuple[Tensor, Tensor]:
     """A weight and the Hessian of correlated inputs, float64."""
     mix = torch.randn(k, k, dtype=torch.float64) / k**0.5 + torch.eye(k, dtype=torch.float64)
-    x = torch.randn(tokens, k, dtype=torch.float64) @ mix * (torch.rand(k, dtype=torch.float64) * 3 + 0.1)
+    x = (
+        torch.randn(tokens, k, dtype=torch.float64)
+        @ mix
+        * (torch.rand(k, dtype=torch.float64) * 3 + 0.1)
+    )
     return torch.randn(n, k, dtype=torch.float64), x.T @ x / tokens
 
 
-def naive(weight: Tensor, hessian: Tensor, bits: int, size: int, symmetric: bool, act_order: bool) -> Tensor:
+def naive(
+    weight: Tensor, hessian: Tensor, bits: int, size: int, symmetric: bool, act_order: bool
+) -> Tensor:
     """Rounds one column, updates all columns behind it, eliminates it from the inverse; no blocks, no Cholesky."""
     k = weight.shape[1]
-    order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(k)
+    order = (
+        hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(k)
+    )
     w, h = weight[:, order].clone(), hessian[order][:, order]
     inverse = torch.linalg.inv(h + 0.01 * h.diagonal().mean() * torch.eye(k, dtype=torch.float64))
     result = torch.empty_like(w)
@@ -49,9 +57,13 @@ def objective(difference: Tensor, hessian: Tensor) -> float:
 ])  # fmt: skip
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("act_order", [False, True])
-def test_equals_the_naive_algorithm(bits: int, k: int, size: int, symmetric: bool, act_order: bool) -> None:
+def test_equals_the_naive_algorithm(
+    bits: int, k: int, size: int, symmetric: bool, act_order: bool
+) -> None:
     weight, hessian = problem(6, k)
-    grid = gptq.gptq(weight, hessian, bits=bits, group_size=size, symmetric=symmetric, act_order=act_order)
+    grid = gptq.gptq(
+        weight, hessian, bits=bits, group_size=size, symmetric=symmetric, act_order=act_order
+    )
     want = naive(weight, hessian, bits, k if size == -1 else size, symmetric, act_order)
     torch.testing.assert_close(grid.dequantize().double(), want, rtol=1e-6, atol=1e-9)
 
@@ -79,7 +91,9 @@ def test_beats_rounding_to_nearest(options: dict[str, bool], bits: int, size: in
         scale, zero = affine.fit(group, bits, False)
         codes = affine.encode(group, scale, zero, bits)[:, 0].float()
         nearest[:, begin : begin + size] = (codes - zero.float()) * scale.float()
-    assert objective(grid.dequantize() - weight, hessian) < 0.9 * objective(nearest - weight, hessian)
+    assert objective(grid.dequantize() - weight, hessian) < 0.9 * objective(
+        nearest - weight, hessian
+    )
 
 
 def test_static_groups_keep_the_checkpoint_order() -> None:
@@ -88,7 +102,9 @@ def test_static_groups_keep_the_checkpoint_order() -> None:
         weight, hessian, bits=4, group_size=32, symmetric=True, act_order=True, static_groups=True
     )
     assert torch.equal(grid.group_of, torch.arange(128, dtype=torch.int32) // 32)
-    order = gptq.gptq(weight, hessian, bits=4, group_size=32, symmetric=True, act_order=True).group_of
+    order = gptq.gptq(
+        weight, hessian, bits=4, group_size=32, symmetric=True, act_order=True
+    ).group_of
     assert torch.equal(order.bincount(), torch.full((4,), 32))
     assert not torch.equal(order, grid.group_of)
 

@@ -17,7 +17,9 @@ def test_importance_is_the_mean_square_of_each_layer_s_inputs() -> None:
     model, tokens = tiny_model(), ids(60).view(3, 20)
     seen = []
     layer = model.model.layers[0].mlp.up_proj
-    hook = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].reshape(-1, 64)))
+    hook = layer.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].reshape(-1, 64))
+    )
     with torch.no_grad():
         for row in tokens:
             model(row[None])
@@ -27,7 +29,9 @@ def test_importance_is_the_mean_square_of_each_layer_s_inputs() -> None:
     weight = layer.weight.detach().clone()
     found = qk.quantize_model(model, "q4_0", tokens, skip="*self_attn*", progress=False)
     want = qk.quantize(weight, "q4_0", importance=importance)
-    assert torch.equal(found.model.layers[0].mlp.up_proj.packed.tensors["data"], want.tensors["data"])
+    assert torch.equal(
+        found.model.layers[0].mlp.up_proj.packed.tensors["data"], want.tensors["data"]
+    )
     assert not torch.equal(want.tensors["data"], qk.quantize(weight, "q4_0").tensors["data"])
 
 
@@ -39,7 +43,9 @@ def test_file_of_llama_cpp(tmp_path: Path) -> None:
     found = qk.ImportanceMatrix.collect(model, tokens)
     layer = model.model.layers[1].mlp.down_proj
     seen = []
-    hook = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].reshape(-1, 96)))
+    hook = layer.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].reshape(-1, 96))
+    )
     with torch.no_grad():
         for row in tokens:
             model(row[None])
@@ -64,7 +70,9 @@ def test_file_of_llama_cpp(tmp_path: Path) -> None:
     weight = layer.weight.detach().clone()
     own = qk.quantize(weight, "q4_0", importance=again.means["model.layers.1.mlp.down_proj"])
     qk.quantize_model(model, "q4_0", again, progress=False, skip="*q_proj")
-    assert torch.equal(model.model.layers[1].mlp.down_proj.packed.tensors["data"], own.tensors["data"])
+    assert torch.equal(
+        model.model.layers[1].mlp.down_proj.packed.tensors["data"], own.tensors["data"]
+    )
     mixed = qk.quantize_model(
         tiny_model(hidden_size=256, intermediate_size=96), "q4_k_m", again, progress=False
     )
@@ -105,23 +113,51 @@ def test_bad_importance_matrices(tmp_path: Path) -> None:
         ({sums: good}, "imatrix", r"counts: expected float32 of shape \(1, 1\), got none"),
         ({sums: good, counts: one * 0}, "imatrix", r"counts: expected 1 to \d+ inputs, got 0"),
         ({sums: good, counts: one * 0.5}, "imatrix", r"counts: expected 1 to \d+ inputs, got 0.5"),
-        ({sums: good, counts: one * 3e38}, "imatrix", r"counts: expected 1 to \d+ inputs, got 3e\+38"),
-        ({sums: good, counts: one * float("inf")}, "imatrix", "counts: expected finite values >= 0"),
+        (
+            {sums: good, counts: one * 3e38},
+            "imatrix",
+            r"counts: expected 1 to \d+ inputs, got 3e\+38",
+        ),
+        (
+            {sums: good, counts: one * float("inf")},
+            "imatrix",
+            "counts: expected finite values >= 0",
+        ),
         (
             {sums: good, counts: torch.ones(1, 3)},
             "imatrix",
             r"counts: expected .* \(1, 1\), got F32 \(1, 3\)",
         ),
-        ({sums: good, counts: torch.ones(1, 64)}, "imatrix", r"counts: expected .* got F32 \(1, 64\)"),
-        ({sums: good, counts: torch.ones(3, 1)}, "imatrix", r"counts: expected .* got F32 \(3, 1\)"),
-        ({sums: torch.ones(3, 64), counts: one}, "imatrix", r"in_sum2: expected .* got F32 \(3, 64\)"),
+        (
+            {sums: good, counts: torch.ones(1, 64)},
+            "imatrix",
+            r"counts: expected .* got F32 \(1, 64\)",
+        ),
+        (
+            {sums: good, counts: torch.ones(3, 1)},
+            "imatrix",
+            r"counts: expected .* got F32 \(3, 1\)",
+        ),
+        (
+            {sums: torch.ones(3, 64), counts: one},
+            "imatrix",
+            r"in_sum2: expected .* got F32 \(3, 64\)",
+        ),
         (
             {sums: torch.ones(1, 128), counts: one},
             "imatrix",
             r"in_sum2: expected .* \(1, 64\), got F32 \(1, 128\)",
         ),
-        ({sums: torch.ones(1, 1), counts: one}, "imatrix", r"in_sum2: expected .* got F32 \(1, 1\)"),
-        ({sums: torch.ones(64, 1), counts: one}, "imatrix", r"in_sum2: expected .* got F32 \(64, 1\)"),
+        (
+            {sums: torch.ones(1, 1), counts: one},
+            "imatrix",
+            r"in_sum2: expected .* got F32 \(1, 1\)",
+        ),
+        (
+            {sums: torch.ones(64, 1), counts: one},
+            "imatrix",
+            r"in_sum2: expected .* got F32 \(64, 1\)",
+        ),
         ({sums: -good, counts: one}, "imatrix", "in_sum2: expected finite values >= 0"),
         ({sums: good.half(), counts: one}, "imatrix", "in_sum2: expected float32 of shape"),
     ]:
@@ -175,7 +211,9 @@ def test_a_mixture_of_formats_in_one_model(calibrated: bool) -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="q4_k_m: group_size: expected none, because a recipe chooses"):
+    with pytest.raises(
+        ValueError, match="q4_k_m: group_size: expected none, because a recipe chooses"
+    ):
         qk.quantize_model(tiny_model(), "q4_k_m", group_size=32, progress=False)
     with pytest.raises(ValueError, match="algorithm: expected one of imatrix for q4_0, got 'gptq'"):
         qk.quantize_model(tiny_model(), "q4_0", ids(40), algorithm="gptq", progress=False)

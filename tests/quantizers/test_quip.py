@@ -28,7 +28,9 @@ def naive(weight: Tensor, hessian: Tensor, block: int) -> Tensor:
         before = slice(0, begin)
         reduced = h[begin:, begin:]
         if begin:
-            reduced = reduced - h[begin:, before] @ torch.linalg.solve(h[before, before], h[before, begin:])
+            reduced = reduced - h[begin:, before] @ torch.linalg.solve(
+                h[before, before], h[before, begin:]
+            )
         error = weight[:, behind] - result[:, behind]
         shift = error @ reduced[block:, :block] @ torch.linalg.inv(reduced[:block, :block])
         result[:, own] = to_integers(weight[:, own] + shift)[1]
@@ -47,7 +49,9 @@ def test_passes_only_help(block: int) -> None:
     weight, hessian = problem(16, 320)
     damped = hessian + quip.DAMP * hessian.diagonal().mean() * torch.eye(320, dtype=torch.float64)
     errors = [
-        objective(quip.ldlq(weight, hessian, to_integers, block=block, passes=passes) - weight, damped)
+        objective(
+            quip.ldlq(weight, hessian, to_integers, block=block, passes=passes) - weight, damped
+        )
         for passes in (0, 1, 3)
     ]
     assert errors[2] <= errors[1] < errors[0]
@@ -58,7 +62,9 @@ def test_without_hessian_every_column_is_rounded_alone() -> None:
     assert torch.equal(quip.ldlq(weight, None, to_integers, block=8), weight.round().clamp(-2, 2))
 
 
-@pytest.mark.parametrize(("name", "bits"), [("quip", 2), ("quip", 3), ("quip_sharp", 2), ("quip_sharp", 4)])
+@pytest.mark.parametrize(
+    ("name", "bits"), [("quip", 2), ("quip", 3), ("quip_sharp", 2), ("quip_sharp", 4)]
+)
 def test_errors_are_passed_on(name: str, bits: int) -> None:
     weight, hessian = (t.float() for t in problem(64, 128))
 

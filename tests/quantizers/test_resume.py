@@ -28,7 +28,9 @@ JOB = {"format": "w8a8"}
 
 
 def model(**changes: object) -> nn.Module:
-    return tiny_model(**{"num_key_value_heads": 4, "attention_bias": True, "num_hidden_layers": 2, **changes})
+    return tiny_model(
+        **{"num_key_value_heads": 4, "attention_bias": True, "num_hidden_layers": 2, **changes}
+    )
 
 
 def data() -> Tensor:
@@ -48,7 +50,9 @@ def bits(of: nn.Module) -> dict[str, Tensor]:
 def test_configs_with_any_keys() -> None:
     """Integers and tuples; where a part of a config came from does not count."""
     one = digest.as_json({1: {"a": 2, "transformers_version": "5.1"}, "b": (1, 2), (3, 4): None})
-    assert one == digest.as_json({1: {"a": 2, "transformers_version": "5.2"}, "b": [1, 2], (3, 4): None})
+    assert one == digest.as_json(
+        {1: {"a": 2, "transformers_version": "5.2"}, "b": [1, 2], (3, 4): None}
+    )
     assert one != digest.as_json({1: {"a": 3}, "b": [1, 2], (3, 4): None})
 
 
@@ -71,7 +75,9 @@ def folder(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "r"))
 
 
-def test_finished_blocks_are_taken_as_they_are(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_blocks_are_taken_as_they_are(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from qkernels.quantizers.algorithms import SmoothQuant
 
     whole = run(None)
@@ -99,12 +105,16 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, job: dict[str, ob
                 finally:
                     os._exit(0)
             end = time.monotonic() + 60
-            while len(list(folder.glob("block-?.safetensors"))) < finished and time.monotonic() < end:
+            while (
+                len(list(folder.glob("block-?.safetensors"))) < finished and time.monotonic() < end
+            ):
                 time.sleep(0.001)
             time.sleep(random.random() * 0.05)
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            assert len(list(folder.glob("block-?.safetensors"))) >= finished, "the child did nothing"
+            assert len(list(folder.glob("block-?.safetensors"))) >= finished, (
+                "the child did nothing"
+            )
         assert_same(run(folder, model(num_hidden_layers=4), **job), whole)
     finally:
         torch.set_num_threads(threads)
@@ -116,7 +126,9 @@ def test_a_manifest_that_was_not_written_to_its_end_is_no_stranger(tmp_path: Pat
     (tmp_path / "novel.txt").write_text("x")
     run(tmp_path)
     (tmp_path / "resume.json").unlink()
-    with pytest.raises(ValueError, match="resume: expected an empty directory or one of an earlier run"):
+    with pytest.raises(
+        ValueError, match="resume: expected an empty directory or one of an earlier run"
+    ):
         run(tmp_path)
 
 
@@ -189,7 +201,9 @@ def test_a_bit_of_any_parameter_makes_another_job(folder: Path, name: str) -> No
 def test_whatever_else_can_change_a_result_makes_another_job(
     folder: Path, of: Any, changes: dict[str, Any], field: str
 ) -> None:
-    with pytest.raises(ValueError, match=rf"of the same job in .* but {field} was .* there and is .* now"):
+    with pytest.raises(
+        ValueError, match=rf"of the same job in .* but {field} was .* there and is .* now"
+    ):
         run(folder, of(), **changes)
 
 
@@ -197,7 +211,9 @@ def test_another_version_of_this_library_makes_another_job(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(qk, "__version__", "0.0.7")
-    with pytest.raises(ValueError, match=r"but version was '.*' there and is '0\.0\.7, files 2' now"):
+    with pytest.raises(
+        ValueError, match=r"but version was '.*' there and is '0\.0\.7, files 2' now"
+    ):
         run(folder)
 
 
@@ -218,8 +234,12 @@ def test_a_digest_covers_values_dtypes_shapes_names_and_who_is_tied() -> None:
     assert len({digest.of_tensors(tensors) for tensors in several}) == len(several)
     wide = torch.randn(64, 64)
     assert digest.of_tensors([("a", wide.T)]) == digest.of_tensors([("a", wide.T.contiguous())])
-    assert digest.of_tensors([("a", wide[:, ::2])]) == digest.of_tensors([("a", wide[:, ::2].clone())])
-    with pytest.raises(ValueError, match="a: expected a tensor with its data in memory, got the meta device"):
+    assert digest.of_tensors([("a", wide[:, ::2])]) == digest.of_tensors(
+        [("a", wide[:, ::2].clone())]
+    )
+    with pytest.raises(
+        ValueError, match="a: expected a tensor with its data in memory, got the meta device"
+    ):
         digest.of_tensors([("a", torch.empty(2, device="meta"))])
     with pytest.raises(ValueError, match="got layout torch.sparse_coo"):
         digest.of_tensors([("a", torch.eye(3).to_sparse())])
@@ -234,7 +254,9 @@ def test_a_tensor_is_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---------------------------------------------------------------------- damaged files
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "{}", '{"format": "awq"}', "\x00\xff"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", "null", "{}", '{"format": "awq"}', "\x00\xff"]
+)
 def test_a_damaged_manifest(folder: Path, text: str) -> None:
     (folder / "resume.json").write_text(text, encoding="latin-1")
     with pytest.raises(
@@ -346,11 +368,15 @@ def test_a_block_that_is_not_what_it_should_be(folder: Path, harm: Any, message:
         said = opened.metadata()
     harm(tensors, said)
     save_file(tensors, file, said)
-    with pytest.raises(ValueError, match=rf"block-1\.safetensors: expected a finished block, got {message}"):
+    with pytest.raises(
+        ValueError, match=rf"block-1\.safetensors: expected a finished block, got {message}"
+    ):
         run(folder)
 
 
 def test_a_block_in_another_s_place(folder: Path) -> None:
     shutil.copy(folder / "block-0.safetensors", folder / "block-1.safetensors")
-    with pytest.raises(ValueError, match=r"block-1.*got one of another block: expected 1, got 0; delete it"):
+    with pytest.raises(
+        ValueError, match=r"block-1.*got one of another block: expected 1, got 0; delete it"
+    ):
         run(folder)

@@ -92,7 +92,9 @@ def run(name: str, address: int, index: int) -> None:
 _quantized = dispatch.Quantized(
     lambda *args, **kwargs: _module("eight_bit").quantize(*args, **kwargs),
     lambda *args, **kwargs: _module("eight_bit").multiply(*args, **kwargs),
-    lambda problem: int(_module("eight_bit").scratch_bytes(problem, torch.device(problem.device), made=True)),
+    lambda problem: int(
+        _module("eight_bit").scratch_bytes(problem, torch.device(problem.device), made=True)
+    ),
     lambda *args, **kwargs: _module("eight_bit").outlier_columns(*args, **kwargs),
 )
 
@@ -108,13 +110,19 @@ def register_kernels() -> None:
     for name, module, layout in kernels:
 
         def run(
-            x: Tensor, p: PackedWeight, bias: Tensor | None, problem: dispatch.Problem, module: str = module
+            x: Tensor,
+            p: PackedWeight,
+            bias: Tensor | None,
+            problem: dispatch.Problem,
+            module: str = module,
         ) -> Tensor:
             result: Tensor = _module(module).run(x, p, bias, problem)
             return result
 
         def bind(p: PackedWeight, problem: dispatch.Problem, module: str = module) -> Recorded:
-            return Recorded(_module(module).run, _module(module).compute, _module("launch").Replay, True)
+            return Recorded(
+                _module(module).run, _module(module).compute, _module("launch").Replay, True
+            )
 
         def configuration(problem: dispatch.Problem, module: str = module) -> str:
             return str(_module(module).configuration(problem))

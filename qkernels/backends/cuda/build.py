@@ -70,7 +70,9 @@ def unavailable() -> str | None:
     if nvcc() is None:
         return "the extension was not built with the package, and there is no nvcc to build it with now"
     if not (sources() / "weight_only").is_dir():
-        return f"the extension was not built with the package, and its sources are not at {sources()}"
+        return (
+            f"the extension was not built with the package, and its sources are not at {sources()}"
+        )
     missing = [name for name in ("ninja", "pybind11") if importlib.util.find_spec(name) is None]
     if missing:
         return f"building the extension needs {' and '.join(missing)} (pip install {' '.join(missing)})"

@@ -75,7 +75,9 @@ def kernel_name(decoder: str, bits: int, scaler: str) -> str | None:
 
 
 class WeightOnlyArgs(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in _POINTERS] + [(name, ctypes.c_int) for name in _SIZES]
+    _fields_ = [(name, ctypes.c_void_p) for name in _POINTERS] + [
+        (name, ctypes.c_int) for name in _SIZES
+    ]
 
 
 class Call(ctypes.Structure):

@@ -101,7 +101,13 @@ def configure(
 
 @lru_cache(maxsize=4096)
 def _configure(
-    kind: str, shape: tuple[int, int], m: int, invariant: bool, count: int, hopper: bool, partial_bytes: int
+    kind: str,
+    shape: tuple[int, int],
+    m: int,
+    invariant: bool,
+    count: int,
+    hopper: bool,
+    partial_bytes: int,
 ) -> Config:
     n, k = shape
     steps = -(-layout.padded(k) // STEP)
@@ -246,7 +252,9 @@ def outlier_columns(
     return columns
 
 
-def _list_columns(args: QuantizeArgs, k: int, device: torch.device, work: Work) -> tuple[Tensor, Tensor]:
+def _list_columns(
+    args: QuantizeArgs, k: int, device: torch.device, work: Work
+) -> tuple[Tensor, Tensor]:
     """Asks for the list of outlier columns; the list and the counter that it takes."""
     columns = work.empty((k + 1,), torch.int32, device)
     counter = counters(1 + -(-k // 32), device, work)
@@ -265,7 +273,9 @@ def _started(
     """A call with what is read of activations, and these tensors. ValueError if they do not fit."""
     m, k = x.shape
     for name, t, shape in (("up", up, (m, k)), ("norm", norm, (k,))):
-        if t is not None and (t.dtype != x.dtype or tuple(t.shape) != shape or not t.is_contiguous()):
+        if t is not None and (
+            t.dtype != x.dtype or tuple(t.shape) != shape or not t.is_contiguous()
+        ):
             raise ValueError(
                 f"{name}: expected contiguous {x.dtype} of shape {shape}, got {t.dtype} {tuple(t.shape)}"
             )

@@ -90,7 +90,9 @@ def _launch(
     call.shared = shared_bytes(traits.decoder, traits.bits)
     held: list[Tensor] = []
     if shares > 1:
-        partial = work.empty((shares * blocks_n * blocks_m * ROWS * columns,), torch.float32, device)
+        partial = work.empty(
+            (shares * blocks_n * blocks_m * ROWS * columns,), torch.float32, device
+        )
         counter = workspace.counters(device)
         args.partial, args.counter = partial.data_ptr(), counter.data_ptr()
         held = [partial, counter]

@@ -51,7 +51,9 @@ class Launch:
             raise RuntimeError(f"qkernels: CUDA kernel {self.name}: {error}")
 
 
-def start(name: str, call: Call, reads: list[Tensor], writes: list[Tensor], work: Work = NOW) -> None:
+def start(
+    name: str, call: Call, reads: list[Tensor], writes: list[Tensor], work: Work = NOW
+) -> None:
     """Start kernel `name`. `call` may change afterwards."""
     work.start(Launch(name, call, len(reads)), *reads, *writes)
 
@@ -90,7 +92,9 @@ class Replay:
                 address = getattr(call.args, name) if kind is ctypes.c_void_p else None
                 place = None if address is None else recording.place(address)
                 if place is not None:
-                    self._places.append((word + getattr(type(call.args), name).offset // _WORD, *place))
+                    self._places.append(
+                        (word + getattr(type(call.args), name).offset // _WORD, *place)
+                    )
             kept += bytes(call) + bytes(-ctypes.sizeof(call) % _WORD)
         self._kept, self._words = bytes(kept), ctypes.c_uint64 * (len(kept) // _WORD)
         self._memory = recording.memory()

@@ -139,7 +139,9 @@ def _launch(
     bias: Tensor | None,
     work: Work,
 ) -> Tensor:
-    tensors = {k.removeprefix(side + "."): v for k, v in p.storage.items() if k.startswith(side + ".")}
+    tensors = {
+        k.removeprefix(side + "."): v for k, v in p.storage.items() if k.startswith(side + ".")
+    }
     call = _call_of(p, tensors, traits, side, y.dtype)
     args = call.args
     args.m, args.x, args.y = x.shape[0], x.data_ptr(), y.data_ptr()

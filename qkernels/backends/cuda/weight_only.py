@@ -86,7 +86,12 @@ def compute(
     if traits.norms is None:
         multiply(x, bias, y)
         return
-    held = partial_elements(p.shape[0], min(x.shape[0], MAX_ROWS), shares_for(p.shape, traits, x.device)) * 4
+    held = (
+        partial_elements(
+            p.shape[0], min(x.shape[0], MAX_ROWS), shares_for(p.shape, traits, x.device)
+        )
+        * 4
+    )
     for rows in work.slices(x.shape[0], transforms.row_bytes(p, traits), held):
         transforms.around(multiply, x[rows], p, bias, traits, y[rows], work)
 
@@ -159,10 +164,14 @@ def call_of(
     return found.copy()
 
 
-def _described(p: PackedWeight, traits: layout.WeightOnlyTraits, dtype: torch.dtype) -> WeightOnlyCall:
+def _described(
+    p: PackedWeight, traits: layout.WeightOnlyTraits, dtype: torch.dtype
+) -> WeightOnlyCall:
     n, k = p.shape
     storage = p.storage
-    names = SCALER_TENSORS.get(traits.scaler, ("scales" if "scaler.scales" in storage else "absmax",))
+    names = SCALER_TENSORS.get(
+        traits.scaler, ("scales" if "scaler.scales" in storage else "absmax",)
+    )
     scale = storage[f"scaler.{names[0]}"]
     if traits.vectors:
         k = traits.group_size  # x comes out of its transform in whole tiles
@@ -186,8 +195,11 @@ def _described(p: PackedWeight, traits: layout.WeightOnlyTraits, dtype: torch.dt
     ):  # fmt: skip
         if name in storage:
             setattr(args, field, storage[name].data_ptr())
-    if "lut" in storage:  # a codebook; or a table's float16 entries, then bfloat16 entries, 8 words each
-        args.table = storage["lut"].data_ptr() + (32 if "table" in storage and dtype == torch.bfloat16 else 0)
+    # a codebook; or a table's float16 entries, then bfloat16 entries, 8 words each
+    if "lut" in storage:
+        args.table = storage["lut"].data_ptr() + (
+            32 if "table" in storage and dtype == torch.bfloat16 else 0
+        )
     runs = tile // run_length
     return WeightOnlyCall(
         args=args,
@@ -202,7 +214,9 @@ def tiles_of(shape: tuple[int, int], traits: layout.WeightOnlyTraits) -> int:
     return -(-shape[1] // layout.tile_features(traits.bits, traits.vectors))
 
 
-def shares_for(shape: tuple[int, int], traits: layout.WeightOnlyTraits, device: torch.device) -> int:
+def shares_for(
+    shape: tuple[int, int], traits: layout.WeightOnlyTraits, device: torch.device
+) -> int:
     """Parts of K in every launch for a weight."""
     return shares_of(tiles_of(shape, traits), -(-shape[0] // ROWS), processors(device))
 
@@ -240,11 +254,17 @@ def book_bytes(decoder: str, bits: int) -> int:
 def configuration(problem: Problem) -> str:
     """What `explain` says."""
     shares = shares_for(problem.shape, traits_of(problem), torch.device(problem.device))
-    again = f", which reads the weight {-(-problem.m // COLUMNS)} times" if problem.m > COLUMNS else ""
+    again = (
+        f", which reads the weight {-(-problem.m // COLUMNS)} times" if problem.m > COLUMNS else ""
+    )
     return f"{COLUMNS} rows of x and {ROWS} of W a block, K in {shares} shares{again}"
 
 
 @lru_cache(maxsize=64)
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors; a few in the emulator, so that it meets split K, too."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 8
+    )

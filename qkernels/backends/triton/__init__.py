@@ -55,7 +55,9 @@ def _rejects(problem: dispatch.Problem, layout: str) -> str | None:
 
 def _automatic(problem: dispatch.Problem) -> str | None:
     return (
-        "the interpreter is only used when backend='triton' asks for it" if problem.device == "cpu" else None
+        "the interpreter is only used when backend='triton' asks for it"
+        if problem.device == "cpu"
+        else None
     )
 
 
@@ -97,7 +99,17 @@ def _register_experts(name: str, layout: str) -> None:
     rejects = partial(_rejects_experts, layout=layout)
     dispatch.register(
         dispatch.Kernel(
-            name, "triton", layout, unavailable, rejects, run, _automatic, configuration, True, _fused, _layer
+            name,
+            "triton",
+            layout,
+            unavailable,
+            rejects,
+            run,
+            _automatic,
+            configuration,
+            True,
+            _fused,
+            _layer,
         )
     )
 
@@ -113,7 +125,11 @@ def register_kernels() -> None:
     for name, layout in families.items():
 
         def run(
-            x: Tensor, p: PackedWeight, bias: Tensor | None, problem: dispatch.Problem, layout: str = layout
+            x: Tensor,
+            p: PackedWeight,
+            bias: Tensor | None,
+            problem: dispatch.Problem,
+            layout: str = layout,
         ) -> Tensor:
             result: Tensor = _module(layout).run(x, p, bias, problem)
             return result
@@ -121,7 +137,9 @@ def register_kernels() -> None:
         def configuration(problem: dispatch.Problem, layout: str = layout) -> str:
             return str(_module(layout).configuration(problem))
 
-        def bind(p: PackedWeight, problem: dispatch.Problem, layout: str = layout) -> dispatch.Bound | None:
+        def bind(
+            p: PackedWeight, problem: dispatch.Problem, layout: str = layout
+        ) -> dispatch.Bound | None:
             found: dispatch.Bound | None = _module(layout).bind(p, problem)
             return found
 

@@ -86,12 +86,17 @@ def tune(
         except Exception as error:  # triton has one exception a way of not fitting
             if config == tabled:
                 raise
-            if "out of resource" not in str(error).lower() and type(error).__name__ != "OutOfResources":
+            if (
+                "out of resource" not in str(error).lower()
+                and type(error).__name__ != "OutOfResources"
+            ):
                 raise
     winner = min(times, key=times.__getitem__)
     key = _key(family, problem)
     _found[key] = winner
-    _write(_path(key), {"key": json.loads(key), "config": winner._asdict(), "seconds": times[winner]})
+    _write(
+        _path(key), {"key": json.loads(key), "config": winner._asdict(), "seconds": times[winner]}
+    )
     return winner
 
 
@@ -124,7 +129,9 @@ def timed_first(problem: Problem, config: configs.GemmConfig, call: Callable[[],
 def first_call_words(problem: Problem, config: configs.GemmConfig) -> str:
     took = _first_calls.get((problem, config))
     if took is None:
-        return "not called yet here: the first call compiles it, seconds unless triton has it on disk"
+        return (
+            "not called yet here: the first call compiles it, seconds unless triton has it on disk"
+        )
     return f"the first call took {took * 1e3:.0f} ms"
 
 
@@ -137,7 +144,9 @@ def words(family: str, problem: Problem, tabled: configs.GemmConfig) -> str:
         config, source = known, "tuned on this GPU"
     elif enabled():
         count = sum(1 for _ in configs.candidates(tabled, problem.m))
-        source = f"from the table until the first call on a GPU tunes it: {count} candidates, minutes"
+        source = (
+            f"from the table until the first call on a GPU tunes it: {count} candidates, minutes"
+        )
     shown = ", ".join(f"{k}={v}" for k, v in config._asdict().items())
     return f"{shown} ({source}); {first_call_words(problem, config)}"
 
@@ -164,7 +173,12 @@ def _machine() -> dict[str, Any]:
     import triton
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__, "kernels": _kernel_hash()}
+    return {
+        "gpu": gpu,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "kernels": _kernel_hash(),
+    }
 
 
 def _kernel_hash() -> str:
@@ -188,7 +202,11 @@ def _read(path: Path) -> configs.GemmConfig | None:
         fields = configs.GemmConfig._field_defaults | config
         if set(fields) != set(configs.GemmConfig._fields):
             return None
-        return configs.GemmConfig(**fields) if all(isinstance(v, int) for v in fields.values()) else None
+        return (
+            configs.GemmConfig(**fields)
+            if all(isinstance(v, int) for v in fields.values())
+            else None
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -11,7 +11,18 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 #: shared memory one block may use, KiB, by architecture (CUDA programming guide, compute capabilities)
-SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
+SHARED_KIB = {
+    80: 163,
+    86: 99,
+    87: 163,
+    89: 99,
+    90: 227,
+    100: 227,
+    103: 227,
+    110: 227,
+    120: 99,
+    121: 99,
+}
 #: kept free for what triton adds to the pipeline's buffers: conversions, barriers; and to those of decoded weights
 _SHARED_MARGIN, _DECODED_MARGIN = 8 * 1024, 6 * 1024
 
@@ -46,7 +57,9 @@ TABLE: dict[tuple[str, int, str], GemmConfig] = {
     ("weight_only", 90, "middle"): GemmConfig(64, 128, 8, 4, post_scale=True, shares=0),
     ("weight_only", 90, "large"): GemmConfig(128, 128, 8, 3, post_scale=True, shares=0, resident=1),
     ("weight_only", 90, "prefill"): GemmConfig(256, 128, 8, 3, shares=0, resident=1),
-    ("weight_only.bytes", 90, "decode"): GemmConfig(16, 64, 4, 4, post_scale=True, shares=0, resident=4),
+    ("weight_only.bytes", 90, "decode"): GemmConfig(
+        16, 64, 4, 4, post_scale=True, shares=0, resident=4
+    ),
     ("weight_only.bytes", 90, "prefill"): GemmConfig(128, 128, 8, 3, shares=0, resident=1),
     # mma.sync keeps both the accumulators and the decoded operand in registers: wider blocks spill.
     ("weight_only", 80, "middle"): GemmConfig(64, 128, 8, 3, shares=0),
@@ -58,7 +71,9 @@ TABLE: dict[tuple[str, int, str], GemmConfig] = {
     ("weight_only", 100, "middle"): GemmConfig(64, 128, 8, 3, shares=0),
     # Codes of 2 and 3 bits come 256 features a step, twice as many decoded values to hold.
     ("weight_only.wide", 0, "decode"): GemmConfig(16, 64, 4, 5, post_scale=True, shares=0),
-    ("weight_only.wide", 90, "decode"): GemmConfig(16, 64, 4, 3, post_scale=True, shares=0, resident=4),
+    ("weight_only.wide", 90, "decode"): GemmConfig(
+        16, 64, 4, 3, post_scale=True, shares=0, resident=4
+    ),
     ("weight_only.wide", 0, "middle"): GemmConfig(64, 64, 4, 3, shares=0),
     ("weight_only.wide", 0, "prefill"): GemmConfig(128, 128, 8, 3),
     ("weight_only.wide", 80, "middle"): GemmConfig(32, 128, 8, 3, shares=0),
@@ -215,7 +230,9 @@ def fitted(
         elif config.block_n > 64:
             config = config._replace(block_n=config.block_n // 2)
         else:
-            raise ValueError(f"no configuration fits sm_{arch}: {config} with {tile} features a step")
+            raise ValueError(
+                f"no configuration fits sm_{arch}: {config} with {tile} features a step"
+            )
     return config
 
 
@@ -232,7 +249,8 @@ def shared_bytes(
     """
     stage = config.block_n * row_bytes + config.block_m * tile * 2
     needed = max(
-        config.num_stages * stage + config.block_n * row_scratch, config.block_m * config.block_n * 4
+        config.num_stages * stage + config.block_n * row_scratch,
+        config.block_m * config.block_n * 4,
     )
     scratch = config.block_n * decoded[config.block_m > 16]
     through = (config.num_stages - 1) * stage + scratch + _DECODED_MARGIN if scratch else 0
@@ -258,6 +276,8 @@ def candidates(config: GemmConfig, m: int) -> Iterator[GemmConfig]:
                 for post_scale in (True, False) if m_class(m) != "prefill" else (False,):
                     shares = (0, 1, 4, 8) if m_class(m) != "prefill" else (1,)
                     for share in shares:
-                        found = GemmConfig(block_m, block_n, num_warps, num_stages, post_scale, share)
+                        found = GemmConfig(
+                            block_m, block_n, num_warps, num_stages, post_scale, share
+                        )
                         if found != config:
                             yield found

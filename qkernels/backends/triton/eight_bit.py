@@ -58,7 +58,9 @@ def tabled(problem: Problem) -> configs.GemmConfig:
     """The table's entry for problem.m rows; of each expert where the problem has experts."""
     own = (family(traits_of(problem)), configs.architecture(problem.capability), problem.m)
     # STEP // 2: `fitted` counts 2 bytes a feature of x, and codes have one
-    return configs.choose(*own, problem.batch_invariant, STEP // 2, STEP, experts=problem.experts > 0)
+    return configs.choose(
+        *own, problem.batch_invariant, STEP // 2, STEP, experts=problem.experts > 0
+    )
 
 
 def has_fp8(capability: tuple[int, int] | None) -> bool:
@@ -189,15 +191,23 @@ def rms_norm_quantize(
     """
     k = p.shape[1]
     if x.dim() != 2 or x.shape[1] != k or x.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"x: expected float16 or bfloat16 of shape (M, {k}), got {x.dtype} {tuple(x.shape)}")
+        raise ValueError(
+            f"x: expected float16 or bfloat16 of shape (M, {k}), got {x.dtype} {tuple(x.shape)}"
+        )
     if tuple(weight.shape) != (k,) or not weight.is_floating_point():
-        raise ValueError(f"weight: expected floats of shape ({k},), got {weight.dtype} {tuple(weight.shape)}")
+        raise ValueError(
+            f"weight: expected floats of shape ({k},), got {weight.dtype} {tuple(weight.shape)}"
+        )
     return quantize(x.contiguous(), p, problem, norm=weight.contiguous(), eps=eps)
 
 
 # ---------------------------------------------------------------------- the product
 def multiply(
-    a: Activations, p: PackedWeight, bias: Tensor | None, problem: Problem, out: Tensor | None = None
+    a: Activations,
+    p: PackedWeight,
+    bias: Tensor | None,
+    problem: Problem,
+    out: Tensor | None = None,
 ) -> Tensor:
     """y (M, N) = what `a` holds, times W^T, plus bias, in the dtype of `a.x`; into `out` if it is given.
 
@@ -205,7 +215,11 @@ def multiply(
     """
     traits = traits_of(problem)
     weight = arguments(a, p, traits, problem)
-    y = torch.empty(a.x.shape[0], p.shape[0], dtype=a.x.dtype, device=a.x.device) if out is None else out
+    y = (
+        torch.empty(a.x.shape[0], p.shape[0], dtype=a.x.dtype, device=a.x.device)
+        if out is None
+        else out
+    )
     bias = None if bias is None else bias.contiguous()
 
     def launch(config: configs.GemmConfig) -> Tensor:

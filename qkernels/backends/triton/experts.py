@@ -73,7 +73,9 @@ def _eight_bit(problem: Problem) -> bool:
 def configuration(problem: Problem) -> str:
     """What `explain` says."""
     config = tabled(problem)
-    source = "batch-invariant" if problem.batch_invariant else "from the table; experts are not tuned"
+    source = (
+        "batch-invariant" if problem.batch_invariant else "from the table; experts are not tuned"
+    )
     shown = ", ".join(f"{k}={v}" for k, v in config._asdict().items())
     return f"{shown} ({source}); {autotune.first_call_words(problem, config)}"
 
@@ -91,7 +93,9 @@ def run(
     y = torch.empty(*ids.shape, experts.shape[0], dtype=x.dtype, device=x.device)
 
     def call() -> None:
-        for tokens in workspace.slices(x.shape[0], x[:1].numel() // x.shape[-1] * row_bytes(problem)):
+        for tokens in workspace.slices(
+            x.shape[0], x[:1].numel() // x.shape[-1] * row_bytes(problem)
+        ):
             found = sort(ids[tokens], experts.count, config.block_m)
             own = None if weights is None else weights[tokens]
             _product(x[tokens], experts, found, ids[tokens], own, bias, problem, config, y[tokens])
@@ -174,7 +178,9 @@ def _layer(
     h = work.empty((*ids.shape, n), x.dtype, x.device)
     _product(gated, down, found, ids, None, None, problems[1], sizes[1], h, work)
     fixed = {"TOP_K": ids.shape[1], "N": n, "BLOCK": _BLOCK, **early(x.device)}
-    launch = Launch(combine, (x.shape[0], -(-n // _BLOCK)), fixed, ("h_ptr", "weights_ptr", "y_ptr"))
+    launch = Launch(
+        combine, (x.shape[0], -(-n // _BLOCK)), fixed, ("h_ptr", "weights_ptr", "y_ptr")
+    )
     work.start(launch, h, weights, y)
 
 
@@ -284,14 +290,21 @@ def _weight_only_arguments(experts: PackedExperts, problem: Problem) -> dict[str
     found = weight_only.arguments(experts.expert(0), traits)
     storage = experts.storage
     # A pointer that is never read still has to be one: qdata stands in, as in `weight_only.arguments`.
-    for argument, name in (("qdata", "qdata"), ("qhigh", "qhigh"), ("perm", "perm"), ("table", "lut")):
+    for argument, name in (
+        ("qdata", "qdata"),
+        ("qhigh", "qhigh"),
+        ("perm", "perm"),
+        ("table", "lut"),
+    ):
         tensor = storage.get(name, storage["qdata"])
         found |= {f"{argument}_ptr": tensor, f"{argument}_stride": _stride(tensor)}
     scalers = [storage.get(name, storage["qdata"]) for name in weight_only.scaler_tensors(traits)]
     return found | {"scaler_args": tuple(scalers), "scaler_strides": tuple(map(_stride, scalers))}
 
 
-def _eight_bit_arguments(x: Tensor, experts: PackedExperts, problem: Problem, work: Work) -> dict[str, Any]:
+def _eight_bit_arguments(
+    x: Tensor, experts: PackedExperts, problem: Problem, work: Work
+) -> dict[str, Any]:
     """x quantized, once for all experts, and what depends on the weights alone."""
     one = problem._replace(m=x.shape[0], experts=0)
     a = eight_bit.quantize(x, experts.expert(0), one, work=work)
@@ -349,7 +362,9 @@ def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
                 yield _eight_bit_job(arch, name, params, slots)
 
 
-def _problem(arch: int, name: str, params: dict[str, Any], dtype: torch.dtype, slots: int) -> Problem:
+def _problem(
+    arch: int, name: str, params: dict[str, Any], dtype: torch.dtype, slots: int
+) -> Problem:
     from ...dispatch import Problem
 
     items = tuple(sorted(formats.get(name).resolve(_JOB_SHAPE, params).items()))
@@ -396,12 +411,16 @@ def _weight_only_job(
             **_COMMON_TYPES,
             **dict.fromkeys(("x_ptr", "bias_ptr", "y_ptr"), pointer),
             **dict.fromkeys(("qdata_ptr", "qhigh_ptr", "perm_ptr", "table_ptr"), "*i32"),
-            **dict.fromkeys(("qdata_stride", "qhigh_stride", "perm_stride", "table_stride", "K"), "i32"),
+            **dict.fromkeys(
+                ("qdata_stride", "qhigh_stride", "perm_stride", "table_stride", "K"), "i32"
+            ),
             "scaler_args": pointers,
             "scaler_strides": ("i32",) * len(pointers),
         },
         constants={
-            **weight_only.constants(traits, _JOB_SHAPE, lookup=False, indexed=bool(params.get("act_order"))),
+            **weight_only.constants(
+                traits, _JOB_SHAPE, lookup=False, indexed=bool(params.get("act_order"))
+            ),
             **_common_constants(config, arch),
             "UPCAST": False,
             "WAIT": overtakes(arch),

@@ -67,7 +67,9 @@ class Launch:
         """Start the kernel through triton, on the current stream of the tensors' device, compiling it if need
         be. Returns the compiled kernel; None from the interpreter."""
         with torch.cuda.device_of(tensors[0]):
-            return self.kernel[self.grid](**dict(zip(self.slots, tensors, strict=True)), **self.fixed)
+            return self.kernel[self.grid](
+                **dict(zip(self.slots, tensors, strict=True)), **self.fixed
+            )
 
     def arguments(self) -> tuple[list[Any], list[int]]:
         """In the kernel's order, with holes for the slots, and where those are."""
@@ -121,7 +123,11 @@ class _Step:
     """One kernel, or a transposing copy. compiled: None where it is started through torch or the interpreter."""
 
     def __init__(
-        self, recording: Recording, launch: Launch | None, tensors: tuple[Tensor, ...], compiled: Any
+        self,
+        recording: Recording,
+        launch: Launch | None,
+        tensors: tuple[Tensor, ...],
+        compiled: Any,
     ) -> None:
         self.compiled = compiled
         if compiled is None:
@@ -133,7 +139,9 @@ class _Step:
         self.grid = launch.grid
         self.arguments, holes = launch.arguments()
         #: index of the argument, base, offset
-        self.places = [(hole, *place) for hole, place in zip(holes, found, strict=True) if place is not None]
+        self.places = [
+            (hole, *place) for hole, place in zip(holes, found, strict=True) if place is not None
+        ]
         for hole, t, place in zip(holes, tensors, found, strict=True):
             if place is None:
                 self.arguments[hole] = t.data_ptr()

@@ -19,7 +19,12 @@ from .launch import Launch, early
 
 
 def find(
-    x: Tensor, threshold: float, *, up: Tensor | None = None, norm: Tensor | None = None, eps: float = 0.0
+    x: Tensor,
+    threshold: float,
+    *,
+    up: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
 ) -> Tensor:
     """int32 (K + 1): the columns of what is quantized that have an element of at least `threshold`, in order, and
     at K how many they are: what `eight_bit.quantize` of all rows has as `columns`, found with the same arithmetic.
@@ -44,7 +49,9 @@ def find(
     }
     slots = ("x_ptr", "up_ptr", "norm_ptr", "columns_ptr", "counter_ptr")
     launch = Launch(outlier_columns, (m, 1), fixed, slots)
-    launch(x, x if up is None else up, x if norm is None else norm, columns, counter(1 + k, x.device))
+    launch(
+        x, x if up is None else up, x if norm is None else norm, columns, counter(1 + k, x.device)
+    )
     return columns
 
 
@@ -77,7 +84,11 @@ def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
     from ...triton_kernels.activations import outlier_columns
 
     block = row_block(_JOB_FEATURES)
-    for label, norm, gated in (("", False, False), ("RMSNorm ", True, False), ("SiLU ", False, True)):
+    for label, norm, gated in (
+        ("", False, False),
+        ("RMSNorm ", True, False),
+        ("SiLU ", False, True),
+    ):
         if subset and label:
             continue
         yield CompileJob(

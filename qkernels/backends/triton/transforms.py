@@ -47,7 +47,16 @@ def before(
     side = _section(storage, "input.")
     gather = side.get("perm")
     return _launch(
-        x, y, side, norm, few, work, pre=side["diagonal"], gather=gather, vectors=vectors, transposed=True
+        x,
+        y,
+        side,
+        norm,
+        few,
+        work,
+        pre=side["diagonal"],
+        gather=gather,
+        vectors=vectors,
+        transposed=True,
     )
 
 
@@ -111,7 +120,11 @@ def _launch(
     }
     launch = Launch(kronecker_rows, (-(-m // options["ROWS"]), options["C"]), fixed, _SLOTS)
     work.start(
-        launch, x, y, *(unused if t is None else t for t in (pre, post, bias, gather, scatter)), *factors
+        launch,
+        x,
+        y,
+        *(unused if t is None else t for t in (pre, post, bias, gather, scatter)),
+        *factors,
     )
     return y
 
@@ -129,7 +142,8 @@ def constants(n: int, stored: tuple[int, ...], decode: bool) -> tuple[dict[str, 
     else:
         first = (*stored, 1)[0]
         box = min(sylvester, max(64, (DECODE_BOX if decode else LARGEST_BOX) // _padded(first)))
-        bits = min(6, box.bit_length() - 1) if box < 256 else box.bit_length() - 1  # in one axis or two
+        # in one axis or two
+        bits = min(6, box.bit_length() - 1) if box < 256 else box.bit_length() - 1
         c = sylvester >> bits
         low = 1 << (bits if bits <= 6 else bits - bits // 2)
         orders = (first, sylvester // c // low, low)
@@ -137,8 +151,16 @@ def constants(n: int, stored: tuple[int, ...], decode: bool) -> tuple[dict[str, 
     total = math.prod(padded)
     rows = max(1, 16 * max(padded) // total)  # a dot has at least 16 rows
     warps = max(4, min(16, rows * total // _ELEMENTS_PER_WARP))
-    sizes = {f"A{i}": order for i, order in enumerate(orders)} | {f"B{i}": b for i, b in enumerate(padded)}
-    return {**sizes, "C": c, "ROWS": rows, "SYLVESTER": len(stored) < 2, "MIDDLE": len(stored) == 3}, warps
+    sizes = {f"A{i}": order for i, order in enumerate(orders)} | {
+        f"B{i}": b for i, b in enumerate(padded)
+    }
+    return {
+        **sizes,
+        "C": c,
+        "ROWS": rows,
+        "SYLVESTER": len(stored) < 2,
+        "MIDDLE": len(stored) == 3,
+    }, warps
 
 
 def _padded(order: int) -> int:

@@ -43,7 +43,9 @@ def sizes(traits: layout.WeightOnlyTraits) -> tuple[int, int, int, tuple[int, in
         layout.high_words(traits.bits, traits.vectors),
         layout.tile_features(traits.bits, traits.vectors),
     )
-    decoded = (288, 2 * features + 160) if traits.vectors else (2 * features,) * 2 if high else (0, 0)
+    decoded = (
+        (288, 2 * features + 160) if traits.vectors else (2 * features,) * 2 if high else (0, 0)
+    )
     runs = min(16, features // max(1, min(traits.group_size, features)))
     scales = 8 * runs if runs > 8 else 0  # two of float32 a run change hands (q2_k, triton 3.6)
     return features, 64 + 4 * high, max(160 if high else 0, scales), decoded
@@ -276,7 +278,9 @@ def folded(weight: dict[str, Any], config: configs.GemmConfig, problem: Problem)
     """
     runs = _runs(weight)
     fits = runs > 1 and problem.m * runs <= config.block_m
-    return fits and config.block_m == 16 and not weight["LAST_SCALE"] and not problem.batch_invariant
+    return (
+        fits and config.block_m == 16 and not weight["LAST_SCALE"] and not problem.batch_invariant
+    )
 
 
 def scaled_after(weight: dict[str, Any], config: configs.GemmConfig, problem: Problem) -> bool:
@@ -307,7 +311,8 @@ def split_of(shares: int, blocks: int, config: configs.GemmConfig, held: int = 0
 def _outliers(p: PackedWeight) -> tuple[Tensor, Tensor]:
     """Where they are, and what."""
     offsets, values = p.storage["outlier.row_offsets"], p.storage["outlier.col_vals"]
-    return (offsets, values) if values.numel() else (offsets, offsets)  # an empty tensor has no address
+    # an empty tensor has no address
+    return (offsets, values) if values.numel() else (offsets, offsets)
 
 
 def _gathered(x: Tensor, perm: Tensor, work: Work) -> Tensor:
@@ -317,14 +322,23 @@ def _gathered(x: Tensor, perm: Tensor, work: Work) -> Tensor:
     m, kp = x.shape[0], perm.numel()
     y = work.empty((m, kp), x.dtype, x.device)
     fixed = {"K": x.shape[1], "KP": kp, "BLOCK": 1024, **early(x.device)}
-    work.start(Launch(gather_columns, (m, -(-kp // 1024)), fixed, ("x_ptr", "perm_ptr", "y_ptr")), x, perm, y)
+    work.start(
+        Launch(gather_columns, (m, -(-kp // 1024)), fixed, ("x_ptr", "perm_ptr", "y_ptr")),
+        x,
+        perm,
+        y,
+    )
     return y
 
 
 @lru_cache(maxsize=64)
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors; a few without a GPU, so that the interpreter meets split K, too."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 8
+    )
 
 
 # ---------------------------------------------------------------------- ahead of time

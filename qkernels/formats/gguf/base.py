@@ -196,7 +196,9 @@ class GgufFormat(Format):
         n, k = weight.shape
         if bool((weight.abs() > _FARTHEST).any()):  # squares would overflow before a scale does
             worst = weight.abs().max().item()
-            raise ValueError(f"{self.name}: weight: expected magnitudes up to {_FARTHEST:g}, got {worst:g}")
+            raise ValueError(
+                f"{self.name}: weight: expected magnitudes up to {_FARTHEST:g}, got {worst:g}"
+            )
         importance = self._importance(params.get("importance"), weight)
         sigma2 = weight.square().mean(1, keepdim=True)
         per_row = k // self.block
@@ -205,7 +207,9 @@ class GgufFormat(Format):
         for begin in range(0, n, rows):
             part = weight[begin : begin + rows]
             count = part.shape[0]
-            weights = None if importance is None else importance.expand(count, k).reshape(-1, self.block)
+            weights = (
+                None if importance is None else importance.expand(count, k).reshape(-1, self.block)
+            )
             spread = sigma2[begin : begin + rows].expand(count, per_row).reshape(-1, 1)
             fields = self.encode(part.reshape(-1, self.block), weights, spread)
             fields |= self.code_fields(fields.pop("codes"))
@@ -217,8 +221,16 @@ class GgufFormat(Format):
         if given is None:
             return None
         where, k = f"{self.name}: importance", weight.shape[1]
-        if not isinstance(given, Tensor) or tuple(given.shape) != (k,) or not given.is_floating_point():
-            got = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+        if (
+            not isinstance(given, Tensor)
+            or tuple(given.shape) != (k,)
+            or not given.is_floating_point()
+        ):
+            got = (
+                f"{given.dtype} {tuple(given.shape)}"
+                if isinstance(given, Tensor)
+                else type(given).__name__
+            )
             raise ValueError(f"{where}: expected a floating tensor of shape ({k},), got {got}")
         given = given.to(weight.device, torch.float32)
         self.check_finite("importance", given, nonnegative=True)
@@ -233,7 +245,9 @@ class GgufFormat(Format):
         decoder = "lut16" if self.table is not None else "centered" if self.centered else "counted"
         return WeightOnlyTraits(self.bits, decoder, self.scaler, self.group)
 
-    def weight_only(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> WeightOnlyParts:
+    def weight_only(
+        self, tensors: Mapping[str, Tensor], shape: Shape, params: Params
+    ) -> WeightOnlyParts:
         n, k = shape
         fields = self.split(tensors["data"])
         scaler = {self._scaler_name(f): fields[f.name].view(n, -1).T for f in self._scale_fields()}
@@ -242,7 +256,9 @@ class GgufFormat(Format):
             table = torch.tensor(self.table, dtype=torch.float32, device=tensors["data"].device)
         return WeightOnlyParts(self.codes(fields).view(n, k), scaler, table=table)
 
-    def from_weight_only(self, parts: WeightOnlyParts, shape: Shape, params: Params) -> dict[str, Tensor]:
+    def from_weight_only(
+        self, parts: WeightOnlyParts, shape: Shape, params: Params
+    ) -> dict[str, Tensor]:
         blocks = shape[0] * (shape[1] // self.block)
         fields = self.code_fields(parts.codes.reshape(blocks, self.block))
         for field in self._scale_fields():

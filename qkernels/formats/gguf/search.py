@@ -43,7 +43,9 @@ REFITS = 4
 def half(x: Tensor) -> Tensor:
     """To float16. ValueError if a scale does not fit."""
     if bool((x.abs() > HALF_MAX).any()):
-        raise ValueError(f"weight: expected scales up to 65504 (float16), got {x.abs().max().item():.6g}")
+        raise ValueError(
+            f"weight: expected scales up to 65504 (float16), got {x.abs().max().item():.6g}"
+        )
     return x.half()
 
 
@@ -122,7 +124,10 @@ def affine(x: Tensor, w: Tensor, top: int, scan: Scan) -> tuple[Tensor, Tensor, 
         sum_xq = (wq * x).sum(-1, keepdim=True)
         det = sum_w * sum_qq - sum_q * sum_q
         over_det = inverse(det)
-        s, b = (sum_w * sum_xq - sum_x * sum_q) * over_det, (sum_qq * sum_x - sum_q * sum_xq) * over_det
+        s, b = (
+            (sum_w * sum_xq - sum_x * sum_q) * over_det,
+            (sum_qq * sum_x - sum_q * sum_xq) * over_det,
+        )
         above = b > 0  # the file has no sign for it
         s, b = torch.where(above, sum_xq * inverse(sum_qq), s), torch.where(above, 0, b)
         return s, b, torch.where(det > 0, error_of(q, s, b), torch.inf)

@@ -70,7 +70,8 @@ class Q80(_Centered):
     def encode(self, x: Tensor, importance: Tensor | None, sigma2: Tensor) -> Fields:
         scale = x.abs().amax(-1, keepdim=True) / 127
         steps = x * search.inverse(scale)
-        codes = torch.where(steps < 0, (steps - 0.5).ceil(), (steps + 0.5).floor())  # half away from zero
+        # half away from zero
+        codes = torch.where(steps < 0, (steps - 0.5).ceil(), (steps + 0.5).floor())
         return {"d": search.half(scale), "codes": (codes + 128).to(U8)}
 
 
@@ -119,7 +120,10 @@ class Iq4Nl(GgufFormat):
         if importance is not None:
             weights = search.spread(importance, x, 2 * x.square().mean(-1, keepdim=True))
         scale = search.table_scale(x, weights, IQ4_TABLE)
-        return {"d": search.half(scale), "codes": search.nearest(x * search.inverse(scale), IQ4_TABLE)}
+        return {
+            "d": search.half(scale),
+            "codes": search.nearest(x * search.inverse(scale), IQ4_TABLE),
+        }
 
 
 # ---------------------------------------------------------------------- blocks of 256, two levels
@@ -175,7 +179,12 @@ class Q2K(_AffineK):
     top = 15
     scaler = "q2_k"
     search = search.Scan(-0.5, 0.1, 15, absolute=True)
-    fields = (Field("scales", U8, 16), Field("qs", U8, 64), Field("d", F16, 1), Field("dmin", F16, 1))
+    fields = (
+        Field("scales", U8, 16),
+        Field("qs", U8, 64),
+        Field("d", F16, 1),
+        Field("dmin", F16, 1),
+    )
     planes = (Plane("qs", 2, 32),)
 
     def own_weights(self, groups: Tensor) -> Tensor:
@@ -186,7 +195,9 @@ class Q2K(_AffineK):
 
     def scales(self, fields: Fields) -> tuple[Tensor, Tensor]:
         both = fields["scales"]
-        return fields["d"].float() * (both & 15).float(), fields["dmin"].float() * (both >> 4).float()
+        return fields["d"].float() * (both & 15).float(), fields["dmin"].float() * (
+            both >> 4
+        ).float()
 
 
 class Q4K(_AffineK):
@@ -258,7 +269,12 @@ class Q3K(_CenteredK):
     summary = "3-bit integers, two levels of scales (GGUF)"
     scaler = "q3_k"
     scale_half = 32
-    fields = (Field("hmask", U8, 32), Field("qs", U8, 64), Field("scales", I32, 3), Field("d", F16, 1))
+    fields = (
+        Field("hmask", U8, 32),
+        Field("qs", U8, 64),
+        Field("scales", I32, 3),
+        Field("d", F16, 1),
+    )
     planes = (Plane("qs", 2, 32), Plane("hmask", 1, 32, shift=2))
 
     def group_weights(self, x: Tensor, importance: Tensor | None) -> Tensor:
@@ -293,7 +309,12 @@ class Q6K(_CenteredK):
     summary = "6-bit integers, two levels of scales (GGUF)"
     scaler = "q6_k"
     scale_half = 128
-    fields = (Field("ql", U8, 128), Field("qh", U8, 64), Field("scales", I8, 16), Field("d", F16, 1))
+    fields = (
+        Field("ql", U8, 128),
+        Field("qh", U8, 64),
+        Field("scales", I8, 16),
+        Field("d", F16, 1),
+    )
     planes = (Plane("ql", 4, 64), Plane("qh", 2, 32, shift=4))
 
     def group_weights(self, x: Tensor, importance: Tensor | None) -> Tensor:
@@ -312,7 +333,12 @@ class Iq4Xs(_SuperBlock):
     group = 32
     scaler = "iq4_xs"
     table = IQ4_TABLE
-    fields = (Field("d", F16, 1), Field("scales_h", I16, 1), Field("scales_l", I32, 1), Field("qs", U8, 128))
+    fields = (
+        Field("d", F16, 1),
+        Field("scales_h", I16, 1),
+        Field("scales_l", I32, 1),
+        Field("qs", U8, 128),
+    )
     planes = (Plane("qs", 4, 16),)
 
     def scales(self, fields: Fields) -> tuple[Tensor, None]:
@@ -324,7 +350,9 @@ class Iq4Xs(_SuperBlock):
     def encode(self, x: Tensor, importance: Tensor | None, sigma2: Tensor) -> Fields:
         groups = x.view(x.shape[0], -1, 32)
         weights = self.weights(x, importance)
-        scale = search.table_scale(groups, groups.square() if weights is None else weights, IQ4_TABLE)[..., 0]
+        scale = search.table_scale(
+            groups, groups.square() if weights is None else weights, IQ4_TABLE
+        )[..., 0]
         d = -search.largest(scale) / 32
         steps = torch.round(scale * search.inverse(d)).clamp(-32, 31)
         codes = search.nearest(groups * search.inverse(d * steps)[..., None], IQ4_TABLE)

@@ -16,7 +16,15 @@ from ...checkpoints.tensor_files import TensorFiles
 #: what models call their input embeddings; vLLM does not tell every embedding its name
 _EMBEDDINGS = ("embed_tokens", "embed_in", "word_embeddings", "wte", "tok_embeddings", "embeddings")
 #: scales of a quantized key-value cache, which vLLM handles itself
-_CACHE = ("q_scale", "k_scale", "v_scale", "kv_scale", "q_zero_point", "k_zero_point", "v_zero_point")
+_CACHE = (
+    "q_scale",
+    "k_scale",
+    "v_scale",
+    "kv_scale",
+    "q_zero_point",
+    "k_zero_point",
+    "v_zero_point",
+)
 
 
 class Checkpoint:
@@ -91,7 +99,9 @@ class Checkpoint:
         """The module's tensors, mapped and not read, without the bias; None without files."""
         if self.files is None:
             return None
-        return {own: self.files.read(full) for own, full in self.names(module).items() if own != "bias"}
+        return {
+            own: self.files.read(full) for own, full in self.names(module).items() if own != "bias"
+        }
 
     def has(self, module: str) -> bool:
         return bool(self.names(module))

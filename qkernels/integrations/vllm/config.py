@@ -11,8 +11,14 @@ import vllm.envs as envs
 from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.models.utils import WeightsMapper
 
 from ... import formats
@@ -121,7 +127,9 @@ class _Method:
     def __init__(self, config: QKernelsConfig, names: list[str]) -> None:
         self.config, self.names = config, names
 
-    def _source(self, name: str, shape: tuple[int, int], pieces: list[Piece], **more: Any) -> Source:
+    def _source(
+        self, name: str, shape: tuple[int, int], pieces: list[Piece], **more: Any
+    ) -> Source:
         return source_of(self.config.checkpoint, name, shape, pieces, **more)
 
     def _expect(self, layer: nn.Module, sources: list[Source]) -> None:
@@ -185,7 +193,10 @@ class QKernelsLinearMethod(_Method, LinearMethodBase):
         """ValueError, naming the module, if its weights cannot be served or cut so."""
         rank = int(layer.tp_rank)  # type: ignore[arg-type]
         pieces = layer_pieces(
-            output_partition_sizes, output_size, rank, int(getattr(layer, "num_kv_head_replicas", 1))
+            output_partition_sizes,
+            output_size,
+            rank,
+            int(getattr(layer, "num_kv_head_replicas", 1)),
         )
         cut = input_size // input_size_per_partition
         if type(layer).__name__ in _UNKNOWN_CUTS and output_size != sum(output_partition_sizes):
@@ -220,7 +231,9 @@ class QKernelsLinearMethod(_Method, LinearMethodBase):
 class QKernelsVocabularyMethod(_Method, QuantizeMethodBase):
     """Packed input embeddings and output projections, cut by vLLM's ranges of the vocabulary."""
 
-    def create_weights(self, layer: nn.Module, *sizes: Any, params_dtype: torch.dtype, **attrs: Any) -> None:
+    def create_weights(
+        self, layer: nn.Module, *sizes: Any, params_dtype: torch.dtype, **attrs: Any
+    ) -> None:
         layer.qkernels_dtype = params_dtype  # type: ignore[assignment]
         if not self.names:  # tied
             self._expect(layer, [])
@@ -228,7 +241,9 @@ class QKernelsVocabularyMethod(_Method, QuantizeMethodBase):
         held: Any = layer.shard_indices
         rows = int(layer.org_vocab_size)  # type: ignore[arg-type]
         begin, end = held.org_vocab_start_index, held.org_vocab_end_index
-        source = self._source(self.names[0], (rows, int(layer.embedding_dim)), [Piece(begin, end - begin)])  # type: ignore[arg-type]
+        source = self._source(
+            self.names[0], (rows, int(layer.embedding_dim)), [Piece(begin, end - begin)]
+        )  # type: ignore[arg-type]
         if not isinstance(layer, ParallelLMHead):
             _check_rows(source)
         self._expect(layer, [source])

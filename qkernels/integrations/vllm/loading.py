@@ -80,7 +80,9 @@ class Source:
             params = fmt.params_from_tensors(tensors, params)
         params = fmt.resolve(self.shape, params)
         if tensors is not None:
-            fmt.validate({name: tensor.to("meta") for name, tensor in tensors.items()}, self.shape, params)
+            fmt.validate(
+                {name: tensor.to("meta") for name, tensor in tensors.items()}, self.shape, params
+            )
         self._check_cuts(scheme.format, params)
 
     def _check_cuts(self, format: str, params: Mapping[str, Any]) -> None:
@@ -107,7 +109,9 @@ class Source:
         """A plain weight in the dtype that vLLM computes in; packed tensors as they are."""
         if self.scheme is not None:
             return dict(tensors)
-        return {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+        return {
+            name: t.to(self.dtype) if t.is_floating_point() else t for name, t in tensors.items()
+        }
 
     def names(self) -> set[str]:
         """Names that its tensors may have."""
@@ -202,5 +206,7 @@ def shard_index(shard: Any, count: int) -> int:
         return 0
     index = {"q": 0, "k": 1, "v": 2}.get(shard) if isinstance(shard, str) else shard
     if type(index) is not int or not 0 <= index < count:
-        raise ValueError(f"expected a tensor for one of {count} fused weights, got one for {shard!r}")
+        raise ValueError(
+            f"expected a tensor for one of {count} fused weights, got one for {shard!r}"
+        )
     return index

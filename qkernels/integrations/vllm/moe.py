@@ -20,7 +20,9 @@ from .loading import Piece, Source, source_of
 _PARAMETER = {"w1": "w13", "w2": "w2", "w3": "w13"}
 
 
-def experts_method(layer: RoutedExperts, prefix: str, checkpoint: Checkpoint) -> QKernelsMoEMethod | None:
+def experts_method(
+    layer: RoutedExperts, prefix: str, checkpoint: Checkpoint
+) -> QKernelsMoEMethod | None:
     """The method of a layer of experts; None if they are plain.
 
     ValueError if they are packed in tensors that hold all experts at once.
@@ -65,7 +67,9 @@ class QKernelsMoEMethod(FusedMoEMethodBase):
             )
         for field in ("swiglu_limit", "swiglu_alpha", "swiglu_beta"):
             if getattr(layer, field) is not None:
-                raise ValueError(f"{self.prefix}: {field}: expected None, got {getattr(layer, field)}")
+                raise ValueError(
+                    f"{self.prefix}: {field}: expected None, got {getattr(layer, field)}"
+                )
         for shard in SHARDS:
             first = self.checkpoint.scheme(self.names[0][shard])
             for own in self.names:
@@ -116,7 +120,11 @@ class QKernelsMoEMethod(FusedMoEMethodBase):
         """Make the layer take these sources' tensors, in both of vLLM's ways of loading (as `config._Method`)."""
         device = torch.empty(0).device  # vLLM builds models under the device they go to
         layer.qkernels_sources = sources
-        leaves = [layer.ckpt_gate_proj_name, layer.ckpt_down_proj_name, str(layer.ckpt_up_proj_name)]
+        leaves = [
+            layer.ckpt_gate_proj_name,
+            layer.ckpt_down_proj_name,
+            str(layer.ckpt_up_proj_name),
+        ]
 
         def take(expert: int, shard: str, own: str, tensor: Tensor) -> bool:
             """Whether it is of an expert of this process."""
@@ -127,7 +135,9 @@ class QKernelsMoEMethod(FusedMoEMethodBase):
             if own != "bias":
                 source.add(own, tensor, device)
             elif bool(tensor.any()):  # GPTQ files often hold zeros for layers that have no bias
-                raise ValueError(f"{source.name}.bias: expected none or zeros, got one that is not zero")
+                raise ValueError(
+                    f"{source.name}.bias: expected none or zeros, got one that is not zero"
+                )
             return True
 
         def load_weights(weights: Iterable[tuple[str, Tensor]]) -> Iterable[str]:
@@ -135,7 +145,9 @@ class QKernelsMoEMethod(FusedMoEMethodBase):
                 try:
                     expert, shard, own = expert_tensor(name, leaves)
                     if expert >= len(self.names):
-                        raise ValueError(f"experts: expected 0..{len(self.names) - 1}, got {name!r:.80}")
+                        raise ValueError(
+                            f"experts: expected 0..{len(self.names) - 1}, got {name!r:.80}"
+                        )
                 except ValueError as error:
                     raise ValueError(f"{self.prefix}: {error}") from None
                 if take(expert, shard, own, tensor):

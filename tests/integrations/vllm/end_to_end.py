@@ -45,7 +45,12 @@ from tests.moe_checkpoint import save_moe
 from tests.tiny import ids, tiny_model, tiny_tokenizer
 
 #: vLLM's attention on the CPU wants heads of 32 or more
-SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 NEW = 12
 #: of the largest logit: a few units in the last place of bfloat16
 NEAR = 0.02
@@ -83,7 +88,11 @@ CASES = [
     Case("gptq 3 bits, asymmetric", "gptq", {"bits": 3, "group_size": 64, "symmetric": False}),
     Case("gptq act-order", "gptq", {"group_size": 64, "act_order": True}),
     Case(
-        "gptq, layer 1 left alone, head packed", "gptq", {"group_size": 64}, skip=("*.layers.1.*",), head=True
+        "gptq, layer 1 left alone, head packed",
+        "gptq",
+        {"group_size": 64},
+        skip=("*.layers.1.*",),
+        head=True,
     ),
     Case("awq", "awq", {"group_size": 64}),
     Case("awq in bfloat16", "awq", {"group_size": 64}, dtype="bfloat16"),
@@ -111,7 +120,9 @@ CASES = [
     Case("q4_k_m", "q4_k_m", asked=False),
     Case("q4_k_m in bfloat16", "q4_k_m", asked=False, dtype="bfloat16"),
     Case("awq, batch-invariant", "awq", {"group_size": 64}, batch_invariant=True),
-    Case("gptq act-order, two processes", "gptq", {"group_size": 64, "act_order": True}, processes=2),
+    Case(
+        "gptq act-order, two processes", "gptq", {"group_size": 64, "act_order": True}, processes=2
+    ),
     Case("q5_1, two processes", "q5_1", asked=False, processes=2),
     Case("Mixtral gptq", "gptq", {"group_size": 64}, moe="mixtral"),
     Case("Mixtral gptq act-order", "gptq", {"group_size": 64, "act_order": True}, moe="mixtral"),
@@ -123,7 +134,13 @@ CASES = [
     Case("Mixtral q4_k, down q8_0", "q4_k", asked=False, moe="mixtral", down="q8_0"),
     Case("Mixtral q8_0, batch-invariant", "q8_0", asked=False, moe="mixtral", batch_invariant=True),
     Case("Qwen3-MoE gptq", "gptq", {"group_size": 64}, moe="qwen3_moe"),
-    Case("Qwen3-MoE nf4, double quantization", "nf4", {"double_quant": True}, asked=False, moe="qwen3_moe"),
+    Case(
+        "Qwen3-MoE nf4, double quantization",
+        "nf4",
+        {"double_quant": True},
+        asked=False,
+        moe="qwen3_moe",
+    ),
     Case("Qwen3-MoE fp8", "fp8", moe="qwen3_moe"),
     Case("Qwen3-MoE gptq, two processes", "gptq", {"group_size": 64}, moe="qwen3_moe", processes=2),
     Case(
@@ -144,7 +161,9 @@ def make(case: Case, directory: Path) -> None:
     model = tiny_model(**SIZES, tie_word_embeddings=not case.head).to(getattr(torch, case.dtype))
     if case.format == "q4_k_m":  # as llama.cpp has it: the embedding is packed and tied
         qk.quantize_model(model, "q4_k_m", progress=False)
-        embedding = QuantEmbedding(qk.quantize(model.get_input_embeddings().weight, "q6_k"), model.dtype)
+        embedding = QuantEmbedding(
+            qk.quantize(model.get_input_embeddings().weight, "q6_k"), model.dtype
+        )
         model.set_input_embeddings(embedding)
         model.set_output_embeddings(qk.QuantLinear(embedding.packed))
     elif case.format:
@@ -165,7 +184,9 @@ def prompts(count: int = 3) -> list[list[int]]:
 
 
 @torch.no_grad()
-def ours(case: Case, directory: Path, asked: list[list[int]], count: int) -> tuple[Any, list[list[int]]]:
+def ours(
+    case: Case, directory: Path, asked: list[list[int]], count: int
+) -> tuple[Any, list[list[int]]]:
     """(our own load_model, or a mixture's dequantized twin, its greedy continuations)."""
     dtype = getattr(torch, case.dtype)
     if case.moe:
@@ -202,10 +223,14 @@ def _bytes(model: torch.nn.Module) -> int:
 
 
 def _file_bytes(directory: Path) -> int:
-    return sum(t.nbytes for file in directory.glob("*.safetensors") for t in load_file(file).values())
+    return sum(
+        t.nbytes for file in directory.glob("*.safetensors") for t in load_file(file).values()
+    )
 
 
-def make_llm(directory: Path, asked: bool, dtype: str, processes: int = 1, parallel: bool = False) -> Any:
+def make_llm(
+    directory: Path, asked: bool, dtype: str, processes: int = 1, parallel: bool = False
+) -> Any:
     from vllm import LLM
 
     return LLM(
@@ -237,7 +262,9 @@ def theirs(
     plugin.envs = moe_plugin.envs = SimpleNamespace(VLLM_BATCH_INVARIANT=case.batch_invariant)
     try:
         llm = make_llm(directory, case.asked, case.dtype, case.processes, case.parallel)
-        sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
+        sampling = SamplingParams(
+            temperature=0, max_tokens=count, ignore_eos=True, detokenize=False
+        )
         asked = [{"prompt_token_ids": t} for t in texts]
         groups = [[a] for a in asked] if case.alone else [asked]
         outputs = [o for group in groups for o in llm.generate(group, sampling, use_tqdm=False)]
@@ -288,7 +315,9 @@ def attempt(case: Case, directory: Path, texts: list[list[int]], count: int) -> 
         return False
 
 
-def refused(name: str, directory: Path, message: str, change: dict[str, Any], processes: int = 1) -> bool:
+def refused(
+    name: str, directory: Path, message: str, change: dict[str, Any], processes: int = 1
+) -> bool:
     """Whether vLLM ends with our message for a checkpoint whose quantization_config is changed so."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -361,7 +390,12 @@ def _ask(server: subprocess.Popen[bytes], port: int, command: list[str]) -> bool
             break
         except OSError:
             time.sleep(2)
-    body = {"model": "tiny", "prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
+    body = {
+        "model": "tiny",
+        "prompt": "The capital of France is",
+        "max_tokens": 8,
+        "temperature": 0,
+    }
     request = urllib.request.Request(
         f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
@@ -374,7 +408,9 @@ def _ask(server: subprocess.Popen[bytes], port: int, command: list[str]) -> bool
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--cases", help="names separated by ';' [all]")
     parser.add_argument("--skip-real", action="store_true", help="no SmolLM2-135M")
     parser.add_argument("--skip-server", action="store_true")
@@ -383,7 +419,9 @@ def main() -> None:
     work = Path(tempfile.mkdtemp(prefix="qkernels-vllm-"))
     ok = True
     try:
-        print("| checkpoint | dtype | equal tokens | bytes in vLLM | bytes in load_model | time | |")
+        print(
+            "| checkpoint | dtype | equal tokens | bytes in vLLM | bytes in load_model | time | |"
+        )
         print("| --- | --- | ---: | ---: | ---: | ---: | --- |", flush=True)
         for i, case in enumerate(chosen):
             directory = work / f"case-{i}"
