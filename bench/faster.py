@@ -19,9 +19,9 @@ import typer
 
 from qkernels import formats
 from qkernels.backends import measured
+from qkernels.backends.problem import Problem
 from qkernels.benchmark import race
-from qkernels.dispatch import Problem
-from qkernels.presets import parse_specs
+from qkernels.quantizers.specs import parse_specs
 
 MARGIN = 1.03
 

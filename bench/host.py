@@ -25,9 +25,10 @@ import torch
 import typer
 
 import qkernels as qk
-from qkernels import dispatch, grouped
-from qkernels.backends import cuda, triton
-from qkernels.presets import FormatSpec
+from qkernels.backends import cuda, registry, triton
+from qkernels.backends.problem import Problem, problem_of
+from qkernels.ops import moe
+from qkernels.quantizers.specs import FormatSpec
 
 #: format, its parameters, rows of x
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -61,21 +62,21 @@ def microseconds(call: Callable[[], object], calls: int = 200, rounds: int = 40)
 
 # ---------------------------------------------------------------------- stand-ins
 @contextmanager
-def only(kernel: dispatch.Kernel) -> Iterator[None]:
+def only(kernel: registry.Kernel) -> Iterator[None]:
     """`kernel` is the one that dispatch knows, whatever the device."""
-    kernels, dispatch._KERNELS = dispatch._KERNELS, {kernel.name: kernel}
+    kernels, registry._KERNELS = registry._KERNELS, {kernel.name: kernel}
     _forget()
     try:
         yield
     finally:
-        dispatch._KERNELS = kernels
+        registry._KERNELS = kernels
         _forget()
 
 
 def _forget() -> None:
-    dispatch._choose.cache_clear()
-    qk.ops._kernel.cache_clear()
-    grouped._kernel.cache_clear()
+    registry.choose.cache_clear()
+    qk.ops.matmul._kernel.cache_clear()
+    moe._kernel.cache_clear()
 
 
 class NullDriver:
@@ -168,27 +169,27 @@ def null_driver(record: bool = False) -> Iterator[NullDriver]:
 
 def launcher_of(
     backend: str, name: str, params: dict[str, Any], rows: int = 1
-) -> dispatch.Kernel | None:
+) -> registry.Kernel | None:
     """The real launcher for a format and so many rows, taking any device."""
     p = qk.quantize(torch.zeros(SHAPE), name, **params)
-    problem = dispatch.problem_of(p, rows, torch.float16, torch.device("cpu"))
+    problem = problem_of(p, rows, torch.float16, torch.device("cpu"))
     layout = qk.formats.get(name).kernel_layout(p.params)
-    for kernel in dispatch.kernels():
+    for kernel in registry.kernels():
         if (kernel.backend, kernel.layout) == (backend, layout) and not _not_here(kernel, problem):
             return _everywhere(kernel)
     return None
 
 
-def _everywhere(kernel: dispatch.Kernel) -> dispatch.Kernel:
+def _everywhere(kernel: registry.Kernel) -> registry.Kernel:
     """The kernel, taking every problem on any device."""
 
-    def nothing(*problem: dispatch.Problem) -> None:
+    def nothing(*problem: Problem) -> None:
         return None
 
     return replace(kernel, unavailable=nothing, rejects=nothing, automatic=nothing)
 
 
-def _not_here(kernel: dispatch.Kernel, problem: dispatch.Problem) -> str | None:
+def _not_here(kernel: registry.Kernel, problem: Problem) -> str | None:
     """Why the kernel would not take the problem on a GPU."""
     if kernel.backend != "cuda":
         return None
@@ -228,13 +229,13 @@ def null_extension() -> Iterator[None]:
 def measure() -> dict[str, float]:
     """Microseconds of dispatch: a call whose kernel does nothing."""
     y = torch.empty(1, 64)
-    null = dispatch.Kernel(
-        "null", "cuda", dispatch.ANY_LAYOUT, lambda: None, lambda problem: None, lambda *operands: y
+    null = registry.Kernel(
+        "null", "cuda", registry.ANY_LAYOUT, lambda: None, lambda problem: None, lambda *operands: y
     )
     with only(null), torch.inference_mode():
         p = qk.quantize(torch.randn(64, 256), "gptq", group_size=64)
         layer, x, bias = qk.QuantLinear(p, torch.zeros(64)), torch.randn(1, 256), torch.zeros(64)
-        spec, storage = qk.ops.spec_of(p), list(p.storage.values())
+        spec, storage = qk.ops.matmul.spec_of(p), list(p.storage.values())
         return {
             "qkernels.matmul": microseconds(lambda: qk.matmul(x, p, bias)),
             "QuantLinear": microseconds(lambda: layer(x)),
@@ -259,7 +260,7 @@ def launchers(backend: str, rows: int = 1) -> dict[str, float]:
             found[str(FormatSpec(name, params))] = microseconds(lambda p=p, x=x: qk.matmul(x, p))
             if "act_order" in params:
                 continue
-            operands = (x, list(p.storage.values()), None, qk.ops.spec_of(p), "auto", False)
+            operands = (x, list(p.storage.values()), None, qk.ops.matmul.spec_of(p), "auto", False)
             for _ in range(3):
                 torch.ops.qkernels.matmul(*operands)
             found[f"torch.ops: {FormatSpec(name, params)}"] = microseconds(
@@ -278,7 +279,7 @@ def layers() -> dict[str, float]:
         )
         layout = qk.formats.get(name).kernel_layout(gate_up.params)
         kernel = next(
-            k for k in dispatch.kernels(grouped=True) if (k.backend, k.layout) == ("triton", layout)
+            k for k in registry.kernels(grouped=True) if (k.backend, k.layout) == ("triton", layout)
         )
         x, ids, weights = torch.randn(1, 256).half(), torch.tensor([[0, 1]]), torch.rand(1, 2)
         operands = (x, gate_up, down, weights, ids)

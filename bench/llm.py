@@ -27,7 +27,7 @@ from rich.table import Table
 
 import qkernels as qk
 from qkernels.benchmark import race, timing
-from qkernels.presets import FormatSpec, parse_specs
+from qkernels.quantizers.specs import FormatSpec, parse_specs
 
 from . import supervisor
 

@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 import qkernels as qk
-from qkernels import formats, roofline
+from qkernels import formats
+from qkernels.backends import roofline
 from qkernels.benchmark import shapes
-from qkernels.presets import FormatSpec
+from qkernels.quantizers.specs import FormatSpec
 
 
 def bytes_per_weight(name: str, params: dict[str, object]) -> float:

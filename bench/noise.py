@@ -25,7 +25,7 @@ COLUMNS = ["format", "weight error", "perplexity", "weights alone", "Gaussian no
 @torch.no_grad()
 def changed(model: nn.Module, change: Callable[[int, Tensor], Tensor]) -> nn.Module:
     """A copy of `model` with the weight of its i-th linear layer, except the output's, put through `change`."""
-    from qkernels.candidates import linears
+    from qkernels.models.candidates import linears
 
     model = copy.deepcopy(model)
     for i, (_, layer) in enumerate(linears(model, None)):
@@ -50,8 +50,8 @@ def main(
     """Perplexity of formats, of their weights alone, and of Gaussian noise as large as their errors."""
     import qkernels as qk
     from qkernels.cli import common
-    from qkernels.evaluate import perplexity
-    from qkernels.presets import parse_specs
+    from qkernels.models.evaluate import perplexity
+    from qkernels.quantizers.specs import parse_specs
 
     net, tokenizer = common.load(model, "cpu", "float32")
     ids = common.text_ids(tokenizer, common.read_text(text), tokens, text)

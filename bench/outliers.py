@@ -63,8 +63,8 @@ def main(
     """Perplexity of 8-bit formats on MODEL, and on a copy with planted activation outliers."""
     from qkernels import quantize_model
     from qkernels.cli import common
-    from qkernels.evaluate import perplexity
-    from qkernels.presets import FormatSpec
+    from qkernels.models.evaluate import perplexity
+    from qkernels.quantizers.specs import FormatSpec
 
     plain, tokenizer = common.load(model, "auto", None)
     spiked = plant(copy.deepcopy(plain), factor, channels)

@@ -18,9 +18,10 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from qkernels import formats, roofline
+from qkernels import formats
+from qkernels.backends import roofline
 from qkernels.benchmark import race, shapes
-from qkernels.presets import parse_specs
+from qkernels.quantizers.specs import parse_specs
 
 from . import llm
 from .gpu import plan
@@ -198,7 +199,7 @@ def _beside_model(predictor: Predictor, row: dict[str, Any]) -> Iterator[tuple[f
 
 def main(
     gpus: Annotated[
-        str, typer.Option("--gpu", help="Names in qkernels/roofline.py.")
+        str, typer.Option("--gpu", help="Names in qkernels/backends/roofline.py.")
     ] = "H200,H100",
     last: Annotated[Path, typer.Option(help="The race that factors are of.")] = LAST,
     runs: Annotated[list[Path], typer.Option("--beside", help="Results to lay beside it.")] = [],  # noqa: B006
@@ -213,7 +214,9 @@ def main(
     for name in gpus.split(","):
         known = roofline.find(name)
         if known is None:
-            raise typer.BadParameter(f"--gpu: expected GPUs of qkernels/roofline.py, got {name!r}")
+            raise typer.BadParameter(
+                f"--gpu: expected GPUs of qkernels/backends/roofline.py, got {name!r}"
+            )
         predictor = Predictor(known, report)
         print(f"\n## {known.name}: microseconds a product, in a chain\n")
         print("\n".join(races(predictor)))

@@ -16,7 +16,7 @@ import typer
 
 import qkernels as qk
 from qkernels.benchmark import shapes
-from qkernels.presets import FormatSpec
+from qkernels.quantizers.specs import FormatSpec
 
 #: N and K: neither is a multiple of a block
 SHAPE = (72, 512)

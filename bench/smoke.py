@@ -37,7 +37,7 @@ from torch import Tensor
 import qkernels as qk
 from qkernels.benchmark import race, shapes, timing
 from qkernels.formats.gguf import TYPES
-from qkernels.presets import FormatSpec, parse_specs
+from qkernels.quantizers.specs import FormatSpec, parse_specs
 
 from . import starts, supervisor, worker
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from qkernels.benchmark import race
-from qkernels.presets import FormatSpec, parse_specs
+from qkernels.quantizers.specs import FormatSpec, parse_specs
 
 Row = dict[str, Any]
 LARGE = 8192 * 8192

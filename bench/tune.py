@@ -25,7 +25,7 @@ import typer
 
 import qkernels as qk
 from qkernels.benchmark import shapes
-from qkernels.presets import FormatSpec
+from qkernels.quantizers.specs import FormatSpec
 
 DEFAULT = "gptq:bits=4,group_size=128,w8a8,fp8:activation=dynamic,nf4,q4_k,gptq:bits=4,group_size=128,symmetric=false"
 

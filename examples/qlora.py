@@ -15,7 +15,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import qkernels as qk
-from qkernels import checkpoints, samples
+from qkernels import checkpoints
+from qkernels.cli import samples
 from qkernels.integrations.peft import with_quant_linear
 
 
@@ -70,7 +71,7 @@ def main() -> None:
     seconds = time.perf_counter() - start
     after = evaluate(model, held_out)
 
-    packed = qk.model.model_summary(model)
+    packed = qk.models.quantize.model_summary(model)
     fifth = max(1, args.steps // 5)
     means = [
         sum(losses[i : i + fifth]) / len(losses[i : i + fifth]) for i in range(0, args.steps, fifth)

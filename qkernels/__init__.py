@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from . import formats, fused
-from .dispatch import explain
-from .experts import PackedExperts, quantize_experts
-from .fuse import fuse_norms
-from .grouped import fused_moe, grouped_matmul
-from .linear import QuantLinear
-from .model import load_model, quantize_model, save_model
-from .moe import QuantExperts
-from .ops import matmul
-from .packed import PackedWeight, pack, quantize
+from . import formats
+from .backends.explain import explain
+from .models.fuse import fuse_norms
+from .models.quantize import load_model, quantize_model, save_model
+from .nn import fused
+from .nn.experts import QuantExperts
+from .nn.linear import QuantLinear
+from .ops.matmul import matmul
+from .ops.moe import fused_moe, grouped_matmul
 from .quantizers import ImportanceMatrix, calibration_ids
-
-__version__ = "0.1.0.dev0"
+from .version import __version__
+from .weights.experts import PackedExperts, quantize_experts
+from .weights.packed import PackedWeight, pack, quantize
 
 __all__ = [
     "ImportanceMatrix",
@@ -22,6 +22,7 @@ __all__ = [
     "PackedWeight",
     "QuantExperts",
     "QuantLinear",
+    "__version__",
     "calibration_ids",
     "explain",
     "formats",

@@ -4,7 +4,7 @@
 
 prints a table: what is saved x where directories can be exchanged x what goes wrong -> how often the old, the new or
 nothing was there, first at once and then when the next save has cleaned up. A step is a call of the operating system
-(for errors) or a line of qkernels/atomic.py (for Ctrl-C and for a lost process).
+(for errors) or a line of qkernels/checkpoints/atomic.py (for Ctrl-C and for a lost process).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from qkernels import atomic
+from qkernels.checkpoints import atomic
 
 _CALLS = (
     "mkdir",

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 import qkernels as qk
-from qkernels.checkpoints import quantization
+from qkernels.checkpoints.hf import quantization
 
 from .tiny import VOCABULARY, tiny_tokenizer
 

@@ -306,8 +306,9 @@ def visible() -> Iterator[None]:
     """torch sees a GPU."""
     from triton.runtime import interpreter
 
-    from qkernels import grouped, ops
     from qkernels.backends import cuda
+    from qkernels.ops import matmul as ops
+    from qkernels.ops import moe
 
     started = cuda.run
 
@@ -396,8 +397,8 @@ def visible() -> Iterator[None]:
             _OURS,
             matmul=ops._matmul_impl,
             grad_input=ops._grad_input_impl,
-            grouped_matmul=grouped._grouped_impl,
-            fused_moe=grouped._fused_impl,
+            grouped_matmul=moe._grouped_impl,
+            fused_moe=moe._fused_impl,
         ),
         # What starts a kernel early is no code for the interpreter.
         mock.patch.dict(os.environ, QKERNELS_EARLY="0"),

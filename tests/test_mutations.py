@@ -1,4 +1,4 @@
-"""The list of tests/mutations.py keeps up with the kernels: what it breaks is there. Running it takes hours."""
+"""The list of tools/mutations.py keeps up with the kernels: what it breaks is there. Running it takes hours."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .mutations import ROOT, SUITES, copy_of
+from tools.mutations import ROOT, SUITES, copy_of
 
 
 def test_what_is_broken_is_there() -> None:

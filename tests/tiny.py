@@ -44,7 +44,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def save_tiny(path: Path, **changes: object) -> LlamaForCausalLM:
     """Save a tiny model with its tokenizer as a Hugging Face directory; returns the model."""
-    from qkernels.checkpoints import huggingface
+    from qkernels.checkpoints.hf import reader as huggingface
 
     model = tiny_model(**changes)
     huggingface.save(model, path, tokenizer=tiny_tokenizer())

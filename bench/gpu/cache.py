@@ -54,7 +54,7 @@ class Product(NamedTuple):
 def products(parts: list[str], formats: str | None = None) -> Iterator[Product]:
     """What the Triton kernels multiply in these parts of the plan. formats: instead of the parts' own."""
     from qkernels.benchmark import shapes
-    from qkernels.presets import FormatSpec, parse_specs
+    from qkernels.quantizers.specs import FormatSpec, parse_specs
 
     from .. import llm, sanitized, smoke
 

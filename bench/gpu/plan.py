@@ -118,8 +118,8 @@ GPU_TESTS = """
 tests/gpu tests/kernels/test_launch.py tests/cuda/test_launch.py tests/cuda/test_hopper.py
 tests/cuda/test_weight_only.py tests/cuda/test_eight_bit.py tests/cuda/test_transforms.py tests/cuda/test_slices.py
 tests/kernels/test_weight_only.py tests/kernels/test_eight_bit.py tests/kernels/test_decoders.py
-tests/kernels/test_activations.py tests/kernels/test_incoherent.py tests/kernels/test_experts.py tests/test_fused.py
-tests/test_linear.py tests/kernels/test_graphs.py tests/kernels/test_memory.py tests/kernels/test_batch_invariant.py
+tests/kernels/test_activations.py tests/kernels/test_incoherent.py tests/kernels/test_experts.py tests/ops/test_fused.py
+tests/nn/test_linear.py tests/kernels/test_graphs.py tests/kernels/test_memory.py tests/kernels/test_batch_invariant.py
 """
 _PYTEST = "-m pytest -p no:cacheprovider --tb=short"
 _EARLY = Race(

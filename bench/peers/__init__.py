@@ -21,7 +21,7 @@ from torch import Tensor
 
 import qkernels as qk
 from qkernels.benchmark.race import Contestant, Layer
-from qkernels.packed import PackedWeight
+from qkernels.weights.packed import PackedWeight
 
 #: relative error that rounding the weights (and activations) may cost, on Gaussian data
 FOUR_BIT, EIGHT_BIT = 0.2, 0.05

@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from qkernels import transforms
 from qkernels.benchmark.race import Contestant, Layer
+from qkernels.formats import transforms
 
 from . import Peer
 

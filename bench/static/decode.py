@@ -15,9 +15,9 @@ from typing import Annotated
 
 import typer
 
-from qkernels import roofline
+from qkernels.backends import roofline
 from qkernels.benchmark import shapes
-from qkernels.presets import FormatSpec
+from qkernels.quantizers.specs import FormatSpec
 
 from ..model import bytes_per_weight
 from . import facts

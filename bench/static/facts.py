@@ -14,14 +14,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import qkernels.backends.triton as backend
 from qkernels.backends.triton.configs import SHARED_KIB
 
 from . import assembly, hazards
+from . import jobs as job_modules
 from .occupancy import occupancy
 
 if TYPE_CHECKING:
-    from qkernels.backends.triton.jobs import CompileJob
+    from .jobs.base import CompileJob
 
 #: bytes of registers that may be put aside outside of the main loop, where it is done once a program
 SPILLS_OUTSIDE = 8
@@ -112,8 +112,8 @@ def failures(facts: Facts) -> list[str]:
 
 # ---------------------------------------------------------------------- jobs
 def families() -> list[str]:
-    """Modules of the backend that have jobs to compile."""
-    names = sorted(module.name for module in pkgutil.iter_modules(backend.__path__))
+    """Modules of `jobs` that have some to compile."""
+    names = sorted(module.name for module in pkgutil.iter_modules(job_modules.__path__))
     return [name for name in names if hasattr(_module(name), "compile_jobs")]
 
 
@@ -123,7 +123,7 @@ def jobs(family: str, arch: int, subset: bool) -> list[CompileJob]:
 
 
 def _module(name: str) -> Any:
-    return importlib.import_module(f"{backend.__name__}.{name}")
+    return importlib.import_module(f"{job_modules.__name__}.{name}")
 
 
 # ---------------------------------------------------------------------- compiling

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from .. import formats, layouts
 
 if TYPE_CHECKING:
-    from ..dispatch import Problem
+    from .problem import Problem
 
 RUN, GPU, CAPABILITY = "bench/results/2026-11-27-h200", "NVIDIA H200", (9, 0)
 #: kind of kernel -> (most rows of x, faster backend), rows ascending; the last entry holds for all above, too

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import formats, roofline
-from ..dispatch import explain
-from ..linear import QuantLinear
-from ..ops import matmul
-from ..packed import quantize
-from ..presets import FormatSpec
+from .. import formats
+from ..backends import roofline
+from ..backends.explain import explain
+from ..nn.linear import QuantLinear
+from ..ops.matmul import matmul
+from ..quantizers.specs import FormatSpec
+from ..weights.packed import quantize
 from . import timing
 
 

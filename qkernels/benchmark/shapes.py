@@ -80,7 +80,7 @@ def shapes_of(names: str) -> list[tuple[int, int]]:
 def formats_of(suites: str) -> list[tuple[str, dict[str, Any]]]:
     """The registered formats of suites, or specs such as "nf4,gptq:bits=3"."""
     from .. import formats
-    from ..presets import parse_specs
+    from ..quantizers.specs import parse_specs
 
     names = [part.strip() for part in suites.split(",")]
     if not all(name in SUITES or name == "all" for name in names):

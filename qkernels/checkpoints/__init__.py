@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..ops import X_DTYPES
+from ..ops.matmul import X_DTYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,7 +23,8 @@ def load(
     dtype: torch.dtype | str | None = None,
 ) -> PreTrainedModel:
     """The model at `path`, a Hugging Face directory or a .gguf file; see `qkernels.load_model`."""
-    from . import gguf, huggingface
+    from .gguf import reader as gguf
+    from .hf import reader as huggingface
 
     dtype = _floating(dtype)
 
@@ -42,7 +43,8 @@ def save(
 
     See `qkernels.save_model`.
     """
-    from . import gguf, huggingface
+    from .gguf import reader as gguf
+    from .hf import reader as huggingface
 
     if Path(path).suffix != ".gguf":
         huggingface.save(model, path, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
@@ -55,7 +57,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
 
     Raises FileNotFoundError if nothing is there, ValueError if it has no tokenizer.
     """
-    from . import gguf, huggingface
+    from .gguf import reader as gguf
+    from .hf import reader as huggingface
 
     if gguf.is_gguf(_existing(path)):
         return gguf.load_tokenizer(path)

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from .. import atomic
+from . import atomic
 
 #: what a saved model consists of; a directory with anything else in it is not overwritten
 _SAVED_FILES = (

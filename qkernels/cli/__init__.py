@@ -9,8 +9,8 @@ from typing import Any
 
 import typer
 
-from ..samples import SampleError
 from . import bench, convert, evaluate, generate, info, inspect, quantize
+from .samples import SampleError
 
 app = typer.Typer(
     name="qkernels",

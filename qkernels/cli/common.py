@@ -52,7 +52,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON to stdout i
 
 def model_path(name: str) -> Path:
     """The path given, or a sample model's, downloaded if need be."""
-    from .. import samples
+    from . import samples
 
     path = Path(name)
     if path.exists():
@@ -68,7 +68,7 @@ def model_path(name: str) -> Path:
 
 def read_text(name: str) -> str:
     """The text of a file, or of a sample, downloaded if need be."""
-    from .. import samples
+    from . import samples
 
     path = Path(name)
     if not path.exists():
@@ -146,8 +146,9 @@ def load(name: str, device: str, dtype: str | None, *, packed: bool = False) -> 
     """
     where, kind = pick_device(device), pick_dtype(dtype)  # before the slow import and load
     path = model_path(name)
-    from ..checkpoints import gguf, load_tokenizer
-    from ..model import load_model
+    from ..checkpoints import load_tokenizer
+    from ..checkpoints.gguf import reader as gguf
+    from ..models.quantize import load_model
 
     status(f"Loading {path}")
     quiet_transformers()

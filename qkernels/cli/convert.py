@@ -56,7 +56,7 @@ def convert(
     Example: qkernels convert ./my-model-gptq ./my-model-awq --format awq
     """
     from ..checkpoints import directories, save
-    from ..presets import parse_params
+    from ..quantizers.specs import parse_params
 
     params = parse_params(format, param or []) if format else {}
     if param and not format:
@@ -99,8 +99,9 @@ def _load(source: Path, device: str, dtype: str | None, *, packed: bool) -> tupl
 
     packed: tensors of a GGUF file are kept bit for bit, which a directory of ours can hold.
     """
-    from ..checkpoints import gguf, load_tokenizer
-    from ..model import load_model
+    from ..checkpoints import load_tokenizer
+    from ..checkpoints.gguf import reader as gguf
+    from ..models.quantize import load_model
 
     if gguf.is_gguf(source):
         return common.load(str(source), device, dtype, packed=packed)
@@ -116,9 +117,9 @@ def _load(source: Path, device: str, dtype: str | None, *, packed: bool) -> tupl
 def _convert(net: Any, format: str, params: dict[str, Any], report: Any) -> list[dict[str, Any]]:
     from dataclasses import asdict
 
-    from ..convert import convert_model
-    from ..linear import QuantLinear
-    from ..model import quantize_model
+    from ..models.convert import convert_model
+    from ..models.quantize import quantize_model
+    from ..nn.linear import QuantLinear
 
     if any(isinstance(module, QuantLinear) for module in net.modules()):
         return [asdict(done) for done in convert_model(net, format, report, **params)]

@@ -47,7 +47,7 @@ def evaluate(
 
     Example: qkernels eval smollm2-135m --formats "nf4,awq:group_size=64" --text macbeth --markdown
     """
-    from ..presets import parse_specs
+    from ..quantizers.specs import parse_specs
 
     if formats is not None and against is not None:
         raise ValueError(
@@ -95,7 +95,7 @@ def evaluate(
 
 
 def _check_unquantized(net: Any, name: str) -> None:
-    from ..model import model_summary
+    from ..models.quantize import model_summary
 
     kinds = model_summary(net).formats
     if kinds:
@@ -105,7 +105,7 @@ def _check_unquantized(net: Any, name: str) -> None:
 
 
 def _describe(net: Any) -> str:
-    from ..model import model_summary
+    from ..models.quantize import model_summary
 
     return " + ".join(model_summary(net).formats) or "unquantized"
 
@@ -113,7 +113,7 @@ def _describe(net: Any) -> str:
 def _quantized(spec: Any, net: Any, ids: Any, window: int, calibration: Any) -> dict[str, Any]:
     from copy import deepcopy
 
-    from ..model import quantize_model, shared_copy
+    from ..models.quantize import quantize_model, shared_copy
 
     if "algorithm" in spec.params:  # these change norms, too
         copy = quantize_model(deepcopy(net), spec.name, calibration, **spec.params)
@@ -125,8 +125,8 @@ def _quantized(spec: Any, net: Any, ids: Any, window: int, calibration: Any) -> 
 def _measure(label: str, net: Any, ids: Any, window: int, reference: Any = None) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from ..evaluate import perplexity
-    from ..model import model_summary
+    from ..models.evaluate import perplexity
+    from ..models.quantize import model_summary
 
     with common.progress(f"Evaluating {label}") as report:
         found = asdict(perplexity(net, ids, window, reference=reference, progress=report))

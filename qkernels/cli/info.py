@@ -64,8 +64,10 @@ def collect() -> dict:  # type: ignore[type-arg]
 
     import torch
 
-    from .. import __version__, dispatch, formats
+    from .. import formats
+    from ..backends import registry
     from ..backends.cuda import build
+    from ..version import __version__
 
     gpus = []
     for i in range(torch.cuda.device_count()):
@@ -92,7 +94,7 @@ def collect() -> dict:  # type: ignore[type-arg]
         ],
         "kernels": [
             {"name": k.name, "backend": k.backend, "unavailable": k.unavailable()}
-            for k in [*dispatch.kernels(), *dispatch.kernels(grouped=True)]
+            for k in [*registry.kernels(), *registry.kernels(grouped=True)]
         ],
     }
 

@@ -102,7 +102,7 @@ def _number(value: float | None) -> str:
 
 def collect(name: str) -> tuple[dict[str, Any], list[Row]]:
     """(facts about the file, one Row per module) of a MODEL path."""
-    from ..checkpoints import gguf
+    from ..checkpoints.gguf import reader as gguf
 
     path = common.model_path(name)
     if gguf.is_gguf(path):
@@ -111,7 +111,7 @@ def collect(name: str) -> tuple[dict[str, Any], list[Row]]:
 
 
 def _gguf(path: Path) -> tuple[dict[str, Any], list[Row]]:
-    from ..checkpoints import gguf
+    from ..checkpoints.gguf import reader as gguf
 
     header = gguf.read_header(path)
     rows = []
@@ -127,7 +127,7 @@ def _gguf(path: Path) -> tuple[dict[str, Any], list[Row]]:
 
 
 def _safetensors(path: Path) -> tuple[dict[str, Any], list[Row]]:
-    from ..checkpoints import expert_layers, layers, model_config, quantization
+    from ..checkpoints.hf import expert_layers, layers, model_config, quantization
     from ..checkpoints.tensor_files import TensorFiles
 
     directory = path if path.is_dir() else path.parent

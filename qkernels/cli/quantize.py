@@ -78,7 +78,7 @@ def quantize(
     Example: qkernels quantize smollm2-135m --format gptq -p group_size=64 --calibration kjv --output ./smol
     """
     from ..checkpoints import directories
-    from ..presets import FormatSpec, parse_params
+    from ..quantizers.specs import FormatSpec, parse_params
 
     spec = FormatSpec(format, parse_params(format, param or []))
     source, target = common.model_path(model), Path(output)
@@ -97,11 +97,11 @@ def quantize(
     ids = common.text_ids(tokenizer, contents, tokens, text) if report else None
 
     if is_file(target):  # now, not when the work is done
-        from ..checkpoints import gguf_writer
+        from ..checkpoints.gguf import writer as gguf_writer
 
         gguf_writer.check(net, tokenizer, format)
 
-    from ..model import model_summary, quantize_model, save_model, shared_copy
+    from ..models.quantize import model_summary, quantize_model, save_model, shared_copy
     from ..quantizers import ImportanceMatrix
 
     # With a report the original is needed again at the end, for the divergence from it.
@@ -149,7 +149,7 @@ def is_file(target: Path) -> bool:
 def _report(
     base: Any, saved: Path, ids: Any, window: int, prompt: str, device: str, dtype: str | None
 ) -> dict[str, Any]:
-    from ..evaluate import perplexity
+    from ..models.evaluate import perplexity
 
     net, tokenizer = common.load(str(saved), device, dtype, packed=True)
     with common.progress("Evaluating") as report:

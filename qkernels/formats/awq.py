@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from ..layouts.weight_only import WEIGHT_ONLY, WeightOnlyParts, WeightOnlyTraits
-from . import affine
-from .base import FLOATS, Params, Shape, TensorSpec
+from . import grid as affine
+from .base import FLOATS, TensorSpec
 from .gptq import left_alone
+from .grouped import Grouped
+from .types import Params, Shape
 
 
 def pack_columns(codes: Tensor) -> Tensor:
@@ -47,7 +49,7 @@ def unpack_columns(words: Tensor) -> Tensor:
     return codes.view(words.shape[0], -1)
 
 
-class Awq(affine.Grouped):
+class Awq(Grouped):
     name = "awq"
     summary = "4-bit integers in groups with zeros, the GEMM layout of AutoAWQ"
     algorithms = ("awq", "gptq")

@@ -18,21 +18,20 @@ import torch
 from torch import Tensor
 
 from ..tensors import check_strided
+from .types import Params, Shape
 
 if TYPE_CHECKING:
     from ..layouts.eight_bit import EightBitParts, EightBitTraits
     from ..layouts.weight_only import WeightOnlyParts, WeightOnlyTraits
-    from .affine import Grid
+    from .grid import Grid
 
-Shape = tuple[int, int]
-Params = dict[str, Any]
 
 #: elements turned to float32 at a time while a tensor is checked, so that loading needs no copy of it. On the CPU so
 #: few, because glibc's heap may grow by as much for every tensor: with 4 MB a file of 200 MB left 170 MB behind, with
 #: 128 kB one of 100 MB in 170 tensors still 0 to 45 MB.
 _CHECKED_AT_ONCE, _CHECKED_AT_ONCE_CPU = 1 << 20, 1 << 12
 
-#: `quant_method` of the config that says any format: qkernels/checkpoints/quantization.py
+#: `quant_method` of the config that says any format: qkernels/checkpoints/hf/quantization.py
 OWN_METHOD = "qkernels"
 
 #: numbers of one tensor: a weight's (SpQR's smallest groups have four statistics each), a table's or a quant state's

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from ..layouts.weight_only import WEIGHT_ONLY, WeightOnlyParts, WeightOnlyTraits
-from .base import Format, Params, Shape, TensorSpec
+from .base import Format, TensorSpec
+from .types import Params, Shape
 
 _STATE = "weight.quant_state.bitsandbytes__"
 #: quantiles of the normal distribution, normalized to [-1, 1], with an exact 0 (QLoRA, appendix E)

@@ -1,7 +1,7 @@
 """compressed-tensors' `quantization_config`: what one config group says, read and written.
 
 A config holds groups, each a scheme for the modules its `targets` name. A format reads a config with one
-group; qkernels/checkpoints/quantization.py splits and joins those with more.
+group; qkernels/checkpoints/hf/quantization.py splits and joins those with more.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Format, Params, Shape, TensorSpec
+from .base import Format, TensorSpec
+from .types import Params, Shape
 
 
 class Dense(Format):

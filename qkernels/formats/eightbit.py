@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .affine import Grid
+from .grid import Grid
 
 # 1024 products of two int8 (at most 2^14 each) sum to at most 2^24: exact in float32 in any order.
 _EXACT_K = 1024

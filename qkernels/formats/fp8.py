@@ -29,8 +29,9 @@ from torch import Tensor
 
 from ..layouts.eight_bit import EIGHT_BIT, EightBitParts, EightBitTraits
 from ..layouts.weight_only import SLICE, WEIGHT_ONLY, WeightOnlyParts, WeightOnlyTraits
-from .base import FLOATS, Format, Params, Shape, TensorSpec, accumulate_dtype
+from .base import FLOATS, Format, TensorSpec, accumulate_dtype
 from .compressed_tensors import read_eight_bit, write_eight_bit
+from .types import Params, Shape
 
 #: name of the weight's scale -> the name of the input's beside it
 _INPUT_SCALES = {"weight_scale": "input_scale", "weight_scale_inv": "activation_scale"}

@@ -25,15 +25,18 @@ import torch
 from torch import Tensor
 
 from ..layouts.weight_only import WEIGHT_ONLY, WeightOnlyParts, WeightOnlyTraits
-from . import affine, bits
-from .base import FLOATS, Params, Shape, TensorSpec
+from . import bits
+from . import grid as affine
+from .base import FLOATS, TensorSpec
+from .grouped import Grouped
+from .types import Params, Shape
 
 WIDTHS = (2, 3, 4, 8)
 #: checkpoint_format -> what is taken off a zero point when it is stored
 _SHIFTS = {"gptq": 1, "gptq_v2": 0}
 
 
-class Gptq(affine.Grouped):
+class Gptq(Grouped):
     name = "gptq"
     summary = "2/3/4/8-bit integers in groups, zeros, act-order (AutoGPTQ, GPTQModel)"
     algorithms = ("gptq", "awq")

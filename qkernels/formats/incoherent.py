@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ..layouts.weight_only import WEIGHT_ONLY
-from ..transforms import LARGEST_FACTOR, kronecker
-from .base import Format, Params, Shape
+from .base import Format
+from .transforms import LARGEST_FACTOR, kronecker
+from .types import Params, Shape
 
 
 class Side(NamedTuple):

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from ..layouts.eight_bit import EIGHT_BIT, EightBitParts, EightBitTraits
-from .affine import Grid
-from .base import Format, Params, Shape, TensorSpec, accumulate_dtype
+from .base import Format, TensorSpec, accumulate_dtype
 from .eightbit import check_groups, int_matmul, one_group, reciprocal_or_zero, signed_codes
+from .grid import Grid
+from .types import Params, Shape
 
 
 class Int8(Format):

@@ -23,8 +23,11 @@ import torch
 from torch import Tensor
 
 from ..layouts.weight_only import WEIGHT_ONLY, WeightOnlyParts, WeightOnlyTraits
-from . import affine, bits, compressed_tensors
-from .base import FLOATS, Params, Shape, TensorSpec
+from . import bits, compressed_tensors
+from . import grid as affine
+from .base import FLOATS, TensorSpec
+from .grouped import Grouped
+from .types import Params, Shape
 
 STORAGE = "pack-quantized"
 #: compressed-tensors' values; only the first three have a weight_g_idx
@@ -33,7 +36,7 @@ _ACT_ORDERS = ("group", "dynamic", True, "weight", "static", False, None)
 _KERNEL_BITS = (2, 3, 4, 8)
 
 
-class PackQuantized(affine.Grouped):
+class PackQuantized(Grouped):
     name = "pack_quantized"
     summary = (
         "2..8-bit integers in groups, with or without zeros (compressed-tensors, llm-compressor)"

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from ..layouts.weight_only import WeightOnlyParts, WeightOnlyTraits
-from ..transforms import balanced, random_orthogonal, random_permutation
 from . import bits
-from .base import Params, Shape, TensorSpec
+from .base import TensorSpec
 from .incoherent import IncoherentFormat, Side
+from .transforms import balanced, random_orthogonal, random_permutation
+from .types import Params, Shape
 
 #: step of the uniform grid of 2^bits values that is nearest to Gaussian weights (Max 1960, table II)
 GAUSSIAN_STEP = {2: 0.9957, 3: 0.5860, 4: 0.3352}
@@ -92,7 +93,7 @@ class Quip(IncoherentFormat):
         return (codes - ((1 << params["bits"]) - 1) / 2) * tensors["scale"]
 
     def quantize(self, weight: Tensor, params: Params) -> dict[str, Tensor]:
-        from ..quantizers import quip
+        from . import ldlq
 
         n, k = weight.shape
         device, top = weight.device, (1 << params["bits"]) - 1
@@ -100,17 +101,17 @@ class Quip(IncoherentFormat):
         factors = _factors((n, k)).items()
         kept = {name: random_orthogonal(order, generator).to(device) for name, order in factors}
         scale_by = params["hessian"] if params["rescale"] else None
-        kept["in_scale"] = quip.input_scale(weight, scale_by).half()
+        kept["in_scale"] = ldlq.input_scale(weight, scale_by).half()
         kept["perm_seeds"] = torch.randint(0, 1 << 31, (2,), generator=generator).to(device)
         before, after = self.sides(kept, (n, k), params)
-        inside, hessian = quip.to_inside(weight, params["hessian"], before, after)
+        inside, hessian = ldlq.to_inside(weight, params["hessian"], before, after)
         scale = inside.square().mean().sqrt().clamp(min=1e-12) * GAUSSIAN_STEP[params["bits"]]
 
         def round_to_codes(target: Tensor) -> tuple[Tensor, Tensor]:
             codes = torch.round(target + top / 2).clamp_(0, top)
             return codes.to(torch.uint8), codes - top / 2
 
-        codes = quip.ldlq(inside / scale, hessian, round_to_codes, block=1, passes=params["passes"])
+        codes = ldlq.ldlq(inside / scale, hessian, round_to_codes, block=1, passes=params["passes"])
         return {"qweight": bits.pack_rows(codes.T, params["bits"]), "scale": scale.float(), **kept}
 
     # ------------------------------------------------------------------ kernel family

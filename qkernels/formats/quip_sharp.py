@@ -30,10 +30,11 @@ import torch
 from torch import Tensor
 
 from ..layouts.weight_only import WeightOnlyParts, WeightOnlyTraits
-from ..transforms import hadamard_factors, hadamard_orders
 from . import e8p
-from .base import Params, Shape, TensorSpec
+from .base import TensorSpec
 from .incoherent import IncoherentFormat, Side
+from .transforms import hadamard_factors, hadamard_orders
+from .types import Params, Shape
 
 CODEBOOKS = {2: 7, 3: 1003, 4: 1004}
 _RESIDUAL = {3: torch.uint8, 4: torch.int16}
@@ -126,14 +127,14 @@ class QuipSharp(IncoherentFormat):
         return e8p.decode(codes, params["bits"]).view(shape) * tensors["Wscale"]
 
     def quantize(self, weight: Tensor, params: Params) -> dict[str, Tensor]:
-        from ..quantizers import quip
+        from . import ldlq
 
         n, k = weight.shape
         generator = torch.Generator().manual_seed(params["seed"])
         signs = [torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1 for size in (k, n)]
         su, sv = (s.half().to(weight.device) for s in signs)
         before, after = self.sides({"SU": su, "SV": sv}, (n, k), params)
-        inside, hessian = quip.to_inside(weight, params["hessian"], before, after)
+        inside, hessian = ldlq.to_inside(weight, params["hessian"], before, after)
         bits = params["bits"]
         scale = inside.square().mean().sqrt().clamp(min=1e-12) / e8p.ROUNDING[bits].rms
 
@@ -141,7 +142,7 @@ class QuipSharp(IncoherentFormat):
             codes = e8p.encode(target, bits)
             return codes[:, None], e8p.decode(codes, bits).to(target.dtype)
 
-        codes = quip.ldlq(inside / scale, hessian, round_to_codes, block=8, passes=params["passes"])
+        codes = ldlq.ldlq(inside / scale, hessian, round_to_codes, block=8, passes=params["passes"])
         return {
             **self._stored(codes, params),
             "SU": su,

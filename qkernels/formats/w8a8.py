@@ -25,9 +25,8 @@ from torch import Tensor
 
 from ..layouts.eight_bit import EIGHT_BIT, EightBitParts, EightBitTraits
 from ..layouts.weight_only import WEIGHT_ONLY, WeightOnlyParts, WeightOnlyTraits
-from . import affine
-from .affine import Grid
-from .base import FLOATS, Format, Params, Shape, TensorSpec, accumulate_dtype
+from . import grid as affine
+from .base import FLOATS, Format, TensorSpec, accumulate_dtype
 from .compressed_tensors import read_eight_bit, write_eight_bit
 from .eightbit import (
     check_groups,
@@ -37,6 +36,8 @@ from .eightbit import (
     reciprocal_or_zero,
     signed_codes,
 )
+from .grid import Grid
+from .types import Params, Shape
 
 
 class W8A8(Format):

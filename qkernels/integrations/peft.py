@@ -30,12 +30,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..checkpoints.model_config import transposed_layers
-from ..embedding import output_embeddings
-from ..holding import Holder
-from ..linear import QuantLinear, is_linear
-from ..moe import QuantExperts
-from ..packed import pack
+from ..checkpoints.hf.model_config import transposed_layers
+from ..nn.base import Holder
+from ..nn.embedding import output_embeddings
+from ..nn.experts import QuantExperts
+from ..nn.linear import QuantLinear, is_linear
+from ..weights.packed import pack
 
 #: `init_lora_weights` that neither read nor change the base's weight. EVA's reads inputs, when it is asked to.
 _INITS = (True, False, "gaussian", "eva")

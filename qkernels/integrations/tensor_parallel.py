@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..linear import QuantLinear
-from ..sharding import COLUMNS, ROWS, shard
+from ..nn.linear import QuantLinear
+from ..weights.sharding import COLUMNS, ROWS, shard
 
 #: names of column-parallel and row-parallel layers; attention here finds its number of heads by itself
 LLAMA: dict[str, int] = {

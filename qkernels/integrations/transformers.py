@@ -29,17 +29,17 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import formats
-from ..candidates import linears
-from ..checkpoints import expert_layers, layers, quantization
-from ..checkpoints.model_config import NOTE, WEIGHTS
-from ..checkpoints.plain_weights import load_dequantized, warn_dequantized
-from ..checkpoints.quantization import Plan
-from ..checkpoints.save_pretrained import Saver
+from ..checkpoints.hf import expert_layers, layers, quantization
+from ..checkpoints.hf.model_config import NOTE, WEIGHTS
+from ..checkpoints.hf.plain_weights import load_dequantized, warn_dequantized
+from ..checkpoints.hf.quantization import Plan
+from ..checkpoints.hf.save_pretrained import Saver
+from ..checkpoints.hf.tying import put_in_place
 from ..checkpoints.tensor_files import TensorFiles
-from ..checkpoints.tying import put_in_place
-from ..holding import Holder
-from ..linear import QuantLinear, linear_of
-from ..stand_in import StandIn
+from ..models.candidates import linears
+from ..nn.base import Holder
+from ..nn.linear import QuantLinear, linear_of
+from ..nn.stand_in import StandIn
 
 METHOD = quantization.OWN
 

@@ -23,30 +23,29 @@ _MODULES: dict[str, ModuleType] = {WEIGHT_ONLY: weight_only, EIGHT_BIT: eight_bi
 
 
 def pack(
-    format: str,
+    fmt: Any,
     shape: tuple[int, int],
     params: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     layout: str,
 ) -> dict[str, Tensor]:
-    """Checkpoint tensors -> the tensors of `layout`, each contiguous and aligned, for kernels get addresses only.
+    """Checkpoint tensors of a Format -> the tensors of `layout`, each contiguous and aligned, for kernels get addresses only.
 
     ValueError unless it is the format's own layout.
     """
-    fmt = _format(format)
     own = fmt.kernel_layout(params)
     if layout not in _MODULES or layout != own:
         raise ValueError(
-            f"layout: expected {own or 'none'!r} for {format!r} {dict(params)}, got {layout!r}"
+            f"layout: expected {own or 'none'!r} for {fmt.name!r} {dict(params)}, got {layout!r}"
         )
     packed = _MODULES[layout].pack(fmt, shape, dict(params), tensors)
     return {
-        name: whole(f"{format}: {name}", tensor, aligned=True) for name, tensor in packed.items()
+        name: whole(f"{fmt.name}: {name}", tensor, aligned=True) for name, tensor in packed.items()
     }
 
 
 def unpack(
-    format: str,
+    fmt: Any,
     shape: tuple[int, int],
     params: Mapping[str, Any],
     storage: Mapping[str, Tensor],
@@ -55,10 +54,4 @@ def unpack(
     """Tensors of `layout` -> checkpoint tensors; the inverse of `pack`."""
     if layout == CHECKPOINT:
         return dict(storage)
-    return _MODULES[layout].unpack(_format(format), shape, dict(params), storage)
-
-
-def _format(name: str) -> Any:
-    from .. import formats
-
-    return formats.get(name)
+    return _MODULES[layout].unpack(fmt, shape, dict(params), storage)

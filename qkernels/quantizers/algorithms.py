@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import formats
+from ..formats import spqr_search
 from ..formats.base import Format
 from ..formats.spqr import Spqr as SpqrFormat
-from ..packed import PackedWeight, quantize
-from . import architectures, awq, gptq, smoothquant, spqr
+from ..weights.packed import PackedWeight, quantize
+from . import architectures, awq, gptq, smoothquant
 from .calibration import BlockInputs
 
 
@@ -206,7 +207,7 @@ class Spqr(Algorithm):
                 shape = (weight.shape[0], weight.shape[1])
                 params = self.fmt.resolve(shape, self.params)
                 own = {k: params[k] for k in ("bits", "group_size", "row_group", "act_order")}
-                grid = spqr.spqr(weight, hessian, **own, **self.settings)
+                grid = spqr_search.spqr(weight, hessian, **own, **self.settings)
                 tensors = self.fmt.from_spqr(grid, shape, params)
                 self.fmt.validate(tensors, shape, params)
                 packed[name] = PackedWeight(self.fmt.name, shape, tensors, params)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..formats.affine import in_groups
+from ..formats.grid import in_groups
 
 RATIOS = 20
 #: narrowest range tried, as a fraction of a group's largest magnitude, and how many between

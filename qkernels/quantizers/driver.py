@@ -13,11 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .. import atomic
+from ..checkpoints import atomic
 from ..checkpoints.tensor_files import write_tensors
 from ..formats.base import Format
-from ..linear import QuantLinear
-from ..packed import PackedWeight, pack
+from ..nn.linear import QuantLinear
+from ..version import __version__
+from ..weights.packed import PackedWeight, pack
 from . import algorithms, architectures, digest
 from .calibration import BlockInputs, batches_of
 
@@ -110,8 +111,6 @@ def _job(
     Not torch's version, nor the device: they round sums in another order, and a block made elsewhere is as good a
     block of this model. Only where they are the same, too, is the result that of an uninterrupted run bit for bit.
     """
-    from .. import __version__
-
     job = {
         "version": f"{__version__}, files {_FILES}",
         "format": algorithm.fmt.name,

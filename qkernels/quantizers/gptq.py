@@ -12,11 +12,9 @@ import math
 import torch
 from torch import Tensor
 
-from ..formats import affine
-from ..formats.affine import Grid
-
-#: columns rounded before the columns behind them are brought up to date in one product
-BLOCK = 128
+from ..formats import grid as affine
+from ..formats.grid import Grid
+from ..formats.hessian import BLOCK, inverse_factor
 
 
 def gptq(
@@ -91,23 +89,6 @@ def gptq(
     group_of = torch.empty(k, dtype=torch.int32, device=w.device)
     group_of[order] = group_at.to(torch.int32)
     return Grid(back, scale, zero, group_size, group_of)
-
-
-def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
-    """Upper triangular U with U^T U = (H + damp * mean(diag H) * I)^-1."""
-    mean = hessian.diagonal().mean()
-    for attempt in range(4):
-        damped = hessian.clone()
-        damped.diagonal().add_(mean * damp * 10**attempt)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed:
-                return upper
-    raise ValueError(
-        f"hessian: expected a positive definite matrix, got one that stays singular with damp={damp * 1000}"
-    )
 
 
 def fit(grouped: Tensor, bits: int, symmetric: bool, search: bool) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..atomic import replacing_file
-from ..linear import is_linear, linear_of
+from ..checkpoints.atomic import replacing_file
+from ..nn.linear import is_linear, linear_of
 from .calibration import batches_of
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
@@ -80,7 +80,7 @@ class ImportanceMatrix:
         """Write the file llama.cpp's `--imatrix` options take, whole or not at all. `chunk`: tokens of one."""
         import gguf
 
-        from ..checkpoints.gguf_writer import write_out
+        from ..checkpoints.gguf.writer import write_out
 
         names = _stored_names(model)
         with replacing_file(Path(path)) as fresh:
@@ -106,7 +106,7 @@ class ImportanceMatrix:
         or without a dimension for it.
         """
         from ..checkpoints.files import open_regular, read_part
-        from ..checkpoints.gguf_header import read_header
+        from ..checkpoints.gguf.header import read_header
 
         path = Path(path)
         header = read_header(path)
@@ -154,7 +154,7 @@ def _stored_names(model: nn.Module) -> dict[str, str]:
     """Full name of each linear -> the tensor's name in GGUF."""
     import gguf
 
-    from ..checkpoints.gguf_writer import kind_of
+    from ..checkpoints.gguf.writer import kind_of
 
     kinds = {str(name): kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     config: Any = model.config

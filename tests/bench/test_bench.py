@@ -13,7 +13,9 @@ from torch import Tensor
 
 import qkernels as qk
 from bench import host, peers, report, targets
-from qkernels import dispatch, roofline
+from qkernels.backends import registry, roofline
+from qkernels.backends.explain import at_best
+from qkernels.backends.problem import problem_of
 from qkernels.benchmark import race, shapes, timing
 from qkernels.cli import main
 
@@ -53,8 +55,8 @@ def test_roofline() -> None:
 def test_explain_says_what_would_be_best() -> None:
     def line(name: str, gpu: str, **params: object) -> str:
         p = qk.quantize(torch.randn(256, 256), name, **params)
-        problem = dispatch.problem_of(p, 4096, torch.float16, torch.device("cpu"))
-        return dispatch.at_best(problem._replace(shape=(8192, 8192)), 8192**2, gpu)
+        problem = problem_of(p, 4096, torch.float16, torch.device("cpu"))
+        return at_best(problem._replace(shape=(8192, 8192)), 8192**2, gpu)
 
     assert line("nf4", "NVIDIA GeForce RTX 2080") == ""
     assert line("nf4", "NVIDIA H200") == "\n  at best 697.3 us on an H200, limited by tensor cores"
@@ -177,12 +179,12 @@ def test_pictures_are_of_each_family(tmp_path: Path) -> None:
 
 
 def test_host_overhead_is_measured_with_a_kernel_that_does_nothing() -> None:
-    before = dict(race.explain.__globals__["_KERNELS"])
+    before = dict(registry._KERNELS)
     found = host.measure()
     assert all(0 < value < 1e4 for value in found.values())
     # The direct path must stay well below the operator's: by count of Python calls, not by this machine's mood.
     assert found["qkernels.matmul"] < found["torch.ops.qkernels.matmul"]
-    assert race.explain.__globals__["_KERNELS"] == before
+    assert registry._KERNELS == before
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:

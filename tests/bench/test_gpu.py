@@ -23,7 +23,7 @@ from bench import llm, predictions, worker
 from bench.gpu import __main__ as runner
 from bench.gpu import install, plan, tables
 from bench.peers import gptqmodel_, humming_
-from qkernels import dispatch, roofline
+from qkernels.backends import registry, roofline
 from qkernels.benchmark import shapes
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +59,7 @@ def test_every_command_parses(words: str, tmp_path: Path) -> None:
     if module == "bench":
         assert shapes.shapes_of(given["sizes"])
         assert {int(m) for m in given["rows"].split(",")}
-        assert set(given["backend"].split(",")) <= set(dispatch.BACKENDS)
+        assert set(given["backend"].split(",")) <= set(registry.BACKENDS)
         raced = worker.contestants(
             given["suite"], given["backend"], given["with_peers"], given["tiny"]
         )

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from bench import faster
-from qkernels import dispatch, formats, layouts
-from qkernels.backends import measured
+from qkernels import formats, layouts
+from qkernels.backends import measured, registry
+from qkernels.backends.problem import Problem
 from qkernels.benchmark import shapes
 
 from ..conftest import CASES, case_id, k_of
@@ -51,8 +52,8 @@ def test_every_kind_that_races_has_a_name() -> None:
 def two_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """triton.one, registered first, and cuda.one and cuda.two; CUDA measured faster up to 8 rows."""
 
-    def kernel(name: str) -> dispatch.Kernel:
-        return dispatch.Kernel(
+    def kernel(name: str) -> registry.Kernel:
+        return registry.Kernel(
             name,
             name.split(".")[0],
             layouts.WEIGHT_ONLY,
@@ -62,21 +63,21 @@ def two_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
     names = ("triton.one", "cuda.one", "cuda.two")
-    monkeypatch.setattr(dispatch, "_KERNELS", {name: kernel(name) for name in names})
+    monkeypatch.setattr(registry, "_KERNELS", {name: kernel(name) for name in names})
     monkeypatch.setattr(measured, "FASTER", {"lut164 scale": ((8, "cuda"), (64, "triton"))})
     monkeypatch.setattr(measured, "RUN", "bench/results/here")
-    dispatch._choose.cache_clear()
+    registry.choose.cache_clear()
     yield
-    dispatch._choose.cache_clear()
+    registry.choose.cache_clear()
 
 
 @pytest.mark.usefixtures("two_kernels")
 def test_auto_takes_the_faster_one() -> None:
     params = (("block_size", 64), ("double_quant", False))
-    problem = dispatch.Problem("nf4", params, (512, 512), 8, torch.bfloat16, "cuda", (9, 0))
+    problem = Problem("nf4", params, (512, 512), 8, torch.bfloat16, "cuda", (9, 0))
 
     def chosen(backend: str = "auto", **changes: Any) -> str:
-        return dispatch.select(problem._replace(**changes), backend).name
+        return registry.select(problem._replace(**changes), backend).name
 
     assert chosen() == "cuda.one"
     assert [chosen(m=m) for m in (1, 9, 64, 4096)] == [
@@ -88,7 +89,7 @@ def test_auto_takes_the_faster_one() -> None:
     assert chosen("triton") == "triton.one"
     # what was measured says nothing about another GPU, or about sums in one order
     assert chosen(capability=(8, 0)) == chosen(batch_invariant=True) == "triton.one"
-    _, rejected = dispatch._choose(problem, "auto")
+    _, rejected = registry.choose(problem, "auto")
     assert ("triton.one", measured.words("cuda")) in rejected
     assert ("cuda.two", "cuda.one is preferred") in rejected
 
@@ -100,7 +101,7 @@ def test_every_format_can_be_looked_up(name: str, params: dict[str, Any]) -> Non
     shape = (72, k_of(name, 192))
     known = {key: value for key, value in params.items() if key not in fmt.quantize_only}
     items = tuple(sorted(fmt.resolve(shape, known).items()))
-    problem = dispatch.Problem(name, items, shape, 1, torch.float16, "cuda", measured.CAPABILITY)
+    problem = Problem(name, items, shape, 1, torch.float16, "cuda", measured.CAPABILITY)
     assert measured.faster(problem) in (None, "cuda", "triton")
 
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 import qkernels as qk
-from qkernels.checkpoints import huggingface
-from qkernels.checkpoints.quantization import Plan
+from qkernels.checkpoints.hf import reader as huggingface
+from qkernels.checkpoints.hf.quantization import Plan
 from qkernels.checkpoints.tensor_files import INDEX, TensorFiles
 
 from ..tiny import tiny_model

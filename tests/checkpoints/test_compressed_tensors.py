@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import qkernels as qk
-from qkernels.checkpoints.quantization import Plan, kinds_of
-from qkernels.embedding import QuantEmbedding
+from qkernels.checkpoints.hf.quantization import Plan, kinds_of
+from qkernels.nn.embedding import QuantEmbedding
 
 from ..tiny import ids, tiny_model
 

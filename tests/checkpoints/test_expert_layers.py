@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 import qkernels as qk
-from qkernels.checkpoints import huggingface
-from qkernels.checkpoints.names import Names
-from qkernels.checkpoints.writing import matrices
-from qkernels.moe import expert_modules
+from qkernels.checkpoints.hf import reader as huggingface
+from qkernels.checkpoints.hf.names import Names
+from qkernels.checkpoints.hf.writer import matrices
+from qkernels.nn.experts import expert_modules
 
 from ..moe_checkpoint import SIZES, edit, save_moe, stacks_of, tiny_moe
 

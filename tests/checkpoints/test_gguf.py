@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from qkernels import samples
-from qkernels.checkpoints import gguf
-from qkernels.evaluate import perplexity
+from qkernels.checkpoints.gguf import reader as gguf
+from qkernels.cli import samples
+from qkernels.models.evaluate import perplexity
 
 GPL3 = Path("/usr/share/common-licenses/GPL-3")
 

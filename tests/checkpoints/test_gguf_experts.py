@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 import qkernels as qk
-from qkernels.checkpoints import gguf
-from qkernels.moe import expert_modules
+from qkernels.checkpoints.gguf import reader as gguf
+from qkernels.nn.experts import expert_modules
 
 from ..moe_checkpoint import stacks_of
 from .gguf_files import rewrite

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qkernels as qk
-from qkernels.checkpoints import gguf, gguf_config
+from qkernels.checkpoints.gguf import metadata
+from qkernels.checkpoints.gguf import reader as gguf
 
 from ..tiny import tiny_model
 from .gguf_files import rewrite
@@ -139,7 +140,7 @@ def test_odd_metadata_is_an_error_or_loads(
     """Any value under any key that there is, or that matters and is not there."""
     path = model_file[0]
     source = path.with_name("good.gguf")
-    more = [f"llama.{key}" for key in (*gguf_config.RULES, *gguf_config._NEUTRAL)]
+    more = [f"llama.{key}" for key in (*metadata.RULES, *metadata._NEUTRAL)]
     keys = sorted(
         {*gguf.read_header(source).metadata, *more, "tokenizer.ggml.scores", "tokenizer.ggml.pre"}
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qkernels.checkpoints import gguf_header
+from qkernels.checkpoints.gguf import header as gguf_header
 
 UINT32, BOOL, STRING, ARRAY = 4, 7, 8, 9
 

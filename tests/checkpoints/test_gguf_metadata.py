@@ -14,8 +14,9 @@ import torch
 
 import qkernels as qk
 from qkernels import cli
-from qkernels.checkpoints import gguf, load_tokenizer
-from qkernels.checkpoints.gguf_config import rope_table
+from qkernels.checkpoints import load_tokenizer
+from qkernels.checkpoints.gguf import reader as gguf
+from qkernels.checkpoints.gguf.metadata import rope_table
 
 from ..tiny import ids, tiny_model
 from .gguf_files import rewrite

@@ -20,11 +20,12 @@ from transformers import (
 )
 
 import qkernels as qk
-from qkernels import samples
-from qkernels.checkpoints import gguf, gguf_model
 from qkernels.checkpoints.files import Unchanged
-from qkernels.embedding import QuantEmbedding
-from qkernels.evaluate import perplexity
+from qkernels.checkpoints.gguf import model as gguf_model
+from qkernels.checkpoints.gguf import reader as gguf
+from qkernels.cli import samples
+from qkernels.models.evaluate import perplexity
+from qkernels.nn.embedding import QuantEmbedding
 
 from ..tiny import VOCABULARY, ids, tiny_model, tiny_tokenizer
 from .test_gguf import GPL3
@@ -271,7 +272,7 @@ def test_real_model_packed() -> None:
     path = samples.model_path("smollm2-135m")
     model = qk.load_model(path)
     tokenizer = gguf.load_tokenizer(path)
-    assert qk.model.model_summary(model).formats == {"q4_1": 210, "q8_0": 1}
+    assert qk.models.quantize.model_summary(model).formats == {"q4_1": 210, "q8_0": 1}
     assert gguf_model.memory_of(model) < path.stat().st_size
     tokens = tokenizer(GPL3.read_text())["input_ids"]
     assert perplexity(model, tokens, window=1024, max_tokens=1024).perplexity == pytest.approx(

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 import qkernels as qk
 from qkernels.checkpoints import load_tokenizer
-from qkernels.checkpoints.gguf_tokenizer import _SPLIT
+from qkernels.checkpoints.gguf.tokenizer import _SPLIT
 
 from ..tiny import tiny_model
 

@@ -18,7 +18,11 @@ import torch
 
 import qkernels as qk
 from qkernels.checkpoints import files, load_tokenizer
-from qkernels.checkpoints.config_checks import check_fields, check_values, without_implementations
+from qkernels.checkpoints.hf.config_checks import (
+    check_fields,
+    check_values,
+    without_implementations,
+)
 from qkernels.checkpoints.tensor_files import INDEX
 
 from ..tiny import ids

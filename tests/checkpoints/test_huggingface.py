@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import qkernels as qk
-from qkernels.checkpoints import huggingface, load_tokenizer, tensor_files
+from qkernels.checkpoints import load_tokenizer, tensor_files
+from qkernels.checkpoints.hf import reader as huggingface
 from qkernels.formats.gguf import TYPES
 
 from ..conftest import CASES, case_id

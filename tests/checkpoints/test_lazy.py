@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import qkernels as qk
-from qkernels.checkpoints import huggingface, tensor_files
+from qkernels.checkpoints import tensor_files
+from qkernels.checkpoints.hf import reader as huggingface
 
 from ..tiny import ids, save_tiny, tiny_model
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qkernels.checkpoints.model_config import NoExperts
-from qkernels.checkpoints.names import Names
-from qkernels.checkpoints.writing import _by_themselves, _experts_tensors
+from qkernels.checkpoints.hf.model_config import NoExperts
+from qkernels.checkpoints.hf.names import Names
+from qkernels.checkpoints.hf.writer import _by_themselves, _experts_tensors
 
 from ..moe_checkpoint import tiny_moe
 from ..tiny import tiny_model

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import qkernels as qk
-from qkernels.checkpoints import huggingface
-from qkernels.checkpoints.quantization import OWN, Plan
+from qkernels.checkpoints.hf import reader as huggingface
+from qkernels.checkpoints.hf.quantization import OWN, Plan
 from qkernels.checkpoints.tensor_files import TensorFiles
-from qkernels.convert import convert_model
-from qkernels.embedding import QuantEmbedding
+from qkernels.models.convert import convert_model
+from qkernels.nn.embedding import QuantEmbedding
 
 from ..tiny import ids, tiny_model
 from .test_gguf_models import bpe_tokenizer, logits, model_of

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qkernels as qk
-from qkernels.checkpoints import quantization
+from qkernels.checkpoints.hf import quantization
 
 from ..moe_checkpoint import SIZES, edit, save_moe, tiny_moe
 from ..tiny import ids

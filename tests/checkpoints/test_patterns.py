@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 import qkernels as qk
-from qkernels.checkpoints import patterns
-from qkernels.checkpoints.quantization import Plan
+from qkernels.checkpoints.hf import patterns
+from qkernels.checkpoints.hf.quantization import Plan
 
 from ..tiny import tiny_model
 from .hostile import quick, said_by

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import qkernels as qk
-from qkernels.checkpoints import huggingface
-from qkernels.checkpoints.quantization import Plan
+from qkernels.checkpoints.hf import reader as huggingface
+from qkernels.checkpoints.hf.quantization import Plan
 
 from ..tiny import ids, tiny_model
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 import qkernels as qk
-from qkernels.embedding import QuantEmbedding
+from qkernels.nn.embedding import QuantEmbedding
 
 from ..tiny import ids, tiny_model
 from .test_gguf_models import bpe_tokenizer, model_of

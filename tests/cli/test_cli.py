@@ -13,8 +13,8 @@ import pytest
 from safetensors.torch import load_file
 
 import qkernels as qk
-from qkernels import dispatch, samples
-from qkernels.cli import main
+from qkernels.backends import registry
+from qkernels.cli import main, samples
 
 from ..tiny import ids, save_tiny, tiny_model
 
@@ -98,7 +98,7 @@ def test_info_tells_why_a_kernel_is_not_usable(capsys: pytest.CaptureFixture[str
     assert [f["name"] for f in facts["formats"]] == qk.formats.names()
     assert all(f["summary"] for f in facts["formats"])
     reasons = {k["name"]: k["unavailable"] for k in facts["kernels"]}
-    registered = [*dispatch.kernels(), *dispatch.kernels(grouped=True)]
+    registered = [*registry.kernels(), *registry.kernels(grouped=True)]
     assert reasons == {k.name: k.unavailable() for k in registered}
     assert main(["info"]) == 0
     out = capsys.readouterr().out
@@ -248,12 +248,12 @@ def test_eval_formats(base: Path, text: Path, capsys: pytest.CaptureFixture[str]
 def test_eval_formats_all_on_markdown(
     base: Path, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qkernels import presets
+    from qkernels.quantizers import specs
 
     # The tiny model's sizes have no divisor 64 in common.
-    small = [presets.FormatSpec(s.name, {k: 32 if k == "group_size" else v for k, v in s.params.items()})
-             for s in presets.PRESETS]  # fmt: skip
-    monkeypatch.setitem(presets.LISTS, "all", small)
+    small = [specs.FormatSpec(s.name, {k: 32 if k == "group_size" else v for k, v in s.params.items()})
+             for s in specs.PRESETS]  # fmt: skip
+    monkeypatch.setitem(specs.LISTS, "all", small)
     command = [
         "eval",
         str(base),
@@ -409,7 +409,7 @@ def test_a_missing_package_is_named(capsys: pytest.CaptureFixture[str], monkeypa
 def test_what_no_gguf_file_holds_is_refused_before_the_work(
     format: str, message: str, base: Path, text: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
-    monkeypatch.setattr("qkernels.model.quantize_model", None)
+    monkeypatch.setattr("qkernels.models.quantize.quantize_model", None)
     error = _error(capsys, "quantize", base, "-f", format, "-o", tmp_path / "x.gguf", "--text", text,
         "--tokens", 64, "--window", 32)  # fmt: skip
     assert re.search(message, error)

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from qkernels import dispatch
-from qkernels.backends import cuda
+from qkernels.backends import cuda, registry
 
 from . import host
 
@@ -38,9 +37,9 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         pytest.skip(why)
     monkeypatch.setattr("tests.cuda.conftest.ORDER", [0])
     monkeypatch.setattr("tests.cuda.conftest.DEFINES", [])
-    dispatch._choose.cache_clear()
+    registry.choose.cache_clear()
     yield
-    dispatch._choose.cache_clear()
+    registry.choose.cache_clear()
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import torch
 
 import qkernels as qk
 from bench import static_cuda
-from qkernels import dispatch
 from qkernels.backends import cuda
 from qkernels.backends.cuda import build, calls
+from qkernels.backends.problem import problem_of
 
 from . import host
 
@@ -147,7 +147,7 @@ def test_auto_starts_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     p = qk.quantize(torch.randn(64, 128), "gptq", group_size=64)
-    problem = dispatch.problem_of(p, 1, torch.float16, torch.device("cpu"))
+    problem = problem_of(p, 1, torch.float16, torch.device("cpu"))
     assert not build.is_built()
     assert "not compiled yet: backend='cuda' compiles it" in str(cuda._automatic(problem))
     for arch, built in (("80", False), ("90a", True)):

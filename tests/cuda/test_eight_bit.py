@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import qkernels as qk
+from qkernels.backends import workspace
 from qkernels.backends.cuda import eight_bit, launch
-from qkernels.backends.triton import workspace
 
 from ..conftest import DEVICE, case_id
 from . import conftest as emulation

@@ -13,11 +13,12 @@ import torch
 
 import qkernels as qk
 from bench import host
-from qkernels import dispatch
+from qkernels.backends import registry
 from qkernels.backends.cuda.calls import WeightOnlyCall
 from qkernels.backends.cuda.eight_bit import EightBitCall, QuantizeCall
 from qkernels.backends.cuda.transforms import TransformCall
-from qkernels.backends.work import Recorded
+from qkernels.backends.plan import Recorded
+from qkernels.backends.problem import problem_of
 
 from ..conftest import DEVICE
 
@@ -51,8 +52,8 @@ def test_replays_equal_runs(case: tuple[str, dict[str, Any]], m: int) -> None:
         # The bias is not in x's dtype, so it is cast at each call.
         x, bias = torch.randn(m, 256).bfloat16().to(DEVICE), torch.randn(40).to(DEVICE)
         y = qk.matmul(x, p, bias, backend="cuda")
-        problem = dispatch.problem_of(p, m, x.dtype, x.device)
-        want = dispatch.select(problem, "cuda").run(x, p, bias, problem)
+        problem = problem_of(p, m, x.dtype, x.device)
+        want = registry.select(problem, "cuda").run(x, p, bias, problem)
         assert bool(want.isfinite().all())
         assert torch.equal(y, want), f"call {call}"
     (run,) = recorded(p)

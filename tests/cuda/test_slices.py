@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import qkernels as qk
-from qkernels import dispatch
+from qkernels.backends import workspace
 from qkernels.backends.cuda import eight_bit, gemm, hopper, launch, weight_only
-from qkernels.backends.triton import workspace
+from qkernels.backends.problem import problem_of
 
 from ..conftest import DEVICE, k_of
 
@@ -49,7 +49,7 @@ def test_slices_change_no_bit(
     x = torch.randn(m, p.shape[1]).half().to(DEVICE)
     x[5, ::50], x[m - 1, 7] = 9, -8  # outliers of LLM.int8(), which other slices have to know of
     bias = torch.randn(n).half().to(DEVICE)
-    problem = dispatch.problem_of(p, m, x.dtype, x.device, invariant)
+    problem = problem_of(p, m, x.dtype, x.device, invariant)
     p.prepack_("eight_bit" if module is eight_bit else "weight_only")
     whole = module.run(x, p, bias, problem)
     assert bool(whole.isfinite().all())
@@ -100,7 +100,7 @@ def test_explain_names_the_shares_that_run(
         real(self, *tensors)
 
     monkeypatch.setattr(launch.Launch, "__call__", noting)
-    problem = dispatch.problem_of(p, m, x.dtype, x.device)
+    problem = problem_of(p, m, x.dtype, x.device)
     words = module.configuration(problem)
     y = module.run(x, p, None, problem)
     assert bool(y.isfinite().all())

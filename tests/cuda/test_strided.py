@@ -8,7 +8,7 @@ import torch
 import qkernels as qk
 
 from ..conftest import case_id
-from ..test_strided import LAYS, again, behind, sliced, transposed
+from ..weights.test_strided import LAYS, again, behind, sliced, transposed
 
 CASES = [
     ("gptq", {"group_size": 32, "act_order": True}),

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import qkernels as qk
-from qkernels import transforms as math_of
 from qkernels.backends.cuda import transforms
 from qkernels.formats import quip_sharp
+from qkernels.formats import transforms as math_of
 from qkernels.formats.incoherent import Side
 from qkernels.layouts import weight_only as layout
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import qkernels as qk
+from qkernels.backends import workspace
 from qkernels.backends.cuda import calls
-from qkernels.backends.triton import workspace
 
 from ..conftest import CASES, DEVICE, case_id, k_of, layout_of
 from ..kernels.test_weight_only import ODD, SHORT

@@ -179,7 +179,7 @@ def test_explain_says_what_stops_the_kernels(name: str, params: dict[str, Any]) 
 ], ids=str)  # fmt: skip
 def test_rows_of_an_embedding(name: str, params: dict[str, Any], index: list[int]) -> None:
     """Any rows, in any order and more than once, are the same values."""
-    from qkernels.sharding import take_rows
+    from qkernels.weights.sharding import take_rows
 
     p = qk.quantize(torch.randn(80, 96), name, **params)
     taken = take_rows(p, torch.tensor(index))

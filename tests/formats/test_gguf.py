@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 import qkernels as qk
-from qkernels import samples
-from qkernels.checkpoints.gguf_header import read_header
+from qkernels.checkpoints.gguf.header import read_header
+from qkernels.cli import samples
 from qkernels.formats.gguf import TYPES, GgufFormat, search
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "gguf.safetensors"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import qkernels as qk
-from qkernels import sharding
+from qkernels.weights import sharding
 
 N, K, SIZE = 64, 128, 32
 WIDTHS = (2, 3, 4, 8)

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import qkernels as qk
-from qkernels import transforms
-from qkernels.formats import e8p
+from qkernels.formats import e8p, transforms
 
 
 def whole(factors: list[torch.Tensor]) -> torch.Tensor:

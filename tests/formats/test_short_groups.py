@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import qkernels as qk
-from qkernels.convert import convert_weight
-from qkernels.formats import affine
-from qkernels.sharding import COLUMNS, ROWS, narrow, shard
+from qkernels.formats import grid as affine
+from qkernels.models.convert import convert_weight
+from qkernels.weights.sharding import COLUMNS, ROWS, narrow, shard
 
 from .test_pack_quantized import _theirs
 

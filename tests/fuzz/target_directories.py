@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 import qkernels as qk
-from qkernels.checkpoints import huggingface, load_tokenizer
+from qkernels.checkpoints import load_tokenizer
+from qkernels.checkpoints.hf import reader as huggingface
 from qkernels.checkpoints.tensor_files import TensorFiles
 
 from ..tiny import VOCABULARY, tiny_model, tiny_tokenizer

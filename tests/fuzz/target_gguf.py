@@ -8,7 +8,9 @@ from typing import Any
 import gguf as package
 
 import qkernels as qk
-from qkernels.checkpoints import gguf, gguf_config, load_tokenizer
+from qkernels.checkpoints import load_tokenizer
+from qkernels.checkpoints.gguf import metadata as gguf_metadata
+from qkernels.checkpoints.gguf import reader as gguf
 
 from ..checkpoints.test_gguf_experts import mixture
 from ..checkpoints.test_gguf_models import bpe_tokenizer, model_of
@@ -21,7 +23,8 @@ from .work import forward, place
 FILE = "model.gguf"
 #: keys that no seed has
 WORDS = [
-    f"llama.{key}" for key in (*gguf_config.RULES, *gguf_config.EXPERT_RULES, *gguf_config._NEUTRAL)
+    f"llama.{key}"
+    for key in (*gguf_metadata.RULES, *gguf_metadata.EXPERT_RULES, *gguf_metadata._NEUTRAL)
 ]
 WORDS += [
     f"tokenizer.ggml.{key}"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import qkernels as qk
-from qkernels.checkpoints.gguf_header import read_header
+from qkernels.checkpoints.gguf.header import read_header
 from qkernels.quantizers.importance import _stored_names
 
 from ..tiny import ids, tiny_model

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import qkernels as qk
-from qkernels.model import model_summary
-from qkernels.moe import expert_modules, routers
+from qkernels.models.quantize import model_summary
+from qkernels.nn.experts import expert_modules, routers
 
 transformers = pytest.importorskip("transformers")
 

@@ -17,9 +17,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import qkernels as qk
-from qkernels.checkpoints.model_config import NOTE
-from qkernels.convert import convert_model
-from qkernels.embedding import QuantEmbedding
+from qkernels.checkpoints.hf.model_config import NOTE
+from qkernels.models.convert import convert_model
+from qkernels.nn.embedding import QuantEmbedding
 
 from ..moe_checkpoint import save_moe
 from ..tiny import ids, save_tiny, tiny_model

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 
 import qkernels as qk
 from qkernels.integrations import tensor_parallel as tp
-from qkernels.sharding import COLUMNS, ROWS
+from qkernels.weights.sharding import COLUMNS, ROWS
 
 from ..conftest import CASES, case_id
 from ..tiny import ids, tiny_model
@@ -69,7 +69,7 @@ def check_models() -> None:
         tokens = ids(24, seed=5)[None]
         with torch.no_grad():
             want = model(tokens).logits
-            held = qk.model.model_summary(model).quantized_bytes
+            held = qk.models.quantize.model_summary(model).quantized_bytes
             tp.parallelize(model)
             found = model(tokens).logits
         error = float((found - want).norm() / want.norm())
@@ -77,7 +77,7 @@ def check_models() -> None:
             f"{name}: {error}"
         )
         if name != "bf16":
-            assert qk.model.model_summary(model).quantized_bytes < 0.6 * held
+            assert qk.models.quantize.model_summary(model).quantized_bytes < 0.6 * held
 
 
 def work(rank: int, file: str, checks: tuple[str, ...]) -> None:

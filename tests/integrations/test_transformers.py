@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import qkernels as qk
-from qkernels.checkpoints import huggingface
+from qkernels.checkpoints.hf import reader as huggingface
 from qkernels.integrations.transformers import QKernelsConfig, checkpoint_config
 
 from ..moe_checkpoint import save_moe

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import qkernels as qk
-from qkernels.checkpoints.layers import stored_module
-from qkernels.checkpoints.quantization import Scheme
+from qkernels.checkpoints.hf.layers import stored_module
+from qkernels.checkpoints.hf.quantization import Scheme
 from qkernels.integrations.vllm.checkpoint import Checkpoint
 from qkernels.integrations.vllm.loading import (
     Piece,
@@ -251,7 +251,7 @@ def test_a_config_that_contradicts_the_files(tmp_path: Path) -> None:
 
 
 def test_a_packed_embedding_is_found(tmp_path: Path) -> None:
-    from qkernels.embedding import QuantEmbedding
+    from qkernels.nn.embedding import QuantEmbedding
 
     model = tiny_model()
     qk.quantize_model(model, "q8_0", progress=False)

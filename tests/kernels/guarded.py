@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 import qkernels as qk
-from qkernels.packed import Snapshot
+from qkernels.weights.packed import Snapshot
 
 from ..conftest import CASES, case_id, layout_of
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 import qkernels as qk
-from qkernels import dispatch
 from qkernels.formats.eightbit import per_token_int8
 from qkernels.formats.fp8 import to_fp8
 
@@ -26,7 +25,10 @@ from .test_eight_bit import (  # noqa: F401  # the last two are fixtures
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from qkernels.backends.triton import eight_bit, outlier_columns, workspace  # noqa: E402
+from qkernels.backends import workspace  # noqa: E402
+from qkernels.backends.eight_bit import Activations  # noqa: E402
+from qkernels.backends.problem import Problem, problem_of  # noqa: E402
+from qkernels.backends.triton import eight_bit, outlier_columns  # noqa: E402
 from qkernels.triton_kernels import activations  # noqa: E402
 from qkernels.triton_kernels import eight_bit as kernels  # noqa: E402
 
@@ -35,8 +37,8 @@ def packed(name: str, params: dict[str, object], k: int, n: int = 8) -> qk.Packe
     return qk.quantize(torch.randn(n, k), name, **params).prepack_("eight_bit").to(DEVICE)
 
 
-def problem(p: qk.PackedWeight, x: Tensor, invariant: bool = False) -> dispatch.Problem:
-    return dispatch.problem_of(p, x.shape[0], x.dtype, x.device, invariant)
+def problem(p: qk.PackedWeight, x: Tensor, invariant: bool = False) -> Problem:
+    return problem_of(p, x.shape[0], x.dtype, x.device, invariant)
 
 
 def expected(x: Tensor, p: qk.PackedWeight) -> tuple[Tensor, Tensor]:
@@ -63,7 +65,7 @@ def expected(x: Tensor, p: qk.PackedWeight) -> tuple[Tensor, Tensor]:
     return codes, scale[:, 0]
 
 
-def assert_codes(a: eight_bit.Activations, x: Tensor, p: qk.PackedWeight) -> None:
+def assert_codes(a: Activations, x: Tensor, p: qk.PackedWeight) -> None:
     codes, scale = expected(x, p)
     k = x.shape[1]
     assert torch.equal(

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import qkernels as qk
-from qkernels import dispatch
 
 pytest.importorskip("triton")
 
+from qkernels.backends.problem import Problem, problem_of
 from qkernels.backends.triton import autotune, configs, weight_only
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 103, 120, 0)
@@ -27,9 +27,9 @@ def tuning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "tune"
 
 
-def problem(m: int = 1) -> dispatch.Problem:
+def problem(m: int = 1) -> Problem:
     p = qk.quantize(torch.randn(64, 256), "gptq", group_size=64)
-    return dispatch.problem_of(p, m, torch.float16, torch.device("cpu"))
+    return problem_of(p, m, torch.float16, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

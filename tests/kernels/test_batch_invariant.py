@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import qkernels as qk
-from qkernels import dispatch
+from qkernels.backends import registry
 
 from ..conftest import CASES, DEVICE, case_id, k_of, layout_of
 
 pytest.importorskip("triton")
+from qkernels.backends.problem import Problem
 from qkernels.backends.triton import autotune, configs
 
 from .launches import Launches
@@ -129,13 +130,13 @@ def test_split_and_sequential_shares_sum_alike(monkeypatch: pytest.MonkeyPatch) 
 def test_switches(monkeypatch: pytest.MonkeyPatch) -> None:
     p = qk.quantize(torch.randn(16, 64), "nf4")
     seen = []
-    real = dispatch.select
+    real = registry.select
 
-    def spy(problem: dispatch.Problem, backend: str = "auto") -> dispatch.Kernel:
+    def spy(problem: Problem, backend: str = "auto") -> registry.Kernel:
         seen.append(problem.batch_invariant)
         return real(problem, backend)
 
-    monkeypatch.setattr(dispatch, "select", spy)
+    monkeypatch.setattr(registry, "select", spy)
     x = torch.randn(2, 64)
     qk.matmul(x, p)
     monkeypatch.setenv("QKERNELS_BATCH_INVARIANT", "1")

@@ -15,7 +15,8 @@ from ..conftest import CASES, DEVICE, case_id, layout_of
 from ..reference import ROUNDOFF, static_scale
 
 pytest.importorskip("triton")
-from qkernels.backends.triton import eight_bit, workspace
+from qkernels.backends import workspace
+from qkernels.backends.triton import eight_bit
 
 EIGHT_BIT = [case for case in CASES if layout_of(*case) == "eight_bit"]
 FP8 = [case for case in EIGHT_BIT if case[0] == "fp8"] + [

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 import qkernels as qk
-from qkernels import dispatch
 
 from ..conftest import CASES, DEVICE, case_id, k_of, layout_of
 from ..reference import ROUNDOFF, assert_fused_close
 from .test_eight_bit import assert_close as assert_eight_bit_close
 
 pytest.importorskip("triton")
+from qkernels.backends.problem import Problem, problem_of
 from qkernels.backends.triton import configs, eight_bit, weight_only
 from qkernels.backends.triton import experts as backend
 
@@ -24,7 +24,7 @@ def obstacle_of(name: str, params: dict[str, Any]) -> str | None:
     fmt, shape = qk.formats.get(name), (72, k_of(name, 192))
     known = {k: v for k, v in params.items() if k not in fmt.quantize_only}
     items = tuple(sorted(fmt.resolve(shape, known).items()))
-    problem = dispatch.Problem(name, items, shape, 8, torch.float16, DEVICE, None, experts=4)
+    problem = Problem(name, items, shape, 8, torch.float16, DEVICE, None, experts=4)
     return backend.obstacle(problem, layout_of(name, params) or "")
 
 
@@ -191,10 +191,7 @@ def test_configurations_met_here() -> None:
     experts = make("awq", {"group_size": 64}, 2, 40, 64)
     x, ids = activations(160, 64), route(160, 2, 2)
     assert_experts_close(qk.grouped_matmul(x, experts, ids, backend="triton"), x, experts, ids)
-    met = [
-        backend.tabled(dispatch.problem_of(experts, m, x.dtype, x.device)).block_m
-        for m in (4, 140, 320)
-    ]
+    met = [backend.tabled(problem_of(experts, m, x.dtype, x.device)).block_m for m in (4, 140, 320)]
     if DEVICE == "cpu":
         assert met == [
             configs.TABLE["weight_only", 0, c].block_m for c in ("decode", "middle", "prefill")
@@ -214,9 +211,7 @@ def test_entries_of_their_own() -> None:
         ("fp8", {"activation": "dynamic"}, (8, 9), 1200, None),
     ]:
         items = tuple(sorted(qk.formats.get(name).resolve((64, 256), params).items()))
-        four = dispatch.Problem(
-            name, items, (64, 256), m, torch.float16, "cuda", capability, experts=4
-        )
+        four = Problem(name, items, (64, 256), m, torch.float16, "cuda", capability, experts=4)
         one = four._replace(m=m // 4, experts=0)
         family = weight_only if name in ("gptq", "q4_1") else eight_bit
         found, theirs = backend.tabled(four), family.tabled(one)._replace(shares=1)

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 import qkernels as qk
-from qkernels import dispatch, layouts
+from qkernels import layouts
 
 from ..conftest import DEVICE, case_id
 
 pytest.importorskip("triton")
-from qkernels.backends.triton import eight_bit, workspace
+from qkernels.backends import workspace
+from qkernels.backends.eight_bit import Activations
+from qkernels.backends.problem import Problem, problem_of
+from qkernels.backends.triton import eight_bit
 from qkernels.backends.triton import experts as backend
 
 from .launches import Launches
@@ -35,7 +38,7 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     real = eight_bit.quantize
 
-    def quantize(*args: Any, **kwargs: Any) -> eight_bit.Activations:
+    def quantize(*args: Any, **kwargs: Any) -> Activations:
         a = real(*args, **kwargs)
         seen.append(a.codes.numel() + 4 * a.scale.numel())
         return a
@@ -44,8 +47,8 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def problem_of(experts: qk.PackedExperts, ids: Tensor) -> dispatch.Problem:
-    return dispatch.problem_of(experts, ids.numel(), torch.float16, ids.device)  # type: ignore[arg-type]
+def experts_problem(experts: qk.PackedExperts, ids: Tensor) -> Problem:
+    return problem_of(experts, ids.numel(), torch.float16, ids.device)  # type: ignore[arg-type]
 
 
 @quantized
@@ -62,10 +65,12 @@ def test_codes_stay_within_32_mb(
     x = torch.empty(
         tokens, *([TOP_K] if rows == "slot" else []), k, dtype=torch.float16, device=DEVICE
     )
-    problem = problem_of(experts, ids)
+    problem = experts_problem(experts, ids)
     if rows == "layer":
         down = make(name, params, EXPERTS, 64, k).prepack(layouts.EIGHT_BIT)
-        y = backend.fused(x, experts, down, weights, ids, "silu", (problem, problem_of(down, ids)))
+        y = backend.fused(
+            x, experts, down, weights, ids, "silu", (problem, experts_problem(down, ids))
+        )
         assert y.shape == (tokens, 64)
     else:
         y = backend.run(x, experts, ids, None, None, problem)

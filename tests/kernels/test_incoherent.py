@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import qkernels as qk
-from qkernels import transforms
+from qkernels.backends.problem import problem_of
+from qkernels.formats import transforms
 from qkernels.formats.incoherent import Side
 from qkernels.layouts import weight_only as layout
 
@@ -169,10 +170,9 @@ def test_every_code(bits: int, dtype: torch.dtype) -> None:
 
 def inner_product(x: torch.Tensor, p: qk.PackedWeight) -> torch.Tensor:
     """What the kernel makes of x in kernel order, float32, before the output's transform."""
-    from qkernels import dispatch
     from qkernels.backends.triton import weight_only
 
-    problem = dispatch.problem_of(p, x.shape[0], x.dtype, x.device)
+    problem = problem_of(p, x.shape[0], x.dtype, x.device)
     weight = weight_only.arguments(p, weight_only.traits_of(problem))
     config = weight_only.tabled(problem)
     y = torch.empty(x.shape[0], p.shape[0], dtype=torch.float32, device=x.device)

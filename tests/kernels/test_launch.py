@@ -19,8 +19,9 @@ import torch
 
 import qkernels as qk
 from bench import host
-from qkernels import dispatch
-from qkernels.backends.work import Recorded, Recording
+from qkernels.backends import registry
+from qkernels.backends.plan import Recorded, Recording
+from qkernels.backends.problem import problem_of
 
 from ..conftest import DEVICE
 from .test_graphs import fused_cases, k_of
@@ -113,16 +114,16 @@ def freed() -> None:
         for _ in range(4):
             driver.launches.clear()
             p.prepack_("weight_only")
-            spec = qk.ops.spec_of(p)
+            spec = qk.ops.matmul.spec_of(p)
             torch.ops.qkernels.matmul(x, list(p.storage.values()), None, spec, "auto", False)
         kept = driver.launches[-1][2]
         assert not any(isinstance(v, torch.Tensor) for v in flat(kept)), "this was no kept launch"
-        assert len(qk.ops._BOUND) == 1
+        assert len(qk.ops.matmul._BOUND) == 1
         gone = [weakref.ref(t) for t in p.storage.values()]
         del p
         gc.collect()
         assert [t() for t in gone] == [None] * len(gone)
-        assert not qk.ops._BOUND
+        assert not qk.ops.matmul._BOUND
 
 
 @pytest.mark.parametrize(
@@ -199,16 +200,16 @@ def replays(
     for call in range(5):
         x, bias = torch.randn(m, k).to(dtype).to(DEVICE), torch.randn(n).to(DEVICE)
         y = qk.matmul(x, p, bias, backend="triton")
-        problem = dispatch.problem_of(p, m, dtype, x.device)
-        want = dispatch.select(problem, "triton").run(x, p, bias, problem)
+        problem = problem_of(p, m, dtype, x.device)
+        want = registry.select(problem, "triton").run(x, p, bias, problem)
         assert bool(want.isfinite().all())
         assert torch.equal(y, want), f"call {call}"
         as_operator = torch.ops.qkernels.matmul(
-            x, list(p.storage.values()), bias, qk.ops.spec_of(p), "triton", False
+            x, list(p.storage.values()), bias, qk.ops.matmul.spec_of(p), "triton", False
         )
         assert torch.equal(as_operator, want), f"call {call}"
     (operator,) = [
-        run for first, run in qk.ops._BOUND.values() if first() in set(p.storage.values())
+        run for first, run in qk.ops.matmul._BOUND.values() if first() in set(p.storage.values())
     ]
     for run in (recorded(p), operator):
         assert list(run._replays) == [0]
@@ -249,8 +250,8 @@ def test_operands_of_another_alignment_are_recorded_anew() -> None:
                 room.normal_()
                 x, bias = room[at : at + 4 * 192].view(4, 192), biases[bias_at : bias_at + 40]
                 y = qk.matmul(x, p, bias, backend="triton")
-                problem = dispatch.problem_of(p, 4, x.dtype, x.device)
-                assert torch.equal(y, dispatch.select(problem, "triton").run(x, p, bias, problem))
+                problem = problem_of(p, 4, x.dtype, x.device)
+                assert torch.equal(y, registry.select(problem, "triton").run(x, p, bias, problem))
     assert sorted(recorded(p)._replays) == [0, 1, 2, 3]
 
 
@@ -265,8 +266,8 @@ def test_bias_within_x_is_not_replayed() -> None:
             x[0],
         ):
             y = qk.matmul(x, p, bias, backend="triton")
-            problem = dispatch.problem_of(p, 2, x.dtype, x.device)
-            assert torch.equal(y, dispatch.select(problem, "triton").run(x, p, bias, problem))
+            problem = problem_of(p, 2, x.dtype, x.device)
+            assert torch.equal(y, registry.select(problem, "triton").run(x, p, bias, problem))
 
 
 def test_memory_of_nobody_is_found() -> None:
@@ -290,7 +291,7 @@ def test_memory_of_nobody_is_found() -> None:
 )
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_layers_of_experts_are_replayed(case: tuple[str, dict[str, Any]], tokens: int) -> None:
-    from qkernels import grouped
+    from qkernels.ops import moe
 
     name, params = case
     gate_up, down = (
@@ -305,7 +306,7 @@ def test_layers_of_experts_are_replayed(case: tuple[str, dict[str, Any]], tokens
         )
         y = qk.fused_moe(x, gate_up, down, weights, ids, backend="triton")
         (kernel, first), (_, second) = (
-            grouped._kernel(p.spec, ids.numel(), x.dtype, x.device, "triton", False)
+            moe._kernel(p.spec, ids.numel(), x.dtype, x.device, "triton", False)
             for p in (gate_up, down)
         )
         assert kernel.fused is not None
@@ -314,7 +315,7 @@ def test_layers_of_experts_are_replayed(case: tuple[str, dict[str, Any]], tokens
         assert torch.equal(y, want), f"call {call}"
     (layer,) = [
         made
-        for first, made in qk.ops._BOUND.values()
+        for first, made in qk.ops.matmul._BOUND.values()
         if first() is next(iter(gate_up.storage.values()))
     ]
     assert list(layer._replays) == [0]

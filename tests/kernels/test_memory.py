@@ -11,17 +11,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qkernels as qk
-from qkernels import dispatch
 
 from ..conftest import DEVICE, case_id, k_of
 
 pytest.importorskip("triton")
 
+from qkernels.backends import workspace
 from qkernels.backends.cuda import eight_bit as cuda_eight_bit
 from qkernels.backends.cuda import gemm as cuda_gemm
 from qkernels.backends.cuda import hopper, launch
 from qkernels.backends.cuda import weight_only as cuda_gemv
-from qkernels.backends.triton import eight_bit, weight_only, workspace
+from qkernels.backends.problem import problem_of
+from qkernels.backends.triton import eight_bit, weight_only
 
 from .launches import Launches
 
@@ -98,7 +99,7 @@ def extra_bytes(run: Any, p: qk.PackedWeight, m: int, invariant: bool) -> int:
     """Peak of what `run` allocates for M = m, without its output."""
     # never touched: no memory of its own
     x = torch.empty(m, p.shape[1], dtype=torch.float16, device=DEVICE)
-    problem = dispatch.problem_of(p, m, x.dtype, x.device, invariant)
+    problem = problem_of(p, m, x.dtype, x.device, invariant)
     with Peak() as counted:
         y = run(x, p, None, problem)
     assert y.shape == (m, p.shape[0])
@@ -172,7 +173,7 @@ def test_cuda_rows_that_are_no_whole_chunks(k: int, no_kernels: Counted) -> None
     m = 40_000
     x = torch.empty(m * k + 1, dtype=torch.float16)[1:].view(m, k)
     for run, invariant in ((cuda_gemm.run, False), (cuda_gemv.run, True)):
-        problem = dispatch.problem_of(p, m, x.dtype, x.device, invariant)
+        problem = problem_of(p, m, x.dtype, x.device, invariant)
         with Peak() as counted:
             y = run(x, p, None, problem)
         assert counted.peak - y.numel() * 2 <= 32 * 2**20

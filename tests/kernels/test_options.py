@@ -51,7 +51,7 @@ def test_compiling_does_not_warn() -> None:
         "import warnings; warnings.simplefilter('error')\n"
         "from triton.backends.compiler import GPUTarget\n"
         "from triton.compiler import make_backend\n"
-        "from qkernels.backends.triton import weight_only\n"
+        "from bench.static.jobs import weight_only\n"
         "job = next(iter(weight_only.compile_jobs(80)))\n"
         "print(make_backend(GPUTarget('cuda', 80, 32)).parse_options(job.options).enable_fp_fusion)\n"
     )

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..conftest import DEVICE
 
 pytest.importorskip("triton")
-from qkernels.backends.triton import eight_bit, outlier_columns, workspace
+from qkernels.backends import workspace
+from qkernels.backends.triton import eight_bit, outlier_columns
 from qkernels.triton_kernels.activations import quantize_rows
 
 from .test_activations import dtypes, packed, problem, with_outliers

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
-from qkernels.backends.triton import configs, experts, weight_only
+from bench.static.jobs import experts as expert_jobs
+from bench.static.jobs import weight_only as jobs
+from qkernels.backends.triton import configs, weight_only
 
 #: format, bits, and configurations whose decoded weights pass through shared memory: of tiles of either length
 JOBS: list[tuple[str, int, tuple[int, int, int, int]]] = [
@@ -34,7 +36,7 @@ def compiled_bytes() -> list[int]:
     found = []
     for name, bits, sizes in JOBS:
         config = configs.GemmConfig(*sizes)
-        kernel: Any = experts if name == "gptq" else weight_only
+        kernel: Any = expert_jobs if name == "gptq" else jobs
         label = f"{name} bits={bits} " if name in ("gptq", "quip_sharp") else f"{name} "
         tabled, kernel.tabled = kernel.tabled, lambda problem, config=config: config
         job = next(
@@ -57,7 +59,7 @@ def traits() -> list[weight_only.layout.WeightOnlyTraits]:
     for name, bits, _ in JOBS:
         params = next(
             params
-            for own, params, _ in weight_only.JOBS
+            for own, params, _ in jobs.JOBS
             if own == name and params.get("bits", bits) == bits
         )
         fmt = weight_only.formats.get(name)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import qkernels as qk
 from qkernels import formats
-from qkernels.quantizers import algorithms, gptq, spqr
+from qkernels.formats import spqr_search
+from qkernels.quantizers import algorithms, gptq
 
 from ..tiny import VOCABULARY, tiny_model
 
@@ -119,7 +120,7 @@ def by_spqr(
     stored = {key: options.pop(key) for key in ("checkpoint_format",)}
     out = []
     for weight in weights:
-        grid = spqr.spqr(weight, hessian_of(x[0]), **options)
+        grid = spqr_search.spqr(weight, hessian_of(x[0]), **options)
         shape = (weight.shape[0], weight.shape[1])
         own = {k: v for k, v in options.items() if k not in ("damp", "threshold")}
         resolved = formats.get("spqr").resolve(shape, {**own, **stored})

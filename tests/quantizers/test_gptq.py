@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qkernels.formats import affine
+from qkernels.formats import grid as affine
 from qkernels.quantizers import gptq
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import qkernels as qk
-from qkernels.quantizers import recipes
+from qkernels.formats.gguf import recipes
 
 from ..tiny import ids, tiny_model
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import qkernels as qk
-from qkernels.quantizers import quip
+from qkernels.formats import ldlq
 
 from .test_gptq import objective, problem
 
@@ -20,7 +20,7 @@ def to_integers(target: Tensor) -> tuple[Tensor, Tensor]:
 def naive(weight: Tensor, hessian: Tensor, block: int) -> Tensor:
     """Eliminates one block of columns after the other from the last on: what is left is H's Schur complement."""
     k = weight.shape[1]
-    h = hessian + quip.DAMP * hessian.diagonal().mean() * torch.eye(k, dtype=torch.float64)
+    h = hessian + ldlq.DAMP * hessian.diagonal().mean() * torch.eye(k, dtype=torch.float64)
     result = torch.zeros_like(weight)
     for begin in range(k - block, -1, -block):
         own, behind = slice(begin, begin + block), slice(begin + block, k)
@@ -40,17 +40,17 @@ def naive(weight: Tensor, hessian: Tensor, block: int) -> Tensor:
 @pytest.mark.parametrize(("k", "block"), [(24, 1), (300, 1), (24, 8), (264, 8)])
 def test_equals_the_naive_algorithm(k: int, block: int) -> None:
     weight, hessian = problem(5, k)
-    found = quip.ldlq(weight, hessian, to_integers, block=block)
+    found = ldlq.ldlq(weight, hessian, to_integers, block=block)
     assert torch.equal(found, naive(weight, hessian, block))
 
 
 @pytest.mark.parametrize("block", [1, 8])
 def test_passes_only_help(block: int) -> None:
     weight, hessian = problem(16, 320)
-    damped = hessian + quip.DAMP * hessian.diagonal().mean() * torch.eye(320, dtype=torch.float64)
+    damped = hessian + ldlq.DAMP * hessian.diagonal().mean() * torch.eye(320, dtype=torch.float64)
     errors = [
         objective(
-            quip.ldlq(weight, hessian, to_integers, block=block, passes=passes) - weight, damped
+            ldlq.ldlq(weight, hessian, to_integers, block=block, passes=passes) - weight, damped
         )
         for passes in (0, 1, 3)
     ]
@@ -59,7 +59,7 @@ def test_passes_only_help(block: int) -> None:
 
 def test_without_hessian_every_column_is_rounded_alone() -> None:
     weight = torch.randn(4, 40)
-    assert torch.equal(quip.ldlq(weight, None, to_integers, block=8), weight.round().clamp(-2, 2))
+    assert torch.equal(ldlq.ldlq(weight, None, to_integers, block=8), weight.round().clamp(-2, 2))
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import qkernels as qk
-from qkernels import atomic
-from qkernels.quantizers import digest
+from qkernels.checkpoints import atomic
+from qkernels.quantizers import digest, driver
 
 from ..tiny import ids, tiny_model
 
@@ -210,7 +210,7 @@ def test_whatever_else_can_change_a_result_makes_another_job(
 def test_another_version_of_this_library_makes_another_job(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(qk, "__version__", "0.0.7")
+    monkeypatch.setattr(driver, "__version__", "0.0.7")
     with pytest.raises(
         ValueError, match=r"but version was '.*' there and is '0\.0\.7, files 2' now"
     ):

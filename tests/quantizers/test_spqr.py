@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from qkernels.formats.spqr import Spqr, outlier_columns
+from qkernels.formats.spqr import Spqr
+from qkernels.formats.spqr_grid import outlier_columns
+from qkernels.formats.spqr_search import spqr
 from qkernels.quantizers import gptq
-from qkernels.quantizers.spqr import spqr
 
 from .test_gptq import objective, problem
 

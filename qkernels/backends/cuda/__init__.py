@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import dispatch, formats, layouts
-from ...packed import PackedWeight
-from ..work import Recorded
+from ... import formats, layouts
+from ...weights.packed import PackedWeight
+from .. import registry
+from ..plan import Recorded
+from ..problem import Problem
 from . import build
 
 MIN_CAPABILITY = (8, 0)
@@ -33,7 +35,7 @@ def unavailable() -> str | None:
     return build.unavailable()
 
 
-def _rejects(problem: dispatch.Problem, module: str, layout: str) -> str | None:
+def _rejects(problem: Problem, module: str, layout: str) -> str | None:
     fmt, params = formats.get(problem.format), dict(problem.params)
     if obstacle := fmt.obstacle(problem.shape, params):
         return obstacle
@@ -48,7 +50,7 @@ def _rejects(problem: dispatch.Problem, module: str, layout: str) -> str | None:
     return str(why) if (why := _module(module).rejects(problem)) else None
 
 
-def _automatic(problem: dispatch.Problem) -> str | None:
+def _automatic(problem: Problem) -> str | None:
     """backend="auto" takes what is compiled, and starts no compiler by itself."""
     if build.is_built():
         return None
@@ -89,7 +91,7 @@ def run(name: str, address: int, index: int) -> None:
         raise RuntimeError(f"qkernels: CUDA kernel {name}: {error}")
 
 
-_quantized = dispatch.Quantized(
+_quantized = registry.Quantized(
     lambda *args, **kwargs: _module("eight_bit").quantize(*args, **kwargs),
     lambda *args, **kwargs: _module("eight_bit").multiply(*args, **kwargs),
     lambda problem: int(
@@ -113,24 +115,24 @@ def register_kernels() -> None:
             x: Tensor,
             p: PackedWeight,
             bias: Tensor | None,
-            problem: dispatch.Problem,
+            problem: Problem,
             module: str = module,
         ) -> Tensor:
             result: Tensor = _module(module).run(x, p, bias, problem)
             return result
 
-        def bind(p: PackedWeight, problem: dispatch.Problem, module: str = module) -> Recorded:
+        def bind(p: PackedWeight, problem: Problem, module: str = module) -> Recorded:
             return Recorded(
                 _module(module).run, _module(module).compute, _module("launch").Replay, True
             )
 
-        def configuration(problem: dispatch.Problem, module: str = module) -> str:
+        def configuration(problem: Problem, module: str = module) -> str:
             return str(_module(module).configuration(problem))
 
         rejects = partial(_rejects, module=module, layout=layout)
         quantized = _quantized if layout == layouts.EIGHT_BIT else None
-        dispatch.register(
-            dispatch.Kernel(
+        registry.register(
+            registry.Kernel(
                 name,
                 "cuda",
                 layout,

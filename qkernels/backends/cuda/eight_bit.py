@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from ...layouts import eight_bit as layout
-from ..triton import workspace
-from ..triton.eight_bit import Activations, row_bytes, traits_of
-from ..work import NOW, Work
+from .. import workspace
+from ..eight_bit import Activations, row_bytes, traits_of
+from ..plan import NOW, Work
 from .calls import Call
 from .launch import start, whole
 from .weight_only import processors
 
 if TYPE_CHECKING:
-    from ...dispatch import Problem
-    from ...packed import PackedWeight
+    from ...weights.packed import PackedWeight
+    from ..problem import Problem
 
 #: as csrc/ptx/eight_bit.h and csrc/eight_bit/arguments.h number them
 KINDS = {"int8": 0, "e4m3": 1, "e5m2": 2}

@@ -9,15 +9,15 @@ from torch import Tensor
 
 from ... import layouts
 from ...layouts import weight_only as layout
-from ..triton import workspace
-from ..work import NOW, Work
+from .. import workspace
+from ..plan import NOW, Work
 from . import launch, transforms
 from . import weight_only as gemv
 from .calls import WeightOnlyCall
 
 if TYPE_CHECKING:
-    from ...dispatch import Problem
-    from ...packed import PackedWeight
+    from ...weights.packed import PackedWeight
+    from ..problem import Problem
 
 #: as in csrc/weight_only/gemm.h
 ROWS, STAGES, THREADS = 64, 4, 128

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from ... import layouts
 from ...layouts import weight_only as layout
-from ..work import NOW, Work
+from ..plan import NOW, Work
 from . import gemm, transforms
 from . import weight_only as gemv
 from .launch import whole
 
 if TYPE_CHECKING:
-    from ...dispatch import Problem
-    from ...packed import PackedWeight
+    from ...weights.packed import PackedWeight
+    from ..problem import Problem
 
 #: as in csrc/weight_only/hopper.h: rows of W of a block, threads
 ROWS, THREADS = 128, 384

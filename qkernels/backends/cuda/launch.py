@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from .. import cuda
-from ..work import NOW, Compute, Recording, Work, Y, view
+from ..plan import NOW, Compute, Recording, Work, Y, view
 from .calls import Call
 
 if TYPE_CHECKING:
-    from ...dispatch import Problem, Run
-    from ...packed import PackedWeight
+    from ...weights.packed import PackedWeight
+    from ..problem import Problem
+    from ..registry import Run
 
 _WORD = ctypes.sizeof(ctypes.c_uint64)
 

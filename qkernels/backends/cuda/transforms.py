@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ...layouts import weight_only as layout
-from ..work import NOW, Work
+from ..plan import NOW, Work
 from .calls import Call
 from .launch import start
 
 if TYPE_CHECKING:
-    from ...packed import PackedWeight
+    from ...weights.packed import PackedWeight
 
 #: features that a block holds where the transform is Hadamard's: few, so that several multiprocessors share
 #: a row; more with a dense factor, which every block of a row reads the whole row for

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ... import formats, layouts
 from ...layouts import weight_only as layout
-from ..triton import workspace
-from ..work import NOW, Work
+from .. import workspace
+from ..plan import NOW, Work
 from . import transforms
 from .calls import (
     BOOK_WORDS,
@@ -26,8 +26,8 @@ from .calls import (
 from .launch import start, whole
 
 if TYPE_CHECKING:
-    from ...dispatch import Problem
-    from ...packed import PackedWeight
+    from ...weights.packed import PackedWeight
+    from ..problem import Problem
 
 #: as in csrc/weight_only/gemv.h: warps that take tiles in turn, rows of W and of x in a block
 WARPS, ROWS, COLUMNS = 4, 16, 8

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import dispatch, formats, layouts
-from ...packed import PackedWeight
+from ... import formats, layouts
+from ...weights.packed import PackedWeight
+from .. import registry
+from ..problem import Problem
 
 MIN_CAPABILITY = (8, 0)
 
@@ -36,7 +38,7 @@ def unavailable() -> str | None:
     return None
 
 
-def _rejects(problem: dispatch.Problem, layout: str) -> str | None:
+def _rejects(problem: Problem, layout: str) -> str | None:
     fmt, params = formats.get(problem.format), dict(problem.params)
     if obstacle := fmt.obstacle(problem.shape, params):
         return obstacle
@@ -53,7 +55,7 @@ def _rejects(problem: dispatch.Problem, layout: str) -> str | None:
     return None
 
 
-def _automatic(problem: dispatch.Problem) -> str | None:
+def _automatic(problem: Problem) -> str | None:
     return (
         "the interpreter is only used when backend='triton' asks for it"
         if problem.device == "cpu"
@@ -66,7 +68,7 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-_quantized = dispatch.Quantized(
+_quantized = registry.Quantized(
     lambda *args, **kwargs: _module(layouts.EIGHT_BIT).quantize(*args, **kwargs),
     lambda *args, **kwargs: _module(layouts.EIGHT_BIT).multiply(*args, **kwargs),
     lambda problem: int(_module(layouts.EIGHT_BIT).row_bytes(problem, made=True)),
@@ -74,7 +76,7 @@ _quantized = dispatch.Quantized(
 )
 
 
-def _rejects_experts(problem: dispatch.Problem, layout: str) -> str | None:
+def _rejects_experts(problem: Problem, layout: str) -> str | None:
     why = _rejects(problem, layout) or _module("experts").obstacle(problem, layout)
     return None if why is None else str(why)
 
@@ -93,12 +95,12 @@ def _register_experts(name: str, layout: str) -> None:
         result: Tensor = _module("experts").run(*args)
         return result
 
-    def configuration(problem: dispatch.Problem) -> str:
+    def configuration(problem: Problem) -> str:
         return str(_module("experts").configuration(problem))
 
     rejects = partial(_rejects_experts, layout=layout)
-    dispatch.register(
-        dispatch.Kernel(
+    registry.register(
+        registry.Kernel(
             name,
             "triton",
             layout,
@@ -128,23 +130,21 @@ def register_kernels() -> None:
             x: Tensor,
             p: PackedWeight,
             bias: Tensor | None,
-            problem: dispatch.Problem,
+            problem: Problem,
             layout: str = layout,
         ) -> Tensor:
             result: Tensor = _module(layout).run(x, p, bias, problem)
             return result
 
-        def configuration(problem: dispatch.Problem, layout: str = layout) -> str:
+        def configuration(problem: Problem, layout: str = layout) -> str:
             return str(_module(layout).configuration(problem))
 
-        def bind(
-            p: PackedWeight, problem: dispatch.Problem, layout: str = layout
-        ) -> dispatch.Bound | None:
-            found: dispatch.Bound | None = _module(layout).bind(p, problem)
+        def bind(p: PackedWeight, problem: Problem, layout: str = layout) -> registry.Bound | None:
+            found: registry.Bound | None = _module(layout).bind(p, problem)
             return found
 
-        dispatch.register(
-            dispatch.Kernel(
+        registry.register(
+            registry.Kernel(
                 name,
                 "triton",
                 layout,

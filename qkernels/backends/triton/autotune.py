@@ -26,7 +26,7 @@ import torch
 from . import configs
 
 if TYPE_CHECKING:
-    from ...dispatch import Problem
+    from ..problem import Problem
 
 #: repetitions of a timed launch; the median counts
 REPEATS = 20

@@ -7,7 +7,6 @@ and their codes would take more than the workspace, tokens go by slices, for whi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,14 +15,14 @@ from torch import Tensor
 
 from ... import formats, layouts
 from ...layouts import eight_bit as codes_layout
-from ..work import NOW, Replays, Work
-from . import autotune, configs, eight_bit, interpreted, weight_only, workspace
-from .jobs import CompileJob
+from .. import workspace
+from ..plan import NOW, Replays, Work
+from . import autotune, configs, eight_bit, interpreted, weight_only
 from .launch import Launch, Replay, early, overtakes
 
 if TYPE_CHECKING:
-    from ...dispatch import Problem
-    from ...experts import PackedExperts
+    from ...weights.experts import PackedExperts
+    from ..problem import Problem
 
 #: slots that `sort_slots` reads at a time
 _CHUNK = 1024
@@ -328,163 +327,3 @@ def _eight_bit_arguments(
 def _codes_constants(shape: tuple[int, int], problem: Problem) -> dict[str, Any]:
     found = eight_bit.constants(eight_bit.traits_of(problem), shape, problem, has_zero=False)
     return {"BLOCK_SCALES": found["BLOCKS"], **{k: found[k] for k in ("KIND", "WIDEN", "EVEN_K")}}
-
-
-# ---------------------------------------------------------------------- ahead of time
-#: experts, tokens times choices a class of M, and the shape of one expert: about Mixtral-8x7B's
-_JOB_EXPERTS = 8
-_JOB_SLOTS = (16, 512, 32768)
-_JOB_SHAPE = (8192, 4096)
-_ALIGNED = ("x_ptr", "y_ptr", "slots_ptr", "experts_ptr", "N", "KP")
-
-
-def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
-    """Every configuration the table gives `arch`, for each format of the families' own jobs; a few with `subset`.
-
-    In bfloat16, and one 4-bit format in float16 too: the families' own jobs cover both.
-    """
-    yield _sort_job(arch)
-    for number, (name, params, pointers) in enumerate(weight_only.JOBS):
-        problem = _problem(arch, name, params, torch.float16, 1)
-        if obstacle(problem, layouts.WEIGHT_ONLY):
-            continue
-        for dtype in ("bf16", "fp16") if number == 0 else ("bf16",):
-            for slots in _JOB_SLOTS:
-                if subset and (number, dtype, slots) != (0, "bf16", _JOB_SLOTS[0]):
-                    continue
-                yield _weight_only_job(arch, name, params, pointers, dtype, slots)
-    for name, params, has_zero in eight_bit.JOBS:
-        problem = _problem(arch, name, params, torch.float16, 1)
-        if obstacle(problem, layouts.EIGHT_BIT) or has_zero:
-            continue
-        for slots in _JOB_SLOTS:
-            if not subset or (params.get("granularity") == "block" and slots == _JOB_SLOTS[1]):
-                yield _eight_bit_job(arch, name, params, slots)
-
-
-def _problem(
-    arch: int, name: str, params: dict[str, Any], dtype: torch.dtype, slots: int
-) -> Problem:
-    from ...dispatch import Problem
-
-    items = tuple(sorted(formats.get(name).resolve(_JOB_SHAPE, params).items()))
-    return Problem(
-        name, items, _JOB_SHAPE, slots, dtype, "cuda", (arch // 10, arch % 10), experts=_JOB_EXPERTS
-    )
-
-
-def _label(name: str, params: dict[str, Any], dtype: str, slots: int) -> str:
-    return " ".join([name, *(f"{k}={v}" for k, v in params.items()), dtype, f"slots={slots}"])
-
-
-_COMMON_TYPES = {
-    "slots_ptr": "*i32", "experts_ptr": "*i32", "weights_ptr": "*fp32",
-    **dict.fromkeys(("S", "EXPERTS", "BLOCKS", "M", "PER_ROW", "N", "KP"), "i32"),
-}  # fmt: skip
-
-
-def _common_constants(config: configs.GemmConfig, arch: int) -> dict[str, Any]:
-    return {
-        "HAS_BIAS": True,
-        "HAS_WEIGHTS": True,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "GROUP_N": config.group_n,
-        "EARLY": arch >= 90,
-    }
-
-
-def _weight_only_job(
-    arch: int, name: str, params: dict[str, Any], pointers: tuple[str, ...], dtype: str, slots: int
-) -> CompileJob:
-    from ...triton_kernels.experts import experts_weight_only
-
-    problem = _problem(arch, name, params, weight_only.DTYPES[dtype], slots)
-    config, traits = tabled(problem), weight_only.traits_of(problem)
-    pointer = "*" + dtype
-    return CompileJob(
-        kernel="experts_weight_only",
-        label=_label(name, params, dtype, slots),
-        arch=arch,
-        fn=experts_weight_only,
-        types={
-            **_COMMON_TYPES,
-            **dict.fromkeys(("x_ptr", "bias_ptr", "y_ptr"), pointer),
-            **dict.fromkeys(("qdata_ptr", "qhigh_ptr", "perm_ptr", "table_ptr"), "*i32"),
-            **dict.fromkeys(
-                ("qdata_stride", "qhigh_stride", "perm_stride", "table_stride", "K"), "i32"
-            ),
-            "scaler_args": pointers,
-            "scaler_strides": ("i32",) * len(pointers),
-        },
-        constants={
-            **weight_only.constants(
-                traits, _JOB_SHAPE, lookup=False, indexed=bool(params.get("act_order"))
-            ),
-            **_common_constants(config, arch),
-            "UPCAST": False,
-            "WAIT": overtakes(arch),
-            "POST_SCALE": config.post_scale,
-            "WARPS": config.num_warps,
-        },
-        aligned=(
-            *_ALIGNED,
-            "K",
-            "qdata_ptr",
-            "qhigh_ptr",
-            "perm_ptr",
-            "qdata_stride",
-            "qhigh_stride",
-            "perm_stride",
-        ),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        weights=config.block_n * weight_only.sizes(traits)[0],
-    )
-
-
-def _eight_bit_job(arch: int, name: str, params: dict[str, Any], slots: int) -> CompileJob:
-    from ...triton_kernels.experts import experts_eight_bit
-
-    problem = _problem(arch, name, params, torch.bfloat16, slots)
-    config, fixed = tabled(problem), _codes_constants(_JOB_SHAPE, problem)
-    weight, codes = ("*u8", "*u8") if fixed["WIDEN"] else eight_bit.CODES[fixed["KIND"]]
-    return CompileJob(
-        kernel="experts_eight_bit",
-        label=_label(name, params, "bf16", slots),
-        arch=arch,
-        fn=experts_eight_bit,
-        types={
-            **_COMMON_TYPES,
-            "x_ptr": codes,
-            "weight_ptr": weight,
-            **dict.fromkeys(("x_scale_ptr", "w_scale_ptr"), "*fp32"),
-            **dict.fromkeys(("bias_ptr", "y_ptr"), "*bf16"),
-            **dict.fromkeys(("weight_stride", "w_scale_stride"), "i32"),
-        },
-        constants={**fixed, **_common_constants(config, arch)},
-        aligned=(*_ALIGNED, "weight_ptr", "weight_stride", "x_scale_ptr", "w_scale_ptr"),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        weights=config.block_n * eight_bit.STEP,
-    )
-
-
-def _sort_job(arch: int) -> CompileJob:
-    from ...triton_kernels.experts import sort_slots
-
-    return CompileJob(
-        kernel="sort_slots",
-        label="128 experts",
-        arch=arch,
-        fn=sort_slots,
-        types={
-            "ids_ptr": "*i64", "slots_ptr": "*i32", "experts_ptr": "*i32",
-            **dict.fromkeys(("S", "EXPERTS", "BLOCKS"), "i32"),
-        },
-        constants={"BLOCK_M": 64, "BINS": _bins(128), "CHUNK": _CHUNK, "EARLY": arch >= 90},
-        aligned=("ids_ptr", "slots_ptr", "experts_ptr"),
-        num_warps=4,
-        num_stages=3,
-        tensor_core=False,
-    )  # fmt: skip

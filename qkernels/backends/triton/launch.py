@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..work import Recording, Y, view
+from ..plan import Recording, Y, view
 
 #: rows of x up to which a program fetches its first AHEAD_TILES of weights before it waits for x: where the
 #: weights' bytes are what a product waits for

@@ -6,15 +6,12 @@ Reading all of x once more takes no scratch memory, unlike its codes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from ...layouts import eight_bit as layout
-from ..work import NOW, Work
-from . import workspace
-from .jobs import CompileJob
+from .. import workspace
+from ..plan import NOW, Work
 from .launch import Launch, early
 
 
@@ -73,38 +70,3 @@ def counter(elements: int, device: torch.device, work: Work = NOW) -> Tensor:
     if elements <= workspace.MAX_BLOCKS:
         return workspace.counters(device)
     return work.zeros((elements,), torch.int32, device)
-
-
-# ---------------------------------------------------------------------- ahead of time
-_JOB_FEATURES = 8192
-
-
-def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
-    """Of x alone, after RMSNorm and after SiLU; with `subset` the first."""
-    from ...triton_kernels.activations import outlier_columns
-
-    block = row_block(_JOB_FEATURES)
-    for label, norm, gated in (
-        ("", False, False),
-        ("RMSNorm ", True, False),
-        ("SiLU ", False, True),
-    ):
-        if subset and label:
-            continue
-        yield CompileJob(
-            kernel="outlier_columns",
-            label=f"int8 {label}bf16",
-            arch=arch,
-            fn=outlier_columns,
-            types={
-                **dict.fromkeys(("x_ptr", "up_ptr", "norm_ptr"), "*bf16"),
-                **dict.fromkeys(("columns_ptr", "counter_ptr"), "*i32"),
-                **dict.fromkeys(("eps", "threshold"), "fp32"),
-                **dict.fromkeys(("M", "K"), "i32"),
-            },
-            constants={"NORM": norm, "GATED": gated, "BLOCK": block, "EARLY": arch >= 90},
-            aligned=("x_ptr", "up_ptr", "norm_ptr", "K"),
-            num_warps=row_warps(block),
-            num_stages=3,
-            tensor_core=False,
-        )

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
 
 from ...layouts.weight_only import tile_features
-from ..work import NOW, Work
-from .jobs import CompileJob
+from ..plan import NOW, Work
 from .launch import Launch, early
 
 #: features a program holds: so many that two tf32 copies fit in shared memory everywhere, ...
@@ -166,46 +165,3 @@ def constants(n: int, stored: tuple[int, ...], decode: bool) -> tuple[dict[str, 
 def _padded(order: int) -> int:
     """What a dot takes."""
     return 1 if order == 1 else max(16, 1 << (order - 1).bit_length())
-
-
-# ---------------------------------------------------------------------- ahead of time
-#: sizes of models' layers, and the factors kept: none, the one that is no power of two, QuIP's
-_JOBS: tuple[tuple[int, tuple[int, ...]], ...] = (
-    (4096, ()), (8192, ()), (14336, (28,)), (28672, (28,)), (11008, (43,)), (4096, (64, 64)), (14336, (28, 16, 32)),
-)  # fmt: skip
-
-
-def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
-    """Both sides of each size; one of them with `subset`. Whether by tensor core is the compiler's choice."""
-    from ...triton_kernels.kronecker import kronecker_rows
-
-    for n, stored in _JOBS:
-        for m in (1, 4096):
-            options, warps = constants(n, stored, m == 1)
-            permuted = len(stored) > 1
-            for before in (True, False):
-                if subset and (n, m, before) != (28672, 4096, True):
-                    continue
-                side, kept = "input" if before else "output", "x".join(map(str, stored)) or "-"
-                yield CompileJob(
-                    kernel="kronecker_rows",
-                    label=f"{side} {n} kept={kept} M={m}",
-                    arch=arch,
-                    fn=kronecker_rows,
-                    types={
-                        "x_ptr": "*bf16" if before else "*fp32", "y_ptr": "*bf16", "pre_ptr": "*fp16",
-                        "post_ptr": "*fp16", "bias_ptr": "*bf16", "gather_ptr": "*i32", "scatter_ptr": "*i32",
-                        "factor0_ptr": "*fp16", "factor1_ptr": "*fp16", "factor2_ptr": "*fp16",
-                        "scale": "fp32", "M": "i32", "STRIDE": "i32",
-                    },
-                    constants={
-                        **options,
-                        "HAS_PRE": before, "HAS_POST": not before, "HAS_BIAS": not before,
-                        "GATHERED": before and permuted, "SCATTERED": not before and permuted,
-                        "VECTORS": before and not permuted, "TRANSPOSED": before, "EARLY": arch >= 90,
-                    },
-                    aligned=("x_ptr", "y_ptr", "pre_ptr", "post_ptr", "bias_ptr", "STRIDE"),
-                    num_warps=warps,
-                    num_stages=1,
-                    tensor_core=False,
-                )  # fmt: skip

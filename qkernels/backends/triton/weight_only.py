@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +10,14 @@ from torch import Tensor
 
 from ... import formats, layouts
 from ...layouts import weight_only as layout
-from ..work import NOW, Recorded, Work
-from . import autotune, configs, interpreted, transforms, workspace
-from .jobs import CompileJob
+from .. import workspace
+from ..plan import NOW, Recorded, Work
+from . import autotune, configs, interpreted, transforms
 from .launch import Launch, Replay, ahead, early, overtakes
 
 if TYPE_CHECKING:
-    from ...dispatch import Problem
-    from ...packed import PackedWeight
+    from ...weights.packed import PackedWeight
+    from ..problem import Problem
 
 #: M from which x is gathered once, by a kernel of its own, instead of by every program (act-order)
 GATHER_ROWS = 17
@@ -339,96 +338,3 @@ def processors(device: torch.device) -> int:
         if device.type == "cuda"
         else 8
     )
-
-
-# ---------------------------------------------------------------------- ahead of time
-#: format, parameters and the dtypes of its scaler's tensors
-JOBS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
-    ("gptq", {"bits": 4, "group_size": 128}, ("*fp16", "*u8", "*i32")),
-    ("gptq", {"bits": 4, "group_size": 32}, ("*fp16", "*u8", "*i32")),
-    ("gptq", {"bits": 4, "group_size": 128, "act_order": True}, ("*fp16", "*u8", "*i32")),
-    ("gptq", {"bits": 2, "group_size": 128}, ("*fp16", "*u8", "*i32")),
-    ("gptq", {"bits": 3, "group_size": 128}, ("*fp16", "*u8", "*i32")),
-    ("gptq", {"bits": 8, "group_size": 128}, ("*fp16", "*u8", "*i32")),
-    ("nf4", {"block_size": 64}, ("*fp32",)),
-    ("nf4", {"block_size": 64, "double_quant": True}, ("*u8", "*fp32", "*fp32", "*fp32")),
-    ("q8_0", {}, ("*fp16",)),
-    ("q4_1", {}, ("*fp16", "*fp16")),
-    ("q4_k", {}, ("*fp16", "*fp16", "*i32")),
-    ("q5_k", {}, ("*fp16", "*fp16", "*i32")),
-    ("q6_k", {}, ("*i8", "*fp16")),
-    ("iq4_nl", {}, ("*fp16",)),
-    ("iq4_xs", {}, ("*fp16", "*i16", "*i32")),
-    ("q2_k", {}, ("*u8", "*fp16", "*fp16")),
-    ("q3_k", {}, ("*i32", "*fp16")),
-    ("spqr", {}, ("*u8", "*fp16", "*i32")),
-    ("spqr", {"bits": 4, "act_order": True}, ("*u8", "*fp16", "*i32")),
-    ("fp8", {"float_format": "e4m3"}, ("*fp32",)),
-    ("fp8", {"float_format": "e5m2"}, ("*fp32",)),
-    *(("quip", {"bits": bits}, ("*fp32",)) for bits in (2, 3, 4)),
-    *(("quip_sharp", {"bits": bits}, ("*fp32",)) for bits in (2, 3, 4)),
-)
-#: M of each job: one a class; sm_90 has entries for parts of the middle one
-_JOB_ROWS, _JOB_ROWS_90 = (1, 64, 4096), (1, 32, 64, 128, 256, 4096)
-_JOB_SHAPE, _JOB_PROCESSORS = (8192, 8192), 132
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
-    """Every configuration the table gives `arch`; a few of them with `subset`."""
-    from ...dispatch import Problem
-    from ...triton_kernels.weight_only import weight_only_gemm
-
-    for number, (name, params, pointers) in enumerate(JOBS):
-        fmt = formats.get(name)
-        resolved = fmt.resolve(_JOB_SHAPE, params)
-        for m in _JOB_ROWS_90 if arch == 90 else _JOB_ROWS:
-            for dtype in DTYPES:
-                if subset and (number, dtype) not in ((0, "fp16"), (4, "bf16"), (7, "bf16")):
-                    continue
-                capability = (arch // 10, arch % 10)
-                items = tuple(sorted(resolved.items()))
-                problem = Problem(name, items, _JOB_SHAPE, m, DTYPES[dtype], "cuda", capability)
-                config = tabled(problem)
-                traits = traits_of(problem)
-                indexed = bool(params.get("act_order")) and m < GATHER_ROWS
-                fixed = constants(traits, _JOB_SHAPE, lookup=False, indexed=indexed)
-                blocks = -(-_JOB_SHAPE[0] // config.block_n) * -(-m // config.block_m)
-                tiles = -(-_JOB_SHAPE[1] // (16 * 32 // fixed["WIDTH"]))
-                shares = configs.shares_of(config, tiles, blocks, _JOB_PROCESSORS)
-                pointer = "*" + dtype
-                yield CompileJob(
-                    kernel="weight_only_gemm",
-                    label=" ".join([name, *(f"{k}={v}" for k, v in params.items()), dtype, f"M={m}"]),
-                    arch=arch,
-                    fn=weight_only_gemm,
-                    types={
-                        "x_ptr": pointer, "bias_ptr": pointer, "y_ptr": "*fp32" if traits.norms else pointer,
-                        "qdata_ptr": "*i32",
-                        "qhigh_ptr": "*i32", "perm_ptr": "*i32", "table_ptr": "*i32",
-                        "scaler_args": pointers, "partial_ptr": "*fp32", "counter_ptr": "*i32",
-                        "sparse_x_ptr": pointer,
-                        "outlier_args": ("*i32", "*i32", "i32", "i32") if traits.outliers else (),
-                        "M": "i32", "N": "i32", "K": "i32", "KP": "i32",
-                    },
-                    constants={
-                        **fixed,
-                        "HAS_BIAS": True,
-                        "UPCAST": False,
-                        "WAIT": overtakes(arch),
-                        "POST_SCALE": scaled_after(fixed, config, problem),
-                        "BLOCK_M": config.block_m,
-                        "BLOCK_N": config.block_n,
-                        "SHARES": shares,
-                        "SPLIT_K": shares,
-                        "GROUP_N": config.group_n,
-                        "WARPS": config.num_warps,
-                        "FOLDED": folded(fixed, config, problem),
-                        "AHEAD": ahead(config.block_m),
-                        "EARLY": arch >= 90,
-                    },
-                    aligned=("x_ptr", "qdata_ptr", "qhigh_ptr", "perm_ptr", "y_ptr", "N", "K", "KP"),
-                    num_warps=config.num_warps,
-                    num_stages=config.num_stages,
-                    weights=config.block_n * sizes(traits)[0],
-                )  # fmt: skip

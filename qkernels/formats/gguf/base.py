@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from ...layouts.weight_only import WEIGHT_ONLY, WeightOnlyParts, WeightOnlyTraits
-from ..base import Format, Params, Shape, TensorSpec
+from ..base import Format, TensorSpec
+from ..types import Params, Shape
 
 Fields = dict[str, Tensor]
 

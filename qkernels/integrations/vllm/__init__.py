@@ -14,13 +14,12 @@ The package's entry point `vllm.general_plugins` calls `register`; nothing here 
 
 from __future__ import annotations
 
-NAME = "qkernels"
-
 
 def register() -> None:
     """Tell vLLM of the method. Called by vLLM in each of its processes; calling it again is harmless."""
     from vllm.model_executor.layers.quantization import register_quantization_config
 
+    from .checkpoint import NAME
     from .config import QKernelsConfig
 
     register_quantization_config(NAME)(QKernelsConfig)

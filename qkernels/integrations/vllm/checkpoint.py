@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ...checkpoints.layers import scheme_of
-from ...checkpoints.quantization import EMBEDDING, LINEAR, Plan, Scheme
+from ...checkpoints.hf.layers import scheme_of
+from ...checkpoints.hf.quantization import EMBEDDING, LINEAR, Plan, Scheme
 from ...checkpoints.tensor_files import TensorFiles
 
+#: our quantization method, as vLLM knows it
+NAME = "qkernels"
 #: what models call their input embeddings; vLLM does not tell every embedding its name
 _EMBEDDINGS = ("embed_tokens", "embed_in", "word_embeddings", "wte", "tok_embeddings", "embeddings")
 #: scales of a quantized key-value cache, which vLLM handles itself

@@ -22,11 +22,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.models.utils import WeightsMapper
 
 from ... import formats
-from ...checkpoints.quantization import OWN
-from ...embedding import QuantEmbedding
-from ...linear import QuantLinear
-from . import NAME
-from .checkpoint import Checkpoint
+from ...checkpoints.hf.quantization import OWN
+from ...nn.embedding import QuantEmbedding
+from ...nn.linear import QuantLinear
+from .checkpoint import NAME, Checkpoint
 from .loading import Piece, Source, fused_pieces, layer_pieces, shard_index, source_of
 from .moe import experts_method
 
@@ -314,7 +313,7 @@ def _loader(take: Callable[[str, Tensor, Any], None], own: str) -> Callable[...,
 def _check_rows(source: Source) -> None:
     """ValueError, naming the module, if single rows of its format cannot be looked up."""
     assert source.scheme is not None
-    from ...packed import PackedWeight
+    from ...weights.packed import PackedWeight
 
     fmt = formats.get(source.scheme.format)
     params = fmt.resolve(source.shape, source.scheme.params)

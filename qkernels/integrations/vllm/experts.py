@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...checkpoints import names
-from ...moe import ExpertParts
+from ...checkpoints.hf import names
+from ...nn.experts import ExpertParts
 
 __all__ = ["SHARDS", "ExpertParts", "expert_tensor", "local_ids"]
 

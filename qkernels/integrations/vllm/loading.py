@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ... import formats
-from ...checkpoints.quantization import Scheme
-from ...packed import PackedWeight, pack
-from ...sharding import COLUMNS, ROWS, check_cut, check_shard, narrow, shard
+from ...checkpoints.hf.quantization import Scheme
+from ...weights.packed import PackedWeight, pack
+from ...weights.sharding import COLUMNS, ROWS, check_cut, check_shard, narrow, shard
 from .checkpoint import Checkpoint
 
 #: dtype -> the format of a plain weight, which is a part like any other beside packed ones

@@ -10,9 +10,8 @@ import vllm.envs as envs
 from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
 
-from ...grouped import ACTIVATIONS
-from . import NAME
-from .checkpoint import Checkpoint
+from ...ops.moe import ACTIVATIONS
+from .checkpoint import NAME, Checkpoint
 from .experts import SHARDS, ExpertParts, expert_tensor, local_ids
 from .loading import Piece, Source, source_of
 

@@ -40,7 +40,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import qkernels as qk
-from qkernels.embedding import QuantEmbedding
+from qkernels.nn.embedding import QuantEmbedding
 from tests.moe_checkpoint import save_moe
 from tests.tiny import ids, tiny_model, tiny_tokenizer
 

@@ -1,0 +1,40 @@
+"""What it takes to compile a kernel ahead of time for an architecture that is not at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class CompileJob:
+    """One kernel with one configuration, as `bench.static` and the tests compile it.
+
+    kernel: its name. label: what distinguishes this job: format, dtype, shape class.
+    arch: compute capability as an integer, 90 for sm_90.
+    fn: the @triton.jit function.
+    types: argument name -> triton type ("*bf16", "i32"; a tuple for a tuple argument); the rest of its
+        arguments are in `constants`.
+    aligned: arguments divisible by 16, as launches with aligned pointers and sizes see them.
+    weights: packed weights one program decodes in one step of its loop; 0 where it decodes none.
+    tensor_core: whether the architecture's tensor-core instruction must appear.
+    """
+
+    kernel: str
+    label: str
+    arch: int
+    fn: Any
+    types: dict[str, Any]
+    constants: dict[str, Any]
+    aligned: tuple[str, ...]
+    num_warps: int
+    num_stages: int
+    weights: int = 0
+    tensor_core: bool = True
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The compiler's, as launches give them."""
+        from qkernels.triton_kernels.launchable import OPTIONS
+
+        return {**OPTIONS, "num_warps": self.num_warps, "num_stages": self.num_stages}

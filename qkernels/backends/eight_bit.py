@@ -1,0 +1,42 @@
+"""What the launchers of both languages share of the 8-bit family."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .. import formats
+from ..layouts import eight_bit as layout
+from .problem import Problem
+
+
+class Activations(NamedTuple):
+    """x (M, K) as `multiply` takes it. Weights of one kind and one input scale may share it.
+
+    codes: int8 or float8_e4m3fn (M, K padded to 16).
+    scale: float32, (M) per token, (groups, M) per group, (1) per tensor.
+    x: what was quantized, in 16 bits: outliers are multiplied so.
+    columns: int32 (K + 1), the outlier columns, and at K how many they are; None without a threshold.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    x: Tensor
+    columns: Tensor | None = None
+
+
+@lru_cache(maxsize=4096)
+def traits_of(problem: Problem) -> layout.EightBitTraits:
+    return formats.get(problem.format).eight_bit_traits(problem.shape, dict(problem.params))
+
+
+def row_bytes(problem: Problem, made: bool = False) -> int:
+    """Scratch memory that a row of x takes in `quantize`.
+
+    made: LLM.int8() keeps in 16 bits what is quantized, because that is not x itself.
+    """
+    traits, k = traits_of(problem), problem.shape[1]
+    scales = {"token": 1, "group": -(-k // layout.BLOCK), "tensor": 0}[traits.activation]
+    return layout.padded(k) + 4 * scales + (2 * k if made and traits.threshold > 0 else 0)

@@ -1,0 +1,262 @@
+"""A GGUF file as a runnable model: packed tensors become QuantLinear and QuantEmbedding as they lie in the file.
+
+Nothing is dequantized but what is no matrix. Tensors are mapped, not read: pages come in when they are used.
+Llama's query and key rows lie in the file in the order ggml's rotary embedding wants, pairs beside each
+other; rows of packed bytes are put back in order exactly. Needs the package `gguf` (`pip install qkernels[gguf]`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ... import formats
+from ...nn.embedding import QuantEmbedding
+from ...nn.experts import DOWN, GATE, LEAVES, ROLES, UP, QuantExperts, expert_weights
+from ...nn.linear import QuantLinear
+from ...weights.packed import PackedWeight, pack
+from ..files import Unchanged
+from ..hf.expert_layers import expert_shapes
+from ..hf.model_config import NoExperts
+from ..hf.save_pretrained import mark
+from .header import GgufHeader, GgufTensor, read_header
+from .metadata import ARCHITECTURES, ROPE_TABLE, read_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: ggml types that are no blocks
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def load_packed(
+    path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """The model in a GGUF file whose architecture is one of ARCHITECTURES.
+
+    dtype: of what is computed between quantized layers: norms, and rows of the embedding.
+    Raises ValueError naming the file and the tensor that is missing, of a wrong shape or an unknown type.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    path = path.resolve()
+    file = Unchanged(path)
+    header = read_header(path)
+    config = read_config(path, header)  # whose sizes are the tensors'
+    with init_empty_weights(include_buffers=False), NoExperts():
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    reader = _Reader(file, header, config)
+    device = torch.device(device)
+    embedding = model.get_input_embeddings()
+    for name, module in list(model.named_modules()):
+        if module is model.get_output_embeddings() and not reader.has(name, "weight"):
+            continue  # tied: made of the embedding below
+        if isinstance(module, nn.Linear) and reader.is_packed(name):
+            _replace(model, name, _linear(reader, name, module).to(device))
+        elif module is embedding and reader.is_packed(name):
+            packed = reader.weight(name, (embedding.num_embeddings, embedding.embedding_dim))
+            replaced = QuantEmbedding(packed, dtype).to(device)
+            _replace(model, name, replaced)
+        elif expert_shapes(module):
+            _replace(model, name, _experts(reader, name, module, device, dtype))
+        else:
+            for leaf, parameter in list(module.named_parameters(recurse=False)):
+                value = reader.plain(f"{name}.{leaf}", tuple(parameter.shape)).to(device, dtype)
+                module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if isinstance(head, nn.Linear) and head.weight.is_meta:  # tied
+        if isinstance(embedding, QuantEmbedding):
+            model.set_output_embeddings(QuantLinear(embedding.packed))
+        else:
+            head.weight = embedding.weight
+    reader.check_all_used()
+    # The head shares the embedding's bytes or has its own: nothing is left for transformers to tie.
+    model.config.tie_word_embeddings = False
+    model.config.dtype = dtype
+    mark(model)
+    return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _linear(reader: _Reader, name: str, linear: nn.Linear) -> QuantLinear:
+    packed = reader.weight(name, (linear.out_features, linear.in_features))
+    bias = None
+    if linear.bias is not None:
+        bias = nn.Parameter(
+            reader.plain(f"{name}.bias", (linear.out_features,)), requires_grad=False
+        )
+    return QuantLinear(packed, bias)
+
+
+def _experts(
+    reader: _Reader, name: str, module: nn.Module, device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    """Experts as they are packed, or the module itself, filled, if they are all in float32."""
+    gate_up, _, activation = expert_weights(module)
+    count, shapes = gate_up.shape[0], expert_shapes(module)
+    called = {role: f"{name}.{leaf}" for role, leaf in LEAVES.items()}
+    if not any(reader.is_packed(own) for own in called.values()):
+        own = {
+            role: reader.plain(f"{called[role]}.weight", (count, *shapes[role])) for role in ROLES
+        }
+        for leaf, value in (
+            ("gate_up_proj", torch.cat([own[GATE], own[UP]], 1)), ("down_proj", own[DOWN])
+        ):  # fmt: skip
+            setattr(module, leaf, nn.Parameter(value.to(device, dtype), requires_grad=False))
+        return module
+    stacks = {role: reader.experts(called[role], count, shapes[role]) for role in ROLES}
+    try:
+        return QuantExperts.from_experts(stacks[GATE], stacks[UP], stacks[DOWN], activation).to(
+            device
+        )
+    except ValueError as error:
+        raise ValueError(f"{reader.path}: {name}: {error}") from None
+
+
+def row_order(name: str, rows: int, config: Any) -> Tensor | None:
+    """Where in a Llama file each row of a query or key weight (or bias) lies, int64 (rows); None for others.
+
+    ggml's rotary embedding turns neighbours, transformers' the two halves of a head.
+    """
+    heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+    field = next((field for part, field in heads.items() if f".{part}." in f".{name}."), None)
+    if field is None:
+        return None
+    count = getattr(config, field)
+    return torch.arange(rows).view(count, rows // count // 2, 2).transpose(1, 2).reshape(-1)
+
+
+class _Reader:
+    """Tensors of a file under the names transformers gives them."""
+
+    def __init__(self, file: Unchanged, header: GgufHeader, config: Any) -> None:
+        import gguf
+
+        self.file, self.path, self.config = file, file.path, config
+        self.tensors = {tensor.name: tensor for tensor in header.tensors}
+        self.used = {ROPE_TABLE}  # a table that transformers computes: see gguf_config
+        self.permuted = ARCHITECTURES[header.metadata["general.architecture"]]
+        kinds = {str(name): kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+        kind = kinds[header.metadata["general.architecture"]]
+        self._names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+
+    def _find(self, name: str) -> str | None:
+        module, _, leaf = name.rpartition(".")
+        found = self._names.get_name(module)
+        return None if found is None else f"{found}.{leaf}"
+
+    def has(self, module: str, leaf: str) -> bool:
+        return self._find(f"{module}.{leaf}") in self.tensors
+
+    def is_packed(self, module: str) -> bool:
+        """Whether a module's weight is kept as it is in the file: in blocks, or in 16 bits."""
+        tensor = self.tensors.get(self._find(f"{module}.weight") or "")
+        return tensor is None or tensor.type != "F32"
+
+    def _tensor(self, name: str, shape: tuple[int, ...]) -> GgufTensor:
+        stored = self._find(name)
+        if stored is None or stored not in self.tensors:
+            raise ValueError(
+                f"{self.path}: {stored or name}: expected a tensor of shape {shape}, found none"
+            )
+        tensor = self.tensors[stored]
+        # The gate of a shared expert is one row, which the file has as a vector.
+        if tuple(tensor.shape) != shape and (shape[0] != 1 or tuple(tensor.shape) != shape[1:]):
+            raise ValueError(
+                f"{self.path}: {stored}: expected shape {shape}, got {tuple(tensor.shape)}"
+            )
+        self.used.add(stored)
+        return tensor
+
+    def _bytes(self, tensor: GgufTensor) -> Tensor:
+        """The file's bytes, mapped copy-on-write."""
+        self.file.check()
+        mapped = np.memmap(
+            self.path, dtype=np.uint8, mode="c", offset=tensor.offset, shape=(tensor.nbytes,)
+        )
+        return torch.from_numpy(mapped)
+
+    def _order(self, name: str, rows: int) -> Tensor | None:
+        return row_order(name, rows, self.config) if self.permuted else None
+
+    def weight(self, module: str, shape: tuple[int, int]) -> PackedWeight:
+        """The weight (N, K) of a linear or an embedding, as stored."""
+        tensor = self._tensor(f"{module}.weight", shape)
+        return self._pack(tensor, self._bytes(tensor), shape, self._order(module, shape[0]))
+
+    def experts(self, module: str, count: int, shape: tuple[int, int]) -> list[PackedWeight]:
+        """The weights (N, K) of each expert, as stored in one tensor (E, N, K)."""
+        tensor = self._tensor(f"{module}.weight", (count, *shape))
+        return [
+            self._pack(tensor, part, shape, None) for part in self._bytes(tensor).view(count, -1)
+        ]
+
+    def _pack(
+        self, tensor: GgufTensor, data: Tensor, shape: tuple[int, int], order: Tensor | None
+    ) -> PackedWeight:
+        """What the tensor's bytes (or an expert's part of them) are. F32 is no packed weight."""
+        if tensor.type in ("F16", "BF16"):
+            dense = data.view(_PLAIN[tensor.type]).view(shape)
+            dense = dense if order is None else dense[order]
+            return pack(
+                "fp16" if dense.dtype == torch.float16 else "bf16", {"weight": dense}, shape
+            )
+        name = tensor.type.lower()
+        if name not in formats.names():
+            known = ", ".join(sorted(n.upper() for n in formats.names() if "data" in _specs(n)))
+            raise ValueError(
+                f"{self.path}: {tensor.name}: expected one of the types {known}, F16, BF16; got {tensor.type}"
+            )
+        data = data.view(shape[0], -1)
+        try:
+            return pack(name, {"data": data if order is None else data[order]}, shape)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {tensor.name}: {error}") from None
+
+    def plain(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor kept as it is: a norm's weight, a bias, a matrix in float32."""
+        tensor = self._tensor(name, shape)
+        if tensor.type not in _PLAIN:
+            raise ValueError(
+                f"{self.path}: {tensor.name}: expected one of {', '.join(_PLAIN)}, got {tensor.type}"
+            )
+        value = self._bytes(tensor).view(_PLAIN[tensor.type]).view(shape)
+        order = self._order(name, shape[0])
+        value = value.clone() if order is None else value[order]
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{self.path}: {tensor.name}: expected finite values, got others")
+        return value
+
+    def check_all_used(self) -> None:
+        left = sorted(set(self.tensors) - self.used)
+        if left:
+            raise ValueError(
+                f"{self.path}: {left[0]}: expected only tensors the model has, got {len(left)} more"
+            )
+
+
+def _specs(name: str) -> set[str]:
+    fmt = formats.get(name)
+    try:
+        return set(fmt.specs((256, 256), fmt.resolve((256, 256), {})))
+    except ValueError:
+        return set()
+
+
+def memory_of(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers, those that share memory counted once."""
+    seen: dict[int, int] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        seen[tensor.data_ptr()] = max(
+            seen.get(tensor.data_ptr(), 0), tensor.numel() * tensor.element_size()
+        )
+    return sum(seen.values())

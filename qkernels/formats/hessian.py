@@ -1,0 +1,26 @@
+"""What the algorithms that pass rounding errors on (GPTQ, SpQR) share: H^-1, factored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: columns rounded before the columns behind them are brought up to date in one product
+BLOCK = 128
+
+
+def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
+    """Upper triangular U with U^T U = (H + damp * mean(diag H) * I)^-1."""
+    mean = hessian.diagonal().mean()
+    for attempt in range(4):
+        damped = hessian.clone()
+        damped.diagonal().add_(mean * damp * 10**attempt)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            inverse = torch.cholesky_inverse(lower)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not failed:
+                return upper
+    raise ValueError(
+        f"hessian: expected a positive definite matrix, got one that stays singular with damp={damp * 1000}"
+    )

@@ -1,0 +1,206 @@
+"""PackedWeight: one quantized (N, K) matrix, in its checkpoint's own tensors or a kernel layout."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import formats, layouts
+from ..formats.base import check_weight
+from ..tensors import plain, whole
+
+
+class Snapshot(NamedTuple):
+    """The layout a weight's bytes are in, and the tensors that hold them: they only ever change together."""
+
+    layout: str
+    storage: dict[str, Tensor]
+
+
+class Prepackable:
+    """What keeps a layout and its tensors in one `snapshot`, which is replaced whole. Threads may share it."""
+
+    __slots__ = ("_lock", "snapshot")
+    snapshot: Any
+
+    def __init__(self, snapshot: Any) -> None:
+        self.snapshot = snapshot
+        self._lock = threading.Lock()
+
+    @property
+    def layout(self) -> str:
+        return self.snapshot.layout  # type: ignore[no-any-return]
+
+    @property
+    def storage(self) -> dict[str, Tensor]:
+        return self.snapshot.storage  # type: ignore[no-any-return]
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.storage.values())).device
+
+    def _move(self, layout: str) -> bool:
+        """Replace the snapshot by `_packed(layout)`; whether this call did. Of several threads the others wait."""
+        if layout == self.layout:
+            return False
+        with self._lock:
+            if layout == self.layout:
+                return False
+            self.snapshot = self._packed(layout)
+            return True
+
+    def _packed(self, layout: str) -> Any:
+        raise NotImplementedError
+
+
+class PackedWeight(Prepackable):
+    """A quantized weight of shape (N, K). Threads may share one.
+
+    Attributes:
+        format: name of the storage format, one of `qkernels.formats.names()`.
+        shape: (N, K), output and input features.
+        params: the format's parameters, defaults filled in.
+        layout: "checkpoint", or the kernel layout the bytes are held in now. There is only ever one
+            copy: `prepack_` moves the bytes to a kernel layout and `tensors` restores them.
+        storage: the tensors held now, in `layout`, each contiguous: a strided one is copied.
+        snapshot: layout and storage in one look, for readers that need both while another thread prepacks.
+
+    Make one with `qkernels.quantize` or `qkernels.pack`, which validate.
+    """
+
+    __slots__ = ("_nbytes", "format", "params", "plans", "shape")
+    snapshot: Snapshot
+    #: experts in it; see experts.PackedExperts
+    count: ClassVar[int] = 0
+
+    def __init__(
+        self,
+        format: str,
+        shape: tuple[int, int],
+        storage: Mapping[str, Tensor],
+        params: Mapping[str, Any],
+        layout: str = layouts.CHECKPOINT,
+    ) -> None:
+        self.format = format
+        self.shape = (int(shape[0]), int(shape[1]))
+        self.params = dict(params)
+        storage = {
+            name: whole(f"{format}: {name}", tensor, aligned=layout != layouts.CHECKPOINT)
+            for name, tensor in storage.items()
+        }
+        super().__init__(Snapshot(layout, storage))
+        self._nbytes: int | None = None
+        #: what `qkernels.matmul` found out about operands it has seen; nobody else's business
+        self.plans: dict[Any, Any] = {}
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The checkpoint's tensors under the checkpoint's names, bit for bit.
+
+        Free in the checkpoint layout; from a kernel layout they are rebuilt on every access.
+        """
+        layout, storage = self.snapshot
+        return layouts.unpack(formats.get(self.format), self.shape, self.params, storage, layout)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the checkpoint's tensors, everything counted (scales, zeros, tables, metadata)."""
+        if self._nbytes is None:
+            self._nbytes = sum(t.numel() * t.element_size() for t in self.tensors.values())
+        return self._nbytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 * nbytes / (N * K)."""
+        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight as an (N, K) tensor of `dtype`: the format's pure-torch reference."""
+        if self.device.type == "meta":
+            return torch.empty(self.shape, dtype=dtype, device="meta")
+        return formats.get(self.format).dequantize(self.tensors, self.shape, self.params).to(dtype)
+
+    def to(self, device: torch.device | str) -> PackedWeight:
+        """The same weight with its tensors on `device`; dtypes never change."""
+        layout, storage = self.snapshot
+        if self.device.type == "meta" and torch.device(device).type != "meta":
+            raise ValueError(
+                f"{self.format}: expected data to move to {device}, got a weight on the meta device"
+            )
+        moved = {k: v.to(device) for k, v in storage.items()}
+        return PackedWeight(self.format, self.shape, moved, self.params, layout)
+
+    def prepack_(self, layout: str) -> PackedWeight:
+        """Move the bytes to a kernel layout, in place, freeing the checkpoint's. Returns self."""
+        if self._move(layout):
+            self.plans.clear()
+        return self
+
+    def _packed(self, layout: str) -> Snapshot:
+        _ = self.nbytes  # counts the checkpoint's tensors, so take it before they go
+        return Snapshot(
+            layout,
+            layouts.pack(formats.get(self.format), self.shape, self.params, self.tensors, layout),
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        layout, storage = self.snapshot
+        return PackedWeight, (self.format, self.shape, storage, self.params, layout)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{k}={v!r}" for k, v in self.params.items())
+        return (
+            f"PackedWeight({self.format!r}, shape={self.shape}, {shown}, "
+            f"bits_per_weight={self.bits_per_weight:.3f}, device={str(self.device)!r})"
+        )
+
+
+def quantize(weight: Tensor, format: str, **params: Any) -> PackedWeight:
+    """Quantize `weight` (N, K), any float dtype, to `format` by round-to-nearest.
+
+    A group size that is not given is 128, or with a warning one that suits this K better. Raises ValueError for an unknown format or parameter, a group size that does not fit, or a weight
+    with NaN or infinite entries. The result lies on the weight's device.
+    """
+    fmt = formats.get(format)
+    check_weight(f"{format}: weight", weight)
+    if weight.is_meta:
+        raise ValueError(
+            f"{format}: weight: expected data, got a tensor on the meta device; is the model offloaded?"
+        )
+    shape = (weight.shape[0], weight.shape[1])
+    only = fmt.check_types({k: params.pop(k) for k in fmt.quantize_only if k in params})
+    resolved = fmt.resolve(shape, fmt.complete({"the weight": shape}, params))
+    with torch.no_grad():
+        tensors = fmt.quantize(
+            weight.detach().float().contiguous(), {**resolved, **fmt.quantize_only, **only}
+        )
+    resolved = fmt.resolve(shape, fmt.params_from_tensors(tensors, resolved))
+    fmt.validate(tensors, shape, resolved)
+    return PackedWeight(format, shape, tensors, resolved)
+
+
+def pack(
+    format: str, tensors: Mapping[str, Tensor], shape: tuple[int, int], **params: Any
+) -> PackedWeight:
+    """Wrap a checkpoint's tensors (copied only if strided) as a weight of shape (N, K).
+
+    Raises ValueError, naming the tensor, what was expected and what came, on a wrong dtype or shape,
+    a missing or unknown tensor, a NaN scale or an index out of range.
+    """
+    fmt = formats.get(format)
+    if not isinstance(tensors, Mapping):
+        raise ValueError(
+            f"{format}: tensors: expected names and tensors, got a {type(tensors).__name__}"
+        )
+    tensors = {name: plain(f"{format}: {name}", tensor) for name, tensor in tensors.items()}
+    params = fmt.check_types(params)
+    shape = tuple(shape)  # type: ignore[assignment]  # a list or torch.Size will do
+    fmt.check_shape(shape)
+    fmt.check_sizes(tensors, shape)
+    resolved = fmt.resolve(shape, fmt.params_from_tensors(tensors, params))
+    fmt.validate(tensors, shape, resolved)
+    return PackedWeight(format, shape, tensors, resolved)

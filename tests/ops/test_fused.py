@@ -1,0 +1,354 @@
+"""Norms and gates fused with 8-bit products: the float64 reference, every backend, whole models."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qkernels as qk
+from qkernels.backends import cuda, registry
+from qkernels.backends.problem import problem_of
+from qkernels.nn import fused
+
+from ..conftest import DEVICE, case_id
+from ..cuda.conftest import emulated  # noqa: F401  # a fixture
+from ..kernels.test_eight_bit import EIGHT_BIT, assert_close
+
+pytest.importorskip("triton")
+eight_bit_cases = pytest.mark.parametrize(
+    ("name", "params"), EIGHT_BIT, ids=map(case_id, EIGHT_BIT)
+)
+BACKENDS = ["reference", "triton", "cuda"]
+K = 200
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda":
+        request.getfixturevalue("emulated")
+    return str(request.param)
+
+
+@pytest.fixture
+def quantizations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Kernels that quantize activations, as they are called with something fused."""
+    seen: list[str] = []
+    for name, kernel in list(registry._KERNELS.items()):
+        if kernel.quantized is None:
+            continue
+
+        def quantize(*args: object, kernel: registry.Kernel = kernel, **kwargs: object) -> object:
+            seen.append(kernel.name)
+            return kernel.quantized.quantize(*args, **kwargs)
+
+        halves = dataclasses.replace(kernel.quantized, quantize=quantize)
+        changed = {**kernel.__dict__, "quantized": halves}
+        monkeypatch.setitem(registry._KERNELS, name, registry.Kernel(**changed))
+    registry.choose.cache_clear()
+    yield seen
+    registry.choose.cache_clear()
+
+
+def weights(name: str, params: dict[str, object], *sizes: int) -> list[qk.PackedWeight]:
+    return [qk.quantize(torch.randn(n, K), name, **params).to(DEVICE) for n in sizes]
+
+
+def close_to(found: Tensor, exact: Tensor, factor: Tensor) -> None:
+    """Two roundings to found's dtype, float32 before; 2^-24: float16 below its normal range, times |factor|."""
+    u = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[found.dtype]
+    error = (found.double() - exact).abs()
+    assert bool((error <= 2.01 * u * exact.abs() + 2.0**-24 * (1 + factor.abs())).all())
+
+
+def normed(x: Tensor, norm: Tensor, eps: float, backend: str) -> Tensor:
+    """RMSNorm as `backend` makes it before it quantizes, checked against float64."""
+    wide = x.double()
+    exact = wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * norm.double()
+    found = (
+        fused.rms_norm(x, norm, eps)
+        if backend == "reference"
+        else kept(x, backend, norm=norm, eps=eps)
+    )
+    close_to(found, exact, norm)
+    return found
+
+
+def gated(gate: Tensor, up: Tensor, backend: str) -> Tensor:
+    """silu(gate) * up as `backend` makes it, checked against float64."""
+    found = fused.silu_mul(gate, up) if backend == "reference" else kept(gate, backend, up=up)
+    close_to(found, nn.functional.silu(gate.double()) * up.double(), up)
+    return found
+
+
+def kept(x: Tensor, backend: str, **before: object) -> Tensor:
+    """What the kernel quantizes: LLM.int8() keeps it in 16 bits."""
+    p = (
+        qk.quantize(torch.randn(4, x.shape[1]), "int8", threshold=2.0)
+        .to(DEVICE)
+        .prepack_("eight_bit")
+    )
+    problem = problem_of(p, x.shape[0], x.dtype, x.device)
+    halves = registry.select(problem, backend).quantized
+    assert halves is not None
+    found = halves.quantize(x, p, problem, **before).x
+    assert found.data_ptr() != x.data_ptr()
+    return found
+
+
+@eight_bit_cases
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_norm_and_products(
+    name: str, params: dict[str, object], dtype: torch.dtype, backend: str
+) -> None:
+    """Bit for bit the products of the norm's result, and that within its roundings of float64."""
+    q, k = weights(name, params, 24, 17)
+    x = (torch.randn(3, K) * torch.tensor([[1.0], [1e-2], [50.0]])).to(dtype).to(DEVICE)
+    norm, bias = ((1 + 0.1 * torch.randn(n)).to(dtype).to(DEVICE) for n in (K, 17))
+    found = fused.rms_norm_matmul(x, norm, 1e-5, [q, k], [None, bias], backend)
+    before = normed(x, norm, 1e-5, backend)
+    for y, p, b in zip(found, (q, k), (None, bias), strict=True):
+        assert torch.equal(y, qk.matmul(before, p, b, backend))
+        if backend != "reference":
+            assert_close(y, before, p, b)
+
+
+@eight_bit_cases
+def test_gates_and_product(name: str, params: dict[str, object], backend: str) -> None:
+    (p,) = weights(name, params, 24)
+    for dtype in (torch.float16, torch.bfloat16):
+        gate, up = (2 * torch.randn(2, 4, K)).to(dtype).to(DEVICE)
+        bias = torch.randn(24).to(dtype).to(DEVICE)
+        y = fused.silu_mul_matmul(gate.view(2, 2, K), up.view(2, 2, K), p, bias, backend)
+        assert y.shape == (2, 2, 24)
+        before = gated(gate, up, backend)
+        assert torch.equal(y.view(4, 24), qk.matmul(before, p, bias, backend))
+        if backend != "reference":
+            assert_close(y.view(4, 24), before, p, bias)
+
+
+def test_triton_gates_in_rows_of_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qkernels.backends.triton import outlier_columns
+
+    monkeypatch.setattr(outlier_columns, "ROW_BLOCK", 128)
+    gate, up = (4 * torch.randn(2, 3, 300)).half().to(DEVICE)
+    before = gated(gate, up, "triton")
+    for name, params in EIGHT_BIT:
+        p = qk.quantize(torch.randn(8, 300), name, **params).to(DEVICE)
+        y = fused.silu_mul_matmul(gate, up, p, backend="triton")
+        assert torch.equal(y, qk.matmul(before, p, backend="triton"))
+
+
+def test_codes_are_made_once_for_weights_that_take_the_same(quantizations: list[str]) -> None:
+    x, norm = torch.randn(4, K).half().to(DEVICE), torch.ones(K).half().to(DEVICE)
+    q, k, v = weights("w8a8", {}, 8, 8, 16)
+    other = weights("w8a8", {"activation": "static", "input_scale": 0.03}, 8)
+    same = weights("w8a8", {"activation": "static", "input_scale": 0.03}, 8)
+    apart = weights("w8a8", {"activation": "static", "input_scale": 0.04}, 8)
+    wide = weights("nf4", {}, 8)
+    ps = [q, *other, k, *apart, *wide, v, *same]
+    found = fused.rms_norm_matmul(x, norm, 1e-6, ps, backend="triton")
+    assert quantizations == ["triton.eight_bit_gemm"] * 3
+    before = normed(x, norm, 1e-6, "triton")
+    plain = fused.rms_norm(x, norm, 1e-6)
+    for y, p in zip(found, ps, strict=True):
+        assert torch.equal(
+            y, qk.matmul(plain if p.format == "nf4" else before, p, backend="triton")
+        )
+    said = fused.explain(ps, 4, backend="triton").splitlines()
+    assert "norm and quantization in one kernel" in said[0]
+    assert "takes the codes of weights[0]" in said[2]
+    assert "takes the codes of weights[1]" in said[6]
+    assert "takes the codes" not in said[3]
+    assert "weights[4], nf4 (8, 200): not fused" in said[4]
+    assert "weight-only, so no activations are quantized" in said[4]
+
+
+def test_rows_by_slices_and_batch_invariance(
+    monkeypatch: pytest.MonkeyPatch, quantizations: list[str]
+) -> None:
+    from qkernels.backends import workspace
+
+    (p,) = weights("fp8", {"activation": "dynamic"}, 24)
+    x, norm = torch.randn(40, K).half().to(DEVICE), torch.randn(K).half().to(DEVICE)
+    (whole,) = fused.rms_norm_matmul(x, norm, 1e-6, [p], backend="triton", batch_invariant=True)
+    (one,) = fused.rms_norm_matmul(x[7], norm, 1e-6, [p], backend="triton", batch_invariant=True)
+    assert one.shape == (24,)
+    assert torch.equal(one, whole[7])
+    quantizations.clear()
+    monkeypatch.setattr(workspace, "BYTES", 16 * 300)
+    (sliced,) = fused.rms_norm_matmul(x, norm, 1e-6, [p], backend="triton", batch_invariant=True)
+    assert len(quantizations) > 1
+    assert torch.equal(sliced, whole)
+
+
+def test_slices_know_the_outlier_columns_of_all_rows(
+    monkeypatch: pytest.MonkeyPatch,
+    quantizations: list[str],
+    emulated: None,  # noqa: F811
+) -> None:
+    """LLM.int8() in the CUDA kernels: a column with an outlier in one slice is one of 16 bits in all."""
+    from qkernels.backends import workspace
+
+    (p,) = weights("int8", {}, 24)
+    gate, up = torch.randn(2, 40, K).half().to(DEVICE)
+    gate[33, 70] = up[33, 70] = 6
+    norm = torch.ones(K).half().to(DEVICE)
+    norm[5] = 4
+
+    def products() -> list[Tensor]:
+        (normed,) = fused.rms_norm_matmul(gate, norm, 1e-6, [p], backend="cuda")
+        return [normed, fused.silu_mul_matmul(gate, up, p, backend="cuda")]
+
+    whole = products()
+    quantizations.clear()
+    monkeypatch.setattr(workspace, "BYTES", 16 * 5 * K)
+    sliced = products()
+    assert len(quantizations) > 4
+    assert all(torch.equal(a, b) for a, b in zip(sliced, whole, strict=True))
+
+
+def test_who_watches_gets_plain_operators_and_no_rows_none(quantizations: list[str]) -> None:
+    (p,) = weights("w8a8", {}, 8)
+    x, norm = torch.randn(4, K).half().to(DEVICE), torch.ones(K).half().to(DEVICE)
+    (y,) = fused.rms_norm_matmul(x.requires_grad_(), norm, 1e-6, [p], backend="triton")
+    y.sum().backward()
+    assert x.grad is not None
+    assert bool(x.grad.any())
+    norm.requires_grad_()
+    (y,) = fused.rms_norm_matmul(x.detach(), norm, 1e-6, [p], backend="triton")
+    y.sum().backward()
+    assert norm.grad is not None
+    assert fused.rms_norm_matmul(x.detach()[:0], norm, 1e-6, [p], backend="triton")[0].shape == (
+        0,
+        8,
+    )
+    assert not quantizations
+
+
+# ---------------------------------------------------------------------- modules and models
+def test_fused_norm_linear(quantizations: list[str]) -> None:
+    layers = [
+        qk.QuantLinear(p, torch.randn(p.shape[0]).half(), "triton")
+        for p in weights("int8", {}, 8, 16)
+    ]
+    module = fused.FusedNormLinear(torch.rand(K).half(), 1e-6, layers).to(DEVICE)
+    x = torch.randn(2, 3, K).half().to(DEVICE)
+    with torch.no_grad():
+        a, b = module(x)
+        assert len(quantizations) == 1
+        before = normed(x.view(6, K), module.weight, 1e-6, "triton").view(x.shape)
+        for y, layer in ((a, layers[0]), (b, layers[1])):
+            assert torch.equal(y, layer(before))
+    assert "takes the codes of weights[0]" in module.explain()
+    with pytest.raises(ValueError, match=r"norm_weight: expected shape \(200,\), got \(199,\)"):
+        fused.FusedNormLinear(torch.rand(199), 1e-6, layers)
+    layers[1].backend = "auto"
+    with pytest.raises(ValueError, match="layers: expected one backend for all, got"):
+        fused.FusedNormLinear(torch.rand(K), 1e-6, layers)
+
+
+@pytest.mark.parametrize("format", ["w8a8", "int8"])
+def test_a_fused_llama_computes_what_it_did(
+    format: str, backend: str, quantizations: list[str]
+) -> None:
+    from ..tiny import ids, tiny_model
+
+    dtype = torch.float32 if backend == "reference" else torch.float16
+    model = qk.quantize_model(tiny_model(num_hidden_layers=1).to(dtype), format, progress=False).to(
+        DEVICE
+    )
+    for module in model.modules():
+        if isinstance(module, qk.QuantLinear):
+            module.backend = backend
+    plain = copy.deepcopy(model)
+    said = qk.fuse_norms(model)
+    assert not said.left
+    assert [name for name, _ in said.fused] == [
+        "model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm", "model.layers.0.mlp",
+    ]  # fmt: skip
+    assert "fused model.layers.0.input_layernorm with self_attn.q_proj, self_attn.k_proj" in str(
+        said
+    )
+    tokens = ids(7)[None].to(DEVICE)
+    with torch.no_grad():
+        want, found = plain(tokens).logits.float(), model(tokens).logits.float()
+    assert len(quantizations) == (0 if backend == "reference" else 3)
+    assert (found - want).norm() <= (1e-5 if backend == "reference" else 0.03) * want.norm()
+    old, new = plain.state_dict(), model.state_dict()
+    assert old.keys() == new.keys()
+    for name in old:
+        assert torch.equal(old[name], new[name]), name
+    with torch.no_grad():  # a copy has readers of its own
+        assert torch.equal(copy.deepcopy(model)(tokens).logits.float(), found)
+    again = qk.fuse_norms(model)
+    assert not again.fused
+    assert "it is fused already" in str(again)
+
+
+def test_what_is_not_fused_is_said() -> None:
+    from ..tiny import ids, tiny_model
+
+    model = tiny_model(num_hidden_layers=1)
+    assert "is no quantized layer but Linear" in str(qk.fuse_norms(model))
+    model = qk.quantize_model(model, "nf4", progress=False)
+    want = model(ids(5)[None]).logits
+    said = qk.fuse_norms(model)
+    assert not said.fused
+    assert [name for name, _ in said.left] == [
+        "model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm", "model.layers.0.mlp",
+    ]  # fmt: skip
+    assert (
+        "self_attn.q_proj: nf4 is weight-only, so no activations are quantized: plain norm"
+        in str(said)
+    )
+    assert torch.equal(model(ids(5)[None]).logits, want)
+    model = qk.quantize_model(tiny_model(num_hidden_layers=1), "w8a8", progress=False)
+    model.model.layers[0].input_layernorm = nn.LayerNorm(64)
+    model.model.layers[0].mlp.act_fn = nn.GELU()
+    said = qk.fuse_norms(model)
+    assert "expected an RMSNorm without bias, got LayerNorm" in str(said)
+    assert "expected SiLU between, got GELU" in str(said)
+    with pytest.raises(RuntimeError, match="called without that norm"):
+        model.model.layers[0].mlp.gate_proj(torch.randn(1, 64))
+    with pytest.raises(ValueError, match="model: expected one of the types"):
+        qk.fuse_norms(nn.Linear(4, 4))
+
+
+def test_bad_operands() -> None:
+    q, k = *weights("w8a8", {}, 8), qk.quantize(torch.randn(8, 64), "w8a8").to(DEVICE)
+    x, norm = torch.randn(4, K).half().to(DEVICE), torch.ones(K).half().to(DEVICE)
+    for call, message in [
+        (
+            lambda: fused.rms_norm_matmul(x, norm, 1e-6, []),
+            "weights: expected at least one, got none",
+        ),
+        (
+            lambda: fused.rms_norm_matmul(x, norm, 1e-6, [q, k]),
+            r"weights\[1\]: expected 200 features as in",
+        ),
+        (
+            lambda: fused.rms_norm_matmul(x, norm, 1e-6, [q], [None, None]),
+            "biases: expected 1, one for each",
+        ),
+        (
+            lambda: fused.rms_norm_matmul(x, norm[1:], 1e-6, [q]),
+            r"norm_weight: expected floats of shape \(200,\)",
+        ),
+        (
+            lambda: fused.rms_norm_matmul(x[:, 1:], norm, 1e-6, [q]),
+            r"x: expected shape \(..., 200\)",
+        ),
+        (
+            lambda: fused.silu_mul_matmul(x, x[1:], q),
+            r"up: expected torch.float16 of shape \(4, 200\)",
+        ),
+        (lambda: fused.silu_mul_matmul(x, x.float(), q), "up: expected torch.float16"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert cuda.emulator is None
