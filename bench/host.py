@@ -213,7 +213,7 @@ def null_extension() -> Iterator[None]:
         (cuda.build, "extension", lambda: Extension),
         (cuda, "stream_of", lambda index: 0),
         (cuda, "current_device", lambda: -1),
-        (cuda, "starts_early", lambda index: True),
+        (cuda, "supports_pdl", lambda index: True),
     )
     real = [getattr(where, name) for where, name, _ in stand_ins]
     for where, name, value in stand_ins:

@@ -12,7 +12,7 @@ For each format and backend, at 4096 x 4096 and at an odd shape, for each class 
                 with a wait between them: an early launch must not read what is not written yet
     invariant   a row gives the same bits whatever M it comes with, where batch invariance is asked for
     nodes       a captured product is kernels and nothing else: no copy, no memset
-    late        kernels that wait for the one before them (QKERNELS_EARLY=0, Triton) give the same bits
+    late        kernels that wait for the one before them (QKERNELS_PDL=0, Triton) give the same bits
 
 Kernels run in worker processes, for an illegal access ends the process it happens in. One line a kernel, failures
 first; all figures go to OUT/smoke.json as they come.
@@ -377,27 +377,27 @@ def main(
 ) -> None:
     started = time.monotonic()
     cases = cases_of(formats, backends)
-    shares = [Share(cases[i::jobs], tiny) for i in range(min(jobs, len(cases)))]
+    k_slices = [Share(cases[i::jobs], tiny) for i in range(min(jobs, len(cases)))]
     checks: list[Check] = []
     shown = started
     try:
-        while shares and time.monotonic() - started < seconds:
-            for share in list(shares):
-                found, more = share.poll()
+        while k_slices and time.monotonic() - started < seconds:
+            for k_slice in list(k_slices):
+                found, more = k_slice.poll()
                 checks += found
                 if not more:
-                    shares.remove(share)
+                    k_slices.remove(k_slice)
             if output is not None and time.monotonic() - shown > 5:
                 shown = time.monotonic()
                 _write(output, checks)
     finally:
-        for share in shares:
-            share.worker.end()
-        for share in shares:
-            share.worker.kill()
+        for k_slice in k_slices:
+            k_slice.worker.end()
+        for k_slice in k_slices:
+            k_slice.worker.kill()
     if output is not None:
         _write(output, checks)
-    left = [case for share in shares for case in share.cases]
+    left = [case for k_slice in k_slices for case in k_slice.cases]
     print("\n".join(summary(checks, left)))
     print(f"{len(checks)} checks in {time.monotonic() - started:.0f} s")
     raise typer.Exit(1 if left or any(one.failed for one in checks) else 0)

@@ -43,10 +43,10 @@ def late(p: qk.PackedWeight) -> Iterator[None]:
     """Triton's kernels of `p` start when the one before them is done."""
 
     def forget() -> None:
-        launch.early.cache_clear()
+        launch.pdl.cache_clear()
         p.plans.clear()
 
-    with mock.patch.dict(os.environ, QKERNELS_EARLY="0"):
+    with mock.patch.dict(os.environ, QKERNELS_PDL="0"):
         forget()
         try:
             yield

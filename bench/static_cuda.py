@@ -70,7 +70,7 @@ SOURCES = {
 KNOWN_SPILLS = {
     **{("gemv", f"e{kind}", 0, arch): 16 for kind in ("4m3", "5m2") for arch in ("100a", "120a")},
     ("gemv", "e5m2", 1, "90a"): 12,
-    ("gemm", "counted4_two_level", -1, "90a"): 8,
+    ("gemm", "unsigned4_two_level", -1, "90a"): 8,
     **{("gemm", f"e{kind}", 0, "120a"): 8 for kind in ("4m3", "5m2")},
     ("gemv", "linear8", 0, "120a"): 16,
 }

@@ -401,7 +401,7 @@ def visible() -> Iterator[None]:
             fused_moe=moe._fused_impl,
         ),
         # What starts a kernel early is no code for the interpreter.
-        mock.patch.dict(os.environ, QKERNELS_EARLY="0"),
+        mock.patch.dict(os.environ, QKERNELS_PDL="0"),
         mock.patch.object(cuda, "run", run),
         mock.patch.object(cuda.build, "extension", _Extension),
         _Everywhere(),

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .early import let_next_begin, wait_for_last
 from .launchable import kernel
+from .pdl import launch_dependents, wait_for_previous
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
@@ -163,12 +163,12 @@ def _list_columns(columns_ptr, counter_ptr, M, K, BLOCK: tl.constexpr):
 @kernel
 def outlier_columns(
     x_ptr, up_ptr, norm_ptr, columns_ptr, counter_ptr, eps, threshold, M, K,
-    NORM: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The `columns` of quantize_rows alone, of the same operands. Grid: (M)."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    let_next_begin(EARLY)
-    wait_for_last(EARLY)
+    launch_dependents(PDL)
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     x_row, up_row = x_ptr + row * K, up_ptr + row * K
     k = tl.arange(0, BLOCK)
@@ -190,7 +190,7 @@ def quantize_rows(
     eps, threshold, M, K, KP,
     INT8: tl.constexpr, SHARED: tl.constexpr, HAS_ZERO: tl.constexpr, OUTLIERS: tl.constexpr,
     NORM: tl.constexpr, GATED: tl.constexpr, NATIVE: tl.constexpr, BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """x (M, K) -> codes q (M, KP), int8 or uint8 of E4M3, zeros beyond K, and their scales.
 
@@ -202,8 +202,8 @@ def quantize_rows(
     Grid: (M). A row is worked on in chunks of BLOCK, of which the first stays in registers.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    let_next_begin(EARLY)
-    wait_for_last(EARLY)
+    launch_dependents(PDL)
+    wait_for_previous(PDL)
     row = tl.program_id(0)
     x_row = x_ptr + row.to(tl.int64) * K
     up_row = up_ptr + row.to(tl.int64) * K

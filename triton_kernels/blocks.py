@@ -14,7 +14,7 @@ def grouped(pid, blocks_n, blocks_m, GROUP_N: tl.constexpr):
 
 
 @triton.jit
-def all_shares(acc, pid, blocks, partial_ptr, counter_ptr, SPLIT_K: tl.constexpr):
+def all_k_slices(acc, pid, blocks, partial_ptr, counter_ptr, SPLIT_K: tl.constexpr):
     """acc (rows, columns), a program's share of its outputs -> the sum of all SPLIT_K in their order, and whether
     this program came last: nobody else has the sum.
 

@@ -157,21 +157,21 @@ def _finish_byte(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _finish_centered(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
+def _finish_signed(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
     """Takes off the middle of the codes, whatever `zero` is."""
     MAGIC: tl.constexpr = 1024.0 if DTYPE == tl.float16 else (-128.0 if BITS == 8 else 128.0)
     return value - (MAGIC + (1 << (BITS - 1)))
 
 
 @triton.jit
-def _finish_counted(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
+def _finish_unsigned(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
     """The code itself."""
     MAGIC: tl.constexpr = 1024.0 if DTYPE == tl.float16 else 128.0  # of 5 bits at most
     return value - MAGIC
 
 
 @triton.jit
-def _finish_halfway(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
+def _finish_half_integer(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
     """Takes off half of the largest code, in two steps that are exact."""
     MAGIC: tl.constexpr = 1024.0 if DTYPE == tl.float16 else 128.0
     return (value - MAGIC) - ((1 << BITS) - 1) * 0.5
@@ -318,10 +318,10 @@ BY_NAME = {
     ("linear_real", 3): Decoder(_split_linear, _finish_real),
     ("linear_real", 4): Decoder(_split_linear, _finish_real),
     ("linear", 8): Decoder(_split_byte, _finish_byte),
-    **{("centered", bits): Decoder(_split_linear, _finish_centered) for bits in (3, 4, 5, 6)},
-    ("centered", 8): Decoder(_split_byte, _finish_centered),
-    **{("counted", bits): Decoder(_split_linear, _finish_counted) for bits in (2, 4, 5)},
-    **{("halfway", bits): Decoder(_split_linear, _finish_halfway) for bits in (2, 3, 4)},
+    **{("signed", bits): Decoder(_split_linear, _finish_signed) for bits in (3, 4, 5, 6)},
+    ("signed", 8): Decoder(_split_byte, _finish_signed),
+    **{("unsigned", bits): Decoder(_split_linear, _finish_unsigned) for bits in (2, 4, 5)},
+    **{("half_integer", bits): Decoder(_split_linear, _finish_half_integer) for bits in (2, 3, 4)},
     ("e8p", 2): Decoder(_split_e8p, _finish_e8p),
     ("e8p", 3): Decoder(_split_e8p, _finish_nothing),
     ("e8p", 4): Decoder(_split_e8p, _finish_nothing),

@@ -16,7 +16,7 @@ what its code leaves of x. The sum is the reference's, x in 16 bits for all of a
 a second pass over x to clear codes. BY_ELEMENT (batch-invariant): only the elements, so that the columns
 of other rows add zeros.
 
-K is split as in weight_only.py: SHARES runs of steps, summed in order of the shares, whoever does them.
+K is split as in weight_only.py: K_SLICES runs of steps, summed in order of the shares, whoever does them.
 """
 
 import os
@@ -24,9 +24,9 @@ import os
 import triton
 import triton.language as tl
 
-from .blocks import all_shares, grouped
-from .early import fetch, let_next_begin, wait_for_last
+from .blocks import all_k_slices, grouped
 from .launchable import kernel
+from .pdl import fetch, launch_dependents, wait_for_previous
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 STEP = tl.constexpr(128)
@@ -152,17 +152,17 @@ def eight_bit_gemm(
     KIND: tl.constexpr, BLOCKS: tl.constexpr, ONE_SCALE: tl.constexpr, HAS_ZERO: tl.constexpr,
     HAS_BIAS: tl.constexpr, OUTLIERS: tl.constexpr, BY_ELEMENT: tl.constexpr,
     WIDEN: tl.constexpr, UPCAST: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHARES: tl.constexpr, SPLIT_K: tl.constexpr,
-    GROUP_N: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, K_SLICES: tl.constexpr, SPLIT_K: tl.constexpr,
+    GROUP_N: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x (M, KP) and weight (N, KP) codes, x16 (M, K) what x was, y (M, N); all row-major.
 
     KIND: of the weight's codes. BLOCKS: scales of 128-blocks, x_scale (groups, M). ONE_SCALE: x_scale
     is one number instead of (M). WIDEN: fp8 codes come as uint8 and are multiplied as float16, for GPUs
     without fp8. UPCAST: outliers in float32, for triton's interpreter, which takes bfloat16 for integers.
-    AHEAD: steps of W fetched before x is waited for (early.py). Grid: (blocks of N x blocks of M, SPLIT_K).
+    PREFETCH: steps of W fetched before x is waited for (early.py). Grid: (blocks of N x blocks of M, SPLIT_K).
     """
-    let_next_begin(EARLY)
+    launch_dependents(PDL)
     blocks_n = tl.cdiv(N, BLOCK_N)
     blocks_m = tl.cdiv(M, BLOCK_M)
     pid = tl.program_id(0)
@@ -177,28 +177,28 @@ def eight_bit_gemm(
     w_rows = weight_ptr + n.to(tl.int64)[:, None] * KP
     x_rows = x_ptr + m.to(tl.int64)[None, :] * KP
     steps = tl.cdiv(KP, STEP)
-    share = tl.cdiv(steps, SHARES)
-    if EARLY and AHEAD > 0:
-        ahead = tl.minimum(tl.program_id(1) * share + tl.arange(0, AHEAD), steps - 1)
+    k_slice = tl.cdiv(steps, K_SLICES)
+    if PDL and PREFETCH > 0:
+        ahead = tl.minimum(tl.program_id(1) * k_slice + tl.arange(0, PREFETCH), steps - 1)
         fetch(w_rows + ahead[None, :] * STEP)
-    wait_for_last(EARLY)
-    if SHARES == SPLIT_K:
-        begin = tl.program_id(1) * share
+    wait_for_previous(PDL)
+    if K_SLICES == SPLIT_K:
+        begin = tl.program_id(1) * k_slice
         acc = _accumulate(
-            begin, tl.minimum(begin + share, steps), w_rows, x_rows, w_scale_ptr, x_scale_ptr, first_n, n, m,
+            begin, tl.minimum(begin + k_slice, steps), w_rows, x_rows, w_scale_ptr, x_scale_ptr, first_n, n, m,
             M, KP, KIND, BLOCKS, WIDEN, EVEN_K, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     else:
         acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32 if KIND == "int8" else tl.float32)
-        for s in range(SHARES):
+        for s in range(K_SLICES):
             acc += _accumulate(
-                s * share, tl.minimum(s * share + share, steps), w_rows, x_rows, w_scale_ptr, x_scale_ptr,
+                s * k_slice, tl.minimum(s * k_slice + k_slice, steps), w_rows, x_rows, w_scale_ptr, x_scale_ptr,
                 first_n, n, m, M, KP, KIND, BLOCKS, WIDEN, EVEN_K, BLOCK_M, BLOCK_N,
             )  # fmt: skip
 
     last = True
     if SPLIT_K > 1:
-        acc, last = all_shares(acc, pid, blocks_n * blocks_m, partial_ptr, counter_ptr, SPLIT_K)
+        acc, last = all_k_slices(acc, pid, blocks_n * blocks_m, partial_ptr, counter_ptr, SPLIT_K)
     if last:
         if HAS_ZERO:
             acc -= tl.load(row_sum_ptr + n)[:, None] * tl.load(zero_ptr).to(tl.int32)

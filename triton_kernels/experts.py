@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 
 from .blocks import grouped
-from .early import let_next_begin, wait_for_last
 from .eight_bit import STEP
 from .eight_bit import _accumulate as _accumulate_codes
 from .launchable import kernel
+from .pdl import launch_dependents, wait_for_previous
 from .weight_only import _accumulate, _memory_row
 
 
@@ -35,7 +35,7 @@ def _bucket(ids_ptr, slot, S, EXPERTS):
 @kernel
 def sort_slots(
     ids_ptr, slots_ptr, experts_ptr, S, EXPERTS, BLOCKS,
-    BLOCK_M: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ids (S), int32 or int64 -> slots int32 (BLOCKS * BLOCK_M), experts int32 (BLOCKS).
 
@@ -43,8 +43,8 @@ def sort_slots(
     last one writes those of slots that are not here, and marks the blocks left over.
     BINS: a power of two from EXPERTS + 2 on. Grid: (EXPERTS + 1).
     """
-    let_next_begin(EARLY)
-    wait_for_last(EARLY)
+    launch_dependents(PDL)
+    wait_for_previous(PDL)
     mine = tl.program_id(0)
     bins = tl.arange(0, BINS)
     i = tl.arange(0, CHUNK)
@@ -112,16 +112,16 @@ def experts_weight_only(
     S, EXPERTS, BLOCKS, M, PER_ROW, N, K, KP,
     BITS: tl.constexpr, WIDTH: tl.constexpr, HIGH: tl.constexpr, STEP: tl.constexpr,
     SPLIT: tl.constexpr, FINISH: tl.constexpr, SCALER: tl.constexpr,
-    GROUP: tl.constexpr, ROW_RUN: tl.constexpr, RUN: tl.constexpr, LOOKUP: tl.constexpr, MINUS: tl.constexpr,
-    ZERO: tl.constexpr, INDEXED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WEIGHTS: tl.constexpr, POST_SCALE: tl.constexpr,
+    GROUP: tl.constexpr, ROW_GROUP: tl.constexpr, SCALE_GROUP: tl.constexpr, GROUP_LOOKUP: tl.constexpr, HAS_MIN: tl.constexpr,
+    ZERO: tl.constexpr, PERMUTED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WEIGHTS: tl.constexpr, POST_SCALE: tl.constexpr,
     LAST_SCALE: tl.constexpr, UPCAST: tl.constexpr, WAIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_N: tl.constexpr, WARPS: tl.constexpr,
-    OUTLIERS: tl.constexpr, EARLY: tl.constexpr,
+    OUTLIERS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x (M, K), one row for PER_ROW slots; y (S, N); bias (EXPERTS, N); weights (S). The rest as
     weight_only_gemm. Grid: (blocks of N x BLOCKS)."""
-    let_next_begin(EARLY)
-    wait_for_last(EARLY)
+    launch_dependents(PDL)
+    wait_for_previous(PDL)
     pid_n, expert, slots = _place(experts_ptr, slots_ptr, N, BLOCKS, BLOCK_M, BLOCK_N, GROUP_N)
     if expert < 0:
         return
@@ -135,7 +135,7 @@ def experts_weight_only(
         x_ptr, qdata_ptr + e * qdata_stride, qhigh_ptr + e * qhigh_stride, perm_ptr + e * perm_stride,
         table_ptr + e * table_stride, scalers, pid_n, tl.where(slots < S, slots // PER_ROW, M), M, N, K, KP,
         BITS, WIDTH, HIGH, STEP, SPLIT, FINISH, SCALER,
-        GROUP, ROW_RUN, RUN, LOOKUP, MINUS, ZERO, False, INDEXED, POST_SCALE, LAST_SCALE, UPCAST, WAIT,
+        GROUP, ROW_GROUP, SCALE_GROUP, GROUP_LOOKUP, HAS_MIN, ZERO, False, PERMUTED, POST_SCALE, LAST_SCALE, UPCAST, WAIT,
         BLOCK_M, BLOCK_N, WARPS, OUTLIERS, 1,
     )  # fmt: skip
     rows = pid_n * BLOCK_N + _memory_row(tl.arange(0, BLOCK_N), BLOCK_N, WARPS)
@@ -148,12 +148,12 @@ def experts_eight_bit(
     weight_stride, w_scale_stride, S, EXPERTS, BLOCKS, M, PER_ROW, N, KP,
     KIND: tl.constexpr, BLOCK_SCALES: tl.constexpr, WIDEN: tl.constexpr, EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_N: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x (M, KP) codes, one row for PER_ROW slots, x_scale (M) or with BLOCK_SCALES (groups, M). The rest
     as eight_bit_gemm and above. Grid: (blocks of N x BLOCKS)."""
-    let_next_begin(EARLY)
-    wait_for_last(EARLY)
+    launch_dependents(PDL)
+    wait_for_previous(PDL)
     pid_n, expert, slots = _place(experts_ptr, slots_ptr, N, BLOCKS, BLOCK_M, BLOCK_N, GROUP_N)
     if expert < 0:
         return
@@ -177,10 +177,10 @@ def experts_eight_bit(
 
 
 @kernel
-def gate(h_ptr, y_ptr, N, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+def gate(h_ptr, y_ptr, N, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """y (S, N) = activation(h[:, :N]) * h[:, N:], h (S, 2 * N). Grid: (S, blocks of N)."""
-    let_next_begin(EARLY)
-    wait_for_last(EARLY)
+    launch_dependents(PDL)
+    wait_for_previous(PDL)
     slot = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = h_ptr + slot * (2 * N) + n
@@ -194,10 +194,10 @@ def gate(h_ptr, y_ptr, N, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, EARLY: 
 
 
 @kernel
-def combine(h_ptr, weights_ptr, y_ptr, TOP_K, N, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+def combine(h_ptr, weights_ptr, y_ptr, TOP_K, N, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """y (T, N) = sum of weights (T, TOP_K) times h (T, TOP_K, N), in order. Grid: (T, blocks of N)."""
-    let_next_begin(EARLY)
-    wait_for_last(EARLY)
+    launch_dependents(PDL)
+    wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)

@@ -2,15 +2,15 @@
 
 import triton.language as tl
 
-from .early import let_next_begin, wait_for_last
 from .launchable import kernel
+from .pdl import launch_dependents, wait_for_previous
 
 
 @kernel
-def gather_columns(x_ptr, perm_ptr, y_ptr, K, KP, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+def gather_columns(x_ptr, perm_ptr, y_ptr, K, KP, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """y[m, kk] = x[m, perm[kk]], 0 where perm is -1. x (M, K), y (M, KP). Grid: (M, blocks of KP)."""
-    let_next_begin(EARLY)
-    wait_for_last(EARLY)
+    launch_dependents(PDL)
+    wait_for_previous(PDL)
     kk = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m = tl.program_id(0).to(tl.int64)
     k = tl.load(perm_ptr + kk, mask=kk < KP, other=-1)

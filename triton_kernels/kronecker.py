@@ -14,8 +14,8 @@ does not change a row's result.
 import triton
 import triton.language as tl
 
-from .early import let_next_begin, wait_for_last
 from .launchable import kernel
+from .pdl import launch_dependents, wait_for_previous
 
 
 @triton.jit
@@ -62,21 +62,21 @@ def kronecker_rows(
     A0: tl.constexpr, C: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr,
     B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, ROWS: tl.constexpr, SYLVESTER: tl.constexpr,
     HAS_PRE: tl.constexpr, HAS_POST: tl.constexpr, HAS_BIAS: tl.constexpr,
-    GATHERED: tl.constexpr, SCATTERED: tl.constexpr, VECTORS: tl.constexpr, TRANSPOSED: tl.constexpr,
-    MIDDLE: tl.constexpr, EARLY: tl.constexpr,
+    GATHERED: tl.constexpr, SCATTERED: tl.constexpr, CODEBOOK_ORDER: tl.constexpr, TRANSPOSED: tl.constexpr,
+    MIDDLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x (M, n) and y (M, STRIDE) row-major, n = A0*C*A1*A2; pre, post, bias (n). Grid: (blocks of rows, C).
 
     y is also multiplied by `scale`. SYLVESTER: all but A0 are Hadamard matrices of powers of two, and only
     factor0 is read, if A0 > 1; otherwise factor0, with MIDDLE factor1, and factor2 are those of A0, C and A2,
     and A1 is 1. GATHERED: inner feature i is outer feature gather[i] of x; pre is in x's order.
-    SCATTERED: y's feature scatter[i] is inner feature i; post and bias are in y's order. VECTORS: y in the
+    SCATTERED: y's feature scatter[i] is inner feature i; post and bias are in y's order. CODEBOOK_ORDER: y in the
     kernel order of codes of eight weights. TRANSPOSED: with the factors' transposes.
     """
     N: tl.constexpr = A0 * C * A1 * A2
     TOTAL: tl.constexpr = B0 * B1 * B2
-    let_next_begin(EARLY)
-    wait_for_last(EARLY)
+    launch_dependents(PDL)
+    wait_for_previous(PDL)
     # (ROWS * B0 * B1, B2): the box as it lies in memory, without the axis c
     r = tl.arange(0, ROWS * B0 * B1)
     i0, i1, i2 = r // B1 % B0, r % B1, tl.arange(0, B2)
@@ -115,7 +115,7 @@ def kronecker_rows(
         box *= tl.load(post_ptr + target, mask=inside, other=0).to(tl.float32)
     if HAS_BIAS:
         box += tl.load(bias_ptr + target, mask=inside, other=0).to(tl.float32)
-    if VECTORS:  # qkernels/layouts/weight_only.py: vector_order
+    if CODEBOOK_ORDER:  # qkernels/layouts/weight_only.py: codebook_order
         word, s = target % 256 // 16, target % 16 // 8 * 4 + target % 8 // 2
         place = s * 32 + word // 2 % 2 * 16 + word % 2 * 8 + word // 4 * 2 + target % 2
         target = target // 256 * 256 + place

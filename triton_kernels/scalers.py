@@ -1,16 +1,16 @@
 """Scalers: where a tile's scales and zero points come from. One small function each.
 
-A *run* is RUN neighbouring features in kernel order that share a scale; a tile has RUNS of them. A scaler
+A *run* is SCALE_GROUP neighbouring features in kernel order that share a scale; a tile has SCALE_GROUPS of them. A scaler
 takes
     args      tuple of pointers, in the order SCALER_TENSORS names them
     rows      int32 (BLOCK_N), output features; row_mask says which exist
-    kk        int32 (RUNS), first feature of each run
+    kk        int32 (SCALE_GROUPS), first feature of each run
     N, K, KP  sizes; KP counts features in kernel order, padding included
     GROUP     constexpr, features (flat: flattened weights) per scale
-    ROW_RUN   constexpr, neighbouring rows per scale
-    LOOKUP    constexpr, whether groups are looked up in `slice_group` (act-order, odd groups)
-and returns (scale, zero), each (BLOCK_N, RUNS) in any float or integer dtype; zero is ignored by decoders
-that have none. The scalers in MINUS return (scale, minus) instead: weight = scale * value - minus. The last tile may reach past the last feature: indices are clamped there, and the kernel
+    ROW_GROUP   constexpr, neighbouring rows per scale
+    GROUP_LOOKUP    constexpr, whether groups are looked up in `slice_group` (act-order, odd groups)
+and returns (scale, zero), each (BLOCK_N, SCALE_GROUPS) in any float or integer dtype; zero is ignored by decoders
+that have none. The scalers in HAS_MIN return (scale, minus) instead: weight = scale * value - minus. The last tile may reach past the last feature: indices are clamped there, and the kernel
 multiplies whatever finite weight results with x = 0.
 """
 
@@ -19,15 +19,15 @@ import triton.language as tl
 
 
 @triton.jit
-def _along_k(group_ptr, rows, row_mask, kk, N, KP, GROUP: tl.constexpr, ROW_RUN: tl.constexpr,
-             LOOKUP: tl.constexpr):  # fmt: skip
-    """Offsets into a (groups, N / ROW_RUN) tensor, and which exist."""
+def _along_k(group_ptr, rows, row_mask, kk, N, KP, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
+             GROUP_LOOKUP: tl.constexpr):  # fmt: skip
+    """Offsets into a (groups, N / ROW_GROUP) tensor, and which exist."""
     kk = tl.minimum(kk, KP - 1)
-    if LOOKUP:
+    if GROUP_LOOKUP:
         g = tl.load(group_ptr + kk // 16)
     else:
         g = kk // GROUP
-    offsets = g[None, :] * tl.cdiv(N, ROW_RUN) + rows[:, None] // ROW_RUN
+    offsets = g[None, :] * tl.cdiv(N, ROW_GROUP) + rows[:, None] // ROW_GROUP
     return offsets, row_mask[:, None] & (kk >= 0)[None, :]
 
 
@@ -40,26 +40,26 @@ def _flattened(rows, row_mask, kk, K, GROUP: tl.constexpr):
 
 
 @triton.jit
-def group(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_RUN: tl.constexpr,
-          LOOKUP: tl.constexpr):  # fmt: skip
+def group(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
+          GROUP_LOOKUP: tl.constexpr):  # fmt: skip
     """scales and zeros (G, N): GPTQ, AWQ."""
     scales_ptr, zeros_ptr, group_ptr = args
-    at, live = _along_k(group_ptr, rows, row_mask, kk, N, KP, GROUP, ROW_RUN, LOOKUP)
+    at, live = _along_k(group_ptr, rows, row_mask, kk, N, KP, GROUP, ROW_GROUP, GROUP_LOOKUP)
     return tl.load(scales_ptr + at, mask=live, other=0), tl.load(zeros_ptr + at, mask=live, other=0)
 
 
 @triton.jit
-def scale(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_RUN: tl.constexpr,
-          LOOKUP: tl.constexpr):  # fmt: skip
-    """absmax (G, N / ROW_RUN): NF4 and FP4 with blocks along K, FP8."""
-    at, live = _along_k(args[0], rows, row_mask, kk, N, KP, GROUP, ROW_RUN, LOOKUP)
+def scale(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
+          GROUP_LOOKUP: tl.constexpr):  # fmt: skip
+    """absmax (G, N / ROW_GROUP): NF4 and FP4 with blocks along K, FP8."""
+    at, live = _along_k(args[0], rows, row_mask, kk, N, KP, GROUP, ROW_GROUP, GROUP_LOOKUP)
     found = tl.load(args[0] + at, mask=live, other=0)
     return found, found
 
 
 @triton.jit
-def scale_flat(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_RUN: tl.constexpr,
-               LOOKUP: tl.constexpr):  # fmt: skip
+def scale_flat(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
+               GROUP_LOOKUP: tl.constexpr):  # fmt: skip
     """absmax (blocks of the flattened weight)."""
     block, live = _flattened(rows, row_mask, kk, K, GROUP)
     found = tl.load(args[0] + block, mask=live, other=0)
@@ -76,18 +76,18 @@ def _nested(args, at, block, live):
 
 
 @triton.jit
-def nested(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_RUN: tl.constexpr,
-           LOOKUP: tl.constexpr):  # fmt: skip
+def nested(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
+           GROUP_LOOKUP: tl.constexpr):  # fmt: skip
     """absmax uint8 (G, N), in turn quantized in blocks of 256 as bitsandbytes counts them, row by row."""
-    at, live = _along_k(args[0], rows, row_mask, kk, N, KP, GROUP, ROW_RUN, LOOKUP)
+    at, live = _along_k(args[0], rows, row_mask, kk, N, KP, GROUP, ROW_GROUP, GROUP_LOOKUP)
     block, _ = _flattened(rows, row_mask, kk, K, GROUP)
     found = _nested(args, at, block, live)
     return found, found
 
 
 @triton.jit
-def nested_flat(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_RUN: tl.constexpr,
-                LOOKUP: tl.constexpr):  # fmt: skip
+def nested_flat(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
+                GROUP_LOOKUP: tl.constexpr):  # fmt: skip
     """absmax uint8 (blocks of the flattened weight)."""
     block, live = _flattened(rows, row_mask, kk, K, GROUP)
     found = _nested(args, block, block, live)
@@ -95,10 +95,10 @@ def nested_flat(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_RUN
 
 
 @triton.jit
-def scale_minus(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_RUN: tl.constexpr,
-                LOOKUP: tl.constexpr):  # fmt: skip
+def scale_min(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
+                GROUP_LOOKUP: tl.constexpr):  # fmt: skip
     """d and m float16 (G, N), weight = d * value + m: GGUF's q4_1 and q5_1."""
-    at, live = _along_k(args[0], rows, row_mask, kk, N, KP, GROUP, ROW_RUN, LOOKUP)
+    at, live = _along_k(args[0], rows, row_mask, kk, N, KP, GROUP, ROW_GROUP, GROUP_LOOKUP)
     d = tl.load(args[0] + at, mask=live, other=0).to(tl.float32)
     return d, -tl.load(args[1] + at, mask=live, other=0).to(tl.float32)
 
@@ -112,8 +112,8 @@ def _of_block(ptr, rows, row_mask, kk, N, KP, COUNT: tl.constexpr, item):
 
 
 @triton.jit
-def q2_k(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_RUN: tl.constexpr,
-         LOOKUP: tl.constexpr):  # fmt: skip
+def q2_k(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
+         GROUP_LOOKUP: tl.constexpr):  # fmt: skip
     """A byte for 16 features: scale in the low nibble, minimum in the high one."""
     scales_ptr, d_ptr, dmin_ptr = args
     both = _of_block(scales_ptr, rows, row_mask, kk, N, KP, 16, kk % 256 // 16).to(tl.int32)
@@ -123,8 +123,8 @@ def q2_k(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_RUN: tl.co
 
 
 @triton.jit
-def q3_k(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_RUN: tl.constexpr,
-         LOOKUP: tl.constexpr):  # fmt: skip
+def q3_k(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
+         GROUP_LOOKUP: tl.constexpr):  # fmt: skip
     """6 bits for 16 features: low nibbles in two words (0-7 low, 8-15 high), top bits in the third."""
     scales_ptr, d_ptr = args
     j = kk % 256 // 16
@@ -138,8 +138,8 @@ def q3_k(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_RUN: tl.co
 
 
 @triton.jit
-def q4_k(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_RUN: tl.constexpr,
-         LOOKUP: tl.constexpr):  # fmt: skip
+def q4_k(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
+         GROUP_LOOKUP: tl.constexpr):  # fmt: skip
     """6-bit scale and minimum for 32 features in three words, as qkernels/formats/gguf/types.py says."""
     d_ptr, dmin_ptr, scales_ptr = args
     j = kk % 256 // 32
@@ -155,8 +155,8 @@ def q4_k(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_RUN: tl.co
 
 
 @triton.jit
-def q6_k(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_RUN: tl.constexpr,
-         LOOKUP: tl.constexpr):  # fmt: skip
+def q6_k(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
+         GROUP_LOOKUP: tl.constexpr):  # fmt: skip
     """int8 for 16 features."""
     scales_ptr, d_ptr = args
     s = _of_block(scales_ptr, rows, row_mask, kk, N, KP, 16, kk % 256 // 16).to(tl.float32)
@@ -165,8 +165,8 @@ def q6_k(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_RUN: tl.co
 
 
 @triton.jit
-def iq4_xs(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_RUN: tl.constexpr,
-           LOOKUP: tl.constexpr):  # fmt: skip
+def iq4_xs(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
+           GROUP_LOOKUP: tl.constexpr):  # fmt: skip
     """6 bits for 32 features: low nibbles in a word, top bits in half a one."""
     d_ptr, high_ptr, low_ptr = args
     j = (kk % 256 // 32)[None, :]
@@ -178,13 +178,13 @@ def iq4_xs(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_RUN: tl.
 
 
 @triton.jit
-def two_level(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_RUN: tl.constexpr,
-              LOOKUP: tl.constexpr):  # fmt: skip
-    """SpQR: codes of scale (low 3 bits) and zero, uint8 (G, N), and s_s, z_s, s_z, z_z (G, N / ROW_RUN, 4)."""
+def two_level(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
+              GROUP_LOOKUP: tl.constexpr):  # fmt: skip
+    """SpQR: codes of scale (low 3 bits) and zero, uint8 (G, N), and s_s, z_s, s_z, z_z (G, N / ROW_GROUP, 4)."""
     stats_ptr, second_ptr, group_ptr = args
-    at, live = _along_k(group_ptr, rows, row_mask, kk, N, KP, GROUP, 1, LOOKUP)
+    at, live = _along_k(group_ptr, rows, row_mask, kk, N, KP, GROUP, 1, GROUP_LOOKUP)
     stat = tl.load(stats_ptr + at, mask=live, other=0).to(tl.int32)
-    at, live = _along_k(group_ptr, rows, row_mask, kk, N, KP, GROUP, ROW_RUN, LOOKUP)
+    at, live = _along_k(group_ptr, rows, row_mask, kk, N, KP, GROUP, ROW_GROUP, GROUP_LOOKUP)
     s_s = tl.load(second_ptr + at * 4, mask=live, other=0).to(tl.float32)
     z_s = tl.load(second_ptr + at * 4 + 1, mask=live, other=0).to(tl.float32)
     s_z = tl.load(second_ptr + at * 4 + 2, mask=live, other=0).to(tl.float32)
@@ -193,11 +193,11 @@ def two_level(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_RUN: 
 
 
 _ALL = (
-    group, scale, scale_flat, nested, nested_flat, two_level, scale_minus, q2_k, q3_k, q4_k, q6_k, iq4_xs,
+    group, scale, scale_flat, nested, nested_flat, two_level, scale_min, q2_k, q3_k, q4_k, q6_k, iq4_xs,
 )  # fmt: skip
 BY_NAME = {f.__name__: f for f in _ALL}
 #: those whose second result is subtracted after scaling
-MINUS = frozenset({"scale_minus", "q2_k", "q4_k"})
+HAS_MIN = frozenset({"scale_min", "q2_k", "q4_k"})
 #: those whose second result is a zero point: weight = scale * (value - zero)
 ZERO = frozenset({"group", "two_level"})
 
@@ -206,7 +206,7 @@ _NESTED = ("scaler.absmax", "scaler.nested_map", "scaler.nested_absmax", "scaler
 SCALER_TENSORS = {
     "group": ("scaler.scales", "scaler.zeros", "slice_group"),
     "scale": ("scaler.absmax",),
-    "scale_minus": ("scaler.d", "scaler.m"),
+    "scale_min": ("scaler.d", "scaler.m"),
     "q2_k": ("scaler.scales", "scaler.d", "scaler.dmin"),
     "q3_k": ("scaler.scales", "scaler.d"),
     "q4_k": ("scaler.d", "scaler.dmin", "scaler.scales"),

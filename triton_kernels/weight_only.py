@@ -38,21 +38,21 @@ same way.
 
 Outliers (SpQR) are weights besides, a few in each row, added to the same sums: in each step the program
 takes the next one of each of its rows and the feature of x that it multiplies. A share takes every
-SHARES-th of a row's.
+K_SLICES-th of a row's.
 
-K is summed in SHARES runs of tiles, one after another: ((share 0) + share 1) + ... With SPLIT_K = SHARES
+K is summed in K_SLICES runs of tiles, one after another: ((share 0) + share 1) + ... With SPLIT_K = K_SLICES
 each share is a program of its own, which writes float32 partial sums to a workspace; the one that
 finishes last, as an integer counter tells, adds them up in that same order. With SPLIT_K = 1 one
 program does all shares. So each output is summed in one order, results do not vary from run to run,
-and with the same SHARES and block sizes along K not with the way of splitting or M either.
+and with the same K_SLICES and block sizes along K not with the way of splitting or M either.
 """
 
 import triton
 import triton.language as tl
 
-from .blocks import all_shares, grouped
-from .early import fetch, let_next_begin, wait_for_last
+from .blocks import all_k_slices, grouped
 from .launchable import kernel
+from .pdl import fetch, launch_dependents, wait_for_previous
 
 
 @triton.jit
@@ -99,18 +99,18 @@ def _accumulate(
     x_ptr, qdata_ptr, qhigh_ptr, perm_ptr, table_ptr, scaler_args, pid_n, m, M, N, K, KP,
     BITS: tl.constexpr, WIDTH: tl.constexpr, HIGH: tl.constexpr, STEP: tl.constexpr,
     SPLIT: tl.constexpr, FINISH: tl.constexpr, SCALER: tl.constexpr,
-    GROUP: tl.constexpr, ROW_RUN: tl.constexpr, RUN: tl.constexpr, LOOKUP: tl.constexpr, MINUS: tl.constexpr,
-    ZERO: tl.constexpr, FOLDED: tl.constexpr, INDEXED: tl.constexpr, POST_SCALE: tl.constexpr, LAST_SCALE: tl.constexpr, UPCAST: tl.constexpr,
+    GROUP: tl.constexpr, ROW_GROUP: tl.constexpr, SCALE_GROUP: tl.constexpr, GROUP_LOOKUP: tl.constexpr, HAS_MIN: tl.constexpr,
+    ZERO: tl.constexpr, FOLDED: tl.constexpr, PERMUTED: tl.constexpr, POST_SCALE: tl.constexpr, LAST_SCALE: tl.constexpr, UPCAST: tl.constexpr,
     WAIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WARPS: tl.constexpr, OUTLIERS: tl.constexpr,
-    SHARES: tl.constexpr,
+    K_SLICES: tl.constexpr,
 ):  # fmt: skip
     """The product over tiles begin..end-1 and share s of the outliers, (BLOCK_N, BLOCK_M) float32.
 
     WIDTH: of the codes in `qdata`. HIGH: words of `qhigh` in a tile of a row. STEP: see `high_step`.
     """
     TILE: tl.constexpr = 16 * (32 // WIDTH)
-    RUNS: tl.constexpr = TILE // RUN
+    SCALE_GROUPS: tl.constexpr = TILE // SCALE_GROUP
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
 
     loaded = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -123,19 +123,19 @@ def _accumulate(
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     # Scales are loaded a tile ahead: triton pipelines the operands of a dot only, and a program would wait for
     # memory in every tile otherwise. Not where a thread would hold more than a few.
-    CARRIED: tl.constexpr = not LAST_SCALE and BLOCK_N * RUNS <= 4 * 32 * WARPS
+    CARRIED: tl.constexpr = not LAST_SCALE and BLOCK_N * SCALE_GROUPS <= 4 * 32 * WARPS
     if CARRIED:
-        runs = begin * TILE + tl.arange(0, RUNS) * RUN
+        runs = begin * TILE + tl.arange(0, SCALE_GROUPS) * SCALE_GROUP
         next_scale, next_zero = SCALER(
-            scaler_args, rows, rows < N, runs, N, K, KP, GROUP, ROW_RUN, LOOKUP
+            scaler_args, rows, rows < N, runs, N, K, KP, GROUP, ROW_GROUP, GROUP_LOOKUP
         )
     for tile in range(begin, end):
         if CARRIED:
             scale, zero = next_scale, next_zero
             # Past the last tile scalers read the last one again.
-            runs = (tile + 1) * TILE + tl.arange(0, RUNS) * RUN
+            runs = (tile + 1) * TILE + tl.arange(0, SCALE_GROUPS) * SCALE_GROUP
             next_scale, next_zero = SCALER(
-                scaler_args, rows, rows < N, runs, N, K, KP, GROUP, ROW_RUN, LOOKUP
+                scaler_args, rows, rows < N, runs, N, K, KP, GROUP, ROW_GROUP, GROUP_LOOKUP
             )
         at = tile * N + loaded  # in words this fits int32 up to 2^34 weights of 4 bits
         words = tl.load(
@@ -166,62 +166,68 @@ def _accumulate(
 
         first = tile * TILE
         if not CARRIED and not LAST_SCALE:
-            runs = first + tl.arange(0, RUNS) * RUN
+            runs = first + tl.arange(0, SCALE_GROUPS) * SCALE_GROUP
             scale, zero = SCALER(
-                scaler_args, rows, rows < N, runs, N, K, KP, GROUP, ROW_RUN, LOOKUP
+                scaler_args, rows, rows < N, runs, N, K, KP, GROUP, ROW_GROUP, GROUP_LOOKUP
             )
         if LAST_SCALE:
             x = _columns(
-                x_rows, perm_ptr, first + tl.arange(0, TILE), (m < M)[None, :], K, KP, INDEXED
+                x_rows, perm_ptr, first + tl.arange(0, TILE), (m < M)[None, :], K, KP, PERMUTED
             )
             if UPCAST:
                 value, x = _widened(value), _widened(x)
             value = FINISH(value, tl.zeros((BLOCK_N, 1), dtype=tl.float32), BITS, DTYPE)
             acc = _finished(tl.dot(value.to(x.dtype), x, acc, input_precision="ieee"), WAIT)
         elif FOLDED:
-            run = tl.arange(0, BLOCK_M) // (BLOCK_M // RUNS)
+            run = tl.arange(0, BLOCK_M) // (BLOCK_M // SCALE_GROUPS)
             kk = first + tl.arange(0, TILE)
-            live = (m < M)[None, :] & ((tl.arange(0, TILE) // RUN)[:, None] == run[None, :])
-            x = _columns(x_rows, perm_ptr, kk, live, K, KP, INDEXED)
-            scale = _repeated(scale.to(tl.float32), BLOCK_N, BLOCK_M, RUNS)
+            live = (m < M)[None, :] & ((tl.arange(0, TILE) // SCALE_GROUP)[:, None] == run[None, :])
+            x = _columns(x_rows, perm_ptr, kk, live, K, KP, PERMUTED)
+            scale = _repeated(scale.to(tl.float32), BLOCK_N, BLOCK_M, SCALE_GROUPS)
             if UPCAST:
                 value, x = _widened(value), _widened(x)
             value = FINISH(value, tl.zeros((BLOCK_N, 1), dtype=tl.float32), BITS, DTYPE).to(x.dtype)
             part = tl.dot(value, x, input_precision="ieee")
-            if MINUS or ZERO:
+            if HAS_MIN or ZERO:
                 # Every row of this is the sum of x over the run.
                 total = tl.dot(tl.full((BLOCK_N, TILE), 1.0, x.dtype), x, input_precision="ieee")
-                zero = _repeated(zero.to(tl.float32), BLOCK_N, BLOCK_M, RUNS)
+                zero = _repeated(zero.to(tl.float32), BLOCK_N, BLOCK_M, SCALE_GROUPS)
                 if ZERO:
                     part -= zero * total
                 else:
                     acc -= zero * total
             acc += scale * part
-        elif POST_SCALE and RUNS <= 4:
-            parts = _cut(value, BLOCK_N, TILE, RUNS)
-            scales = _cut(scale, BLOCK_N, RUNS, RUNS)
-            zeros = _cut(zero, BLOCK_N, RUNS, RUNS)
-            for part in tl.static_range(RUNS):
-                kk = first + part * RUN
+        elif POST_SCALE and SCALE_GROUPS <= 4:
+            parts = _cut(value, BLOCK_N, TILE, SCALE_GROUPS)
+            scales = _cut(scale, BLOCK_N, SCALE_GROUPS, SCALE_GROUPS)
+            zeros = _cut(zero, BLOCK_N, SCALE_GROUPS, SCALE_GROUPS)
+            for part in tl.static_range(SCALE_GROUPS):
+                kk = first + part * SCALE_GROUP
                 x = _columns(
-                    x_rows, perm_ptr, kk + tl.arange(0, RUN), (m < M)[None, :], K, KP, INDEXED
+                    x_rows,
+                    perm_ptr,
+                    kk + tl.arange(0, SCALE_GROUP),
+                    (m < M)[None, :],
+                    K,
+                    KP,
+                    PERMUTED,
                 )
                 operand = parts[part]
                 if UPCAST:
                     operand, x = _widened(operand), _widened(x)
                 operand = FINISH(operand, zeros[part], BITS, DTYPE).to(x.dtype)
                 acc += scales[part].to(tl.float32) * tl.dot(operand, x, input_precision="ieee")
-                if MINUS:
+                if HAS_MIN:
                     acc -= zeros[part] * tl.sum(x.to(tl.float32), axis=0)[None, :]
         else:
             x = _columns(
-                x_rows, perm_ptr, first + tl.arange(0, TILE), (m < M)[None, :], K, KP, INDEXED
+                x_rows, perm_ptr, first + tl.arange(0, TILE), (m < M)[None, :], K, KP, PERMUTED
             )
-            value = value.reshape(BLOCK_N, RUNS, RUN)
+            value = value.reshape(BLOCK_N, SCALE_GROUPS, SCALE_GROUP)
             if UPCAST:
                 value, x = _widened(value), _widened(x)
             value = FINISH(value, zero[:, :, None], BITS, DTYPE)
-            if MINUS:
+            if HAS_MIN:
                 value = (value.to(tl.float32) * scale[:, :, None] - zero[:, :, None]).to(DTYPE)
             else:
                 value = _scaled(value, scale[:, :, None], DTYPE)
@@ -229,22 +235,22 @@ def _accumulate(
             acc = _finished(tl.dot(value, x, acc, input_precision="ieee"), WAIT)
     if LAST_SCALE:
         scale, zero = SCALER(
-            scaler_args, rows, rows < N, tl.arange(0, 1), N, K, KP, GROUP, ROW_RUN, LOOKUP
+            scaler_args, rows, rows < N, tl.arange(0, 1), N, K, KP, GROUP, ROW_GROUP, GROUP_LOOKUP
         )
         acc *= scale.to(tl.float32)
     if OUTLIERS:
         if FOLDED:  # once for each column of y
-            m = tl.where(tl.arange(0, BLOCK_M) < BLOCK_M // RUNS, m, M)
+            m = tl.where(tl.arange(0, BLOCK_M) < BLOCK_M // SCALE_GROUPS, m, M)
         acc += _sparse(
-            outlier_args, sparse_x_ptr, s, rows, m, M, N, UPCAST, BLOCK_M, BLOCK_N, SHARES
+            outlier_args, sparse_x_ptr, s, rows, m, M, N, UPCAST, BLOCK_M, BLOCK_N, K_SLICES
         )
     return acc
 
 
 @triton.jit
 def _sparse(args, x_ptr, s, rows, m, M, N, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr,
-            BLOCK_N: tl.constexpr, SHARES: tl.constexpr):  # fmt: skip
-    """Outliers s, s + SHARES, ... of each row times x, (BLOCK_N, BLOCK_M) float32.
+            BLOCK_N: tl.constexpr, K_SLICES: tl.constexpr):  # fmt: skip
+    """Outliers s, s + K_SLICES, ... of each row times x, (BLOCK_N, BLOCK_M) float32.
 
     args: row_offsets (N + 1), col_vals, and what x's row and feature are multiplied by to find them.
     """
@@ -256,14 +262,14 @@ def _sparse(args, x_ptr, s, rows, m, M, N, UPCAST: tl.constexpr, BLOCK_M: tl.con
     # Where an outlier's x lies only the outlier says. So several are on their way at a time, as many as
     # registers hold; they are added one after another all the same.
     AT_ONCE: tl.constexpr = 4 if BLOCK_M <= 16 else 2 if BLOCK_M <= 32 else 1
-    for j in range(s, tl.max(count, axis=0), SHARES * AT_ONCE):
+    for j in range(s, tl.max(count, axis=0), K_SLICES * AT_ONCE):
         found = (tl.load(col_vals_ptr + first + j, mask=j < count, other=0),)
         for i in tl.static_range(1, AT_ONCE):
-            at = j + i * SHARES
+            at = j + i * K_SLICES
             found = found + (tl.load(col_vals_ptr + first + at, mask=at < count, other=0),)  # noqa: RUF005
         x = (_outlier_x(x_rows, found[0], x_column, (j < count)[:, None] & (m < M)[None, :]),)
         for i in tl.static_range(1, AT_ONCE):
-            live = (j + i * SHARES < count)[:, None] & (m < M)[None, :]
+            live = (j + i * K_SLICES < count)[:, None] & (m < M)[None, :]
             x = x + (_outlier_x(x_rows, found[i], x_column, live),)  # noqa: RUF005
         for i in tl.static_range(AT_ONCE):
             value = (found[i] >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -281,18 +287,18 @@ def _outlier_x(x_rows, found, x_column, live):
 
 
 @triton.jit
-def _repeated(value, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, RUNS: tl.constexpr):
-    """(BLOCK_N, RUNS) -> (BLOCK_N, BLOCK_M), to all columns of a run."""
-    value = tl.broadcast_to(value[:, :, None], (BLOCK_N, RUNS, BLOCK_M // RUNS))
+def _repeated(value, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SCALE_GROUPS: tl.constexpr):
+    """(BLOCK_N, SCALE_GROUPS) -> (BLOCK_N, BLOCK_M), to all columns of a run."""
+    value = tl.broadcast_to(value[:, :, None], (BLOCK_N, SCALE_GROUPS, BLOCK_M // SCALE_GROUPS))
     return value.reshape(BLOCK_N, BLOCK_M)
 
 
 @triton.jit
-def _cut(value, BLOCK_N: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr):
-    """(BLOCK_N, TILE) -> tuple of RUNS (at most 4) tiles of neighbouring features."""
-    if RUNS == 1:
+def _cut(value, BLOCK_N: tl.constexpr, TILE: tl.constexpr, SCALE_GROUPS: tl.constexpr):
+    """(BLOCK_N, TILE) -> tuple of SCALE_GROUPS (at most 4) tiles of neighbouring features."""
+    if SCALE_GROUPS == 1:
         return (value,)
-    elif RUNS == 2:
+    elif SCALE_GROUPS == 2:
         return value.reshape(BLOCK_N, 2, TILE // 2).permute(0, 2, 1).split()
     else:
         low, high = value.reshape(BLOCK_N, 2, TILE // 2).permute(0, 2, 1).split()
@@ -302,9 +308,9 @@ def _cut(value, BLOCK_N: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr):
 
 
 @triton.jit
-def _columns(x_rows, perm_ptr, kk, wanted, K, KP, INDEXED: tl.constexpr):
+def _columns(x_rows, perm_ptr, kk, wanted, K, KP, PERMUTED: tl.constexpr):
     """x^T (features kk in kernel order, BLOCK_M), 0 where there is none, or `wanted` is false."""
-    if INDEXED:
+    if PERMUTED:
         k = tl.load(perm_ptr + kk, mask=kk < KP, other=-1)
         live = k >= 0
     else:
@@ -334,67 +340,67 @@ def weight_only_gemm(
     outlier_args, sparse_x_ptr, M, N, K, KP,
     BITS: tl.constexpr, WIDTH: tl.constexpr, HIGH: tl.constexpr, STEP: tl.constexpr,
     SPLIT: tl.constexpr, FINISH: tl.constexpr, SCALER: tl.constexpr,
-    GROUP: tl.constexpr, ROW_RUN: tl.constexpr, RUN: tl.constexpr, LOOKUP: tl.constexpr, MINUS: tl.constexpr,
-    ZERO: tl.constexpr, FOLDED: tl.constexpr, INDEXED: tl.constexpr, HAS_BIAS: tl.constexpr, POST_SCALE: tl.constexpr, LAST_SCALE: tl.constexpr, UPCAST: tl.constexpr,
+    GROUP: tl.constexpr, ROW_GROUP: tl.constexpr, SCALE_GROUP: tl.constexpr, GROUP_LOOKUP: tl.constexpr, HAS_MIN: tl.constexpr,
+    ZERO: tl.constexpr, FOLDED: tl.constexpr, PERMUTED: tl.constexpr, HAS_BIAS: tl.constexpr, POST_SCALE: tl.constexpr, LAST_SCALE: tl.constexpr, UPCAST: tl.constexpr,
     WAIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHARES: tl.constexpr, SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, K_SLICES: tl.constexpr, SPLIT_K: tl.constexpr,
     GROUP_N: tl.constexpr, WARPS: tl.constexpr, OUTLIERS: tl.constexpr,
-    AHEAD: tl.constexpr, EARLY: tl.constexpr,
+    PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x (M, K) and y (M, N) row-major; see the module's docstring for the rest.
 
-    INDEXED: x is gathered through perm. UPCAST: compute in float32, for triton's interpreter, which
+    PERMUTED: x is gathered through perm. UPCAST: compute in float32, for triton's interpreter, which
     takes bfloat16 for integers. WAIT: for products, in each tile (backends/triton/launch.py,
-    `overtakes`). AHEAD: tiles of W fetched before x is waited for (early.py).
+    `overtakes`). PREFETCH: tiles of W fetched before x is waited for (early.py).
     Grid: (blocks of N x blocks of M, SPLIT_K).
     """
-    let_next_begin(EARLY)
+    launch_dependents(PDL)
     blocks_n = tl.cdiv(N, BLOCK_N)
     blocks_m = tl.cdiv(M, BLOCK_M)
     pid = tl.program_id(0)
     pid_n, pid_m = grouped(pid, blocks_n, blocks_m, GROUP_N)
 
     if FOLDED:
-        RUNS: tl.constexpr = 16 * (32 // WIDTH) // RUN
-        m = tl.arange(0, BLOCK_M) % (BLOCK_M // RUNS)
+        SCALE_GROUPS: tl.constexpr = 16 * (32 // WIDTH) // SCALE_GROUP
+        m = tl.arange(0, BLOCK_M) % (BLOCK_M // SCALE_GROUPS)
     else:
         m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     tiles = tl.cdiv(KP, 16 * (32 // WIDTH))
-    share = tl.cdiv(tiles, SHARES)
-    if EARLY and AHEAD > 0:
+    k_slice = tl.cdiv(tiles, K_SLICES)
+    if PDL and PREFETCH > 0:
         # A tile of the block's rows is BLOCK_N * 64 bytes in one piece: lines of 32 words.
-        ahead = tl.minimum(tl.program_id(1) * share + tl.arange(0, AHEAD), tiles - 1)
+        ahead = tl.minimum(tl.program_id(1) * k_slice + tl.arange(0, PREFETCH), tiles - 1)
         line = tl.minimum(pid_n * BLOCK_N * 16 + tl.arange(0, BLOCK_N // 2) * 32, N * 16 - 1)
         fetch(qdata_ptr + (ahead.to(tl.int64) * N * 16)[:, None] + line[None, :])
-    wait_for_last(EARLY)
-    if SHARES == SPLIT_K:
-        begin = tl.program_id(1) * share
+    wait_for_previous(PDL)
+    if K_SLICES == SPLIT_K:
+        begin = tl.program_id(1) * k_slice
         acc = _accumulate(
-            begin, tl.minimum(begin + share, tiles), tl.program_id(1), outlier_args, sparse_x_ptr,
+            begin, tl.minimum(begin + k_slice, tiles), tl.program_id(1), outlier_args, sparse_x_ptr,
             x_ptr, qdata_ptr, qhigh_ptr, perm_ptr, table_ptr, scaler_args, pid_n, m, M, N, K, KP,
             BITS, WIDTH, HIGH, STEP, SPLIT, FINISH, SCALER,
-            GROUP, ROW_RUN, RUN, LOOKUP, MINUS, ZERO, FOLDED, INDEXED, POST_SCALE, LAST_SCALE, UPCAST, WAIT,
-            BLOCK_M, BLOCK_N, WARPS, OUTLIERS, SHARES,
+            GROUP, ROW_GROUP, SCALE_GROUP, GROUP_LOOKUP, HAS_MIN, ZERO, FOLDED, PERMUTED, POST_SCALE, LAST_SCALE, UPCAST, WAIT,
+            BLOCK_M, BLOCK_N, WARPS, OUTLIERS, K_SLICES,
         )  # fmt: skip
     else:
         acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-        for s in range(SHARES):
+        for s in range(K_SLICES):
             acc += _accumulate(
-                s * share, tl.minimum(s * share + share, tiles), s, outlier_args, sparse_x_ptr,
+                s * k_slice, tl.minimum(s * k_slice + k_slice, tiles), s, outlier_args, sparse_x_ptr,
                 x_ptr, qdata_ptr, qhigh_ptr, perm_ptr, table_ptr, scaler_args, pid_n, m, M, N, K, KP,
                 BITS, WIDTH, HIGH, STEP, SPLIT, FINISH, SCALER,
-            GROUP, ROW_RUN, RUN, LOOKUP, MINUS, ZERO, FOLDED, INDEXED, POST_SCALE, LAST_SCALE, UPCAST, WAIT,
-                BLOCK_M, BLOCK_N, WARPS, OUTLIERS, SHARES,
+            GROUP, ROW_GROUP, SCALE_GROUP, GROUP_LOOKUP, HAS_MIN, ZERO, FOLDED, PERMUTED, POST_SCALE, LAST_SCALE, UPCAST, WAIT,
+                BLOCK_M, BLOCK_N, WARPS, OUTLIERS, K_SLICES,
             )  # fmt: skip
 
     last = True
     if SPLIT_K > 1:
-        acc, last = all_shares(acc, pid, blocks_n * blocks_m, partial_ptr, counter_ptr, SPLIT_K)
+        acc, last = all_k_slices(acc, pid, blocks_n * blocks_m, partial_ptr, counter_ptr, SPLIT_K)
     if last:
         rows = pid_n * BLOCK_N + _memory_row(tl.arange(0, BLOCK_N), BLOCK_N, WARPS)
         if FOLDED:
-            found = tl.sum(acc.reshape(BLOCK_N, RUNS, BLOCK_M // RUNS), axis=1)
-            columns = tl.arange(0, BLOCK_M // RUNS)
+            found = tl.sum(acc.reshape(BLOCK_N, SCALE_GROUPS, BLOCK_M // SCALE_GROUPS), axis=1)
+            columns = tl.arange(0, BLOCK_M // SCALE_GROUPS)
         else:
             found = acc
             columns = m

@@ -201,7 +201,7 @@ PARTS: dict[str, Part] = {
     "early": Part(
         "decoding with kernels that start before the last one is done, and without",
         60,
-        (_EARLY.command("early", 60), _EARLY.command("early-off", 60, QKERNELS_EARLY="0")),
+        (_EARLY.command("early", 60), _EARLY.command("early-off", 60, QKERNELS_PDL="0")),
         _EARLY,
     ),
     "tune": Part(

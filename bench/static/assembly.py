@@ -220,7 +220,7 @@ def tensor_core(code: list[Instruction]) -> str | None:
 
 
 def too_early(program: Program) -> str | None:
-    """What SASS of a kernel that starts early (triton_kernels/early.py) does before it has waited, and must not."""
+    """What SASS of a kernel that starts early (triton_kernels/pdl.py) does before it has waited, and must not."""
     waits = [i for i, found in enumerate(program.instructions) if found.name == _SASS_WAIT]
     if not waits:
         return "no wait for the kernel before"

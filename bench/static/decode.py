@@ -28,7 +28,7 @@ _LANES, _OPERATIONS = 128, 4096
 
 def clock(gpu: roofline.Gpu) -> float:
     """Hz, from the peak that the data sheet gives for it; of sm_90."""
-    return gpu.bf16 * 1e12 / (gpu.processors * _OPERATIONS)
+    return gpu.bf16 * 1e12 / (gpu.sm_count * _OPERATIONS)
 
 
 def rows(
@@ -46,7 +46,7 @@ def rows(
         if made.error or made.per_weight is None:
             raise RuntimeError(f"{job.label}: {made.error}")
         weights = shape[0] * shape[1]
-        issue = made.per_weight * weights / (gpu.processors * _LANES * clock(gpu))
+        issue = made.per_weight * weights / (gpu.sm_count * _LANES * clock(gpu))
         memory = bytes_per_weight(spec.name, spec.params) * weights
         memory /= gpu.bandwidth * 1e9 * roofline.COPY_FRACTION
         found.append((str(spec), made.per_weight, issue * 1e6, memory * 1e6))

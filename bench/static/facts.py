@@ -155,7 +155,7 @@ def facts_of(family: str, job: CompileJob, keep: Path | None = None) -> Facts:
     facts.blocks, facts.warps, facts.limit = fit
 
     program, source = assembly.sass(sass_text), assembly.ptx(kernel.asm["ptx"])
-    if job.constants.get("EARLY"):
+    if job.constants.get("PDL"):
         facts.too_early = assembly.too_early(program)
     loop = assembly.main_loop(program)
     facts.overtaken = hazards.overtaken(loop)

@@ -11,38 +11,38 @@
 #include "../transforms/arguments.h"
 #include "../weight_only/arguments.h"
 
-#define QK_KERNELS(X)                                   \
-    X(weight_only_linear2, WeightOnlyCall)              \
-    X(weight_only_linear3, WeightOnlyCall)              \
-    X(weight_only_linear4, WeightOnlyCall)              \
-    X(weight_only_linear8, WeightOnlyCall)              \
-    X(weight_only_lut16, WeightOnlyCall)                \
-    X(weight_only_e4m3, WeightOnlyCall)                 \
-    X(weight_only_e5m2, WeightOnlyCall)                 \
-    X(weight_only_centered4, WeightOnlyCall)            \
-    X(weight_only_centered5, WeightOnlyCall)            \
-    X(weight_only_centered8, WeightOnlyCall)            \
-    X(weight_only_counted4_scale_minus, WeightOnlyCall) \
-    X(weight_only_counted5_scale_minus, WeightOnlyCall) \
-    X(weight_only_counted2_q2_k, WeightOnlyCall)        \
-    X(weight_only_centered3_q3_k, WeightOnlyCall)       \
-    X(weight_only_counted4_q4_k, WeightOnlyCall)        \
-    X(weight_only_counted5_q4_k, WeightOnlyCall)        \
-    X(weight_only_centered6_q6_k, WeightOnlyCall)       \
-    X(weight_only_lut16_iq4_xs, WeightOnlyCall)         \
-    X(weight_only_counted2_two_level, WeightOnlyCall)   \
-    X(weight_only_counted3_two_level, WeightOnlyCall)   \
-    X(weight_only_counted4_two_level, WeightOnlyCall)   \
-    X(weight_only_halfway2, WeightOnlyCall)             \
-    X(weight_only_halfway3, WeightOnlyCall)             \
-    X(weight_only_halfway4, WeightOnlyCall)             \
-    X(weight_only_e8p2, WeightOnlyCall)                 \
-    X(weight_only_e8p3, WeightOnlyCall)                 \
-    X(weight_only_e8p4, WeightOnlyCall)                 \
-    X(transform_rows, TransformCall)                    \
-    X(quantize_rows, QuantizeCall)                      \
-    X(eight_bit_int8, EightBitCall)                     \
-    X(eight_bit_e4m3, EightBitCall)                     \
+#define QK_KERNELS(X)                                  \
+    X(weight_only_linear2, WeightOnlyCall)             \
+    X(weight_only_linear3, WeightOnlyCall)             \
+    X(weight_only_linear4, WeightOnlyCall)             \
+    X(weight_only_linear8, WeightOnlyCall)             \
+    X(weight_only_lut16, WeightOnlyCall)               \
+    X(weight_only_e4m3, WeightOnlyCall)                \
+    X(weight_only_e5m2, WeightOnlyCall)                \
+    X(weight_only_signed4, WeightOnlyCall)             \
+    X(weight_only_signed5, WeightOnlyCall)             \
+    X(weight_only_signed8, WeightOnlyCall)             \
+    X(weight_only_unsigned4_scale_min, WeightOnlyCall) \
+    X(weight_only_unsigned5_scale_min, WeightOnlyCall) \
+    X(weight_only_unsigned2_q2_k, WeightOnlyCall)      \
+    X(weight_only_signed3_q3_k, WeightOnlyCall)        \
+    X(weight_only_unsigned4_q4_k, WeightOnlyCall)      \
+    X(weight_only_unsigned5_q4_k, WeightOnlyCall)      \
+    X(weight_only_signed6_q6_k, WeightOnlyCall)        \
+    X(weight_only_lut16_iq4_xs, WeightOnlyCall)        \
+    X(weight_only_unsigned2_two_level, WeightOnlyCall) \
+    X(weight_only_unsigned3_two_level, WeightOnlyCall) \
+    X(weight_only_unsigned4_two_level, WeightOnlyCall) \
+    X(weight_only_half_integer2, WeightOnlyCall)       \
+    X(weight_only_half_integer3, WeightOnlyCall)       \
+    X(weight_only_half_integer4, WeightOnlyCall)       \
+    X(weight_only_e8p2, WeightOnlyCall)                \
+    X(weight_only_e8p3, WeightOnlyCall)                \
+    X(weight_only_e8p4, WeightOnlyCall)                \
+    X(transform_rows, TransformCall)                   \
+    X(quantize_rows, QuantizeCall)                     \
+    X(eight_bit_int8, EightBitCall)                    \
+    X(eight_bit_e4m3, EightBitCall)                    \
     X(eight_bit_e5m2, EightBitCall)
 
 extern "C" {

@@ -116,7 +116,7 @@ constexpr uint32_t constant2(float value) {
 
 /// Unsigned integers less the middle of their range, 2^(BITS - 1).
 template <typename T, int BITS>
-struct Centered : Linear<T, BITS> {
+struct Signed : Linear<T, BITS> {
     static QK_BOTH uint32_t offset(float) { return 0; }
     static QK_BOTH uint32_t finish(uint32_t both, uint32_t) {
         constexpr uint32_t less = constant2<T>(-(Linear<T, BITS>::kAdded + (1 << (BITS - 1))));
@@ -126,7 +126,7 @@ struct Centered : Linear<T, BITS> {
 
 /// Unsigned integers as they are.
 template <typename T, int BITS>
-struct Counted : Linear<T, BITS> {
+struct Unsigned : Linear<T, BITS> {
     static QK_BOTH uint32_t offset(float) { return 0; }
     static QK_BOTH uint32_t finish(uint32_t both, uint32_t) {
         constexpr uint32_t less = constant2<T>(-Linear<T, BITS>::kAdded);
@@ -144,7 +144,7 @@ QK_BOTH uint32_t halved(uint32_t both) {
 
 /// Unsigned integers less half of the largest one.
 template <typename T, int BITS>
-struct Halfway : Linear<T, BITS> {
+struct HalfInteger : Linear<T, BITS> {
     static QK_BOTH void split(uint32_t word, uint32_t high, const Table&,
                               uint32_t (&pairs)[Linear<T, BITS>::kPairs]) {
         Linear<T, BITS>::template spread<1>(word, high, Magic<T>::kBits | 0x10001, pairs);

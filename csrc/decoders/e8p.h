@@ -33,7 +33,7 @@ QK_DEVICE void e8p_nibbles(uint32_t codes, const uint32_t* book, uint32_t (&nibb
     }
 }
 
-/// 2 bits: exact, like `Halfway`.
+/// 2 bits: exact, like `HalfInteger`.
 template <typename T>
 struct E8p : Basic {
     static constexpr int kWidth = 2, kPairs = 8, kBook = 256;

@@ -39,7 +39,7 @@ struct EightBitArgs {
     int* counter;           // (blocks), zero before and after
     float threshold;
     int m, n, k, kp;
-    int share;  // steps of 128 features that are summed on their own
+    int k_slice;  // steps of 128 features that are summed on their own
     int one_scale, by_element, is_bfloat;
 };
 
@@ -47,8 +47,8 @@ struct EightBitArgs {
 struct QuantizeCall {
     QuantizeArgs args;
     uint64_t stream;
-    int early;  // launch before the last kernel is done (sm_90+)
-    int size;   // of this struct, as the caller knows it
+    int pdl;   // launch before the last kernel is done (sm_90+)
+    int size;  // of this struct, as the caller knows it
 };
 struct EightBitCall {
     EightBitArgs args;
@@ -58,7 +58,7 @@ struct EightBitCall {
     int rows;    // of x in a block: 8 or 16 of the gemv, 16, 32, 64 or 128 of the gemm; 0: Hopper's
                  // kernel
     int blocks;  // scales are of 128-blocks
-    int early, size;
+    int pdl, size;
 };
 
 }  // namespace qk

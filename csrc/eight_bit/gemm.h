@@ -246,8 +246,8 @@ __global__ void __launch_bounds__(kGemmThreads, 1) eight_bit_gemm(EightBitArgs a
     const int warp_m = warp / P::kWarpsN * (P::kTilesM * 16),
               warp_n = warp % P::kWarpsN * (P::kTilesN * 8);
     const bool in_turn = blocks_y() == 1;  // all shares in this block
-    const int steps = (args.kp + kStep - 1) / kStep, begin = block_index_y() * args.share;
-    const int end = !in_turn && begin + args.share < steps ? begin + args.share : steps;
+    const int steps = (args.kp + kStep - 1) / kStep, begin = block_index_y() * args.k_slice;
+    const int end = !in_turn && begin + args.k_slice < steps ? begin + args.k_slice : steps;
 
     const auto copy_weight = [&](int step) {
         unsigned char* stage = ring + (step - begin) % P::kStages * P::kStageBytes;
@@ -302,7 +302,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1) eight_bit_gemm(EightBitArgs a
                     }
                 }
             }
-            if (ROWS < 128 && in_turn && ((step + 1) % args.share == 0 || step + 1 == end)) {
+            if (ROWS < 128 && in_turn && ((step + 1) % args.k_slice == 0 || step + 1 == end)) {
                 add_all<P, Sum>(total, acc);
             }
         }

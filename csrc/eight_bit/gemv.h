@@ -220,8 +220,8 @@ __global__ void __launch_bounds__(kEightThreads) eight_bit_gemv(EightBitArgs arg
     const GemvPlace at{int(block_index_x()) * kGemvBlock, int(lane_index() / 4),
                        int(lane_index() % 4)};
     const int steps = (args.kp + kStep - 1) / kStep;
-    const int begin = block_index_y() * args.share;
-    const int end = begin + args.share < steps ? begin + args.share : steps;
+    const int begin = block_index_y() * args.k_slice;
+    const int end = begin + args.k_slice < steps ? begin + args.k_slice : steps;
     const int first = begin + warp_index();
     const uint64_t policy = evict_first();
 

@@ -12,7 +12,7 @@ std::string launch_gemv(const EightBitCall& call) {
     const uint32_t blocks = (call.args.n + kGemvBlock - 1) / kGemvBlock;
     const Grid grid{blocks, call.split, kEightThreads, gemv_shared<COLUMNS>()};
     return launch(eight_bit_gemv<KIND, BLOCKS, COLUMNS>, grid, call.args, call.stream,
-                  call.early != 0);
+                  call.pdl != 0);
 }
 
 template <int KIND, bool BLOCKS, int ROWS>
@@ -20,8 +20,7 @@ std::string launch_gemm(const EightBitCall& call) {
     const uint32_t blocks_n = (call.args.n + kTileN - 1) / kTileN;
     const uint32_t blocks_m = (call.args.m + ROWS - 1) / ROWS;
     const Grid grid{blocks_n * blocks_m, call.split, kGemmThreads, Tiling<ROWS>::kShared};
-    return launch(eight_bit_gemm<KIND, BLOCKS, ROWS>, grid, call.args, call.stream,
-                  call.early != 0);
+    return launch(eight_bit_gemm<KIND, BLOCKS, ROWS>, grid, call.args, call.stream, call.pdl != 0);
 }
 
 template <int KIND, bool BLOCKS>
@@ -37,7 +36,7 @@ std::string launch_hopper(const EightBitCall& call) {
         return error;
     }
     return launch(eight_bit_hopper<KIND, BLOCKS>, {call.split, 1, kHopperThreads8, P::kShared}, all,
-                  call.stream, call.early != 0);
+                  call.stream, call.pdl != 0);
 }
 
 template <int KIND, bool BLOCKS>
@@ -82,7 +81,7 @@ std::string launch_quantize(const QuantizeCall& call) {
     const Grid grid{uint32_t(call.args.m), 1, kRowThreads, kQuantizeShared};
     const auto kernel = call.args.is_bfloat ? quantize_kernel<BFloat, INT8, SHARED>
                                             : quantize_kernel<Half, INT8, SHARED>;
-    return launch(kernel, grid, call.args, call.stream, call.early != 0);
+    return launch(kernel, grid, call.args, call.stream, call.pdl != 0);
 }
 
 }  // namespace qk

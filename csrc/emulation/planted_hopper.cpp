@@ -22,12 +22,12 @@ void copies(const Args& args) {
     unsigned char* box = shared_memory();
     auto* full = reinterpret_cast<Barrier*>(box + kBox);
     Barrier* empty = full + 1;
-    const bool early = is(args, "copy: freed by one warp for all");
+    const bool pdl = is(args, "copy: freed by one warp for all");
     if (thread_index() == 0) {
         if (!is(args, "copy: barrier not initialized")) {
             barrier_init(full, 1);
         }
-        barrier_init(empty, early ? 1 : 4);
+        barrier_init(empty, pdl ? 1 : 4);
         barrier_init_done();
     }
     sync_block();
@@ -54,7 +54,7 @@ void copies(const Args& args) {
             store_global(args.out + t + i * 128, sum);
             if (is(args, "copy: freed without a warp barrier") && lane == 0) {
                 barrier_arrive(empty);
-            } else if (!early || warp_index() == 4) {
+            } else if (!pdl || warp_index() == 4) {
                 release(empty);
             }
         }

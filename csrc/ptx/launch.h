@@ -13,7 +13,7 @@ struct Grid {
 
 /// "" or what went wrong. `early`: the kernel waits itself for what the last one wrote (sm_90+).
 template <typename Args>
-std::string launch(void (*kernel)(Args), Grid grid, Args args, uint64_t stream, bool early) {
+std::string launch(void (*kernel)(Args), Grid grid, Args args, uint64_t stream, bool pdl) {
 #ifdef __CUDACC__
     if (grid.shared > 48 * 1024) {
         const cudaError_t error = cudaFuncSetAttribute(
@@ -31,11 +31,11 @@ std::string launch(void (*kernel)(Args), Grid grid, Args args, uint64_t stream, 
     config.dynamicSmemBytes = grid.shared;
     config.stream = reinterpret_cast<cudaStream_t>(stream);
     config.attrs = &attribute;
-    config.numAttrs = early ? 1 : 0;
+    config.numAttrs = pdl ? 1 : 0;
     const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args);
     return error == cudaSuccess ? "" : cudaGetErrorString(error);
 #else
-    (void)stream, (void)early;
+    (void)stream, (void)pdl;
     return emulation::Machine::get().launch({grid.x, grid.y, 1}, {grid.threads, 1, 1}, grid.shared,
                                             [=] { kernel(args); });
 #endif

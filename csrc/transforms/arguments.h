@@ -18,9 +18,9 @@ struct TransformArgs {
     const Half* factor2;   // (b, b) or null: Hadamard
     float scale;           // y is also multiplied by it
     int m, n, width;
-    int a0, c, b;    // a row is a box of these, n = a0 * c * b
-    int log_b;       // of b where that axis is Hadamard's, else 0
-    int is_vectors;  // y in the order of codes of eight weights
+    int a0, c, b;     // a row is a box of these, n = a0 * c * b
+    int log_b;        // of b where that axis is Hadamard's, else 0
+    int is_codebook;  // y in the order of codes of eight weights
     int is_aligned;  // eight features of x that are neighbours in the box are so in memory, 16-byte
                      // aligned, and there are no other
 };
@@ -32,7 +32,7 @@ struct TransformCall {
     uint32_t rows, shared;  // blocks along M, each of which takes every `rows`-th row; bytes
     int is_bfloat;          // of what is not float32
     int is_after;           // the product: to the outer features; else from them
-    int early;              // launch before the last kernel is done (sm_90+)
+    int pdl;                // launch before the last kernel is done (sm_90+)
     int size;               // of this struct, as the caller knows it
 };
 

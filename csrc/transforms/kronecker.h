@@ -246,7 +246,7 @@ QK_DEVICE void mix_last(const TransformArgs& args, float* box, const Half* facto
 }
 
 // ---------------------------------------------------------------- the first axis, and the end
-/// Where qkernels/layouts/weight_only.py: vector_order has feature k.
+/// Where qkernels/layouts/weight_only.py: codebook_order has feature k.
 QK_BOTH int vector_place(int k) {
     const int word = k % 256 / 16, s = k % 16 / 8 * 4 + k % 8 / 2;
     return k / 256 * 256 + s * 32 + word / 2 % 2 * 16 + word % 2 * 8 + word / 4 * 2 + k % 2;
@@ -262,7 +262,7 @@ QK_DEVICE void store_feature(const TransformArgs& args, T* row, int inner, float
         if (args.bias != nullptr) {
             value += to_float(load_global(static_cast<const T*>(args.bias) + at));
         }
-    } else if (args.is_vectors) {
+    } else if (args.is_codebook) {
         at = vector_place(inner);
     }
     store_global(row + at, from_float<T>(value));

@@ -9,7 +9,7 @@ std::string launch_transform(const TransformCall& call) {
     const Grid grid{call.rows, uint32_t(call.args.c), kTransformThreads, call.shared};
     const auto kernel =
         call.is_after ? transform_kernel<float, T, true> : transform_kernel<T, T, false>;
-    return launch<TransformArgs>(kernel, grid, call.args, call.stream, call.early != 0);
+    return launch<TransformArgs>(kernel, grid, call.args, call.stream, call.pdl != 0);
 }
 
 }  // namespace

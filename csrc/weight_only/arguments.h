@@ -35,9 +35,9 @@ struct WeightOnlyArgs {
     float* partial;            // (shares, blocks, rows of a block x columns of a block)
     int* counter;              // (blocks), zero before and after
     int m, n, k, kp;
-    int tiles, share;  // tiles of 16 words along K in all, and for one block
-    int group, shift;  // features in a group, and log2 of it or -1
-    int row_run, run;  // rows that share a scale, features of a tile that do
+    int tiles, k_slice;          // tiles of 16 words along K in all, and for one block
+    int group, shift;            // features in a group, and log2 of it or -1
+    int row_group, scale_group;  // rows that share a scale, features of a tile that do
     int scaling, scale_type;
     int x_stride;  // gemm: features of a row of x, in kernel order, a multiple of 8
     int chunk;     // gemv: tiles whose activations are in shared memory at a time
@@ -50,11 +50,11 @@ struct WeightOnlyCall {
     WeightOnlyArgs args;
     uint64_t stream;
     uint32_t grid_x, grid_y, shared;
-    int kernel;     // 0: gemv, 1: gemm
-    int is_bfloat;  // of x, y and bias
-    int runs;       // scales of a tile and row, if not the kernel's own: 1, 2, 4, or 0 for any
-    int early;      // launch before the last kernel is done (sm_90+)
-    int size;       // of this struct, as the caller knows it
+    int kernel;        // 0: gemv, 1: gemm
+    int is_bfloat;     // of x, y and bias
+    int scale_groups;  // scales of a tile and row, if not the kernel's own: 1, 2, 4, or 0 for any
+    int pdl;           // launch before the last kernel is done (sm_90+)
+    int size;          // of this struct, as the caller knows it
 };
 
 }  // namespace qk

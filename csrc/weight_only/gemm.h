@@ -117,10 +117,10 @@ QK_DEVICE void multiply_step(float (&acc)[kGemmColumns<D> / 8][4], const WeightO
     const Values<D> values = decode<D>(packed_of<D>(place, step), table);
     S scales(args, held.raw, place.begin + step);
     const int j = lane_index() % 4;
-    const bool by_element = S::kRuns == 0 && args.run < kSlice;
-    const int run = S::kRuns == 0 ? args.run : kTile<D> / kRunsHeld<S>;
+    const bool by_element = S::kGroups == 0 && args.scale_group < kSlice;
+    const int run = S::kGroups == 0 ? args.scale_group : kTile<D> / kGroupsHeld<S>;
     float sums[columns][4] = {};
-    RunScales<D, S> now;
+    GroupScales<D, S> now;
     QK_UNROLL
     for (int s = 0; s < D::kPairs; s++) {
         uint32_t x[columns][4];  // of each 8 columns, slices p = 0 and 1
@@ -148,7 +148,7 @@ QK_DEVICE void multiply_step(float (&acc)[kGemmColumns<D> / 8][4], const WeightO
                 }
                 continue;
             }
-            if constexpr (S::kRuns == 0) {
+            if constexpr (S::kGroups == 0) {
                 if (by_element) {
                     scale_elements<T>(a, args, scaled.of, kk + j * 2);
                 }
@@ -172,8 +172,8 @@ QK_DEVICE void multiply_step(float (&acc)[kGemmColumns<D> / 8][4], const WeightO
 /// Adds up the shares of this block's sums if it is the last; returns whether it is.
 template <int COUNT>
 QK_DEVICE bool reduce_shares(float (&acc)[COUNT][4], const WeightOnlyArgs& args, int* last) {
-    const int shares = blocks_y(), t = thread_index();
-    if (shares == 1) {
+    const int k_slices = blocks_y(), t = thread_index();
+    if (k_slices == 1) {
         return true;
     }
     const int64_t block = block_index_x(), blocks = blocks_x(), outputs = COUNT * 4 * kGemvThreads;
@@ -186,7 +186,7 @@ QK_DEVICE bool reduce_shares(float (&acc)[COUNT][4], const WeightOnlyArgs& args,
     if (!last_share(args, last)) {
         return false;
     }
-    for (int s = 0; s < shares; s++) {
+    for (int s = 0; s < k_slices; s++) {
         const float* theirs = args.partial + (s * blocks + block) * outputs + t;
         QK_UNROLL
         for (int i = 0; i < COUNT * 4; i++) {
@@ -202,10 +202,10 @@ __global__ void __launch_bounds__(kThreads, (kGemmBlocks<DecoderOf<T, CODE>>))
     weight_only_gemm(const __grid_constant__ WeightOnlyArgs args) {
     using D = DecoderOf<T, CODE>;
     constexpr int columns = kGemmColumns<D>;
-    const int blocks_m = (args.m + columns - 1) / columns, begin = block_index_y() * args.share;
+    const int blocks_m = (args.m + columns - 1) / columns, begin = block_index_y() * args.k_slice;
     const Place<D> place{int(block_index_x() % blocks_m * columns),
                          int(block_index_x() / blocks_m * kGemmRows), begin,
-                         begin + args.share < args.tiles ? begin + args.share : args.tiles,
+                         begin + args.k_slice < args.tiles ? begin + args.k_slice : args.tiles,
                          shared_memory() + kBookBytes<D>};
     const int q = lane_index() / 4, j = lane_index() % 4, first = place.n0 + warp_index() * 16 + q;
     const typename S::Rows scaled(args, first);

@@ -76,10 +76,10 @@ QK_DEVICE void multiply(float (&acc)[4], const WeightOnlyArgs& args, const Held<
     const Values<D> values = decode<D>(held.packed, table);
     S scales(args, held.raw, tile);
     const int q = lane_index() / 4, j = lane_index() % 4;
-    const bool by_element = S::kRuns == 0 && args.run < kSlice;
-    const int run = S::kRuns == 0 ? args.run : kTile<D> / kRunsHeld<S>;
+    const bool by_element = S::kGroups == 0 && args.scale_group < kSlice;
+    const int run = S::kGroups == 0 ? args.scale_group : kTile<D> / kGroupsHeld<S>;
     float sums[4] = {}, x_sums[4] = {};
-    RunScales<D, S> now;
+    GroupScales<D, S> now;
     QK_UNROLL
     for (int slice = 0; slice < 2 * D::kPairs; slice++) {
         const int s = slice / 2, p = slice % 2, kk = tile * kTile<D> + slice * kSlice;
@@ -88,7 +88,7 @@ QK_DEVICE void multiply(float (&acc)[4], const WeightOnlyArgs& args, const Held<
         }
         uint32_t a[4];
         operand<D>(a, values, s, p, now.offset);
-        if constexpr (S::kRuns == 0) {
+        if constexpr (S::kGroups == 0) {
             if (by_element) {
                 scale_elements<T>(a, args, scaled.of, kk + j * 2);
             }
@@ -99,7 +99,7 @@ QK_DEVICE void multiply(float (&acc)[4], const WeightOnlyArgs& args, const Held<
                 reinterpret_cast<const Words2*>(staged + unit_of(units, q, group + s, j)) + p);
         }
         mma<T>(sums, a, x.w[0], x.w[1]);
-        if (S::kMinus) {
+        if (S::kHasMin) {
             constexpr uint32_t one = Magic<T>::kOne, ones[4] = {one, one, one, one};
             mma<T>(x_sums, ones, x.w[0], x.w[1]);
         }
@@ -108,7 +108,7 @@ QK_DEVICE void multiply(float (&acc)[4], const WeightOnlyArgs& args, const Held<
             for (int i = 0; i < 4; i++) {
                 acc[i] += now.factor[i / 2] * sums[i];
                 sums[i] = 0;
-                if (S::kMinus) {
+                if (S::kHasMin) {
                     acc[i] -= now.minus[i / 2] * x_sums[i];
                     x_sums[i] = 0;
                 }
@@ -152,8 +152,8 @@ QK_DEVICE bool reduce(float& total, const WeightOnlyArgs& args, const float (&ac
     if (sparse != nullptr) {
         total += sparse_total(sparse, t);
     }
-    const int shares = blocks_y();
-    if (shares == 1) {
+    const int k_slices = blocks_y();
+    if (k_slices == 1) {
         return true;
     }
     const int64_t block = block_index_x(), blocks = blocks_x();
@@ -162,7 +162,7 @@ QK_DEVICE bool reduce(float& total, const WeightOnlyArgs& args, const float (&ac
         return false;
     }
     total = 0;
-    for (int s = 0; s < shares; s++) {
+    for (int s = 0; s < k_slices; s++) {
         total += load_l2(args.partial + (s * blocks + block) * kGemvOutputs + t);
     }
     return true;
@@ -179,8 +179,8 @@ __global__ void __launch_bounds__(kGemvThreads)
     const int q = lane_index() / 4;
     const int rows[2] = {n0 + q, n0 + q + 8};
     const typename S::Rows scaled(args, rows[0]);
-    const int begin = block_index_y() * args.share;
-    const int end = begin + args.share < args.tiles ? begin + args.share : args.tiles;
+    const int begin = block_index_y() * args.k_slice;
+    const int end = begin + args.k_slice < args.tiles ? begin + args.k_slice : args.tiles;
     const uint64_t policy = evict_first();
 
     // The weight depends on no kernel before this one: its loads start before anything is waited

@@ -244,8 +244,8 @@ QK_DEVICE void multiply_tile(float (&sums)[COLUMNS / 2], uint32_t (&a)[2][4],
         finish_products(me);
     }
     S scales(args, held.raw, tile);
-    const bool by_element = S::kRuns == 0 && args.run < kSlice;
-    const int run = S::kRuns == 0 ? args.run : kTile<D> / kRunsHeld<S>;
+    const bool by_element = S::kGroups == 0 && args.scale_group < kSlice;
+    const int run = S::kGroups == 0 ? args.scale_group : kTile<D> / kGroupsHeld<S>;
     float factor[2] = {1, 1}, minus[2] = {};
     uint32_t offset[2] = {D::offset(0), D::offset(0)};
     QK_UNROLL
@@ -256,16 +256,16 @@ QK_DEVICE void multiply_tile(float (&sums)[COLUMNS / 2], uint32_t (&a)[2][4],
             if (!WHOLE && !by_element && slice * kSlice % run == 0) {
                 QK_UNROLL
                 for (int r = 0; r < 2; r++) {
-                    const int number = slice * kRunsHeld<S> / (2 * D::kPairs);
+                    const int number = slice * kGroupsHeld<S> / (2 * D::kPairs);
                     const ScaleZero found = scales.get(args, scaled_rows, r, number, kk);
                     factor[r] = found.scale;
-                    minus[r] = S::kMinus ? found.zero : 0;
-                    offset[r] = D::offset(S::kMinus ? 0 : found.zero);
+                    minus[r] = S::kHasMin ? found.zero : 0;
+                    offset[r] = D::offset(S::kHasMin ? 0 : found.zero);
                 }
             }
             uint32_t (&now)[4] = a[p];
             operand<D>(now, values, s, p, offset);
-            if constexpr (S::kRuns == 0) {
+            if constexpr (S::kGroups == 0) {
                 if (by_element) {
                     scale_elements<T>(now, args, scaled_rows.of, kk + j * 2);
                 }
@@ -273,8 +273,8 @@ QK_DEVICE void multiply_tile(float (&sums)[COLUMNS / 2], uint32_t (&a)[2][4],
             if (!WHOLE && !by_element) {
                 QK_UNROLL
                 for (int i = 0; i < 4; i++) {
-                    now[i] = S::kMinus ? scaled_less<T>(now[i], factor[i % 2], minus[i % 2])
-                                       : scaled<T>(now[i], factor[i % 2], factor[i % 2]);
+                    now[i] = S::kHasMin ? scaled_less<T>(now[i], factor[i % 2], minus[i % 2])
+                                        : scaled<T>(now[i], factor[i % 2], factor[i % 2]);
                 }
             }
             const int in_chunk = slice % (kChunk / kSlice);

@@ -34,13 +34,13 @@ struct AnyPlain {
         const WeightOnlyKernel gemm[] = {
             weight_only_gemm<T, CODE, Plain<0>>, weight_only_gemm<T, CODE, Plain<1>>,
             weight_only_gemm<T, CODE, Plain<4>>, nullptr, weight_only_gemm<T, CODE, Plain<4>>};
-        return call.kernel == 0 ? gemv[call.runs] : gemm[call.runs];
+        return call.kernel == 0 ? gemv[call.scale_groups] : gemm[call.scale_groups];
     }
     template <typename T, int CODE>
     static HopperKernel find_hopper(const WeightOnlyCall& call) {
-        return call.runs == 0   ? HopperKernel::of<T, CODE, Plain<0>>()
-               : call.runs == 1 ? HopperKernel::of<T, CODE, Plain<1>>()
-                                : HopperKernel::of<T, CODE, Plain<4>>();
+        return call.scale_groups == 0   ? HopperKernel::of<T, CODE, Plain<0>>()
+               : call.scale_groups == 1 ? HopperKernel::of<T, CODE, Plain<1>>()
+                                        : HopperKernel::of<T, CODE, Plain<4>>();
     }
 };
 
@@ -50,8 +50,8 @@ template <typename S, bool WHOLE = false>
 struct Only {
     template <typename T, int CODE>
     static WeightOnlyKernel find(const WeightOnlyCall& call) {
-        static_assert(S::kRuns > 0, "");
-        if (call.args.run % (kTile<DecoderOf<T, CODE>> / S::kRuns) != 0) {
+        static_assert(S::kGroups > 0, "");
+        if (call.args.scale_group % (kTile<DecoderOf<T, CODE>> / S::kGroups) != 0) {
             return nullptr;
         }
         return call.kernel == 0 ? WeightOnlyKernel(weight_only_gemv<T, CODE, S>)
@@ -72,7 +72,7 @@ std::string launch_weight_only(const WeightOnlyCall& call) {
     }
     if (call.kernel != 2) {
         const Grid grid{call.grid_x, call.grid_y, kGemvThreads, call.shared};
-        return launch<WeightOnlyArgs>(kernel, grid, call.args, call.stream, call.early != 0);
+        return launch<WeightOnlyArgs>(kernel, grid, call.args, call.stream, call.pdl != 0);
     }
     const HopperKernel hopper = Scalers::template find_hopper<T, CODE>(call);
     if (hopper.whole != (call.args.is_float != 0)) {
@@ -89,7 +89,7 @@ std::string launch_weight_only(const WeightOnlyCall& call) {
     const Grid grid{call.grid_x, 1, kHopperThreads, size_t(hopper.shared)};
     return !error.empty()
                ? error
-               : launch<HopperArgs>(hopper.kernel, grid, args, call.stream, call.early != 0);
+               : launch<HopperArgs>(hopper.kernel, grid, args, call.stream, call.pdl != 0);
 }
 
 /// Text that stays until the next call of this thread; "" if all is well.

@@ -52,7 +52,7 @@ QK_DEVICE float sparse_total(const float* sums, int t) {
 template <typename T, int COUNT>
 QK_DEVICE void add_sparse(float (&acc)[COUNT][4], const WeightOnlyArgs& args, int first, int m0) {
     constexpr int together = 4;  // columns of x on their way at a time
-    const int shares = blocks_y(), m = m0 + lane_index() % 4 * 2;
+    const int k_slices = blocks_y(), m = m0 + lane_index() % 4 * 2;
     QK_UNROLL
     for (int r = 0; r < 2; r++) {
         const int row = first + r * 8;
@@ -61,11 +61,12 @@ QK_DEVICE void add_sparse(float (&acc)[COUNT][4], const WeightOnlyArgs& args, in
         }
         const int end = load_global(args.row_offsets + row + 1);
         int i = load_global(args.row_offsets + row) + block_index_y();
-        for (; i < end; i += together * shares) {
+        for (; i < end; i += together * k_slices) {
             uint32_t both[together], x[together][COUNT];
             QK_UNROLL
             for (int o = 0; o < together; o++) {
-                both[o] = i + o * shares < end ? load_global(args.col_vals + i + o * shares) : 0;
+                both[o] =
+                    i + o * k_slices < end ? load_global(args.col_vals + i + o * k_slices) : 0;
             }
             QK_UNROLL
             for (int o = 0; o < together; o++) {
@@ -73,7 +74,7 @@ QK_DEVICE void add_sparse(float (&acc)[COUNT][4], const WeightOnlyArgs& args, in
                                   int64_t(both[o] & 0xFFFF) * args.x_rows + m;
                 QK_UNROLL
                 for (int c = 0; c < COUNT; c++) {
-                    const bool live = i + o * shares < end && m + c * 8 < args.x_rows;
+                    const bool live = i + o * k_slices < end && m + c * 8 < args.x_rows;
                     x[o][c] =
                         live ? load_global(reinterpret_cast<const uint32_t*>(column + c * 8)) : 0;
                 }

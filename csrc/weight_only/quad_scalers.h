@@ -24,10 +24,10 @@ QK_DEVICE float signed_six(float d, uint32_t nibble, uint32_t top) {
 QK_DEVICE float half_bits(uint32_t bits) { return to_float(Half{uint16_t(bits & 0xFFFF)}); }
 
 /// What the scalers here have in common.
-template <int RUNS, bool MINUS, int DEPTH>
+template <int SCALE_GROUPS, bool HAS_MIN, int DEPTH>
 struct Quad {
-    static constexpr int kRuns = RUNS;
-    static constexpr bool kMinus = MINUS, kElements = true, kOutliers = false;
+    static constexpr int kGroups = SCALE_GROUPS;
+    static constexpr bool kHasMin = HAS_MIN, kElements = true, kOutliers = false;
     static constexpr int kDepth = DEPTH;
 
     struct Rows {
@@ -61,21 +61,23 @@ QK_DEVICE uint32_t halves(const WeightOnlyArgs& args, const void* low, const voi
     return item<uint16_t>(args, low, at, row) | item<uint16_t>(args, high, at, row) << 16;
 }
 
-/// d of 32 features, and with MINUS m, weight = d * value + m: GGUF's q4_0, q5_0, q8_0; q4_1, q5_1.
-template <int RUNS, bool MINUS>
-struct Blocks : Quad<RUNS, MINUS, 4> {
-    using Base = Quad<RUNS, MINUS, 4>;
+/// d of 32 features, and with HAS_MIN m, weight = d * value + m: GGUF's q4_0, q5_0, q8_0; q4_1,
+/// q5_1.
+template <int SCALE_GROUPS, bool HAS_MIN>
+struct Blocks : Quad<SCALE_GROUPS, HAS_MIN, 4> {
+    using Base = Quad<SCALE_GROUPS, HAS_MIN, 4>;
     using typename Base::Raw;
     using typename Base::Rows;
 
     /// Lane j has run j of the tile.
     QK_DEVICE static void fetch(Raw& raw, const WeightOnlyArgs& args, const Rows& rows, int tile,
                                 int) {
-        const int group = tile * RUNS + lane_index() % RUNS, last = args.kp / 32 - 1;
+        const int group = tile * SCALE_GROUPS + lane_index() % SCALE_GROUPS,
+                  last = args.kp / 32 - 1;
         const int at = group < last ? group : last;
         Base::of_rows(raw.w, args, rows, [&](int row) {
-            return MINUS ? halves(args, args.scale, args.second, at, row)
-                         : item<uint16_t>(args, args.scale, at, row);
+            return HAS_MIN ? halves(args, args.scale, args.second, at, row)
+                           : item<uint16_t>(args, args.scale, at, row);
         });
     }
 
@@ -84,7 +86,7 @@ struct Blocks : Quad<RUNS, MINUS, 4> {
 
     QK_DEVICE ScaleZero get(const WeightOnlyArgs&, const Rows&, int r, int run, int) const {
         const uint32_t both = of_quad(raw.w[r], run);
-        return {half_bits(both), MINUS ? -half_bits(both >> 16) : 0};
+        return {half_bits(both), HAS_MIN ? -half_bits(both >> 16) : 0};
     }
 };
 
@@ -243,15 +245,15 @@ struct Iq4Xs : Quad<4, false, 2> {
 };
 
 /// SpQR: 3-bit codes of scale and zero point for a group of a row, and what they mean for a group
-/// of `row_run` rows, s_s, z_s, s_z, z_z. Runs are slices, so groups of any size will do. Lane j
-/// has runs j * RUNS / 4 and on.
+/// of `row_group` rows, s_s, z_s, s_z, z_z. Runs are slices, so groups of any size will do. Lane j
+/// has runs j * SCALE_GROUPS / 4 and on.
 ///
 ///   weight = scale * (code - zero) = scale * code - minus, zero points being no integers
-template <int RUNS>
-struct TwoLevel : Quad<RUNS, true, 2> {
-    using typename Quad<RUNS, true, 2>::Rows;
+template <int SCALE_GROUPS>
+struct TwoLevel : Quad<SCALE_GROUPS, true, 2> {
+    using typename Quad<SCALE_GROUPS, true, 2>::Rows;
     static constexpr bool kOutliers = true;
-    static constexpr int kOwn = RUNS / 4;
+    static constexpr int kOwn = SCALE_GROUPS / 4;
 
     /// stats: a byte a run.
     struct Raw {
@@ -263,7 +265,7 @@ struct TwoLevel : Quad<RUNS, true, 2> {
         raw.stats[0] = raw.stats[1] = 0;
         QK_UNROLL
         for (int i = 0; i < kOwn; i++) {
-            int slice = tile * RUNS + i * 4 + lane_index() % 4;
+            int slice = tile * SCALE_GROUPS + i * 4 + lane_index() % 4;
             const int slices = (args.kp + 15) / 16;
             slice = slice < slices ? slice : slices - 1;
             const int group = args.slice_group != nullptr ? load_global(args.slice_group + slice)
@@ -274,8 +276,8 @@ struct TwoLevel : Quad<RUNS, true, 2> {
                 raw.second[r][i] = {};
                 if (rows.row[r] < args.n) {
                     raw.stats[r] |= item<uint8_t>(args, args.scale, group, rows.row[r]) << 8 * i;
-                    const int row_groups = (args.n + args.row_run - 1) / args.row_run;
-                    const int64_t at = int64_t(group) * row_groups + rows.row[r] / args.row_run;
+                    const int row_groups = (args.n + args.row_group - 1) / args.row_group;
+                    const int64_t at = int64_t(group) * row_groups + rows.row[r] / args.row_group;
                     raw.second[r][i] = load_global(static_cast<const Words2*>(args.second) + at);
                 }
             }

@@ -3,8 +3,8 @@
 // A kernel is compiled for one class like `Plain`. Of a lane's two rows, q and q + 8 of its warp's
 // 16:
 //
-//   kRuns       scales of a tile and row, 0 for any number
-//   kMinus      weight = scale * value - zero, instead of scale * (value - zero)
+//   kGroups       scales of a tile and row, 0 for any number
+//   kHasMin      weight = scale * value - zero, instead of scale * (value - zero)
 //   kElements   the gemm scales each weight (runs are short), not sums of a run
 //   kOutliers   sparse weights are added
 //   kDepth      tiles that a warp of the gemv has on their way
@@ -37,8 +37,8 @@ class RowScales {
   public:
     QK_DEVICE RowScales(const WeightOnlyArgs& args, int row)
         : live_(row < args.n),
-          row_(row / args.row_run),
-          stride_((args.n + args.row_run - 1) / args.row_run),
+          row_(row / args.row_group),
+          stride_((args.n + args.row_group - 1) / args.row_group),
           flat_(int64_t(row) * args.k) {}
 
     /// kk: feature in kernel order; past the last one it stands for the last.
@@ -98,13 +98,13 @@ QK_CALLED ScaleZero scale_at(const WeightOnlyArgs* args, RowScales scales, int k
     return RowScales::finish(*args, scales.fetch(*args, kk));
 }
 
-/// Any of `Scaling`. RUNS of 1, 2, 4: loaded with the codes; 0: looked up when needed, if need be
-/// for each weight.
-template <int RUNS>
+/// Any of `Scaling`. SCALE_GROUPS of 1, 2, 4: loaded with the codes; 0: looked up when needed, if
+/// need be for each weight.
+template <int SCALE_GROUPS>
 struct Plain {
-    static constexpr int kRuns = RUNS, kHeld = RUNS == 0 ? 1 : RUNS;
-    static constexpr bool kMinus = false, kElements = false, kOutliers = false;
-    static constexpr int kDepth = RUNS == 1 || RUNS == 2 ? 4 : 2;
+    static constexpr int kGroups = SCALE_GROUPS, kHeld = SCALE_GROUPS == 0 ? 1 : SCALE_GROUPS;
+    static constexpr bool kHasMin = false, kElements = false, kOutliers = false;
+    static constexpr int kDepth = SCALE_GROUPS == 1 || SCALE_GROUPS == 2 ? 4 : 2;
 
     struct Rows {
         RowScales of[2];
@@ -118,7 +118,7 @@ struct Plain {
     /// features: of a tile.
     QK_DEVICE static void fetch(Raw& raw, const WeightOnlyArgs& args, const Rows& rows, int tile,
                                 int features) {
-        if (RUNS > 0) {
+        if (SCALE_GROUPS > 0) {
             QK_UNROLL
             for (int r = 0; r < 2; r++) {
                 QK_UNROLL
@@ -135,8 +135,8 @@ struct Plain {
     /// Of row r of the two; kk: the run's first feature.
     QK_DEVICE ScaleZero get(const WeightOnlyArgs& args, const Rows& rows, int r, int run,
                             int kk) const {
-        return RUNS == 0 ? scale_at(&args, rows.of[r], kk)
-                         : RowScales::finish(args, raw.of[r][run]);
+        return SCALE_GROUPS == 0 ? scale_at(&args, rows.of[r], kk)
+                                 : RowScales::finish(args, raw.of[r][run]);
     }
 };
 

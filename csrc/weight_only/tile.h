@@ -108,12 +108,12 @@ QK_DEVICE void operand(uint32_t (&a)[4], const Values<D>& values, int s, int p,
 
 /// Scales of a tile that a lane loads ahead.
 template <typename S>
-constexpr int kRunsHeld = S::kRuns == 0 ? 1 : S::kRuns;
+constexpr int kGroupsHeld = S::kGroups == 0 ? 1 : S::kGroups;
 
 /// What the run of a slice is multiplied by and what is taken off it, for each of a lane's two
 /// rows. S: a scaler, see scalers.h.
 template <typename D, typename S>
-struct RunScales {
+struct GroupScales {
     float factor[2] = {1, 1}, minus[2] = {};
     uint32_t offset[2] = {};
 
@@ -122,11 +122,11 @@ struct RunScales {
                         int slice, int kk) {
         QK_UNROLL
         for (int r = 0; r < 2; r++) {
-            const int number = slice * kRunsHeld<S> / (2 * D::kPairs);
+            const int number = slice * kGroupsHeld<S> / (2 * D::kPairs);
             const ScaleZero found = scales.get(args, rows, r, number, kk);
             factor[r] = found.scale;
-            minus[r] = S::kMinus ? found.zero : 0;
-            offset[r] = D::offset(S::kMinus ? 0 : found.zero);
+            minus[r] = S::kHasMin ? found.zero : 0;
+            offset[r] = D::offset(S::kHasMin ? 0 : found.zero);
         }
     }
 };

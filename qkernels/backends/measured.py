@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 RUN, GPU, CAPABILITY = "bench/results/2026-11-27-h200", "NVIDIA H200", (9, 0)
 #: kind of kernel -> (most rows of x, faster backend), rows ascending; the last entry holds for all above, too
 FASTER: dict[str, tuple[tuple[int, str], ...]] = {
-    "counted4 q4_k": ((256, "triton"), (4096, "cuda")),
+    "unsigned4 q4_k": ((256, "triton"), (4096, "cuda")),
     "e4m3 row token": ((16, "triton"), (32, "cuda"), (4096, "triton")),
     "int8 row token": ((16, "triton"), (32, "cuda"), (4096, "triton")),
     "linear4 group": ((256, "triton"), (4096, "cuda")),

@@ -19,7 +19,7 @@ class Gpu(NamedTuple):
     """bandwidth in GB/s, tensor-core peaks in TFLOP/s, launch: seconds a kernel takes that does nothing."""
 
     name: str
-    processors: int
+    sm_count: int
     bandwidth: float
     bf16: float
     fp8: float

@@ -154,8 +154,10 @@ class QuipSharp(IncoherentFormat):
     # ------------------------------------------------------------------ kernel family
     def weight_only_traits(self, shape: Shape, params: Params) -> WeightOnlyTraits:
         n, k = shape
-        whole, norms = -(-k // 256) * 256, (math.sqrt(k), math.sqrt(n))
-        return WeightOnlyTraits(params["bits"], "e8p", "scale", whole, n, norms=norms)
+        whole, transform_scales = -(-k // 256) * 256, (math.sqrt(k), math.sqrt(n))
+        return WeightOnlyTraits(
+            params["bits"], "e8p", "scale", whole, n, transform_scales=transform_scales
+        )
 
     def weight_only(
         self, tensors: Mapping[str, Tensor], shape: Shape, params: Params

@@ -30,7 +30,7 @@ for it are at b*16 + s*width + u*(their number):
 Codes of eight weights (QuIP#) are 16 bits wide, two in a word of a tile of 256 features; word w holds
 those of features w*16 .. w*16 + 15 of the tile in their plain order, and decodes, as words of 2-bit codes do,
 to the values of (s, b): code s//4, weights 2*(s%4) + b. So kernel order is not plain order there
-(`vector_order`); the transform of x, which such weights have anyway, writes it so. A second code for each,
+(`codebook_order`); the transform of x, which such weights have anyway, writes it so. A second code for each,
 of 16 bits or 8, lies in `qhigh`: word w, or as above for 3 bits at bits u*16 + 8*(which code).
 
 Groups: if the checkpoint has `g_idx` (act-order), or groups that are no multiple of 16, features are
@@ -53,19 +53,19 @@ WEIGHT_ONLY = "weight_only"
 SLICE = 16
 WORDS = 16
 #: codes of eight weights in a tile of one row
-VECTORS = 32
+CODEBOOK_CODES = 32
 
 
 class WeightOnlyTraits(NamedTuple):
     """How the weight-only kernel family treats a format with given parameters.
 
     bits: width of a code; 3, 5 and 6 are split into planes.
-    decoder: "linear" (the code less a zero point is the value), "centered" (less 2^(bits-1)), "halfway" (less
-        half of 2^bits - 1), "counted" (the code itself), "lut16" (it indexes `table`), "e4m3", "e5m2", or
+    decoder: "linear" (the code less a zero point is the value), "signed" (less 2^(bits-1)), "half_integer" (less
+        half of 2^bits - 1), "unsigned" (the code itself), "lut16" (it indexes `table`), "e4m3", "e5m2", or
         "e8p" (codes of eight weights each).
     scaler: what the scales are and how they lie; triton_kernels/scalers.py lists them.
     group_size: features along K, or for the flat scalers flattened weights, that share a scale.
-    row_run: neighbouring output rows that share a scale.
+    row_group: neighbouring output rows that share a scale.
     outliers: whether sparse weights are added to the decoded ones.
     norms: if input and output go through transforms (`input.*`, `output.*`), what those are divided by.
     """
@@ -74,12 +74,12 @@ class WeightOnlyTraits(NamedTuple):
     decoder: str
     scaler: str
     group_size: int
-    row_run: int = 1
+    row_group: int = 1
     outliers: bool = False
-    norms: tuple[float, float] | None = None
+    transform_scales: tuple[float, float] | None = None
 
     @property
-    def vectors(self) -> bool:
+    def codebook(self) -> bool:
         """Whether a code stands for eight weights."""
         return self.decoder == "e8p"
 
@@ -117,19 +117,19 @@ class WeightOnlyParts:
     extra: dict[str, Tensor] = field(default_factory=dict)
 
 
-def plane_bits(bits: int, vectors: bool = False) -> int:
+def plane_bits(bits: int, codebook: bool = False) -> int:
     """Width of the codes in `qdata`: wider ones keep their low bits there. `vectors`: bits a weight."""
-    return 2 if vectors else {3: 2, 5: 4, 6: 4}.get(bits, bits)
+    return 2 if codebook else {3: 2, 5: 4, 6: 4}.get(bits, bits)
 
 
-def high_words(bits: int, vectors: bool = False) -> int:
+def high_words(bits: int, codebook: bool = False) -> int:
     """Words of `qhigh` in one tile of one row."""
-    return (bits - plane_bits(bits, vectors)) * tile_features(bits, vectors) // 32
+    return (bits - plane_bits(bits, codebook)) * tile_features(bits, codebook) // 32
 
 
-def high_step(bits: int, vectors: bool = False) -> int:
+def high_step(bits: int, codebook: bool = False) -> int:
     """How far apart the high bits of words that share a word of `qhigh` lie."""
-    return 16 if vectors else bits - plane_bits(bits)
+    return 16 if codebook else bits - plane_bits(bits)
 
 
 def code_bit(s: int, b: int, width: int, *, table: bool) -> int:
@@ -151,15 +151,15 @@ def lut(table: Tensor) -> Tensor:
     return torch.cat(words)
 
 
-def tile_features(bits: int, vectors: bool = False) -> int:
+def tile_features(bits: int, codebook: bool = False) -> int:
     """Input features in one tile."""
-    return WORDS * (32 // plane_bits(bits, vectors))
+    return WORDS * (32 // plane_bits(bits, codebook))
 
 
-def scale_run(traits: WeightOnlyTraits, k: int, *, lookup: bool) -> int:
+def scale_group(traits: WeightOnlyTraits, k: int, *, group_lookup: bool) -> int:
     """Features of a tile, a power of two, that surely share a scale. `lookup`: by `slice_group`."""
-    tile = tile_features(traits.bits, traits.vectors)
-    if lookup:
+    tile = tile_features(traits.bits, traits.codebook)
+    if group_lookup:
         return SLICE
     if traits.flat:
         return math.gcd(tile, math.gcd(traits.group_size, k))
@@ -182,9 +182,9 @@ def pack(
     if parts.group_index is not None:
         storage["g_idx"] = parts.group_index
     traits = fmt.weight_only_traits(shape, params)
-    if traits.vectors:
+    if traits.codebook:
         assert parts.codebook is not None
-        return storage | {"lut": parts.codebook} | pack_vectors(codes, traits.bits)
+        return storage | {"lut": parts.codebook} | pack_codebook(codes, traits.bits)
     order = _kernel_order(parts, traits, shape[1])
     if order is not None:
         perm, slice_group = order
@@ -203,8 +203,8 @@ def unpack(
     n, k = shape
     traits = fmt.weight_only_traits(shape, params)
     perm = storage.get("perm")
-    if traits.vectors:
-        codes = unpack_vectors(storage, traits.bits, n, k)
+    if traits.codebook:
+        codes = unpack_codebook(storage, traits.bits, n, k)
     else:
         count = k if perm is None else perm.numel()
         codes = unpack_codes(storage, traits.bits, n, count, table="table" in storage)
@@ -283,11 +283,11 @@ def unpack_codes(
 
 
 # ---------------------------------------------------------------------- codes of eight weights
-def pack_vectors(codes: Tensor, bits: int) -> dict[str, Tensor]:
+def pack_codebook(codes: Tensor, bits: int) -> dict[str, Tensor]:
     """Codes int32 (N, K / 8) -> `qdata` and, for 3 and 4 bits, `qhigh`, as the module's docstring says."""
     n, count = codes.shape
-    tiles = -(-count // VECTORS)
-    codes = torch.nn.functional.pad(codes, (0, tiles * VECTORS - count))
+    tiles = -(-count // CODEBOOK_CODES)
+    codes = torch.nn.functional.pad(codes, (0, tiles * CODEBOOK_CODES - count))
     parts = codes.view(n, tiles, WORDS, 2).transpose(0, 1).contiguous()  # (T, N, word, c)
     first, second = parts & 0xFFFF, (parts >> 16) & 0xFFFF
     packed = {"qdata": first[..., 0] | (first[..., 1] << 16)}
@@ -299,8 +299,8 @@ def pack_vectors(codes: Tensor, bits: int) -> dict[str, Tensor]:
     return packed
 
 
-def unpack_vectors(storage: Mapping[str, Tensor], bits: int, n: int, k: int) -> Tensor:
-    """The inverse of `pack_vectors`: codes int32 (N, K / 8)."""
+def unpack_codebook(storage: Mapping[str, Tensor], bits: int, n: int, k: int) -> Tensor:
+    """The inverse of `pack_codebook`: codes int32 (N, K / 8)."""
     qdata = storage["qdata"]
     tiles = qdata.shape[0]
     codes = torch.stack([qdata & 0xFFFF, (qdata >> 16) & 0xFFFF], -1)
@@ -316,7 +316,7 @@ def unpack_vectors(storage: Mapping[str, Tensor], bits: int, n: int, k: int) -> 
     return codes.transpose(0, 1).reshape(n, -1)[:, : k // 8].contiguous()
 
 
-def vector_order(count: int, device: torch.device | str = "cpu") -> Tensor:
+def codebook_order(count: int, device: torch.device | str = "cpu") -> Tensor:
     """int64 (count): where kernel order has feature k of a weight of vectors."""
     k = torch.arange(count, device=device)
     word, c, half, b = k % 256 // 16, k % 16 // 8, k % 8 // 2, k % 2

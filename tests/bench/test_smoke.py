@@ -143,16 +143,16 @@ def test_starting_late_is_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     from qkernels.backends.triton import launch
 
-    monkeypatch.delenv("QKERNELS_EARLY", raising=False)
+    monkeypatch.delenv("QKERNELS_PDL", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    launch.early.cache_clear()
+    launch.pdl.cache_clear()
     p, gpu = qk.quantize(torch.randn(64, 128), "nf4"), torch.device("cuda")
     p.plans["a plan"] = None
-    assert launch.early(gpu)["EARLY"]
+    assert launch.pdl(gpu)["PDL"]
     with starts.late(p):
-        assert not launch.early(gpu)["EARLY"]
+        assert not launch.pdl(gpu)["PDL"]
         assert not p.plans
         p.plans["a late plan"] = None
-    assert launch.early(gpu)["EARLY"]
+    assert launch.pdl(gpu)["PDL"]
     assert not p.plans
-    launch.early.cache_clear()
+    launch.pdl.cache_clear()

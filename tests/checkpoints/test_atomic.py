@@ -321,7 +321,7 @@ def test_a_forked_process_that_ends_the_block_leaves_it_too(tmp_path: Path) -> N
 def test_a_handler_set_in_c_is_left_alone(tmp_path: Path) -> None:
     """faulthandler's, or the one of torch's data loaders: Python does not know of them."""
     code = (
-        "import faulthandler, os, signal, sys; from pathlib import Path; from qkernels import atomic\n"
+        "import faulthandler, os, signal, sys; from pathlib import Path; from qkernels.checkpoints import atomic\n"
         "faulthandler.register(signal.SIGTERM)\n"
         "with atomic.replacing(Path(sys.argv[1])) as fresh: fresh.write_text('new')\n"
         "os.kill(os.getpid(), signal.SIGTERM); print('alive')"

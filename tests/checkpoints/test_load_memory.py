@@ -1,6 +1,6 @@
 """What loading a model takes of memory, at its highest, and what is left when there is not enough.
 
-Counted is all that is resident: what the process has allocated, and the pages of files that it has mapped. Tensors that
+Unsigned is all that is resident: what the process has allocated, and the pages of files that it has mapped. Tensors that
 stay backed by their file for life are the model, so those pages count as allocated ones do, though the system can drop
 them; pages that were only read on the way to a copy count, too, for as long as they are mapped.
 """

@@ -15,8 +15,8 @@ from . import host
 #: in the order of QK_CODES in csrc/decoders/dispatch.h
 CODES = [
     "linear2", "linear3", "linear4", "linear8", "lut16", "e4m3", "e5m2",
-    *(f"centered{bits}" for bits in (3, 4, 5, 6, 8)), *(f"counted{bits}" for bits in (2, 3, 4, 5)),
-    *(f"halfway{bits}" for bits in (2, 3, 4)), *(f"e8p{bits}" for bits in (2, 3, 4)),
+    *(f"signed{bits}" for bits in (3, 4, 5, 6, 8)), *(f"unsigned{bits}" for bits in (2, 3, 4, 5)),
+    *(f"half_integer{bits}" for bits in (2, 3, 4)), *(f"e8p{bits}" for bits in (2, 3, 4)),
 ]  # fmt: skip
 dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 
@@ -49,7 +49,7 @@ def in_kernel_order(
     table: torch.Tensor,
     zero: float = 0,
 ) -> torch.Tensor:
-    """What `pack_codes` or `pack_vectors` made -> values (N, KP)."""
+    """What `pack_codes` or `pack_codebook` made -> values (N, KP)."""
     words, vectors = packed["qdata"], kind.startswith("e8p")
     tiles, n = words.shape[:2]
     pairs = 16 // layout.plane_bits(bits, vectors)
@@ -86,7 +86,7 @@ def test_integers(bits: int, dtype: torch.dtype) -> None:
 
 def middle(kind: str, bits: int) -> float:
     """What the decoders that take no zero point take off a code."""
-    return {"centered": 1 << (bits - 1), "counted": 0, "halfway": ((1 << bits) - 1) / 2}[kind]
+    return {"signed": 1 << (bits - 1), "unsigned": 0, "half_integer": ((1 << bits) - 1) / 2}[kind]
 
 
 @dtypes
@@ -112,10 +112,10 @@ def test_codes_of_eight_weights(bits: int, dtype: torch.dtype) -> None:
         second = torch.arange(codes.numel(), dtype=torch.int32) % (256 if bits == 3 else 1 << 16)
         codes = codes | second[torch.randperm(codes.numel())] << 16
     codes = codes.view(64, -1)
-    packed = layout.pack_vectors(codes, bits)
+    packed = layout.pack_codebook(codes, bits)
     found = in_kernel_order(f"e8p{bits}", packed, bits, dtype, e8p.table(codes.device)).float()
     want = 2 * e8p.decode(codes, bits).view(64, -1)
-    found = found[:, layout.vector_order(want.shape[1])]
+    found = found[:, layout.codebook_order(want.shape[1])]
     if bits == 2:
         assert torch.equal(found, want)
     else:

@@ -248,7 +248,7 @@ def test_split_and_sequential_shares_sum_alike(monkeypatch: pytest.MonkeyPatch) 
     weight, half = torch.randn(40, 1024), torch.randn(5, 1024)
     p = qk.quantize(torch.cat([weight, weight], 1), "fp8", activation="dynamic").to(DEVICE)
     x = torch.cat([half, -half], 1).bfloat16().to(DEVICE)
-    monkeypatch.setattr(eight_bit, "processors", lambda device: 8)
+    monkeypatch.setattr(eight_bit, "sm_count", lambda device: 8)
     split = product(x, p, invariant=True)
     assert eight_bit.configure("e4m3", p.shape, 5, True, 8).split > 1, (
         "this test would compare nothing"
@@ -259,14 +259,14 @@ def test_split_and_sequential_shares_sum_alike(monkeypatch: pytest.MonkeyPatch) 
     p.plans.clear()  # a recording would not ask again
     assert torch.equal(product(x, p, invariant=True), split)
     p.plans.clear()
-    monkeypatch.setattr(eight_bit, "configure", lambda *a: config._replace(share=16))
+    monkeypatch.setattr(eight_bit, "configure", lambda *a: config._replace(k_slice=16))
     assert not torch.equal(product(x, p, invariant=True), split)
 
 
 def test_partial_sums_stay_small() -> None:
     for kind in eight_bit.KINDS:
         for invariant in (False, True):
-            shares = set()
+            k_slices = set()
             for m in (1, 16, 17, 64, 65, 300, 4096, 65536):
                 config = eight_bit.configure(kind, (1024, 28672), m, invariant, 132)
                 tile = config.rows * (16 if config.gemv else 128)
@@ -275,9 +275,9 @@ def test_partial_sums_stay_small() -> None:
                     config.split == 1 or config.split * blocks * tile * 4 <= eight_bit.PARTIAL_BYTES
                 )
                 assert config.split == 1 or blocks <= workspace.MAX_BLOCKS
-                shares.add(config.share)
+                k_slices.add(config.k_slice)
             if invariant and kind != "int8":
-                assert len(shares) == 1
+                assert len(k_slices) == 1
 
 
 @pytest.mark.parametrize("granularity", ["block", "channel"])

@@ -34,10 +34,10 @@ eight_bit_cases = pytest.mark.parametrize(
 
 
 @pytest.fixture
-def two_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+def two_sms(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a block has several tiles, one after another."""
-    for module in ("weight_only", "eight_bit"):
-        monkeypatch.setattr(f"qkernels.backends.cuda.{module}.processors", lambda device: 2)
+    for module in ("weight_only", "gemm", "hopper", "eight_bit"):
+        monkeypatch.setattr(f"qkernels.backends.cuda.{module}.sm_count", lambda device: 2)
 
 
 def takes_hopper(p: qk.PackedWeight, m: int) -> bool:
@@ -72,13 +72,13 @@ TILES = [
 
 
 @pytest.mark.parametrize(("name", "params"), TILES, ids=str)
-def test_several_tiles_a_block(name: str, params: dict[str, object], two_processors: None) -> None:
+def test_several_tiles_a_block(name: str, params: dict[str, object], two_sms: None) -> None:
     """More tiles than blocks, rings that go round several times, edges of both W and x."""
     y, x, p, bias = weight_only.run(name, params, 200, 768, 300, torch.float16)
     assert_fused_close(y, x, p, bias)
 
 
-def test_tiles_shorter_than_a_ring(two_processors: None) -> None:
+def test_tiles_shorter_than_a_ring(two_sms: None) -> None:
     """No ring goes round between two tiles, so nothing but the warpgroup's own barrier keeps one's rows apart."""
     y, x, p, bias = weight_only.run(
         "gptq", {"bits": 4, "group_size": 64}, 300, 64, 600, torch.float16
@@ -108,7 +108,7 @@ def test_odd_shapes_between_transforms(
 @pytest.mark.parametrize(("name", "params", "n", "k"), WIDE, ids=str)
 @dtypes
 def test_products_between_transforms_round_in_float32_alone(
-    name: str, params: dict[str, object], n: int, k: int, dtype: torch.dtype, two_processors: None,
+    name: str, params: dict[str, object], n: int, k: int, dtype: torch.dtype, two_sms: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Sums are scaled, not weights: QuIP's codes and those of 2 bits are exact, others' values round once."""
@@ -128,7 +128,7 @@ def test_products_between_transforms_round_in_float32_alone(
     qk.matmul(torch.randn(150, k).to(dtype).to(DEVICE), p, backend="cuda")
     x, y = seen["x"].double(), seen["y"].double()
     if name == "quip_sharp":
-        x = x[:, layout.vector_order(k, DEVICE)]
+        x = x[:, layout.codebook_order(k, DEVICE)]
     values = qk.formats.get(name).grid_values(p.tensors, p.shape, p.params).double()  # type: ignore[attr-defined]
     rounded = name == "quip_sharp" and params["bits"] != 2
     # A rounding for each feature's sum, one for the scale; one of the weight, if it has one
@@ -181,7 +181,7 @@ def test_every_eight_bit_format(name: str, params: dict[str, object], dtype: tor
 
 @pytest.mark.parametrize(("name", "params"), CODES, ids=map(case_id, CODES))
 def test_several_eight_bit_tiles_a_block(
-    name: str, params: dict[str, object], two_processors: None
+    name: str, params: dict[str, object], two_sms: None
 ) -> None:
     params = params | ({"activation": "dynamic"} if name == "fp8" else {})
     p = qk.quantize(torch.randn(301, 1100), name, **params).to(DEVICE)

@@ -15,7 +15,10 @@ import sys
 import pytest
 import torch
 
-RUNS = ["tests/cuda/test_emulator.py", "tests/cuda/test_eight_bit.py::test_tiny_activations"]
+SCALE_GROUPS = [
+    "tests/cuda/test_emulator.py",
+    "tests/cuda/test_eight_bit.py::test_tiny_activations",
+]
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
     "UBSAN_OPTIONS": "print_stacktrace=1",
@@ -35,7 +38,7 @@ def test_kernels_under_sanitizers() -> None:
         for name in ("libasan.so", "libubsan.so", "libstdc++.so")
     ]
     given = os.environ.get("SANITIZED")
-    runs = given.split() if given else RUNS
+    runs = given.split() if given else SCALE_GROUPS
     command = [
         sys.executable,
         "-m",

@@ -104,5 +104,5 @@ def test_explain_names_the_shares_that_run(
     words = module.configuration(problem)
     y = module.run(x, p, None, problem)
     assert bool(y.isfinite().all())
-    assert set(launched) == {int(words.split("K in ")[1].split(" shares")[0])}
+    assert set(launched) == {int(words.split("K in ")[1].split(" slices")[0])}
     assert launched[0] > 1, "nothing was split"

@@ -55,7 +55,7 @@ def random(n: int) -> tuple[Side, Weight]:
 def traits_of(side: Side, n: int, vectors: bool) -> layout.WeightOnlyTraits:
     whole = -(-n // 256) * 256 if vectors else n
     return layout.WeightOnlyTraits(
-        2, "e8p" if vectors else "halfway", "scale", whole, n, norms=(side.norm,) * 2
+        2, "e8p" if vectors else "half_integer", "scale", whole, n, transform_scales=(side.norm,) * 2
     )
 
 
@@ -108,9 +108,9 @@ def test_vectors_are_in_their_order_with_zeros_behind_them(n: int) -> None:
     plain = transforms.before(x, p, traits_of(side, n, vectors=False))
     p.plans.clear()
     found = transforms.before(x, p, traits_of(side, n, vectors=True))
-    assert torch.equal(found[:, layout.vector_order(n, DEVICE)], plain)
+    assert torch.equal(found[:, layout.codebook_order(n, DEVICE)], plain)
     behind = torch.ones(found.shape[1], dtype=torch.bool)
-    behind[layout.vector_order(n)] = False
+    behind[layout.codebook_order(n)] = False
     assert behind.sum() == -n % 256
     assert not found.cpu()[:, behind].any()
 
@@ -211,7 +211,7 @@ def test_split_k(bits: int, m: int) -> None:
     """Several shares of K into float32."""
     p = any_weight("quip_sharp", 20, 4096, {"bits": bits})
     x = torch.randn(m, 4096).half().to(DEVICE)
-    assert "K in 1 shares" not in str(qk.explain(p, m, backend="cuda"))
+    assert "K in 1 slices" not in str(qk.explain(p, m, backend="cuda"))
     assert_fused_close(qk.matmul(x, p, backend="cuda"), x, p)
 
 

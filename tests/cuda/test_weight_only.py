@@ -42,10 +42,10 @@ def test_every_format_has_a_kernel() -> None:
 
 
 def test_what_has_no_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(calls.OWN, ("halfway", 2, "scale"))
+    monkeypatch.delitem(calls.OWN, ("half_integer", 2, "scale"))
     p = qk.quantize(torch.randn(8, 256), "quip", bits=2).to(DEVICE)
     with pytest.raises(
-        ValueError, match="no CUDA kernel for 2-bit halfway codes with scales 'scale'"
+        ValueError, match="no CUDA kernel for 2-bit half_integer codes with scales 'scale'"
     ):
         qk.matmul(torch.randn(2, 256).half().to(DEVICE), p, backend="cuda")
 
@@ -130,17 +130,17 @@ LONG = [
 LONG_K = {"nf4": 4500, "q5_k": 2048, "spqr": 3600}
 
 
-def shares(p: qk.PackedWeight, m: int) -> int:
+def k_slices(p: qk.PackedWeight, m: int) -> int:
     words = str(qk.explain(p, m, backend="cuda"))
-    return int(words.split("K in ")[1].split(" shares")[0])
+    return int(words.split("K in ")[1].split(" slices")[0])
 
 
 @pytest.mark.parametrize("m", [3, 9])
 @pytest.mark.parametrize(("name", "params"), LONG, ids=str)
 def test_split_k_in_any_order_of_blocks(name: str, params: dict[str, object], m: int) -> None:
-    """K in several shares: right, and bitwise the same whichever block is last. The counters end at 0."""
+    """K in several slices: right, and bitwise the same whichever block is last. The counters end at 0."""
     y, x, p, bias = run(name, params, 20, LONG_K.get(name, 4480), m, torch.float16)
-    assert shares(p, m) > 1
+    assert k_slices(p, m) > 1
     assert_fused_close(y, x, p, bias)
     for order in (1, 2, 3):
         emulation.ORDER[0] = order
@@ -164,11 +164,11 @@ def test_rows_do_not_depend_on_m(name: str, params: dict[str, object]) -> None:
 def test_activations_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A share longer than what is staged at a time."""
     monkeypatch.setattr("qkernels.backends.cuda.weight_only.STAGED_BYTES", 1024)
-    monkeypatch.setattr("qkernels.backends.cuda.weight_only.processors", lambda device: 1)
+    monkeypatch.setattr("qkernels.backends.cuda.weight_only.sm_count", lambda device: 1)
     y, x, p, bias = run(
         "gptq", {"bits": 8, "group_size": 64}, 72, 2500 // 64 * 64, 2, torch.float16
     )
-    assert shares(p, 2) == 1
+    assert k_slices(p, 2) == 1
     assert_fused_close(y, x, p, bias)
 
 
@@ -228,4 +228,4 @@ def test_uneven_groups_of_act_order() -> None:
 def test_auto_prefers_others_and_explain_says_why() -> None:
     p = qk.quantize(torch.randn(16, 64), "nf4").to(DEVICE)
     assert "cuda.weight_only_gemv: not compiled yet" in str(qk.explain(p, 1))
-    assert "K in 1 shares" in str(qk.explain(p, 1, backend="cuda"))
+    assert "K in 1 slices" in str(qk.explain(p, 1, backend="cuda"))

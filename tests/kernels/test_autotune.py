@@ -56,10 +56,10 @@ def test_what_cannot_fit_is_an_error() -> None:
 @pytest.mark.parametrize("blocks", [1, 7, 132, 5000])
 def test_no_share_is_empty(tiles: int, blocks: int) -> None:
     for wanted in (0, 1, 4, 64):
-        config = configs.GemmConfig(16, 64, 4, 3, shares=wanted)
-        shares = configs.shares_of(config, tiles, blocks, 132)
-        share = -(-tiles // shares)
-        assert (shares - 1) * share < tiles <= shares * share
+        config = configs.GemmConfig(16, 64, 4, 3, k_slices=wanted)
+        k_slices = configs.k_slices_of(config, tiles, blocks, 132)
+        k_slice = -(-tiles // k_slices)
+        assert (k_slices - 1) * k_slice < tiles <= k_slices * k_slice
 
 
 def test_batch_invariant_configurations_differ_in_block_m_only() -> None:

@@ -93,12 +93,12 @@ def test_only_the_rows_of_a_tile_depend_on_m_on_any_gpu(family: str, arch: int) 
         for m in range(1, MOST + 1)
     }
     assert len(found) == 1
-    for processors in (46, 132, 148):
-        shares = {
-            configs.shares_of(config, 64, -(-8192 // config.block_n), processors)
+    for sm_count in (46, 132, 148):
+        k_slices = {
+            configs.k_slices_of(config, 64, -(-8192 // config.block_n), sm_count)
             for config in found
         }
-        assert len(shares) == 1
+        assert len(k_slices) == 1
 
 
 @quantized_cases

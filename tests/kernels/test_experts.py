@@ -214,14 +214,14 @@ def test_entries_of_their_own() -> None:
         four = Problem(name, items, (64, 256), m, torch.float16, "cuda", capability, experts=4)
         one = four._replace(m=m // 4, experts=0)
         family = weight_only if name in ("gptq", "q4_1") else eight_bit
-        found, theirs = backend.tabled(four), family.tabled(one)._replace(shares=1)
+        found, theirs = backend.tabled(four), family.tabled(one)._replace(k_slices=1)
         if key is None:
             assert found == theirs
         else:
             assert found[:2] == configs.EXPERTS[key][:2], key  # stages may be fewer
             assert found != theirs, key
         same = four._replace(batch_invariant=True)
-        invariant = family.tabled(one._replace(batch_invariant=True))._replace(shares=1)
+        invariant = family.tabled(one._replace(batch_invariant=True))._replace(k_slices=1)
         assert backend.tabled(same) == invariant
 
 

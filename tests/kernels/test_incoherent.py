@@ -129,13 +129,13 @@ def test_odd_shapes(
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_vectors_are_laid_out_and_back(bits: int) -> None:
     codes = torch.randint(0, 1 << {2: 16, 3: 24, 4: 31}[bits], (5, 75), dtype=torch.int32)
-    packed = layout.pack_vectors(codes, bits)
+    packed = layout.pack_codebook(codes, bits)
     assert packed["qdata"].shape == (3, 5, 16)
-    assert torch.equal(layout.unpack_vectors(packed, bits, 5, 600), codes)
+    assert torch.equal(layout.unpack_codebook(packed, bits, 5, 600), codes)
 
 
 def test_vector_order_is_a_permutation_of_each_tile() -> None:
-    order = layout.vector_order(512)
+    order = layout.codebook_order(512)
     assert torch.equal(order.sort().values, torch.arange(512))
     assert torch.equal(order[256:], order[:256] + 256)
     # word 6 is thread j = 1, p = 1, h = 0; its second code starts at s = 4
@@ -159,7 +159,7 @@ def test_every_code(bits: int, dtype: torch.dtype) -> None:
     p = qk.pack("quip_sharp", tensors, (n, k), bits=bits).to(DEVICE).prepack_("weight_only")
     rows = torch.arange(0, k, 97)
     x = torch.zeros(len(rows), k, dtype=dtype)
-    x[torch.arange(len(rows)), layout.vector_order(k)[rows]] = 1
+    x[torch.arange(len(rows)), layout.codebook_order(k)[rows]] = 1
     found = inner_product(x.to(DEVICE), p).cpu()
     want = e8p.decode(codes, bits).view(n, k)[:, rows].T
     if bits == 2:

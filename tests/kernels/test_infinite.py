@@ -14,7 +14,7 @@ from qkernels.formats.incoherent import IncoherentFormat
 from ..conftest import CASES, DEVICE, case_id, k_of, layout_of
 
 pytest.importorskip("triton")
-from qkernels.triton_kernels.scalers import MINUS
+from qkernels.triton_kernels.scalers import HAS_MIN
 
 #: formats of the two kernel families
 FAMILIES = [case for case in CASES if layout_of(*case) is not None]
@@ -72,7 +72,7 @@ def assert_as_weights_say(y: Tensor, x: Tensor, rows: Infinities, p: qk.PackedWe
     exact = p.dequantize(torch.float64)
     weight = exact.to(x.dtype).double()
     few = ("group",) if x.shape[0] <= 8 else ()
-    apart = torch.full(p.shape, traits.scaler in (*MINUS, "two_level", *few), device=x.device)
+    apart = torch.full(p.shape, traits.scaler in (*HAS_MIN, "two_level", *few), device=x.device)
     if traits.outliers:
         apart |= outliers(p)
     for m, row in rows.items():

@@ -74,7 +74,7 @@ class Peak(TorchDispatchMode):
             del self.live[at]
 
 
-class Counted:
+class Unsigned:
     """calls: launches of products, of which none computes anything."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
@@ -91,8 +91,8 @@ class Counted:
 
 
 @pytest.fixture
-def no_kernels(monkeypatch: pytest.MonkeyPatch) -> Counted:
-    return Counted(monkeypatch)
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> Unsigned:
+    return Unsigned(monkeypatch)
 
 
 def extra_bytes(run: Any, p: qk.PackedWeight, m: int, invariant: bool) -> int:
@@ -123,7 +123,7 @@ def test_triton_stays_within_32_mb(
     params: dict[str, object],
     invariant: bool,
     weights: dict[str, qk.PackedWeight],
-    no_kernels: Counted,
+    no_kernels: Unsigned,
 ) -> None:
     p = weights[case_id((name, params))]
     run = eight_bit.run if p.layout == "eight_bit" else weight_only.run
@@ -155,7 +155,7 @@ def test_cuda_stays_within_32_mb(
     params: dict[str, object],
     kernel: str,
     weights: dict[str, qk.PackedWeight],
-    no_kernels: Counted,
+    no_kernels: Unsigned,
 ) -> None:
     p = weights[case_id((name, params))]
     for m in (60, 1000, 70_000):
@@ -167,7 +167,7 @@ def test_cuda_stays_within_32_mb(
 
 
 @pytest.mark.parametrize("k", [1021, 1024])
-def test_cuda_rows_that_are_no_whole_chunks(k: int, no_kernels: Counted) -> None:
+def test_cuda_rows_that_are_no_whole_chunks(k: int, no_kernels: Unsigned) -> None:
     """Rows to pad, and x at an odd address: copied by slices in the GEMV's loop, too."""
     p = qk.quantize(torch.randn(64, k), "gptq", group_size=-1).prepack_("weight_only")
     m = 40_000
@@ -233,7 +233,7 @@ def test_shares_of_k_go_by_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, half = torch.randn(24, 512), torch.randn(70, 512)
     p = qk.quantize(torch.cat([weight, weight], 1), "spqr").to(DEVICE)
     x = torch.cat([half, -half], 1).bfloat16().to(DEVICE)
-    monkeypatch.setattr(weight_only, "processors", lambda device: 1)
+    monkeypatch.setattr(weight_only, "sm_count", lambda device: 1)
     whole = qk.matmul(x, p, backend="triton")
     assert bool(whole.any())
     monkeypatch.setattr(workspace, "BYTES", 33 * 2 * 1024)

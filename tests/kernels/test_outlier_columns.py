@@ -76,7 +76,7 @@ def test_slices_of_rows_whose_columns_are_known(kind: str) -> None:
         quantize_rows[(m,)](
             part, up, codes, scale, norm, normed, scale, counter, counter, given.get("eps", 0.0), THRESHOLD, m, K, kp,
             INT8=True, SHARED="token", HAS_ZERO=False, OUTLIERS=2, NORM=kind == "norm", GATED=kind == "up",
-            NATIVE=False, BLOCK=512, EARLY=False,
+            NATIVE=False, BLOCK=512, PDL=False,
         )  # fmt: skip
         assert torch.equal(codes, want.codes[rows])
         assert torch.equal(scale, want.scale[rows])

@@ -11,7 +11,7 @@ from qkernels import formats
 from qkernels.backends.eight_bit import traits_of
 from qkernels.backends.problem import Problem
 from qkernels.backends.triton.eight_bit import STEP, constants, has_fp8, tabled
-from qkernels.backends.triton.launch import ahead
+from qkernels.backends.triton.launch import prefetch
 from qkernels.backends.triton.outlier_columns import row_block, row_warps
 from qkernels.layouts import eight_bit as layout
 from qkernels.triton_kernels.activations import quantize_rows
@@ -65,7 +65,7 @@ def _product_job(
     problem = _job_problem(arch, name, params, dtype, m)
     config, traits = tabled(problem), traits_of(problem)
     fixed = constants(traits, _JOB_SHAPE, problem, has_zero=has_zero)
-    shares = 4 if config.shares == 0 else config.shares
+    k_slices = 4 if config.k_slices == 0 else config.k_slices
     weight, codes = ("*u8", "*u8") if fixed["WIDEN"] else CODES[traits.kind]
     pointer = "*" + dtype
     return CompileJob(
@@ -85,11 +85,11 @@ def _product_job(
             "HAS_BIAS": True,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
-            "SHARES": shares,
-            "SPLIT_K": shares,
+            "K_SLICES": k_slices,
+            "SPLIT_K": k_slices,
             "GROUP_N": config.group_n,
-            "AHEAD": ahead(config.block_m),
-            "EARLY": arch >= 90,
+            "PREFETCH": prefetch(config.block_m),
+            "PDL": arch >= 90,
         },
         aligned=("x_ptr", "weight_ptr", "x_scale_ptr", "w_scale_ptr", "x16_ptr", "y_ptr", "N", "K", "KP"),
         num_warps=config.num_warps,
@@ -131,7 +131,7 @@ def _quantize_job(
             "GATED": gated,
             "NATIVE": has_fp8(problem.capability),
             "BLOCK": block,
-            "EARLY": arch >= 90,
+            "PDL": arch >= 90,
         },
         aligned=("x_ptr", "q_ptr", "norm_ptr", "normed_ptr", "K", "KP"),
         num_warps=row_warps(block),

@@ -76,7 +76,7 @@ def _common_constants(config: configs.GemmConfig, arch: int) -> dict[str, Any]:
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "GROUP_N": config.group_n,
-        "EARLY": arch >= 90,
+        "PDL": arch >= 90,
     }
 
 
@@ -102,7 +102,9 @@ def _weight_only_job(
             "scaler_strides": ("i32",) * len(pointers),
         },
         constants={
-            **constants(traits, _JOB_SHAPE, lookup=False, indexed=bool(params.get("act_order"))),
+            **constants(
+                traits, _JOB_SHAPE, group_lookup=False, indexed=bool(params.get("act_order"))
+            ),
             **_common_constants(config, arch),
             "UPCAST": False,
             "WAIT": overtakes(arch),
@@ -160,7 +162,7 @@ def _sort_job(arch: int) -> CompileJob:
             "ids_ptr": "*i64", "slots_ptr": "*i32", "experts_ptr": "*i32",
             **dict.fromkeys(("S", "EXPERTS", "BLOCKS"), "i32"),
         },
-        constants={"BLOCK_M": 64, "BINS": _bins(128), "CHUNK": _CHUNK, "EARLY": arch >= 90},
+        constants={"BLOCK_M": 64, "BINS": _bins(128), "CHUNK": _CHUNK, "PDL": arch >= 90},
         aligned=("ids_ptr", "slots_ptr", "experts_ptr"),
         num_warps=4,
         num_stages=3,

@@ -33,7 +33,7 @@ def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
                 **dict.fromkeys(("eps", "threshold"), "fp32"),
                 **dict.fromkeys(("M", "K"), "i32"),
             },
-            constants={"NORM": norm, "GATED": gated, "BLOCK": block, "EARLY": arch >= 90},
+            constants={"NORM": norm, "GATED": gated, "BLOCK": block, "PDL": arch >= 90},
             aligned=("x_ptr", "up_ptr", "norm_ptr", "K"),
             num_warps=row_warps(block),
             num_stages=3,

@@ -40,7 +40,7 @@ def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
                         **options,
                         "HAS_PRE": before, "HAS_POST": not before, "HAS_BIAS": not before,
                         "GATHERED": before and permuted, "SCATTERED": not before and permuted,
-                        "VECTORS": before and not permuted, "TRANSPOSED": before, "EARLY": arch >= 90,
+                        "CODEBOOK_ORDER": before and not permuted, "TRANSPOSED": before, "PDL": arch >= 90,
                     },
                     aligned=("x_ptr", "y_ptr", "pre_ptr", "post_ptr", "bias_ptr", "STRIDE"),
                     num_warps=warps,

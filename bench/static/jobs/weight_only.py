@@ -10,7 +10,7 @@ import torch
 from qkernels import formats
 from qkernels.backends.problem import Problem
 from qkernels.backends.triton import configs
-from qkernels.backends.triton.launch import ahead, overtakes
+from qkernels.backends.triton.launch import overtakes, prefetch
 from qkernels.backends.triton.weight_only import (
     GATHER_ROWS,
     constants,
@@ -72,10 +72,10 @@ def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
                 config = tabled(problem)
                 traits = traits_of(problem)
                 indexed = bool(params.get("act_order")) and m < GATHER_ROWS
-                fixed = constants(traits, _JOB_SHAPE, lookup=False, indexed=indexed)
+                fixed = constants(traits, _JOB_SHAPE, group_lookup=False, indexed=indexed)
                 blocks = -(-_JOB_SHAPE[0] // config.block_n) * -(-m // config.block_m)
                 tiles = -(-_JOB_SHAPE[1] // (16 * 32 // fixed["WIDTH"]))
-                shares = configs.shares_of(config, tiles, blocks, _JOB_PROCESSORS)
+                k_slices = configs.k_slices_of(config, tiles, blocks, _JOB_PROCESSORS)
                 pointer = "*" + dtype
                 yield CompileJob(
                     kernel="weight_only_gemm",
@@ -83,7 +83,7 @@ def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
                     arch=arch,
                     fn=weight_only_gemm,
                     types={
-                        "x_ptr": pointer, "bias_ptr": pointer, "y_ptr": "*fp32" if traits.norms else pointer,
+                        "x_ptr": pointer, "bias_ptr": pointer, "y_ptr": "*fp32" if traits.transform_scales else pointer,
                         "qdata_ptr": "*i32",
                         "qhigh_ptr": "*i32", "perm_ptr": "*i32", "table_ptr": "*i32",
                         "scaler_args": pointers, "partial_ptr": "*fp32", "counter_ptr": "*i32",
@@ -99,13 +99,13 @@ def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
                         "POST_SCALE": scaled_after(fixed, config, problem),
                         "BLOCK_M": config.block_m,
                         "BLOCK_N": config.block_n,
-                        "SHARES": shares,
-                        "SPLIT_K": shares,
+                        "K_SLICES": k_slices,
+                        "SPLIT_K": k_slices,
                         "GROUP_N": config.group_n,
                         "WARPS": config.num_warps,
                         "FOLDED": folded(fixed, config, problem),
-                        "AHEAD": ahead(config.block_m),
-                        "EARLY": arch >= 90,
+                        "PREFETCH": prefetch(config.block_m),
+                        "PDL": arch >= 90,
                     },
                     aligned=("x_ptr", "qdata_ptr", "qhigh_ptr", "perm_ptr", "y_ptr", "N", "K", "KP"),
                     num_warps=config.num_warps,

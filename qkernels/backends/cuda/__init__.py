@@ -58,7 +58,7 @@ def _automatic(problem: Problem) -> str | None:
 
 
 @lru_cache(maxsize=64)
-def starts_early(index: int) -> bool:
+def supports_pdl(index: int) -> bool:
     """Whether GPU `index` can start a kernel before the one before it is done; the emulator (-1) can't."""
     return index >= 0 and torch.cuda.get_device_capability(index) >= (9, 0)
 

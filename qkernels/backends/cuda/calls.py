@@ -24,22 +24,22 @@ CODES = {
 SCALINGS = {"group": 0, "scale": 1, "scale_flat": 2, "nested": 3, "nested_flat": 4}
 #: (decoder, bits, scaler) -> csrc/weight_only/NAME.cu, made for this scaler alone
 OWN = {
-    **{("centered", bits, "scale"): f"centered{bits}" for bits in (4, 5, 8)},
-    **{("halfway", bits, "scale"): f"halfway{bits}" for bits in (2, 3, 4)},
+    **{("signed", bits, "scale"): f"signed{bits}" for bits in (4, 5, 8)},
+    **{("half_integer", bits, "scale"): f"half_integer{bits}" for bits in (2, 3, 4)},
     **{("e8p", bits, "scale"): f"e8p{bits}" for bits in (2, 3, 4)},
-    **{("counted", bits, "scale_minus"): f"counted{bits}_scale_minus" for bits in (4, 5)},
-    ("counted", 2, "q2_k"): "counted2_q2_k",
-    ("centered", 3, "q3_k"): "centered3_q3_k",
-    ("counted", 4, "q4_k"): "counted4_q4_k",
-    ("counted", 5, "q4_k"): "counted5_q4_k",
-    ("centered", 6, "q6_k"): "centered6_q6_k",
+    **{("unsigned", bits, "scale_min"): f"unsigned{bits}_scale_min" for bits in (4, 5)},
+    ("unsigned", 2, "q2_k"): "unsigned2_q2_k",
+    ("signed", 3, "q3_k"): "signed3_q3_k",
+    ("unsigned", 4, "q4_k"): "unsigned4_q4_k",
+    ("unsigned", 5, "q4_k"): "unsigned5_q4_k",
+    ("signed", 6, "q6_k"): "signed6_q6_k",
     ("lut16", 4, "iq4_xs"): "lut16_iq4_xs",
     # Real zero points are a minimum, scale * zero, taken off after scaling.
-    **{("linear_real", bits, "two_level"): f"counted{bits}_two_level" for bits in (2, 3, 4)},
+    **{("linear_real", bits, "two_level"): f"unsigned{bits}_two_level" for bits in (2, 3, 4)},
 }
 #: the tensors that a scaler has in `scale`, `second` and `third`; others have one, by either of its names
 SCALER_TENSORS = {
-    "scale_minus": ("d", "m"),
+    "scale_min": ("d", "m"),
     "q2_k": ("scales", "d", "dmin"),
     "q3_k": ("scales", "d"),
     "q4_k": ("scales", "d", "dmin"),
@@ -61,8 +61,8 @@ _POINTERS = [
     "bias", "y", "partial", "counter",
 ]  # fmt: skip
 _SIZES = [
-    "m", "n", "k", "kp", "tiles", "share", "group", "shift",
-    "row_run", "run", "scaling", "scale_type", "x_stride", "chunk", "x_rows", "is_float",
+    "m", "n", "k", "kp", "tiles", "k_slice", "group", "shift",
+    "row_group", "scale_group", "scaling", "scale_type", "x_stride", "chunk", "x_rows", "is_float",
 ]  # fmt: skip
 
 
@@ -75,6 +75,7 @@ def kernel_name(decoder: str, bits: int, scaler: str) -> str | None:
 
 
 class WeightOnlyArgs(ctypes.Structure):
+    __slots__ = ()  # a name that is no field is an AttributeError, not an attribute
     _fields_ = [(name, ctypes.c_void_p) for name in _POINTERS] + [
         (name, ctypes.c_int) for name in _SIZES
     ]
@@ -104,7 +105,7 @@ class WeightOnlyCall(Call):
         ("shared", ctypes.c_uint32),
         ("kernel", ctypes.c_int),
         ("is_bfloat", ctypes.c_int),
-        ("runs", ctypes.c_int),
-        ("early", ctypes.c_int),
+        ("scale_groups", ctypes.c_int),
+        ("pdl", ctypes.c_int),
         ("size", ctypes.c_int),
     ]

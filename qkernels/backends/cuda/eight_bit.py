@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ...layouts import eight_bit as layout
 from .. import workspace
+from ..device import sm_count
 from ..eight_bit import Activations, row_bytes, traits_of
 from ..plan import NOW, Work
 from .calls import Call
 from .launch import start, whole
-from .weight_only import processors
 
 if TYPE_CHECKING:
     from ...weights.packed import PackedWeight
@@ -45,6 +45,7 @@ PARTIAL_BYTES = 32 << 20
 
 
 class QuantizeArgs(ctypes.Structure):
+    __slots__ = ()  # a name that is no field is an AttributeError, not an attribute
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
             "x", "up", "norm", "rounded", "codes", "scale", "zero", "columns", "counter",
@@ -55,6 +56,7 @@ class QuantizeArgs(ctypes.Structure):
 
 
 class EightBitArgs(ctypes.Structure):
+    __slots__ = ()  # a name that is no field is an AttributeError, not an attribute
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
             "x", "weight", "x_scale", "w_scale", "zero", "row_sum", "bias", "x16", "columns", "y", "partial",
@@ -62,21 +64,21 @@ class EightBitArgs(ctypes.Structure):
         )),
         ("threshold", ctypes.c_float),
         *((name, ctypes.c_int) for name in (
-            "m", "n", "k", "kp", "share", "one_scale", "by_element", "is_bfloat",
+            "m", "n", "k", "kp", "k_slice", "one_scale", "by_element", "is_bfloat",
         )),
     ]  # fmt: skip
 
 
 class QuantizeCall(Call):
     _fields_ = [
-        ("args", QuantizeArgs), ("stream", ctypes.c_uint64), ("early", ctypes.c_int), ("size", ctypes.c_int),
+        ("args", QuantizeArgs), ("stream", ctypes.c_uint64), ("pdl", ctypes.c_int), ("size", ctypes.c_int),
     ]  # fmt: skip
 
 
 class EightBitCall(Call):
     _fields_ = [
         ("args", EightBitArgs), ("stream", ctypes.c_uint64), ("split", ctypes.c_uint32),
-        *((name, ctypes.c_int) for name in ("is_gemv", "rows", "blocks", "early", "size")),
+        *((name, ctypes.c_int) for name in ("is_gemv", "rows", "blocks", "pdl", "size")),
     ]  # fmt: skip
 
 
@@ -88,7 +90,7 @@ class Config(NamedTuple):
 
     gemv: bool
     rows: int
-    share: int
+    k_slice: int
     split: int
 
 
@@ -117,8 +119,8 @@ def _configure(
     if m <= GEMV_ROWS[-1] and not invariant:
         rows = next(r for r in GEMV_ROWS if m <= r)
         blocks, least = -(-n // GEMV_N), 8  # two steps for each of four warps
-        shares = _shares(steps, blocks, GEMV_BLOCKS * count, least)
-        return Config(True, rows, *_evenly(steps, shares))
+        k_slices = _shares(steps, blocks, GEMV_BLOCKS * count, least)
+        return Config(True, rows, *_evenly(steps, k_slices))
     sequential = invariant and kind != "int8"  # int8 is exact in any order
     fitting = [r for r in TILE_ROWS if not (sequential and r == 128)]
     rows = next((r for r in fitting if m <= r), fitting[-1])
@@ -126,11 +128,11 @@ def _configure(
         rows = 64
     blocks_n = -(-n // TILE_N)
     tiles = blocks_n * -(-m // rows)
-    share, split = _evenly(steps, _shares(steps, blocks_n if sequential else tiles, count, 4))
+    k_slice, split = _evenly(steps, _shares(steps, blocks_n if sequential else tiles, count, 4))
     too_many = split * tiles * rows * TILE_N * 4 > partial_bytes or tiles > workspace.MAX_BLOCKS
     if too_many or tiles >= count:
         split = 1
-    return Config(False, rows, share if sequential or split > 1 else steps, split)
+    return Config(False, rows, k_slice if sequential or split > 1 else steps, split)
 
 
 def hopper_shared_bytes(kind: str) -> int:
@@ -148,7 +150,7 @@ def configured(problem: Problem, device: torch.device) -> Config:
     """Tiles for a call, by all rows of the problem: its slices are computed with the same."""
     kind = traits_of(problem).kind
     return configure(
-        kind, problem.shape, problem.m, problem.batch_invariant, processors(device), has_wgmma(device)
+        kind, problem.shape, problem.m, problem.batch_invariant, sm_count(device), has_wgmma(device)
     )  # fmt: skip
 
 
@@ -164,10 +166,10 @@ def _shares(steps: int, blocks: int, wanted: int, least: int) -> int:
     return max(1, min(wanted // blocks, steps // least))
 
 
-def _evenly(steps: int, shares: int) -> tuple[int, int]:
+def _evenly(steps: int, k_slices: int) -> tuple[int, int]:
     """Steps of a share, and how many shares that makes."""
-    share = -(-steps // shares)
-    return share, -(-steps // share)
+    k_slice = -(-steps // k_slices)
+    return k_slice, -(-steps // k_slice)
 
 
 def _address(t: Tensor | None) -> int | None:
@@ -374,7 +376,7 @@ def _product_call(
             args=args, blocks=traits.weight_scale == "block", size=ctypes.sizeof(EightBitCall)
         )
     call = found.copy()
-    call.args.m, call.args.share = m, config.share
+    call.args.m, call.args.k_slice = m, config.k_slice
     call.split, call.is_gemv, call.rows = config.split, config.gemv, config.rows
     return call
 
@@ -418,4 +420,4 @@ def configuration(problem: Problem) -> str:
         tile = f"{HOPPER_M} rows of x and {HOPPER_N[traits_of(problem).kind]} of W a tile"
         return f"wgmma, {tile}, {config.split} blocks; activations quantized before"
     name = "GEMV, 16 rows of W" if config.gemv else f"GEMM, tiles of {TILE_N} rows of W"
-    return f"{name} by {config.rows} of x, {config.split} shares of K; activations quantized before"
+    return f"{name} by {config.rows} of x, {config.split} slices of K; activations quantized before"

@@ -10,6 +10,7 @@ from torch import Tensor
 from ... import layouts
 from ...layouts import weight_only as layout
 from .. import workspace
+from ..device import sm_count
 from ..plan import NOW, Work
 from . import launch, transforms
 from . import weight_only as gemv
@@ -30,9 +31,9 @@ def columns_of(decoder: str, bits: int) -> int:
 
 def shared_bytes(decoder: str, bits: int) -> int:
     """Shared memory of a block: a codebook, and in each stage codes, their high bits, and x."""
-    vectors = decoder == "e8p"
-    codes = ROWS * (64 + 4 * layout.high_words(bits, vectors))
-    x = 2 * columns_of(decoder, bits) * layout.tile_features(bits, vectors)
+    codebook = decoder == "e8p"
+    codes = ROWS * (64 + 4 * layout.high_words(bits, codebook))
+    x = 2 * columns_of(decoder, bits) * layout.tile_features(bits, codebook)
     return gemv.book_bytes(decoder, bits) + STAGES * (codes + x)
 
 
@@ -57,12 +58,12 @@ def compute(
     call = gemv.call_of(p, traits, x.dtype, kernel=1)
     m, n = x.shape[0], p.shape[0]
     copied, held = row_bytes(x, p, traits), copied_once(x, traits)
-    shares = shares_for(problem, x.device)
-    call.args.share = -(-call.args.tiles // shares)
-    partial = shares * -(-n // ROWS) * ROWS * 4 if shares > 1 else 0  # bytes a row of x
+    k_slices = k_slices_for(problem, x.device)
+    call.args.k_slice = -(-call.args.tiles // k_slices)
+    partial = k_slices * -(-n // ROWS) * ROWS * 4 if k_slices > 1 else 0  # bytes a row of x
 
     def multiply(x: Tensor, bias: Tensor | None, y: Tensor) -> None:
-        _launch(x, y, p, bias, call, traits, shares, work)
+        _launch(x, y, p, bias, call, traits, k_slices, work)
 
     for rows in work.slices(m, copied + partial if copied else 0, held):
         transforms.around(multiply, x[rows], p, bias, traits, y[rows], work)
@@ -78,7 +79,7 @@ def _launch(
     bias: Tensor | None,
     call: WeightOnlyCall,
     traits: layout.WeightOnlyTraits,
-    shares: int,
+    k_slices: int,
     work: Work,
 ) -> None:
     """The kernel on some rows: without transforms, x as the codes want it, y in its dtype, or float32."""
@@ -86,12 +87,12 @@ def _launch(
     m, n = y.shape
     columns = columns_of(traits.decoder, traits.bits)
     blocks_n, blocks_m = -(-n // ROWS), -(-m // columns)
-    call.grid_x, call.grid_y = blocks_n * blocks_m, shares
+    call.grid_x, call.grid_y = blocks_n * blocks_m, k_slices
     call.shared = shared_bytes(traits.decoder, traits.bits)
     held: list[Tensor] = []
-    if shares > 1:
+    if k_slices > 1:
         partial = work.empty(
-            (shares * blocks_n * blocks_m * ROWS * columns,), torch.float32, device
+            (k_slices * blocks_n * blocks_m * ROWS * columns,), torch.float32, device
         )
         counter = workspace.counters(device)
         args.partial, args.counter = partial.data_ptr(), counter.data_ptr()
@@ -126,7 +127,7 @@ def start(
 def row_bytes(x: Tensor, p: PackedWeight, traits: layout.WeightOnlyTraits) -> int:
     """Memory that copies and transforms take at most for a row of x, with what they need on the way."""
     k, aligned, size = x.shape[1], x.data_ptr() % 16 == 0, 0
-    if traits.norms is not None:
+    if traits.transform_scales is not None:
         k, aligned, size = transforms.width_of(k, traits), True, transforms.row_bytes(p, traits)
     if traits.outliers:
         size += 2 * k
@@ -158,15 +159,15 @@ def by_columns(x: Tensor) -> Tensor:
     return columns
 
 
-def shares_for(problem: Problem, device: torch.device) -> int:
+def k_slices_for(problem: Problem, device: torch.device) -> int:
     """Parts of K in the launches for a problem. If copies of x want of the workspace too, rows go by slices for it."""
     traits = gemv.traits_of(problem)
     columns = columns_of(traits.decoder, traits.bits)
     blocks = -(-problem.shape[0] // ROWS) * -(-problem.m // columns)
-    return shares_of(gemv.tiles_of(problem.shape, traits), blocks, gemv.processors(device), columns)
+    return k_slices_of(gemv.tiles_of(problem.shape, traits), blocks, sm_count(device), columns)
 
 
-def shares_of(tiles: int, blocks: int, count: int, columns: int) -> int:
+def k_slices_of(tiles: int, blocks: int, count: int, columns: int) -> int:
     """Parts to cut K into so that every processor has a block or two, within the workspace."""
     wanted = max(1, min(2 * count // blocks, tiles // STAGES, 32))
     wanted = min(wanted, max(1, workspace.BYTES // (blocks * ROWS * columns * 4)))
@@ -176,8 +177,8 @@ def shares_of(tiles: int, blocks: int, count: int, columns: int) -> int:
 def configuration(problem: Problem) -> str:
     """What `explain` says."""
     traits = gemv.traits_of(problem)
-    columns, shares = (
+    columns, k_slices = (
         columns_of(traits.decoder, traits.bits),
-        shares_for(problem, torch.device(problem.device)),
+        k_slices_for(problem, torch.device(problem.device)),
     )
-    return f"{columns} rows of x and {ROWS} of W a block, K in {shares} shares"
+    return f"{columns} rows of x and {ROWS} of W a block, K in {k_slices} slices"

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ... import layouts
 from ...layouts import weight_only as layout
+from ..device import sm_count
 from ..plan import NOW, Work
 from . import gemm, transforms
 from . import weight_only as gemv
@@ -59,7 +60,7 @@ def compute(
     n = p.shape[0]
 
     def multiply(x: Tensor, bias: Tensor | None, y: Tensor) -> None:
-        call.grid_x, call.grid_y = min(_tiles(n, y.shape[0], traits), gemv.processors(x.device)), 1
+        call.grid_x, call.grid_y = min(_tiles(n, y.shape[0], traits), sm_count(x.device)), 1
         gemm.start(x, y, p, bias, call, traits, [], work)
 
     for rows in work.slices(x.shape[0], gemm.row_bytes(x, p, traits), gemm.copied_once(x, traits)):

@@ -40,7 +40,7 @@ class Launch:
         # A kernel that starts early reads its weight before the kernel before it is done. That one may just
         # have written the weight, so the first call of a weight does not start early.
         kept = call.kept or call
-        call.early = int(kept.launched and cuda.starts_early(index))
+        call.pdl = int(kept.launched and cuda.supports_pdl(index))
         kept.launched = True
         cuda.run(self.name, ctypes.addressof(call), index)
 
@@ -84,7 +84,7 @@ class Replay:
         for launch, tensors, _ in recording.steps:
             call = type(launch.call).from_buffer_copy(launch.kept)
             # A recording is not the weight's first call, so its kernels may start early: see `Launch`.
-            call.early = cuda.starts_early(self._index)
+            call.pdl = cuda.supports_pdl(self._index)
             word = len(kept) // _WORD
             emulated = [recording.moving(t) for t in tensors] if cuda.emulator is not None else []
             self._starts.append((launch, len(kept), emulated))

@@ -30,10 +30,11 @@ ROWS = 1024
 THREADS, LARGEST_SHARED = 256, 74240
 
 _POINTERS = ("x", "y", "diagonal", "bias", "perm", "factor0", "factor1", "factor2")
-_SIZES = ("m", "n", "width", "a0", "c", "b", "log_b", "is_vectors", "is_aligned")
+_SIZES = ("m", "n", "width", "a0", "c", "b", "log_b", "is_codebook", "is_aligned")
 
 
 class TransformArgs(ctypes.Structure):
+    __slots__ = ()  # a name that is no field is an AttributeError, not an attribute
     _fields_ = [
         *((name, ctypes.c_void_p) for name in _POINTERS),
         ("scale", ctypes.c_float),
@@ -46,7 +47,7 @@ class TransformCall(Call):
         ("args", TransformArgs),
         ("stream", ctypes.c_uint64),
         *((name, ctypes.c_uint32) for name in ("rows", "shared")),
-        *((name, ctypes.c_int) for name in ("is_bfloat", "is_after", "early", "size")),
+        *((name, ctypes.c_int) for name in ("is_bfloat", "is_after", "pdl", "size")),
     ]
 
 
@@ -72,7 +73,7 @@ def around(
 
     Without transforms it is that product. M is of a slice of rows: `row_bytes` says what each takes.
     """
-    if traits.norms is None:
+    if traits.transform_scales is None:
         multiply(x, bias, y)
         return
     inside = work.empty(tuple(y.shape), torch.float32, y.device)
@@ -82,7 +83,7 @@ def around(
 
 def width_of(k: int, traits: layout.WeightOnlyTraits) -> int:
     """Features of a row that `before` gives."""
-    return traits.group_size if traits.vectors else k
+    return traits.group_size if traits.codebook else k
 
 
 def row_bytes(p: PackedWeight, traits: layout.WeightOnlyTraits) -> int:
@@ -167,18 +168,18 @@ def _call_of(
     key = ("cuda.transform", side, dtype)
     if key not in p.plans:
         is_after = side == "output"
-        assert traits.norms is not None
+        assert traits.transform_scales is not None
         n = p.shape[0] if is_after else p.shape[1]
-        is_vectors = traits.vectors and not is_after
+        is_codebook = traits.codebook and not is_after
         factors = [tensors[f"factor{i}"] for i in range(3) if f"factor{i}" in tensors]
         orders = tuple(f.shape[0] for f in factors)
         box = box_of(n, orders)
         args = TransformArgs(
             diagonal=tensors["diagonal"].data_ptr(),
-            scale=1 / traits.norms[is_after],
-            n=n, width=traits.group_size if is_vectors else n,
+            scale=1 / traits.transform_scales[is_after],
+            n=n, width=traits.group_size if is_codebook else n,
             a0=box.a0, c=box.c, b=box.b, log_b=box.b.bit_length() - 1 if box.hadamard else 0,
-            is_vectors=is_vectors,
+            is_codebook=is_codebook,
         )  # fmt: skip
         places = {1: (0,), 2: (0, 2), 3: (0, 1, 2)}.get(len(factors), ())
         for place, factor in zip(places, factors, strict=True):

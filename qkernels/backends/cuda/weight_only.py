@@ -12,6 +12,7 @@ from torch import Tensor
 from ... import formats, layouts
 from ...layouts import weight_only as layout
 from .. import workspace
+from ..device import sm_count
 from ..plan import NOW, Work
 from . import transforms
 from .calls import (
@@ -83,12 +84,12 @@ def compute(
     def multiply(x: Tensor, bias: Tensor | None, y: Tensor) -> None:
         _multiply(x, p, bias, y, call, traits, work)
 
-    if traits.norms is None:
+    if traits.transform_scales is None:
         multiply(x, bias, y)
         return
     held = (
         partial_elements(
-            p.shape[0], min(x.shape[0], MAX_ROWS), shares_for(p.shape, traits, x.device)
+            p.shape[0], min(x.shape[0], MAX_ROWS), k_slices_for(p.shape, traits, x.device)
         )
         * 4
     )
@@ -117,9 +118,9 @@ def _multiply(
         _launch(part, p, bias, into, call, traits, work)
 
 
-def partial_elements(n: int, m: int, shares: int) -> int:
+def partial_elements(n: int, m: int, k_slices: int) -> int:
     """Of the partial sums of a launch."""
-    return shares * -(-n // ROWS) * -(-m // COLUMNS) * ROWS * COLUMNS if shares > 1 else 0
+    return k_slices * -(-n // ROWS) * -(-m // COLUMNS) * ROWS * COLUMNS if k_slices > 1 else 0
 
 
 def _launch(
@@ -133,17 +134,19 @@ def _launch(
 ) -> None:
     m, n = x.shape[0], p.shape[0]
     args = call.args
-    tile = layout.tile_features(traits.bits, traits.vectors)
+    tile = layout.tile_features(traits.bits, traits.codebook)
     blocks_n, blocks_m = -(-n // ROWS), -(-m // COLUMNS)
-    shares = shares_for(p.shape, traits, x.device)
-    args.share = -(-args.tiles // shares)
-    args.chunk = chunk_of(args.share, tile, m)
+    k_slices = k_slices_for(p.shape, traits, x.device)
+    args.k_slice = -(-args.tiles // k_slices)
+    args.chunk = chunk_of(args.k_slice, tile, m)
     args.m, args.x, args.y = m, x.data_ptr(), y.data_ptr()
     args.bias = None if bias is None else bias.data_ptr()
-    call.grid_x, call.grid_y = blocks_n * blocks_m, shares
-    call.shared = shared_bytes(traits.decoder, traits.bits, m, args.share, outliers=traits.outliers)
+    call.grid_x, call.grid_y = blocks_n * blocks_m, k_slices
+    call.shared = shared_bytes(
+        traits.decoder, traits.bits, m, args.k_slice, outliers=traits.outliers
+    )
     held: list[Tensor] = []
-    if elements := partial_elements(n, m, shares):
+    if elements := partial_elements(n, m, k_slices):
         partial = work.empty((elements,), torch.float32, x.device)
         counter = workspace.counters(x.device)
         args.partial, args.counter = partial.data_ptr(), counter.data_ptr()
@@ -173,18 +176,18 @@ def _described(
         traits.scaler, ("scales" if "scaler.scales" in storage else "absmax",)
     )
     scale = storage[f"scaler.{names[0]}"]
-    if traits.vectors:
+    if traits.codebook:
         k = traits.group_size  # x comes out of its transform in whole tiles
     kp = storage["perm"].numel() if "perm" in storage else k
-    tile = layout.tile_features(traits.bits, traits.vectors)
-    run_length = layout.scale_run(traits, k, lookup="slice_group" in storage)
+    tile = layout.tile_features(traits.bits, traits.codebook)
+    scale_group = layout.scale_group(traits, k, group_lookup="slice_group" in storage)
     group = traits.group_size
     args = WeightOnlyArgs(
-        n=n, k=k, kp=kp, tiles=-(-kp // tile), group=group, row_run=traits.row_run, run=run_length,
+        n=n, k=k, kp=kp, tiles=-(-kp // tile), group=group, row_group=traits.row_group, scale_group=scale_group,
         shift=group.bit_length() - 1 if group & (group - 1) == 0 else -1,
         scaling=SCALINGS.get(traits.scaler, 0),  # other scalers have kernels of their own
         scale_type=SCALE_TYPES.get(scale.dtype, 0),  # codes of nested scales have no type
-        is_float=traits.norms is not None,
+        is_float=traits.transform_scales is not None,
     )  # fmt: skip
     for field, name in (
         ("qdata", "qdata"), ("qhigh", "qhigh"), ("perm", "perm"), ("slice_group", "slice_group"),
@@ -200,10 +203,10 @@ def _described(
         args.table = storage["lut"].data_ptr() + (
             32 if "table" in storage and dtype == torch.bfloat16 else 0
         )
-    runs = tile // run_length
+    scale_groups = tile // scale_group
     return WeightOnlyCall(
         args=args,
-        runs=runs if runs in (1, 2, 4) else 0,
+        scale_groups=scale_groups if scale_groups in (1, 2, 4) else 0,
         is_bfloat=int(dtype == torch.bfloat16),
         size=ctypes.sizeof(WeightOnlyCall),
     )
@@ -211,18 +214,18 @@ def _described(
 
 def tiles_of(shape: tuple[int, int], traits: layout.WeightOnlyTraits) -> int:
     """Tiles along K; where groups are padded a launch has more, in the shares that these are cut into."""
-    return -(-shape[1] // layout.tile_features(traits.bits, traits.vectors))
+    return -(-shape[1] // layout.tile_features(traits.bits, traits.codebook))
 
 
-def shares_for(
+def k_slices_for(
     shape: tuple[int, int], traits: layout.WeightOnlyTraits, device: torch.device
 ) -> int:
     """Parts of K in every launch for a weight."""
-    return shares_of(tiles_of(shape, traits), -(-shape[0] // ROWS), processors(device))
+    return k_slices_of(tiles_of(shape, traits), -(-shape[0] // ROWS), sm_count(device))
 
 
 @lru_cache(maxsize=4096)
-def shares_of(tiles: int, blocks_n: int, count: int) -> int:
+def k_slices_of(tiles: int, blocks_n: int, count: int) -> int:
     """Parts to cut K into so that all blocks run at once; depends on the weight and the GPU, never on M."""
     wanted = max(1, BLOCKS_PER_PROCESSOR * count // blocks_n)
     wanted = min(wanted, max(1, tiles // WARPS), 32)
@@ -230,19 +233,21 @@ def shares_of(tiles: int, blocks_n: int, count: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def chunk_of(share: int, tile: int, m: int) -> int:
+def chunk_of(k_slice: int, tile: int, m: int) -> int:
     """Tiles whose activations are staged at a time."""
     fits = STAGED_BYTES // (2 * min(m, COLUMNS) * tile * CHUNK)
-    return CHUNK * max(1, min(fits, -(-share // CHUNK)))
+    return CHUNK * max(1, min(fits, -(-k_slice // CHUNK)))
 
 
 @lru_cache(maxsize=4096)
 def shared_bytes(
-    decoder: str, bits: int, m: int = COLUMNS, share: int = 2**20, *, outliers: bool = False
+    decoder: str, bits: int, m: int = COLUMNS, k_slice: int = 2**20, *, outliers: bool = False
 ) -> int:
     """Shared memory of a launch; by default of the largest."""
     tile = layout.tile_features(bits, decoder == "e8p")
-    staged = max(2 * min(m, COLUMNS) * chunk_of(share, tile, m) * tile, 4 * WARPS * ROWS * COLUMNS)
+    staged = max(
+        2 * min(m, COLUMNS) * chunk_of(k_slice, tile, m) * tile, 4 * WARPS * ROWS * COLUMNS
+    )
     return book_bytes(decoder, bits) + staged + (SPARSE_BYTES if outliers else 0)
 
 
@@ -253,18 +258,8 @@ def book_bytes(decoder: str, bits: int) -> int:
 
 def configuration(problem: Problem) -> str:
     """What `explain` says."""
-    shares = shares_for(problem.shape, traits_of(problem), torch.device(problem.device))
+    k_slices = k_slices_for(problem.shape, traits_of(problem), torch.device(problem.device))
     again = (
         f", which reads the weight {-(-problem.m // COLUMNS)} times" if problem.m > COLUMNS else ""
     )
-    return f"{COLUMNS} rows of x and {ROWS} of W a block, K in {shares} shares{again}"
-
-
-@lru_cache(maxsize=64)
-def processors(device: torch.device) -> int:
-    """Streaming multiprocessors; a few in the emulator, so that it meets split K, too."""
-    return (
-        torch.cuda.get_device_properties(device).multi_processor_count
-        if device.type == "cuda"
-        else 8
-    )
+    return f"{COLUMNS} rows of x and {ROWS} of W a block, K in {k_slices} slices{again}"

@@ -40,7 +40,7 @@ class GemmConfig(NamedTuple):
     num_warps: int
     num_stages: int
     post_scale: bool = False
-    shares: int = 1
+    k_slices: int = 1
     group_n: int = 8
     resident: int = 2
 
@@ -49,71 +49,73 @@ class GemmConfig(NamedTuple):
 #: that of the family it is named after, "weight_only" for "weight_only.bytes". Those of sm_90 were measured
 #: (bench/results/2026-11-27-h200/configurations.md), but for the vectors family's middle and prefill.
 TABLE: dict[tuple[str, int, str], GemmConfig] = {
-    ("weight_only", 0, "decode"): GemmConfig(16, 64, 4, 5, post_scale=True, shares=0),
-    ("weight_only", 0, "middle"): GemmConfig(64, 64, 4, 3, post_scale=False, shares=0),
+    ("weight_only", 0, "decode"): GemmConfig(16, 64, 4, 5, post_scale=True, k_slices=0),
+    ("weight_only", 0, "middle"): GemmConfig(64, 64, 4, 3, post_scale=False, k_slices=0),
     ("weight_only", 0, "prefill"): GemmConfig(128, 128, 8, 3),
-    ("weight_only", 90, "decode"): GemmConfig(16, 128, 8, 7, post_scale=True, shares=0),
-    ("weight_only", 90, "small"): GemmConfig(32, 128, 8, 4, post_scale=True, shares=0),
-    ("weight_only", 90, "middle"): GemmConfig(64, 128, 8, 4, post_scale=True, shares=0),
-    ("weight_only", 90, "large"): GemmConfig(128, 128, 8, 3, post_scale=True, shares=0, resident=1),
-    ("weight_only", 90, "prefill"): GemmConfig(256, 128, 8, 3, shares=0, resident=1),
-    ("weight_only.bytes", 90, "decode"): GemmConfig(
-        16, 64, 4, 4, post_scale=True, shares=0, resident=4
+    ("weight_only", 90, "decode"): GemmConfig(16, 128, 8, 7, post_scale=True, k_slices=0),
+    ("weight_only", 90, "small"): GemmConfig(32, 128, 8, 4, post_scale=True, k_slices=0),
+    ("weight_only", 90, "middle"): GemmConfig(64, 128, 8, 4, post_scale=True, k_slices=0),
+    ("weight_only", 90, "large"): GemmConfig(
+        128, 128, 8, 3, post_scale=True, k_slices=0, resident=1
     ),
-    ("weight_only.bytes", 90, "prefill"): GemmConfig(128, 128, 8, 3, shares=0, resident=1),
+    ("weight_only", 90, "prefill"): GemmConfig(256, 128, 8, 3, k_slices=0, resident=1),
+    ("weight_only.bytes", 90, "decode"): GemmConfig(
+        16, 64, 4, 4, post_scale=True, k_slices=0, resident=4
+    ),
+    ("weight_only.bytes", 90, "prefill"): GemmConfig(128, 128, 8, 3, k_slices=0, resident=1),
     # mma.sync keeps both the accumulators and the decoded operand in registers: wider blocks spill.
-    ("weight_only", 80, "middle"): GemmConfig(64, 128, 8, 3, shares=0),
-    ("weight_only", 120, "middle"): GemmConfig(64, 128, 8, 3, shares=0),
+    ("weight_only", 80, "middle"): GemmConfig(64, 128, 8, 3, k_slices=0),
+    ("weight_only", 120, "middle"): GemmConfig(64, 128, 8, 3, k_slices=0),
     ("weight_only", 80, "prefill"): GemmConfig(64, 128, 8, 3),
     ("weight_only", 120, "prefill"): GemmConfig(64, 128, 8, 3),
     # Blackwell keeps accumulators in tensor memory: few columns are cheap, taking them out is not.
-    ("weight_only", 100, "decode"): GemmConfig(16, 128, 8, 4, post_scale=False, shares=0),
-    ("weight_only", 100, "middle"): GemmConfig(64, 128, 8, 3, shares=0),
+    ("weight_only", 100, "decode"): GemmConfig(16, 128, 8, 4, post_scale=False, k_slices=0),
+    ("weight_only", 100, "middle"): GemmConfig(64, 128, 8, 3, k_slices=0),
     # Codes of 2 and 3 bits come 256 features a step, twice as many decoded values to hold.
-    ("weight_only.wide", 0, "decode"): GemmConfig(16, 64, 4, 5, post_scale=True, shares=0),
+    ("weight_only.wide", 0, "decode"): GemmConfig(16, 64, 4, 5, post_scale=True, k_slices=0),
     ("weight_only.wide", 90, "decode"): GemmConfig(
-        16, 64, 4, 3, post_scale=True, shares=0, resident=4
+        16, 64, 4, 3, post_scale=True, k_slices=0, resident=4
     ),
-    ("weight_only.wide", 0, "middle"): GemmConfig(64, 64, 4, 3, shares=0),
+    ("weight_only.wide", 0, "middle"): GemmConfig(64, 64, 4, 3, k_slices=0),
     ("weight_only.wide", 0, "prefill"): GemmConfig(128, 128, 8, 3),
-    ("weight_only.wide", 80, "middle"): GemmConfig(32, 128, 8, 3, shares=0),
+    ("weight_only.wide", 80, "middle"): GemmConfig(32, 128, 8, 3, k_slices=0),
     ("weight_only.wide", 80, "prefill"): GemmConfig(32, 128, 8, 3),
-    ("weight_only.wide", 120, "middle"): GemmConfig(32, 128, 8, 3, shares=0),
+    ("weight_only.wide", 120, "middle"): GemmConfig(32, 128, 8, 3, k_slices=0),
     ("weight_only.wide", 120, "prefill"): GemmConfig(32, 128, 8, 3),
-    ("weight_only.wide", 100, "decode"): GemmConfig(16, 128, 8, 4, post_scale=False, shares=0),
-    ("weight_only.wide", 100, "middle"): GemmConfig(64, 128, 8, 2, shares=0),
+    ("weight_only.wide", 100, "decode"): GemmConfig(16, 128, 8, 4, post_scale=False, k_slices=0),
+    ("weight_only.wide", 100, "middle"): GemmConfig(64, 128, 8, 2, k_slices=0),
     ("weight_only.wide", 100, "prefill"): GemmConfig(128, 128, 8, 2),
-    ("weight_only.two_level", 0, "decode"): GemmConfig(16, 64, 4, 3, post_scale=True, shares=0),
-    ("weight_only.two_level", 0, "middle"): GemmConfig(32, 128, 8, 3, shares=0),
+    ("weight_only.two_level", 0, "decode"): GemmConfig(16, 64, 4, 3, post_scale=True, k_slices=0),
+    ("weight_only.two_level", 0, "middle"): GemmConfig(32, 128, 8, 3, k_slices=0),
     ("weight_only.two_level", 0, "prefill"): GemmConfig(32, 128, 8, 3),
     # Each code looks up eight weights, and with more columns mma.sync's warps would decode them twice.
-    ("weight_only.vectors", 0, "decode"): GemmConfig(16, 64, 4, 3, shares=0),
-    ("weight_only.vectors", 0, "middle"): GemmConfig(16, 64, 4, 3, shares=0),
+    ("weight_only.vectors", 0, "decode"): GemmConfig(16, 64, 4, 3, k_slices=0),
+    ("weight_only.vectors", 0, "middle"): GemmConfig(16, 64, 4, 3, k_slices=0),
     ("weight_only.vectors", 0, "prefill"): GemmConfig(16, 64, 4, 3),
-    ("weight_only.vectors", 80, "decode"): GemmConfig(16, 128, 8, 3, shares=0),
-    ("weight_only.vectors", 80, "middle"): GemmConfig(16, 128, 8, 3, shares=0),
-    ("weight_only.vectors", 90, "decode"): GemmConfig(16, 64, 4, 3, shares=0, resident=4),
-    ("weight_only.vectors", 90, "middle"): GemmConfig(64, 64, 4, 3, shares=0),
+    ("weight_only.vectors", 80, "decode"): GemmConfig(16, 128, 8, 3, k_slices=0),
+    ("weight_only.vectors", 80, "middle"): GemmConfig(16, 128, 8, 3, k_slices=0),
+    ("weight_only.vectors", 90, "decode"): GemmConfig(16, 64, 4, 3, k_slices=0, resident=4),
+    ("weight_only.vectors", 90, "middle"): GemmConfig(64, 64, 4, 3, k_slices=0),
     ("weight_only.vectors", 90, "prefill"): GemmConfig(64, 64, 4, 3),
-    ("weight_only.vectors", 100, "middle"): GemmConfig(64, 64, 4, 3, shares=0),
+    ("weight_only.vectors", 100, "middle"): GemmConfig(64, 64, 4, 3, k_slices=0),
     ("weight_only.vectors", 100, "prefill"): GemmConfig(64, 128, 8, 3),
-    ("eight_bit.int8", 0, "decode"): GemmConfig(16, 64, 4, 5, shares=0),
-    ("eight_bit.int8", 0, "middle"): GemmConfig(64, 64, 4, 4, shares=0),
+    ("eight_bit.int8", 0, "decode"): GemmConfig(16, 64, 4, 5, k_slices=0),
+    ("eight_bit.int8", 0, "middle"): GemmConfig(64, 64, 4, 4, k_slices=0),
     ("eight_bit.int8", 0, "prefill"): GemmConfig(128, 128, 8, 3),
-    ("eight_bit.int8", 90, "decode"): GemmConfig(16, 128, 8, 7, shares=0, resident=1),
-    ("eight_bit.int8", 90, "middle"): GemmConfig(64, 64, 4, 5, shares=0),
+    ("eight_bit.int8", 90, "decode"): GemmConfig(16, 128, 8, 7, k_slices=0, resident=1),
+    ("eight_bit.int8", 90, "middle"): GemmConfig(64, 64, 4, 5, k_slices=0),
     ("eight_bit.int8", 90, "batch"): GemmConfig(128, 64, 4, 4),
     # Three stages, not four: two blocks fit on a multiprocessor. With 256 columns triton 3.6 spills.
     ("eight_bit.int8", 90, "prefill"): GemmConfig(128, 128, 8, 3, group_n=32),
-    ("eight_bit.fp8", 0, "decode"): GemmConfig(16, 64, 4, 5, shares=0),
-    ("eight_bit.fp8", 0, "middle"): GemmConfig(64, 64, 4, 4, shares=0),
-    ("eight_bit.fp8", 90, "decode"): GemmConfig(16, 128, 8, 7, shares=0, resident=1),
-    ("eight_bit.fp8", 90, "middle"): GemmConfig(64, 64, 4, 5, shares=0),
+    ("eight_bit.fp8", 0, "decode"): GemmConfig(16, 64, 4, 5, k_slices=0),
+    ("eight_bit.fp8", 0, "middle"): GemmConfig(64, 64, 4, 4, k_slices=0),
+    ("eight_bit.fp8", 90, "decode"): GemmConfig(16, 128, 8, 7, k_slices=0, resident=1),
+    ("eight_bit.fp8", 90, "middle"): GemmConfig(64, 64, 4, 5, k_slices=0),
     # Sums of one step lie beside the total on sm_90: wider blocks spill.
     ("eight_bit.fp8", 90, "prefill"): GemmConfig(128, 64, 4, 4, group_n=32),
     ("eight_bit.fp8", 0, "prefill"): GemmConfig(128, 128, 8, 4),
-    ("eight_bit.block", 0, "decode"): GemmConfig(16, 64, 4, 5, shares=0),
-    ("eight_bit.block", 0, "middle"): GemmConfig(64, 64, 4, 4, shares=0),
+    ("eight_bit.block", 0, "decode"): GemmConfig(16, 64, 4, 5, k_slices=0),
+    ("eight_bit.block", 0, "middle"): GemmConfig(64, 64, 4, 4, k_slices=0),
     ("eight_bit.block", 0, "prefill"): GemmConfig(128, 128, 8, 4),
     # Out of tensor memory, through registers, for the scales of each step.
     ("eight_bit.block", 100, "prefill"): GemmConfig(64, 128, 8, 4),
@@ -147,13 +149,13 @@ EXPERTS: dict[tuple[str, int, str], GemmConfig] = {
 }
 #: the order of the sum over K must not depend on M here: all but block_m is the same for every M
 BATCH_INVARIANT = {
-    "weight_only": GemmConfig(16, 64, 4, 4, post_scale=True, shares=0),
-    "weight_only.wide": GemmConfig(16, 64, 4, 4, post_scale=True, shares=0),
-    "weight_only.two_level": GemmConfig(16, 64, 4, 3, post_scale=True, shares=0),
-    "weight_only.vectors": GemmConfig(16, 64, 4, 3, shares=0),
-    "eight_bit.int8": GemmConfig(16, 64, 4, 4, shares=0),
-    "eight_bit.fp8": GemmConfig(16, 64, 4, 4, shares=0),
-    "eight_bit.block": GemmConfig(16, 64, 4, 4, shares=0),
+    "weight_only": GemmConfig(16, 64, 4, 4, post_scale=True, k_slices=0),
+    "weight_only.wide": GemmConfig(16, 64, 4, 4, post_scale=True, k_slices=0),
+    "weight_only.two_level": GemmConfig(16, 64, 4, 3, post_scale=True, k_slices=0),
+    "weight_only.vectors": GemmConfig(16, 64, 4, 3, k_slices=0),
+    "eight_bit.int8": GemmConfig(16, 64, 4, 4, k_slices=0),
+    "eight_bit.fp8": GemmConfig(16, 64, 4, 4, k_slices=0),
+    "eight_bit.block": GemmConfig(16, 64, 4, 4, k_slices=0),
 }
 _INVARIANT_BLOCK_M = {"decode": 16, "middle": 64, "prefill": 64}
 
@@ -257,13 +259,13 @@ def shared_bytes(
     return max(needed + _SHARED_MARGIN, through)
 
 
-def shares_of(config: GemmConfig, tiles: int, blocks: int, processors: int) -> int:
+def k_slices_of(config: GemmConfig, tiles: int, blocks: int, sm_count: int) -> int:
     """Parts to cut K of `tiles` tiles into when the grid has `blocks` blocks; none of them empty."""
-    shares = config.shares
-    if shares == 0:
-        shares = max(1, min(config.resident * processors // blocks, tiles // 2, 32))
-    share = -(-tiles // min(shares, tiles))
-    return -(-tiles // share)
+    k_slices = config.k_slices
+    if k_slices == 0:
+        k_slices = max(1, min(config.resident * sm_count // blocks, tiles // 2, 32))
+    k_slice = -(-tiles // min(k_slices, tiles))
+    return -(-tiles // k_slice)
 
 
 def candidates(config: GemmConfig, m: int) -> Iterator[GemmConfig]:
@@ -274,10 +276,10 @@ def candidates(config: GemmConfig, m: int) -> Iterator[GemmConfig]:
         for block_n, num_warps in ((64, 4), (128, 4), (128, 8)):
             for num_stages in (3, 4, 6) if m_class(m) == "decode" else (2, 3, 4):
                 for post_scale in (True, False) if m_class(m) != "prefill" else (False,):
-                    shares = (0, 1, 4, 8) if m_class(m) != "prefill" else (1,)
-                    for share in shares:
+                    k_slices = (0, 1, 4, 8) if m_class(m) != "prefill" else (1,)
+                    for k_slice in k_slices:
                         found = GemmConfig(
-                            block_m, block_n, num_warps, num_stages, post_scale, share
+                            block_m, block_n, num_warps, num_stages, post_scale, k_slice
                         )
                         if found != config:
                             yield found

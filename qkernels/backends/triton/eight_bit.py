@@ -11,12 +11,13 @@ from torch import Tensor
 from ... import layouts
 from ...layouts import eight_bit as layout
 from .. import workspace
+from ..device import sm_count
 from ..eight_bit import Activations, row_bytes, traits_of
 from ..plan import NOW, Recorded, Work
 from . import autotune, configs, interpreted, outlier_columns
-from .launch import Launch, Replay, ahead, early
+from .launch import Launch, Replay, pdl, prefetch
 from .outlier_columns import row_block, row_warps
-from .weight_only import processors, split_of
+from .weight_only import split_of
 
 if TYPE_CHECKING:
     from ...weights.packed import PackedWeight
@@ -139,7 +140,7 @@ def quantize(
         "NATIVE": has_fp8(problem.capability) and not interpreted(),
         "BLOCK": block,
         "num_warps": row_warps(block),
-        **early(device),
+        **pdl(device),
     }
     slots = (
         "x_ptr", "up_ptr", "q_ptr", "scale_ptr", "norm_ptr", "normed_ptr", "columns_ptr", "counter_ptr",
@@ -260,9 +261,9 @@ def _launch(
     blocks_n, blocks_m = -(-n // config.block_n), -(-m // config.block_m)
     # In how many shares K is summed goes by all rows of the problem, and so does each row's result.
     counted = blocks_n if problem.batch_invariant else blocks_n * -(-problem.m // config.block_m)
-    shares = configs.shares_of(config, -(-weight["KP"] // STEP), counted, processors(y.device))
+    k_slices = configs.k_slices_of(config, -(-weight["KP"] // STEP), counted, sm_count(y.device))
     held = sum(t.numel() * t.element_size() for t in (a.codes, a.scale))
-    split = split_of(shares, blocks_n * blocks_m, config, held)
+    split = split_of(k_slices, blocks_n * blocks_m, config, held)
     partial = counter = weight["weight_ptr"]  # what is never read still needs an address
     if split > 1:
         elements = split * blocks_n * blocks_m * config.block_n * config.block_m
@@ -284,13 +285,13 @@ def _launch(
         "HAS_BIAS": bias is not None,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
-        "SHARES": shares,
+        "K_SLICES": k_slices,
         "SPLIT_K": split,
         "GROUP_N": config.group_n,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-        "AHEAD": ahead(config.block_m),
-        **early(y.device),
+        "PREFETCH": prefetch(config.block_m),
+        **pdl(y.device),
     }
     launch = Launch(eight_bit_gemm, (blocks_n * blocks_m, split), fixed, tuple(calls))
     work.start(launch, *calls.values())

@@ -18,7 +18,7 @@ from ...layouts import eight_bit as codes_layout
 from .. import workspace
 from ..plan import NOW, Replays, Work
 from . import autotune, configs, eight_bit, interpreted, weight_only
-from .launch import Launch, Replay, early, overtakes
+from .launch import Launch, Replay, overtakes, pdl
 
 if TYPE_CHECKING:
     from ...weights.experts import PackedExperts
@@ -45,7 +45,7 @@ def obstacle(problem: Problem, layout: str) -> str | None:
         traits = fmt.weight_only_traits(problem.shape, params)
         if traits.outliers:
             return "each expert has sparse outliers, another number of them"
-        if traits.norms is not None:
+        if traits.transform_scales is not None:
             return "x and y go through each expert's own transforms"
     else:
         codes = fmt.eight_bit_traits(problem.shape, params)
@@ -61,7 +61,7 @@ def tabled(problem: Problem) -> configs.GemmConfig:
     """The family's entry for the rows that an expert gets on average; K is not split."""
     rows = -(-problem.m // problem.experts)
     family = eight_bit if _eight_bit(problem) else weight_only
-    return family.tabled(problem._replace(m=rows))._replace(shares=1)
+    return family.tabled(problem._replace(m=rows))._replace(k_slices=1)
 
 
 def _eight_bit(problem: Problem) -> bool:
@@ -172,11 +172,11 @@ def _layer(
     h = work.empty((*ids.shape, gate_up.shape[0]), x.dtype, x.device)
     _product(x, gate_up, found, ids, None, None, problems[0], sizes[0], h, work)
     gated = work.empty((*ids.shape, inner), x.dtype, x.device)
-    fixed = {"N": inner, "ACTIVATION": activation, "BLOCK": _BLOCK, **early(x.device)}
+    fixed = {"N": inner, "ACTIVATION": activation, "BLOCK": _BLOCK, **pdl(x.device)}
     work.start(Launch(gate, (slots, -(-inner // _BLOCK)), fixed, ("h_ptr", "y_ptr")), h, gated)
     h = work.empty((*ids.shape, n), x.dtype, x.device)
     _product(gated, down, found, ids, None, None, problems[1], sizes[1], h, work)
-    fixed = {"TOP_K": ids.shape[1], "N": n, "BLOCK": _BLOCK, **early(x.device)}
+    fixed = {"TOP_K": ids.shape[1], "N": n, "BLOCK": _BLOCK, **pdl(x.device)}
     launch = Launch(
         combine, (x.shape[0], -(-n // _BLOCK)), fixed, ("h_ptr", "weights_ptr", "y_ptr")
     )
@@ -204,7 +204,7 @@ def sort(ids: Tensor, experts: int, block_m: int, work: Work = NOW) -> Sorted:
         "BLOCK_M": block_m,
         "BINS": _bins(experts),
         "CHUNK": _CHUNK,
-        **early(ids.device),
+        **pdl(ids.device),
     }
     launch = Launch(sort_slots, (experts + 1, 1), fixed, ("ids_ptr", "slots_ptr", "experts_ptr"))
     work.start(launch, ids, slots, owners)
@@ -270,7 +270,7 @@ def _product(
         "GROUP_N": config.group_n,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-        **early(x.device),
+        **pdl(x.device),
     }
     kernel = experts_eight_bit if is_codes else experts_weight_only
     launch = Launch(kernel, (-(-n // config.block_n) * blocks, 1), fixed, tuple(calls))

@@ -17,21 +17,21 @@ from torch import Tensor
 
 from ..plan import Recording, Y, view
 
-#: rows of x up to which a program fetches its first AHEAD_TILES of weights before it waits for x: where the
+#: rows of x up to which a program fetches its first PREFETCH_TILES of weights before it waits for x: where the
 #: weights' bytes are what a product waits for
-AHEAD_ROWS, AHEAD_TILES = 64, 4
+PREFETCH_ROWS, PREFETCH_TILES = 64, 4
 
 
 @lru_cache(maxsize=64)
-def early(device: torch.device) -> dict[str, bool]:
-    """Arguments with which a kernel starts before the one before it is done, where GPUs can (triton_kernels/early.py).
+def pdl(device: torch.device) -> dict[str, bool]:
+    """Arguments with which a kernel starts before the one before it is done, where GPUs can (triton_kernels/pdl.py).
 
-    QKERNELS_EARLY=0 in the environment turns that off.
+    QKERNELS_PDL=0 in the environment turns that off.
     """
-    if device.type != "cuda" or os.environ.get("QKERNELS_EARLY", "1") == "0":
-        return {"EARLY": False}
+    if device.type != "cuda" or os.environ.get("QKERNELS_PDL", "1") == "0":
+        return {"PDL": False}
     capable = torch.cuda.get_device_capability(device) >= (9, 0)
-    return {"EARLY": True, "launch_pdl": True} if capable else {"EARLY": False}
+    return {"PDL": True, "launch_pdl": True} if capable else {"PDL": False}
 
 
 @lru_cache(maxsize=16)
@@ -46,9 +46,9 @@ def overtakes(arch: int) -> bool:
     return arch == 90 and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 
 
-def ahead(block_m: int) -> int:
-    """The kernels' AHEAD."""
-    return AHEAD_TILES if block_m <= AHEAD_ROWS else 0
+def prefetch(block_m: int) -> int:
+    """The kernels' PREFETCH."""
+    return PREFETCH_TILES if block_m <= PREFETCH_ROWS else 0
 
 
 class Launch:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...layouts import eight_bit as layout
 from .. import workspace
 from ..plan import NOW, Work
-from .launch import Launch, early
+from .launch import Launch, pdl
 
 
 def find(
@@ -42,7 +42,7 @@ def find(
         "GATED": up is not None,
         "BLOCK": block,
         "num_warps": row_warps(block),
-        **early(x.device),
+        **pdl(x.device),
     }
     slots = ("x_ptr", "up_ptr", "norm_ptr", "columns_ptr", "counter_ptr")
     launch = Launch(outlier_columns, (m, 1), fixed, slots)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...layouts.weight_only import tile_features
 from ..plan import NOW, Work
-from .launch import Launch, early
+from .launch import Launch, pdl
 
 #: features a program holds: so many that two tf32 copies fit in shared memory everywhere, ...
 LARGEST_BOX = 4096
@@ -30,7 +30,7 @@ def before(
     x: Tensor,
     storage: Mapping[str, Tensor],
     norm: float,
-    vectors: bool,
+    codebook: bool,
     few: bool,
     work: Work = NOW,
 ) -> Tensor:
@@ -39,7 +39,7 @@ def before(
     few: cut the transform as it suits few rows; the same for all slices of a product, and for every M in
     batch-invariant mode, because it decides the order of sums.
     """
-    width = -(-x.shape[1] // tile_features(2)) * tile_features(2) if vectors else x.shape[1]
+    width = -(-x.shape[1] // tile_features(2)) * tile_features(2) if codebook else x.shape[1]
     # Tiles are multiplied whole, so what lies behind the last feature must be no NaN.
     empty = work.empty if width == x.shape[1] else work.zeros
     y = empty((x.shape[0], width), x.dtype, x.device)
@@ -54,7 +54,7 @@ def before(
         work,
         pre=side["diagonal"],
         gather=gather,
-        vectors=vectors,
+        codebook=codebook,
         transposed=True,
     )
 
@@ -90,7 +90,7 @@ def _launch(
     bias: Tensor | None = None,
     gather: Tensor | None = None,
     scatter: Tensor | None = None,
-    vectors: bool = False,
+    codebook: bool = False,
     transposed: bool = False,
 ) -> Tensor:
     from ...triton_kernels.kronecker import kronecker_rows
@@ -112,10 +112,10 @@ def _launch(
         "HAS_BIAS": bias is not None,
         "GATHERED": gather is not None,
         "SCATTERED": scatter is not None,
-        "VECTORS": vectors,
+        "CODEBOOK_ORDER": codebook,
         "TRANSPOSED": transposed,
         "num_warps": warps,
-        **early(x.device),
+        **pdl(x.device),
     }
     launch = Launch(kronecker_rows, (-(-m // options["ROWS"]), options["C"]), fixed, _SLOTS)
     work.start(

@@ -11,9 +11,10 @@ from torch import Tensor
 from ... import formats, layouts
 from ...layouts import weight_only as layout
 from .. import workspace
+from ..device import sm_count
 from ..plan import NOW, Recorded, Work
 from . import autotune, configs, interpreted, transforms
-from .launch import Launch, Replay, ahead, early, overtakes
+from .launch import Launch, Replay, overtakes, pdl, prefetch
 
 if TYPE_CHECKING:
     from ...weights.packed import PackedWeight
@@ -39,11 +40,11 @@ def sizes(traits: layout.WeightOnlyTraits) -> tuple[int, int, int, tuple[int, in
     each, then and where a code is eight of them, but of these only a part for few rows.
     """
     high, features = (
-        layout.high_words(traits.bits, traits.vectors),
-        layout.tile_features(traits.bits, traits.vectors),
+        layout.high_words(traits.bits, traits.codebook),
+        layout.tile_features(traits.bits, traits.codebook),
     )
     decoded = (
-        (288, 2 * features + 160) if traits.vectors else (2 * features,) * 2 if high else (0, 0)
+        (288, 2 * features + 160) if traits.codebook else (2 * features,) * 2 if high else (0, 0)
     )
     runs = min(16, features // max(1, min(traits.group_size, features)))
     scales = 8 * runs if runs > 8 else 0  # two of float32 a run change hands (q2_k, triton 3.6)
@@ -55,7 +56,7 @@ def family(traits: layout.WeightOnlyTraits) -> str:
     a byte move twice as much."""
     if traits.scaler == "two_level":
         return "weight_only.two_level"
-    if traits.vectors:
+    if traits.codebook:
         return "weight_only.vectors"
     return {2: "weight_only.wide", 3: "weight_only.wide", 8: "weight_only.bytes"}.get(
         traits.bits, "weight_only"
@@ -71,7 +72,7 @@ def tabled(problem: Problem) -> configs.GemmConfig:
 
 
 def constants(
-    traits: layout.WeightOnlyTraits, shape: tuple[int, int], *, lookup: bool, indexed: bool
+    traits: layout.WeightOnlyTraits, shape: tuple[int, int], *, group_lookup: bool, indexed: bool
 ) -> dict[str, Any]:
     """The kernel's compile-time arguments that depend on the weight alone."""
     from ...triton_kernels import decoders, scalers
@@ -79,20 +80,20 @@ def constants(
     decoder = decoders.BY_NAME[traits.decoder, traits.bits]
     return {
         "BITS": traits.bits,
-        "WIDTH": layout.plane_bits(traits.bits, traits.vectors),
-        "HIGH": layout.high_words(traits.bits, traits.vectors),
-        "STEP": layout.high_step(traits.bits, traits.vectors),
+        "WIDTH": layout.plane_bits(traits.bits, traits.codebook),
+        "HIGH": layout.high_words(traits.bits, traits.codebook),
+        "STEP": layout.high_step(traits.bits, traits.codebook),
         "SPLIT": decoder.split,
         "FINISH": decoder.finish,
         "SCALER": scalers.BY_NAME[traits.scaler],
         "GROUP": traits.group_size,
-        "ROW_RUN": traits.row_run,
-        "RUN": layout.scale_run(traits, shape[1], lookup=lookup),
-        "LOOKUP": lookup,
-        "MINUS": traits.scaler in scalers.MINUS,
+        "ROW_GROUP": traits.row_group,
+        "SCALE_GROUP": layout.scale_group(traits, shape[1], group_lookup=group_lookup),
+        "GROUP_LOOKUP": group_lookup,
+        "HAS_MIN": traits.scaler in scalers.HAS_MIN,
         "ZERO": traits.scaler in scalers.ZERO,
         "LAST_SCALE": traits.scaler == "scale" and traits.group_size >= shape[1],
-        "INDEXED": indexed,
+        "PERMUTED": indexed,
         "OUTLIERS": traits.outliers,
     }
 
@@ -102,7 +103,7 @@ def arguments(p: PackedWeight, traits: layout.WeightOnlyTraits) -> dict[str, Any
     n, k = p.shape
     storage = p.storage
     qdata = storage["qdata"]
-    if traits.vectors:
+    if traits.codebook:
         k = traits.group_size  # x comes out of its transform in whole tiles
     indexed = "perm" in storage
     # A pointer that is never read still has to be one: qdata stands in.
@@ -116,7 +117,7 @@ def arguments(p: PackedWeight, traits: layout.WeightOnlyTraits) -> dict[str, Any
         "N": n,
         "K": k,
         "KP": storage["perm"].numel() if indexed else k,
-        **constants(traits, p.shape, lookup="slice_group" in storage, indexed=indexed),
+        **constants(traits, p.shape, group_lookup="slice_group" in storage, indexed=indexed),
     }
 
 
@@ -171,8 +172,8 @@ def row_bytes(p: PackedWeight, traits: layout.WeightOnlyTraits, problem: Problem
     size = 0
     if traits.outliers and problem.m >= TRANSPOSE_ROWS:
         size += 2 * k
-    if traits.norms:
-        size += 2 * (traits.group_size if traits.vectors else k) + 4 * n
+    if traits.transform_scales:
+        size += 2 * (traits.group_size if traits.codebook else k) + 4 * n
     if "perm" in p.storage and problem.m >= GATHER_ROWS:
         size += 2 * p.storage["perm"].numel()
     return size
@@ -199,17 +200,17 @@ def _rows(
         if problem.m >= TRANSPOSE_ROWS:
             sparse_x, strides = work.transposed(x), (1, x.shape[0])
         weight = {**weight, "outlier_args": (*_outliers(p), *strides)}
-    if traits.norms:
-        x = transforms.before(x, p.storage, traits.norms[0], traits.vectors, few, work)
-    if weight["INDEXED"] and problem.m >= GATHER_ROWS:
+    if traits.transform_scales:
+        x = transforms.before(x, p.storage, traits.transform_scales[0], traits.codebook, few, work)
+    if weight["PERMUTED"] and problem.m >= GATHER_ROWS:
         x = _gathered(x, weight["perm_ptr"], work)
-        weight = {**weight, "K": x.shape[1], "KP": x.shape[1], "INDEXED": False}
-    if traits.norms is None:
+        weight = {**weight, "K": x.shape[1], "KP": x.shape[1], "PERMUTED": False}
+    if traits.transform_scales is None:
         _launch(x, sparse_x, y, bias, weight, config, problem, held, work)
         return
     inside = work.empty(tuple(y.shape), torch.float32, y.device)
     _launch(x, sparse_x, inside, None, weight, config, problem, held, work)
-    transforms.after(inside, y, p.storage, traits.norms[1], bias, few, work)
+    transforms.after(inside, y, p.storage, traits.transform_scales[1], bias, few, work)
 
 
 def configuration(problem: Problem) -> str:
@@ -237,8 +238,8 @@ def _launch(
     tiles = -(-weight["KP"] // (16 * 32 // weight["WIDTH"]))
     # In how many shares K is summed goes by all rows of the problem, and so does each row's result.
     counted = blocks_n if problem.batch_invariant else blocks_n * -(-problem.m // config.block_m)
-    shares = configs.shares_of(config, tiles, counted, processors(x.device))
-    split = split_of(shares, blocks_n * blocks_m, config, held)
+    k_slices = configs.k_slices_of(config, tiles, counted, sm_count(x.device))
+    split = split_of(k_slices, blocks_n * blocks_m, config, held)
     partial = counter = weight["qdata_ptr"]  # what is never read still needs an address
     if split > 1:
         elements = split * blocks_n * blocks_m * config.block_n * config.block_m
@@ -252,7 +253,7 @@ def _launch(
         "POST_SCALE": scaled_after(weight, config, problem),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
-        "SHARES": shares,
+        "K_SLICES": k_slices,
         "SPLIT_K": split,
         "GROUP_N": config.group_n,
         "WARPS": config.num_warps,
@@ -260,8 +261,8 @@ def _launch(
         "num_stages": config.num_stages,
         "outlier_args": (),
         "FOLDED": folded(weight, config, problem),
-        "AHEAD": ahead(config.block_m),
-        **early(x.device),
+        "PREFETCH": prefetch(config.block_m),
+        **pdl(x.device),
         **weight,
     }
     slots = ("x_ptr", "sparse_x_ptr", "bias_ptr", "y_ptr", "partial_ptr", "counter_ptr")
@@ -295,16 +296,16 @@ def scaled_after(weight: dict[str, Any], config: configs.GemmConfig, problem: Pr
 
 def _runs(weight: dict[str, Any]) -> int:
     """Runs of a tile."""
-    return int(16 * 32 // weight["WIDTH"] // weight["RUN"])
+    return int(16 * 32 // weight["WIDTH"] // weight["SCALE_GROUP"])
 
 
-def split_of(shares: int, blocks: int, config: configs.GemmConfig, held: int = 0) -> int:
+def split_of(k_slices: int, blocks: int, config: configs.GemmConfig, held: int = 0) -> int:
     """Programs along K: one a share, or one for all where the workspace or the counters would not do.
 
     held: bytes of the workspace that others have.
     """
-    needed = held + shares * blocks * config.block_m * config.block_n * 4
-    return shares if needed <= workspace.BYTES and blocks <= workspace.MAX_BLOCKS else 1
+    needed = held + k_slices * blocks * config.block_m * config.block_n * 4
+    return k_slices if needed <= workspace.BYTES and blocks <= workspace.MAX_BLOCKS else 1
 
 
 def _outliers(p: PackedWeight) -> tuple[Tensor, Tensor]:
@@ -320,7 +321,7 @@ def _gathered(x: Tensor, perm: Tensor, work: Work) -> Tensor:
 
     m, kp = x.shape[0], perm.numel()
     y = work.empty((m, kp), x.dtype, x.device)
-    fixed = {"K": x.shape[1], "KP": kp, "BLOCK": 1024, **early(x.device)}
+    fixed = {"K": x.shape[1], "KP": kp, "BLOCK": 1024, **pdl(x.device)}
     work.start(
         Launch(gather_columns, (m, -(-kp // 1024)), fixed, ("x_ptr", "perm_ptr", "y_ptr")),
         x,
@@ -328,13 +329,3 @@ def _gathered(x: Tensor, perm: Tensor, work: Work) -> Tensor:
         y,
     )
     return y
-
-
-@lru_cache(maxsize=64)
-def processors(device: torch.device) -> int:
-    """Streaming multiprocessors; a few without a GPU, so that the interpreter meets split K, too."""
-    return (
-        torch.cuda.get_device_properties(device).multi_processor_count
-        if device.type == "cuda"
-        else 8
-    )

@@ -80,7 +80,7 @@ def skeleton(directory: Path, files: TensorFiles) -> tuple[PreTrainedModel, Plan
     return model, plan
 
 
-class _Counted(TorchFunctionMode):
+class _Unsigned(TorchFunctionMode):
     """Stops what makes more tensors, or parameters of more numbers, than there can be."""
 
     _MAKERS = (
@@ -125,7 +125,7 @@ def _try_on_meta(where: str, kind: Any, config: Any, files: TensorFiles) -> None
     """Build the model without memory first. ValueError if it has far more tensors than the files, or buffers, which
     are really there later, that no model has."""
     try:
-        with torch.device("meta"), _Counted(files):
+        with torch.device("meta"), _Unsigned(files):
             model = kind._from_config(copy.deepcopy(config))
     except _TooMuchError as error:
         raise ValueError(f"{where}: {error}") from None

@@ -243,7 +243,7 @@ class GgufFormat(Format):
         return WEIGHT_ONLY
 
     def weight_only_traits(self, shape: Shape, params: Params) -> WeightOnlyTraits:
-        decoder = "lut16" if self.table is not None else "centered" if self.centered else "counted"
+        decoder = "lut16" if self.table is not None else "signed" if self.centered else "unsigned"
         return WeightOnlyTraits(self.bits, decoder, self.scaler, self.group)
 
     def weight_only(

@@ -26,7 +26,7 @@ IQ4_TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89
 
 
 # ---------------------------------------------------------------------- blocks of 32, one scale
-class _Centered(GgufFormat):
+class _Signed(GgufFormat):
     block = group = 32
     scaler = "scale"
     centered = True
@@ -45,7 +45,7 @@ class _Centered(GgufFormat):
 
 class _Affine(GgufFormat):
     block = group = 32
-    scaler = "scale_minus"
+    scaler = "scale_min"
 
     def scales(self, fields: Fields) -> tuple[Tensor, Tensor]:
         return fields["d"].float(), -fields["m"].float()
@@ -60,7 +60,7 @@ class _Affine(GgufFormat):
         return {"d": search.half(scale), "m": search.half(-minus), "codes": codes.to(U8)}
 
 
-class Q80(_Centered):
+class Q80(_Signed):
     name = "q8_0"
     summary = "8-bit integers, blocks of 32 (GGUF)"
     signed = True
@@ -75,7 +75,7 @@ class Q80(_Centered):
         return {"d": search.half(scale), "codes": (codes + 128).to(U8)}
 
 
-class Q40(_Centered):
+class Q40(_Signed):
     name = "q4_0"
     summary = "4-bit integers, blocks of 32 (GGUF)"
     fields = (Field("d", F16, 1), Field("qs", U8, 16))
@@ -89,7 +89,7 @@ class Q41(_Affine):
     planes = (Plane("qs", 4, 16),)
 
 
-class Q50(_Centered):
+class Q50(_Signed):
     name = "q5_0"
     summary = "5-bit integers, blocks of 32 (GGUF)"
     fields = (Field("d", F16, 1), Field("qh", U8, 4), Field("qs", U8, 16))
@@ -232,7 +232,7 @@ class Q5K(Q4K):
     planes = (Plane("qs", 4, 32), Plane("qh", 1, 32, shift=4))
 
 
-class _CenteredK(_SuperBlock):
+class _SignedK(_SuperBlock):
     """A signed scale for each 16 weights, in `scale_half` steps either way of d."""
 
     group = 16
@@ -264,7 +264,7 @@ class _CenteredK(_SuperBlock):
         return {"d": d, "scales": self.pack_scales(steps), "codes": codes.to(U8).view(x.shape)}
 
 
-class Q3K(_CenteredK):
+class Q3K(_SignedK):
     name = "q3_k"
     summary = "3-bit integers, two levels of scales (GGUF)"
     scaler = "q3_k"
@@ -304,7 +304,7 @@ class Q3K(_CenteredK):
         return torch.cat([low[:, :8] | (low[:, 8:] << 4), top], dim=1).view(I32)
 
 
-class Q6K(_CenteredK):
+class Q6K(_SignedK):
     name = "q6_k"
     summary = "6-bit integers, two levels of scales (GGUF)"
     scaler = "q6_k"

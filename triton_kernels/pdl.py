@@ -15,16 +15,16 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def let_next_begin(EARLY: tl.constexpr):
+def launch_dependents(PDL: tl.constexpr):
     """The next kernel may begin as soon as all programs of this one have said so."""
-    if EARLY:
+    if PDL:
         gdc_launch_dependents()
 
 
 @triton.jit
-def wait_for_last(EARLY: tl.constexpr):
+def wait_for_previous(PDL: tl.constexpr):
     """Until the kernel before is done and all it wrote is there."""
-    if EARLY:
+    if PDL:
         gdc_wait()
 
 
