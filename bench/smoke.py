@@ -377,27 +377,27 @@ def main(
 ) -> None:
     started = time.monotonic()
     cases = cases_of(formats, backends)
-    k_slices = [Share(cases[i::jobs], tiny) for i in range(min(jobs, len(cases)))]
+    shares = [Share(cases[i::jobs], tiny) for i in range(min(jobs, len(cases)))]
     checks: list[Check] = []
     shown = started
     try:
-        while k_slices and time.monotonic() - started < seconds:
-            for k_slice in list(k_slices):
-                found, more = k_slice.poll()
+        while shares and time.monotonic() - started < seconds:
+            for share in list(shares):
+                found, more = share.poll()
                 checks += found
                 if not more:
-                    k_slices.remove(k_slice)
+                    shares.remove(share)
             if output is not None and time.monotonic() - shown > 5:
                 shown = time.monotonic()
                 _write(output, checks)
     finally:
-        for k_slice in k_slices:
-            k_slice.worker.end()
-        for k_slice in k_slices:
-            k_slice.worker.kill()
+        for share in shares:
+            share.worker.end()
+        for share in shares:
+            share.worker.kill()
     if output is not None:
         _write(output, checks)
-    left = [case for k_slice in k_slices for case in k_slice.cases]
+    left = [case for share in shares for case in share.cases]
     print("\n".join(summary(checks, left)))
     print(f"{len(checks)} checks in {time.monotonic() - started:.0f} s")
     raise typer.Exit(1 if left or any(one.failed for one in checks) else 0)

@@ -48,13 +48,13 @@ def main(
     jobs: Annotated[int, typer.Option(help="Processes that compile.")] = 14,
     tiny: bool = False,
     output: Annotated[Path | None, typer.Option(help="A line of JSON for each problem.")] = None,
-    k_slice: Annotated[int, typer.Option(hidden=True)] = -1,
+    share: Annotated[int, typer.Option(hidden=True)] = -1,
 ) -> None:
     if tiny:
         suite, sizes, rows, jobs = "nf4", "128x256", "1", 2
     os.environ["QKERNELS_AUTOTUNE"] = "1"
-    if k_slice >= 0:
-        _compile(problems(suite, sizes, rows), k_slice, jobs)
+    if share >= 0:
+        _compile(problems(suite, sizes, rows), share, jobs)
         return
     started = time.monotonic()
     given = ["--suite", suite, "--shapes", sizes, "--rows", rows, "--jobs", str(jobs)]
@@ -126,7 +126,7 @@ def _tuned(
     return {**json.loads(files[0].read_text()), "tabled": times[0], "candidates": len(times)}
 
 
-def _compile(found: list[Any], k_slice: int, jobs: int) -> None:
+def _compile(found: list[Any], share: int, jobs: int) -> None:
     """Launch the share-th of `jobs` parts of every problem's candidates once, and keep no winner."""
     from qkernels.backends.triton import autotune, configs
 
@@ -136,7 +136,7 @@ def _compile(found: list[Any], k_slice: int, jobs: int) -> None:
         return (
             one
             for number, one in enumerate(candidates(config, m))
-            if number % jobs == k_slice or not number
+            if number % jobs == share or not number
         )
 
     with (

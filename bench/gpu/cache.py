@@ -195,7 +195,7 @@ def main(
     ] = None,
     arch: Annotated[int, typer.Option(help="Compute capability: 90.")] = 90,
     jobs: Annotated[int, typer.Option(help="Processes.")] = 2,
-    k_slice: Annotated[int, typer.Option(hidden=True)] = -1,
+    share: Annotated[int, typer.Option(hidden=True)] = -1,
 ) -> None:
     for name in parts.split(","):
         if name not in plan.PARTS:
@@ -205,13 +205,13 @@ def main(
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise typer.BadParameter("triton is told to interpret: unset TRITON_INTERPRET")
     os.environ["TRITON_CACHE_DIR"] = str(folder.resolve())
-    if k_slice >= 0:
+    if share >= 0:
         wanted = sorted(products(parts.split(","), formats), key=lambda product: product.spec)
         with _no_driver():
-            counts = compile_all(wanted[k_slice::jobs], arch)
+            counts = compile_all(wanted[share::jobs], arch)
         print(*counts)
         return
-    k_slices = [
+    shares = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "bench.gpu.cache", *sys.argv[1:], "--share", str(number)],
             stdout=subprocess.PIPE, text=True,
@@ -219,7 +219,7 @@ def main(
         for number in range(jobs)
     ]  # fmt: skip
     kernels = known = 0
-    for process in k_slices:
+    for process in shares:
         assert process.stdout is not None
         said = process.stdout.read().split()
         if process.wait() != 0:

@@ -31,8 +31,8 @@ def of(out: Path, ended: Mapping[str, tuple[str, float]], characters: int) -> st
     shortest_first = sorted(blocks, key=lambda name: len(blocks[name]))
     for number, name in enumerate(shortest_first):
         # what short results leave is the long ones'
-        k_slice = max(200, room // (len(blocks) - number))
-        blocks[name] = _cut(blocks[name], k_slice, plan.PARTS[name].tail)
+        share = max(200, room // (len(blocks) - number))
+        blocks[name] = _cut(blocks[name], share, plan.PARTS[name].tail)
         room -= len(blocks[name])
     return "\n".join([f"=== {name}\n{text}" for name, text in blocks.items()] + [tail])
 
