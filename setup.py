@@ -1,10 +1,11 @@
-"""Package list for setuptools, and the CUDA extension if asked for; everything else is in pyproject.toml.
+"""Package list for setuptools, and the CUDA extension if asked for; everything else is in
+pyproject.toml.
 
 The Triton kernels live in ``triton_kernels/`` at the top of the repository and are installed as
 ``qkernels.triton_kernels``: other projects ship a top-level module of exactly the name
-``triton_kernels`` and look it up with ``find_spec``, so ours must never answer to it. ``csrc/`` goes
-along as data: the CUDA kernels are compiled at the first call, unless QKERNELS_CUDA_ARCHS (such as
-"80 90a 100a 120a") is set now, which compiles them here, for these architectures.
+``triton_kernels`` and look it up with ``find_spec``, so ours must never answer to it. ``csrc/``
+goes along as data: the CUDA kernels are compiled at the first call, unless QKERNELS_CUDA_ARCHS
+(such as "80 90a 100a 120a") is set now, which compiles them here, for these architectures.
 """
 
 import importlib.util

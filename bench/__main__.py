@@ -3,9 +3,10 @@
     python -m bench --suite weight_only --shapes square,llama-3-8b --output results/
     TRITON_INTERPRET=1 python -m bench --tiny        the same path without a GPU; its times mean nothing
 
-Each weight is quantized by every contestant, each product is checked before it is timed, and each call is
-replayed from a CUDA graph that rotates among copies of the weight, so that none is found in the L2 cache.
-All of it happens in worker processes: a kernel that hangs or breaks its process costs its own place only.
+Each weight is quantized by every contestant, each product is checked before it is timed, and each
+call is replayed from a CUDA graph that rotates among copies of the weight, so that none is found in
+the L2 cache. All of it happens in worker processes: a kernel that hangs or breaks its process costs
+its own place only.
 """
 
 from __future__ import annotations
@@ -127,8 +128,8 @@ def _stop(*_: Any) -> None:
 
 
 class Kept:
-    """Results as they come, in `output`/`name`.json after each contestant, so that a race cut short leaves them;
-    and one line on the console for each contestant and shape."""
+    """Results as they come, in `output`/`name`.json after each contestant, so that a race cut short
+    leaves them; and one line on the console for each contestant and shape."""
 
     def __init__(self, output: Path | None, name: str, page: bool = True) -> None:
         self.output, self.name, self.page = output, name, page
@@ -178,7 +179,9 @@ def _place(row: race.Row) -> tuple[str, str, int, int]:
 
 
 def line(rows: list[race.Row], copy: float | None) -> str:
-    """One contestant on one shape: microseconds, speed against bf16, share of the copy bandwidth, by M."""
+    """One contestant on one shape: microseconds, speed against bf16, share of the copy bandwidth,
+    by M.
+    """
     first, said = rows[0], []
     who = first.contestant.removeprefix("qkernels ")
     who += "" if first.contestant.startswith(("qkernels", "torch bf16")) else f" [{first.group}]"

@@ -2,8 +2,9 @@
 
     python -m bench.faster bench/results/2026-11-27-h200/race.json
 
-A number of rows stands for those above the last smaller one that was raced. Where several formats or shapes have
-one kind of kernel, the geometric mean of their ratios decides; CUDA must win by MARGIN, for it has to be compiled.
+A number of rows stands for those above the last smaller one that was raced. Where several formats
+or shapes have one kind of kernel, the geometric mean of their ratios decides; CUDA must win by
+MARGIN, for it has to be compiled.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ MARGIN = 1.03
 
 
 def table(rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, str]]]:
-    """Rows of races -> kind of kernel -> (most rows of x, faster backend), neighbours with one answer as one."""
+    """Rows of races -> kind of kernel -> (most rows of x, faster backend), neighbours with one
+    answer as one.
+    """
     times: dict[tuple[str, int], dict[str, dict[tuple[str, int, int], float]]] = defaultdict(
         lambda: defaultdict(dict)
     )

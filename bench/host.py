@@ -1,12 +1,13 @@
-"""What a call costs the host: dispatch alone, and with each backend's launcher, on whatever CPU this is.
+"""What a call costs the host: dispatch alone, and with each backend's launcher, on whatever CPU
+this is.
 
     python -m bench.host [--markdown] [--output FILE.json]
 
-Nothing runs on a GPU. "dispatch" calls a kernel that does nothing. "triton" runs the real launchers and
-triton's own launch code up to the driver: kernels are compiled for sm_90, and a stand-in for the driver
-takes the launch and does nothing (so not under TRITON_INTERPRET=1). "cuda" runs the real launchers up to
-the extension. What is left out: cuLaunchKernel and what C code does before it, and that torch's CUDA
-allocator and stream look-up are the CPU's here.
+Nothing runs on a GPU. "dispatch" calls a kernel that does nothing. "triton" runs the real launchers
+and triton's own launch code up to the driver: kernels are compiled for sm_90, and a stand-in for
+the driver takes the launch and does nothing (so not under TRITON_INTERPRET=1). "cuda" runs the real
+launchers up to the extension. What is left out: cuLaunchKernel and what C code does before it, and
+that torch's CUDA allocator and stream look-up are the CPU's here.
 """
 
 from __future__ import annotations
@@ -123,7 +124,9 @@ class NullDriver:
 
 
 def _launcher_class() -> Any:
-    """triton's own launcher up to where C code takes over, of the versions whose __call__ is known to do so."""
+    """triton's own launcher up to where C code takes over, of the versions whose __call__ is known
+    to do so.
+    """
     from triton.backends.nvidia.driver import CudaLauncher
 
     if "self.launch(gridX, gridY, gridZ, stream, function" not in inspect.getsource(
@@ -154,7 +157,9 @@ def _nothing(*arguments: Any) -> None:
 
 @contextmanager
 def null_driver(record: bool = False) -> Iterator[NullDriver]:
-    """triton launches on a `NullDriver`. RuntimeError if triton interprets: then it launches nothing."""
+    """triton launches on a `NullDriver`. RuntimeError if triton interprets: then it launches
+    nothing.
+    """
     if triton.interpreted():
         raise RuntimeError("TRITON_INTERPRET is set: unset it to measure what launching costs")
     from triton.runtime import driver
@@ -246,7 +251,9 @@ def measure() -> dict[str, float]:
 
 
 def launchers(backend: str, rows: int = 1) -> dict[str, float]:
-    """Microseconds of `matmul` by format, real launchers, for formats that `backend` has kernels for."""
+    """Microseconds of `matmul` by format, real launchers, for formats that `backend` has kernels
+    for.
+    """
     found = {}
     for name, params in CASES:
         kernel = launcher_of(backend, name, params, rows)

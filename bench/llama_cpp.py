@@ -4,9 +4,10 @@
     python -m qkernels quantize smollm2-135m -f q4_k_m --no-report -o smol.gguf
     python -m bench.llama_cpp smol.gguf --llama /tmp/llama
 
-xllamacpp is a wheel around llama.cpp that exports its C API; a child process of that environment calls it by ctypes.
-The structures that llama.cpp passes by value are kept as opaque bytes: only the batch, and the first four
-numbers of the context's parameters, whose defaults are checked, are looked into.
+xllamacpp is a wheel around llama.cpp that exports its C API; a child process of that environment
+calls it by ctypes. The structures that llama.cpp passes by value are kept as opaque bytes: only the
+batch, and the first four numbers of the context's parameters, whose defaults are checked, are
+looked into.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ def library(environment: Path) -> Any:
 
 
 def serve(environment: Path, path: Path, text: str, tokens: int, window: int) -> dict[str, Any]:
-    """llama.cpp's own token ids of `text`, and the mean negative log-likelihood of what follows in each window."""
+    """llama.cpp's own token ids of `text`, and the mean negative log-likelihood of what follows in
+    each window.
+    """
     import numpy as np
 
     lib = library(environment)

@@ -1,12 +1,13 @@
-"""Tokens per second of a Llama-shaped model with random weights, by format: prefill and decode, memory held.
+"""Tokens per second of a Llama-shaped model with random weights, by format: prefill and decode,
+memory held.
 
     python -m bench.llm --size 1b --formats "bf16,gptq:bits=4,group_size=128,nf4" --output llm.json
     TRITON_INTERPRET=1 python -m bench.llm --size tiny     the same path without a GPU
 
-Decode is one token at a time with a static key-value cache, by three ways: "eager", which shows what the
-host costs, "graph", a CUDA graph of the eager model, and "compile", a CUDA graph of torch.compile's code
-(without a GPU: the same calls, neither captured nor lowered to code). Prefill is eager. bf16 is the model's
-own nn.Linear.
+Decode is one token at a time with a static key-value cache, by three ways: "eager", which shows
+what the host costs, "graph", a CUDA graph of the eager model, and "compile", a CUDA graph of
+torch.compile's code (without a GPU: the same calls, neither captured nor lowered to code). Prefill
+is eager. bf16 is the model's own nn.Linear.
 """
 
 from __future__ import annotations
@@ -74,7 +75,9 @@ def model_of(size: str, device: str) -> Any:
 
 
 def seconds(run: Callable[[], Any], device: str, repeats: int) -> float:
-    """Of one call: the median of `repeats`, or of the three that a call longer than a tenth of a second gets."""
+    """Of one call: the median of `repeats`, or of the three that a call longer than a tenth of a
+    second gets.
+    """
     if device == "cuda":
         samples = [timing._seconds(run)]
         samples += [timing._seconds(run) for _ in range(repeats - 1 if samples[0] < 0.1 else 2)]
@@ -88,12 +91,15 @@ def seconds(run: Callable[[], Any], device: str, repeats: int) -> float:
 def measure(
     model: Any, label: str, batch: int, prompt: int, device: str, repeats: int, modes: list[str]
 ) -> Iterator[Row]:
-    """One row, again and again as more of it is known: compiling, which comes last, may take all time there is."""
+    """One row, again and again as more of it is known: compiling, which comes last, may take all
+    time there is.
+    """
     from transformers import StaticCache
 
     gib = 2**30
     if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # the 16-bit model, before it was quantized, does not count
+        # the 16-bit model, before it was quantized, does not count
+        torch.cuda.reset_peak_memory_stats()
     weights = torch.cuda.memory_allocated() / gib if device == "cuda" else None
     ids = torch.randint(0, model.config.vocab_size, (batch, prompt), device=device)
     model(ids, use_cache=False, logits_to_keep=1)  # compiles kernels, prepacks weights
@@ -101,7 +107,8 @@ def measure(
     token, where = ids[:, :1].clone(), torch.tensor([prompt], device=device)
 
     def step_of(net: Any) -> Callable[[], Any]:
-        # Every step takes a place in the cache, replayed ones too: warm-up, capture, and what is timed.
+        # Every step takes a place in the cache, replayed ones too: warm-up, capture, and what is
+        # timed.
         cache = StaticCache(config=model.config, max_cache_len=prompt + repeats + 16)
         model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
@@ -187,7 +194,9 @@ def main(
 
 
 def _read(output: Path | None, size: str) -> list[Row]:
-    """What earlier runs left in `output` about models of this size: each format may have its own process."""
+    """What earlier runs left in `output` about models of this size: each format may have its own
+    process.
+    """
     if output is None or not output.exists():
         return []
     found = json.loads(output.read_text())
@@ -213,8 +222,8 @@ def linear_shapes(size: str) -> list[tuple[int, int]]:
 def quantized(size: str, spec: FormatSpec, backend: str, device: str) -> Any:
     """A model with random weights in the format; bf16 is left as torch has it.
 
-    One weight of each shape is quantized and copied to all layers of that shape: the speed does not depend on what
-    the weights are, and to quantize all of them takes minutes of a GPU.
+    One weight of each shape is quantized and copied to all layers of that shape: the speed does not
+    depend on what the weights are, and to quantize all of them takes minutes of a GPU.
     """
     model = model_of(size, device)
     if spec.name == "bf16":

@@ -1,4 +1,5 @@
-"""Least time of each product on known GPUs, by arithmetic; with a race's results, beside what was measured.
+"""Least time of each product on known GPUs, by arithmetic; with a race's results, beside what was
+measured.
 
 python -m bench.model --shapes llama-3-8b --formats "nf4,w8a8"
 python -m bench.model --results RESULTS.json

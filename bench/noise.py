@@ -2,11 +2,12 @@
 
     python -m bench.noise [MODEL] [--formats "fp8,int8" --seeds 3 --markdown]
 
-For each format: the error of its weights, norm(W' - W) / norm(W), the mean over layers; the perplexity
-with weights and activations as the format has them; with its weights alone, dequantized; and with every
-weight matrix W + noise instead, where the noise is Gaussian, independent of W, and in each layer exactly
-as large as the format's error there. If the last two agree, there is nothing special about the format's
-errors; what the first has beyond the second is the quantized activations' share.
+For each format: the error of its weights, norm(W' - W) / norm(W), the mean over layers; the
+perplexity with weights and activations as the format has them; with its weights alone, dequantized;
+and with every weight matrix W + noise instead, where the noise is Gaussian, independent of W, and
+in each layer exactly as large as the format's error there. If the last two agree, there is nothing
+special about the format's errors; what the first has beyond the second is the quantized
+activations' share.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ COLUMNS = ["format", "weight error", "perplexity", "weights alone", "Gaussian no
 
 @torch.no_grad()
 def changed(model: nn.Module, change: Callable[[int, Tensor], Tensor]) -> nn.Module:
-    """A copy of `model` with the weight of its i-th linear layer, except the output's, put through `change`."""
+    """A copy of `model` with the weight of its i-th linear layer, except the output's, put through
+    `change`.
+    """
     from qkernels.models.candidates import linears
 
     model = copy.deepcopy(model)
@@ -47,7 +50,9 @@ def main(
     seeds: Annotated[int, typer.Option(help="Draws of the noise; the table has their mean.")] = 3,
     markdown: bool = False,
 ) -> None:
-    """Perplexity of formats, of their weights alone, and of Gaussian noise as large as their errors."""
+    """Perplexity of formats, of their weights alone, and of Gaussian noise as large as their
+    errors.
+    """
     import qkernels as qk
     from qkernels.cli import common
     from qkernels.models.evaluate import perplexity

@@ -1,11 +1,12 @@
-"""What activation outliers do to 8-bit formats, and what SmoothQuant and LLM.int8() do against them.
+"""What activation outliers do to 8-bit formats, and what SmoothQuant and LLM.int8() do against
+them.
 
     python -m bench.outliers [MODEL] [--factor 200 --channels 1 --markdown]
 
-Large models have a few features whose activations are 20 to 100 times the others' (Dettmers et al. 2022,
-arXiv 2208.07339); small ones do not. So some are planted: the weight of a norm times `factor` in a few
-features, and the same features of the linears that read it divided by it. The model computes what it
-computed before, and its activations are hard to quantize.
+Large models have a few features whose activations are 20 to 100 times the others' (Dettmers et al.
+2022, arXiv 2208.07339); small ones do not. So some are planted: the weight of a norm times `factor`
+in a few features, and the same features of the linears that read it divided by it. The model
+computes what it computed before, and its activations are hard to quantize.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ FORMATS: tuple[tuple[str, dict[str, Any], bool], ...] = (
 
 @torch.no_grad()
 def plant(model: nn.Module, factor: float = 200.0, channels: int = 1, seed: int = 0) -> nn.Module:
-    """Outliers in `channels` features after each norm of `model`, in place; its outputs stay the same."""
+    """Outliers in `channels` features after each norm of `model`, in place; its outputs stay the
+    same.
+    """
     generator = torch.Generator().manual_seed(seed)
     for _, block in architectures.blocks_of(model):
         for rule in architectures.of(model).rules:

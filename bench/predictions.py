@@ -1,10 +1,11 @@
 """What the plan's calls should show, printed before they are made; and a run laid beside it.
 
-    python -m bench.predictions > bench/results/predictions.md
-    python -m bench.predictions --beside OUT/race.json --beside OUT/llama.json --beside OUT/model.json
+    python -m bench.predictions > bench/results/predictions.md python -m bench.predictions --beside
+    OUT/race.json --beside OUT/llama.json --beside OUT/model.json
 
-"at best" is the roofline: bytes, operations, one launch. "expected" is that times a factor: how far the faster of our
-two languages was above it in the last race (--last), for the same format and the nearest M.
+"at best" is the roofline: bytes, operations, one launch. "expected" is that times a factor: how far
+the faster of our two languages was above it in the last race (--last), for the same format and the
+nearest M.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from .gpu import plan
 from .model import bytes_per_weight
 
 LAST = Path(__file__).parent / "results" / "2026-11-27-h200" / "race.json"
-#: seconds that attention, norms and the like of one layer take for one token in a CUDA graph: eight small kernels
+#: seconds that attention, norms and the like of one layer take for one token in a CUDA graph: eight
+#: small kernels
 BESIDE_LINEARS = 16e-6
 
 
@@ -85,7 +87,9 @@ class Predictor:
         return Time(best.seconds, best.seconds * factors[nearest], best.limit)
 
     def model(self, spec: str, batch: int, rows: int) -> tuple[float, float]:
-        """Seconds of one pass of plan.MODEL_SIZE with `rows` tokens in all, after PROMPT tokens if rows == batch."""
+        """Seconds of one pass of plan.MODEL_SIZE with `rows` tokens in all, after PROMPT tokens if
+        rows == batch.
+        """
         sizes = llm.SIZES[plan.MODEL_SIZE]
         hidden, layers, heads = (
             sizes["hidden_size"],
@@ -97,7 +101,8 @@ class Predictor:
         head = self.product("bf16", (sizes["vocab_size"], hidden), batch)
         slower = 2.0
         if rows == batch:  # the keys and values of the prompt are read
-            # transformers copies them for each query head where there is a mask: read once, written and read 4 times
+            # transformers copies them for each query head where there is a mask: read once, written
+            # and read 4 times
             slower = 1 + 2 * heads / sizes["num_key_value_heads"]
             width = hidden // heads * sizes["num_key_value_heads"]
             attention = (
@@ -119,7 +124,9 @@ class Predictor:
 
 
 def _spec_of(contestant: str) -> str | None:
-    """The format of a kernel of ours or of torch's dense product; None for a peer and for the reference."""
+    """The format of a kernel of ours or of torch's dense product; None for a peer and for the
+    reference.
+    """
     if contestant == race.Dense.name:
         return "bf16"
     place = race.ours(contestant)
@@ -168,7 +175,9 @@ def instructions(gpu: roofline.Gpu) -> Iterator[str]:
 
 
 def beside(predictor: Predictor, report: dict[str, Any]) -> Iterator[tuple[float, str]]:
-    """Measured over expected time, and a line about it: for the faster of our languages in a race, for whole models."""
+    """Measured over expected time, and a line about it: for the faster of our languages in a race,
+    for whole models.
+    """
     fastest: dict[tuple[str, int, int, int], dict[str, Any]] = {}
     for row in report["results"]:
         if "decode" in row:

@@ -53,7 +53,9 @@ def mean_speedups(rows: Rows) -> dict[str, dict[str, float]]:
 
 
 def verdict(reports: list[dict[str, Any]]) -> list[str]:
-    """What is said first: each target of DESIGN section 6 at its worst, each peer, what nobody measured."""
+    """What is said first: each target of DESIGN section 6 at its worst, each peer, what nobody
+    measured.
+    """
     if all(report["environment"]["gpu"] is None for report in reports):
         return [
             "No GPU measured, so nothing can be said about the targets of DESIGN section 6.",
@@ -143,7 +145,9 @@ def table(headings: list[str], rows: list[list[str]]) -> str:
 
 
 def write(reports: list[dict[str, Any]], page: Path, drawn: bool = False) -> Path:
-    """The page, and with `drawn` its pictures beside it; returns the page. Ratios are within one report."""
+    """The page, and with `drawn` its pictures beside it; returns the page. Ratios are within one
+    report.
+    """
     rows: Rows = [row for report in reports for row in report["results"]]
     lines = ["# Race", ""]
     for where in {
@@ -228,7 +232,8 @@ def _roof(row: dict[str, Any]) -> float:
 
 
 def _families(rows: Rows) -> dict[str, Rows]:
-    """Family of DESIGN section 6 -> the fastest of ours for each format at each M, and the peers of those.
+    """Family of DESIGN section 6 -> the fastest of ours for each format at each M, and the peers of
+    those.
 
     Ours keep their format's name, peers their own."""
     found: dict[str, Rows] = {}
@@ -255,8 +260,9 @@ def _families(rows: Rows) -> dict[str, Rows]:
 
 
 def pictures(rows: Rows, copy_bandwidth: float | None, page: Path) -> list[str]:
-    """Speedup, bandwidth and TFLOP/s by M, a row of pictures a family, a file a shape; file names. None
-    without matplotlib. Solid lines are ours, dashed ones others', dotted ones the roofline and a copy."""
+    """Speedup, bandwidth and TFLOP/s by M, a row of pictures a family, a file a shape; file names.
+    None without matplotlib. Solid lines are ours, dashed ones others', dotted ones the roofline and
+    a copy."""
     if importlib.util.find_spec("matplotlib") is None:
         return []
     import matplotlib

@@ -2,7 +2,8 @@
 
 compute-sanitizer --tool memcheck python -m bench.sanitized --backends cuda
 
-In one process, without CUDA graphs, for the tool follows no other. Prints a line for each format and backend.
+In one process, without CUDA graphs, for the tool follows no other. Prints a line for each format
+and backend.
 """
 
 from __future__ import annotations

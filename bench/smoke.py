@@ -14,8 +14,8 @@ For each format and backend, at 4096 x 4096 and at an odd shape, for each class 
     nodes       a captured product is kernels and nothing else: no copy, no memset
     late        kernels that wait for the one before them (QKERNELS_PDL=0, Triton) give the same bits
 
-Kernels run in worker processes, for an illegal access ends the process it happens in. One line a kernel, failures
-first; all figures go to OUT/smoke.json as they come.
+Kernels run in worker processes, for an illegal access ends the process it happens in. One line a
+kernel, failures first; all figures go to OUT/smoke.json as they come.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ TINY = Shape(72, 512, (1, 17), (1,))
 
 @dataclass
 class Check:
-    """One check of one kernel. value: the error relative to its bound, or the number of calls that differed."""
+    """One check of one kernel. value: the error relative to its bound, or the number of calls that
+    differed.
+    """
 
     case: str
     backend: str
@@ -187,10 +189,10 @@ def _product(
 def _error(y: Tensor, want: Tensor, dtype: torch.dtype) -> float:
     """The error relative to what is allowed.
 
-    W and y are rounded to `dtype` once each, a relative error of u = 2^-8 (bfloat16) or 2^-11 each: together
-    under 2u of the whole (root mean square; 4e-3 at least, for a code of an activation that float32 rounds to
-    the other neighbour than float64). One output is off by that many times 8 at most: five standard deviations,
-    and rounding of an output several times as large as most.
+    W and y are rounded to `dtype` once each, a relative error of u = 2^-8 (bfloat16) or 2^-11 each:
+    together under 2u of the whole (root mean square; 4e-3 at least, for a code of an activation
+    that float32 rounds to the other neighbour than float64). One output is off by that many times 8
+    at most: five standard deviations, and rounding of an output several times as large as most.
     """
     u = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
     if not bool(y.isfinite().all()):
@@ -291,7 +293,9 @@ def work(job: Job, say: Any) -> int:
 # ------------------------------------------------------------------ in the parent
 @dataclass
 class Share:
-    """A worker and the cases it has not finished. patience: seconds without a word after which it hangs."""
+    """A worker and the cases it has not finished. patience: seconds without a word after which it
+    hangs.
+    """
 
     cases: list[tuple[str, str]]
     tiny: bool

@@ -1,11 +1,12 @@
-"""What can be told of the CUDA kernels without a GPU: registers, spills and shared memory, from ptxas -v.
+"""What can be told of the CUDA kernels without a GPU: registers, spills and shared memory, from
+ptxas -v.
 
     python -m bench.static_cuda                         # all kernels, all architectures; minutes
     python -m bench.static_cuda --archs 90a --sources linear4
     python -m bench.static_cuda --build build/cuda      # builds and links the extension on the way
 
-Exit code 1 if a kernel spills registers or asks for more shared memory than an architecture has. The
-table of the last full run is bench/results/static_cuda.md.
+Exit code 1 if a kernel spills registers or asks for more shared memory than an architecture has.
+The table of the last full run is bench/results/static_cuda.md.
 """
 
 from __future__ import annotations
@@ -64,8 +65,10 @@ SOURCES = {
     "transform_rows": "transforms",
 }
 
-#: (kernel, source, scales a tile, architecture) -> bytes that nvcc 13.0 is known to spill there: a value or
-#: two around a call or a wait, in kernels for groups that hardly a checkpoint has, but for the third and fourth.
+#: (kernel, source, scales a tile, architecture) -> bytes that nvcc 13.0 is known to spill there: a
+#: value or
+#: two around a call or a wait, in kernels for groups that hardly a checkpoint has, but for the
+#: third and fourth.
 #: More, or elsewhere, is a problem.
 KNOWN_SPILLS = {
     **{("gemv", f"e{kind}", 0, arch): 16 for kind in ("4m3", "5m2") for arch in ("100a", "120a")},
@@ -77,10 +80,11 @@ KNOWN_SPILLS = {
 
 
 class Facts(NamedTuple):
-    """One kernel on one architecture. Sizes in bytes; dynamic: shared memory a launch asks for at most.
+    """One kernel on one architecture. Sizes in bytes; dynamic: shared memory a launch asks for at
+    most.
 
-    runs: scales of a tile that a weight-only kernel is made for, 0 for any number; -1 for kernels that are
-    made for one scaler, or have none.
+    runs: scales of a tile that a weight-only kernel is made for, 0 for any number; -1 for kernels
+    that are made for one scaler, or have none.
     """
 
     source: str
@@ -159,7 +163,9 @@ def of_build(folder: Path, archs: tuple[str, ...]) -> list[Facts]:
 
 
 def _tensor_instructions(compiled: Path, arch: str) -> dict[str, tuple[str, str]]:
-    """Mangled name of each kernel with tensor-core instructions -> the first of them, and `Facts.overtaken`."""
+    """Mangled name of each kernel with tensor-core instructions -> the first of them, and
+    `Facts.overtaken`.
+    """
     own = tools() / "cuobjdump"  # triton's wheel has one
     tool = str(own) if own.is_file() else shutil.which("cuobjdump")
     if tool is None:

@@ -1,8 +1,8 @@
 """Runs a race in processes that may crash, hang or be killed: what was measured before is kept.
 
-A hung kernel cannot be stopped from within its process, and after an illegal access a CUDA context is lost
-for good. So every product is timed in a worker; one that says nothing for its contestant's patience is
-killed, and a new one goes on behind the place where the last one fell.
+A hung kernel cannot be stopped from within its process, and after an illegal access a CUDA context
+is lost for good. So every product is timed in a worker; one that says nothing for its contestant's
+patience is killed, and a new one goes on behind the place where the last one fell.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from qkernels.benchmark import race
 
 from .worker import SPOILT, Case, Job
 
-#: falls of one contestant after which it is left out; to hang counts twice, for it costs the most time
+#: falls of one contestant after which it is left out; to hang counts twice, for it costs the most
+#: time
 LIVES = 4
 
 
@@ -34,7 +35,8 @@ class Worker:
 
     def __init__(self, job: Any, module: str = "bench.worker") -> None:
         """job: a dataclass that `module` reads from its standard input as JSON."""
-        self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the worker
+        # lives as long as the worker
+        self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         reading, writing = os.pipe()
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, str(writing)],

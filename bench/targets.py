@@ -16,8 +16,8 @@ LARGE = 8192 * 8192
 
 @dataclass(frozen=True)
 class Target:
-    """family: of FAMILIES. rows: least and most rows of x. metric: of METRICS. least: of the metric.
-    weights: least N * K it is asked of; most: largest."""
+    """family: of FAMILIES. rows: least and most rows of x. metric: of METRICS. least: of the
+    metric. weights: least N * K it is asked of; most: largest."""
 
     family: str
     rows: tuple[int, int]
@@ -36,7 +36,9 @@ class Target:
 
 
 class Metric(NamedTuple):
-    """of: (row, every row of ours and others at its shape and M, GB/s of a copy) -> value, None without one."""
+    """of: (row, every row of ours and others at its shape and M, GB/s of a copy) -> value, None
+    without one.
+    """
 
     unit: str
     of: Callable[[Row, list[Row], float], float | None]
@@ -122,7 +124,9 @@ TARGETS = (
 
 
 class Finding(NamedTuple):
-    """One target and format: the worst place. reached: measured over asked; measured is None without data."""
+    """One target and format: the worst place. reached: measured over asked; measured is None
+    without data.
+    """
 
     target: Target
     format: str
@@ -166,10 +170,12 @@ def _spec_of(text: str) -> FormatSpec:
 
 
 def findings(*reports: dict[str, Any]) -> list[Finding]:
-    """Every target of every format raced, at its worst place: what falls short first, and by how much most.
+    """Every target of every format raced, at its worst place: what falls short first, and by how
+    much most.
 
-    Ratios are taken within one report, for reports of other runs may be of other GPUs; a target that a format
-    was raced for without what it is compared with is there, too, with nothing measured, at the end.
+    Ratios are taken within one report, for reports of other runs may be of other GPUs; a target
+    that a format was raced for without what it is compared with is there, too, with nothing
+    measured, at the end.
     """
     worst: dict[tuple[Target, str], Finding] = {}
     for report in reports:
@@ -197,7 +203,9 @@ def findings(*reports: dict[str, Any]) -> list[Finding]:
 
 
 class Peer(NamedTuple):
-    """The fastest of ours against one peer: worst ratio of speeds, where; `why` it is missing, if it is."""
+    """The fastest of ours against one peer: worst ratio of speeds, where; `why` it is missing, if
+    it is.
+    """
 
     name: str
     group: str
@@ -207,7 +215,9 @@ class Peer(NamedTuple):
 
 
 def peers(known: list[tuple[str, str]], *reports: dict[str, Any]) -> list[Peer]:
-    """Each of `known`, (contestant, group), and each that raced: the worst first, what is missing last."""
+    """Each of `known`, (contestant, group), and each that raced: the worst first, what is missing
+    last.
+    """
     worst: dict[tuple[str, str], Peer] = {}
     failed: dict[tuple[str, str], str] = {}
     for report in reports:

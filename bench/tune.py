@@ -1,10 +1,12 @@
 """Times configurations of the Triton kernels on this GPU and says what each problem's best gains.
 
-    python -m bench.tune --suite "gptq:bits=4,group_size=128,w8a8" --rows 1,64,4096 --output tuned.jsonl
+    python -m bench.tune --suite "gptq:bits=4,group_size=128,w8a8" --rows 1,64,4096 --output
+    tuned.jsonl
 
-Most of tuning is compiling: a hundred configurations a problem. So other processes compile them first, all at
-once, and this one then times what lies in triton's cache, problem by problem: autotune.py, as at a first call
-with QKERNELS_AUTOTUNE=1. A line of JSON is added for each problem as it is done.
+Most of tuning is compiling: a hundred configurations a problem. So other processes compile them
+first, all at once, and this one then times what lies in triton's cache, problem by problem:
+autotune.py, as at a first call with QKERNELS_AUTOTUNE=1. A line of JSON is added for each problem
+as it is done.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""The process that prepares and times, so that a kernel that crashes or hangs takes nothing else along.
+"""The process that prepares and times, so that a kernel that crashes or hangs takes nothing else
+along.
 
-python -m bench.worker FD: reads a `Job` from stdin as JSON and writes events to the file descriptor FD, one
-JSON object a line. `supervisor` starts it, listens, and starts another when this one is gone.
+python -m bench.worker FD: reads a `Job` from stdin as JSON and writes events to the file descriptor
+FD, one JSON object a line. `supervisor` starts it, listens, and starts another when this one is
+gone.
 """
 
 from __future__ import annotations
@@ -26,9 +28,9 @@ SPOILT = 70
 
 @dataclass
 class Job:
-    """suite, backend, with_peers, tiny: who races, as the command line has it. cases: what is to be done, in
-    order. dense: "N,K,M" -> microseconds of the dense product. warm: compile only, time nothing. copy: measure
-    the copy bandwidth first."""
+    """suite, backend, with_peers, tiny: who races, as the command line has it. cases: what is to be
+    done, in order. dense: "N,K,M" -> microseconds of the dense product. warm: compile only, time
+    nothing. copy: measure the copy bandwidth first."""
 
     suite: str
     backend: str
@@ -43,7 +45,9 @@ class Job:
 
 
 def contestants(suite: str, backend: str, with_peers: str, tiny: bool) -> list[race.Contestant]:
-    """The dense product, ours, and the peers that race one of ours; in every process the same, in order."""
+    """The dense product, ours, and the peers that race one of ours; in every process the same, in
+    order.
+    """
     group = {"group_size": 64} if tiny else {}
     ours = [
         race.Ours(name, {**params, **{k: v for k, v in group.items() if k in params}}, chosen)
@@ -94,7 +98,9 @@ def work(job: Job, say: Any) -> int:
 
 
 def spoilt(device: str) -> bool:
-    """Whether nothing can be run on the GPU any more: an illegal access fails every later call, too."""
+    """Whether nothing can be run on the GPU any more: an illegal access fails every later call,
+    too.
+    """
     if device == "cpu":
         return False
     try:

@@ -5,8 +5,8 @@
     python examples/serve.py ./model-Q4_K_M.gguf
     python examples/serve.py ./Llama-3.2-1B-Instruct --format awq -- --tensor-parallel-size 2
 
-The server listens on this machine alone. What comes after "--" goes to `vllm serve`: "-- --host 0.0.0.0" opens it
-to the network, and anybody there may then use it.
+The server listens on this machine alone. What comes after "--" goes to `vllm serve`: "-- --host
+0.0.0.0" opens it to the network, and anybody there may then use it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from pathlib import Path
 
 
 def prepare(model: str, format: str | None, output: Path) -> None:
-    """Write a directory that vLLM serves: a GGUF file's tensors as they are, another model quantized."""
+    """Write a directory that vLLM serves: a GGUF file's tensors as they are, another model
+    quantized.
+    """
     verb = (
         ["convert", model, str(output)]
         if format is None

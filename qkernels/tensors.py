@@ -10,16 +10,20 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 def check_strided(where: str, tensor: Tensor) -> None:
-    """ValueError unless the tensor has one number for each place of its shape: none that is sparse or nested."""
+    """ValueError unless the tensor has one number for each place of its shape: none that is sparse
+    or nested.
+    """
     if tensor.layout is not torch.strided or tensor.is_nested:
         got = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
         raise ValueError(f"{where}: expected a dense tensor of layout torch.strided, got {got}")
 
 
 def plain(where: str, tensor: Any) -> Tensor:
-    """`tensor`, not copied, as a torch.Tensor without gradient, whose shape and dtype no subclass can misstate.
+    """`tensor`, not copied, as a torch.Tensor without gradient, whose shape and dtype no subclass
+    can misstate.
 
-    ValueError for what is no dense tensor, and for a subclass whose numbers are elsewhere, as torchao's and DTensor are.
+    ValueError for what is no dense tensor, and for a subclass whose numbers are elsewhere, as
+    torchao's and DTensor are.
     """
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{where}: expected a torch.Tensor, got {type(tensor).__name__}")
@@ -41,10 +45,12 @@ _ALIGNMENT = 16
 
 
 def whole(where: str, tensor: Tensor, *, aligned: bool) -> Tensor:
-    """`tensor` as kernels read it, which are given an address and no strides: its numbers one after another.
+    """`tensor` as kernels read it, which are given an address and no strides: its numbers one after
+    another.
 
-    Itself if it is so already, else a copy. ValueError if its memory is smaller than its shape says.
-    aligned: where whole loads begin, as tensors of a kernel layout must. Files lay them anywhere.
+    Itself if it is so already, else a copy. ValueError if its memory is smaller than its shape
+    says. aligned: where whole loads begin, as tensors of a kernel layout must. Files lay them
+    anywhere.
     """
     _check_memory(where, tensor)
     if tensor.is_neg():
@@ -60,7 +66,9 @@ def whole(where: str, tensor: Tensor, *, aligned: bool) -> Tensor:
 
 
 def _check_memory(where: str, tensor: Tensor) -> None:
-    """ValueError unless there is memory for every number, as there is not once somebody has freed it."""
+    """ValueError unless there is memory for every number, as there is not once somebody has freed
+    it.
+    """
     memory, last = tensor.untyped_storage().nbytes(), tensor.numel() - 1
     if last > 0 and not tensor.is_contiguous():
         last = sum(

@@ -9,7 +9,8 @@ from collections.abc import Generator
 import torch
 
 if not torch.cuda.is_available():
-    # triton reads this when a kernel is decorated, so it must be set before any kernel module loads.
+    # triton reads this when a kernel is decorated, so it must be set before any kernel module
+    # loads.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
@@ -20,7 +21,8 @@ from qkernels.formats.gguf import TYPES as GGUF_TYPES
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers that share cores wait for each other's threads otherwise
 
-#: file that each failure is added to as it happens, for a run that may be cut short; see bench/gpu/plan.py
+#: file that each failure is added to as it happens, for a run that may be cut short; see
+#: bench/gpu/plan.py
 FAILURES = os.environ.get("QKERNELS_FAILURES")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 collect_ignore = [] if DEVICE == "cuda" else ["gpu"]  # what only a GPU can do
@@ -102,7 +104,9 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """After an illegal access nothing runs on the GPU any more: end this worker, xdist starts another."""
+    """After an illegal access nothing runs on the GPU any more: end this worker, xdist starts
+    another.
+    """
     report = yield
     if report.failed and DEVICE == "cuda" and "PYTEST_XDIST_WORKER" in os.environ:
         try:

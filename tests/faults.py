@@ -2,9 +2,10 @@
 
     python -m tests.faults
 
-prints a table: what is saved x where directories can be exchanged x what goes wrong -> how often the old, the new or
-nothing was there, first at once and then when the next save has cleaned up. A step is a call of the operating system
-(for errors) or a line of qkernels/checkpoints/atomic.py (for Ctrl-C and for a lost process).
+prints a table: what is saved x where directories can be exchanged x what goes wrong -> how often
+the old, the new or nothing was there, first at once and then when the next save has cleaned up. A
+step is a call of the operating system (for errors) or a line of qkernels/checkpoints/atomic.py (for
+Ctrl-C and for a lost process).
 """
 
 from __future__ import annotations
@@ -78,7 +79,9 @@ class File:
 
 
 def left_beside(path: Path) -> list[Path]:
-    """What saving left, but for folders of processes that were lost before they had locked them; see atomic._clean."""
+    """What saving left, but for folders of processes that were lost before they had locked them;
+    see atomic._clean.
+    """
     others = [entry for entry in path.parent.iterdir() if entry != path]
     return [
         entry
@@ -215,7 +218,8 @@ def exchanging(possible: bool) -> Iterator[None]:
 def run(
     kind: Any, fault: str, *, over: bool, exchange: bool
 ) -> tuple[int, Counter[Any], Counter[Any]]:
-    """(steps, what was there at once, what was there when the next save had cleaned up) over all steps.
+    """(steps, what was there at once, what was there when the next save had cleaned up) over all
+    steps.
 
     over: whether there is an old one.
     """
@@ -240,7 +244,8 @@ def run(
             after[kind.read(path)] += 1
             kind.write(path, NEW)
             assert kind.read(path) == NEW
-            # A process lost, or a call failed, before it had locked its folder leaves it empty; see atomic._clean.
+            # A process lost, or a call failed, before it had locked its folder leaves it empty; see
+            # atomic._clean.
             left = [
                 f
                 for f in path.parent.iterdir()
@@ -251,7 +256,9 @@ def run(
 
 
 def cases() -> Iterator[tuple[Any, str, bool, bool]]:
-    """(what is saved, what goes wrong, whether there is an old one, whether directories can be exchanged)."""
+    """(what is saved, what goes wrong, whether there is an old one, whether directories can be
+    exchanged).
+    """
     for kind in KINDS:
         for over in (False, True):
             for exchange in (True, False) if kind is Directory and over else (True,):

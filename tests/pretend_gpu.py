@@ -3,10 +3,11 @@
     with pretend_gpu.visible(): ...
     QKERNELS_PRETEND_GPU=1 python -m pytest -p tests.pretend_gpu ...
 
-torch believes that it sees an H100. What mixes devices fails as it would there, and so does what waits for
-the GPU while a CUDA graph is captured; a graph replays what was captured. Triton's kernels run in its
-interpreter, CUDA's in the emulator of csrc. Nothing here says how fast anything is, or that a kernel is right on a real GPU: it walks the
-code around the kernels which no machine without a GPU would otherwise execute.
+torch believes that it sees an H100. What mixes devices fails as it would there, and so does what
+waits for the GPU while a CUDA graph is captured; a graph replays what was captured. Triton's
+kernels run in its interpreter, CUDA's in the emulator of csrc. Nothing here says how fast anything
+is, or that a kernel is right on a real GPU: it walks the code around the kernels which no machine
+without a GPU would otherwise execute.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ if os.environ.get("QKERNELS_PRETEND_GPU") == "1":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
-import torch._dynamo  # it lists what torch.cuda holds, so it must have looked before anything is replaced
+
+# it lists what torch.cuda holds, so it must have looked before anything is replaced
+import torch._dynamo
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves as pytree_leaves
 from torch.utils._pytree import tree_map_only
@@ -36,7 +39,9 @@ _WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_non
 
 
 class Pretended(torch.Tensor):
-    """`held`, a tensor on the CPU, under another name; to C++, which must not look for a driver, a meta one."""
+    """`held`, a tensor on the CPU, under another name; to C++, which must not look for a driver, a
+    meta one.
+    """
 
     held: torch.Tensor
     #: all there are: the memory that kernels may touch
@@ -343,7 +348,9 @@ def visible() -> Iterator[None]:
     to, where = torch.Tensor.to, torch.where
 
     def to_device_of(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """To where `other` is, which C++ takes for meta, or to the GPU, for which it wants a driver."""
+        """To where `other` is, which C++ takes for meta, or to the GPU, for which it wants a
+        driver.
+        """
         if args and isinstance(args[0], torch.Tensor):
             args = (args[0].device, args[0].dtype, *args[1:])
         named = [

@@ -11,7 +11,8 @@ import qkernels as qk
 from qkernels import formats
 from qkernels.formats.incoherent import IncoherentFormat
 
-#: Unit roundoff. Triton's interpreter truncates float32 -> bfloat16 where hardware rounds: twice that.
+#: Unit roundoff. Triton's interpreter truncates float32 -> bfloat16 where hardware rounds: twice
+#: that.
 ROUNDOFF = {
     torch.float16: 2.0**-11,
     torch.bfloat16: 2.0**-7 if os.environ.get("TRITON_INTERPRET") == "1" else 2.0**-8,
@@ -33,7 +34,8 @@ def static_scale(p: qk.PackedWeight) -> Tensor | None:
 def assert_fused_close(
     y: Tensor, x: Tensor, p: qk.PackedWeight, bias: Tensor | None = None
 ) -> None:
-    """y is x @ W^T + bias up to: W rounded to x's dtype once, products summed in float32, y rounded once.
+    """y is x @ W^T + bias up to: W rounded to x's dtype once, products summed in float32, y rounded
+    once.
 
     Elementwise  |error| <= u * sum|x||w| + K * 2^-24 * sum|x||w| + u * |y|, and for the whole, where
     roundings average out, norm(error) <= 2u * norm(y).
@@ -42,7 +44,8 @@ def assert_fused_close(
     u = ROUNDOFF[x.dtype]
     fmt = formats.get(p.format)
     if isinstance(fmt, IncoherentFormat):
-        # What is rounded is the product inside the transforms; the outer one spreads a row's errors.
+        # What is rounded is the product inside the transforms; the outer one spreads a row's
+        # errors.
         before, after = fmt.sides(p.tensors, p.shape, p.params)
         inside = (
             before.inner(x.double()).abs()

@@ -1,7 +1,7 @@
 """The house has floors: imports run downwards, in no circle, and no backend imports another.
 
-Every import counts: those inside functions and those for type checkers, too. `python -m tests.test_imports`
-prints which room imports from which.
+Every import counts: those inside functions and those for type checkers, too. `python -m
+tests.test_imports` prints which room imports from which.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-#: rooms of the package, each on top of those before it; a file beside the folders is a room by itself
+#: rooms of the package, each on top of those before it; a file beside the folders is a room by
+#: itself
 FLOORS = (
     "version", "tensors", "layouts", "formats", "weights", "backends", "ops", "nn", "checkpoints", "quantizers",
     "models", "benchmark", "integrations", "cli", "__init__", "__main__",

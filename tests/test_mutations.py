@@ -1,4 +1,6 @@
-"""The list of tools/mutations.py keeps up with the kernels: what it breaks is there. Running it takes hours."""
+"""The list of tools/mutations.py keeps up with the kernels: what it breaks is there. Running it
+takes hours.
+"""
 
 from __future__ import annotations
 

@@ -5,13 +5,14 @@
     group    128 features of a row         e4m3
     tensor   everything, scale is given    int8 round(x / scale) + zero point, e4m3
 
-The arithmetic is that of qkernels/formats (eightbit.py, fp8.py), operation by operation in float32, so
-that codes agree bit for bit: divisions are IEEE's, rounding is half to even, fp8 saturates and keeps NaN.
+The arithmetic is that of qkernels/formats (eightbit.py, fp8.py), operation by operation in float32,
+so that codes agree bit for bit: divisions are IEEE's, rounding is half to even, fp8 saturates and
+keeps NaN.
 
-LLM.int8(): elements from `threshold` on count neither for the absmax nor in the codes, where they are 0,
-and flag their column. The program that finishes last, as a counter tells, writes the flagged columns in
-order, and how many they are, for the matrix product to read; it leaves flags and counter zero. Where rows
-are quantized by slices, `outlier_columns` makes that list for all of them first.
+LLM.int8(): elements from `threshold` on count neither for the absmax nor in the codes, where they
+are 0, and flag their column. The program that finishes last, as a counter tells, writes the flagged
+columns in order, and how many they are, for the matrix product to read; it leaves flags and counter
+zero. Where rows are quantized by slices, `outlier_columns` makes that list for all of them first.
 """
 
 import os
@@ -43,7 +44,9 @@ def _rounded(value):
 
 @triton.jit
 def _as(value, DTYPE: tl.constexpr):
-    """float32 -> its nearest DTYPE, as float32. Triton's interpreter truncates to bfloat16, so by bits."""
+    """float32 -> its nearest DTYPE, as float32. Triton's interpreter truncates to bfloat16, so by
+    bits.
+    """
     if DTYPE == tl.bfloat16:
         bits = value.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
@@ -137,15 +140,17 @@ def _inverse_rms(
 
 @triton.jit
 def _flag_columns(x, k, counter_ptr, threshold, K):
-    """Columns of a chunk of a row that have an outlier. Rows that flag the same one store the same value: no
-    race that could be seen."""
+    """Columns of a chunk of a row that have an outlier. Rows that flag the same one store the same
+    value: no race that could be seen."""
     found = (tl.abs(x) >= threshold) & (k < K)
     tl.store(counter_ptr + 1 + k, found.to(tl.int32), mask=found, cache_modifier=".cg")
 
 
 @triton.jit
 def _list_columns(columns_ptr, counter_ptr, M, K, BLOCK: tl.constexpr):
-    """The last of M programs writes the flagged columns and their number; flags and counter become zero."""
+    """The last of M programs writes the flagged columns and their number; flags and counter become
+    zero.
+    """
     CHUNK: tl.constexpr = min(BLOCK, 2048)  # flags summed up at a time
     tl.debug_barrier()  # all of this program's flags, before one thread says so
     if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == M - 1:
@@ -194,12 +199,12 @@ def quantize_rows(
 ):  # fmt: skip
     """x (M, K) -> codes q (M, KP), int8 or uint8 of E4M3, zeros beyond K, and their scales.
 
-    scale: float32, (M) per token, (groups, M) per group: written; (1) per tensor: read. zero: int8 (1).
-    NORM: RMSNorm with weight `norm` (K) comes first. GATED: silu(x) * up, with up like x. With OUTLIERS the
-    result of either is written to `normed`.
-    columns: int32 (K + 1), the outlier columns, and at K their number. counter: int32 (1 + K), zeros: of
-    finished programs, and flags of columns. Both of them with OUTLIERS 1 alone; 2: somebody knows the columns.
-    Grid: (M). A row is worked on in chunks of BLOCK, of which the first stays in registers.
+    scale: float32, (M) per token, (groups, M) per group: written; (1) per tensor: read. zero: int8
+    (1). NORM: RMSNorm with weight `norm` (K) comes first. GATED: silu(x) * up, with up like x. With
+    OUTLIERS the result of either is written to `normed`. columns: int32 (K + 1), the outlier
+    columns, and at K their number. counter: int32 (1 + K), zeros: of finished programs, and flags
+    of columns. Both of them with OUTLIERS 1 alone; 2: somebody knows the columns. Grid: (M). A row
+    is worked on in chunks of BLOCK, of which the first stays in registers.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     launch_dependents(PDL)

@@ -1,4 +1,6 @@
-"""How the grid of a product is walked, and how shares of K become one sum: the same for all formats."""
+"""How the grid of a product is walked, and how shares of K become one sum: the same for all
+formats.
+"""
 
 import triton
 import triton.language as tl
@@ -6,8 +8,8 @@ import triton.language as tl
 
 @triton.jit
 def grouped(pid, blocks_n, blocks_m, GROUP_N: tl.constexpr):
-    """The blocks of N and of M that program `pid` has. Those that run together share rows of W and of x:
-    GROUP_N blocks of N at a time."""
+    """The blocks of N and of M that program `pid` has. Those that run together share rows of W and
+    of x: GROUP_N blocks of N at a time."""
     first_n = pid // (GROUP_N * blocks_m) * GROUP_N
     together = tl.minimum(blocks_n - first_n, GROUP_N)
     return first_n + pid % (GROUP_N * blocks_m) % together, pid % (GROUP_N * blocks_m) // together
@@ -15,8 +17,8 @@ def grouped(pid, blocks_n, blocks_m, GROUP_N: tl.constexpr):
 
 @triton.jit
 def all_k_slices(acc, pid, blocks, partial_ptr, counter_ptr, SPLIT_K: tl.constexpr):
-    """acc (rows, columns), a program's share of its outputs -> the sum of all SPLIT_K in their order, and whether
-    this program came last: nobody else has the sum.
+    """acc (rows, columns), a program's share of its outputs -> the sum of all SPLIT_K in their
+    order, and whether this program came last: nobody else has the sum.
 
     partial: (SPLIT_K, blocks, rows, columns). counter: int32 (blocks), zero before and after.
     """

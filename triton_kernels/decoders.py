@@ -3,17 +3,17 @@
 A decoder is two small functions, passed to the kernel as compile-time arguments:
 
     split(words, high, table, BITS, DTYPE)   words of qkernels/layouts/weight_only.py (and the plane of
-                                    high bits, for 3, 5 and 6 bits); returns the values of features 2i and of
-                                    features 2i+1 as DTYPE, with the bits of s as trailing dimensions
-                                    of 2, lowest first; values may be off by a constant
+                                    high bits, for 3, 5 and 6 bits); returns the values of features
+                                    2i and of features 2i+1 as DTYPE, with the bits of s as trailing
+                                    dimensions of 2, lowest first; values may be off by a constant
     finish(value, zero, BITS, DTYPE)      takes that constant and the zero point off
 
 Integer codes become floats without a conversion: OR-ing a code into the low mantissa bits of 2^m
 (m = 10 in float16, 7 in bfloat16) makes the float 2^m + code, and both halves of a word at once.
 
-PTX is used where triton has no words for an instruction: taking a register for two 16-bit floats, and
-looking up bytes in registers. Triton's interpreter runs the same arithmetic spelled out; the tests run
-the PTX itself in a small interpreter of their own.
+PTX is used where triton has no words for an instruction: taking a register for two 16-bit floats,
+and looking up bytes in registers. Triton's interpreter runs the same arithmetic spelled out; the
+tests run the PTX itself in a small interpreter of their own.
 """
 
 import os
@@ -35,8 +35,10 @@ class Decoder(NamedTuple):
 HALVES = tl.constexpr("mov.b32 {$0, $1}, $2;")
 
 #: A word's nibbles, in pairs, to four pairs of 16-bit entries of a table of 16. $5..$8 hold the low
-#: bytes of entries 0-3, 4-7, 8-11, 12-15, $9..$12 the high bytes. prmt picks four bytes out of eight by
-#: the low three bits of four nibbles; a second prmt picks between entries 0-7 and 8-15 by the fourth.
+#: bytes of entries 0-3, 4-7, 8-11, 12-15, $9..$12 the high bytes. prmt picks four bytes out of
+#: eight by
+#: the low three bits of four nibbles; a second prmt picks between entries 0-7 and 8-15 by the
+#: fourth.
 LOOKUP16 = tl.constexpr("""
 {
 .reg .b32 low3, bit3, a, b, lo, hi;
@@ -119,15 +121,17 @@ def _finish_linear(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _finish_real(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """Zero points that are no integers: float32, or the small differences of both would lose their bits."""
+    """Zero points that are no integers: float32, or the small differences of both would lose their
+    bits.
+    """
     OFFSET: tl.constexpr = 1024.0 if DTYPE == tl.float16 else 128.0
     return (value - OFFSET).to(tl.float32) - zero.to(tl.float32)
 
 
 @triton.jit
 def _split_byte(words, high, table, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """8-bit codes, in bfloat16 less 128: its mantissa has 7 bits, so the top bit of a code comes as another
-    number to take off,
+    """8-bit codes, in bfloat16 less 128: its mantissa has 7 bits, so the top bit of a code comes as
+    another number to take off,
 
         code < 128:  (128 + code)       - 256        code >= 128:  (128 + code - 128) - 128
     """
@@ -217,9 +221,10 @@ def _finish_nothing(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
 def _e8p(code, table):
     """16-bit codes of QuIP#'s E8P -> eight nibbles q, the weights being (q - 7.5) / 2.
 
-    The high byte picks a vector of the codebook, eight odd nibbles o for o/2 - 4. The low byte holds
-    signs, o -> 16 - o, that of nibble 0 being flipped if their number p is odd: the flips are even in number,
-    and p decides instead whether 1/4 is added or taken off, which makes the odd nibbles even.
+    The high byte picks a vector of the codebook, eight odd nibbles o for o/2 - 4. The low byte
+    holds signs, o -> 16 - o, that of nibble 0 being flipped if their number p is odd: the flips are
+    even in number, and p decides instead whether 1/4 is added or taken off, which makes the odd
+    nibbles even.
     """
     signs = code & 255
     p = signs ^ (signs >> 4)
@@ -236,14 +241,18 @@ def _e8p(code, table):
 
 @triton.jit
 def _nibble_floats(nibbles, DTYPE: tl.constexpr):
-    """Nibbles k and k + 4 of a word, neighbours along K: floats too large by 1024 or 128, k trailing."""
+    """Nibbles k and k + 4 of a word, neighbours along K: floats too large by 1024 or 128, k
+    trailing.
+    """
     MAGIC: tl.constexpr = 0x64006400 if DTYPE == tl.float16 else 0x43004300
     return _halves((_shifts(nibbles, 4) & 0x000F000F) | MAGIC, DTYPE)
 
 
 @triton.jit
 def _split_e8p(words, high, table, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """Both codes of each word, in units of half a weight: with `finish` only for 2 bits, whole otherwise."""
+    """Both codes of each word, in units of half a weight: with `finish` only for 2 bits, whole
+    otherwise.
+    """
     even0, odd0 = _nibble_floats(_e8p(words, table), DTYPE)
     even1, odd1 = _nibble_floats(_e8p(words >> 16, table), DTYPE)
     even, odd = tl.join(even0, even1), tl.join(odd0, odd1)

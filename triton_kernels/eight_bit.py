@@ -1,22 +1,25 @@
 """y = x @ W^T + bias with 8-bit codes of both: int8 by int8 in int32, fp8 by fp8 in float32.
 
-One program computes a (BLOCK_N, BLOCK_M) tile of y^T = W @ x^T, or one of SPLIT_K shares of it: W comes
-first because its rows fill the tensor core's 64 or 128 rows when x has few. Both operands lie K innermost
-(qkernels/layouts/eight_bit.py; triton_kernels/activations.py makes the codes of x), 128 bytes a step.
+One program computes a (BLOCK_N, BLOCK_M) tile of y^T = W @ x^T, or one of SPLIT_K shares of it: W
+comes first because its rows fill the tensor core's 64 or 128 rows when x has few. Both operands lie
+K innermost (qkernels/layouts/eight_bit.py; triton_kernels/activations.py makes the codes of x), 128
+bytes a step.
 
     int8   exact in int32, so the order of the sum over K is of no consequence
     fp8    each step of 128 is a sum of its own, added to float32: sm_90 keeps about 14 bits within one
-           (DeepSeek-V3, arXiv 2412.19437). Scales of 128-blocks multiply it there, all others the total
+           (DeepSeek-V3, arXiv 2412.19437). Scales of 128-blocks multiply it there, all others the
+           total
 
     y = (acc - zero * row_sum) * x_scale * weight_scale + bias
 
-LLM.int8(): before the scales of W, the total takes in the outlier columns in 16 bits, gathered through
-the list that the quantizing kernel left on the device: x where |x| >= threshold, whose code is 0, else
-what its code leaves of x. The sum is the reference's, x in 16 bits for all of an outlier column, without
-a second pass over x to clear codes. BY_ELEMENT (batch-invariant): only the elements, so that the columns
-of other rows add zeros.
+LLM.int8(): before the scales of W, the total takes in the outlier columns in 16 bits, gathered
+through the list that the quantizing kernel left on the device: x where |x| >= threshold, whose code
+is 0, else what its code leaves of x. The sum is the reference's, x in 16 bits for all of an outlier
+column, without a second pass over x to clear codes. BY_ELEMENT (batch-invariant): only the
+elements, so that the columns of other rows add zeros.
 
-K is split as in weight_only.py: K_SLICES runs of steps, summed in order of the shares, whoever does them.
+K is split as in weight_only.py: K_SLICES runs of steps, summed in order of the shares, whoever does
+them.
 """
 
 import os
@@ -34,7 +37,8 @@ STEP = tl.constexpr(128)
 COLUMNS = tl.constexpr(32)
 
 
-#: Four codes in $2 to two pairs of halves: each code to the upper byte of a half. That is its value for
+#: Four codes in $2 to two pairs of halves: each code to the upper byte of a half. That is its value
+#: for
 #: E5M2; E4M3's exponent and mantissa go down one bit more, and leave a value 2^-8 of their own.
 E5M2_HALVES = tl.constexpr("""
 prmt.b32 $0, $2, 0, 0x1404;
@@ -59,7 +63,9 @@ or.b32 $1, low, sign;
 
 @triton.jit
 def _half(codes, E4M3: tl.constexpr, FINITE: tl.constexpr):
-    """fp8 codes (uint8) -> their values, exact in float16. FINITE: there is no NaN among E4M3 codes."""
+    """fp8 codes (uint8) -> their values, exact in float16. FINITE: there is no NaN among E4M3
+    codes.
+    """
     if INTERPRETED:  # which runs no PTX
         bits = codes.to(tl.int16)
         moved = ((bits & 0x80) << 8 | (bits & 0x7F) << 7) if E4M3 else bits << 8
@@ -124,8 +130,9 @@ def _outliers(
     """acc + W's codes times what the codes of x leave of x in the outlier columns."""
     count = tl.load(columns_ptr + K)
     if BY_ELEMENT:
-        # One column at a time: where a column stands in the list depends on the other rows, and a dot of
-        # many would group its sum by that. Products of 8 by 16 bits are exact, and zeros change nothing.
+        # One column at a time: where a column stands in the list depends on the other rows, and a
+        # dot of many would group its sum by that. Products of 8 by 16 bits are exact, and zeros
+        # change nothing.
         for i in range(0, count):
             k = tl.load(columns_ptr + i)
             x = tl.load(x16_rows + k).to(tl.float32)
@@ -157,10 +164,11 @@ def eight_bit_gemm(
 ):  # fmt: skip
     """x (M, KP) and weight (N, KP) codes, x16 (M, K) what x was, y (M, N); all row-major.
 
-    KIND: of the weight's codes. BLOCKS: scales of 128-blocks, x_scale (groups, M). ONE_SCALE: x_scale
-    is one number instead of (M). WIDEN: fp8 codes come as uint8 and are multiplied as float16, for GPUs
-    without fp8. UPCAST: outliers in float32, for triton's interpreter, which takes bfloat16 for integers.
-    PREFETCH: steps of W fetched before x is waited for (early.py). Grid: (blocks of N x blocks of M, SPLIT_K).
+    KIND: of the weight's codes. BLOCKS: scales of 128-blocks, x_scale (groups, M). ONE_SCALE:
+    x_scale is one number instead of (M). WIDEN: fp8 codes come as uint8 and are multiplied as
+    float16, for GPUs without fp8. UPCAST: outliers in float32, for triton's interpreter, which
+    takes bfloat16 for integers. PREFETCH: steps of W fetched before x is waited for (early.py).
+    Grid: (blocks of N x blocks of M, SPLIT_K).
     """
     launch_dependents(PDL)
     blocks_n = tl.cdiv(N, BLOCK_N)

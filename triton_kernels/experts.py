@@ -1,16 +1,19 @@
-"""Products of rows with the expert each is sent to: mixtures of experts, in one launch for all experts.
+"""Products of rows with the expert each is sent to: mixtures of experts, in one launch for all
+experts.
 
-A *slot* is a pair (token, choice), numbered token * TOP_K + choice; each has one expert, and one row of y.
-`sort_slots` lists the slots of each expert one after another, each expert's padded to whole blocks of
-BLOCK_M, and says whose each block is. What it writes has a fixed size, so nothing waits for the host:
+A *slot* is a pair (token, choice), numbered token * TOP_K + choice; each has one expert, and one
+row of y. `sort_slots` lists the slots of each expert one after another, each expert's padded to
+whole blocks of BLOCK_M, and says whose each block is. What it writes has a fixed size, so nothing
+waits for the host:
 
     expert ids of slots   2 0 | 0 9 | 2 0            9: of another process ("not here")
     slots   (BLOCK_M 2)   1 2 | 5 - | 0 4 | 3 - | unwritten       -: padding, the number of slots
     experts               0     0     2     3     -1              3: EXPERTS, not here: zeros; -1: no block
 
-The products are those of weight_only.py and eight_bit.py, tile by tile the same functions; what is new is
-which rows of x a block takes, where its expert's tensors begin (one stride a tensor, layouts stack experts
-in a leading dimension), and where rows of y go. K is never split: with experts there are blocks enough.
+The products are those of weight_only.py and eight_bit.py, tile by tile the same functions; what is
+new is which rows of x a block takes, where its expert's tensors begin (one stride a tensor, layouts
+stack experts in a leading dimension), and where rows of y go. K is never split: with experts there
+are blocks enough.
 """
 
 import triton
@@ -39,9 +42,9 @@ def sort_slots(
 ):  # fmt: skip
     """ids (S), int32 or int64 -> slots int32 (BLOCKS * BLOCK_M), experts int32 (BLOCKS).
 
-    Each program writes the blocks of one expert, in the order of its slots; so it counts everybody's. The
-    last one writes those of slots that are not here, and marks the blocks left over.
-    BINS: a power of two from EXPERTS + 2 on. Grid: (EXPERTS + 1).
+    Each program writes the blocks of one expert, in the order of its slots; so it counts
+    everybody's. The last one writes those of slots that are not here, and marks the blocks left
+    over. BINS: a power of two from EXPERTS + 2 on. Grid: (EXPERTS + 1).
     """
     launch_dependents(PDL)
     wait_for_previous(PDL)
@@ -73,8 +76,8 @@ def sort_slots(
 @triton.jit
 def _place(experts_ptr, slots_ptr, N, BLOCKS, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
            GROUP_N: tl.constexpr):  # fmt: skip
-    """This program's block of N, its expert, and its slots. GROUP_N blocks of N run next to each other,
-    and share the rows of x and, with the blocks of slots of the same expert, those of W."""
+    """This program's block of N, its expert, and its slots. GROUP_N blocks of N run next to each
+    other, and share the rows of x and, with the blocks of slots of the same expert, those of W."""
     pid_n, pid_m = grouped(tl.program_id(0), tl.cdiv(N, BLOCK_N), BLOCKS, GROUP_N)
     slots = tl.load(slots_ptr + pid_m * BLOCK_M + tl.arange(0, BLOCK_M))
     return pid_n, tl.load(experts_ptr + pid_m), slots
@@ -85,7 +88,8 @@ def _of_expert(pointers, strides, expert):
     """Each pointer moved to the expert's part."""
     moved = (pointers[0] + expert * strides[0],)
     for i in tl.static_range(1, len(pointers)):
-        moved = moved + (pointers[i] + expert * strides[i],)  # noqa: RUF005  # triton has no starred tuples
+        # triton has no starred tuples
+        moved = moved + (pointers[i] + expert * strides[i],)  # noqa: RUF005
     return moved
 
 
@@ -150,8 +154,8 @@ def experts_eight_bit(
     HAS_BIAS: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """x (M, KP) codes, one row for PER_ROW slots, x_scale (M) or with BLOCK_SCALES (groups, M). The rest
-    as eight_bit_gemm and above. Grid: (blocks of N x BLOCKS)."""
+    """x (M, KP) codes, one row for PER_ROW slots, x_scale (M) or with BLOCK_SCALES (groups, M). The
+    rest as eight_bit_gemm and above. Grid: (blocks of N x BLOCKS)."""
     launch_dependents(PDL)
     wait_for_previous(PDL)
     pid_n, expert, slots = _place(experts_ptr, slots_ptr, N, BLOCKS, BLOCK_M, BLOCK_N, GROUP_N)

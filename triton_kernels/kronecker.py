@@ -1,14 +1,15 @@
-"""y = post * (A0 (x) C (x) A1 (x) A2) (pre * x) for each row: the orthogonal transforms around QuIP's weights.
+"""y = post * (A0 (x) C (x) A1 (x) A2) (pre * x) for each row: the orthogonal transforms around
+QuIP's weights.
 
-A row of x is seen as a box (a0, c, a1, a2). The axis c is mixed while x is loaded: each program computes one
-index of it for ROWS rows. What it holds, padded to powers of two, is turned so that one axis after the other
-is the last, which a dot then multiplies:
+A row of x is seen as a box (a0, c, a1, a2). The axis c is mixed while x is loaded: each program
+computes one index of it for ROWS rows. What it holds, padded to powers of two, is turned so that
+one axis after the other is the last, which a dot then multiplies:
 
     (.., b0, b1, b2) . A2^T  ->  turn  ->  (.., b2, b0, b1) . A1^T  ->  turn  ->  (.., b1, b2, b0) . A0^T  ->  turn
 
-Factors are exact in tf32, and x is the sum of two tf32 numbers to 22 bits: two products each. So only loads
-and the store round, in effect. ROWS is so large that each dot has its least size; which rows are with it
-does not change a row's result.
+Factors are exact in tf32, and x is the sum of two tf32 numbers to 22 bits: two products each. So
+only loads and the store round, in effect. ROWS is so large that each dot has its least size; which
+rows are with it does not change a row's result.
 """
 
 import triton
@@ -20,7 +21,9 @@ from .pdl import launch_dependents, wait_for_previous
 
 @triton.jit
 def _odd_bits(i):
-    """1 where the number of ones in i < 2^16 is odd, else 0: a Sylvester matrix is 1 - 2 * that of i & j."""
+    """1 where the number of ones in i < 2^16 is odd, else 0: a Sylvester matrix is 1 - 2 * that of
+    i & j.
+    """
     i = i ^ (i >> 8)
     i = i ^ (i >> 4)
     i = i ^ (i >> 2)
@@ -30,7 +33,8 @@ def _odd_bits(i):
 @triton.jit
 def _mixed(box, factor_ptr, A: tl.constexpr, B: tl.constexpr, NEXT: tl.constexpr, TOTAL: tl.constexpr,
            ROWS: tl.constexpr, SYLVESTER: tl.constexpr, TRANSPOSED: tl.constexpr):  # fmt: skip
-    """Multiplies the last axis (B, of which A exist) and turns the one before it, NEXT wide, to the end.
+    """Multiplies the last axis (B, of which A exist) and turns the one before it, NEXT wide, to the
+    end.
 
     A dense factor of order 1 is +-1; a SYLVESTER one has nothing to read.
     """
@@ -65,13 +69,15 @@ def kronecker_rows(
     GATHERED: tl.constexpr, SCATTERED: tl.constexpr, CODEBOOK_ORDER: tl.constexpr, TRANSPOSED: tl.constexpr,
     MIDDLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """x (M, n) and y (M, STRIDE) row-major, n = A0*C*A1*A2; pre, post, bias (n). Grid: (blocks of rows, C).
+    """x (M, n) and y (M, STRIDE) row-major, n = A0*C*A1*A2; pre, post, bias (n). Grid: (blocks of
+    rows, C).
 
-    y is also multiplied by `scale`. SYLVESTER: all but A0 are Hadamard matrices of powers of two, and only
-    factor0 is read, if A0 > 1; otherwise factor0, with MIDDLE factor1, and factor2 are those of A0, C and A2,
-    and A1 is 1. GATHERED: inner feature i is outer feature gather[i] of x; pre is in x's order.
-    SCATTERED: y's feature scatter[i] is inner feature i; post and bias are in y's order. CODEBOOK_ORDER: y in the
-    kernel order of codes of eight weights. TRANSPOSED: with the factors' transposes.
+    y is also multiplied by `scale`. SYLVESTER: all but A0 are Hadamard matrices of powers of two,
+    and only factor0 is read, if A0 > 1; otherwise factor0, with MIDDLE factor1, and factor2 are
+    those of A0, C and A2, and A1 is 1. GATHERED: inner feature i is outer feature gather[i] of x;
+    pre is in x's order. SCATTERED: y's feature scatter[i] is inner feature i; post and bias are in
+    y's order. CODEBOOK_ORDER: y in the kernel order of codes of eight weights. TRANSPOSED: with the
+    factors' transposes.
     """
     N: tl.constexpr = A0 * C * A1 * A2
     TOTAL: tl.constexpr = B0 * B1 * B2

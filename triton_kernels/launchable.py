@@ -5,8 +5,10 @@ from typing import Any
 
 import triton
 
-#: Multiplications fuse with additions. Said at each launch, for triton 3.10 will do so no more by itself, and
-#: triton 3.9 warns whoever does not say. Where it would do harm a kernel rounds by instructions of its own.
+#: Multiplications fuse with additions. Said at each launch, for triton 3.10 will do so no more by
+#: itself, and
+#: triton 3.9 warns whoever does not say. Where it would do harm a kernel rounds by instructions of
+#: its own.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
 

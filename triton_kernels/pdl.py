@@ -1,12 +1,14 @@
-"""Programmatic dependent launch: a kernel starts while the one before it on the stream still runs (sm_90 on).
+"""Programmatic dependent launch: a kernel starts while the one before it on the stream still runs
+(sm_90 on).
 
     kernel before   |======== programs ========| tail |
     this kernel            | set up, fetch W into L2 ..| x is there: the rest |
                            ^ all programs of the one before have begun and said so
 
-Weights depend on no kernel before, so what a program multiplies first is on its way when x comes. It is fetched
-into the L2 cache only: should somebody have just written the weight, L2 has what was written. Everything else,
-reads and writes, comes after the wait, so kernels of any kind before and after see each other's results as ever.
+Weights depend on no kernel before, so what a program multiplies first is on its way when x comes.
+It is fetched into the L2 cache only: should somebody have just written the weight, L2 has what was
+written. Everything else, reads and writes, comes after the wait, so kernels of any kind before and
+after see each other's results as ever.
 """
 
 import triton

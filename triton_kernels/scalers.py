@@ -1,7 +1,7 @@
 """Scalers: where a tile's scales and zero points come from. One small function each.
 
-A *run* is SCALE_GROUP neighbouring features in kernel order that share a scale; a tile has SCALE_GROUPS of them. A scaler
-takes
+A *run* is SCALE_GROUP neighbouring features in kernel order that share a scale; a tile has
+SCALE_GROUPS of them. A scaler takes
     args      tuple of pointers, in the order SCALER_TENSORS names them
     rows      int32 (BLOCK_N), output features; row_mask says which exist
     kk        int32 (SCALE_GROUPS), first feature of each run
@@ -9,9 +9,10 @@ takes
     GROUP     constexpr, features (flat: flattened weights) per scale
     ROW_GROUP   constexpr, neighbouring rows per scale
     GROUP_LOOKUP    constexpr, whether groups are looked up in `slice_group` (act-order, odd groups)
-and returns (scale, zero), each (BLOCK_N, SCALE_GROUPS) in any float or integer dtype; zero is ignored by decoders
-that have none. The scalers in HAS_MIN return (scale, minus) instead: weight = scale * value - minus. The last tile may reach past the last feature: indices are clamped there, and the kernel
-multiplies whatever finite weight results with x = 0.
+and returns (scale, zero), each (BLOCK_N, SCALE_GROUPS) in any float or integer dtype; zero is
+ignored by decoders that have none. The scalers in HAS_MIN return (scale, minus) instead: weight =
+scale * value - minus. The last tile may reach past the last feature: indices are clamped there, and
+the kernel multiplies whatever finite weight results with x = 0.
 """
 
 import triton
@@ -78,7 +79,9 @@ def _nested(args, at, block, live):
 @triton.jit
 def nested(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
            GROUP_LOOKUP: tl.constexpr):  # fmt: skip
-    """absmax uint8 (G, N), in turn quantized in blocks of 256 as bitsandbytes counts them, row by row."""
+    """absmax uint8 (G, N), in turn quantized in blocks of 256 as bitsandbytes counts them, row by
+    row.
+    """
     at, live = _along_k(args[0], rows, row_mask, kk, N, KP, GROUP, ROW_GROUP, GROUP_LOOKUP)
     block, _ = _flattened(rows, row_mask, kk, K, GROUP)
     found = _nested(args, at, block, live)
@@ -105,7 +108,9 @@ def scale_min(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP
 
 @triton.jit
 def _of_block(ptr, rows, row_mask, kk, N, KP, COUNT: tl.constexpr, item):
-    """Item `item` of the COUNT items of each K-quant's block of 256 features, (256-blocks * COUNT, N)."""
+    """Item `item` of the COUNT items of each K-quant's block of 256 features, (256-blocks * COUNT,
+    N).
+    """
     block = tl.minimum(kk, KP - 1) // 256
     at = (block * COUNT + item)[None, :] * N + rows[:, None]
     return tl.load(ptr + at, mask=row_mask[:, None] & (kk >= 0)[None, :], other=0)
@@ -140,7 +145,9 @@ def q3_k(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP: tl.
 @triton.jit
 def q4_k(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
          GROUP_LOOKUP: tl.constexpr):  # fmt: skip
-    """6-bit scale and minimum for 32 features in three words, as qkernels/formats/gguf/types.py says."""
+    """6-bit scale and minimum for 32 features in three words, as qkernels/formats/gguf/types.py
+    says.
+    """
     d_ptr, dmin_ptr, scales_ptr = args
     j = kk % 256 // 32
     shift, late = (j % 4 * 8)[None, :], (j >= 4)[None, :]
@@ -180,7 +187,9 @@ def iq4_xs(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP: t
 @triton.jit
 def two_level(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
               GROUP_LOOKUP: tl.constexpr):  # fmt: skip
-    """SpQR: codes of scale (low 3 bits) and zero, uint8 (G, N), and s_s, z_s, s_z, z_z (G, N / ROW_GROUP, 4)."""
+    """SpQR: codes of scale (low 3 bits) and zero, uint8 (G, N), and s_s, z_s, s_z, z_z (G, N /
+    ROW_GROUP, 4).
+    """
     stats_ptr, second_ptr, group_ptr = args
     at, live = _along_k(group_ptr, rows, row_mask, kk, N, KP, GROUP, 1, GROUP_LOOKUP)
     stat = tl.load(stats_ptr + at, mask=live, other=0).to(tl.int32)

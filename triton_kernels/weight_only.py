@@ -1,8 +1,8 @@
 """y = x @ W^T + bias with W decoded from packed codes in registers: every weight-only format.
 
 One program computes a (BLOCK_N, BLOCK_M) tile of y^T = W @ x^T, or one of SPLIT_K shares of it. The
-product is transposed so that the decoded weight is the first operand of the dot, which tensor cores of
-sm_90 and later take from registers, while x comes through shared memory:
+product is transposed so that the decoded weight is the first operand of the dot, which tensor cores
+of sm_90 and later take from registers, while x comes through shared memory:
 
             K ->                         BLOCK_M
        +-----------+                    +------+
@@ -18,9 +18,10 @@ shift and mask -> DECODER -> one dot over the tile's features. Scales go where t
                                                  one dot for each of up to 4 groups of the tile
     otherwise   acc += dot(round(value * scale), x)          many columns: one multiply per weight
 
-FOLDED: a dot has at least 16 columns. Where x has fewer, the others take what is scaled differently: of a tile
-with 4 groups of features (runs) and x of up to 4 rows, column 4 * run + m is row m of x with zeros for the
-features of other runs, so that one dot gives the product of each run apart,
+FOLDED: a dot has at least 16 columns. Where x has fewer, the others take what is scaled
+differently: of a tile with 4 groups of features (runs) and x of up to 4 rows, column 4 * run + m is
+row m of x with zeros for the features of other runs, so that one dot gives the product of each run
+apart,
 
       features        m = 0 1 2 3 | 0 1 2 3 | 0 1 2 3 | 0 1 2 3
       of run 0            x x x x     .         .         .
@@ -28,23 +29,24 @@ features of other runs, so that one dot gives the product of each run apart,
       of run 2            .           .         x x x x   .
       of run 3            .           .         .         x x x x
 
-and the columns of a row of x are added up once, at the end. Zero points and minimums take the sum of x over the
-run with them, which a dot of ones with x' has ready in the same registers.
+and the columns of a row of x are added up once, at the end. Zero points and minimums take the sum
+of x over the run with them, which a dot of ones with x' has ready in the same registers.
 
-Order of the rows: a warp's 16-byte loads cover 8 rows, and its half of a tensor-core tile is 16 rows,
-8 apart in registers. So that the words land where the dot wants them, memory row (t, h, w, q) of the
-block is taken as row (t, w, h, q) of the tile (w: warp, q: 0..7, h: 0..1), and y is stored back the
-same way.
+Order of the rows: a warp's 16-byte loads cover 8 rows, and its half of a tensor-core tile is 16
+rows, 8 apart in registers. So that the words land where the dot wants them, memory row (t, h, w, q)
+of the block is taken as row (t, w, h, q) of the tile (w: warp, q: 0..7, h: 0..1), and y is stored
+back the same way.
 
-Outliers (SpQR) are weights besides, a few in each row, added to the same sums: in each step the program
-takes the next one of each of its rows and the feature of x that it multiplies. A share takes every
-K_SLICES-th of a row's.
+Outliers (SpQR) are weights besides, a few in each row, added to the same sums: in each step the
+program takes the next one of each of its rows and the feature of x that it multiplies. A share
+takes every K_SLICES-th of a row's.
 
-K is summed in K_SLICES runs of tiles, one after another: ((share 0) + share 1) + ... With SPLIT_K = K_SLICES
-each share is a program of its own, which writes float32 partial sums to a workspace; the one that
-finishes last, as an integer counter tells, adds them up in that same order. With SPLIT_K = 1 one
-program does all shares. So each output is summed in one order, results do not vary from run to run,
-and with the same K_SLICES and block sizes along K not with the way of splitting or M either.
+K is summed in K_SLICES runs of tiles, one after another: ((share 0) + share 1) + ... With SPLIT_K =
+K_SLICES each share is a program of its own, which writes float32 partial sums to a workspace; the
+one that finishes last, as an integer counter tells, adds them up in that same order. With SPLIT_K =
+1 one program does all shares. So each output is summed in one order, results do not vary from run
+to run, and with the same K_SLICES and block sizes along K not with the way of splitting or M
+either.
 """
 
 import triton
@@ -57,7 +59,9 @@ from .pdl import fetch, launch_dependents, wait_for_previous
 
 @triton.jit
 def _finished(acc, WAIT: tl.constexpr):
-    """acc, with WAIT once every product that adds to it is done: an instruction of no effect reads it."""
+    """acc, with WAIT once every product that adds to it is done: an instruction of no effect reads
+    it.
+    """
     if WAIT:
         return tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=False, pack=1)
     else:
@@ -107,7 +111,8 @@ def _accumulate(
 ):  # fmt: skip
     """The product over tiles begin..end-1 and share s of the outliers, (BLOCK_N, BLOCK_M) float32.
 
-    WIDTH: of the codes in `qdata`. HIGH: words of `qhigh` in a tile of a row. STEP: see `high_step`.
+    WIDTH: of the codes in `qdata`. HIGH: words of `qhigh` in a tile of a row. STEP: see
+    `high_step`.
     """
     TILE: tl.constexpr = 16 * (32 // WIDTH)
     SCALE_GROUPS: tl.constexpr = TILE // SCALE_GROUP
@@ -121,8 +126,8 @@ def _accumulate(
     i4 = tl.arange(0, 4)
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    # Scales are loaded a tile ahead: triton pipelines the operands of a dot only, and a program would wait for
-    # memory in every tile otherwise. Not where a thread would hold more than a few.
+    # Scales are loaded a tile ahead: triton pipelines the operands of a dot only, and a program
+    # would wait for memory in every tile otherwise. Not where a thread would hold more than a few.
     CARRIED: tl.constexpr = not LAST_SCALE and BLOCK_N * SCALE_GROUPS <= 4 * 32 * WARPS
     if CARRIED:
         runs = begin * TILE + tl.arange(0, SCALE_GROUPS) * SCALE_GROUP
@@ -252,15 +257,16 @@ def _sparse(args, x_ptr, s, rows, m, M, N, UPCAST: tl.constexpr, BLOCK_M: tl.con
             BLOCK_N: tl.constexpr, K_SLICES: tl.constexpr):  # fmt: skip
     """Outliers s, s + K_SLICES, ... of each row times x, (BLOCK_N, BLOCK_M) float32.
 
-    args: row_offsets (N + 1), col_vals, and what x's row and feature are multiplied by to find them.
+    args: row_offsets (N + 1), col_vals, and what x's row and feature are multiplied by to find
+    them.
     """
     offsets_ptr, col_vals_ptr, x_row, x_column = args
     first = tl.load(offsets_ptr + rows, mask=rows < N, other=0)
     count = tl.load(offsets_ptr + rows + 1, mask=rows < N, other=0) - first
     x_rows = x_ptr + m.to(tl.int64)[None, :] * x_row
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    # Where an outlier's x lies only the outlier says. So several are on their way at a time, as many as
-    # registers hold; they are added one after another all the same.
+    # Where an outlier's x lies only the outlier says. So several are on their way at a time, as
+    # many as registers hold; they are added one after another all the same.
     AT_ONCE: tl.constexpr = 4 if BLOCK_M <= 16 else 2 if BLOCK_M <= 32 else 1
     for j in range(s, tl.max(count, axis=0), K_SLICES * AT_ONCE):
         found = (tl.load(col_vals_ptr + first + j, mask=j < count, other=0),)
@@ -349,10 +355,10 @@ def weight_only_gemm(
 ):  # fmt: skip
     """x (M, K) and y (M, N) row-major; see the module's docstring for the rest.
 
-    PERMUTED: x is gathered through perm. UPCAST: compute in float32, for triton's interpreter, which
-    takes bfloat16 for integers. WAIT: for products, in each tile (backends/triton/launch.py,
-    `overtakes`). PREFETCH: tiles of W fetched before x is waited for (early.py).
-    Grid: (blocks of N x blocks of M, SPLIT_K).
+    PERMUTED: x is gathered through perm. UPCAST: compute in float32, for triton's interpreter,
+    which takes bfloat16 for integers. WAIT: for products, in each tile (backends/triton/launch.py,
+    `overtakes`). PREFETCH: tiles of W fetched before x is waited for (early.py). Grid: (blocks of N
+    x blocks of M, SPLIT_K).
     """
     launch_dependents(PDL)
     blocks_n = tl.cdiv(N, BLOCK_N)

@@ -1,1 +1,3 @@
-"""Fifteen minutes with a GPU: what is run (`plan`), how (`python -m bench.gpu`), and what is carried there (`parcel`)."""
+"""Fifteen minutes with a GPU: what is run (`plan`), how (`python -m bench.gpu`), and what is
+carried there (`parcel`).
+"""

@@ -1,11 +1,13 @@
-"""Run parts of the plan on a machine with a GPU. JSON and what was said go to OUT; a table is printed last.
+"""Run parts of the plan on a machine with a GPU. JSON and what was said go to OUT; a table is
+printed last.
 
     python -m bench.gpu --plan                 what there is, and how long it takes
     python -m bench.gpu OUT --call smoke       a call; .gpu/, which bench.gpu.parcel fills, is unpacked first
     python -m bench.gpu OUT --part smoke --part race --formats nf4       parts, of some formats alone
     python -m bench.gpu OUT --tiny             the whole plan without a GPU: small shapes, triton's interpreter
 
-Nothing here imports torch: a call's seconds belong to its parts. bench/README.md says how to spend a lease.
+Nothing here imports torch: a call's seconds belong to its parts. bench/README.md says how to spend
+a lease.
 """
 
 from __future__ import annotations
@@ -87,7 +89,8 @@ class Run:
                 [*prefix, sys.executable, *(word.format(**values) for word in words)],
                 stdout=log, stderr=subprocess.STDOUT, cwd=install.REPOSITORY,
                 env={**self.environment, **variables}, start_new_session=True,
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # `_stop` asks by it
+                # `_stop` asks by it
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )  # fmt: skip
             until = time.monotonic() + left
             while process.poll() is None and time.monotonic() < until and not self.interrupted:

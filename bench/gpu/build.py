@@ -1,4 +1,6 @@
-"""Compiles the CUDA extension for this machine's GPU, or finds it compiled; --tiny says what would be done."""
+"""Compiles the CUDA extension for this machine's GPU, or finds it compiled; --tiny says what would
+be done.
+"""
 
 from __future__ import annotations
 

@@ -3,10 +3,11 @@
     python -m bench.gpu.cache FOLDER                                   with the GPU machine's Python and triton
     python -m bench.gpu.cache FOLDER --parts smoke --formats nf4       some formats alone
 
-The package's own launches run on pretended tensors (tests/pretend_gpu.py), with the shapes, formats and numbers of
-rows of the plan's parts. Each kernel is compiled, not started, and so is the C code that would start it. A key of the
-cache holds the versions of Python and triton, and its files name each other by absolute paths, so FOLDER must be the
-cache's path on the GPU machine as well. What only people read (PTX and the like) is removed.
+The package's own launches run on pretended tensors (tests/pretend_gpu.py), with the shapes, formats
+and numbers of rows of the plan's parts. Each kernel is compiled, not started, and so is the C code
+that would start it. A key of the cache holds the versions of Python and triton, and its files name
+each other by absolute paths, so FOLDER must be the cache's path on the GPU machine as well. What
+only people read (PTX and the like) is removed.
 
 The last line says how many kernels were in FOLDER already: all of them, at a second run.
 """
@@ -52,7 +53,9 @@ class Product(NamedTuple):
 
 
 def products(parts: list[str], formats: str | None = None) -> Iterator[Product]:
-    """What the Triton kernels multiply in these parts of the plan. formats: instead of the parts' own."""
+    """What the Triton kernels multiply in these parts of the plan. formats: instead of the parts'
+    own.
+    """
     from qkernels.benchmark import shapes
     from qkernels.quantizers.specs import FormatSpec, parse_specs
 
@@ -116,7 +119,9 @@ class Driver:
 
 
 def compile_all(wanted: list[Product], arch: int) -> tuple[int, int]:
-    """Compile what `wanted` starts. Returns how many kernels there are, and how many of them the cache had."""
+    """Compile what `wanted` starts. Returns how many kernels there are, and how many of them the
+    cache had.
+    """
     import triton
     from triton.runtime.jit import JITFunction
 
@@ -160,7 +165,9 @@ def compile_all(wanted: list[Product], arch: int) -> tuple[int, int]:
 
 
 def _launcher(kernel: Any) -> None:
-    """Compile the C code that starts the kernel, where this version of triton has such (3.6 has, 3.9 has not)."""
+    """Compile the C code that starts the kernel, where this version of triton has such (3.6 has,
+    3.9 has not).
+    """
     from triton.backends.nvidia import driver
 
     if hasattr(driver, "compile_module_from_src"):
@@ -169,7 +176,9 @@ def _launcher(kernel: Any) -> None:
 
 @contextlib.contextmanager
 def _no_driver() -> Iterator[None]:
-    """C code of triton's is linked with an empty libcuda and not loaded: a driver is what it lacks here."""
+    """C code of triton's is linked with an empty libcuda and not loaded: a driver is what it lacks
+    here.
+    """
     from triton.backends.nvidia import driver
     from triton.runtime import build
 

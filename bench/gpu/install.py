@@ -1,7 +1,8 @@
-"""Unpacks on the GPU machine what `bench.gpu.parcel` packed elsewhere, and says with which environment it is used.
+"""Unpacks on the GPU machine what `bench.gpu.parcel` packed elsewhere, and says with which
+environment it is used.
 
-Only the standard library is imported. Everything lies under one folder with the same path on both machines: triton
-writes absolute paths into its cache.
+Only the standard library is imported. Everything lies under one folder with the same path on both
+machines: triton writes absolute paths into its cache.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ ARCHIVES = ("extension", "triton", "site", "prebuilt")
 def unpack(parcel: Path = PARCEL) -> dict[str, str]:
     """Unpack all of `parcel` under ROOT. Returns variables for the environment of what is run then.
 
-    ValueError if an archive is missing or damaged, or if the extension was compiled from other sources than this
-    checkout's or for another Python, RuntimeError if others can write to ROOT.
+    ValueError if an archive is missing or damaged, or if the extension was compiled from other
+    sources than this checkout's or for another Python, RuntimeError if others can write to ROOT.
     """
     archives = [parcel / f"{name}.tar.xz" for name in ARCHIVES]
     for file in archives:
@@ -91,7 +92,9 @@ def build_module() -> ModuleType:
 
 
 def link_triton_kernels() -> None:
-    """Where the package is not installed, a link (ignored by git) gives triton_kernels its name in it."""
+    """Where the package is not installed, a link (ignored by git) gives triton_kernels its name in
+    it.
+    """
     link = REPOSITORY / "qkernels" / "triton_kernels"
     if not link.exists():
         link.symlink_to("../triton_kernels")

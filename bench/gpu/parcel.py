@@ -4,9 +4,9 @@
     python -m bench.gpu.parcel --only triton        one archive again, after a change of the Triton kernels
     python -m bench.gpu.parcel --check              unpack it here, as on the GPU machine, and look
 
-Needs Python 3.12, the GPU machine's (python3.12 on PATH, or --python), nvcc 13 and a C compiler. A virtual environment
-with that machine's versions of torch and triton is made under build/parcel: 5 GB, once. What is there already is not
-made again.
+Needs Python 3.12, the GPU machine's (python3.12 on PATH, or --python), nvcc 13 and a C compiler. A
+virtual environment with that machine's versions of torch and triton is made under build/parcel: 5
+GB, once. What is there already is not made again.
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ class Packing:
         return folder
 
     def triton(self) -> Path:
-        """Our Triton kernels, for all that the plan's three calls start; what the last parcel had is kept."""
+        """Our Triton kernels, for all that the plan's three calls start; what the last parcel had
+        is kept.
+        """
         folder = install.ROOT / "triton"  # the path that it will have there
         last = install.PARCEL / "triton.tar.xz"
         if not folder.is_dir() and last.is_file():
@@ -212,8 +214,9 @@ def sizes() -> str:
 
 
 def check(python: Path) -> None:
-    """Unpack as on the GPU machine. RuntimeError if the extension does not load, if a Triton kernel that the plan starts
-    has to be compiled, or if Marlin or one of Humming's kernels has to be. (GemLite cannot be imported without a GPU.)
+    """Unpack as on the GPU machine. RuntimeError if the extension does not load, if a Triton kernel
+    that the plan starts has to be compiled, or if Marlin or one of Humming's kernels has to be.
+    (GemLite cannot be imported without a GPU.)
     """
     shutil.rmtree(install.ROOT, ignore_errors=True)
     packing = Packing(python)

@@ -1,6 +1,7 @@
 """The plan: calls to a machine with a GPU, the parts of each call, and the commands of each part.
 
-A part is data: to add one, add an entry to PARTS. `python -m bench.gpu --plan` prints this file as a table.
+A part is data: to add one, add an entry to PARTS. `python -m bench.gpu --plan` prints this file as
+a table.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ MODEL_FORMATS = ("bf16", "gptq:bits=4,group_size=128", "nf4", "q4_k", "fp8:activ
 
 @dataclass(frozen=True)
 class Command:
-    """Arguments of Python, as one string. Filled in, in each word, are {out}, the folder of results; {seconds} that
-    are left for the command; {jobs}, processes that compile kernels beforehand: 1 where the parcel has them all.
+    """Arguments of Python, as one string. Filled in, in each word, are {out}, the folder of
+    results; {seconds} that are left for the command; {jobs}, processes that compile kernels
+    beforehand: 1 where the parcel has them all.
 
-    most: seconds after which the command is stopped. tiny: arguments on a machine without a GPU; "": nothing to do
-    there. prefix: a program that runs Python. variables: of the environment. label: what a failure is reported as.
+    most: seconds after which the command is stopped. tiny: arguments on a machine without a GPU;
+    "": nothing to do there. prefix: a program that runs Python. variables: of the environment.
+    label: what a failure is reported as.
     """
 
     words: str
@@ -65,10 +68,11 @@ class Race:
 
 @dataclass(frozen=True)
 class Part:
-    """about: what it tells. expected: seconds on an H200 with a full parcel. tail: what it says last counts most.
+    """about: what it tells. expected: seconds on an H200 with a full parcel. tail: what it says
+    last counts most.
 
-    Smoke took 92 s there. Races: 1.7 s a contestant and shape, and 20 s to import GPTQModel. Sanitizers and models are
-    guesses.
+    Smoke took 92 s there. Races: 1.7 s a contestant and shape, and 20 s to import GPTQModel.
+    Sanitizers and models are guesses.
     """
 
     about: str
@@ -93,7 +97,8 @@ def _sanitizer(tool: str, expected: int) -> Part:
                 60,
                 f"{checked} --backends triton --formats nf4" if tool == "memcheck" else "",
                 f"compute-sanitizer --tool {tool} --error-exitcode 9 --print-limit 20",
-                # torch's allocator would hide a read past a tensor's end: it gives out parts of larger blocks
+                # torch's allocator would hide a read past a tensor's end: it gives out parts of
+                # larger blocks
                 {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
             ),
         ),

@@ -2,9 +2,9 @@
 
     QKERNELS_PREBUILT=FOLDER python -m bench.gpu.prebuild marlin|humming|check
 
-With the GPU machine's Python and torch, and nvcc. The peers' own code chooses and compiles the kernels, and is told
-that there is an H200, then an H100. Each kernel is kept in FOLDER as the adapters in bench/peers look for it.
-check: RuntimeError if one is missing.
+With the GPU machine's Python and torch, and nvcc. The peers' own code chooses and compiles the
+kernels, and is told that there is an H200, then an H100. Each kernel is kept in FOLDER as the
+adapters in bench/peers look for it. check: RuntimeError if one is missing.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def marlin(folder: Path) -> None:
 
 
 def check(folder: Path) -> None:
-    """Load Marlin, import what is raced, and look all of Humming's kernels up. RuntimeError if one would be compiled."""
+    """Load Marlin, import what is raced, and look all of Humming's kernels up. RuntimeError if one
+    would be compiled.
+    """
     never = mock.patch(
         "torch.utils.cpp_extension._run_ninja_build", side_effect=RuntimeError("not prebuilt")
     )
@@ -78,8 +80,8 @@ def check(folder: Path) -> None:
 
 
 def humming(folder: Path, size: int = 8192) -> int:
-    """Humming's kernels for 4-bit groups of 128 and int8 x int8 at size x size, all M: minutes. Returns how many were
-    compiled."""
+    """Humming's kernels for 4-bit groups of 128 and int8 x int8 at size x size, all M: minutes.
+    Returns how many were compiled."""
     raced = [one for one in humming_.CONTESTANTS if one.group in ("int4 g128", "w8a8")]
     return sum(_humming(folder, card, one, size) for card in CARDS for one in raced)
 

@@ -11,7 +11,9 @@ from . import plan
 
 
 def of(out: Path, ended: Mapping[str, tuple[str, float]], characters: int) -> str:
-    """Results of the parts in `ended`, (how it ended, seconds) by name, from the files that they left in `out`."""
+    """Results of the parts in `ended`, (how it ended, seconds) by name, from the files that they
+    left in `out`.
+    """
     end = [
         f"{name}: {how}, {took:.0f} s of {plan.PARTS[name].expected} expected"
         for name, (how, took) in ended.items()
@@ -66,8 +68,8 @@ def _said(out: Path, name: str) -> str:
 
 
 def _races(rows: list[dict[str, Any]], copy: float | None) -> str:
-    """Microseconds in a chain by M, a line for each shape and contestant, or why there are none. For the least M also
-    the time alone, and the share of what a copy moves (`copy`, GB/s)."""
+    """Microseconds in a chain by M, a line for each shape and contestant, or why there are none.
+    For the least M also the time alone, and the share of what a copy moves (`copy`, GB/s)."""
     counts = sorted({row["m"] for row in rows})
     lines: dict[tuple[int, int, str, str], dict[int, dict[str, Any]]] = {}
     for row in rows:

@@ -1,12 +1,13 @@
 """Other people's products, raced in the same loop on the same weights; one small file each.
 
-A module here has CONTESTANTS. A peer whose package is not installed says so and takes no part; one whose
-package is there but does not do what its adapter expects is listed as failed, with why. Peers that take our
-own codes (`same_weight`) are held to our reference as closely as our kernels; those that quantize by
-themselves are checked against the product with the unrounded weight, within what their format may cost.
+A module here has CONTESTANTS. A peer whose package is not installed says so and takes no part; one
+whose package is there but does not do what its adapter expects is listed as failed, with why. Peers
+that take our own codes (`same_weight`) are held to our reference as closely as our kernels; those
+that quantize by themselves are checked against the product with the unrounded weight, within what
+their format may cost.
 
-No adapter for llama.cpp: its Python bindings (llama-cpp-python, ggml-python) run graphs and models, and offer
-no product of a torch CUDA tensor with a packed weight that could be timed in this loop.
+No adapter for llama.cpp: its Python bindings (llama-cpp-python, ggml-python) run graphs and models,
+and offer no product of a torch CUDA tensor with a packed weight that could be timed in this loop.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def same_weight(call: Callable[[Tensor], Tensor], p: PackedWeight, kind: str = "
 
 
 def contestants(only: Sequence[str] | None = None) -> list[Contestant]:
-    """Those of every module here, or of the named ones in their order; a name with dots is a module from elsewhere.
+    """Those of every module here, or of the named ones in their order; a name with dots is a module
+    from elsewhere.
 
     ValueError for a name that is neither.
     """

@@ -43,7 +43,8 @@ class Int8(Peer):
     def prepare(self, weight: Tensor) -> Layer:
         import bitsandbytes as bnb
 
-        # It says at each call that it casts bfloat16 to float16, and that takes longer than the product.
+        # It says at each call that it casts bfloat16 to float16, and that takes longer than the
+        # product.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         n, k = weight.shape
         linear = bnb.nn.Linear8bitLt(k, n, bias=False, has_fp16_weights=False, threshold=6.0)

@@ -1,4 +1,5 @@
-"""fast-hadamard-transform 1.1 against our transform kernel: rows of x times a Hadamard matrix of order K.
+"""fast-hadamard-transform 1.1 against our transform kernel: rows of x times a Hadamard matrix of
+order K.
 
 No weight is multiplied here: what a layer of QuIP# spends around its product. N plays no part.
 """

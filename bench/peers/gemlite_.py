@@ -15,8 +15,8 @@ GROUP = 128
 
 
 class GemLite(Peer):
-    """Its tuned configurations are looked up by the GPU's name. There are none for an H200: without a search of
-    minutes a shape it takes the H100's, the same processor."""
+    """Its tuned configurations are looked up by the GPU's name. There are none for an H200: without
+    a search of minutes a shape it takes the H100's, the same processor."""
 
     name, module = "gemlite", "gemlite"
 

@@ -1,9 +1,9 @@
 """GPTQModel 7.7: Marlin and its Triton kernel, each on our own GPTQ tensors.
 
-Marlin is compiled with nvcc at first use, from sources that its package carries. That takes minutes, so
-`bench.gpu.parcel` compiles it beforehand: `build`. Its Machete is not here, because that fetches CUTLASS from the
-network. Codes and scales are ours, so the product is held to our reference as closely
-as our own.
+Marlin is compiled with nvcc at first use, from sources that its package carries. That takes
+minutes, so `bench.gpu.parcel` compiles it beforehand: `build`. Its Machete is not here, because
+that fetches CUTLASS from the network. Codes and scales are ours, so the product is held to our
+reference as closely as our own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ LIBRARY = "marlin_bf16.so"
 
 
 def _regular_expressions() -> None:
-    """GPTQModel imports pypcre, which comes as sources that need libpcre2's: it uses no more than `re` has."""
+    """GPTQModel imports pypcre, which comes as sources that need libpcre2's: it uses no more than
+    `re` has.
+    """
     if importlib.util.find_spec("pcre") is None:
         stand_in = types.ModuleType("pcre")
         vars(stand_in).update(
@@ -59,7 +61,9 @@ def build() -> bool:
 
 
 class GPTQModel(Peer):
-    """`kernel`: module under gptqmodel.nn_modules.qlinear. `zeros`: how it wants zero points stored."""
+    """`kernel`: module under gptqmodel.nn_modules.qlinear. `zeros`: how it wants zero points
+    stored.
+    """
 
     module = "gptqmodel"
 
@@ -90,7 +94,9 @@ class GPTQModel(Peer):
         return same_weight(linear, p)
 
     def _put(self, linear: nn.Module, name: str, tensor: Tensor) -> None:
-        """ValueError if the layer has no such tensor, or one of another shape: its layout has changed."""
+        """ValueError if the layer has no such tensor, or one of another shape: its layout has
+        changed.
+        """
         held = getattr(linear, name, None)
         if held is None or tuple(held.shape) != tuple(tensor.shape):
             got = "none" if held is None else f"{tuple(held.shape)}"

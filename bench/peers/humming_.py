@@ -20,7 +20,8 @@ from . import EIGHT_BIT, FOUR_BIT, Peer, layer
 
 
 def keep_kernels(store: Path) -> None:
-    """Look a kernel up in `store` by its source before compiling it, and keep there what was compiled.
+    """Look a kernel up in `store` by its source before compiling it, and keep there what was
+    compiled.
 
     Humming's own cache goes by times and paths of files, which differ from one machine to another.
     """

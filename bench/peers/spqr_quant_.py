@@ -1,7 +1,7 @@
 """spqr-quant 0.2: SpQR's own kernel, on our own tensors in its layout.
 
-It multiplies one row of float16 at a time, so larger M is a loop there and takes no part here. It compiles
-its kernel with nvcc when it is imported.
+It multiplies one row of float16 at a time, so larger M is a loop there and takes no part here. It
+compiles its kernel with nvcc when it is imported.
 """
 
 from __future__ import annotations

@@ -4,13 +4,13 @@
     python -m bench.static --arch 90 --markdown
     python -m bench.static --subset --json facts.json
 
-Exits with 1, and one line each on stderr, if a kernel spills registers, does not fit in shared memory, or
-lacks the tensor-core instruction it should have.
+Exits with 1, and one line each on stderr, if a kernel spills registers, does not fit in shared
+memory, or lacks the tensor-core instruction it should have.
 
-`load B`: bytes of a thread's widest load of packed weights. `instr/weight`: instructions of the main loop,
-over all threads, per weight decoded. While its memory delivers a 4-bit weight at 4.3 TB/s, an H200 can
-issue 3.5 of them, for an 8-bit weight 7; and 8 while its tensor cores multiply one with 128 rows of x in
-16 bits. More, and the kernel waits for its instructions instead.
+`load B`: bytes of a thread's widest load of packed weights. `instr/weight`: instructions of the
+main loop, over all threads, per weight decoded. While its memory delivers a 4-bit weight at 4.3
+TB/s, an H200 can issue 3.5 of them, for an 8-bit weight 7; and 8 while its tensor cores multiply
+one with 128 rows of x in 16 bits. More, and the kernel waits for its instructions instead.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Reads SASS and PTX text: control flow, the main loop, tensor-core instructions, widths of loads.
 
 The main loop is found in the control-flow graph, not by looking for a label and a jump back to it:
-compilers move wait loops and exits out of line, so that text between a label and a branch can belong
-elsewhere. A *loop* is a natural loop: an edge from a block to one that dominates it (every path passes
-it), together with all blocks that reach that edge without passing the loop's head. The *main loop* is,
-among loops with a tensor-core instruction and no smaller such loop inside, the one with most of them;
-in a kernel without tensor cores, the innermost loop with most global loads.
+compilers move wait loops and exits out of line, so that text between a label and a branch can
+belong elsewhere. A *loop* is a natural loop: an edge from a block to one that dominates it (every
+path passes it), together with all blocks that reach that edge without passing the loop's head. The
+*main loop* is, among loops with a tensor-core instruction and no smaller such loop inside, the one
+with most of them; in a kernel without tensor cores, the innermost loop with most global loads.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import re
 from collections import Counter
 from typing import NamedTuple
 
-#: the tensor-core instructions an architecture has for matrices of its own size: `HMMA` also runs on
+#: the tensor-core instructions an architecture has for matrices of its own size: `HMMA` also runs
+#: on
 #: sm_90, at about half the speed of `HGMMA`, so there it does not count
 _WARP = r"[HIQO]MMA"
 _NATIVE = {90: r"[HIQ]GMMA", 100: r"UTC[HIQO]MMA", 103: r"UTC[HIQO]MMA", 110: r"UTC[HIQO]MMA"}
@@ -31,7 +32,9 @@ BULK_BYTES = 128
 
 
 class Instruction(NamedTuple):
-    """opcode with its suffixes; target: the label it names; conditional: whether it may be passed over."""
+    """opcode with its suffixes; target: the label it names; conditional: whether it may be passed
+    over.
+    """
 
     opcode: str
     operands: str
@@ -205,8 +208,8 @@ def main_loop(program: Program) -> list[Instruction]:
 def steps(sass_loop: list[Instruction], ptx_loop: list[Instruction]) -> int:
     """How often ptxas unrolled the main loop: tensor-core instructions there per one of PTX's loop.
 
-    They correspond one to one, and PTX has one step of the kernel's loop in its own: triton peels steps
-    off but does not unroll, and LLVM cannot unroll past a barrier.
+    They correspond one to one, and PTX has one step of the kernel's loop in its own: triton peels
+    steps off but does not unroll, and LLVM cannot unroll past a barrier.
     """
     have, of = (sum(map(_is_tensor, loop)) for loop in (sass_loop, ptx_loop))
     return max(1, round(have / of)) if of else 1
@@ -220,7 +223,9 @@ def tensor_core(code: list[Instruction]) -> str | None:
 
 
 def too_early(program: Program) -> str | None:
-    """What SASS of a kernel that starts early (triton_kernels/pdl.py) does before it has waited, and must not."""
+    """What SASS of a kernel that starts early (triton_kernels/pdl.py) does before it has waited,
+    and must not.
+    """
     waits = [i for i, found in enumerate(program.instructions) if found.name == _SASS_WAIT]
     if not waits:
         return "no wait for the kernel before"

@@ -6,7 +6,8 @@ A multiprocessor starts four warps' instructions a cycle, so a product takes at 
 
     instructions per weight * N * K / (multiprocessors * 4 * 32 * clock)
 
-whatever the memory does. That is a bound, not a prediction: kernels reach neither limit. No GPU is needed.
+whatever the memory does. That is a bound, not a prediction: kernels reach neither limit. No GPU is
+needed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from qkernels.quantizers.specs import FormatSpec
 from ..model import bytes_per_weight
 from . import facts
 
-#: lanes of the instructions that a multiprocessor starts in a cycle; operations of bf16 in one on sm_90
+#: lanes of the instructions that a multiprocessor starts in a cycle; operations of bf16 in one on
+#: sm_90
 _LANES, _OPERATIONS = 128, 4096
 
 
@@ -34,7 +36,9 @@ def clock(gpu: roofline.Gpu) -> float:
 def rows(
     gpu: roofline.Gpu, shape: tuple[int, int], only: set[str] | None = None
 ) -> list[tuple[str, float, float, float]]:
-    """Job, instructions per weight, least us to issue them, least us to move the weight; the worst ratio first."""
+    """Job, instructions per weight, least us to issue them, least us to move the weight; the worst
+    ratio first.
+    """
     found = []
     for job in facts.jobs("weight_only", 90, False):
         if not job.label.endswith("bf16 M=1"):

@@ -1,4 +1,6 @@
-"""Compiles one job ahead of time and reads its facts off the machine code; says what is wrong with them."""
+"""Compiles one job ahead of time and reads its facts off the machine code; says what is wrong with
+them.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,15 @@ from .occupancy import occupancy
 if TYPE_CHECKING:
     from .jobs.base import CompileJob
 
-#: bytes of registers that may be put aside outside of the main loop, where it is done once a program
+#: bytes of registers that may be put aside outside of the main loop, where it is done once a
+#: program
 SPILLS_OUTSIDE = 8
-#: with 256 columns a block, whose sums take half of all registers: bytes, and loads and stores in the main loop. An
-#: H200 ran these 1.1 to 1.4 times as fast as narrower blocks that spill nothing (triton 3.6; configurations.md in
-#: bench/results/2026-11-27-h200). Triton 3.9, which was not measured, spills fewer bytes, but more in the loop.
+#: with 256 columns a block, whose sums take half of all registers: bytes, and loads and stores in
+#: the main loop. An
+#: H200 ran these 1.1 to 1.4 times as fast as narrower blocks that spill nothing (triton 3.6;
+#: configurations.md in
+#: bench/results/2026-11-27-h200). Triton 3.9, which was not measured, spills fewer bytes, but more
+#: in the loop.
 SPILLS_WIDE, LOOP_SPILLS_WIDE = 512, 18
 ARCHITECTURES = (80, 89, 90, 100, 120)
 #: what kernels call their pointers to packed weights
@@ -38,13 +44,13 @@ _WEIGHT_POINTER = re.compile(r"(qdata|qhigh|w|weight)_ptr")
 class Facts:
     """One compiled job.
 
-    columns: rows of x of a block.
-    spills: bytes of local memory per thread; loop_spills: loads and stores of it in the main loop. shared: bytes per block. blocks, warps: that fit on an SM,
-    held back by `limit`. loads: pointer argument -> bytes of the widest load through it; weight_load: the
-    narrowest of those among the weight's. steps: how often the main loop is unrolled. loop: opcode ->
-    count in the main loop. per_weight: instructions all threads of a block execute in one step, per
-    weight decoded in it. too_early: an access to memory before the wait for the last kernel. overtaken: a write to
-    registers that a product under way reads.
+    columns: rows of x of a block. spills: bytes of local memory per thread; loop_spills: loads and
+    stores of it in the main loop. shared: bytes per block. blocks, warps: that fit on an SM, held
+    back by `limit`. loads: pointer argument -> bytes of the widest load through it; weight_load:
+    the narrowest of those among the weight's. steps: how often the main loop is unrolled. loop:
+    opcode -> count in the main loop. per_weight: instructions all threads of a block execute in one
+    step, per weight decoded in it. too_early: an access to memory before the wait for the last
+    kernel. overtaken: a write to registers that a product under way reads.
     """
 
     family: str
@@ -190,7 +196,9 @@ def _compiled(job: CompileJob) -> Any:
 
 
 def _parameters(job: CompileJob) -> list[str]:
-    """Names of the kernel's parameters as PTX numbers them; the last two are triton's scratch memory."""
+    """Names of the kernel's parameters as PTX numbers them; the last two are triton's scratch
+    memory.
+    """
     names = []
     for name in job.fn.arg_names:
         kind = job.types.get(name)

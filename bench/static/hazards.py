@@ -1,9 +1,10 @@
 """Finds registers of a wgmma that machine code writes while the tensor core may still read them.
 
-A wgmma that takes its first operand from registers reads them some time after it was issued. PTX calls it
-undefined to write them before a wait for its group; a compiler that does so by mistake gives sums that are wrong
-now and then, or always. Seen on an H200 on 2026-11-27: triton 3.6 (triton-lang/triton issue 9433, there until 3.8)
-and our own QuIP# kernel, which had let a decoder write into operands.
+A wgmma that takes its first operand from registers reads them some time after it was issued. PTX
+calls it undefined to write them before a wait for its group; a compiler that does so by mistake
+gives sums that are wrong now and then, or always. Seen on an H200 on 2026-11-27: triton 3.6
+(triton-lang/triton issue 9433, there until 3.8) and our own QuIP# kernel, which had let a decoder
+write into operands.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ _OPERAND = 4
 
 
 def overtaken(loop: list[Instruction]) -> str | None:
-    """The first instruction that writes an operand of a product under way, in words; None without one.
+    """The first instruction that writes an operand of a product under way, in words; None without
+    one.
 
-    loop: the main loop in order (`assembly.main_loop`). It is walked twice, for what one round leaves under way
-    the next one overtakes.
+    loop: the main loop in order (`assembly.main_loop`). It is walked twice, for what one round
+    leaves under way the next one overtakes.
     """
     under_way: list[set[int]] = []  # of each group of products that was committed
     group: set[int] = set()

@@ -1,4 +1,5 @@
-"""How a product runs: which kernel is chosen, what it allocates and launches, one folder a language.
+"""How a product runs: which kernel is chosen, what it allocates and launches, one folder a
+language.
 
     problem.py      what kernels are chosen by: format, shape, M, dtype, device
     registry.py     the kernels in order of preference, and the choice

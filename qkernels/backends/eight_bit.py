@@ -15,10 +15,9 @@ from .problem import Problem
 class Activations(NamedTuple):
     """x (M, K) as `multiply` takes it. Weights of one kind and one input scale may share it.
 
-    codes: int8 or float8_e4m3fn (M, K padded to 16).
-    scale: float32, (M) per token, (groups, M) per group, (1) per tensor.
-    x: what was quantized, in 16 bits: outliers are multiplied so.
-    columns: int32 (K + 1), the outlier columns, and at K how many they are; None without a threshold.
+    codes: int8 or float8_e4m3fn (M, K padded to 16). scale: float32, (M) per token, (groups, M) per
+    group, (1) per tensor. x: what was quantized, in 16 bits: outliers are multiplied so. columns:
+    int32 (K + 1), the outlier columns, and at K how many they are; None without a threshold.
     """
 
     codes: Tensor

@@ -1,6 +1,8 @@
-"""Which backend measured faster on a GPU, by kind of kernel and rows of x: what backend="auto" goes by.
+"""Which backend measured faster on a GPU, by kind of kernel and rows of x: what backend="auto" goes
+by.
 
-FASTER is printed by `python -m bench.faster RESULTS.json...` from the results that RUN names, not written by hand.
+FASTER is printed by `python -m bench.faster RESULTS.json...` from the results that RUN names, not
+written by hand.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ if TYPE_CHECKING:
     from .problem import Problem
 
 RUN, GPU, CAPABILITY = "bench/results/2026-11-27-h200", "NVIDIA H200", (9, 0)
-#: kind of kernel -> (most rows of x, faster backend), rows ascending; the last entry holds for all above, too
+#: kind of kernel -> (most rows of x, faster backend), rows ascending; the last entry holds for all
+#: above, too
 FASTER: dict[str, tuple[tuple[int, str], ...]] = {
     "unsigned4 q4_k": ((256, "triton"), (4096, "cuda")),
     "e4m3 row token": ((16, "triton"), (32, "cuda"), (4096, "triton")),
@@ -24,8 +27,8 @@ FASTER: dict[str, tuple[tuple[int, str], ...]] = {
 
 
 def kind_of(problem: Problem) -> str | None:
-    """What decides which code runs: the codes and their scales, not the format that has them. None for what has no
-    kernel."""
+    """What decides which code runs: the codes and their scales, not the format that has them. None
+    for what has no kernel."""
     fmt, params = formats.get(problem.format), dict(problem.params)
     layout = None if fmt.obstacle(problem.shape, params) else fmt.kernel_layout(params)
     if layout == layouts.WEIGHT_ONLY:

@@ -1,13 +1,15 @@
-"""What a product takes from the host: scratch memory, and kernels started. Recorded once, it is only replayed.
+"""What a product takes from the host: scratch memory, and kernels started. Recorded once, it is
+only replayed.
 
-A launcher does the same at every call but for where its operands, y and scratch memory lie. So it runs once
-with a `Recording`, which notes the kernels it starts and each address they are given as (base, offset):
+A launcher does the same at every call but for where its operands, y and scratch memory lie. So it
+runs once with a `Recording`, which notes the kernels it starts and each address they are given as
+(base, offset):
 
     bases of a call   Y   COUNTERS   SCRATCH   ZEROS   OPERANDS: x, bias
                                      | codes | scale | partial |  parts, one after another
 
-From then on a call allocates y and the scratch memory in one piece each, puts the addresses in, and starts
-the kernels.
+From then on a call allocates y and the scratch memory in one piece each, puts the addresses in, and
+starts the kernels.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ class Moving(NamedTuple):
 
 
 class Work:
-    """Scratch memory from torch's allocator, safe on every stream and in graphs; kernels started at once."""
+    """Scratch memory from torch's allocator, safe on every stream and in graphs; kernels started at
+    once.
+    """
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -56,7 +60,9 @@ class Work:
         return torch.zeros(shape, dtype=dtype, device=device)
 
     def made(self, t: Tensor) -> Tensor:
-        """`t`, which has come from an operation of torch's, or is computed in pieces: none of it can be replayed."""
+        """`t`, which has come from an operation of torch's, or is computed in pieces: none of it
+        can be replayed.
+        """
         return t
 
     def slices(self, rows: int, row_bytes: int, held: int = 0) -> list[slice]:
@@ -91,7 +97,8 @@ class Recording(Work):
         self.steps: list[Any] = []
         self._sizes = {SCRATCH: 0, ZEROS: 0}
         self._counts, self._possible, self._y = False, True, y
-        #: all memory there is, so that none is used twice while this runs: start, end, place or None if kept
+        #: all memory there is, so that none is used twice while this runs: start, end, place or
+        #: None if kept
         self._spans: list[tuple[int, int, Place | None]] = []
         self._held: list[Any] = [operands, y, *kept]
         for t in self._held[2:]:
@@ -131,7 +138,9 @@ class Recording(Work):
         return y
 
     def replayable(self) -> bool:
-        """Whether addresses tell all: not if memory that moves from call to call overlaps other memory."""
+        """Whether addresses tell all: not if memory that moves from call to call overlaps other
+        memory.
+        """
         return self._possible and not any(
             a[1] > b[0] and not (a[2] is None and b[2] is None) for a, b in pairwise(self._spans)
         )
@@ -182,7 +191,9 @@ class Memory:
     def take(
         self, operands: tuple[Tensor | None, ...], addresses: list[int]
     ) -> tuple[list[Tensor | None], list[int]]:
-        """The bases as tensors, which hold the memory, and as addresses. What there is none of is not used."""
+        """The bases as tensors, which hold the memory, and as addresses. What there is none of is
+        not used.
+        """
         device = self._device
         y = torch.empty(self._shape, dtype=self._dtype, device=device)
         tensors: list[Tensor | None] = [y, None, None, None, *operands]
@@ -226,10 +237,11 @@ class Replay(Protocol):
 
 
 class Replays:
-    """Recordings of what is done with some weight, for operands of certain shapes, dtypes and device.
+    """Recordings of what is done with some weight, for operands of certain shapes, dtypes and
+    device.
 
-    Kernels depend on which pointers are divisible by 16: there is one recording a pattern of that, or None where
-    it could not be replayed.
+    Kernels depend on which pointers are divisible by 16: there is one recording a pattern of that,
+    or None where it could not be replayed.
     """
 
     def __init__(self, replay: type[Replay]) -> None:
@@ -253,9 +265,9 @@ class Replays:
         run: Callable[[], Tensor],
         compute: Callable[[Tensor, Work], object],
     ) -> Tensor:
-        """A call that cannot be replayed. The first is `run`, which tunes and compiles; the second, `compute` into
-        a new y of `shape`, is recorded; operands whose second call could not be are always run. kept: as in
-        `Recording`."""
+        """A call that cannot be replayed. The first is `run`, which tunes and compiles; the second,
+        `compute` into a new y of `shape`, is recorded; operands whose second call could not be are
+        always run. kept: as in `Recording`."""
         pattern = _pattern([0 if t is None else t.data_ptr() for t in operands])
         if not self._tuned or pattern in self._replays:
             y = run()
@@ -278,13 +290,14 @@ def _pattern(addresses: list[int]) -> int:
     return pattern
 
 
-#: (x, weight, bias, problem, y, work): a product into y, with scratch memory and kernel starts by `work`
+#: (x, weight, bias, problem, y, work): a product into y, with scratch memory and kernel starts by
+#: `work`
 Compute = Callable[[Tensor, "PackedWeight", "Tensor | None", "Problem", Tensor, Work], None]
 
 
 class Recorded(Replays):
-    """A product for one weight and problem: its first call tunes and compiles, the second is recorded, the
-    others are replayed.
+    """A product for one weight and problem: its first call tunes and compiles, the second is
+    recorded, the others are replayed.
 
     cast_bias: kernels want it in x's dtype.
     """

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 class Problem(NamedTuple):
     """One product to compute, hashable.
 
-    params: sorted items of the format's parameters.
-    batch_invariant: whether a row's result must be bitwise the same whatever M it is computed with.
-    experts: 0 for one matrix; else how many of them there are, m rows each going through one (ops/moe.py).
+    params: sorted items of the format's parameters. batch_invariant: whether a row's result must be
+    bitwise the same whatever M it is computed with. experts: 0 for one matrix; else how many of
+    them there are, m rows each going through one (ops/moe.py).
     """
 
     format: str
@@ -32,7 +32,8 @@ class Problem(NamedTuple):
     experts: int = 0
 
 
-#: what os.environ wraps: a look-up in it costs a twentieth of one in os.environ, and every call makes two
+#: what os.environ wraps: a look-up in it costs a twentieth of one in os.environ, and every call
+#: makes two
 _VARIABLES: Any = getattr(os.environ, "_data", os.environ)
 
 

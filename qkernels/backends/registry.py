@@ -1,8 +1,9 @@
-"""The one place that chooses a kernel: (format, parameters, shape, M, dtype, device, ...) -> Kernel.
+"""The one place that chooses a kernel: (format, parameters, shape, M, dtype, device, ...) ->
+Kernel.
 
-Kernels register themselves here in order of preference; `select` takes the first that is available and
-does not reject the problem, and `explain` reports the same walk in words. backend="auto" first asks which
-backend measured faster on such a GPU (backends/measured.py).
+Kernels register themselves here in order of preference; `select` takes the first that is available
+and does not reject the problem, and `explain` reports the same walk in words. backend="auto" first
+asks which backend measured faster on such a GPU (backends/measured.py).
 """
 
 from __future__ import annotations
@@ -41,20 +42,19 @@ class Bound(Protocol):
 
 @dataclass(frozen=True)
 class Kernel:
-    """A way to compute y = x @ W^T + bias, or with `grouped` that of rows with the expert each is sent to.
+    """A way to compute y = x @ W^T + bias, or with `grouped` that of rows with the expert each is
+    sent to.
 
-    name: "backend.kernel", unique.
-    backend: "reference", "triton" or "cuda".
-    layout: the layout its weight must be in; ANY_LAYOUT if it takes all.
-    unavailable: why this machine cannot run it at all, or None.
-    rejects: why it does not take this problem, or None.
-    run: (x (M, K) contiguous, weight, bias (N) or None, problem) -> y (M, N) in x's dtype. With `grouped`
+    name: "backend.kernel", unique. backend: "reference", "triton" or "cuda". layout: the layout its
+    weight must be in; ANY_LAYOUT if it takes all. unavailable: why this machine cannot run it at
+    all, or None. rejects: why it does not take this problem, or None. run: (x (M, K) contiguous,
+    weight, bias (N) or None, problem) -> y (M, N) in x's dtype. With `grouped`
         what qkernels/ops/moe.py says.
     configuration: words for `explain`: tile sizes and where they come from, cost of the first call.
-    automatic: whether backend="auto" may choose it for this problem's device.
-    grouped: whether it takes problems with experts, instead of those without.
-    fused, layer: with `grouped`, run a whole layer of experts; see qkernels/ops/moe.py.
-    bind: a `run` for one weight and problem; None where there is no such thing. The weight is in `layout`
+    automatic: whether backend="auto" may choose it for this problem's device. grouped: whether it
+    takes problems with experts, instead of those without. fused, layer: with `grouped`, run a whole
+    layer of experts; see qkernels/ops/moe.py. bind: a `run` for one weight and problem; None where
+    there is no such thing. The weight is in `layout`
         and its tensors stay.
     quantized: for kernels that multiply codes of activations: the two halves of `run`; else None.
     """
@@ -76,13 +76,16 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Quantized:
-    """The halves of a kernel that quantizes activations, for what lies before it to be fused with them.
+    """The halves of a kernel that quantizes activations, for what lies before it to be fused with
+    them.
 
-    quantize: (x (M, K), weight, problem, up=, norm=, eps=) -> codes, of x, silu(x) * up or RMSNorm of x. With
+    quantize: (x (M, K), weight, problem, up=, norm=, eps=) -> codes, of x, silu(x) * up or RMSNorm
+    of x. With
         columns=, where `columns` was asked before.
     multiply: (codes, weight, bias or None, problem, out=) -> y, into `out` (M, N) if it is given.
-    scratch_bytes: (problem) -> memory a row of x takes meanwhile; 0 if rows cannot be taken by slices.
-    columns: as `quantize`, of all rows before they are taken by slices -> what `quantize` must know of them, the
+    scratch_bytes: (problem) -> memory a row of x takes meanwhile; 0 if rows cannot be taken by
+    slices. columns: as `quantize`, of all rows before they are taken by slices -> what `quantize`
+    must know of them, the
         outlier columns of LLM.int8(), or None.
     """
 

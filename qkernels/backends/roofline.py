@@ -1,8 +1,9 @@
-"""How fast a GPU could do a product at best: bytes over bandwidth, operations over tensor cores, a launch.
+"""How fast a GPU could do a product at best: bytes over bandwidth, operations over tensor cores, a
+launch.
 
 Peaks are the vendors' (H100, H200, B200 and RTX 5090 data sheets and architecture papers; dense, no
-sparsity). What a long copy reaches of the bandwidth, and a large matmul of the peak, are the fractions
-below: an H200 copies at 4.3 of 4.8 TB/s and multiplies bf16 at 790 of 989 TFLOP/s.
+sparsity). What a long copy reaches of the bandwidth, and a large matmul of the peak, are the
+fractions below: an H200 copies at 4.3 of 4.8 TB/s and multiplies bf16 at 790 of 989 TFLOP/s.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ MATMUL_FRACTION = 0.8
 
 
 class Gpu(NamedTuple):
-    """bandwidth in GB/s, tensor-core peaks in TFLOP/s, launch: seconds a kernel takes that does nothing."""
+    """bandwidth in GB/s, tensor-core peaks in TFLOP/s, launch: seconds a kernel takes that does
+    nothing.
+    """
 
     name: str
     sm_count: int
@@ -49,7 +52,9 @@ def find(name: str) -> Gpu | None:
 
 
 def operands(format: str, shape: tuple[int, int], params: dict[str, Any]) -> str:
-    """What tensor cores multiply in a product with a weight of this format, `estimate`'s kind. params: all of them."""
+    """What tensor cores multiply in a product with a weight of this format, `estimate`'s kind.
+    params: all of them.
+    """
     fmt = formats.get(format)
     if fmt.kernel_layout(params) != layouts.EIGHT_BIT:
         return "bf16"
@@ -67,7 +72,8 @@ def estimate(
 ) -> Estimate:
     """Least time of y (M, N) = x (M, K) @ W^T with 16-bit x and y and a weight of `weight_bytes`.
 
-    kind: operands of the tensor cores, "bf16", "fp8" or "int8". launches: kernels one after another.
+    kind: operands of the tensor cores, "bf16", "fp8" or "int8". launches: kernels one after
+    another.
     """
     n, k = shape
     moved = weight_bytes + 2 * m * (n + k)

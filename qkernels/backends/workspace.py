@@ -1,4 +1,6 @@
-"""Scratch memory of a call: partial sums and counters of kernels that split K, copies of x; how much of it."""
+"""Scratch memory of a call: partial sums and counters of kernels that split K, copies of x; how
+much of it.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,12 @@ def fits(rows: int, row_bytes: int, held: int = 0) -> bool:
 
 
 def slices(rows: int, row_bytes: int, held: int = 0) -> Iterator[slice]:
-    """Slices of `rows` rows, in order, that need at most BYTES of scratch at `row_bytes` a row, or one row.
+    """Slices of `rows` rows, in order, that need at most BYTES of scratch at `row_bytes` a row, or
+    one row.
 
-    held: bytes of scratch that every slice takes, whatever its rows. All are of about one size, and of whole
-    tiles of 128 rows as long as that many fit. The slices' kernels decode the weight anew, which costs
-    little where a slice has hundreds of rows.
+    held: bytes of scratch that every slice takes, whatever its rows. All are of about one size, and
+    of whole tiles of 128 rows as long as that many fit. The slices' kernels decode the weight anew,
+    which costs little where a slice has hundreds of rows.
     """
     if fits(rows, row_bytes, held):
         if rows:
@@ -43,8 +46,8 @@ def slices(rows: int, row_bytes: int, held: int = 0) -> Iterator[slice]:
 def counters(device: torch.device) -> Tensor:
     """Zeroed int32 counters of this device and stream. Every launch leaves them zero.
 
-    Launches on one stream follow one another and share them. A CUDA graph uses those of the stream it
-    is captured on: replay graphs captured on one stream one after another, as torch does.
+    Launches on one stream follow one another and share them. A CUDA graph uses those of the stream
+    it is captured on: replay graphs captured on one stream one after another, as torch does.
     """
     stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
     key = (device.type, device.index, stream)

@@ -1,1 +1,3 @@
-"""Times fused products against torch's and their roofline: `qkernels bench`, and `python -m bench` with peers."""
+"""Times fused products against torch's and their roofline: `qkernels bench`, and `python -m bench`
+with peers.
+"""

@@ -28,9 +28,9 @@ from . import timing
 class Layer:
     """A weight as a contestant holds it.
 
-    call: x (M, K) bfloat16 -> y (M, N). nbytes: of the packed weight. want: x -> what y should be, in
-    float64, for the weight as this contestant rounded it; or the product with the unrounded weight.
-    tolerance: of the relative error against `want`. kind: what the tensor cores multiply.
+    call: x (M, K) bfloat16 -> y (M, N). nbytes: of the packed weight. want: x -> what y should be,
+    in float64, for the weight as this contestant rounded it; or the product with the unrounded
+    weight. tolerance: of the relative error against `want`. kind: what the tensor cores multiply.
     """
 
     call: Callable[[Tensor], Tensor]
@@ -42,12 +42,14 @@ class Layer:
 
 
 class Contestant(ABC):
-    """Somebody's product with weights in somebody's format. `group` names those that race each other.
+    """Somebody's product with weights in somebody's format. `group` names those that race each
+    other.
 
-    graphs: whether a CUDA graph can capture the product; one that waits for the GPU cannot be. outliers: share
-    of the columns of x that are far larger than the others, for all of a group. compiles: whether the first
-    calls compile kernels that other processes find in a cache. patience: seconds after which no answer from
-    preparing a weight or from timing one number of rows means that it hangs.
+    graphs: whether a CUDA graph can capture the product; one that waits for the GPU cannot be.
+    outliers: share of the columns of x that are far larger than the others, for all of a group.
+    compiles: whether the first calls compile kernels that other processes find in a cache.
+    patience: seconds after which no answer from preparing a weight or from timing one number of
+    rows means that it hangs.
     """
 
     name: str
@@ -66,7 +68,9 @@ class Contestant(ABC):
 
     @abstractmethod
     def prepare(self, weight: Tensor) -> Layer:
-        """`weight`: (N, K) float32. The layer must be one that copy.deepcopy copies, tensors and all."""
+        """`weight`: (N, K) float32. The layer must be one that copy.deepcopy copies, tensors and
+        all.
+        """
 
 
 class Dense(Contestant):
@@ -118,7 +122,8 @@ class Ours(Contestant):
             linear,
             packed.nbytes,
             lambda x: matmul(x.to(dtype), linear.packed, backend="reference"),
-            # an activation that float32 rounds to another code than float64 is one step off: far below
+            # an activation that float32 rounds to another code than float64 is one step off: far
+            # below
             0.02,
             kind,
             lambda m: explain(linear.packed, m, torch.bfloat16, backend=backend).kernel,
@@ -133,9 +138,10 @@ def ours(contestant: str) -> tuple[str, str] | None:
 
 @dataclass
 class Row:
-    """One timed product; times in microseconds. `chain`: one of many that follow each other, which all
-    other figures are about; `alone`: from a cold start. `eager`: started by the host, not from a CUDA graph.
-    `bandwidth`: GB/s of packed bytes. `error`: relative, before timing. `failed`: why there are no times."""
+    """One timed product; times in microseconds. `chain`: one of many that follow each other, which
+    all other figures are about; `alone`: from a cold start. `eager`: started by the host, not from
+    a CUDA graph. `bandwidth`: GB/s of packed bytes. `error`: relative, before timing. `failed`: why
+    there are no times."""
 
     contestant: str
     group: str
@@ -184,8 +190,8 @@ def case(
     settings: Settings,
     dense: dict[tuple[int, int, int], float],
 ) -> Iterator[Row]:
-    """Time one contestant on one shape. `dense`, (N, K, M) -> microseconds, is what speeds are relative to;
-    the dense product fills it in."""
+    """Time one contestant on one shape. `dense`, (N, K, M) -> microseconds, is what speeds are
+    relative to; the dense product fills it in."""
     gpu = roofline.find(torch.cuda.get_device_name()) if settings.device == "cuda" else None
     weight = _weight(shape, settings)
     inputs = {
@@ -274,7 +280,9 @@ def _race(
 def _eager(
     row: Row, contestant: Contestant, layers: list[Layer], x: Tensor, settings: Settings
 ) -> None:
-    """Once more, without a CUDA graph, for one who cannot be captured; with its first failure if that fails."""
+    """Once more, without a CUDA graph, for one who cannot be captured; with its first failure if
+    that fails.
+    """
     why, row.failed = row.failed, ""
     try:
         with torch.inference_mode():

@@ -31,7 +31,9 @@ def of_samples(samples: Sequence[float]) -> Time:
 
 
 def copies_for(weight_bytes: int, device: str) -> int:
-    """How many copies of a weight must take turns so that each call finds its own outside the L2 cache."""
+    """How many copies of a weight must take turns so that each call finds its own outside the L2
+    cache.
+    """
     return 1 if device == "cpu" else min(MAX_CHAIN, max(2, -(-COLD_BYTES // weight_bytes)))
 
 
@@ -54,7 +56,8 @@ def graph_of(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
 def chain(calls: Sequence[Call], device: str, repeats: int, graphs: bool = True) -> Time:
     """One call out of `calls` that follow each other, as a model's layers do.
 
-    graphs: replayed from a CUDA graph; without, started by the host, whose time is in it if it is the slower.
+    graphs: replayed from a CUDA graph; without, started by the host, whose time is in it if it is
+    the slower.
     """
     if device == "cpu":
         return _on_cpu(calls[0], repeats)
@@ -110,7 +113,8 @@ def _on_cpu(call: Call, repeats: int) -> Time:
 def copy_bandwidth(device: str) -> float | None:
     """GB/s that a kernel moves which reads and writes a large tensor once; None without a GPU.
 
-    Not `copy_`: on an H200 that moved 4.2 TB/s as kernels do, but in a CUDA graph, where all is timed, 2.8.
+    Not `copy_`: on an H200 that moved 4.2 TB/s as kernels do, but in a CUDA graph, where all is
+    timed, 2.8.
     """
     if device == "cpu":
         return None

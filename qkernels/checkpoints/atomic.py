@@ -1,14 +1,15 @@
-"""Files and directories that take their name whole or not at all, whenever the writing of them ends.
+"""Files and directories that take their name whole or not at all, whenever the writing of them
+ends.
 
     parent/.qkernels-saving-1f3a.../     private to its owner, so nobody can plant a link in it
         lock                             locked while its process lives
         new                              written first, and synced to the disk
     parent/model                         exchanges names with `new` in one step, then the folder is removed
 
-Where the system cannot exchange two directories, the old one is moved to `old-0/model` in the private folder for a
-moment. Nothing removes it from there while `parent/model` is missing: it is moved back, at the latest by the next
-save beside it. That save also removes what a killed process of this machine left, or any of a week ago: locks are
-often seen on their own machine alone.
+Where the system cannot exchange two directories, the old one is moved to `old-0/model` in the
+private folder for a moment. Nothing removes it from there while `parent/model` is missing: it is
+moved back, at the latest by the next save beside it. That save also removes what a killed process
+of this machine left, or any of a week ago: locks are often seen on their own machine alone.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a path to write a file or a directory to, which becomes `path` when the block ends.
 
-    Whatever ends it early (an error, Ctrl-C, SIGTERM, a full disk, a lost process), `path` is what it was. A directory
-    must not be replaced by a file, nor a file by a directory.
+    Whatever ends it early (an error, Ctrl-C, SIGTERM, a full disk, a lost process), `path` is what
+    it was. A directory must not be replaced by a file, nor a file by a directory.
     """
     parent = path.parent
     parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +81,9 @@ def replacing_file(path: Path) -> Iterator[Path]:
 
 
 def _put(fresh: Path, target: Path) -> None:
-    """Give `fresh` the name `target`. What a directory replaces is in its private folder afterwards."""
+    """Give `fresh` the name `target`. What a directory replaces is in its private folder
+    afterwards.
+    """
     if not fresh.is_dir():
         os.replace(fresh, target)
         return
@@ -126,7 +129,9 @@ def _exchange(one: Path, other: Path) -> bool:
 
 # ---------------------------------------------------------------------- the disk
 def _sync(path: Path) -> None:
-    """Wait until a file, or all of a directory, is on the disk: a name must not get there before its bytes."""
+    """Wait until a file, or all of a directory, is on the disk: a name must not get there before
+    its bytes.
+    """
     for entry in path.rglob("*") if path.is_dir() else ():
         _sync_one(entry)
     _sync_one(path)
@@ -174,7 +179,9 @@ def _discard(folder: Path) -> None:
 
 
 def _clean(parent: Path) -> None:
-    """Give back, and then remove, what processes that are gone left in private folders of this user."""
+    """Give back, and then remove, what processes that are gone left in private folders of this
+    user.
+    """
     for folder in parent.glob(f"{PREFIX}*"):
         with suppress(OSError):  # in use, or gone meanwhile
             status = folder.lstat()
@@ -187,7 +194,9 @@ def _clean(parent: Path) -> None:
 
 
 def _is_dead(lock: Any) -> bool:
-    """Whether the process that filled the lock's file is gone. It locks first, so one about to do so has not."""
+    """Whether the process that filled the lock's file is gone. It locks first, so one about to do
+    so has not.
+    """
     host = lock.read().partition(" ")[0]
     if fcntl is None or host != socket.gethostname():
         return False
@@ -202,7 +211,8 @@ class _Terminated(BaseException):
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the block by an exception, as Ctrl-C does, and the process once the block has cleaned up.
+    """SIGTERM ends the block by an exception, as Ctrl-C does, and the process once the block has
+    cleaned up.
 
     Only where Python lets us: in the main thread. A handler of the program's is left alone.
     """
@@ -230,7 +240,9 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _handled_in_c() -> bool:
-    """Whether SIGTERM has a handler that Python does not know of, faulthandler's say. Only Linux tells."""
+    """Whether SIGTERM has a handler that Python does not know of, faulthandler's say. Only Linux
+    tells.
+    """
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:

@@ -53,7 +53,8 @@ def check_target(path: Path) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields an empty directory to write a model to, which becomes `path` when the block ends; see atomic.py.
+    """Yields an empty directory to write a model to, which becomes `path` when the block ends; see
+    atomic.py.
 
     ValueError if `path` is, or has become meanwhile, what `check_target` refuses.
     """

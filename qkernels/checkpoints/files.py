@@ -1,8 +1,10 @@
-"""The one door to files that somebody else wrote: regular files alone, of a bounded size, and errors that name them.
+"""The one door to files that somebody else wrote: regular files alone, of a bounded size, and
+errors that name them.
 
-A FIFO blocks who opens it, a device has no end, and stat tells the size of neither. So a file is opened without
-blocking, then the open file is asked what it is and how long, and it is refused if it holds more than it says.
-Symbolic links to regular files are followed: Hugging Face's cache is made of them.
+A FIFO blocks who opens it, a device has no end, and stat tells the size of neither. So a file is
+opened without blocking, then the open file is asked what it is and how long, and it is refused if
+it holds more than it says. Symbolic links to regular files are followed: Hugging Face's cache is
+made of them.
 """
 
 from __future__ import annotations
@@ -27,11 +29,11 @@ _MAX_JSON_DEPTH = 32
 
 @contextmanager
 def told_by(path: Path, expected: str) -> Iterator[None]:
-    """Somebody else's code reads values of the file at `path` inside: whatever it raises becomes a ValueError that
-    names the file, and says what was `expected` there.
+    """Somebody else's code reads values of the file at `path` inside: whatever it raises becomes a
+    ValueError that names the file, and says what was `expected` there.
 
-    A file can make that code fail in any way, a Rust library by a panic, too, which is no Exception. MemoryError and
-    Ctrl-C pass.
+    A file can make that code fail in any way, a Rust library by a panic, too, which is no
+    Exception. MemoryError and Ctrl-C pass.
     """
     try:
         yield
@@ -58,7 +60,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def open_regular(path: Path) -> Iterator[BufferedReader]:
     """The regular file at `path`, open for reading.
 
-    Raises FileNotFoundError if nothing is there, ValueError if it is something else, or cannot be opened.
+    Raises FileNotFoundError if nothing is there, ValueError if it is something else, or cannot be
+    opened.
     """
     flags = (
         os.O_RDONLY
@@ -83,7 +86,9 @@ def open_regular(path: Path) -> Iterator[BufferedReader]:
 
 
 def read_part(file: BufferedReader, where: str, offset: int, count: int) -> bytearray:
-    """`count` bytes of an open file from `offset` on. ValueError, which begins with `where`, if there are fewer."""
+    """`count` bytes of an open file from `offset` on. ValueError, which begins with `where`, if
+    there are fewer.
+    """
     raw = bytearray(count)
     file.seek(offset)
     got = file.readinto(raw)
@@ -177,7 +182,9 @@ def parse_json(where: str, text: bytes, *, unique: bool = False) -> dict[str, An
 
 
 class Unchanged:
-    """A file that is read in several goes, and must be the same one in each: of two saves half of each is no model."""
+    """A file that is read in several goes, and must be the same one in each: of two saves half of
+    each is no model.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self._state = path, _state(path)
@@ -191,7 +198,9 @@ class Unchanged:
 
 
 def _state(path: Path) -> tuple[int, int] | None:
-    """Bytes and time of the last change in ns; None if the file is gone. Some file systems change an inode's number."""
+    """Bytes and time of the last change in ns; None if the file is gone. Some file systems change
+    an inode's number.
+    """
     try:
         status = os.stat(path)
     except OSError:

@@ -1,4 +1,5 @@
-"""safetensors files of one directory, whole or in shards: read one tensor at a time, write in shards.
+"""safetensors files of one directory, whole or in shards: read one tensor at a time, write in
+shards.
 
     u64 header length, JSON header {name: {dtype, shape, data_offsets}}, data
 
@@ -55,7 +56,9 @@ _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One stored tensor: safetensors' name of its dtype ("F16"), shape, bytes, its file and where it begins there."""
+    """One stored tensor: safetensors' name of its dtype ("F16"), shape, bytes, its file and where
+    it begins there.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -141,9 +144,10 @@ def _info(path: Path, name: str, entry: Any, start: int, size: int) -> TensorInf
 class TensorFiles:
     """The tensors of a model directory (or of files), memory-mapped and read one at a time.
 
-    Use as a context manager. `infos` is all that is known without reading data. A file that was replaced, cut or
-    written to since its header was read is refused before each tensor; who cuts a file in place while its bytes are
-    being copied ends the process by SIGBUS, as with everything that maps files.
+    Use as a context manager. `infos` is all that is known without reading data. A file that was
+    replaced, cut or written to since its header was read is refused before each tensor; who cuts a
+    file in place while its bytes are being copied ends the process by SIGBUS, as with everything
+    that maps files.
     """
 
     def __init__(self, path: str | os.PathLike[str] | Sequence[Path]) -> None:
@@ -211,7 +215,8 @@ class TensorFiles:
     def read_as(self, name: str, dtype: torch.dtype | None) -> Tensor:
         """As `read`, a floating tensor in `dtype`, unless that is None.
 
-        What is converted is not mapped: pages of the file count for this process for as long as their map lives.
+        What is converted is not mapped: pages of the file count for this process for as long as
+        their map lives.
         """
         info = self.infos[name]
         stored = _FLOATS.get(info.dtype)
@@ -226,10 +231,11 @@ class TensorFiles:
 
 
 def locate(directory: Path) -> dict[Path, list[str] | None]:
-    """safetensors files of a model directory -> the tensors the index places there (None: no index).
+    """safetensors files of a model directory -> the tensors the index places there (None: no
+    index).
 
-    Raises ValueError for an index that is not one or names a missing file, for pickled weights only,
-    and for a directory without weights.
+    Raises ValueError for an index that is not one or names a missing file, for pickled weights
+    only, and for a directory without weights.
     """
     index = directory / INDEX
     # whatever an index says: it may be left from an earlier save
@@ -328,7 +334,8 @@ def _write_file(shard: dict[str, Tensor], path: Path) -> None:
             shard[name] = tensor.clone()
         storages.add(pointer)
     write_tensors(shard, path, {"format": "pt"})
-    # save_file makes the file readable by its owner only; give it what the umask gave its directory.
+    # save_file makes the file readable by its owner only; give it what the umask gave its
+    # directory.
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 

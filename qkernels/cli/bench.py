@@ -42,11 +42,13 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1)] = 20,
     json: common.JsonOption = False,
 ) -> None:
-    """Time fused products against torch's bf16 matmul and the roofline. Each is checked before it is timed.
+    """Time fused products against torch's bf16 matmul and the roofline. Each is checked before it
+    is timed.
 
     Without a GPU it times the reference on the CPU, which tells nothing about kernels.
 
-    Example: qkernels bench --formats "nf4,gptq:bits=4,group_size=128" --shapes llama-3-8b --rows 1,16
+    Example: qkernels bench --formats "nf4,gptq:bits=4,group_size=128" --shapes llama-3-8b --rows
+    1,16
     """
     import torch
 

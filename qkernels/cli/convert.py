@@ -1,4 +1,6 @@
-"""`qkernels convert`: a model's weights into another storage format, without loss where that is possible."""
+"""`qkernels convert`: a model's weights into another storage format, without loss where that is
+possible.
+"""
 
 from __future__ import annotations
 
@@ -48,10 +50,11 @@ def convert(
 ) -> None:
     """Convert a model to another storage format, or write it in shards of another size.
 
-    GPTQ, AWQ, pack_quantized and the int8 formats hold integer grids: codes, scales and zero points go
-    from one to another without loss where the target can hold them. Otherwise layers are dequantized and
-    rounded again, and the report says how many, why, and by how much they changed. A GGUF file without
-    --format becomes a directory that holds its tensors bit for bit, which load_model and vLLM read.
+    GPTQ, AWQ, pack_quantized and the int8 formats hold integer grids: codes, scales and zero points
+    go from one to another without loss where the target can hold them. Otherwise layers are
+    dequantized and rounded again, and the report says how many, why, and by how much they changed.
+    A GGUF file without --format becomes a directory that holds its tensors bit for bit, which
+    load_model and vLLM read.
 
     Example: qkernels convert ./my-model-gptq ./my-model-awq --format awq
     """

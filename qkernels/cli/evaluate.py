@@ -41,9 +41,9 @@ def evaluate(
 ) -> None:
     """Measure perplexity of a model as it is and, with --formats, rounded to each format.
 
-    KL is the mean divergence from the model as it is (or from --against), in nats per token: a finer
-    measure than perplexity. A format with an algorithm, as in "gptq:bits=3,algorithm=gptq", is made with
-    the --calibration text.
+    KL is the mean divergence from the model as it is (or from --against), in nats per token: a
+    finer measure than perplexity. A format with an algorithm, as in "gptq:bits=3,algorithm=gptq",
+    is made with the --calibration text.
 
     Example: qkernels eval smollm2-135m --formats "nf4,awq:group_size=64" --text macbeth --markdown
     """

@@ -12,7 +12,8 @@ import typer
 
 from . import common
 
-#: what a tensor of packed or scaled weights is called, so that float tensors beside it are not weights
+#: what a tensor of packed or scaled weights is called, so that float tensors beside it are not
+#: weights
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -136,7 +137,8 @@ def _safetensors(path: Path) -> tuple[dict[str, Any], list[Row]]:
     kinds: dict[str, quantization.Kinds] = {}
     facts: dict[str, Any] = {"file": str(path)}
     with TensorFiles(path) as files:
-        # A lone file beside no config.json is listed too; only the packed weights' sizes are unknown.
+        # A lone file beside no config.json is listed too; only the packed weights' sizes are
+        # unknown.
         if path.is_dir() or (directory / model_config.CONFIG).is_file():
             from torch import nn
 

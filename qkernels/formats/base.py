@@ -26,15 +26,18 @@ if TYPE_CHECKING:
     from .grid import Grid
 
 
-#: elements turned to float32 at a time while a tensor is checked, so that loading needs no copy of it. On the CPU so
-#: few, because glibc's heap may grow by as much for every tensor: with 4 MB a file of 200 MB left 170 MB behind, with
+#: elements turned to float32 at a time while a tensor is checked, so that loading needs no copy of
+#: it. On the CPU so
+#: few, because glibc's heap may grow by as much for every tensor: with 4 MB a file of 200 MB left
+#: 170 MB behind, with
 #: 128 kB one of 100 MB in 170 tensors still 0 to 45 MB.
 _CHECKED_AT_ONCE, _CHECKED_AT_ONCE_CPU = 1 << 20, 1 << 12
 
 #: `quant_method` of the config that says any format: qkernels/checkpoints/hf/quantization.py
 OWN_METHOD = "qkernels"
 
-#: numbers of one tensor: a weight's (SpQR's smallest groups have four statistics each), a table's or a quant state's
+#: numbers of one tensor: a weight's (SpQR's smallest groups have four statistics each), a table's
+#: or a quant state's
 _MOST_A_WEIGHT, _MOST_A_TABLE = 8, 1 << 16
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -73,7 +76,8 @@ class Format(ABC):
     defaults: ClassVar[Mapping[str, Any]] = {}
     #: what only `qkernels.quantize` takes (a calibrated input scale, say); stored as tensors
     quantize_only: ClassVar[Mapping[str, Any]] = {}
-    #: what `quantize_model` can do with calibration data, names of qkernels.quantizers.algorithms; the
+    #: what `quantize_model` can do with calibration data, names of qkernels.quantizers.algorithms;
+    #: the
     #: first is the default
     algorithms: ClassVar[tuple[str, ...]] = ()
     #: largest magnitude of a quantized activation, for formats with static activation scales
@@ -119,7 +123,8 @@ class Format(ABC):
                 )
 
     def check_types(self, params: Mapping[str, Any]) -> Params:
-        """`params`, with ints for floats made floats. ValueError naming one of another type, or too large a number.
+        """`params`, with ints for floats made floats. ValueError naming one of another type, or too
+        large a number.
 
         Parameters that the format does not know, or that have no default, are not checked.
         """
@@ -127,8 +132,8 @@ class Format(ABC):
         return {key: self._checked(key, defaults.get(key), value) for key, value in params.items()}
 
     def _checked(self, key: str, default: Any, value: Any) -> Any:
-        """`value`, a float if the default is one. ValueError unless it is of the default's type, and kernels can
-        take it: ints of 32 bits and float32."""
+        """`value`, a float if the default is one. ValueError unless it is of the default's type,
+        and kernels can take it: ints of 32 bits and float32."""
         if isinstance(default, bool):
             ok, want = isinstance(value, bool), "a bool"
         elif isinstance(default, int):
@@ -153,8 +158,8 @@ class Format(ABC):
     def complete(self, shapes: Mapping[str, Shape], params: Mapping[str, Any]) -> Params:
         """`params` for quantizing weights of these shapes, by name, into this format.
 
-        Where a default does not suit all of them, a value that does is given instead, with a warning that says so.
-        Nothing is checked: `resolve` does that.
+        Where a default does not suit all of them, a value that does is given instead, with a
+        warning that says so. Nothing is checked: `resolve` does that.
         """
         return dict(params)
 
@@ -267,8 +272,8 @@ class Format(ABC):
 
     # ------------------------------------------------------------------ tensor parallelism
     def cuts(self, shape: Shape, params: Params) -> Shape:
-        """(rows, columns) whose multiples the weight can be cut at without cutting a group, a block or a
-        packed word. As many as the weight has: not at all."""
+        """(rows, columns) whose multiples the weight can be cut at without cutting a group, a block
+        or a packed word. As many as the weight has: not at all."""
         return 1, 1
 
     def cut(
@@ -280,10 +285,11 @@ class Format(ABC):
         begin: int,
         end: int,
     ) -> tuple[dict[str, Tensor], Params]:
-        """Tensors and parameters of rows (dim 0) or columns (dim 1) begin..end-1, multiples of `cuts`.
+        """Tensors and parameters of rows (dim 0) or columns (dim 1) begin..end-1, multiples of
+        `cuts`.
 
-        A dimension that is another for a part of the weight is cut in proportion; what all parts need is
-        shared. Formats whose tensors lie otherwise override this.
+        A dimension that is another for a part of the weight is cut in proportion; what all parts
+        need is shared. Formats whose tensors lie otherwise override this.
         """
 
         def sizes(count: int) -> dict[str, TensorSpec]:
@@ -310,8 +316,8 @@ class Format(ABC):
     ) -> tuple[dict[str, Tensor], Params]:
         """Tensors and parameters of the rows that `index`, int64 (R), names, in its order.
 
-        Formats whose rows lie otherwise than along their tensors' first dimension override this, or cannot be
-        an embedding: ValueError.
+        Formats whose rows lie otherwise than along their tensors' first dimension override this, or
+        cannot be an embedding: ValueError.
         """
         n, k = shape
         whole, other = self.specs((n, k), params), self.specs((n + 1, k), params)
@@ -339,7 +345,9 @@ class Format(ABC):
     def weight_only(
         self, tensors: Mapping[str, Tensor], shape: Shape, params: Params
     ) -> WeightOnlyParts:
-        """The weight as `qkernels.layouts` packs it for those kernels. Only in the weight-only family."""
+        """The weight as `qkernels.layouts` packs it for those kernels. Only in the weight-only
+        family.
+        """
         raise NotImplementedError(f"{self.name} is not in the weight-only kernel family")
 
     def from_weight_only(

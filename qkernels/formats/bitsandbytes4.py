@@ -1,7 +1,9 @@
-"""NF4 and FP4 as bitsandbytes stores them: 16-entry tables, absmax per block of the flattened weight.
+"""NF4 and FP4 as bitsandbytes stores them: 16-entry tables, absmax per block of the flattened
+weight.
 
     weight            uint8 (ceil(N*K/2), 1)   two codes a byte, the first value in the HIGH nibble; the same
-                                               bytes called floats with another `quant_storage` (for FSDP)
+                                               bytes called floats with another `quant_storage` (for
+                                               FSDP)
     weight.absmax     float32 (B)              B = ceil(N*K/block_size); uint8 with double_quant
     weight.quant_map  float32 (16)             the table
     weight.nested_absmax float32, weight.nested_quant_map float32 (256)       with double_quant
@@ -11,8 +13,8 @@ Blocks run over the row-major flattened weight and may straddle rows.
     W[i] = table[code[i]] * absmax[i // block_size]
     absmax[b] = nested_quant_map[q[b]] * nested_absmax[b // 256] + nested_offset     (double_quant)
 
-Source: Dettmers et al. 2023 (arXiv 2305.14314) for NF4 and double quantization, 2022 (2110.02861) for
-the dynamic 8-bit map; byte order as bitsandbytes 0.50 writes it.
+Source: Dettmers et al. 2023 (arXiv 2305.14314) for NF4 and double quantization, 2022 (2110.02861)
+for the dynamic 8-bit map; byte order as bitsandbytes 0.50 writes it.
 """
 
 from __future__ import annotations
@@ -270,7 +272,8 @@ class Bitsandbytes4(Format):
     def dequantize(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> Tensor:
         n, k = shape
         table = tensors["weight.quant_map"]
-        # One look-up for both codes of a byte: a table of 256 pairs, a pair read as one 64-bit item.
+        # One look-up for both codes of a byte: a table of 256 pairs, a pair read as one 64-bit
+        # item.
         pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), dim=1)
         bytes_ = tensors["weight"].reshape(-1).view(torch.uint8).int()
         values = pairs.view(torch.int64).view(-1)[bytes_].view(torch.float32)[: n * k]

@@ -1,7 +1,7 @@
 """compressed-tensors' `quantization_config`: what one config group says, read and written.
 
-A config holds groups, each a scheme for the modules its `targets` name. A format reads a config with one
-group; qkernels/checkpoints/hf/quantization.py splits and joins those with more.
+A config holds groups, each a scheme for the modules its `targets` name. A format reads a config
+with one group; qkernels/checkpoints/hf/quantization.py splits and joins those with more.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def check_dense(config: Mapping[str, Any]) -> None:
 def read(config: Mapping[str, Any]) -> Scheme | None:
     """The scheme of a config with one group; None if its quant_method is another's.
 
-    Raises ValueError naming the field that is missing, misstated, or that no format here implements.
+    Raises ValueError naming the field that is missing, misstated, or that no format here
+    implements.
     """
     if config.get("quant_method") != METHOD:
         return None
@@ -128,9 +129,9 @@ def read(config: Mapping[str, Any]) -> Scheme | None:
 def read_eight_bit(config: Mapping[str, Any], kind: str) -> dict[str, Any] | None:
     """Parameters of an 8-bit scheme of `kind`, else None.
 
-    granularity, activation, symmetric_input, symmetric_weight; of "int" group_size (-1: none), of "float" with granularity
-    "block" block_rows and block_columns, where a group is a block of one row.
-    Raises ValueError naming the field for a scheme of this kind that we do not implement.
+    granularity, activation, symmetric_input, symmetric_weight; of "int" group_size (-1: none), of
+    "float" with granularity "block" block_rows and block_columns, where a group is a block of one
+    row. Raises ValueError naming the field for a scheme of this kind that we do not implement.
     """
     scheme = read(config)
     if scheme is None or scheme.kind[0] != kind or scheme.storage not in _BYTES:
@@ -160,7 +161,9 @@ def read_eight_bit(config: Mapping[str, Any], kind: str) -> dict[str, Any] | Non
 
 
 def _read_inputs(inputs: Mapping[str, Any] | None, kind: str, width: int | None) -> dict[str, Any]:
-    """activation and symmetric_input. width: features that share a scale of float weights, None for whole rows."""
+    """activation and symmetric_input. width: features that share a scale of float weights, None for
+    whole rows.
+    """
     if inputs is None:
         return {"activation": "none", "symmetric_input": True}
     stated = inputs.get("type", "int"), inputs.get("num_bits", 8)

@@ -1,17 +1,21 @@
-"""E8P, the codebook of QuIP#: 2^16 points of the lattice E8 shifted by a quarter, for eight weights each.
+"""E8P, the codebook of QuIP#: 2^16 points of the lattice E8 shifted by a quarter, for eight weights
+each.
 
-A point is s * a + t: `a` one of 256 vectors of positive half-integers, s signs, t = +-1/4 in every place.
+A point is s * a + t: `a` one of 256 vectors of positive half-integers, s signs, t = +-1/4 in every
+place.
 
     16-bit code    15 ....... 8   7 ..... 0
                    which of 256    signs        their parity p says t = -1/4 instead of +1/4, and s flips
-                                                nibble 0 once more if p = 1, so that flips are even in number
+                                                nibble 0 once more if p = 1, so that flips are even
+                                                in number
 
-The 256: all 227 of norm^2 <= 10 in lexicographic order, then 29 of norm^2 12. Only sign patterns that make
-the sum of s * a even are used (half of E8's points), so the last entry of `a` is negated where the sum is
-odd. The table keeps them as nibbles 2v + 8; nibble k is entry 2k, nibble k + 4 is entry 2k + 1.
+The 256: all 227 of norm^2 <= 10 in lexicographic order, then 29 of norm^2 12. Only sign patterns
+that make the sum of s * a even are used (half of E8's points), so the last entry of `a` is negated
+where the sum is odd. The table keeps them as nibbles 2v + 8; nibble k is entry 2k, nibble k + 4 is
+entry 2k + 1.
 
-Residual quantization adds a second code for what the first one leaves: E8P again for 4 bits, for 3 bits 256
-points of E8 itself: 0, the 240 shortest vectors, and 15 of the form +-2 e_i.
+Residual quantization adds a second code for what the first one leaves: E8P again for 4 bits, for 3
+bits 256 points of E8 itself: 0, the 240 shortest vectors, and 15 of the form +-2 e_i.
 
 Source: Tseng et al. 2024 (QuIP#, arXiv 2402.04396), section 4 and appendix C.
 """
@@ -82,7 +86,9 @@ def residual_points() -> Tensor:
 
 @lru_cache(maxsize=8)
 def table(device: torch.device) -> Tensor:
-    """int32 (512): the words of `absolute`, then those of `residual_points`, both as nibbles 2v + 8."""
+    """int32 (512): the words of `absolute`, then those of `residual_points`, both as nibbles 2v +
+    8.
+    """
     vectors = absolute().clone()
     vectors[:, 7] *= 1 - 2 * (vectors.sum(1) % 2)
     nibbles = torch.cat([vectors, residual_points()])[:, list(NIBBLE_OF)].mul(2).add(8).long()
@@ -136,9 +142,10 @@ def _index_of() -> Tensor:
 def nearest(x: Tensor) -> Tensor:
     """Vectors (B, 8) -> codes int64 (B) of the nearest of the 65536 points, exactly.
 
-    Of s * a the signs of x are best, and if their product is not the one that `a` needs, the flip that costs
-    least. All arrangements of the 7 short kinds are there, so the best one has its entries in the order of
-    |x|; only the 29 long ones are tried one by one, where a vector of their kind could win at all.
+    Of s * a the signs of x are best, and if their product is not the one that `a` needs, the flip
+    that costs least. All arrangements of the 7 short kinds are there, so the best one has its
+    entries in the order of |x|; only the 29 long ones are tried one by one, where a vector of their
+    kind could win at all.
     """
     device = x.device
     best = torch.full((x.shape[0],), -torch.inf, dtype=x.dtype, device=device)

@@ -32,10 +32,11 @@ def per_token_int8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def per_token_affine(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x (..., K) -> int8 codes, scales (..., 1) and int8 zero points (..., 1): x = scale * (code - zero point).
+    """x (..., K) -> int8 codes, scales (..., 1) and int8 zero points (..., 1): x = scale * (code -
+    zero point).
 
-    As compressed-tensors has it, operation by operation: 0 lies within the range, and the zero point is added before
-    the sum is rounded, half to even. Where all are 0, the scale is 0, too.
+    As compressed-tensors has it, operation by operation: 0 lies within the range, and the zero
+    point is added before the sum is rounded, half to even. Where all are 0, the scale is 0, too.
     """
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     scale = (high - low) / 255

@@ -7,13 +7,14 @@
                                                            name it multiplies: W = weight * scale
     input_scale       () or (1)          only with activation "static"
 
-Either scale name goes with every granularity: `scale_name="weight_scale"` is compressed-tensors' and
-vLLM's, "weight_scale_inv" DeepSeek's and transformers', who call the input scale `activation_scale`.
+Either scale name goes with every granularity: `scale_name="weight_scale"` is compressed-tensors'
+and vLLM's, "weight_scale_inv" DeepSeek's and transformers', who call the input scale
+`activation_scale`.
 
 Activations are E4M3 whatever the weight is: "none" leaves them alone (weight-only), "dynamic"
-quantizes per token, or per 1 x block_columns group with block scales, "static" per tensor with `input_scale`.
-Groups along a row are blocks of one row.
-Rounding is half to even and saturates: E4M3FN has no infinity and E5M2 must not make one.
+quantizes per token, or per 1 x block_columns group with block scales, "static" per tensor with
+`input_scale`. Groups along a row are blocks of one row. Rounding is half to even and saturates:
+E4M3FN has no infinity and E5M2 must not make one.
 
 Source: Micikevicius et al. 2022 (arXiv 2209.05433); compressed-tensors' `float-quantized` layout;
 DeepSeek-V3 (arXiv 2412.19437) for the 128-blocks.
@@ -47,7 +48,9 @@ _GROUP_AMAX_FLOOR = 1e-4
 
 
 def to_fp8(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Saturating cast, round half even. NaN stays NaN. (torch before 2.12 does not saturate itself.)"""
+    """Saturating cast, round half even. NaN stays NaN. (torch before 2.12 does not saturate
+    itself.)
+    """
     top = torch.finfo(dtype).max
     return x.clamp(-top, top).to(dtype)
 
@@ -279,7 +282,8 @@ class Fp8(Format):
     def to_hf_config(self, params: Params, skipped: list[str]) -> dict[str, Any]:
         if params["scale_name"] == "weight_scale":
             return write_eight_bit("float", params, skipped)
-        # This method knows no weight-only products: what others read is "dynamic", and what we mean is added.
+        # This method knows no weight-only products: what others read is "dynamic", and what we mean
+        # is added.
         only = {"qkernels_activation": "none"} if params["activation"] == "none" else {}
         return {
             "quant_method": "fp8",

@@ -7,11 +7,11 @@
 
     W[n, k] = scales[g, n] * (code[k, n] - zero[g, n]),  g = g_idx[k]
 
-`checkpoint_format="gptq"` stores zero - 1 in `bits` bits, wrapping; "gptq_v2" stores the zero itself. Configs
-often name the wrong one. A symmetric grid has one possible zero, 2^(bits-1), so its tensors tell. They also tell
-the order of the groups: `g_idx` is what it says, whatever `desc_act` is. All zeros, which some tools write for
-"no order", stand for k // group_size.
-Source: Frantar et al. 2022 (arXiv 2210.17323) and AutoGPTQ's QuantLinear.
+`checkpoint_format="gptq"` stores zero - 1 in `bits` bits, wrapping; "gptq_v2" stores the zero
+itself. Configs often name the wrong one. A symmetric grid has one possible zero, 2^(bits-1), so its
+tensors tell. They also tell the order of the groups: `g_idx` is what it says, whatever `desc_act`
+is. All zeros, which some tools write for "no order", stand for k // group_size. Source: Frantar et
+al. 2022 (arXiv 2210.17323) and AutoGPTQ's QuantLinear.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ class Gptq(Grouped):
         return stated
 
     def _convention(self, qzeros: Tensor, scales: Any, params: Mapping[str, Any]) -> Params:
-        """What qzeros (G, words) of a grid that is said to be symmetric, or may be, say of zeros and their storage."""
+        """What qzeros (G, words) of a grid that is said to be symmetric, or may be, say of zeros
+        and their storage.
+        """
         b = params.get("bits", self.defaults["bits"])
         n = scales.shape[1] if isinstance(scales, Tensor) and scales.dim() == 2 else 0
         if type(b) is not int or b not in WIDTHS or n == 0 or qzeros.shape[1] != bits.words(n, b):
@@ -240,7 +242,9 @@ class Gptq(Grouped):
 
 
 def left_alone(skipped: list[str]) -> dict[str, Any]:
-    """Config fields for unquantized layers: transformers reads the list, GPTQModel and vLLM `dynamic`."""
+    """Config fields for unquantized layers: transformers reads the list, GPTQModel and vLLM
+    `dynamic`.
+    """
     inside = [name for name in skipped if name.rpartition(".")[2] != "lm_head"]
     fields: dict[str, Any] = {"modules_to_not_convert": skipped}
     if inside:

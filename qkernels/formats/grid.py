@@ -1,8 +1,9 @@
 """The integer grids that GPTQ and AWQ share: w = scale * (code - zero), per group of K.
 
-Feature k is of group k // group_size, but for act-order. Where group_size does not divide K the last group is
-short: there are ceil(K / group_size) groups. Round-to-nearest chooses scale and zero from a group's range, as
-GPTQ's quantizer does: the range always contains 0; symmetric grids put the zero at 2^(bits-1).
+Feature k is of group k // group_size, but for act-order. Where group_size does not divide K the
+last group is short: there are ceil(K / group_size) groups. Round-to-nearest chooses scale and zero
+from a group's range, as GPTQ's quantizer does: the range always contains 0; symmetric grids put the
+zero at 2^(bits-1).
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from torch import Tensor
 from .types import Params
 
 SMALLEST_NORMAL_FP16 = 2.0**-14
-#: the smallest group sizes taken by default: powers of two, and what else divides K where groups must be whole
+#: the smallest group sizes taken by default: powers of two, and what else divides K where groups
+#: must be whole
 SMALLEST_POWER, SMALLEST_DIVISOR = 32, 16
 
 
 class Grid(NamedTuple):
     """A weight on an integer grid: w = scale[n, g] * (code[n, k] - zero[n, g]), g = group_of[k].
 
-    codes: uint8 (N, K). scale: 16- or 32-bit float (N, G). zero: uint8 (N, G). group_size: features of a group,
-    -1 for all. group_of: int32 (K), None where it is k // group_size.
+    codes: uint8 (N, K). scale: 16- or 32-bit float (N, G). zero: uint8 (N, G). group_size: features
+    of a group, -1 for all. group_of: int32 (K), None where it is k // group_size.
     """
 
     codes: Tensor
@@ -50,7 +52,9 @@ class Grid(NamedTuple):
 
 
 def check_group_size(fmt: str, k: int, size: int, short: bool) -> None:
-    """ValueError unless `size` is -1 or a size of groups of K features, the last of which may be `short`."""
+    """ValueError unless `size` is -1 or a size of groups of K features, the last of which may be
+    `short`.
+    """
     if size == -1 or (size >= 1 and (short or k % size == 0)):
         return
     if short:
@@ -61,10 +65,11 @@ def check_group_size(fmt: str, k: int, size: int, short: bool) -> None:
 
 
 def default_group_size(sizes: list[int], default: int, short: bool) -> int:
-    """The group size for weights with so many input features each, not all of them multiples of `default`.
+    """The group size for weights with so many input features each, not all of them multiples of
+    `default`.
 
-    The largest power of two that divides all, which other kernels take, too; without one a `short` last group of
-    the default, or the largest divisor.
+    The largest power of two that divides all, which other kernels take, too; without one a `short`
+    last group of the default, or the largest divisor.
     """
     common = math.gcd(*sizes)
     powers = (1 << i for i in range(default.bit_length() - 1, SMALLEST_POWER.bit_length() - 2, -1))
@@ -123,7 +128,8 @@ def round_to_nearest(weight: Tensor, params: Params) -> Grid:
 
 
 def fit(grouped: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Scale and zero of each group. grouped (N, G, g) float32 -> scale fp16 (N, G), zero uint8 (N, G).
+    """Scale and zero of each group. grouped (N, G, g) float32 -> scale fp16 (N, G), zero uint8 (N,
+    G).
 
     Raises ValueError if a scale does not fit float16, the dtype checkpoints store.
     """
@@ -182,11 +188,13 @@ def cuts(params: dict[str, Any], word: int) -> tuple[int, int]:
 
 
 def cut_groups(index: Tensor, group_size: int, begin: int, end: int) -> tuple[Tensor, Tensor, int]:
-    """(group of each column, groups kept, group_size) of the columns begin..end-1 of a weight in act-order.
+    """(group of each column, groups kept, group_size) of the columns begin..end-1 of a weight in
+    act-order.
 
-    index: int32 (end - begin), their groups, already cut out. Columns that have their groups to themselves
-    (static groups) keep those. Others have columns of a group elsewhere, too: then every group they have is
-    kept, and group_size only says how many that are: the last one comes again where no size says so few.
+    index: int32 (end - begin), their groups, already cut out. Columns that have their groups to
+    themselves (static groups) keep those. Others have columns of a group elsewhere, too: then every
+    group they have is kept, and group_size only says how many that are: the last one comes again
+    where no size says so few.
     """
     if group_size == -1:
         return index, torch.zeros(1, dtype=torch.int64, device=index.device), -1

@@ -24,7 +24,9 @@ class Grouped(Format):
         check_group_size(self.name, shape[1], params["group_size"], self.short_groups)
 
     def complete(self, shapes: Mapping[str, Shape], params: Mapping[str, Any]) -> Params:
-        """A group size that is not given is one for all shapes: the default, or what suits them better."""
+        """A group size that is not given is one for all shapes: the default, or what suits them
+        better.
+        """
         default = self.defaults["group_size"]
         name = next((name for name, (_, k) in shapes.items() if k % default), None)
         if "group_size" in params or name is None:

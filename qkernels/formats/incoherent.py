@@ -2,8 +2,9 @@
 
     W = diag(post) P_out^T T_out  G  T_in P_in diag(pre)          y = W x, from right to left
 
-G (N, K) is what the codes stand for. T are Kronecker products of small matrices (transforms.py) divided by
-their norm, P permutations. On the input side T_in is the transpose of the product, as QuIP# has it.
+G (N, K) is what the codes stand for. T are Kronecker products of small matrices (transforms.py)
+divided by their norm, P permutations. On the input side T_in is the transpose of the product, as
+QuIP# has it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from .types import Params, Shape
 class Side(NamedTuple):
     """One of the transforms. norm: what the factors' product is divided by to be orthogonal.
 
-    diagonal: `pre` or `post`, (features). perm: which outer feature each inner one is; None for its own.
+    diagonal: `pre` or `post`, (features). perm: which outer feature each inner one is; None for its
+    own.
     """
 
     factors: list[Tensor]
@@ -52,7 +54,8 @@ class IncoherentFormat(Format):
     """A format whose codes are read between two transforms. Not to be cut: its features are mixed."""
 
     algorithms = ("ldlq",)
-    #: H = mean of x x^T; what the transforms are drawn from; rounds of coordinate descent after LDLQ
+    #: H = mean of x x^T; what the transforms are drawn from; rounds of coordinate descent after
+    #: LDLQ
     quantize_only = {"hessian": None, "seed": 0, "passes": 2}
 
     @abstractmethod

@@ -10,7 +10,8 @@ Matmul (x is (M, K)):
     y                (q @ weight^T) * a * SCB / 127^2  +  x[:, outliers] @ W[:, outliers]^T
 
 A row's result therefore depends on its batch-mates, as in the paper. With one row, outlier columns
-are outlier elements; batch-invariant mode computes every row so, as if it were alone. Source: Dettmers et al. 2022 (arXiv 2208.07339); bitsandbytes 0.50.
+are outlier elements; batch-invariant mode computes every row so, as if it were alone. Source:
+Dettmers et al. 2022 (arXiv 2208.07339); bitsandbytes 0.50.
 """
 
 from __future__ import annotations

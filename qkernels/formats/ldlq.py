@@ -1,14 +1,16 @@
 """LDLQ: rounding that passes errors on, inside the transforms of QuIP and QuIP#.
 
-Minimizes tr((W - Q) H (W - Q)^T) as GPTQ does, from the last column to the first: with H = L D L^T, L unit
-lower triangular in blocks, and E = W - Q, it is the sum over blocks k of (E L)_k D_k (E L)_k^T, and
+Minimizes tr((W - Q) H (W - Q)^T) as GPTQ does, from the last column to the first: with H = L D L^T,
+L unit lower triangular in blocks, and E = W - Q, it is the sum over blocks k of (E L)_k D_k (E
+L)_k^T, and
 
     Q_k = round(W_k + sum over j > k of E_j L_jk)
 
-makes each term as small as rounding can. Blocks are single columns for integer grids, 8 columns for codes
-of eight weights. Coordinate descent afterwards rounds each block again, all others fixed.
+makes each term as small as rounding can. Blocks are single columns for integer grids, 8 columns for
+codes of eight weights. Coordinate descent afterwards rounds each block again, all others fixed.
 
-Sources: Chee et al. 2023 (arXiv 2307.13304), section 3; Tseng et al. 2024 (arXiv 2402.04396), section 4.1.
+Sources: Chee et al. 2023 (arXiv 2307.13304), section 3; Tseng et al. 2024 (arXiv 2402.04396),
+section 4.1.
 """
 
 from __future__ import annotations
@@ -31,9 +33,11 @@ Rounder = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def input_scale(weight: Tensor, hessian: Tensor | None) -> Tensor:
-    """What inputs are multiplied by, (K), so that weights (divided by it) and inputs share their ranges.
+    """What inputs are multiplied by, (K), so that weights (divided by it) and inputs share their
+    ranges.
 
-    (diag W^T W / diag H)^(1/4), the square root of the ratio of their root mean squares; 1 without H.
+    (diag W^T W / diag H)^(1/4), the square root of the ratio of their root mean squares; 1 without
+    H.
     """
     if hessian is None:
         return weight.new_ones(weight.shape[1])
@@ -62,7 +66,8 @@ def to_inside(
 def ldlq(
     weight: Tensor, hessian: Tensor | None, rounder: Rounder, *, block: int, passes: int = 0
 ) -> Tensor:
-    """Codes of weight (N, K). rounder: (N, block) targets -> codes (N, any) and their values (N, block).
+    """Codes of weight (N, K). rounder: (N, block) targets -> codes (N, any) and their values (N,
+    block).
 
     Raises ValueError for an H that stays singular.
     """

@@ -8,8 +8,8 @@
 
     W[n, k] = weight_scale[n, g] * (code[n, k] - zero[n, g]),  g = k // group_size or weight_g_idx[k]
 
-Codes and zeros are the signed integers of their quantizer plus 2^(bits-1), so the zero of a symmetric
-grid, which is not stored, is 2^(bits-1). It is GPTQ's grid in another order of bytes.
+Codes and zeros are the signed integers of their quantizer plus 2^(bits-1), so the zero of a
+symmetric grid, which is not stored, is 2^(bits-1). It is GPTQ's grid in another order of bytes.
 
 Source: vllm-project/compressed-tensors, `PackedQuantizationCompressor`.
 """

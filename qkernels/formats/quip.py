@@ -29,7 +29,8 @@ from .incoherent import IncoherentFormat, Side
 from .transforms import balanced, random_orthogonal, random_permutation
 from .types import Params, Shape
 
-#: step of the uniform grid of 2^bits values that is nearest to Gaussian weights (Max 1960, table II)
+#: step of the uniform grid of 2^bits values that is nearest to Gaussian weights (Max 1960, table
+#: II)
 GAUSSIAN_STEP = {2: 0.9957, 3: 0.5860, 4: 0.3352}
 
 
@@ -37,7 +38,8 @@ class Quip(IncoherentFormat):
     name = "quip"
     summary = "2/3/4-bit integers between random orthogonal transforms (QuIP)"
     defaults = {"bits": 2}
-    #: rescale: inputs by how large they and their weights are, as the paper does. Calibration then counts for
+    #: rescale: inputs by how large they and their weights are, as the paper does. Calibration then
+    #: counts for
     #: more, and here too much: SmolLM2 at 4 bits loses with it (bench/results/low-bit.md).
     quantize_only = {**IncoherentFormat.quantize_only, "rescale": False}
 

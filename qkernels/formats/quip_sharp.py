@@ -8,9 +8,9 @@
     Wscale       float32 ()
     codebook_id  int64 ()             7 is E8P alone
 
-`checkpoint_format="quip_sharp"` is what the public release keeps, 2 bits, N a multiple of 16 and K of 64:
-Qidxs int64 (N, K / 32), to be read as (N/16, K/64, 8, 4): word (i, j, g, c) has rows 16i + 2g, + 1 and
-columns 64j + 16c .. + 15:
+`checkpoint_format="quip_sharp"` is what the public release keeps, 2 bits, N a multiple of 16 and K
+of 64: Qidxs int64 (N, K / 32), to be read as (N/16, K/64, 8, 4): word (i, j, g, c) has rows 16i +
+2g, + 1 and columns 64j + 16c .. + 15:
 
     bit 0..7           8..15          16..23         24..31         32 + 4s + i
         which of 256:  row 2g | +1  | row 2g, next | +1, next |     sign s of those four, i = 0..3

@@ -1,11 +1,12 @@
-"""SpQR: 2 to 4-bit codes in small groups, whose scales and zeros are 3-bit codes, and sparse outliers.
+"""SpQR: 2 to 4-bit codes in small groups, whose scales and zeros are 3-bit codes, and sparse
+outliers.
 
     W[n, k] = scale[n, g] * (code[n, k] - zero[n, g]) + outlier[n, k],  g = k // group_size
     scale[n, g] = s_s * (scale_code[n, g] - s_z)        zero[n, g] = z_s * (zero_code[n, g] - z_z)
 
-with s_s, z_s, s_z, z_z in float16 shared by `row_group` neighbouring rows of a group. An outlier is added
-to what its code says, so it holds the difference. With `act_order` all columns are in the order of
-`in_perm`: column j is input feature in_perm[j].
+with s_s, z_s, s_z, z_z in float16 shared by `row_group` neighbouring rows of a group. An outlier is
+added to what its code says, so it holds the difference. With `act_order` all columns are in the
+order of `in_perm`: column j is input feature in_perm[j].
 
 `checkpoint_format="compact"` stores nothing twice and nothing empty, for any bits and group sizes:
 
@@ -16,8 +17,9 @@ to what its code says, so it holds the difference. With `act_order` all columns 
     col_vals      int32 (outliers)       float16 value << 16 | column
     in_perm       int32 (K / 2)          two 16-bit indices, the first one low; only with act_order
 
-"spqr_quant" is what the public spqr-quant package keeps, 3 bits in tiles of 16 x 16, instead of the first
-three an int64 for each 16 columns of a row, `dense_weights` at (tile_row * G + g) * 16 + row % 16:
+"spqr_quant" is what the public spqr-quant package keeps, 3 bits in tiles of 16 x 16, instead of the
+first three an int64 for each 16 columns of a row, `dense_weights` at (tile_row * G + g) * 16 + row
+% 16:
 
     bit 0..2  3..5   6..53         54..61                                                62..63
         w_s | w_z | 16 codes | byte (row % 16) // 2 of the tile's {s_s, z_s, s_z, z_z} | 0

@@ -17,8 +17,9 @@ STAT_TOP = (1 << STAT_BITS) - 1
 class SpqrGrid(NamedTuple):
     """A weight (N, K) in SpQR's terms, columns in the order of `perm`.
 
-    codes: uint8 (N, K). scale_codes, zero_codes: uint8 (N, G). second_level: float16 (G, R, 4), R groups
-    of rows. row_offsets: int32 (N + 1). col_vals: int32 (outliers). perm: int64 (K), None for k itself.
+    codes: uint8 (N, K). scale_codes, zero_codes: uint8 (N, G). second_level: float16 (G, R, 4), R
+    groups of rows. row_offsets: int32 (N + 1). col_vals: int32 (outliers). perm: int64 (K), None
+    for k itself.
     """
 
     codes: Tensor

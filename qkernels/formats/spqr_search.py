@@ -1,10 +1,10 @@
 """SpQR: GPTQ's order, tiny groups with quantized statistics, and outliers that are kept in 16 bits.
 
 A weight is an outlier if its rounding costs the output more than `threshold` times what the average
-weight is worth, Var(column) / U_kk^2, with U the factor GPTQ divides errors by. Outliers would widen
-their group's range, so those a leave-one-out fit gives away are left out of it beforehand: a weight
-whose absence lets the rest of its group round that much better. Source: Dettmers et al. 2023, arXiv
-2306.03078, algorithm 1.
+weight is worth, Var(column) / U_kk^2, with U the factor GPTQ divides errors by. Outliers would
+widen their group's range, so those a leave-one-out fit gives away are left out of it beforehand: a
+weight whose absence lets the rest of its group round that much better. Source: Dettmers et al.
+2023, arXiv 2306.03078, algorithm 1.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ def spqr(
 ) -> SpqrGrid:
     """Quantize a weight (N, K) given H (K, K), the mean of x x^T; None: all inputs count the same.
 
-    threshold: of outliers; a negative one for none at all. damp: fraction of the mean diagonal added to
-    H; SpQR's authors take 1, which passes on less of the errors. act_order: columns in order of falling diag(H), groups along that order.
+    threshold: of outliers; a negative one for none at all. damp: fraction of the mean diagonal
+    added to H; SpQR's authors take 1, which passes on less of the errors. act_order: columns in
+    order of falling diag(H), groups along that order.
 
     Raises ValueError for an H of another shape or that stays singular.
     """
@@ -104,7 +105,8 @@ def spqr(
             rounded = scale * (code - zero)
             error = (column - rounded) / worth[at]
             if limit != torch.inf:
-                # 16 bits hold the difference; where float16 has too few exponents for it, the code stays
+                # 16 bits hold the difference; where float16 has too few exponents for it, the code
+                # stays
                 value = (column - rounded).half()
                 is_outlier = (error.square() > limit) & torch.isfinite(value) & (value != 0)
                 outliers[:, at] = torch.where(is_outlier, value, 0)
@@ -155,10 +157,11 @@ def _without_outliers(group: Tensor, worth: Tensor, limit: float, top: int) -> T
 def _quantized_stats(
     kept: Tensor, worth: Tensor, top: int, row_group: int
 ) -> tuple[Tensor, Tensor]:
-    """A group (N, g) -> codes uint8 (2, N) of scales and zeros, and the second level float16 (R, 4).
+    """A group (N, g) -> codes uint8 (2, N) of scales and zeros, and the second level float16 (R,
+    4).
 
-    Step and offset of the codes come from the range of the rows' own scales and zeros; each row then
-    takes the code that rounds it best.
+    Step and offset of the codes come from the range of the rows' own scales and zeros; each row
+    then takes the code that rounds it best.
     """
     low, high = kept.amin(-1), kept.amax(-1)
     # Steps far below the weights themselves, or their neighbours', would need zeros beyond float16.
@@ -180,7 +183,9 @@ def _quantized_stats(
 def _best(
     kept: Tensor, worth: Tensor, scales: Tensor, zeros: Tensor, values: Tensor, top: int
 ) -> tuple[Tensor, Tensor]:
-    """Of 8 grids a row, scales and zeros (8, N): the number of the best, uint8 (N), and its value (N)."""
+    """Of 8 grids a row, scales and zeros (8, N): the number of the best, uint8 (N), and its value
+    (N).
+    """
     cost = [
         ((_Range(s[:, None], z[:, None]).round(kept, top) - kept) / worth).square().sum(-1)
         for s, z in zip(scales, zeros, strict=True)
@@ -199,7 +204,8 @@ def _steps(values: Tensor, row_group: int) -> tuple[Tensor, Tensor]:
     """step and offset, float16 (R), of codes whose values step * (code - offset) span values (N)."""
     grouped = _by_rows(values, row_group)
     low, high = grouped.amin(1), grouped.amax(1)
-    # A step far below the values themselves would need an offset that float16 cannot tell from the next.
+    # A step far below the values themselves would need an offset that float16 cannot tell from the
+    # next.
     largest = torch.maximum(low.abs(), high.abs())
     step = torch.maximum((high - low) / STAT_TOP, largest / 512).clamp(min=2.0**-24).half()
     return step, (-low / step.to(low.dtype)).half()

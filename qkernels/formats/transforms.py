@@ -1,8 +1,8 @@
 """Orthogonal transforms that spread a weight's large entries over all others (QuIP, QuIP#).
 
-All are Kronecker products of small square matrices, A0 (x) A1 (x) ..., applied to the last dimension of a
-tensor: with x seen as an (a0, a1, ...) box, A_i mixes axis i. Cost per element: a0 + a1 + ..., instead of
-their product.
+All are Kronecker products of small square matrices, A0 (x) A1 (x) ..., applied to the last
+dimension of a tensor: with x seen as an (a0, a1, ...) box, A_i mixes axis i. Cost per element: a0 +
+a1 + ..., instead of their product.
 
 Sources: Chee et al. 2023 (arXiv 2307.13304) for random orthogonal factors, Tseng et al. 2024 (arXiv
 2402.04396) for Hadamard ones; Paley 1933 for Hadamard matrices whose order is no power of two.
@@ -61,8 +61,8 @@ def hadamard_orders(n: int) -> tuple[int, ...]:
 def hadamard_factors(n: int) -> list[Tensor]:
     """Factors, float16, of an n x n matrix H with H H^T = n I and entries of +-1.
 
-    Where n = 4b * 2^r with b odd has no Paley matrix of order 4b, or one too large, the odd part is a real
-    Fourier matrix (Hartley) instead: entries of at most sqrt(2).
+    Where n = 4b * 2^r with b odd has no Paley matrix of order 4b, or one too large, the odd part is
+    a real Fourier matrix (Hartley) instead: entries of at most sqrt(2).
     """
     return [_factor(order) for order in hadamard_orders(n)]
 
@@ -123,7 +123,9 @@ def _paley(order: int) -> Tensor:
 
 
 def _jacobsthal(p: int, e: int) -> Tensor:
-    """chi(a - b) for all a, b of the field of p^e elements, chi(x) = 0, 1, -1 for zero, squares, others."""
+    """chi(a - b) for all a, b of the field of p^e elements, chi(x) = 0, 1, -1 for zero, squares,
+    others.
+    """
     elements = list(itertools.product(range(p), repeat=e))
     modulus = _irreducible(p, e)
 
@@ -157,7 +159,9 @@ def _irreducible(p: int, e: int) -> tuple[int, ...]:
 # ---------------------------------------------------------------------- random
 @lru_cache(maxsize=64)
 def balanced(n: int) -> tuple[int, ...]:
-    """Two factors of n as near to each other as can be, three where one would be over 64: smallest in the middle."""
+    """Two factors of n as near to each other as can be, three where one would be over 64: smallest
+    in the middle.
+    """
 
     def pairs(size: int) -> Iterator[tuple[int, int]]:
         return ((p, size // p) for p in range(1, math.isqrt(size) + 1) if size % p == 0)
@@ -178,7 +182,9 @@ def random_orthogonal(n: int, generator: torch.Generator) -> Tensor:
 
 
 def random_permutation(n: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
-    """A permutation of n, int64, the same on every machine and version: indices sorted by their SplitMix64."""
+    """A permutation of n, int64, the same on every machine and version: indices sorted by their
+    SplitMix64.
+    """
     x = (
         torch.arange(1, n + 1, dtype=torch.int64) + (torch.tensor(seed) << 32)
     ) * -7046029254386353131

@@ -44,7 +44,8 @@ class W8A8(Format):
     name = "w8a8"
     summary = "int8 weights x int8 activations, per channel and per token (SmoothQuant, compressed-tensors)"
     algorithms = ("smoothquant", "ranges")
-    #: symmetric_input: whether activations have no zero point; symmetric_weight: whether weights have none
+    #: symmetric_input: whether activations have no zero point; symmetric_weight: whether weights
+    #: have none
     defaults = {
         "granularity": "channel",
         "activation": "dynamic",

@@ -6,12 +6,13 @@
     config = with_quant_linear(LoraConfig(r=16, target_modules="all-linear"), model)
     model = get_peft_model(model, config)
 
-An adapter's saved config does not remember this: load one with
-`PeftModel.from_pretrained(model, path, config=with_quant_linear(LoraConfig.from_pretrained(path), model))`.
+An adapter's saved config does not remember this: load one with `PeftModel.from_pretrained(model,
+path, config=with_quant_linear(LoraConfig.from_pretrained(path), model))`.
 
-Merging (`merge_adapter`, `merge_and_unload`) makes each layer an nn.Linear, or GPT-2's Conv1D, in the dtype of the
-model: an adapter added to packed codes would be rounded away, and what is merged should be an ordinary layer, to be
-saved, trained or quantized again like any. Unmerging gives the packed weight back as it was.
+Merging (`merge_adapter`, `merge_and_unload`) makes each layer an nn.Linear, or GPT-2's Conv1D, in
+the dtype of the model: an adapter added to packed codes would be rounded away, and what is merged
+should be an ordinary layer, to be saved, trained or quantized again like any. Unmerging gives the
+packed weight back as it was.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ from ..nn.experts import QuantExperts
 from ..nn.linear import QuantLinear, is_linear
 from ..weights.packed import pack
 
-#: `init_lora_weights` that neither read nor change the base's weight. EVA's reads inputs, when it is asked to.
+#: `init_lora_weights` that neither read nor change the base's weight. EVA's reads inputs, when it
+#: is asked to.
 _INITS = (True, False, "gaussian", "eva")
 #: what PEFT adds to `modules_to_save` for a task, and quantizing does not know to leave alone
 _HEADS = {
@@ -50,13 +52,14 @@ _HEADS = {
 def with_quant_linear(config: LoraConfig, model: nn.Module | None = None) -> LoraConfig:
     """`config`, made to put adapters on QuantLinear layers, too; the same object.
 
-    Give the `model` that gets the adapters, if there is one already: then "all-linear", which means nn.Linear
-    to PEFT, takes in its QuantLinear layers, `modules_to_save` is checked, and merged layers become
-    nn.Linear in the dtype of the model, which loses its marks of a quantized one when none is left. Layers that
-    were not told their model merge into a QuantLinear of format fp16, which takes inputs of any dtype.
+    Give the `model` that gets the adapters, if there is one already: then "all-linear", which means
+    nn.Linear to PEFT, takes in its QuantLinear layers, `modules_to_save` is checked, and merged
+    layers become nn.Linear in the dtype of the model, which loses its marks of a quantized one when
+    none is left. Layers that were not told their model merge into a QuantLinear of format fp16,
+    which takes inputs of any dtype.
 
-    Raises ValueError if `modules_to_save` names packed layers, whose weights would not be trained, or for
-    "all-linear" without `model` or with `layer_replication`, which is about to change it.
+    Raises ValueError if `modules_to_save` names packed layers, whose weights would not be trained,
+    or for "all-linear" without `model` or with `layer_replication`, which is about to change it.
     """
     if isinstance(model, PeftModel):
         model = model.get_base_model()
@@ -78,7 +81,9 @@ def with_quant_linear(config: LoraConfig, model: nn.Module | None = None) -> Lor
 
 
 class _Model:
-    """The model that layers belong to, which they do not keep alive. A copy of it has copies that know it."""
+    """The model that layers belong to, which they do not keep alive. A copy of it has copies that
+    know it.
+    """
 
     def __init__(self, model: nn.Module | None) -> None:
         self._of = None if model is None else weakref.ref(model)
@@ -129,10 +134,11 @@ def _check_saved_modules(config: LoraConfig, model: nn.Module) -> None:
 
 
 class LoraQuantLinear(Linear):
-    """y = QuantLinear(x) + sum over active adapters of scaling * B(A(dropout(x))); the base stays packed.
+    """y = QuantLinear(x) + sum over active adapters of scaling * B(A(dropout(x))); the base stays
+    packed.
 
-    Adapters compute in their own dtype, float32 unless the model says otherwise, and the sum is in the
-    base's, the input's: PEFT's own `Linear` is at work, which differs in what it merges into.
+    Adapters compute in their own dtype, float32 unless the model says otherwise, and the sum is in
+    the base's, the input's: PEFT's own `Linear` is at work, which differs in what it merges into.
     """
 
     base_layer: nn.Module
@@ -177,7 +183,9 @@ class LoraQuantLinear(Linear):
         return packed.packed.device, self._dtype()
 
     def _dtype(self) -> torch.dtype | None:
-        """The model's dtype: that of its first parameter that is no adapter's. None if the model is not known."""
+        """The model's dtype: that of its first parameter that is no adapter's. None if the model is
+        not known.
+        """
         model = self._model()
         parameters = () if model is None else model.named_parameters()
         return next(
@@ -187,7 +195,9 @@ class LoraQuantLinear(Linear):
     # ------------------------------------------------------------------ adapters
     @property
     def lora_variants(self) -> dict[tuple[str, ...], None]:
-        """Plain LoRA alone, so that PEFT refuses a variant of which `update_layer` knows nothing yet."""
+        """Plain LoRA alone, so that PEFT refuses a variant of which `update_layer` knows nothing
+        yet.
+        """
         return {(): None}
 
     def update_layer(
@@ -195,8 +205,8 @@ class LoraQuantLinear(Linear):
     ) -> None:
         """Add an adapter, on the packed weight's device.
 
-        ValueError for a variant of LoRA, or an initialization that reads the base's weight: plain LoRA would
-        take its place.
+        ValueError for a variant of LoRA, or an initialization that reads the base's weight: plain
+        LoRA would take its place.
         """
         # PEFT marks its variants, but this one, which it does only on layers of GPTQModel.
         variants = [
@@ -219,9 +229,10 @@ class LoraQuantLinear(Linear):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Make the base an nn.Linear, with adapters added, in the dtype of the model.
 
-        Adapters that come later are added to the packed weight together with those before, so the order and
-        the number of calls do not matter. Sums are always checked, whatever `safe_merge` says: ValueError if one is not
-        finite in that dtype. As in PEFT, RuntimeError for `lora_bias` on a base that has no bias.
+        Adapters that come later are added to the packed weight together with those before, so the
+        order and the number of calls do not matter. Sums are always checked, whatever `safe_merge`
+        says: ValueError if one is not finite in that dtype. As in PEFT, RuntimeError for
+        `lora_bias` on a base that has no bias.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.lora_A]
         if not names:
@@ -276,7 +287,9 @@ class LoraQuantLinear(Linear):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """What PEFT puts in this layer's place. A model without another packed one is no longer quantized."""
+        """What PEFT puts in this layer's place. A model without another packed one is no longer
+        quantized.
+        """
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         model = self._model()

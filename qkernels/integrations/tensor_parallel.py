@@ -3,7 +3,8 @@
     column parallel   each process has some output features: y is in pieces
     row parallel      each has some input features, takes its piece of x, and the products are summed
 
-A column-parallel layer feeds a row-parallel one, so one sum a pair is all that is sent. Inference only.
+A column-parallel layer feeds a row-parallel one, so one sum a pair is all that is sent. Inference
+only.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from ..nn.linear import QuantLinear
 from ..weights.sharding import COLUMNS, ROWS, shard
 
-#: names of column-parallel and row-parallel layers; attention here finds its number of heads by itself
+#: names of column-parallel and row-parallel layers; attention here finds its number of heads by
+#: itself
 LLAMA: dict[str, int] = {
     "*.q_proj": ROWS, "*.k_proj": ROWS, "*.v_proj": ROWS, "*.o_proj": COLUMNS,
     "*.gate_proj": ROWS, "*.up_proj": ROWS, "*.down_proj": COLUMNS,
@@ -28,7 +30,9 @@ PLANS: dict[str, Mapping[str, int]] = dict.fromkeys(("llama", "mistral", "qwen2"
 
 
 class ColumnParallel(nn.Module):
-    """Output features of this process: x (..., K) -> y (..., N / processes), or all N with `gather`."""
+    """Output features of this process: x (..., K) -> y (..., N / processes), or all N with
+    `gather`.
+    """
 
     def __init__(self, layer: nn.Module, group: Any, gather: bool = False) -> None:
         super().__init__()
@@ -60,14 +64,16 @@ class RowParallel(nn.Module):
 def parallelize(
     model: nn.Module, group: Any = None, plan: Mapping[str, int] | None = None, gather: bool = False
 ) -> nn.Module:
-    """Keep this process's part of each layer of `model` that `plan` names, in place; returns the model.
+    """Keep this process's part of each layer of `model` that `plan` names, in place; returns the
+    model.
 
-    group: a torch.distributed process group; None for all processes. plan: fnmatch pattern of a module's
-    name -> 0 for column parallel (rows of W are cut), 1 for row parallel; None for that of the model's
-    type. gather: column-parallel layers put out all features, for plans where no row-parallel one follows.
+    group: a torch.distributed process group; None for all processes. plan: fnmatch pattern of a
+    module's name -> 0 for column parallel (rows of W are cut), 1 for row parallel; None for that of
+    the model's type. gather: column-parallel layers put out all features, for plans where no
+    row-parallel one follows.
 
-    Raises ValueError, naming the layer, if its weight cannot be cut into as many parts, if heads are not
-    divisible, or if there is no plan; the model is then unchanged.
+    Raises ValueError, naming the layer, if its weight cannot be cut into as many parts, if heads
+    are not divisible, or if there is no plan; the model is then unchanged.
     """
     count, index = dist.get_world_size(group), dist.get_rank(group)
     config = getattr(model, "config", None)

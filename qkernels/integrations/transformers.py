@@ -1,17 +1,19 @@
-"""qkernels as a quantization backend of transformers. Importing this registers it; nothing is patched.
+"""qkernels as a quantization backend of transformers. Importing this registers it; nothing is
+patched.
 
     from qkernels.integrations.transformers import QKernelsConfig, checkpoint_config
 
-    # quantize a 16-bit model while it is loaded
-    AutoModelForCausalLM.from_pretrained(path, quantization_config=QKernelsConfig("nf4", block_size=64))
-    # run a quantized checkpoint (GPTQ, AWQ, bitsandbytes, compressed-tensors, fp8) through our layers
-    AutoModelForCausalLM.from_pretrained(path, config=checkpoint_config(path))
-    # directories in formats that only we read (GGUF's types, SpQR, QuIP): nothing more than the import
+    # quantize a 16-bit model while it is loaded AutoModelForCausalLM.from_pretrained(path,
+    quantization_config=QKernelsConfig("nf4", block_size=64)) # run a quantized checkpoint (GPTQ,
+    AWQ, bitsandbytes, compressed-tensors, fp8) through our layers
+    AutoModelForCausalLM.from_pretrained(path, config=checkpoint_config(path)) # directories in
+    formats that only we read (GGUF's types, SpQR, QuIP): nothing more than the import
     AutoModelForCausalLM.from_pretrained(path)
 
-`save_pretrained` writes the format's own tensors and `quantization_config`, as `qkernels.save_model` does, so
-that what reads such checkpoints reads these. `config=` is needed because transformers does not let
-`quantization_config=` change the method that a checkpoint's config names.
+`save_pretrained` writes the format's own tensors and `quantization_config`, as
+`qkernels.save_model` does, so that what reads such checkpoints reads these. `config=` is needed
+because transformers does not let `quantization_config=` change the method that a checkpoint's
+config names.
 """
 
 from __future__ import annotations
@@ -48,9 +50,9 @@ METHOD = quantization.OWN
 class QKernelsConfig(QuantizationConfigMixin):
     """What `from_pretrained(quantization_config=...)` takes.
 
-    format, params: as in `qkernels.quantize_model`; weights are rounded to nearest.
-    skip: fnmatch patterns of modules to leave alone; the output projection always is.
-    checkpoint: the `quantization_config` of a checkpoint that is quantized already, instead of a format.
+    format, params: as in `qkernels.quantize_model`; weights are rounded to nearest. skip: fnmatch
+    patterns of modules to leave alone; the output projection always is. checkpoint: the
+    `quantization_config` of a checkpoint that is quantized already, instead of a format.
     """
 
     def __init__(
@@ -80,7 +82,9 @@ class QKernelsConfig(QuantizationConfigMixin):
                     )
 
     def to_dict(self) -> dict[str, Any]:
-        """As in a config. What is saved says something else: what the format's own ecosystem writes (Saver)."""
+        """As in a config. What is saved says something else: what the format's own ecosystem writes
+        (Saver).
+        """
         own = {
             "format": self.format,
             "skip": self.skip,
@@ -102,8 +106,8 @@ class QKernelsConfig(QuantizationConfigMixin):
 def checkpoint_config(path: str | os.PathLike[str], **options: Any) -> Any:
     """The config of a quantized checkpoint, made so that its layers load as QuantLinear.
 
-    Give it to `from_pretrained(path, config=...)`; `options` go to `AutoConfig.from_pretrained`. Raises
-    ValueError if the checkpoint is not quantized.
+    Give it to `from_pretrained(path, config=...)`; `options` go to `AutoConfig.from_pretrained`.
+    Raises ValueError if the checkpoint is not quantized.
     """
     config = AutoConfig.from_pretrained(path, **options)
     written = getattr(config, "quantization_config", None)
@@ -185,7 +189,9 @@ class QKernelsQuantizer(Saver):
         return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Before transformers looks for files: our own directories name none, to keep others out (NOTE)."""
+        """Before transformers looks for files: our own directories name none, to keep others out
+        (NOTE).
+        """
         if getattr(config, WEIGHTS, None) == NOTE:
             delattr(config, WEIGHTS)
         return config

@@ -29,7 +29,8 @@ def pack(
     tensors: Mapping[str, Tensor],
     layout: str,
 ) -> dict[str, Tensor]:
-    """Checkpoint tensors of a Format -> the tensors of `layout`, each contiguous and aligned, for kernels get addresses only.
+    """Checkpoint tensors of a Format -> the tensors of `layout`, each contiguous and aligned, for
+    kernels get addresses only.
 
     ValueError unless it is the format's own layout.
     """

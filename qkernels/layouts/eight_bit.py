@@ -31,8 +31,8 @@ class EightBitTraits(NamedTuple):
     """How the 8-bit kernel family treats a format with given parameters.
 
     kind: the weight's codes, "int8", "e4m3" or "e5m2"; activations are int8 or e4m3 accordingly.
-    weight_scale: "row", or "block" for one a 128x128 block.
-    activation: what shares an activation scale: "token" (a row of x), "group" (128 features of a row)
+    weight_scale: "row", or "block" for one a 128x128 block. activation: what shares an activation
+    scale: "token" (a row of x), "group" (128 features of a row)
         or "tensor" (all of x, known beforehand).
     threshold: activations from here up are multiplied in 16 bits (LLM.int8()); 0: none.
     """
@@ -47,8 +47,8 @@ class EightBitTraits(NamedTuple):
 class EightBitParts:
     """A weight's tensors as the 8-bit kernel family wants them, before padding.
 
-    weight: int8 or float8 (N, K). weight_scale: float (N) or of blocks. input_scale: float, one element.
-    extra: tensors no kernel reads, kept so that the checkpoint can be restored.
+    weight: int8 or float8 (N, K). weight_scale: float (N) or of blocks. input_scale: float, one
+    element. extra: tensors no kernel reads, kept so that the checkpoint can be restored.
     """
 
     weight: Tensor

@@ -20,22 +20,24 @@ cores' 16-wide operand (thread j of four holds columns 2j, 2j+1, 2j+8, 2j+9 of a
 Codes that index a table are looked up four at a time, so the codes of a pair lie next to each other
 instead, the code of (s, b) at bits (s//2)*16 + (s%2)*8 + b*4.
 
-3, 5 and 6 bits are a plane of the low 2 or 4 bits as above and a plane of the high bits, qhigh[tile, n,
-word], whose words serve several words of the low plane: `u` says which one, and the high bits of (s, b)
-for it are at b*16 + s*width + u*(their number):
+3, 5 and 6 bits are a plane of the low 2 or 4 bits as above and a plane of the high bits,
+qhigh[tile, n, word], whose words serve several words of the low plane: `u` says which one, and the
+high bits of (s, b) for it are at b*16 + s*width + u*(their number):
 
     3 = 2 + 1   word j*2 + h   u = p        5 = 4 + 1   word j   u = p*2 + h
     6 = 4 + 2   word j*2 + h   u = p
 
-Codes of eight weights (QuIP#) are 16 bits wide, two in a word of a tile of 256 features; word w holds
-those of features w*16 .. w*16 + 15 of the tile in their plain order, and decodes, as words of 2-bit codes do,
-to the values of (s, b): code s//4, weights 2*(s%4) + b. So kernel order is not plain order there
-(`codebook_order`); the transform of x, which such weights have anyway, writes it so. A second code for each,
-of 16 bits or 8, lies in `qhigh`: word w, or as above for 3 bits at bits u*16 + 8*(which code).
+Codes of eight weights (QuIP#) are 16 bits wide, two in a word of a tile of 256 features; word w
+holds those of features w*16 .. w*16 + 15 of the tile in their plain order, and decodes, as words of
+2-bit codes do, to the values of (s, b): code s//4, weights 2*(s%4) + b. So kernel order is not
+plain order there (`codebook_order`); the transform of x, which such weights have anyway, writes it
+so. A second code for each, of 16 bits or 8, lies in `qhigh`: word w, or as above for 3 bits at bits
+u*16 + 8*(which code).
 
-Groups: if the checkpoint has `g_idx` (act-order), or groups that are no multiple of 16, features are
-sorted by group and each group is padded to whole slices of 16: `perm[kk]` is the input feature (-1 for
-padding). If the padded groups are not simply kk // group_size, `slice_group[kk // 16]` says which.
+Groups: if the checkpoint has `g_idx` (act-order), or groups that are no multiple of 16, features
+are sorted by group and each group is padded to whole slices of 16: `perm[kk]` is the input feature
+(-1 for padding). If the padded groups are not simply kk // group_size, `slice_group[kk // 16]` says
+which.
 """
 
 from __future__ import annotations
@@ -59,15 +61,15 @@ CODEBOOK_CODES = 32
 class WeightOnlyTraits(NamedTuple):
     """How the weight-only kernel family treats a format with given parameters.
 
-    bits: width of a code; 3, 5 and 6 are split into planes.
-    decoder: "linear" (the code less a zero point is the value), "signed" (less 2^(bits-1)), "half_integer" (less
-        half of 2^bits - 1), "unsigned" (the code itself), "lut16" (it indexes `table`), "e4m3", "e5m2", or
-        "e8p" (codes of eight weights each).
-    scaler: what the scales are and how they lie; triton_kernels/scalers.py lists them.
-    group_size: features along K, or for the flat scalers flattened weights, that share a scale.
-    row_group: neighbouring output rows that share a scale.
-    outliers: whether sparse weights are added to the decoded ones.
-    norms: if input and output go through transforms (`input.*`, `output.*`), what those are divided by.
+    bits: width of a code; 3, 5 and 6 are split into planes. decoder: "linear" (the code less a zero
+    point is the value), "signed" (less 2^(bits-1)), "half_integer" (less
+        half of 2^bits - 1), "unsigned" (the code itself), "lut16" (it indexes `table`), "e4m3",
+        "e5m2", or "e8p" (codes of eight weights each).
+    scaler: what the scales are and how they lie; triton_kernels/scalers.py lists them. group_size:
+    features along K, or for the flat scalers flattened weights, that share a scale. row_group:
+    neighbouring output rows that share a scale. outliers: whether sparse weights are added to the
+    decoded ones. norms: if input and output go through transforms (`input.*`, `output.*`), what
+    those are divided by.
     """
 
     bits: int
@@ -91,19 +93,21 @@ class WeightOnlyTraits(NamedTuple):
 
 @dataclass
 class WeightOnlyParts:
-    """A weight's tensors as the weight-only kernel family wants them, before the codes are laid out.
+    """A weight's tensors as the weight-only kernel family wants them, before the codes are laid
+    out.
 
     codes: uint8 (N, K), in the checkpoint's feature order.
     scaler_tensors: what the scaler reads.
         Of vectors int32 (N, K / 8): the code in the low 16 bits, its residual's in the high ones.
-    table: float32 (16), the values of the codes for the decoder "lut16".
-    codebook: int32, what the decoder "e8p" looks up.
-    group_index: int32 (K), the group of each feature, if the checkpoint has it.
-    outliers: `row_offsets` int32 (N + 1) and `col_vals` int32, float16 value << 16 | input feature.
-    sides: of the transforms, "input." and "output." with each of: `diagonal`, what outer features are
-        multiplied by, float16; `perm`, int32, which of the outer features each inner one is; `factor0`
-        .. `factor2`, float16 square matrices whose Kronecker product it is (transforms.py); what they leave
-        of the features is a Hadamard matrix of a power of two behind them.
+    table: float32 (16), the values of the codes for the decoder "lut16". codebook: int32, what the
+    decoder "e8p" looks up. group_index: int32 (K), the group of each feature, if the checkpoint has
+    it. outliers: `row_offsets` int32 (N + 1) and `col_vals` int32, float16 value << 16 | input
+    feature. sides: of the transforms, "input." and "output." with each of: `diagonal`, what outer
+    features are
+        multiplied by, float16; `perm`, int32, which of the outer features each inner one is;
+        `factor0` .. `factor2`, float16 square matrices whose Kronecker product it is
+        (transforms.py); what they leave of the features is a Hadamard matrix of a power of two
+        behind them.
     extra: tensors no kernel reads, kept so that the checkpoint can be restored.
     """
 
@@ -118,7 +122,9 @@ class WeightOnlyParts:
 
 
 def plane_bits(bits: int, codebook: bool = False) -> int:
-    """Width of the codes in `qdata`: wider ones keep their low bits there. `vectors`: bits a weight."""
+    """Width of the codes in `qdata`: wider ones keep their low bits there. `vectors`: bits a
+    weight.
+    """
     return 2 if codebook else {3: 2, 5: 4, 6: 4}.get(bits, bits)
 
 
@@ -140,7 +146,8 @@ def code_bit(s: int, b: int, width: int, *, table: bool) -> int:
 def lut(table: Tensor) -> Tensor:
     """float32 (16) -> int32 (16): the table in float16, then in bfloat16, cut into bytes.
 
-    Of each: four words with the low bytes of entries 0-3, 4-7, 8-11, 12-15, four with the high bytes.
+    Of each: four words with the low bytes of entries 0-3, 4-7, 8-11, 12-15, four with the high
+    bytes.
     """
     words = []
     for dtype in (torch.float16, torch.bfloat16):
@@ -227,7 +234,9 @@ def unpack(
 
 # ---------------------------------------------------------------------- codes
 def pack_codes(codes: Tensor, bits: int, *, table: bool = False) -> dict[str, Tensor]:
-    """Codes uint8 (N, KP) in kernel order -> {"qdata": int32 (T, N, 16)[, "qhigh": int32 (T, N, words)]}."""
+    """Codes uint8 (N, KP) in kernel order -> {"qdata": int32 (T, N, 16)[, "qhigh": int32 (T, N,
+    words)]}.
+    """
     n, k = codes.shape
     width, features = plane_bits(bits), tile_features(bits)
     tiles = -(-k // features)
@@ -284,7 +293,9 @@ def unpack_codes(
 
 # ---------------------------------------------------------------------- codes of eight weights
 def pack_codebook(codes: Tensor, bits: int) -> dict[str, Tensor]:
-    """Codes int32 (N, K / 8) -> `qdata` and, for 3 and 4 bits, `qhigh`, as the module's docstring says."""
+    """Codes int32 (N, K / 8) -> `qdata` and, for 3 and 4 bits, `qhigh`, as the module's docstring
+    says.
+    """
     n, count = codes.shape
     tiles = -(-count // CODEBOOK_CODES)
     codes = torch.nn.functional.pad(codes, (0, tiles * CODEBOOK_CODES - count))
@@ -331,7 +342,9 @@ def _section(storage: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _kernel_order(
     parts: WeightOnlyParts, traits: WeightOnlyTraits, k: int
 ) -> tuple[Tensor, Tensor | None] | None:
-    """(perm, slice_group or None) where features must be regrouped, None where kernel order is k itself."""
+    """(perm, slice_group or None) where features must be regrouped, None where kernel order is k
+    itself.
+    """
     if traits.flat:
         return None
     device = parts.codes.device

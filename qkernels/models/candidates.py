@@ -21,7 +21,8 @@ _OUTPUT_NAMES = ("lm_head", "output")
 def linears(model: nn.Module, skip: Iterable[str] | None) -> list[tuple[list[str], nn.Linear]]:
     """(every name, module) of the linears to quantize. ValueError if there are none.
 
-    Warns of those that cannot be: a packed layer in their place would not be computed with, or not rightly.
+    Warns of those that cannot be: a packed layer in their place would not be computed with, or not
+    rightly.
     """
     if is_linear(model):
         raise ValueError(
@@ -61,7 +62,9 @@ def linears(model: nn.Module, skip: Iterable[str] | None) -> list[tuple[list[str
 
 
 def _heads(model: nn.Module) -> set[int]:
-    """id of the linears that make a model's output: its output projection, or what a classifier has behind its base."""
+    """id of the linears that make a model's output: its output projection, or what a classifier has
+    behind its base.
+    """
     output = output_embeddings(model)
     if output is not None:
         return {id(output)}
@@ -76,7 +79,9 @@ def _heads(model: nn.Module) -> set[int]:
 
 
 def _unfit(model: nn.Module, names: dict[int, str]) -> set[int]:
-    """id of the linears, of those in `names`, that only plain weights can serve; says which and why."""
+    """id of the linears, of those in `names`, that only plain weights can serve; says which and
+    why.
+    """
     reasons: dict[str, list[int]] = {}
     # as transformers' own quantizers do
     for entry in getattr(model, "_keep_in_fp32_modules", None) or ():

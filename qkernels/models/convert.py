@@ -1,8 +1,8 @@
 """Moving weights from one storage format to another: exactly where both hold the same integers.
 
-Formats that are integer grids (codes, scales, zero points, groups: `Format.to_grid`) pass the grid on, and
-what comes out is checked to be the same grid. Where that cannot be, the weight is dequantized and rounded
-again, which costs accuracy, and the report says so and why.
+Formats that are integer grids (codes, scales, zero points, groups: `Format.to_grid`) pass the grid
+on, and what comes out is checked to be the same grid. Where that cannot be, the weight is
+dequantized and rounded again, which costs accuracy, and the report says so and why.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ EXACT, REQUANTIZED, DEQUANTIZED, KEPT = "exact", "requantized", "dequantized", "
 class Conversion:
     """What became of one layer.
 
-    how: "exact" (same codes, scales and zero points), "requantized" (dequantized and rounded again),
+    how: "exact" (same codes, scales and zero points), "requantized" (dequantized and rounded
+    again),
         "dequantized" (to plain 16-bit weights) or "kept" (it was what was asked for).
     reason: why not exact, "" if it is.
     error: norm(new - old) / norm(old) of the dequantized weights.
@@ -68,7 +69,9 @@ def _convert_weight(
     params: dict[str, Any],
     completed: Callable[[Guess], dict[str, Any]],
 ) -> tuple[PackedWeight, str, str]:
-    """completed: `params` with those guessed where none are given, and all others that rounding needs."""
+    """completed: `params` with those guessed where none are given, and all others that rounding
+    needs.
+    """
     format = fmt.name
     if fmt.dense:
         return quantize(p.dequantize(), format, **params), DEQUANTIZED, ""
@@ -145,7 +148,9 @@ def _carry(p: PackedWeight, grid: Grid, fmt: Format, params: dict[str, Any]) -> 
 
 
 def _same(a: Grid, b: Grid) -> bool:
-    """Whether each weight has the same scale and the same distance from its zero point, bit for bit."""
+    """Whether each weight has the same scale and the same distance from its zero point, bit for
+    bit.
+    """
     return (
         a.scale.shape == b.scale.shape
         and torch.equal(a.group_index(), b.group_index())
@@ -162,10 +167,12 @@ def _steps(grid: Grid) -> torch.Tensor:
 def convert_model(
     model: nn.Module, format: str, progress: Callable[[int, int], None] | None = None, **params: Any
 ) -> list[Conversion]:
-    """Convert every QuantLinear and QuantExperts of `model` in place; plain layers stay. `progress` gets (done, total).
+    """Convert every QuantLinear and QuantExperts of `model` in place; plain layers stay. `progress`
+    gets (done, total).
 
-    To a 16-bit format linears become plain nn.Linear, experts stay QuantExperts, with a weight in 16 bits. Raises
-    ValueError naming the layer that does not fit; layers before it are converted already.
+    To a 16-bit format linears become plain nn.Linear, experts stay QuantExperts, with a weight in
+    16 bits. Raises ValueError naming the layer that does not fit; layers before it are converted
+    already.
     """
     kinds = (QuantLinear, QuantExperts)
     if isinstance(model, kinds):

@@ -52,14 +52,15 @@ def perplexity(
 ) -> Evaluation:
     """Evaluate `model` on token ids in windows that do not overlap, each with no context before it.
 
-    model, reference: called as `model(ids (1, T))`, answering logits (1, T, vocabulary), as an object
+    model, reference: called as `model(ids (1, T))`, answering logits (1, T, vocabulary), as an
+    object
         with `.logits` or as a tensor. Put in eval mode for the duration.
     ids: int64 (tokens), on any device; the first `max_tokens` of them are used.
     progress: called with (windows done, windows) after each.
 
     Log-probabilities are computed in float32, a bounded number of rows at a time, and summed in
-    float64. Raises ValueError for too few ids, ids outside the vocabulary, or a reference with another
-    vocabulary.
+    float64. Raises ValueError for too few ids, ids outside the vocabulary, or a reference with
+    another vocabulary.
     """
     tokens = _checked_ids(ids, window, max_tokens)
     chunks = [chunk for chunk in tokens.split(window) if chunk.numel() > 1]

@@ -1,4 +1,6 @@
-"""Puts the fused layers of nn/fused.py into a whole model: its norms with their readers, its gated feed-forwards."""
+"""Puts the fused layers of nn/fused.py into a whole model: its norms with their readers, its gated
+feed-forwards.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,9 @@ class Fusions:
 def fuse_norms(model: nn.Module) -> Fusions:
     """Fuse RMSNorms, and SiLU * up, of a Llama-like model with its 8-bit layers, in place.
 
-    The model computes what it computed, with fewer passes over its activations; names of modules and
-    tensors stay, so it can be saved as before. What cannot be fused is left as it is, and the result says
-    why. A fused norm's readers take its output and nothing else.
+    The model computes what it computed, with fewer passes over its activations; names of modules
+    and tensors stay, so it can be saved as before. What cannot be fused is left as it is, and the
+    result says why. A fused norm's readers take its output and nothing else.
 
     Raises ValueError for a model of a type that qkernels/quantizers/architectures.py does not know.
     """

@@ -43,32 +43,35 @@ def quantize_model(
 
     GPT-2's Conv1D, a transposed linear, is taken for one.
 
-    Without `calibration` weights are rounded to nearest, on the device they lie on. With it, token ids
-    (samples, tokens) as `qkernels.calibration_ids` makes them, an algorithm chooses the codes block by
-    block: the format's own (GPTQ for gptq, AWQ for awq, SmoothQuant for w8a8 and int8, static activation
-    ranges for fp8) or the one named; its options go beside the format's parameters (gptq: damp,
-    static_groups, clip_search; awq: clip; smoothquant: alpha). GGUF types take an importance matrix (or
-    are given one, an `ImportanceMatrix`, for `calibration`), and q4_k_m and q5_k_m are llama.cpp's mixtures. AWQ and SmoothQuant change norms, too.
-    `resume` names a directory that keeps finished blocks, to go on from after an interruption.
+    Without `calibration` weights are rounded to nearest, on the device they lie on. With it, token
+    ids (samples, tokens) as `qkernels.calibration_ids` makes them, an algorithm chooses the codes
+    block by block: the format's own (GPTQ for gptq, AWQ for awq, SmoothQuant for w8a8 and int8,
+    static activation ranges for fp8) or the one named; its options go beside the format's
+    parameters (gptq: damp, static_groups, clip_search; awq: clip; smoothquant: alpha). GGUF types
+    take an importance matrix (or are given one, an `ImportanceMatrix`, for `calibration`), and
+    q4_k_m and q5_k_m are llama.cpp's mixtures. AWQ and SmoothQuant change norms, too. `resume`
+    names a directory that keeps finished blocks, to go on from after an interruption.
 
-    The output projection (`lm_head`) and other heads are left
-    alone, and so is each module whose full name matches one of the fnmatch patterns in `skip`, and each
-    QuantLinear that is there already. So are, with a warning, layers that are not called but whose weight other
-    code multiplies with (Mamba's dt_proj, the out_proj of torch's MultiheadAttention), and subclasses of nn.Linear
-    that compute something else, and what transformers keeps in float32 (T5's wo). `progress` shows a bar on stderr, or one line if that is no terminal.
+    The output projection (`lm_head`) and other heads are left alone, and so is each module whose
+    full name matches one of the fnmatch patterns in `skip`, and each QuantLinear that is there
+    already. So are, with a warning, layers that are not called but whose weight other code
+    multiplies with (Mamba's dt_proj, the out_proj of torch's MultiheadAttention), and subclasses of
+    nn.Linear that compute something else, and what transformers keeps in float32 (T5's wo).
+    `progress` shows a bar on stderr, or one line if that is no terminal.
 
-    Experts of a mixture that are linear layers are quantized like any. Those that are parameters of three
-    dimensions, as in transformers from version 5 on, are left alone with a warning; with `experts` they
-    become QuantExperts, by round-to-nearest.
+    Experts of a mixture that are linear layers are quantized like any. Those that are parameters of
+    three dimensions, as in transformers from version 5 on, are left alone with a warning; with
+    `experts` they become QuantExperts, by round-to-nearest.
 
-    A group size that is not given is one for all layers: 128, or with a warning one that suits their input features
-    better, the largest power of two from 32 on that divides all of them.
+    A group size that is not given is one for all layers: 128, or with a warning one that suits
+    their input features better, the largest power of two from 32 on that divides all of them.
 
-    Raises ValueError for a model that is a linear layer itself, and, naming the module, if one does not fit the
-    format (a group size that it cannot store, a NaN in its weight), if a `skip` pattern matches nothing, or if
-    calibration data or algorithm do not fit the format. The model is then unchanged: every layer is
-    checked before the first is replaced. Only a scale that overflows its 16-bit dtype, or a Hessian that
-    stays singular, shows later, and leaves the layers before it quantized.
+    Raises ValueError for a model that is a linear layer itself, and, naming the module, if one does
+    not fit the format (a group size that it cannot store, a NaN in its weight), if a `skip` pattern
+    matches nothing, or if calibration data or algorithm do not fit the format. The model is then
+    unchanged: every layer is checked before the first is replaced. Only a scale that overflows its
+    16-bit dtype, or a Hessian that stays singular, shows later, and leaves the layers before it
+    quantized.
     """
     from ..formats.gguf import recipes
     from ..quantizers import algorithms, driver
@@ -203,7 +206,9 @@ def _expert_stacks(
 
 
 def _weighted(importance: Any, name: str, linear: nn.Linear, format: str) -> dict[str, Any]:
-    """What `qkernels.quantize` is told of the importance of a layer's inputs, where its format minds."""
+    """What `qkernels.quantize` is told of the importance of a layer's inputs, where its format
+    minds.
+    """
     if importance is None or "importance" not in formats.get(format).quantize_only:
         return {}
     return {"importance": importance.of(name, linear.in_features).to(linear.weight.device)}
@@ -238,7 +243,8 @@ def _bar(title: str, show: bool) -> Iterator[Any]:
 def shared_copy(model: nn.Module) -> nn.Module:
     """A copy of the module tree around the same parameters and buffers.
 
-    Quantizing the copy in place leaves the original as it was, at the cost of the packed weights only.
+    Quantizing the copy in place leaves the original as it was, at the cost of the packed weights
+    only.
     """
     shared: list[Any] = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, memo={id(tensor): tensor for tensor in shared})
@@ -252,25 +258,27 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a model from a Hugging Face directory or a .gguf file.
 
-    A directory's model is of the class that its config names (`architectures`), a causal language model if it names
-    none. Where the config ties weights that the file holds twice with different values, both are kept.
+    A directory's model is of the class that its config names (`architectures`), a causal language
+    model if it names none. Where the config ties weights that the file holds twice with different
+    values, both are kept.
 
-    A directory's quantized layers become QuantLinear and keep their packed bytes; experts of a mixture, which
-    checkpoints keep each by itself, become QuantExperts, stacked as they are, or stay plain if they are. A GGUF file
-    of a Llama, Mixtral, Qwen2 or Qwen3 model (and their mixtures) computes from the file's own bytes, mapped but for
-    experts, which are stacked; embeddings stay packed, too.
-    `dtype`, or its name, converts the tensors that are not packed; None keeps the file's (GGUF: float32). Nothing is downloaded, and
-    no pickle and no code from the directory is read; what its config says of implementations of attention
-    ("flash_attention_2") is left out, so that transformers takes what suits this machine.
+    A directory's quantized layers become QuantLinear and keep their packed bytes; experts of a
+    mixture, which checkpoints keep each by itself, become QuantExperts, stacked as they are, or
+    stay plain if they are. A GGUF file of a Llama, Mixtral, Qwen2 or Qwen3 model (and their
+    mixtures) computes from the file's own bytes, mapped but for experts, which are stacked;
+    embeddings stay packed, too. `dtype`, or its name, converts the tensors that are not packed;
+    None keeps the file's (GGUF: float32). Nothing is downloaded, and no pickle and no code from the
+    directory is read; what its config says of implementations of attention ("flash_attention_2") is
+    left out, so that transformers takes what suits this machine.
 
-    Weights on the CPU stay mapped: they are the file's own bytes for as long as the model lives. A file that is
-    replaced, as `save_model` and downloads do it, leaves the old one to the model. One that is cut or written to in
-    place changes the model, or ends the process by SIGBUS; during the load that is noticed before each tensor, and
-    refused. `copy.deepcopy(model)`, and a model
-    on another device, need the file no more.
+    Weights on the CPU stay mapped: they are the file's own bytes for as long as the model lives. A
+    file that is replaced, as `save_model` and downloads do it, leaves the old one to the model. One
+    that is cut or written to in place changes the model, or ends the process by SIGBUS; during the
+    load that is noticed before each tensor, and refused. `copy.deepcopy(model)`, and a model on
+    another device, need the file no more.
 
-    Raises FileNotFoundError if there is nothing at `path`, ValueError naming file and field if it is
-    not what it should be.
+    Raises FileNotFoundError if there is nothing at `path`, ValueError naming file and field if it
+    is not what it should be.
     """
     from .. import checkpoints
 
@@ -285,15 +293,16 @@ def save_model(
 ) -> None:
     """Save as a Hugging Face directory: config.json, safetensors, and the tokenizer if given.
 
-    A path that ends in .gguf makes a GGUF file, which needs the tokenizer. In a directory GGUF's types and
-    packed embeddings go by our own `quantization_config`; beside linears of another method an embedding is
-    written dequantized.
+    A path that ends in .gguf makes a GGUF file, which needs the tokenizer. In a directory GGUF's
+    types and packed embeddings go by our own `quantization_config`; beside linears of another
+    method an embedding is written dequantized.
 
-    Quantized layers are stored in the ecosystem's own tensor names and `quantization_config`, experts of a mixture each
-    by itself under its architecture's own names (Mixtral's `block_sparse_moe.experts.3.w1`). Weights
-    above `max_shard_bytes` are cut into shards with an index. The directory appears whole or not at all;
-    an earlier save at `path` is replaced. Raises ValueError if the layers differ in a way that no
-    `quantization_config` can say, or if `path` holds something else.
+    Quantized layers are stored in the ecosystem's own tensor names and `quantization_config`,
+    experts of a mixture each by itself under its architecture's own names (Mixtral's
+    `block_sparse_moe.experts.3.w1`). Weights above `max_shard_bytes` are cut into shards with an
+    index. The directory appears whole or not at all; an earlier save at `path` is replaced. Raises
+    ValueError if the layers differ in a way that no `quantization_config` can say, or if `path`
+    holds something else.
     """
     from .. import checkpoints
 
@@ -306,8 +315,9 @@ class ModelSummary:
     """What a model holds.
 
     Attributes:
-        weights: number of weights, packed ones counted as the (N, K) matrix they stand for, tied once.
-        quantized_layers, quantized_weights, quantized_bytes: the QuantLinear layers and the matrices of
+        weights: number of weights, packed ones counted as the (N, K) matrix they stand for, tied
+        once. quantized_layers, quantized_weights, quantized_bytes: the QuantLinear layers and the
+        matrices of
             QuantExperts, their N*K in sum,
             and the bytes of their checkpoint tensors.
         bits_per_weight: 8 * quantized_bytes / quantized_weights, None if no layer is quantized.

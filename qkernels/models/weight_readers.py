@@ -1,9 +1,10 @@
 """Which layers a model's own code reads the weight of, instead of calling them.
 
-Mamba multiplies with `self.dt_proj.weight`, torch's MultiheadAttention with `self.out_proj.weight`. Such a layer
-cannot be packed. The code is looked at, not run: attribute chains `self.<path>.weight` in the methods of each
-class. Not counted are questions (`.weight.dtype`), and code that does not run in inference by what is known
-beforehand (`if self.training and ...`, `if self.pretraining_tp > 1`).
+Mamba multiplies with `self.dt_proj.weight`, torch's MultiheadAttention with `self.out_proj.weight`.
+Such a layer cannot be packed. The code is looked at, not run: attribute chains `self.<path>.weight`
+in the methods of each class. Not counted are questions (`.weight.dtype`), and code that does not
+run in inference by what is known beforehand (`if self.training and ...`, `if self.pretraining_tp >
+1`).
 """
 
 from __future__ import annotations
@@ -41,12 +42,15 @@ _SETUP = {
     "init_weights",
     "tie_weights",
 }
-#: its fast path reads weights, but steps aside for one with a __torch_function__, which a StandIn has
+#: its fast path reads weights, but steps aside for one with a __torch_function__, which a StandIn
+#: has
 _STEPS_ASIDE = (nn.TransformerEncoderLayer,)
 
 
 class _Read(NamedTuple):
-    """path: the layer, from the module that reads. conditions: what must hold for it: (test, its outcome)."""
+    """path: the layer, from the module that reads. conditions: what must hold for it: (test, its
+    outcome).
+    """
 
     path: str
     conditions: tuple[tuple[ast.expr, bool], ...]

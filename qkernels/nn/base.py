@@ -1,4 +1,6 @@
-"""What modules with a packed weight have in common: buffers that keep their dtypes, the checkpoint's state dict."""
+"""What modules with a packed weight have in common: buffers that keep their dtypes, the
+checkpoint's state dict.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,9 @@ if TYPE_CHECKING:
 class Holder(nn.Module):
     """A module with one packed weight, whose tensors are non-persistent buffers.
 
-    They follow `.to(device)` but keep their dtypes whatever `.half()` or `.to(dtype)` says; `state_dict()` holds
-    the checkpoint's own tensors, bit for bit, in whichever layout the weight is kept.
+    They follow `.to(device)` but keep their dtypes whatever `.half()` or `.to(dtype)` says;
+    `state_dict()` holds the checkpoint's own tensors, bit for bit, in whichever layout the weight
+    is kept.
 
     Attributes:
         dtype: what the model around computes in. It follows `.half()` and `.to(dtype)`.
@@ -147,11 +150,12 @@ class Holder(nn.Module):
 
 
 def refuse_save_pretrained() -> None:
-    """ValueError if transformers' `save_pretrained` is the caller, of a model that it does not know to hold packed layers.
+    """ValueError if transformers' `save_pretrained` is the caller, of a model that it does not know
+    to hold packed layers.
 
-    It would write their tensors without a `quantization_config`, and load random weights in their place. Models that
-    are quantized or loaded as a whole tell it (checkpoints/save_pretrained.py); layers put in by hand cannot, as they
-    do not know their model. So the caller is looked for.
+    It would write their tensors without a `quantization_config`, and load random weights in their
+    place. Models that are quantized or loaded as a whole tell it (checkpoints/save_pretrained.py);
+    layers put in by hand cannot, as they do not know their model. So the caller is looked for.
     """
     kind = getattr(sys.modules.get("transformers"), "PreTrainedModel", None)
     frame = None if kind is None else sys._getframe(1)

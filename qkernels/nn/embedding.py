@@ -14,10 +14,12 @@ from .base import Holder, mangled
 
 
 class QuantEmbedding(Holder):
-    """ids (...) -> rows of a packed (V, K) weight in `dtype`, (..., K); only the rows asked for are decoded.
+    """ids (...) -> rows of a packed (V, K) weight in `dtype`, (..., K); only the rows asked for are
+    decoded.
 
     Only for formats that keep rows apart (GGUF's types, pack_quantized, int8, fp8). The tensors are
-    non-persistent buffers, never change dtype, and may be shared with a QuantLinear that is tied to it.
+    non-persistent buffers, never change dtype, and may be shared with a QuantLinear that is tied to
+    it.
     """
 
     def __init__(self, packed: PackedWeight, dtype: torch.dtype = torch.float32) -> None:

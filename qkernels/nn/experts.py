@@ -25,8 +25,9 @@ LEAVES = {role: f"{role}_proj" for role in ROLES}
 class ExpertParts:
     """E experts with gate (I, K), up (I, K) and down (N, I), stacked once.
 
-    Gate and up are one weight, rows of the gate first, where one weight can hold both bit for bit (`join_rows`).
-    Where it cannot (scales of whole tensors, act-order, bitsandbytes' quant states) they are two products.
+    Gate and up are one weight, rows of the gate first, where one weight can hold both bit for bit
+    (`join_rows`). Where it cannot (scales of whole tensors, act-order, bitsandbytes' quant states)
+    they are two products.
     """
 
     def __init__(
@@ -73,9 +74,11 @@ class ExpertParts:
         return sum(t.nbytes for part in self.stacks for t in part.storage.values())
 
     def expert(self, e: int) -> dict[str, PackedWeight]:
-        """Gate, up and down of expert e, 0..E-1, in checkpoints' own tensors; none shares memory with another.
+        """Gate, up and down of expert e, 0..E-1, in checkpoints' own tensors; none shares memory
+        with another.
 
-        ValueError if gate and up are one weight that cannot be cut, as those of nested quantization.
+        ValueError if gate and up are one weight that cannot be cut, as those of nested
+        quantization.
         """
         first = [part.expert(e) for part in self.first]
         if len(first) == 1:
@@ -114,7 +117,9 @@ class ExpertParts:
         return total.to(x.dtype)
 
     def prepack(self, dtype: torch.dtype, activation: str, batch_invariant: bool | None) -> None:
-        """Move the bytes to the kernels' layout, once: a product of one token does it, which is sent nowhere."""
+        """Move the bytes to the kernels' layout, once: a product of one token does it, which is
+        sent nowhere.
+        """
         device, k = self.down.device, self.first[0].shape[1]
         nowhere = torch.full((1, 1), -1, dtype=torch.int32, device=device)
         weights = torch.zeros(1, 1, device=device)
@@ -130,10 +135,10 @@ class ExpertParts:
 class QuantExperts(nn.Module):
     """y = sum over a token's experts of weight * down(act(gate(x)) * up(x)), weights packed.
 
-    Takes the place of transformers' modules that hold `gate_up_proj` (E, 2 * I, K) and `down_proj` (E, N, I) as
-    parameters, and is called as they are. `state_dict()` holds the checkpoint's own tensors of each expert, called
-    "3.gate_proj.qweight" and so on (`leaves` has the names); `load_state_dict` does not take them,
-    `qkernels.load_model` does.
+    Takes the place of transformers' modules that hold `gate_up_proj` (E, 2 * I, K) and `down_proj`
+    (E, N, I) as parameters, and is called as they are. `state_dict()` holds the checkpoint's own
+    tensors of each expert, called "3.gate_proj.qweight" and so on (`leaves` has the names);
+    `load_state_dict` does not take them, `qkernels.load_model` does.
     """
 
     leaves: Mapping[str, str] = LEAVES
@@ -168,7 +173,8 @@ class QuantExperts(nn.Module):
     def from_module(cls, module: nn.Module, format: str, **params: Any) -> QuantExperts:
         """Quantize such a module by round-to-nearest; it is left as it was.
 
-        Raises ValueError if it is none (weights transposed, biases, another activation), or as `qkernels.quantize`.
+        Raises ValueError if it is none (weights transposed, biases, another activation), or as
+        `qkernels.quantize`.
         """
         gate_up, down, activation = expert_weights(module)
         params = formats.get(format).complete(shapes(module), params)
@@ -227,7 +233,9 @@ class QuantExperts(nn.Module):
 def _halves(
     weight: Tensor, format: str, params: dict[str, Any]
 ) -> tuple[PackedWeight, PackedWeight]:
-    """Gate and up of gate_up (2 * I, K): parts of one weight where they can be joined again, so that they will be."""
+    """Gate and up of gate_up (2 * I, K): parts of one weight where they can be joined again, so
+    that they will be.
+    """
     rows = weight.shape[0]
     try:
         whole = quantize(weight, format, **params)
@@ -250,7 +258,9 @@ def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of the routers: modules beside experts with a matrix `weight` and a forward of their own."""
+    """(name, module) of the routers: modules beside experts with a matrix `weight` and a forward of
+    their own.
+    """
     stacks = [name for name, module in model.named_modules() if isinstance(module, QuantExperts)]
     for name in (*(name for name, _ in expert_modules(model)), *stacks):
         parent = name.rpartition(".")[0]
@@ -273,7 +283,9 @@ def check(module: nn.Module, format: str, params: dict[str, Any]) -> None:
 
 
 def shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """Name -> (N, K) of the weights that `QuantExperts.from_module` quantizes; ValueError as from `expert_weights`."""
+    """Name -> (N, K) of the weights that `QuantExperts.from_module` quantizes; ValueError as from
+    `expert_weights`.
+    """
     gate_up, down, _ = expert_weights(module)
     rows, k = gate_up.shape[1:]
     return {"gate_up_proj": (rows // 2, k), "down_proj": (down.shape[1], down.shape[2])}

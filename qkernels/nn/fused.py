@@ -25,10 +25,14 @@ __all__ = [
 
 
 class FusedNormLinear(nn.Module):
-    """RMSNorm and the quantized layers that read it: forward(x (..., K)) -> a tuple, (..., N) of each layer."""
+    """RMSNorm and the quantized layers that read it: forward(x (..., K)) -> a tuple, (..., N) of
+    each layer.
+    """
 
     def __init__(self, norm_weight: Tensor, eps: float, layers: Sequence[QuantLinear]) -> None:
-        """norm_weight (K). The layers are kept, not copied; ValueError if they differ in K or in backend."""
+        """norm_weight (K). The layers are kept, not copied; ValueError if they differ in K or in
+        backend.
+        """
         super().__init__()
         check_layers(layers)
         if tuple(norm_weight.shape) != (layers[0].in_features,):
@@ -77,7 +81,9 @@ def norm_and_layers(
 
 
 class FusedNorm(nn.Module):
-    """Stands in an RMSNorm's place: computes what all its readers answer, and passes x on for its shape."""
+    """Stands in an RMSNorm's place: computes what all its readers answer, and passes x on for its
+    shape.
+    """
 
     def __init__(self, norm: nn.Module, readers: Sequence[NormReader]) -> None:
         super().__init__()
@@ -121,7 +127,9 @@ class NormReader(QuantLinear):
 
 
 class FusedGate(nn.Module):
-    """down(silu(gate(x)) * up(x)), the gated feed-forward of Llama-like models, under the same names."""
+    """down(silu(gate(x)) * up(x)), the gated feed-forward of Llama-like models, under the same
+    names.
+    """
 
     def __init__(self, mlp: nn.Module, gate: str, up: str, down: str) -> None:
         super().__init__()

@@ -38,10 +38,10 @@ class _View(NamedTuple):
 class QuantLinear(Holder):
     """y = x @ W^T + bias with a packed (N, K) weight.
 
-    The packed tensors are non-persistent buffers, so they follow `.to(device)` but keep their dtypes
-    whatever `.half()` or `.to(dtype)` says; `state_dict()` holds the checkpoint's own tensors, bit for
-    bit, in whichever layout the weight is kept. x may have any leading dimensions and any float dtype.
-    Threads may share a layer, its first call included.
+    The packed tensors are non-persistent buffers, so they follow `.to(device)` but keep their
+    dtypes whatever `.half()` or `.to(dtype)` says; `state_dict()` holds the checkpoint's own
+    tensors, bit for bit, in whichever layout the weight is kept. x may have any leading dimensions
+    and any float dtype. Threads may share a layer, its first call included.
     """
 
     bias: Tensor | None
@@ -54,7 +54,8 @@ class QuantLinear(Holder):
         batch_invariant: bool | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """`bias`: (N) float or None. `dtype`: what `weight.dtype` says, None for the bias's or torch's default.
+        """`bias`: (N) float or None. `dtype`: what `weight.dtype` says, None for the bias's or
+        torch's default.
 
         The rest is as in `qkernels.matmul`. ValueError if the bias does not fit.
         """
@@ -67,7 +68,8 @@ class QuantLinear(Holder):
         if bias is not None:
             bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach())
         self.register_parameter("bias", bias)
-        # An object of its own: other layers may share the tensors, and each moves its weight by itself.
+        # An object of its own: other layers may share the tensors, and each moves its weight by
+        # itself.
         self._hold(
             PackedWeight(packed.format, packed.shape, packed.storage, packed.params, packed.layout)
         )
@@ -85,9 +87,11 @@ class QuantLinear(Holder):
         return layer.stand_in_for(linear)
 
     def stand_in_for(self, linear: nn.Module) -> QuantLinear:
-        """Take over the hooks of the layer whose place this one takes, and whether it trains. Returns self.
+        """Take over the hooks of the layer whose place this one takes, and whether it trains.
+        Returns self.
 
-        Without those of torch.nn.utils that compute a weight anew before each call, as weight_norm does.
+        Without those of torch.nn.utils that compute a weight anew before each call, as weight_norm
+        does.
         """
         for name in _HOOKS:
             setattr(self, name, getattr(linear, name))
@@ -102,10 +106,11 @@ class QuantLinear(Holder):
 
     # ------------------------------------------------------------------ the weight
     #
-    # The weight is an object, and its tensors are this module's buffers. Two parties change them: a first
-    # call moves the object to a kernel's layout, after which `_settle` makes its new tensors the buffers; and
-    # others replace buffers, to move or to offload them, after which `packed` makes a new object of those.
-    # `_view` tells the two apart: the object, and the buffers as they were when the two last agreed.
+    # The weight is an object, and its tensors are this module's buffers. Two parties change them: a
+    # first call moves the object to a kernel's layout, after which `_settle` makes its new tensors
+    # the buffers; and others replace buffers, to move or to offload them, after which `packed`
+    # makes a new object of those. `_view` tells the two apart: the object, and the buffers as they
+    # were when the two last agreed.
     def _hold(self, packed: PackedWeight) -> None:
         with self._lock:
             snapshot = packed.snapshot
@@ -186,7 +191,9 @@ class QuantLinear(Holder):
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it is an nn.Linear, or what GPT-2 has instead: transformers' Conv1D, a transposed one."""
+    """Whether it is an nn.Linear, or what GPT-2 has instead: transformers' Conv1D, a transposed
+    one.
+    """
     return isinstance(module, nn.Linear) or (
         type(module).__name__ == "Conv1D"
         and hasattr(module, "nf")
@@ -195,7 +202,9 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def computes_otherwise(module: nn.Linear) -> bool:
-    """Whether a subclass has a forward that is no x @ W^T + bias. It is tried with small numbers: Falcon's is one."""
+    """Whether a subclass has a forward that is no x @ W^T + bias. It is tried with small numbers:
+    Falcon's is one.
+    """
     if type(module).forward is nn.Linear.forward:
         return False
     generator = torch.Generator().manual_seed(0)
@@ -215,7 +224,9 @@ def computes_otherwise(module: nn.Linear) -> bool:
 
 
 def linear_of(module: nn.Module) -> nn.Linear:
-    """`module`, for which `is_linear` holds, as an nn.Linear: itself, or one around its weight's transpose."""
+    """`module`, for which `is_linear` holds, as an nn.Linear: itself, or one around its weight's
+    transpose.
+    """
     if isinstance(module, nn.Linear):
         return module
     weight, bias = module.weight, module.bias

@@ -1,7 +1,9 @@
-"""StandIn: what `QuantLinear.weight` is. It says what the weight is like, and refuses to compute with it.
+"""StandIn: what `QuantLinear.weight` is. It says what the weight is like, and refuses to compute
+with it.
 
-Model code reads `layer.weight` for two reasons. Some asks for its dtype, shape or device: that works. Some
-multiplies with it behind the layer's back, which packed bytes cannot do: that gets a sentence.
+Model code reads `layer.weight` for two reasons. Some asks for its dtype, shape or device: that
+works. Some multiplies with it behind the layer's back, which packed bytes cannot do: that gets a
+sentence.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ class StandIn:
         dtype: what the model around the layer computes in.
         device: where the packed bytes are.
 
-    torch's functions and Python's operators raise ValueError; so does all else that a tensor has, as
-    AttributeError, for `hasattr` asks that way. It is no torch.Tensor.
+    torch's functions and Python's operators raise ValueError; so does all else that a tensor has,
+    as AttributeError, for `hasattr` asks that way. It is no torch.Tensor.
     """
 
     requires_grad = False
@@ -91,7 +93,8 @@ class StandIn:
         raise ValueError(self._sentence())
 
     def __getattr__(self, name: str) -> NoReturn:
-        # Copying and pickling ask for methods that no tensor has, of an object without attributes yet.
+        # Copying and pickling ask for methods that no tensor has, of an object without attributes
+        # yet.
         what = name if name.startswith("__") else f"{name}: {self._sentence()}"
         raise AttributeError(what)
 

@@ -1,13 +1,15 @@
-"""What lies between two quantized layers, fused with the quantization of activations: RMSNorm, SiLU * up.
+"""What lies between two quantized layers, fused with the quantization of activations: RMSNorm, SiLU
+* up.
 
-8-bit formats turn activations to codes before each product. `rms_norm_matmul` makes the codes straight from
-the norm's input, once for all weights that take the same codes (q, k and v of an attention block), and
-`silu_mul_matmul` from the two halves of a gated feed-forward layer: x is read once, and the result of the
-norm or of the product of gates is never written. The values are those of the norm followed by
-`qkernels.matmul`, rounded where a model's modules round.
+8-bit formats turn activations to codes before each product. `rms_norm_matmul` makes the codes
+straight from the norm's input, once for all weights that take the same codes (q, k and v of an
+attention block), and `silu_mul_matmul` from the two halves of a gated feed-forward layer: x is read
+once, and the result of the norm or of the product of gates is never written. The values are those
+of the norm followed by `qkernels.matmul`, rounded where a model's modules round.
 
 Where nothing is to be quantized (weight-only formats, the reference) or somebody watches (autograd,
-torch.compile), the norm runs by itself in plain torch and the products follow; `explain` says which.
+torch.compile), the norm runs by itself in plain torch and the products follow; `explain` says
+which.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from . import matmul as ops
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x (..., K) / rms(x) * weight (K) in x's dtype: float32 inside, rounded before the weight and after."""
+    """x (..., K) / rms(x) * weight (K) in x's dtype: float32 inside, rounded before the weight and
+    after.
+    """
     wide = x if x.dtype == torch.float64 else x.float()
     inner = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
     return inner * weight.to(x.dtype)
@@ -46,11 +50,13 @@ def rms_norm_matmul(
     backend: str = "auto",
     batch_invariant: bool | None = None,
 ) -> list[Tensor]:
-    """`matmul(rms_norm(x, norm_weight, eps), p, bias)` for each weight p, activations quantized once if they can.
+    """`matmul(rms_norm(x, norm_weight, eps), p, bias)` for each weight p, activations quantized
+    once if they can.
 
-    x (..., K); norm_weight (K), cast to x's dtype; biases: (N) or None for each weight; the rest as in
-    `qkernels.matmul`. Returns (..., N) of each weight. Weights whose activations have other parameters
-    (another static scale, another threshold) get codes of their own. Differentiable, then without fusion.
+    x (..., K); norm_weight (K), cast to x's dtype; biases: (N) or None for each weight; the rest as
+    in `qkernels.matmul`. Returns (..., N) of each weight. Weights whose activations have other
+    parameters (another static scale, another threshold) get codes of their own. Differentiable,
+    then without fusion.
 
     Raises ValueError naming the argument, what was expected and what came, or why `backend` cannot.
     """
@@ -84,7 +90,8 @@ def silu_mul_matmul(
     backend: str = "auto",
     batch_invariant: bool | None = None,
 ) -> Tensor:
-    """`matmul(silu(gate) * up, p, bias)`; gate and up (..., K) of one dtype, the rest as in `qkernels.matmul`.
+    """`matmul(silu(gate) * up, p, bias)`; gate and up (..., K) of one dtype, the rest as in
+    `qkernels.matmul`.
 
     Raises ValueError naming the argument, what was expected and what came, or why `backend` cannot.
     """
@@ -106,7 +113,8 @@ def explain(
     backend: str = "auto",
     batch_invariant: bool | None = None,
 ) -> str:
-    """How `rms_norm_matmul` and `silu_mul_matmul` compute these weights for x of shape (m, K): a line a weight.
+    """How `rms_norm_matmul` and `silu_mul_matmul` compute these weights for x of shape (m, K): a
+    line a weight.
 
     `device` defaults to the weights'. Raises ValueError if `backend` has no kernel for one of them.
     """
@@ -166,7 +174,9 @@ def _why_separate(problem: Problem, kernel: registry.Kernel) -> str | None:
 
 
 def _activations(p: PackedWeight) -> Any:
-    """What tells the codes of activations that `p` takes from others'; read off the device once a weight."""
+    """What tells the codes of activations that `p` takes from others'; read off the device once a
+    weight.
+    """
     key = "fused.activations"
     if key not in p.plans:
         traits = formats.get(p.format).eight_bit_traits(p.shape, p.params)
@@ -224,7 +234,9 @@ def _group(
     m: int,
     k: int,
 ) -> list[Tensor]:
-    """(M, N) of weights that take the same codes; the codes are made once, of a slice of rows at a time."""
+    """(M, N) of weights that take the same codes; the codes are made once, of a slice of rows at a
+    time.
+    """
     halves = kernel.quantized
     assert halves is not None
     x = before.x.reshape(m, k).contiguous()

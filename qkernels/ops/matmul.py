@@ -1,7 +1,8 @@
 """torch.library operators: what torch.compile, FakeTensor and autograd see of qkernels.
 
-`qkernels::matmul(x, storage, bias, spec, backend, batch_invariant)` takes the weight as its tensors plus `spec`, a JSON
-string with everything that is not a tensor, so that a graph holds no Python objects.
+`qkernels::matmul(x, storage, bias, spec, backend, batch_invariant)` takes the weight as its tensors
+plus `spec`, a JSON string with everything that is not a tensor, so that a graph holds no Python
+objects.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ def _matmul_impl(
     batch_invariant: bool,
 ) -> Tensor:
     backend = registry.resolve_backend(backend)
-    # An operator is given no PackedWeight that could keep plans: what is bound is looked up by where the weight's
-    # tensors lie, which keeps none of them alive.
+    # An operator is given no PackedWeight that could keep plans: what is bound is looked up by
+    # where the weight's tensors lie, which keeps none of them alive.
     operand = None if bias is None else bias.dtype
     places = [t.data_ptr() for t in storage]
     key = (spec, x.shape[0], x.dtype, x.device, operand, backend, batch_invariant, *places)
@@ -117,12 +118,15 @@ def _matmul_impl(
     return known(x.contiguous(), p, bias, problem)
 
 
-#: operands of an operator -> the first tensor of the weight, and its product with everything found out
+#: operands of an operator -> the first tensor of the weight, and its product with everything found
+#: out
 _BOUND: dict[Any, tuple[weakref.ref[Tensor], Any]] = {}
 
 
 def bound(key: Any, storage: list[Tensor]) -> Any:
-    """What `keep_bound` was given for these operands and the weight of the tensors `storage`, or None."""
+    """What `keep_bound` was given for these operands and the weight of the tensors `storage`, or
+    None.
+    """
     known = _BOUND.get(key)
     if known is None or known[0]() is not storage[0] or not all(t.is_contiguous() for t in storage):
         return None
@@ -130,7 +134,9 @@ def bound(key: Any, storage: list[Tensor]) -> Any:
 
 
 def kept(storage: Mapping[str, Tensor], given: Iterable[Tensor]) -> bool:
-    """Whether `storage` has the tensors that an operator was given themselves, no copies that go with the call."""
+    """Whether `storage` has the tensors that an operator was given themselves, no copies that go
+    with the call.
+    """
     return all(tensor is one for tensor, one in zip(storage.values(), given, strict=False))
 
 
@@ -203,16 +209,18 @@ def matmul(
         bias: (N), any float dtype; added before the result is rounded to x's dtype.
         backend: "auto", "reference", "triton" or "cuda"; "auto" follows QKERNELS_BACKEND if set.
         batch_invariant: give each row of x bitwise the same result whatever M it comes with. None
-            follows QKERNELS_BATCH_INVARIANT (0 or 1, default 0). Results never vary from run to run.
+            follows QKERNELS_BATCH_INVARIANT (0 or 1, default 0). Results never vary from run to
+            run.
 
     Returns:
         (..., N) in x's dtype. Differentiable in x and bias.
 
-        What is infinite or NaN in a row of x stays in that row of y, where it makes of each number what the
-        dequantized weight in x's dtype would: infinities, and NaN of 0 * inf and inf - inf. Except:
-        NaN may stand for an infinity where a part of the weight is multiplied by itself: the minima of GGUF's
-        q4_1, q5_1, q2_k, q4_k and q5_k and of SpQR, SpQR's sparse weights, and with up to 8 rows zero points. QuIP and QuIP# mix all of x, so
-        nothing in such a row stays finite; nor where rows of x are quantized to 8 bits by their own maximum. A
+        What is infinite or NaN in a row of x stays in that row of y, where it makes of each number
+        what the dequantized weight in x's dtype would: infinities, and NaN of 0 * inf and inf -
+        inf. Except: NaN may stand for an infinity where a part of the weight is multiplied by
+        itself: the minima of GGUF's q4_1, q5_1, q2_k, q4_k and q5_k and of SpQR, SpQR's sparse
+        weights, and with up to 8 rows zero points. QuIP and QuIP# mix all of x, so nothing in such
+        a row stays finite; nor where rows of x are quantized to 8 bits by their own maximum. A
         static input scale saturates instead, and has no code for NaN. In LLM.int8(), but with
         `batch_invariant`, an infinity is an outlier, whose column is one of 16 bits for all rows.
 
@@ -272,10 +280,12 @@ def _empty(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) ->
 
 
 def _watched(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether somebody must see an operator: a compiler, a mode, a tensor subclass, autograd or vmap.
+    """Whether somebody must see an operator: a compiler, a mode, a tensor subclass, autograd or
+    vmap.
 
-    So must torch, for operands whose numbers are not simply there: on the meta device, or negated when they are read.
-    If not, `matmul` calls the kernel itself, which costs the host a fifth of an operator's call.
+    So must torch, for operands whose numbers are not simply there: on the meta device, or negated
+    when they are read. If not, `matmul` calls the kernel itself, which costs the host a fifth of an
+    operator's call.
     """
     return (
         torch.compiler.is_compiling()

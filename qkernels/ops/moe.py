@@ -1,4 +1,5 @@
-"""grouped_matmul and fused_moe: the operators of mixtures of experts (experts.py) and their reference.
+"""grouped_matmul and fused_moe: the operators of mixtures of experts (experts.py) and their
+reference.
 
 A *slot* is a pair (token, choice). A grouped kernel of the registry (backends/registry.py) has
 
@@ -6,7 +7,8 @@ A *slot* is a pair (token, choice). A grouped kernel of the registry (backends/r
                                                        -> y (T, top_k, N) in x's dtype
     fused(x, gate_up, down, weights, ids, activation, problems)        -> y (T, N of down) in x's dtype
     layer(activation, problems)                        a `fused` for one layer, which finds out once what its
-                                                       calls have in common: (x, gate_up, down, weights, ids) -> y
+                                                       calls have in common: (x, gate_up, down,
+                                                       weights, ids) -> y
 """
 
 from __future__ import annotations
@@ -164,13 +166,14 @@ def grouped_matmul(
     """y[t, j] = weights[t, j] * (x[t] @ W[expert_ids[t, j]]^T + bias[expert_ids[t, j]]).
 
     Args:
-        x: (T, K), or (T, top_k, K) where each slot has a row of its own; float16, bfloat16, float32 or float64, on
+        x: (T, K), or (T, top_k, K) where each slot has a row of its own; float16, bfloat16, float32
+        or float64, on
             the experts' device. T may be 0.
-        experts: E weights (N, K). A fused backend moves them, once and in place, to its kernel layout.
-        expert_ids: int32 or int64 (T, top_k). Those outside of 0..E-1 are experts of another process: zeros.
-        weights: (T, top_k), any float dtype; multiplied before the result is rounded to x's dtype.
-        bias: (E, N), any float dtype.
-        backend, batch_invariant: as in `qkernels.matmul`. A row's result depends in batch-invariant mode
+        experts: E weights (N, K). A fused backend moves them, once and in place, to its kernel
+        layout. expert_ids: int32 or int64 (T, top_k). Those outside of 0..E-1 are experts of
+        another process: zeros. weights: (T, top_k), any float dtype; multiplied before the result
+        is rounded to x's dtype. bias: (E, N), any float dtype. backend, batch_invariant: as in
+        `qkernels.matmul`. A row's result depends in batch-invariant mode
             neither on the other tokens nor on where they are sent.
 
     Returns:
@@ -210,18 +213,20 @@ def fused_moe(
     backend: str = "auto",
     batch_invariant: bool | None = None,
 ) -> Tensor:
-    """A layer of experts: y[t] = sum over j of topk_weights[t, j] * down(act(gate(x[t])) * up(x[t])), each of
-    expert topk_ids[t, j].
+    """A layer of experts: y[t] = sum over j of topk_weights[t, j] * down(act(gate(x[t])) *
+    up(x[t])), each of expert topk_ids[t, j].
 
     Args:
         x: (T, K). gate_up: experts (2 * I, K), rows of the gate first. down: experts (N, I).
-        topk_weights: (T, top_k), any float dtype. topk_ids: int32 or int64 (T, top_k); those outside of 0..E-1
+        topk_weights: (T, top_k), any float dtype. topk_ids: int32 or int64 (T, top_k); those
+        outside of 0..E-1
             add nothing, so that processes with an expert or more each add up their results.
         activation: "silu" or "gelu" (the exact one).
         backend, batch_invariant: as in `grouped_matmul`.
 
     Returns:
-        (T, N) in x's dtype; what comes out of gate_up, the activation and down is rounded to it in between.
+        (T, N) in x's dtype; what comes out of gate_up, the activation and down is rounded to it in
+        between.
 
     Raises:
         ValueError: naming the argument, what was expected and what came, or why `backend` cannot.

@@ -1,4 +1,6 @@
-"""The algorithms `quantize_model` runs when it is given calibration data, one decoder block at a time."""
+"""The algorithms `quantize_model` runs when it is given calibration data, one decoder block at a
+time.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from .calibration import BlockInputs
 
 
 class Algorithm(ABC):
-    """Quantizes the wanted linear layers of a block; may change norms and linears of the block, too."""
+    """Quantizes the wanted linear layers of a block; may change norms and linears of the block,
+    too.
+    """
 
     name: ClassVar[str]
     #: option -> default; given to quantize_model beside the format's parameters
@@ -46,7 +50,9 @@ class Algorithm(ABC):
 
 
 class Gptq(Algorithm):
-    """Layers that share an input together, in order of execution, each seeing the rounded ones before it."""
+    """Layers that share an input together, in order of execution, each seeing the rounded ones
+    before it.
+    """
 
     name = "gptq"
     options = {"damp": 0.01, "static_groups": False, "clip_search": False}
@@ -97,7 +103,8 @@ class Awq(Algorithm):
         for rule in architectures.of(self.model).rules:
             names = [name for name in rule.layers if name in wanted]
             if len(names) < len(rule.layers):
-                continue  # another reader of the same output stays as it is, and must not be scaled alone
+                # another reader of the same output stays as it is, and must not be scaled alone
+                continue
             layers = [wanted[name] for name in names]
             stacked = torch.cat([layer.weight.detach().float() for layer in layers])
             seen = found[names[0]]
@@ -127,7 +134,9 @@ class Awq(Algorithm):
 
 
 class SmoothQuant(Algorithm):
-    """Smooths what norms feed, as the paper's code does; then rounds, with static scales if asked for."""
+    """Smooths what norms feed, as the paper's code does; then rounds, with static scales if asked
+    for.
+    """
 
     name = "smoothquant"
     options = {"alpha": 0.5}
@@ -168,7 +177,9 @@ class Ranges(SmoothQuant):
 
 
 class Imatrix(Algorithm):
-    """llama.cpp's importance matrix: each error's square counts by the mean square of its input feature."""
+    """llama.cpp's importance matrix: each error's square counts by the mean square of its input
+    feature.
+    """
 
     name = "imatrix"
 

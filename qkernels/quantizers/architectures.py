@@ -1,8 +1,8 @@
 """What reads what in the models we know: the one place with names of modules.
 
-AWQ and SmoothQuant divide the input features of linear layers by scales and must multiply the scales back
-out of the operator before. Each rule names that operator and the layers that read its output, relative
-to a decoder block. A rule applies if all its modules are there.
+AWQ and SmoothQuant divide the input features of linear layers by scales and must multiply the
+scales back out of the operator before. Each rule names that operator and the layers that read its
+output, relative to a decoder block. A rule applies if all its modules are there.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ from torch import nn
 
 
 class Rule(NamedTuple):
-    """before: a norm, or a linear layer with nothing but multiplications between. layers: its readers."""
+    """before: a norm, or a linear layer with nothing but multiplications between. layers: its
+    readers.
+    """
 
     before: str
     layers: tuple[str, ...]
 
 
 class Gated(NamedTuple):
-    """A feed-forward module of a block that computes down(activation(gate(x)) * up(x)), by its children's names."""
+    """A feed-forward module of a block that computes down(activation(gate(x)) * up(x)), by its
+    children's names.
+    """
 
     module: str
     gate: str
@@ -30,7 +34,9 @@ class Gated(NamedTuple):
 
 
 class Architecture(NamedTuple):
-    """blocks: the nn.ModuleList of decoder blocks. rules: in order of execution. gated: where there is one."""
+    """blocks: the nn.ModuleList of decoder blocks. rules: in order of execution. gated: where there
+    is one.
+    """
 
     blocks: str
     rules: tuple[Rule, ...]
@@ -83,7 +89,9 @@ def of(model: nn.Module) -> Architecture:
 
 
 def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(name, module) of the decoder blocks: those of a known type, else the longest list with linears."""
+    """(name, module) of the decoder blocks: those of a known type, else the longest list with
+    linears.
+    """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind in BY_MODEL_TYPE:
         path = BY_MODEL_TYPE[kind].blocks
@@ -103,9 +111,11 @@ def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def fold(before: nn.Module, scale: object, layers: list[nn.Linear]) -> bool:
-    """Divide the output of `before` by scale (K), multiply the layers' inputs. False if it does not fit.
+    """Divide the output of `before` by scale (K), multiply the layers' inputs. False if it does not
+    fit.
 
-    A linear layer `before` must have exactly K outputs: with grouped-query attention v_proj has fewer.
+    A linear layer `before` must have exactly K outputs: with grouped-query attention v_proj has
+    fewer.
     """
     import torch
 

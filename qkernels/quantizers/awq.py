@@ -1,9 +1,11 @@
-"""AWQ: scale up the input features that matter before rounding, and clip what hurts less than it helps.
+"""AWQ: scale up the input features that matter before rounding, and clip what hurts less than it
+helps.
 
-Multiplying a feature's weights by s and dividing its activations by s leaves the layer as it was, and the
-rounding error of those weights shrinks by s. s = mean|x|^ratio, the ratio searched for the least error
-of the layers' output; the division is folded into the operator before. Then each group's range is
-narrowed as far as its share of the output error falls. Source: Lin et al. 2023 (arXiv 2306.00978).
+Multiplying a feature's weights by s and dividing its activations by s leaves the layer as it was,
+and the rounding error of those weights shrinks by s. s = mean|x|^ratio, the ratio searched for the
+least error of the layers' output; the division is folded into the operator before. Then each
+group's range is narrowed as far as its share of the output error falls. Source: Lin et al. 2023
+(arXiv 2306.00978).
 
 Errors are those of the linear layers' outputs, tr((W - Q) H (W - Q)^T) with H the mean of x x^T.
 """
@@ -50,7 +52,9 @@ def search_scale(
 def search_clip(
     weight: Tensor, hessian: Tensor, group_size: int, round_trip: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """W (N, K) with each group's range narrowed to where its own share of the output error is least."""
+    """W (N, K) with each group's range narrowed to where its own share of the output error is
+    least.
+    """
     n, k = weight.shape
     grouped = in_groups(weight, group_size)
     size = grouped.shape[2]

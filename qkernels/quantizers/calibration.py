@@ -64,8 +64,8 @@ class _Stop(Exception):  # noqa: N818 - nothing failed
 class Statistics:
     """Of the inputs x (T, K) of layers that read the same thing, over all calibration tokens.
 
-    hessian: mean of x x^T, float32 (K, K). mean_abs, max_abs: of |x|, mean_square: of x^2, float32 (K).
-    tokens: how many.
+    hessian: mean of x x^T, float32 (K, K). mean_abs, max_abs: of |x|, mean_square: of x^2, float32
+    (K). tokens: how many.
     """
 
     def __init__(self, features: int, device: torch.device, *, hessian: bool) -> None:
@@ -108,7 +108,8 @@ class Statistics:
 
 
 class BlockInputs:
-    """What a model's decoder blocks are called with, for all batches; one block's activations at a time.
+    """What a model's decoder blocks are called with, for all batches; one block's activations at a
+    time.
 
     `advance` replaces them by the block's outputs, which are the inputs of the next block.
     """
@@ -175,7 +176,9 @@ class BlockInputs:
     def collect(
         self, block: nn.Module, layers: dict[str, nn.Linear], *, hessian: bool, stop: bool
     ) -> dict[str, Statistics]:
-        """Statistics of each layer's input. `stop`: skip the rest of the block once all were called."""
+        """Statistics of each layer's input. `stop`: skip the rest of the block once all were
+        called.
+        """
         found: dict[str, Statistics] = {}
         left: set[str] = set()
         hooks = []

@@ -1,6 +1,8 @@
-"""What tells two models, or two sets of tensors, apart: digests over every bit that can change a result.
+"""What tells two models, or two sets of tensors, apart: digests over every bit that can change a
+result.
 
-blake2b reads about 1 GB/s on a core, whatever its instructions: seconds for a model that takes minutes to quantize.
+blake2b reads about 1 GB/s on a core, whatever its instructions: seconds for a model that takes
+minutes to quantize.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ def of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def of_model(model: nn.Module) -> str:
-    """Of all parameters and buffers, of what the modules are, and of the config, but not of where it came from."""
+    """Of all parameters and buffers, of what the modules are, and of the config, but not of where
+    it came from.
+    """
     modules = [
         f"{name} {type(m).__qualname__} {m.extra_repr()}" for name, m in model.named_modules()
     ]

@@ -1,4 +1,6 @@
-"""Runs an algorithm over a model block by block, with bounded memory, and can go on where it stopped."""
+"""Runs an algorithm over a model block by block, with bounded memory, and can go on where it
+stopped.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ _FILES = 2
 def split_options(
     fmt: Format, algorithm: type[algorithms.Algorithm], params: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What was given beside the format's name -> (parameters of the format, options of the algorithm)."""
+    """What was given beside the format's name -> (parameters of the format, options of the
+    algorithm).
+    """
     options = {k: v for k, v in params.items() if k in algorithm.options and k not in fmt.defaults}
     for key, value in options.items():
         kind = type(algorithm.options[key])
@@ -53,9 +57,9 @@ def quantize_calibrated(
 ) -> None:
     """Replace each `wanted` linear (full name -> module) by a QuantLinear.
 
-    Blocks see what the quantized blocks before them put out. Linears outside the blocks are rounded to
-    nearest. `resume`: a directory that keeps every finished block; if it holds some of the same job they
-    are taken from there. `advance(done, total)` is called after each block.
+    Blocks see what the quantized blocks before them put out. Linears outside the blocks are rounded
+    to nearest. `resume`: a directory that keeps every finished block; if it holds some of the same
+    job they are taken from there. `advance(done, total)` is called after each block.
     """
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     batches = batches_of(calibration, vocabulary)
@@ -108,8 +112,9 @@ def _job(
 ) -> dict[str, Any]:
     """What must be the same for finished blocks to be of use.
 
-    Not torch's version, nor the device: they round sums in another order, and a block made elsewhere is as good a
-    block of this model. Only where they are the same, too, is the result that of an uninterrupted run bit for bit.
+    Not torch's version, nor the device: they round sums in another order, and a block made
+    elsewhere is as good a block of this model. Only where they are the same, too, is the result
+    that of an uninterrupted run bit for bit.
     """
     job = {
         "version": f"{__version__}, files {_FILES}",
@@ -175,7 +180,8 @@ class _Store:
     ) -> dict[str, PackedWeight] | None:
         """The block's packed weights, None if it is not there; sets its other parameters.
 
-        ValueError, before anything is set, naming the file, unless it is this block of this job, whole.
+        ValueError, before anything is set, naming the file, unless it is this block of this job,
+        whole.
         """
         file = self._file(number)
         if not file.exists():

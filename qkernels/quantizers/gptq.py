@@ -1,8 +1,9 @@
-"""GPTQ: round one input feature at a time and let the features not yet rounded make up for the error.
+"""GPTQ: round one input feature at a time and let the features not yet rounded make up for the
+error.
 
-Minimizes tr((W - Q) H (W - Q)^T), the squared error of the layer's output on the calibration inputs,
-with H the mean of x x^T over them. Rows of W are independent, so layers with the same input may be
-stacked. Source: Frantar et al. 2022 (arXiv 2210.17323).
+Minimizes tr((W - Q) H (W - Q)^T), the squared error of the layer's output on the calibration
+inputs, with H the mean of x x^T over them. Rows of W are independent, so layers with the same input
+may be stacked. Source: Frantar et al. 2022 (arXiv 2210.17323).
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ def gptq(
 ) -> Grid:
     """Quantize a weight (N, K) given H (K, K), in float64 if the weight is, in float32 otherwise.
 
-    group_size: -1 for one group; the last one is short where it does not divide K. act_order: features in order of falling diag(H), groups along that
-    order. static_groups: groups in the checkpoint's order, their scales fixed before rounding starts.
-    clip_search: choose each group's range by searching for the least error instead of min and max.
-    damp: fraction of the mean diagonal added to the diagonal; raised tenfold until H is positive definite.
+    group_size: -1 for one group; the last one is short where it does not divide K. act_order:
+    features in order of falling diag(H), groups along that order. static_groups: groups in the
+    checkpoint's order, their scales fixed before rounding starts. clip_search: choose each group's
+    range by searching for the least error instead of min and max. damp: fraction of the mean
+    diagonal added to the diagonal; raised tenfold until H is positive definite.
 
     Raises ValueError for an H of another shape or that stays singular.
     """
@@ -63,7 +65,8 @@ def gptq(
         scale, zero = fit(affine.in_groups(original, size), bits, symmetric, clip_search)
     codes = torch.empty(n, k, dtype=torch.uint8, device=w.device)
     top = (1 << bits) - 1
-    # A group starts with a block or inside one, so its weights are up to date when its scale is chosen.
+    # A group starts with a block or inside one, so its weights are up to date when its scale is
+    # chosen.
     step = size * max(1, BLOCK // size) if size <= BLOCK else math.gcd(size, BLOCK)
     index = group_at.tolist()
     for begin in range(0, k, step):
@@ -92,7 +95,9 @@ def gptq(
 
 
 def fit(grouped: Tensor, bits: int, symmetric: bool, search: bool) -> tuple[Tensor, Tensor]:
-    """Scale float16 and zero uint8 (N, G) of grouped (N, G, g): full range, or with least error^2.4."""
+    """Scale float16 and zero uint8 (N, G) of grouped (N, G, g): full range, or with least
+    error^2.4.
+    """
     scale, zero = affine.fit(grouped, bits, symmetric)
     if not search:
         return scale, zero

@@ -1,8 +1,8 @@
 """llama.cpp's importance matrix: for each linear layer the mean square of each input feature.
 
-In a file, a GGUF with `general.type` "imatrix", tensor `t` of the model has two tensors: `t.in_sum2`, float32
-(experts, K), the sum of squares, and `t.counts`, float32 (experts, 1), of how many inputs. ggml leaves out outer
-dimensions of 1, so those of a plain layer are (K) and (1).
+In a file, a GGUF with `general.type` "imatrix", tensor `t` of the model has two tensors:
+`t.in_sum2`, float32 (experts, K), the sum of squares, and `t.counts`, float32 (experts, 1), of how
+many inputs. ggml leaves out outer dimensions of 1, so those of a plain layer are (K) and (1).
 
 Source: llama.cpp's tools/imatrix, the format it writes since 2025.
 """
@@ -30,7 +30,8 @@ _MOST_INPUTS = 1 << 40
 class ImportanceMatrix:
     """`qkernels.quantize_model` takes one for its calibration data, for GGUF's types.
 
-    means: module's full name -> float32 (K), mean square of its inputs. tokens: how many it was taken from.
+    means: module's full name -> float32 (K), mean square of its inputs. tokens: how many it was
+    taken from.
     """
 
     def __init__(self, means: Mapping[str, Tensor], tokens: int) -> None:
@@ -66,7 +67,9 @@ class ImportanceMatrix:
         return cls({name: (total / tokens).float() for name, total in sums.items()}, tokens)
 
     def of(self, name: str, features: int) -> Tensor:
-        """Of the layer of that name. ValueError if there is none or it has not so many input features."""
+        """Of the layer of that name. ValueError if there is none or it has not so many input
+        features.
+        """
         if name not in self.means:
             raise ValueError(f"importance matrix: expected an entry for {name}, got none")
         found = self.means[name]
@@ -77,7 +80,9 @@ class ImportanceMatrix:
         return found
 
     def save(self, path: str | os.PathLike[str], model: nn.Module, chunk: int = 512) -> None:
-        """Write the file llama.cpp's `--imatrix` options take, whole or not at all. `chunk`: tokens of one."""
+        """Write the file llama.cpp's `--imatrix` options take, whole or not at all. `chunk`: tokens
+        of one.
+        """
         import gguf
 
         from ..checkpoints.gguf.writer import write_out
@@ -100,10 +105,11 @@ class ImportanceMatrix:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module) -> ImportanceMatrix:
-        """Read such a file for `model`. ValueError naming file and tensor if it is none, or damaged.
+        """Read such a file for `model`. ValueError naming file and tensor if it is none, or
+        damaged.
 
-        Entries of mixtures of experts are not taken; an entry of a layer has one row, which llama.cpp writes with
-        or without a dimension for it.
+        Entries of mixtures of experts are not taken; an entry of a layer has one row, which
+        llama.cpp writes with or without a dimension for it.
         """
         from ..checkpoints.files import open_regular, read_part
         from ..checkpoints.gguf.header import read_header

@@ -21,7 +21,8 @@ class FormatSpec:
         return f"{self.name}:{shown}" if shown else self.name
 
 
-#: `qkernels eval --formats all`. Groups of 64, because not every model's sizes are multiples of 128; for the
+#: `qkernels eval --formats all`. Groups of 64, because not every model's sizes are multiples of
+#: 128; for the
 #: same reason without GGUF's blocks of 256, which recipes (q4_k_m) use where they fit.
 PRESETS = (
     FormatSpec("fp16"),
@@ -54,7 +55,8 @@ PRESETS = (
 
 _GPTQ = {"symmetric": False, "act_order": True, "clip_search": True, "algorithm": "gptq"}
 _SPQR = {"act_order": True, "damp": 1, "threshold": 0.4, "algorithm": "spqr"}
-#: `--formats low-bit`: the table of bench/results/low-bit.md, in its order; needs a calibration text
+#: `--formats low-bit`: the table of bench/results/low-bit.md, in its order; needs a calibration
+#: text
 LOW_BIT = (
     FormatSpec("quip_sharp", {"bits": 2, "algorithm": "ldlq"}),
     FormatSpec("quip", {"bits": 2, "algorithm": "ldlq"}),
@@ -102,7 +104,8 @@ def parse_specs(text: str) -> list[FormatSpec]:
 def parse_params(format: str, pairs: Iterable[str]) -> dict[str, Any]:
     """["bits=3", "symmetric=false"] -> {"bits": 3, "symmetric": False}, for `format`'s parameters.
 
-    Its algorithms' names and options count among them: "algorithm=gptq". Raises ValueError for a pair without "=", a parameter the format lacks, or one given twice.
+    Its algorithms' names and options count among them: "algorithm=gptq". Raises ValueError for a
+    pair without "=", a parameter the format lacks, or one given twice.
     """
     from ..formats.gguf.recipes import RECIPES
     from .algorithms import BY_NAME

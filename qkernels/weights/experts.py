@@ -1,11 +1,12 @@
-"""Mixtures of experts: E quantized weights of one shape, and products in which each row goes to some of them.
+"""Mixtures of experts: E quantized weights of one shape, and products in which each row goes to
+some of them.
 
     experts = qk.quantize_experts(weight, "awq", group_size=128)        weight (E, N, K)
     y = qk.grouped_matmul(x, experts, topk_ids)                         (T, K) -> (T, top_k, N)
     y = qk.fused_moe(x, gate_up, down, topk_weights, topk_ids)          a whole layer, (T, K) -> (T, hidden)
 
-An expert id outside of 0..E-1, -1 say, means "not here": an expert of another process (expert parallelism).
-Its row of y is zeros, so that the processes' results add up.
+An expert id outside of 0..E-1, -1 say, means "not here": an expert of another process (expert
+parallelism). Its row of y is zeros, so that the processes' results add up.
 """
 
 from __future__ import annotations
@@ -40,15 +41,16 @@ class Snapshot(NamedTuple):
 
 
 class PackedExperts(Prepackable):
-    """E quantized weights of one format, shape (N, K) and parameters, stacked once. Threads may share them.
+    """E quantized weights of one format, shape (N, K) and parameters, stacked once. Threads may
+    share them.
 
     Attributes:
         format, shape, params, layout: those of each expert, as in PackedWeight; shape is (N, K).
-        count: E.
-        storage: name -> the experts' tensors in `layout`, stacked to (E, ...). Those whose length differs from
+        count: E. storage: name -> the experts' tensors in `layout`, stacked to (E, ...). Those
+        whose length differs from
             expert to expert lie one after another instead, and `sizes` has name -> lengths.
-        spec: everything but the tensors, as JSON.
-        snapshot: the four above in one look, for readers that need several while another thread prepacks.
+        spec: everything but the tensors, as JSON. snapshot: the four above in one look, for readers
+        that need several while another thread prepacks.
 
     Raises ValueError, naming the expert, if the experts do not agree.
     """
@@ -128,7 +130,9 @@ class PackedExperts(Prepackable):
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """ "{expert}.{name}" -> the checkpoint's tensors, bit for bit. From a kernel layout they are rebuilt."""
+        """ "{expert}.{name}" -> the checkpoint's tensors, bit for bit. From a kernel layout they are
+        rebuilt.
+        """
         return {f"{e}.{k}": t for e in range(self.count) for k, t in self.expert(e).tensors.items()}
 
     def expert(self, e: int) -> PackedWeight:
@@ -154,10 +158,11 @@ class PackedExperts(Prepackable):
         return self._restored(snapshot.spec, moved, self.nbytes)
 
     def prepack(self, layout: str | None = None) -> PackedExperts:
-        """Move the bytes to a kernel layout (the format's own), in place, freeing the checkpoint's. Returns self.
+        """Move the bytes to a kernel layout (the format's own), in place, freeing the checkpoint's.
+        Returns self.
 
-        Raises ValueError if the format has no kernel layout, or if a tensor that kernels read is not of the same
-        size in all experts, as with the groups of irregular act-order.
+        Raises ValueError if the format has no kernel layout, or if a tensor that kernels read is
+        not of the same size in all experts, as with the groups of irregular act-order.
         """
         own = formats.get(self.format).kernel_layout(self.params)
         layout = layout or own
@@ -195,7 +200,8 @@ class PackedExperts(Prepackable):
 
 
 def quantize_experts(weight: Tensor, format: str, **params: Any) -> PackedExperts:
-    """Quantize `weight` (E, N, K), any float dtype, to `format` by round-to-nearest, expert by expert.
+    """Quantize `weight` (E, N, K), any float dtype, to `format` by round-to-nearest, expert by
+    expert.
 
     Raises ValueError as `qkernels.quantize` does, and for a weight that is not (E, N, K).
     """
@@ -211,9 +217,11 @@ def quantize_experts(weight: Tensor, format: str, **params: Any) -> PackedExpert
 def _stack(
     experts: Iterator[Mapping[str, Tensor]] | Any, count: int
 ) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-    """Tensors of each expert -> (stacked or, where lengths differ, concatenated tensors; those lengths).
+    """Tensors of each expert -> (stacked or, where lengths differ, concatenated tensors; those
+    lengths).
 
-    Takes one expert after another, so that no two copies of all of them exist beside what they come from.
+    Takes one expert after another, so that no two copies of all of them exist beside what they come
+    from.
     """
     stacked: dict[str, Tensor] = {}
     ragged: dict[str, list[Tensor]] = {}

@@ -15,14 +15,18 @@ from ..tensors import plain, whole
 
 
 class Snapshot(NamedTuple):
-    """The layout a weight's bytes are in, and the tensors that hold them: they only ever change together."""
+    """The layout a weight's bytes are in, and the tensors that hold them: they only ever change
+    together.
+    """
 
     layout: str
     storage: dict[str, Tensor]
 
 
 class Prepackable:
-    """What keeps a layout and its tensors in one `snapshot`, which is replaced whole. Threads may share it."""
+    """What keeps a layout and its tensors in one `snapshot`, which is replaced whole. Threads may
+    share it.
+    """
 
     __slots__ = ("_lock", "snapshot")
     snapshot: Any
@@ -44,7 +48,9 @@ class Prepackable:
         return next(iter(self.storage.values())).device
 
     def _move(self, layout: str) -> bool:
-        """Replace the snapshot by `_packed(layout)`; whether this call did. Of several threads the others wait."""
+        """Replace the snapshot by `_packed(layout)`; whether this call did. Of several threads the
+        others wait.
+        """
         if layout == self.layout:
             return False
         with self._lock:
@@ -67,7 +73,8 @@ class PackedWeight(Prepackable):
         layout: "checkpoint", or the kernel layout the bytes are held in now. There is only ever one
             copy: `prepack_` moves the bytes to a kernel layout and `tensors` restores them.
         storage: the tensors held now, in `layout`, each contiguous: a strided one is copied.
-        snapshot: layout and storage in one look, for readers that need both while another thread prepacks.
+        snapshot: layout and storage in one look, for readers that need both while another thread
+        prepacks.
 
     Make one with `qkernels.quantize` or `qkernels.pack`, which validate.
     """
@@ -162,8 +169,9 @@ class PackedWeight(Prepackable):
 def quantize(weight: Tensor, format: str, **params: Any) -> PackedWeight:
     """Quantize `weight` (N, K), any float dtype, to `format` by round-to-nearest.
 
-    A group size that is not given is 128, or with a warning one that suits this K better. Raises ValueError for an unknown format or parameter, a group size that does not fit, or a weight
-    with NaN or infinite entries. The result lies on the weight's device.
+    A group size that is not given is 128, or with a warning one that suits this K better. Raises
+    ValueError for an unknown format or parameter, a group size that does not fit, or a weight with
+    NaN or infinite entries. The result lies on the weight's device.
     """
     fmt = formats.get(format)
     check_weight(f"{format}: weight", weight)
@@ -188,8 +196,8 @@ def pack(
 ) -> PackedWeight:
     """Wrap a checkpoint's tensors (copied only if strided) as a weight of shape (N, K).
 
-    Raises ValueError, naming the tensor, what was expected and what came, on a wrong dtype or shape,
-    a missing or unknown tensor, a NaN scale or an index out of range.
+    Raises ValueError, naming the tensor, what was expected and what came, on a wrong dtype or
+    shape, a missing or unknown tensor, a NaN scale or an index out of range.
     """
     fmt = formats.get(format)
     if not isinstance(tensors, Mapping):

@@ -1,7 +1,8 @@
 """Parts of a packed weight: some of its rows or columns, as a packed weight of its own.
 
-For tensor parallelism: a column-parallel layer holds a range of output features (rows of W), a row-parallel
-one a range of input features (columns of W). Nothing is requantized: a part's values are the whole's.
+For tensor parallelism: a column-parallel layer holds a range of output features (rows of W), a
+row-parallel one a range of input features (columns of W). Nothing is requantized: a part's values
+are the whole's.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ _WORDS = ("rows", "columns")
 
 
 def shard(p: PackedWeight, dim: int, index: int, count: int) -> PackedWeight:
-    """Part `index` of `count` equal parts of p (N, K): N / count rows (dim 0) or K / count columns (dim 1).
+    """Part `index` of `count` equal parts of p (N, K): N / count rows (dim 0) or K / count columns
+    (dim 1).
 
-    Raises ValueError, naming the counts that work, if a part would cut a group, a block or a packed word.
+    Raises ValueError, naming the counts that work, if a part would cut a group, a block or a packed
+    word.
     """
     if not 0 <= index < count:
         raise ValueError(f"index: expected 0 <= index < {count}, got {index}")
@@ -35,7 +38,9 @@ def shard(p: PackedWeight, dim: int, index: int, count: int) -> PackedWeight:
 def check_shard(
     format: str, shape: tuple[int, int], params: Mapping[str, Any], dim: int, count: int
 ) -> None:
-    """ValueError, naming the counts that work, if `shard` could not cut such a weight into `count` parts."""
+    """ValueError, naming the counts that work, if `shard` could not cut such a weight into `count`
+    parts.
+    """
     size = shape[dim]
     unit = formats.get(format).cuts(shape, dict(params))[dim]
     if size % (count * unit) and count > 1:
@@ -69,7 +74,9 @@ def check_cut(
 
 
 def narrow(p: PackedWeight, dim: int, begin: int, end: int) -> PackedWeight:
-    """Rows (dim 0) or columns (dim 1) begin..end-1 of p, as stored. ValueError if they cannot be cut out."""
+    """Rows (dim 0) or columns (dim 1) begin..end-1 of p, as stored. ValueError if they cannot be
+    cut out.
+    """
     check_cut(p.format, p.shape, p.params, dim, begin, end)
     if (begin, end) == (0, p.shape[dim]):
         return PackedWeight(p.format, p.shape, p.tensors, p.params)
@@ -80,10 +87,12 @@ def narrow(p: PackedWeight, dim: int, begin: int, end: int) -> PackedWeight:
 
 
 def join_rows(parts: Sequence[PackedWeight]) -> PackedWeight | None:
-    """The parts, weights of one format, K and parameters, one below the other: the inverse of cutting rows.
+    """The parts, weights of one format, K and parameters, one below the other: the inverse of
+    cutting rows.
 
-    None where they are no such weights, or where one weight cannot hold them bit for bit: their scales of a whole
-    tensor, orders of columns or tables differ, or their rows do not end where a block or word does.
+    None where they are no such weights, or where one weight cannot hold them bit for bit: their
+    scales of a whole tensor, orders of columns or tables differ, or their rows do not end where a
+    block or word does.
     """
     first = parts[0]
     n, k = sum(p.shape[0] for p in parts), first.shape[1]

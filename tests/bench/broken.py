@@ -1,4 +1,6 @@
-"""Contestants that break the process they are timed in, each in its own way, for `--peers tests.bench.broken`."""
+"""Contestants that break the process they are timed in, each in its own way, for `--peers
+tests.bench.broken`.
+"""
 
 from __future__ import annotations
 

@@ -182,7 +182,8 @@ def test_host_overhead_is_measured_with_a_kernel_that_does_nothing() -> None:
     before = dict(registry._KERNELS)
     found = host.measure()
     assert all(0 < value < 1e4 for value in found.values())
-    # The direct path must stay well below the operator's: by count of Python calls, not by this machine's mood.
+    # The direct path must stay well below the operator's: by count of Python calls, not by this
+    # machine's mood.
     assert found["qkernels.matmul"] < found["torch.ops.qkernels.matmul"]
     assert registry._KERNELS == before
 

@@ -1,4 +1,6 @@
-"""The way a race takes on a GPU, walked on a pretended one: devices, plans, CUDA graphs, both backends."""
+"""The way a race takes on a GPU, walked on a pretended one: devices, plans, CUDA graphs, both
+backends.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What is saved takes its name whole or not at all: faults at every step, signals, races, planted links."""
+"""What is saved takes its name whole or not at all: faults at every step, signals, races, planted
+links.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from qkernels.checkpoints import atomic
 from .. import faults
 from ..faults import Directory, File, left_beside
 
-#: a process that saves over and over; it loads atomic.py by itself, because torch takes seconds to import
+#: a process that saves over and over; it loads atomic.py by itself, because torch takes seconds to
+#: import
 SAVER = textwrap.dedent(
     """
     import importlib.util, signal, sys
@@ -222,7 +225,9 @@ def test_a_save_under_way_is_not_cleaned_up(tmp_path: Path) -> None:
 
 
 def test_nothing_but_our_own_private_folders_is_cleaned_up(tmp_path: Path) -> None:
-    """No link to one, no file called so, no folder without a lock, none whose process is about to take it."""
+    """No link to one, no file called so, no folder without a lock, none whose process is about to
+    take it.
+    """
     precious = tmp_path / "elsewhere" / "precious"
     precious.mkdir(parents=True)
     (precious / "lock").write_text(f"{atomic.socket.gethostname()} 1\n")
@@ -241,7 +246,9 @@ def test_nothing_but_our_own_private_folders_is_cleaned_up(tmp_path: Path) -> No
 def test_nobody_can_plant_a_link_in_what_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even if the folder's name could be guessed: it is made, not taken over, and is its owner's alone."""
+    """Even if the folder's name could be guessed: it is made, not taken over, and is its owner's
+    alone.
+    """
     victim = tmp_path / "victim"
     victim.mkdir()
     monkeypatch.setattr(atomic.secrets, "token_hex", lambda count: "guessed")
@@ -256,7 +263,9 @@ def test_nobody_can_plant_a_link_in_what_is_written(
 
 
 def left_by(folder: Path, host: str) -> Path:
-    """What a process killed between its two renames left, seen from a machine on which no lock is held."""
+    """What a process killed between its two renames left, seen from a machine on which no lock is
+    held.
+    """
     private = folder / f"{atomic.PREFIX}{host}"
     (private / "old-0").mkdir(parents=True)
     Directory.write(private / "old-0" / "model", faults.OLD)

@@ -1,4 +1,6 @@
-"""Truncated, contradictory and malicious checkpoints: one clear ValueError, quickly, and nothing else."""
+"""Truncated, contradictory and malicious checkpoints: one clear ValueError, quickly, and nothing
+else.
+"""
 
 from __future__ import annotations
 
@@ -251,7 +253,9 @@ CONFIGS = st.fixed_dictionaries(
 @settings(FUZZ, max_examples=150)
 @given(CONFIGS)
 def test_fuzzed_quantization_configs_fail_cleanly(config: dict[str, Any]) -> None:
-    """What a plan lets through, the formats' own parameter check must take or refuse with ValueError."""
+    """What a plan lets through, the formats' own parameter check must take or refuse with
+    ValueError.
+    """
     with suppress(ValueError):
         plan = Plan("here", config)
         for name in ("lm_head", "model.layers.0.mlp.up_proj"):

@@ -1,4 +1,6 @@
-"""Directories that compressed-tensors itself writes, loaded: its own decompressed weights and its own forward judge."""
+"""Directories that compressed-tensors itself writes, loaded: its own decompressed weights and its
+own forward judge.
+"""
 
 from __future__ import annotations
 
@@ -73,8 +75,8 @@ def write(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Quantize a model with compressed-tensors and save it.
 
-    Returns the dequantized weights by module and the logits of ids(20), both its own, the latter with activations
-    rounded as the groups say.
+    Returns the dequantized weights by module and the logits of ids(20), both its own, the latter
+    with activations rounded as the groups say.
     """
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import (
@@ -148,7 +150,9 @@ def check(
     logits: Tensor | None,
     within: float = 2.0**-19,
 ) -> nn.Module:
-    """Load, compare weights and logits, save, and compare what is saved: for us and for transformers."""
+    """Load, compare weights and logits, save, and compare what is saved: for us and for
+    transformers.
+    """
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
     model = qk.load_model(path)
@@ -165,7 +169,8 @@ def check(
         qk.save_model(model, again)
         assert_same_tensors(again, path)
         assert torch.equal(qk.load_model(again)(ids(20)[None]).logits, got)
-    # It decompresses on first use, but takes no packed zero points or embeddings then, not its own either.
+    # It decompresses on first use, but takes no packed zero points or embeddings then, not its own
+    # either.
     dequantize = _packed_zeros(path) or "model.embed_tokens" in rounded
     more = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
     with warnings.catch_warnings():
@@ -232,7 +237,9 @@ EMBEDDINGS = {
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("kind", EMBEDDINGS)
 def test_packed_embedding(kind: str, tied: bool, tmp_path: Path) -> None:
-    """Its rows are theirs; the head, whose tensors the files hold in either case, stays what they say."""
+    """Its rows are theirs; the head, whose tensors the files hold in either case, stays what they
+    say.
+    """
     groups = {"a": {"targets": ["Linear", "Embedding"], "weights": EMBEDDINGS[kind]}}
     model = tiny_model(tie_word_embeddings=tied)
     rounded, logits = write(tmp_path / "q", groups, model=model)
@@ -332,7 +339,8 @@ def test_compression_configs_that_are_refused(old: Any, message: str, tmp_path: 
 
 
 # ---------------------------------------------------------------------- 8 bits
-#: weights, inputs, what our parameters are, whether the int8 codes of activations are defined as theirs are
+#: weights, inputs, what our parameters are, whether the int8 codes of activations are defined as
+#: theirs are
 EIGHT_BITS: dict[str, tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any], bool]] = {
     "dynamic-asymmetric": (int8(), tokens(symmetric=False), {"symmetric_input": False}, True),
     "weights-asymmetric": (int8(symmetric=False), tokens(), {"symmetric_weight": False}, False),
@@ -388,8 +396,8 @@ def test_eight_bits(kind: str, tmp_path: Path) -> None:
     # Left alone it packs integers into words where no activations are rounded.
     format = "int-quantized" if inputs is None and weight["type"] == "int" else None
     rounded, logits = write(tmp_path / "q", groups, format=format)
-    # A sum in another order moves an activation across the middle between two codes now and then; that is a step of
-    # at most 2^-3 (float8) in one of 64 features or more of one product.
+    # A sum in another order moves an activation across the middle between two codes now and then;
+    # that is a step of at most 2^-3 (float8) in one of 64 features or more of one product.
     within = 2.0**-19 if inputs is None else 2.0**-6
     ours = check(tmp_path / "q", tmp_path / "s", rounded, logits if same else None, within)
     packed = ours.model.layers[0].mlp.up_proj.packed

@@ -1,4 +1,6 @@
-"""Mixtures of experts with names and tensors of their own: transformers, which wrote the files, is the judge."""
+"""Mixtures of experts with names and tensors of their own: transformers, which wrote the files, is
+the judge.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Checkpoints with the tensors of each expert by themselves: loaded as they are, saved as they were, or refused."""
+"""Checkpoints with the tensors of each expert by themselves: loaded as they are, saved as they
+were, or refused.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ from ..moe_checkpoint import SIZES, edit, save_moe, stacks_of, tiny_moe
 KINDS = ["mixtral", "qwen3_moe"]
 LEAVES = {"mixtral": ("w1", "w3", "w2"), "qwen3_moe": ("gate_proj", "up_proj", "down_proj")}
 BLOCK = {"mixtral": "block_sparse_moe", "qwen3_moe": "mlp"}
-#: formats that leave activations alone, so that the model of the dequantized weights computes the same
+#: formats that leave activations alone, so that the model of the dequantized weights computes the
+#: same
 WEIGHT_ONLY: list[tuple[str, dict[str, Any]]] = [
     ("gptq", {"group_size": 64}),
     ("gptq", {"group_size": 32, "act_order": True, "symmetric": False}),
@@ -298,7 +301,9 @@ def test_what_is_quantized_here_comes_back(
 def test_transformers_reads_our_experts(
     kind: str, name: str, params: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Dequantized, which is all it can do on a CPU. bitsandbytes' and int8 experts it does not read at all (5.24)."""
+    """Dequantized, which is all it can do on a CPU. bitsandbytes' and int8 experts it does not read
+    at all (5.24).
+    """
     pytest.importorskip("compressed_tensors")
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config
 
@@ -356,7 +361,9 @@ def test_nested_scales_of_one_weight_that_is_cut(tmp_path: Path) -> None:
 def test_no_more_than_one_layer_is_held_twice(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sizes of the tensors that live when a layer's experts are in place: those of the file, and no dense weight."""
+    """Sizes of the tensors that live when a layer's experts are in place: those of the file, and no
+    dense weight.
+    """
     save_moe(kind, "gptq", {"group_size": 64}, tmp_path / "q", tmp_path / "p")
     model = qk.load_model(tmp_path / "q")
     for stack in stacks_of(model):

@@ -21,7 +21,8 @@ from .gguf_files import rewrite
 from .test_gguf_models import SIZES, bpe_tokenizer, logits, model_of
 
 E, K, INNER, USED = 4, 64, 96, 2
-#: architecture -> the dense one whose attention it has, transformers' config, fields that llama.cpp does not ask for
+#: architecture -> the dense one whose attention it has, transformers' config, fields that llama.cpp
+#: does not ask for
 KINDS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "llama": ("llama", MixtralConfig, {"num_local_experts": E, "head_dim": 16, "rms_norm_eps": 1e-6}),
     "qwen3moe": ("qwen3", Qwen3MoeConfig, {"num_experts": E, "head_dim": 16,
@@ -153,7 +154,9 @@ def test_computes_what_the_dequantized_model_does(
 
 @pytest.mark.parametrize(("kind", "sizes"), [("qwen2moe", (1408, 5632)), ("qwen3moe", (768, 0))])
 def test_transformers_reads_the_same(kind: str, sizes: tuple[int, int], tmp_path: Path) -> None:
-    """Its own reader, which dequantizes; for experts of its default sizes, and for no Mixtral (5.24)."""
+    """Its own reader, which dequantizes; for experts of its default sizes, and for no Mixtral
+    (5.24).
+    """
     path, _ = mixture(kind, tmp_path, sizes=sizes)
     theirs = gguf._plain(gguf._from_pretrained(path, torch.float32), path).eval()
     want = logits(theirs)

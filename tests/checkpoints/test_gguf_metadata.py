@@ -42,7 +42,8 @@ def inv_freq(model: Any) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------- bad files: the corpus
-#: every bad file that an audit or the fuzz test found: (keys changed, keys and tensors dropped, the message)
+#: every bad file that an audit or the fuzz test found: (keys changed, keys and tensors dropped, the
+#: message)
 BAD: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
     ({"general.architecture": ["llama"]}, (), "general.architecture: expected a name"),
     ({"general.architecture": 3}, (), "general.architecture: expected a name, got 3"),

@@ -166,7 +166,9 @@ def test_sentencepiece(tokenizer: Any, prefix: bool, tmp_path: Path) -> None:
 
 
 def _llama_cpp(text: str, metadata: dict[str, Any]) -> list[int]:
-    """llama.cpp's way with a SentencePiece vocabulary: join the neighbours that make the best token, else bytes."""
+    """llama.cpp's way with a SentencePiece vocabulary: join the neighbours that make the best
+    token, else bytes.
+    """
     ids = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
     scores = metadata["tokenizer.ggml.scores"]
     text = (" " if metadata["tokenizer.ggml.add_space_prefix"] else "") + text

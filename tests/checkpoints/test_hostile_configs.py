@@ -1,4 +1,6 @@
-"""JSON files of a model directory that would cost much memory or time, choose the code that runs, or hold garbage."""
+"""JSON files of a model directory that would cost much memory or time, choose the code that runs,
+or hold garbage.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,9 @@ _BOMBS: list[tuple[dict[str, Any], str]] = [
 
 
 def test_numbers_and_lengths_in_a_config_cost_nothing(directory: Path, tmp_path: Path) -> None:
-    """In a process of its own, whose peak is measured after each: the most is 131,072 labels' two dictionaries."""
+    """In a process of its own, whose peak is measured after each: the most is 131,072 labels' two
+    dictionaries.
+    """
     cases = tmp_path / "cases.json"
     cases.write_text(json.dumps([changes for changes, _ in _BOMBS]))
     limits = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -106,8 +110,8 @@ def _unbounded(values: dict[str, Any], kind: Any) -> str | None:
 def test_real_configs_pass() -> None:
     """The defaults of every model type of transformers, and what large models say.
 
-    What is let through whatever its size must cost a config class nothing. (All 10,015 fields of all classes were
-    tried once, with 1,000,000; here it is one of each.)
+    What is let through whatever its size must cost a config class nothing. (All 10,015 fields of
+    all classes were tried once, with 1,000,000; here it is one of each.)
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

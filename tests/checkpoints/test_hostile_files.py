@@ -1,4 +1,6 @@
-"""Files of a model directory that block, have no end, change, or whose headers cost much memory or time."""
+"""Files of a model directory that block, have no end, change, or whose headers cost much memory or
+time.
+"""
 
 from __future__ import annotations
 
@@ -255,7 +257,9 @@ def _copy(path: Path, data: bytes) -> Path:
 
 
 def test_a_model_outlives_a_save_over_its_files(directory: Path) -> None:
-    """Its tensors are mapped; a save puts a new file in the place and leaves the old one to who has it open."""
+    """Its tensors are mapped; a save puts a new file in the place and leaves the old one to who has
+    it open.
+    """
     model = qk.load_model(directory)
     before = model(ids(8)[None]).logits
     qk.save_model(tiny_model(seed=5), directory)

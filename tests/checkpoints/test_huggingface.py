@@ -51,7 +51,8 @@ def _edit_tensors(directory: Path, drop: str = "", **changes: torch.Tensor) -> N
     save_file({**tensors, **changes}, path)
 
 
-#: group sizes of conftest's cases that do not divide 64 and 96 have no tiny model; GGUF types have files of
+#: group sizes of conftest's cases that do not divide 64 and 96 have no tiny model; GGUF types have
+#: files of
 #: their own
 FITTING = [
     (n, p)
@@ -216,7 +217,9 @@ BITSANDBYTES = [
 def test_transformers_reads_our_bitsandbytes_files(
     format: str, params: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Other people's code as the judge: transformers with bitsandbytes, on the CPU, 4 bits in bfloat16."""
+    """Other people's code as the judge: transformers with bitsandbytes, on the CPU, 4 bits in
+    bfloat16.
+    """
     pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,6 @@
-"""Loading maps files and holds one shard at a time: measured by what the kernel says the process holds."""
+"""Loading maps files and holds one shard at a time: measured by what the kernel says the process
+holds.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """What loading a model takes of memory, at its highest, and what is left when there is not enough.
 
-Unsigned is all that is resident: what the process has allocated, and the pages of files that it has mapped. Tensors that
-stay backed by their file for life are the model, so those pages count as allocated ones do, though the system can drop
-them; pages that were only read on the way to a copy count, too, for as long as they are mapped.
+Unsigned is all that is resident: what the process has allocated, and the pages of files that it has
+mapped. Tensors that stay backed by their file for life are the model, so those pages count as
+allocated ones do, though the system can drop them; pages that were only read on the way to a copy
+count, too, for as long as they are mapped.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ def file_bytes(path: Path) -> tuple[int, int]:
 
 
 def test_the_peak_is_the_file_s_size_and_a_tenth(tmp_path: Path) -> None:
-    """And one shard; where all is one file, its largest tensor, which is the most that is copied at once."""
+    """And one shard; where all is one file, its largest tensor, which is the most that is copied at
+    once.
+    """
     tiny = qk.quantize_model(tiny_model(), "q4_1", progress=False)
     warm = [tmp_path / "warm", tmp_path / "warm.gguf"]
     for path in warm:

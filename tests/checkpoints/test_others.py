@@ -81,13 +81,16 @@ def test_bitsandbytes(options: dict[str, Any], tmp_path: Path) -> None:
     assert len(layers) == 14
     with torch.no_grad():
         a, b = ours(ids(20)[None]).logits, theirs(ids(20)[None]).logits
-    # LLM.int8() rounds activations to 8 bits: one that falls on the other side of a half is a step off.
+    # LLM.int8() rounds activations to 8 bits: one that falls on the other side of a half is a step
+    # off.
     _close(a, b, 2.0**-7 if "load_in_8bit" in options else 2.0**-8)
 
 
 @pytest.mark.parametrize("scale_fmt", ["float", "ue8m0"])
 def test_fine_grained_fp8(scale_fmt: str, tmp_path: Path) -> None:
-    """transformers' own quantization of DeepSeek's kind, which it runs on GPUs only; the operation runs here."""
+    """transformers' own quantization of DeepSeek's kind, which it runs on GPUs only; the operation
+    runs here.
+    """
     from transformers import FineGrainedFP8Config
     from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
@@ -112,7 +115,8 @@ def test_fine_grained_fp8(scale_fmt: str, tmp_path: Path) -> None:
                 128, 0
             ).repeat_interleave(128, 1)
             assert torch.equal(layer.packed.dequantize(), want)
-            # E4M3 has 3 bits behind its point: half a step is 2^-4, and scales that are powers of two are no worse
+            # E4M3 has 3 bits behind its point: half a step is 2^-4, and scales that are powers of
+            # two are no worse
             weight = model.get_submodule(name).weight
             assert (want - weight).norm() < 2**-4 * weight.norm()
             restored = layer.packed.prepack_("eight_bit").tensors["weight_scale_inv"]

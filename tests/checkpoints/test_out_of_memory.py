@@ -1,4 +1,6 @@
-"""Not enough memory for loading, quantizing or saving: an error that says so, nothing half done, and then it works."""
+"""Not enough memory for loading, quantizing or saving: an error that says so, nothing half done,
+and then it works.
+"""
 
 from __future__ import annotations
 

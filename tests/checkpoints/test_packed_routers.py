@@ -1,4 +1,6 @@
-"""Packed weights of modules that compute in a way of their own, routers and scaled embeddings: they are dequantized."""
+"""Packed weights of modules that compute in a way of their own, routers and scaled embeddings: they
+are dequantized.
+"""
 
 from __future__ import annotations
 

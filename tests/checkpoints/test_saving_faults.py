@@ -1,4 +1,6 @@
-"""Saving models, GGUF files and importance matrices while calls fail, Ctrl-C comes, or the disk is full."""
+"""Saving models, GGUF files and importance matrices while calls fail, Ctrl-C comes, or the disk is
+full.
+"""
 
 from __future__ import annotations
 

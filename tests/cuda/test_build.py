@@ -141,7 +141,9 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def test_auto_starts_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """backend="auto" takes CUDA kernels that are compiled for this GPU, and says what to do where they are not."""
+    """backend="auto" takes CUDA kernels that are compiled for this GPU, and says what to do where
+    they are not.
+    """
     monkeypatch.setenv("QKERNELS_CACHE", str(tmp_path))
     monkeypatch.setattr(build, "unavailable", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -161,7 +163,9 @@ def test_auto_starts_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_code_is_loaded_only_from_where_nobody_else_can_write(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Who knows the module's place could otherwise put his own there, or a link in place of the lock."""
+    """Who knows the module's place could otherwise put his own there, or a link in place of the
+    lock.
+    """
     monkeypatch.setenv("QKERNELS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(build, "build", lambda target, archs, folder: target.touch())
     module = build.build_cached(("80",))

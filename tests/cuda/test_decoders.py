@@ -1,4 +1,6 @@
-"""Every code of every CUDA decoder, in every place of a word, exactly as the Python reference has it."""
+"""Every code of every CUDA decoder, in every place of a word, exactly as the Python reference has
+it.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +107,9 @@ def test_integers_about_a_fixed_middle(code: str, dtype: torch.dtype) -> None:
 @dtypes
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_codes_of_eight_weights(bits: int, dtype: torch.dtype) -> None:
-    """All 65536, and all of the residual, in both halves of words: units of half a weight, rounded once at most."""
+    """All 65536, and all of the residual, in both halves of words: units of half a weight, rounded
+    once at most.
+    """
     every = torch.arange(1 << 16, dtype=torch.int32)
     codes = torch.cat([every, every.roll(1)])
     if bits > 2:
@@ -151,7 +155,9 @@ def test_fp8(kind: str, dtype: torch.dtype) -> None:
 
 @dtypes
 def test_conversions(dtype: torch.dtype) -> None:
-    """Round to nearest even: every 16-bit value, and what lies exactly, almost and hardly between two."""
+    """Round to nearest even: every 16-bit value, and what lies exactly, almost and hardly between
+    two.
+    """
     every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).float()
     every = every[torch.isfinite(every)].sort().values
     middle = (every[1:].double() + every[:-1].double()) / 2

@@ -1,4 +1,6 @@
-"""csrc/eight_bit, in the emulator or on the GPU where there is one: codes bit for bit, products against the float64 reference."""
+"""csrc/eight_bit, in the emulator or on the GPU where there is one: codes bit for bit, products
+against the float64 reference.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +96,8 @@ def test_rms_norm(dtype: torch.dtype, k: int) -> None:
     for name, params in EIGHT_BIT:
         p = packed(name, params, k, n=1)
         a = eight_bit.quantize(x, p, problem(p, x), norm=weight, eps=eps, keep=True)
-        # two roundings to dtype, float32 before them; 2^-24: float16 below its normal range, times |weight|
+        # two roundings to dtype, float32 before them; 2^-24: float16 below its normal range, times
+        # |weight|
         bound = 2.01 * u * exact.abs() + 2.0**-24 * (1 + weight.abs())
         assert bool(((a.x.double() - exact).abs() <= bound).all())
         assert_codes(a, a.x, p)

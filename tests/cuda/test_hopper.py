@@ -1,4 +1,6 @@
-"""The Hopper kernels (wgmma) against the float64 reference: emulated, or on the GPU where it is a Hopper."""
+"""The Hopper kernels (wgmma) against the float64 reference: emulated, or on the GPU where it is a
+Hopper.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,9 @@ def test_several_tiles_a_block(name: str, params: dict[str, object], two_sms: No
 
 
 def test_tiles_shorter_than_a_ring(two_sms: None) -> None:
-    """No ring goes round between two tiles, so nothing but the warpgroup's own barrier keeps one's rows apart."""
+    """No ring goes round between two tiles, so nothing but the warpgroup's own barrier keeps one's
+    rows apart.
+    """
     y, x, p, bias = weight_only.run(
         "gptq", {"bits": 4, "group_size": 64}, 300, 64, 600, torch.float16
     )
@@ -111,7 +115,9 @@ def test_products_between_transforms_round_in_float32_alone(
     name: str, params: dict[str, object], n: int, k: int, dtype: torch.dtype, two_sms: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Sums are scaled, not weights: QuIP's codes and those of 2 bits are exact, others' values round once."""
+    """Sums are scaled, not weights: QuIP's codes and those of 2 bits are exact, others' values
+    round once.
+    """
     p = incoherent.any_weight(name, n, k, params)
     seen: dict[str, torch.Tensor] = {}
     before, after = transforms.before, transforms.after
@@ -137,7 +143,9 @@ def test_products_between_transforms_round_in_float32_alone(
 
 
 def test_what_a_kernel_is_not_made_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Float32 results from kernels that have none, and the other way round; scales that change along K; a bias."""
+    """Float32 results from kernels that have none, and the other way round; scales that change
+    along K; a bias.
+    """
     real = launch.Launch.__call__
     for name, field, value, why in (
         ("nf4", "is_float", 1, "float32 results for weights with transforms alone"),

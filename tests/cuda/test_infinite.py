@@ -1,4 +1,6 @@
-"""Infinite activations in the CUDA kernels, as tests/kernels/test_infinite.py has them in the others."""
+"""Infinite activations in the CUDA kernels, as tests/kernels/test_infinite.py has them in the
+others.
+"""
 
 from __future__ import annotations
 

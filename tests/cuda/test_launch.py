@@ -1,4 +1,6 @@
-"""Products that are recorded and replayed: the same results, and the calls that the extension is given."""
+"""Products that are recorded and replayed: the same results, and the calls that the extension is
+given.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,8 @@ def test_replays_equal_runs(case: tuple[str, dict[str, Any]], m: int) -> None:
         assert bool(want.isfinite().all())
         assert torch.equal(y, want), f"call {call}"
     (run,) = recorded(p)
-    # For many rows torch gathers x for act-order, and transposes it for outliers, which can't be replayed.
+    # For many rows torch gathers x for act-order, and transposes it for outliers, which can't be
+    # replayed.
     copied = m > 8 and ("act_order" in params or name == "spqr")
     assert (run._replays[0] is None) == copied
 

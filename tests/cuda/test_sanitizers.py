@@ -1,6 +1,8 @@
-"""The emulated CUDA kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a process of their own.
+"""The emulated CUDA kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a process of
+their own.
 
-Here the emulator's own tests and the kernels of FP8 run. Everything, which builds all kernels anew and takes long:
+Here the emulator's own tests and the kernels of FP8 run. Everything, which builds all kernels anew
+and takes long:
 
     SANITIZED=tests/cuda python -m pytest -n 0 tests/cuda/test_sanitizers.py
 """

@@ -1,4 +1,6 @@
-"""Rows taken by slices, for want of scratch memory, come out with the bits that all rows at once give."""
+"""Rows taken by slices, for want of scratch memory, come out with the bits that all rows at once
+give.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def case_of(case: Any) -> str:
 def test_slices_change_no_bit(
     case: tuple[Any, str, dict[str, object], int, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last slice has few rows, of which a call of its own would go to another kernel or cut K otherwise."""
+    """The last slice has few rows, of which a call of its own would go to another kernel or cut K
+    otherwise.
+    """
     module, name, params, m, invariant = case
     n = 40
     p = qk.quantize(torch.randn(n, k_of(name, 320)), name, **params).to(DEVICE)

@@ -1,4 +1,6 @@
-"""Stored tensors and operands that lie in memory otherwise, through the CUDA backend: the emulator checks alignment."""
+"""Stored tensors and operands that lie in memory otherwise, through the CUDA backend: the emulator
+checks alignment.
+"""
 
 from __future__ import annotations
 

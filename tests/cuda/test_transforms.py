@@ -25,7 +25,9 @@ U = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
 class Weight:
-    """What the launcher reads of a packed weight: its shape, its plans, and the transforms' tensors."""
+    """What the launcher reads of a packed weight: its shape, its plans, and the transforms'
+    tensors.
+    """
 
     def __init__(self, n: int, side: Side, kept: list[Tensor]) -> None:
         tensors = {"diagonal": side.diagonal} | {f"factor{i}": f for i, f in enumerate(kept)}
@@ -55,22 +57,29 @@ def random(n: int) -> tuple[Side, Weight]:
 def traits_of(side: Side, n: int, vectors: bool) -> layout.WeightOnlyTraits:
     whole = -(-n // 256) * 256 if vectors else n
     return layout.WeightOnlyTraits(
-        2, "e8p" if vectors else "half_integer", "scale", whole, n, transform_scales=(side.norm,) * 2
+        2,
+        "e8p" if vectors else "half_integer",
+        "scale",
+        whole,
+        n,
+        transform_scales=(side.norm,) * 2,
     )
 
 
 def bound(side: Side, x: Tensor, n: int, after: bool) -> Tensor:
-    """Of a float32 result: rounding of each operation on a path through the factors, times the terms' sizes.
+    """Of a float32 result: rounding of each operation on a path through the factors, times the
+    terms' sizes.
 
-    A factor's sum of `order` terms rounds as often at most, one of butterflies once a stage; and the diagonal,
-    the norm and the bias once each.
+    A factor's sum of `order` terms rounds as often at most, one of butterflies once a stage; and
+    the diagonal, the norm and the bias once each.
     """
     positive = side._replace(factors=[f.abs() for f in side.factors], diagonal=side.diagonal.abs())
     size = positive.outer(x.abs()) if after else positive.inner(x.abs())
     return (sum(len(f) for f in side.factors) + 4) * 2.0**-24 * size
 
 
-#: one factor or none, an odd part or none, in one box or several, with all of a Hadamard transform's stages
+#: one factor or none, an odd part or none, in one box or several, with all of a Hadamard
+#: transform's stages
 SIZES = [1, 2, 8, 12, 36, 64, 72, 192, 256, 512, 576, 1376, 2048, 5120, 8192]
 #: two factors or three, of order 1, odd, over 32 and over 64
 RANDOM = [1, 7, 35, 64, 130, 469, 576, 1376]

@@ -1,4 +1,6 @@
-"""The CUDA weight-only kernels against the float64 oracle: emulated, or on the GPU where there is one."""
+"""The CUDA weight-only kernels against the float64 oracle: emulated, or on the GPU where there is
+one.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,8 @@ SPLIT_PAIRS = [
 ]
 
 
-#: N that ends inside a block, K of a single block or that ends inside a tile; groups of SpQR that cross slices
+#: N that ends inside a block, K of a single block or that ends inside a tile; groups of SpQR that
+#: cross slices
 ONE_SCALER = [
     ("q4_0", {}, 3, 32), ("q5_1", {}, 37, 160), ("q8_0", {}, 21, 96), ("q2_k", {}, 19, 256), ("q6_k", {}, 9, 256),
     ("spqr", {"group_size": 10, "row_group": 7}, 33, 70),
@@ -99,7 +102,9 @@ def test_short_last_groups(
 @pytest.mark.parametrize("m", [2, 9])
 @pytest.mark.parametrize("k", [576, 580], ids=["along-k", "flat"])
 def test_nested_scales_of_several_outer_blocks(m: int, k: int) -> None:
-    """Over 256 blocks of absmax, so that more than one outer scale counts; weights that make them differ."""
+    """Over 256 blocks of absmax, so that more than one outer scale counts; weights that make them
+    differ.
+    """
     weight = torch.randn(64, k) * torch.linspace(0.1, 10, 64)[:, None]
     p = qk.quantize(weight, "nf4", block_size=64, double_quant=True).to(DEVICE)
     x = torch.randn(m, k).half().to(DEVICE)
@@ -138,7 +143,9 @@ def k_slices(p: qk.PackedWeight, m: int) -> int:
 @pytest.mark.parametrize("m", [3, 9])
 @pytest.mark.parametrize(("name", "params"), LONG, ids=str)
 def test_split_k_in_any_order_of_blocks(name: str, params: dict[str, object], m: int) -> None:
-    """K in several slices: right, and bitwise the same whichever block is last. The counters end at 0."""
+    """K in several slices: right, and bitwise the same whichever block is last. The counters end at
+    0.
+    """
     y, x, p, bias = run(name, params, 20, LONG_K.get(name, 4480), m, torch.float16)
     assert k_slices(p, m) > 1
     assert_fused_close(y, x, p, bias)
@@ -179,7 +186,9 @@ def test_many_rows_go_in_several_launches(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def with_outliers(weight: torch.Tensor, counts: torch.Tensor, first: int) -> qk.PackedWeight:
-    """`weight` in SpQR, with random outliers instead of its own: so many in each row, in columns from `first` on."""
+    """`weight` in SpQR, with random outliers instead of its own: so many in each row, in columns
+    from `first` on.
+    """
     shape = (weight.shape[0], weight.shape[1])
     tensors = dict(qk.quantize(weight, "spqr", bits=4, group_size=16).tensors)
     columns = [

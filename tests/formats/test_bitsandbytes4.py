@@ -23,8 +23,8 @@ def theirs(weight: torch.Tensor, kind: str, block: int, nested: bool):
     tensors = {"weight": data}
     for key, value in state.as_dict(packed=True).items():
         tensors[f"weight.{key}"] = value
-    # Their portable kernel. The fast CPU one of 0.50.2 is wrong where blocks straddle rows: on (128, 576)
-    # with blocks of 128 it is 22% off its own input, this one 10%.
+    # Their portable kernel. The fast CPU one of 0.50.2 is wrong where blocks straddle rows: on
+    # (128, 576) with blocks of 128 it is 22% off its own input, this one 10%.
     absmax = state.absmax
     if nested:
         absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
@@ -87,8 +87,9 @@ def test_writes_the_bytes_bitsandbytes_writes(
             different = (p.tensors[name] != tensor).sum().item()
             assert different <= 2e-4 * tensor.numel() + (1 if weight.numel() % 2 else 0)
         elif name == "weight.absmax" and nested:
-            # The offset is a mean, summed in another order: codes next to a midpoint may differ, and
-            # near zero, where the map's steps are 1e-6, many may. Ours must be as near the true absmax.
+            # The offset is a mean, summed in another order: codes next to a midpoint may differ,
+            # and near zero, where the map's steps are 1e-6, many may. Ours must be as near the true
+            # absmax.
             absmax = torch.nn.functional.pad(weight.flatten(), (0, -weight.numel() % block))
             absmax = absmax.view(-1, block).abs().amax(-1)
             errors = [(decoded_absmax(t, kind) - absmax).abs() for t in (p.tensors, tensors)]

@@ -1,4 +1,6 @@
-"""8-bit products against compressed-tensors' own rounding of activations and weights, and where fused kernels run."""
+"""8-bit products against compressed-tensors' own rounding of activations and weights, and where
+fused kernels run.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +85,9 @@ def _padded(weight: Tensor, args: Any) -> Tensor:
 
 @pytest.mark.parametrize(("name", "params"), ONLY + ROUNDED, ids=str)
 def test_the_product_is_theirs(name: str, params: dict[str, Any]) -> None:
-    """Codes and scales agree but for a sum in another order: float32, K terms, each of which is rounded."""
+    """Codes and scales agree but for a sum in another order: float32, K terms, each of which is
+    rounded.
+    """
     p = qk.quantize(
         torch.randn(80, 96),
         name,
@@ -100,7 +104,8 @@ def test_the_product_is_theirs(name: str, params: dict[str, Any]) -> None:
     want, got = _theirs(x, p), qk.matmul(x, p)
     bound = 96 * 2.0**-23 * (x.abs().double() @ p.dequantize().abs().double().T + want.abs())
     if name == "fp8" and p.params["activation"] != "none":
-        # Where a group's largest is below 1e-4, ours are codes of that, of 3 bits behind the point as any.
+        # Where a group's largest is below 1e-4, ours are codes of that, of 3 bits behind the point
+        # as any.
         bound = bound + 1e-4 * 2.0**-4 * p.dequantize().abs().double().sum(1)
     if p.params["activation"] != "none":
         # Zero points cancel: what is added before that is as large as the whole range.
@@ -125,7 +130,8 @@ def test_rounding_keeps_within_half_a_step(name: str, params: dict[str, Any]) ->
     else:
         scale = p.tensors["weight_scale"]
         step = scale.repeat_interleave(96 // scale.shape[1], 1) if scale.dim() == 2 else scale
-        # The zero point is rounded, too, and may push the last code out of range by half a step more.
+        # The zero point is rounded, too, and may push the last code out of range by half a step
+        # more.
         steps = 0.5 if p.params["symmetric_weight"] else 1.0
         assert bool((error <= step * (steps + 1e-3)).all())
 

@@ -1,4 +1,6 @@
-"""A group size that is not given: one for all layers, on models whose sizes 128 does not divide, and said once."""
+"""A group size that is not given: one for all layers, on models whose sizes 128 does not divide,
+and said once.
+"""
 
 from __future__ import annotations
 
@@ -179,7 +181,9 @@ def test_convert_chooses_one_for_all_layers(source: str, tmp_path: Path) -> None
 # ---------------------------------------------------------------------- AWQ's clipping
 @pytest.mark.parametrize("size", [64, 100, 256])
 def test_clip_search_minds_a_short_last_group(size: int) -> None:
-    """No group's share of the output error grows, the short one's included, and some of each kind falls."""
+    """No group's share of the output error grows, the short one's included, and some of each kind
+    falls.
+    """
     n, k = 24, 160
     weight, x = torch.randn(n, k) ** 3, torch.randn(300, k) * torch.linspace(0.2, 3, k)
     hessian = x.T @ x / 300

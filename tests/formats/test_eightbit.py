@@ -44,8 +44,9 @@ def test_int8_matmul_is_bitsandbytes_own(rows: int, outliers: bool) -> None:
         x[0, 7], x[-1, 40] = 9.0, -30.0
     x = x.half()
     ours = qk.matmul(x, qk.quantize(linear.weight, "int8"), linear.bias)
-    # Both compute the same integers. Theirs then rounds to float16 after the int8 part, after adding the
-    # bias and after the outlier part, and the CPU constant 6.200124e-05 is 1.8e-5 off 1/127^2.
+    # Both compute the same integers. Theirs then rounds to float16 after the int8 part, after
+    # adding the bias and after the outlier part, and the CPU constant 6.200124e-05 is 1.8e-5 off
+    # 1/127^2.
     want = theirs(x).detach()
     torch.testing.assert_close(
         ours, want, rtol=4 * 2.0**-11, atol=4 * 2.0**-11 * want.abs().max().item()
@@ -57,8 +58,8 @@ def test_int8_row_absmax_counts_the_small_elements_of_outlier_columns() -> None:
     p = qk.quantize(weight, "int8")
     x = torch.tensor([[8.0, 1.0, 0.0, 0.0], [5.0, 1.0, 0.0, 0.0]])
     w = p.dequantize(torch.float64)
-    # Column 0 is an outlier for both rows. Row 1's absmax is its own 5.0 in that column, so its 1.0 is
-    # coded as round(127/5) = 25 of 5/127.
+    # Column 0 is an outlier for both rows. Row 1's absmax is its own 5.0 in that column, so its 1.0
+    # is coded as round(127/5) = 25 of 5/127.
     want = torch.stack([8 * w[:, 0] + w[:, 1], 5 * w[:, 0] + 25 * 5 / 127 * w[:, 1]])
     torch.testing.assert_close(qk.matmul(x.double(), p), want, rtol=1e-6, atol=1e-6)
 

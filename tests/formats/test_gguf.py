@@ -46,7 +46,9 @@ def test_dequantizes_as_the_gguf_package_bit_for_bit(fmt: GgufFormat) -> None:
 @types
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_a_single_row(fmt: GgufFormat, blocks: int) -> None:
-    """Dimensions of size 1, whose strides say nothing; bytes at an odd address, as in a mapped file."""
+    """Dimensions of size 1, whose strides say nothing; bytes at an odd address, as in a mapped
+    file.
+    """
     shape = (1, blocks * fmt.block)
     data = random_blocks(fmt, *shape)
     want = theirs(fmt, data)
@@ -80,7 +82,8 @@ def test_prepack_restores_every_bit(fmt: GgufFormat) -> None:
         for name, t in p.storage.items()
         if name not in ("table", "lut")
     )
-    # No expansion: what the file has, and at most the padding of the last tile of codes (512 of 256..).
+    # No expansion: what the file has, and at most the padding of the last tile of codes (512 of
+    # 256..).
     tile = 256 if fmt.bits in (2, 3) else 512 // fmt.bits if fmt.bits in (4, 8) else 128
     padded = -(-k // tile) * tile
     assert held == data.numel() + 40 * (padded - k) * fmt.bits // 8

@@ -108,7 +108,9 @@ def test_zeros_that_vary(bits: int, named: str, shift: int) -> None:
 
 
 def test_an_asymmetric_grid_is_believed() -> None:
-    """All zero points 9 is no symmetric grid of the other convention, if the config says that it is none."""
+    """All zero points 9 is no symmetric grid of the other convention, if the config says that it is
+    none.
+    """
     tensors, weight = _tensors(4, np.full((K // SIZE, N), 9), 1)
     p = qk.pack("gptq", tensors, (N, K), group_size=SIZE, symmetric=False)
     assert torch.equal(p.dequantize().double(), weight)

@@ -108,9 +108,9 @@ def test_rounding_is_to_the_nearest_grid_point(bits: int, symmetric: bool) -> No
     p = qk.quantize(w, "gptq", bits=bits, group_size=32, symmetric=symmetric)
     scale = p.tensors["scales"].float().T.repeat_interleave(32, dim=1)
     error = (p.dequantize() - w).abs()
-    # Half a step inside the grid; up to half more where the top code is clamped (the symmetric grid has
-    # one step less above zero, the asymmetric zero point is rounded); and the scale itself is rounded
-    # to float16, which shifts the far end of the grid.
+    # Half a step inside the grid; up to half more where the top code is clamped (the symmetric grid
+    # has one step less above zero, the asymmetric zero point is rounded); and the scale itself is
+    # rounded to float16, which shifts the far end of the grid.
     assert bool((error <= scale * (1 + 2**bits * 2.0**-11) + 1e-6).all())
     assert error.mean() <= 0.3 * scale.mean()
 

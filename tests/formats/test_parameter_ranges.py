@@ -1,4 +1,6 @@
-"""Parameters that no kernel can take are refused by name; what is a number of another type is taken."""
+"""Parameters that no kernel can take are refused by name; what is a number of another type is
+taken.
+"""
 
 from __future__ import annotations
 

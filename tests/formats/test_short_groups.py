@@ -1,4 +1,6 @@
-"""K that group_size does not divide: the last group is short, as AutoGPTQ and compressed-tensors store it."""
+"""K that group_size does not divide: the last group is short, as AutoGPTQ and compressed-tensors
+store it.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,16 @@ from qkernels.weights.sharding import COLUMNS, ROWS, narrow, shard
 
 from .test_pack_quantized import _theirs
 
-#: N, K and group_size: behind whole groups, a single one, one of a single feature, K that ends inside a word
+#: N, K and group_size: behind whole groups, a single one, one of a single feature, K that ends
+#: inside a word
 SHAPES = [(64, 576, 128), (32, 192, 128), (32, 96, 128), (32, 80, 24), (32, 65, 64), (32, 75, 32)]
 
 
 # ---------------------------------------------------------------------- GPTQ, against numpy
 def stream(codes: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
-    """(R, C) integers -> int32 (words, C): the lowest bits first, one value after another down a column."""
+    """(R, C) integers -> int32 (words, C): the lowest bits first, one value after another down a
+    column.
+    """
     planes = (codes[:, None] >> np.arange(bits)[:, None] & 1).reshape(-1, codes.shape[1])
     planes = np.pad(planes, ((0, -len(planes) % 32), (0, 0))).reshape(-1, 32, codes.shape[1])
     words = (planes.astype(np.uint64) << np.arange(32, dtype=np.uint64)[:, None]).sum(1)
@@ -32,7 +37,9 @@ def stream(codes: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
 def checkpoint(
     n: int, k: int, size: int, bits: int, shift: int, shuffled: bool
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """AutoGPTQ's tensors of a random weight, and the weight in float64. shift: what is taken off stored zeros."""
+    """AutoGPTQ's tensors of a random weight, and the weight in float64. shift: what is taken off
+    stored zeros.
+    """
     rng = np.random.default_rng(torch.initial_seed())
     count = -(-k // size)
     codes = rng.integers(0, 2**bits, (k, n))
@@ -100,8 +107,9 @@ def test_gptq_says_how_many_scales_there_are_to_be() -> None:
 def test_pack_quantized_reads_what_compressed_tensors_packs(
     k: int, size: int, bits: int, symmetric: bool
 ) -> None:
-    """Their compressor refuses such K, though they store ceil(K / group_size) scales; so it is given zeros behind the
-    last feature, and its codes are packed without those by its own function."""
+    """Their compressor refuses such K, though they store ceil(K / group_size) scales; so it is
+    given zeros behind the last feature, and its codes are packed without those by its own
+    function."""
     packing = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
     from compressed_tensors.quantization.lifecycle.initialize import (
         initialize_module_for_quantization,

@@ -1,4 +1,6 @@
-"""Kronecker products, Hadamard matrices of every size, and permutations that are the same everywhere."""
+"""Kronecker products, Hadamard matrices of every size, and permutations that are the same
+everywhere.
+"""
 
 from __future__ import annotations
 

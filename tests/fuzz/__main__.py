@@ -1,4 +1,6 @@
-"""The runner: starts a child for a target, and another when it died; what it died of is a finding, too."""
+"""The runner: starts a child for a target, and another when it died; what it died of is a finding,
+too.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from pathlib import Path
 
 from . import child, documents
 
-#: seconds without an execution after which a child hangs: more than the oracle allows, and than a start takes
+#: seconds without an execution after which a child hangs: more than the oracle allows, and than a
+#: start takes
 _PATIENCE, _START = 60.0, 400.0
 _MOST_DEATHS = 20
 CHILD = ["-m", "tests.fuzz.child"]

@@ -1,8 +1,10 @@
-"""One process that fuzzes one target until its time is over, or until it dies: `__main__.py` watches it.
+"""One process that fuzzes one target until its time is over, or until it dies: `__main__.py`
+watches it.
 
     python -m tests.fuzz.child TARGET SECONDS CORPUS FINDINGS STATE SCRATCH
 
-STATE is a file mapped by both: executions, and the input at work, which outlives a crash. SCRATCH is a folder in memory.
+STATE is a file mapped by both: executions, and the input at work, which outlives a crash. SCRATCH
+is a folder in memory.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ _HEAD = struct.Struct("<QI")
 
 
 class Session:
-    """A target with its seeds; its files go into `scratch`. guided: coverage is counted, which makes the start slow."""
+    """A target with its seeds; its files go into `scratch`. guided: coverage is counted, which
+    makes the start slow.
+    """
 
     def __init__(self, name: str, scratch: Path, guided: bool = True) -> None:
         self.name, self.scratch = name, scratch

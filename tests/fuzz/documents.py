@@ -1,10 +1,12 @@
-"""Fuzzed inputs as edits of sound files, in JSON: short, readable, and they outlive a change of the seeds.
+"""Fuzzed inputs as edits of sound files, in JSON: short, readable, and they outlive a change of the
+seeds.
 
     {"seed": "gptq", "edits": [["set", ["config.json", "quantization_config", "bits"], 1e30], ...]}
 
-A seed is a tree: file name -> what is in it. config.json is its JSON; a safetensors file is {"header": JSON,
-"data": bytes}; a GGUF file {"version", "metadata": {key: {"type", "item", "value"}}, "tensors": {name: {"type",
-"shape", "offset"}}, "data": bytes}. Edits of the tree come first, in their order, then those of the files' bytes:
+A seed is a tree: file name -> what is in it. config.json is its JSON; a safetensors file is
+{"header": JSON, "data": bytes}; a GGUF file {"version", "metadata": {key: {"type", "item",
+"value"}}, "tensors": {name: {"type", "shape", "offset"}}, "data": bytes}. Edits of the tree come
+first, in their order, then those of the files' bytes:
 
     ["set", path, value]        whatever was there; a key that is not there is added
     ["copy", path, path]        the value at the second path to the first
@@ -15,8 +17,9 @@ A seed is a tree: file name -> what is in it. config.json is its JSON; a safeten
     ["cut", file, length]
     ["kind", file, kind]        no file at all: "fifo", "folder", "zero" (a link to /dev/zero), "loop", "broken"
 
-An edit of what is not there does nothing. Some values stand for long ones: {"$list": [count, item]}, {"$text":
-[count, text]}, {"$deep": depth}, and {"$raw": text} for text that is put into JSON as it is.
+An edit of what is not there does nothing. Some values stand for long ones: {"$list": [count,
+item]}, {"$text": [count, text]}, {"$deep": depth}, and {"$raw": text} for text that is put into
+JSON as it is.
 """
 
 from __future__ import annotations

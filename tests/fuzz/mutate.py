@@ -1,7 +1,9 @@
-"""The mutator: adds, changes and removes edits (see documents.py) so that most inputs stay nearly sound.
+"""The mutator: adds, changes and removes edits (see documents.py) so that most inputs stay nearly
+sound.
 
-What is put in is a number at some border, a text that means something to the code (every name that stands in its
-source), a value from elsewhere in the same seed or from the same place of another, or the old value a little changed.
+What is put in is a number at some border, a text that means something to the code (every name that
+stands in its source), a value from elsewhere in the same seed or from the same place of another, or
+the old value a little changed.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ def words() -> list[str]:
 
 
 class Mutator:
-    """Mutates cases of a target with these seeds. more: names that may become keys beside those in seeds and source."""
+    """Mutates cases of a target with these seeds. more: names that may become keys beside those in
+    seeds and source.
+    """
 
     def __init__(self, seeds: dict[str, Tree], more: list[str]) -> None:
         self.seeds, self.names = seeds, sorted(seeds)
@@ -66,7 +70,9 @@ class Mutator:
     def __call__(
         self, data: bytes, most: int, seed: int, change: Callable[[bytes], bytes] | None = None
     ) -> bytes:
-        """Another case than `data`, of at most `most` bytes. change: of a text's bytes, libFuzzer's own."""
+        """Another case than `data`, of at most `most` bytes. change: of a text's bytes, libFuzzer's
+        own.
+        """
         rng = random.Random(seed)
         case = documents.parse(data)
         if case is None or case["seed"] not in self.seeds:

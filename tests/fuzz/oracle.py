@@ -1,6 +1,8 @@
-"""What a run must keep to: which errors may leave, what they must say, how long and how large it may be.
+"""What a run must keep to: which errors may leave, what they must say, how long and how large it
+may be.
 
-A finding is anything else. It goes by its cause, the place in the code, so that one fault is told once.
+A finding is anything else. It goes by its cause, the place in the code, so that one fault is told
+once.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ class Finding(Exception):  # noqa: N818
 
 
 class Overtime(BaseException):
-    """Raised inside of a run that takes too long. No Exception, so that nobody takes it for a file's fault."""
+    """Raised inside of a run that takes too long. No Exception, so that nobody takes it for a
+    file's fault.
+    """
 
 
 class Outside(BaseException):
@@ -44,7 +48,9 @@ class Outside(BaseException):
 
 
 def attempt(what: str, names: tuple[str, ...], call: Callable[[], Any]) -> Any:
-    """What `call` returns; None if it refuses with a ValueError or FileNotFoundError whose message has one of `names`."""
+    """What `call` returns; None if it refuses with a ValueError or FileNotFoundError whose message
+    has one of `names`.
+    """
     try:
         return call()
     except (ValueError, FileNotFoundError) as error:
@@ -87,7 +93,8 @@ def limit_memory() -> None:
 
 
 def forbid(inside: tuple[Path, ...]) -> None:
-    """From now on, opening a file for writing outside of these folders, the network, other programs and pickles are Outside.
+    """From now on, opening a file for writing outside of these folders, the network, other programs
+    and pickles are Outside.
 
     Python's audit hooks cannot be removed: for a process that does nothing else.
     """

@@ -118,7 +118,9 @@ def run(tree: Tree, edits: list[list[Any]], folder: Path) -> None:
 
 
 def _compare(path: Path, header: Any) -> None:
-    """With what the package gguf reads: the same tensors at the same places, or it refuses what we took."""
+    """With what the package gguf reads: the same tensors at the same places, or it refuses what we
+    took.
+    """
     try:
         theirs = package.GGUFReader(path).tensors
     except ValueError as error:

@@ -1,8 +1,10 @@
-"""`qkernels.pack` of every format with tensors of another dtype, shape, stride, device or value, or of other parameters.
+"""`qkernels.pack` of every format with tensors of another dtype, shape, stride, device or value, or
+of other parameters.
 
-A seed's tree has one file, "weight": {"format", "shape", "params", "tensors": {name: entry}}; an entry says what to make
-of the sound tensor `of` the same seed: {"of", "dtype", "shape", "view", "put": [[index, value], ...]}. What is accepted must
-dequantize, multiply, and keep its bytes in the kernel's layout.
+A seed's tree has one file, "weight": {"format", "shape", "params", "tensors": {name: entry}}; an
+entry says what to make of the sound tensor `of` the same seed: {"of", "dtype", "shape", "view",
+"put": [[index, value], ...]}. What is accepted must dequantize, multiply, and keep its bytes in the
+kernel's layout.
 """
 
 from __future__ import annotations
@@ -191,7 +193,9 @@ def _use(packed: qk.PackedWeight, fused: bool) -> None:
 
 
 def _multiply(packed: qk.PackedWeight, x: Tensor, y: Tensor, weight: Tensor) -> None:
-    """The fused kernel's product beside the reference's, in float32's own accuracy times the sum of magnitudes."""
+    """The fused kernel's product beside the reference's, in float32's own accuracy times the sum of
+    magnitudes.
+    """
     product = qk.matmul(x.half(), packed, backend="triton").float()
     scale = (x.abs() @ weight.abs().T).clamp_min(1e-6)
     if not bool(((product - y).abs() <= 0.02 * scale + 0.02 * y.abs().max()).all()) and bool(

@@ -112,7 +112,8 @@ def test_what_cannot_be_quantized_says_so() -> None:
         qk.QuantExperts.from_module(module, "nf4")
 
 
-#: experts that compute more than gate, up and down: clamps, a norm behind each, experts that change nothing
+#: experts that compute more than gate, up and down: clamps, a norm behind each, experts that change
+#: nothing
 OTHERS = [
     ("deepseek_v4", "DeepseekV4Experts", "got something more from DeepseekV4Experts"),
     ("glm5_next", "Glm5NextTextExperts", "act_fn: expected SiLU or GELU, got None"),

@@ -1,4 +1,6 @@
-"""Merging adapters into packed layers: PEFT on plain layers of the dequantized weights says what comes out."""
+"""Merging adapters into packed layers: PEFT on plain layers of the dequantized weights says what
+comes out.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A model with merged adapters is saved as what it is: our loader and transformers' read the same function back."""
+"""A model with merged adapters is saved as what it is: our loader and transformers' read the same
+function back.
+"""
 
 from __future__ import annotations
 

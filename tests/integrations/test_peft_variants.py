@@ -1,4 +1,6 @@
-"""Each field of LoraConfig does on packed layers what it does on plain ones, or is refused by its name."""
+"""Each field of LoraConfig does on packed layers what it does on plain ones, or is refused by its
+name.
+"""
 
 from __future__ import annotations
 

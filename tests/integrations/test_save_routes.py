@@ -1,4 +1,6 @@
-"""Ways people save and load models with packed layers through transformers: read back right, or refused."""
+"""Ways people save and load models with packed layers through transformers: read back right, or
+refused.
+"""
 
 from __future__ import annotations
 
@@ -178,7 +180,9 @@ for path in sys.argv[1:]:
 
 
 def test_our_own_directories(tmp_path: Path) -> None:
-    """Refused by transformers alone; loaded once our integration is imported, and read by qk.load_model."""
+    """Refused by transformers alone; loaded once our integration is imported, and read by
+    qk.load_model.
+    """
     want = _own(tmp_path)
     paths = [str(tmp_path / name) for name in want]
     result = subprocess.run(
@@ -267,7 +271,9 @@ def test_a_model_quantized_by_transformers_is_asked_anew(tmp_path: Path) -> None
 
 # ---------------------------------------------------------------------- what a reviewer's models did
 def test_layers_that_the_saved_model_does_not_know_of(tmp_path: Path) -> None:
-    """Put in by hand, or by quantizing a part: transformers would write no config, and load random weights."""
+    """Put in by hand, or by quantizing a part: transformers would write no config, and load random
+    weights.
+    """
     by_hand, inner = tiny_model(), tiny_model()
     layer = by_hand.model.layers[0].mlp
     layer.up_proj = qk.QuantLinear.from_linear(layer.up_proj, "nf4")

@@ -66,7 +66,8 @@ def test_the_product(
     assert found.dtype == dtype
     assert (found[0] == 0).all()
     assert want[1].abs().max() > 0
-    # gate, up, the hidden features and the result are each rounded once; float32 sums lose less than 1e-5
+    # gate, up, the hidden features and the result are each rounded once; float32 sums lose less
+    # than 1e-5
     unit = 1e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
     assert ((found.double() - want).abs() <= unit * (scale + 1) + 1e-6).all()
 

@@ -1,4 +1,5 @@
-"""The vLLM plugin's parts that need no vLLM: what a checkpoint says, and which part of it a process holds.
+"""The vLLM plugin's parts that need no vLLM: what a checkpoint says, and which part of it a process
+holds.
 
 tests/integrations/vllm/run.sh runs the rest with the real vLLM.
 """

@@ -27,7 +27,8 @@ def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
 def dots_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter's dot sums each element's products in the order of k, as tensor cores do.
 
-    Its own is numpy's matmul, and a BLAS takes other orders for other numbers of columns, on some CPUs.
+    Its own is numpy's matmul, and a BLAS takes other orders for other numbers of columns, on some
+    CPUs.
     """
     if not interpreted():
         return

@@ -2,7 +2,8 @@
 
     python -m tests.kernels.guarded [end|begin|planted] [word of a case's name]
 
-A program of its own: one byte too far kills it with SIGSEGV, and its last line says which product that was.
+A program of its own: one byte too far kills it with SIGSEGV, and its last line says which product
+that was.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from ..conftest import CASES, case_id, layout_of
 PAGE = mmap.PAGESIZE
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _EMPTY = torch.empty
-#: whole tiles of no format, if it takes them; 32 * 100 weights are whole blocks, the last of which ends with them
+#: whole tiles of no format, if it takes them; 32 * 100 weights are whole blocks, the last of which
+#: ends with them
 SHAPES = ((32, 100), (24, 104), (24, 192), (16, 256))
 EXPERTS = [
     ("awq", {"group_size": 32}),

@@ -37,7 +37,8 @@ class Launches:
         return sum(name.endswith("gemm") for name, _, _ in self.calls)
 
     def decisions(self, m: int) -> Hashable:
-        """What was decided for M = m: kernels in order, and every argument that is no tensor and not m itself.
+        """What was decided for M = m: kernels in order, and every argument that is no tensor and
+        not m itself.
 
         Arguments without a name, and parts of tuples, that happen to equal m are taken for it, too.
         """
@@ -64,7 +65,9 @@ class _StandIn:
 
 
 def _noted(value: Any) -> Any:
-    """Tensors by their dtype: a record that held them would keep their memory from being used again."""
+    """Tensors by their dtype: a record that held them would keep their memory from being used
+    again.
+    """
     if isinstance(value, dict):
         return {key: _noted(v) for key, v in value.items()}
     if isinstance(value, tuple):

@@ -1,8 +1,8 @@
 """A small interpreter for the straight-line integer PTX of triton_kernels/decoders.py.
 
-Triton's own interpreter cannot run inline PTX, so the kernels spell the same arithmetic out for it; this
-runs the PTX itself, so that both can be held to the same expectation. Semantics: PTX ISA, `prmt`
-(generic mode), `and`, `or`, `shr`, all on 32-bit registers.
+Triton's own interpreter cannot run inline PTX, so the kernels spell the same arithmetic out for it;
+this runs the PTX itself, so that both can be held to the same expectation. Semantics: PTX ISA,
+`prmt` (generic mode), `and`, `or`, `shr`, all on 32-bit registers.
 """
 
 from __future__ import annotations

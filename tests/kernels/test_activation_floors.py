@@ -1,7 +1,9 @@
-"""Tiny activations: what DeepSeek's and compressed-tensors' rules say of rows and groups of almost nothing.
+"""Tiny activations: what DeepSeek's and compressed-tensors' rules say of rows and groups of almost
+nothing.
 
-DeepGEMM, `per_token_cast_to_fp8`: amax of 128 features, at least 1e-4, / 448. FBGEMM and vLLM per token: a scale of
-at least 1 / (448 * 512). The weight is an identity, so y is what the activations became.
+DeepGEMM, `per_token_cast_to_fp8`: amax of 128 features, at least 1e-4, / 448. FBGEMM and vLLM per
+token: a scale of at least 1 / (448 * 512). The weight is an identity, so y is what the activations
+became.
 """
 
 from __future__ import annotations

@@ -195,7 +195,8 @@ def test_rms_norm_and_codes_in_one_kernel(
     normed = eight_bit.rms_norm_quantize(x, weight, eps, llm, problem(llm, x)).x
     exact = x.double() / (x.double().square().mean(1, keepdim=True) + eps).sqrt() * weight.double()
     u = 2.0**-11 if dtype == torch.float16 else 2.0**-8
-    # two roundings to dtype, float32 before them; 2^-24: float16 below its normal range, times |weight|
+    # two roundings to dtype, float32 before them; 2^-24: float16 below its normal range, times
+    # |weight|
     assert bool(
         (
             (normed.double() - exact).abs()

@@ -56,14 +56,16 @@ def decisions(
 def test_rows_do_not_depend_on_m(
     name: str, params: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every M from 1 to 300 on a GPU. In the interpreter, which would take an hour: those that stand for all.
+    """Every M from 1 to 300 on a GPU. In the interpreter, which would take an hour: those that
+    stand for all.
 
-    A program sees M only through what the host decides by it (which kernels, compile-time constants, shares
-    of K, strides) and through the bounds that mask rows off, `m < M`, which leave the arithmetic of other
-    rows alone. So all M are walked with kernels that only record what was decided, and of the M that
-    share all decisions the least and the largest are computed: of each such group these have the fewest
-    and the most blocks, and a last block that is full or nearly empty. The groups come from the tables
-    and launchers as they are, so a new entry or threshold brings its own M.
+    A program sees M only through what the host decides by it (which kernels, compile-time
+    constants, shares of K, strides) and through the bounds that mask rows off, `m < M`, which leave
+    the arithmetic of other rows alone. So all M are walked with kernels that only record what was
+    decided, and of the M that share all decisions the least and the largest are computed: of each
+    such group these have the fewest and the most blocks, and a last block that is full or nearly
+    empty. The groups come from the tables and launchers as they are, so a new entry or threshold
+    brings its own M.
     """
     p, x = operands(name, params, torch.float16)
     full = qk.matmul(x, p, backend="triton", batch_invariant=True)
@@ -83,7 +85,8 @@ def test_rows_do_not_depend_on_m(
 @pytest.mark.parametrize("arch", sorted(configs.SHARED_KIB))
 @pytest.mark.parametrize("family", sorted(configs.BATCH_INVARIANT))
 def test_only_the_rows_of_a_tile_depend_on_m_on_any_gpu(family: str, arch: int) -> None:
-    """What the interpreter cannot meet, other GPUs' tables: nothing that orders the sum over K varies with M.
+    """What the interpreter cannot meet, other GPUs' tables: nothing that orders the sum over K
+    varies with M.
 
     Stages only say how far ahead loads are; the width of a tile and the shares decide how K is cut.
     """

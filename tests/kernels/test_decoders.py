@@ -1,4 +1,6 @@
-"""Every code of every decoder, through layout and kernel, and the PTX that the interpreter cannot run."""
+"""Every code of every decoder, through layout and kernel, and the PTX that the interpreter cannot
+run.
+"""
 
 from __future__ import annotations
 

@@ -58,8 +58,8 @@ def reference(
 
 
 def quantized(x: Tensor, p: qk.PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
-    """In float64: scale of each element of x, and its code if all before rounding came out 2^-22 lower
-    and higher, where the kernel's float32 has at most three roundings of 2^-24."""
+    """In float64: scale of each element of x, and its code if all before rounding came out 2^-22
+    lower and higher, where the kernel's float32 has at most three roundings of 2^-24."""
     x, params = x.double(), p.params
     if (static := static_scale(p)) is not None:
         scale = static.double().reshape(1, 1)

@@ -35,7 +35,9 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=[
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What starts uninitialized starts as NaN, or as a number that is wrong for a slot and for an expert."""
+    """What starts uninitialized starts as NaN, or as a number that is wrong for a slot and for an
+    expert.
+    """
     real = torch.empty
 
     def poison(*args: Any, **kwargs: Any) -> Tensor:
@@ -128,7 +130,8 @@ def test_tokens_choices_experts(
 
 
 ODD = [
-    # K that ends inside a tile, N that ends inside a block, experts whose parts begin at odd addresses
+    # K that ends inside a tile, N that ends inside a block, experts whose parts begin at odd
+    # addresses
     ("gptq", {"bits": 3, "group_size": 10}, 33, 70),
     ("gptq", {"bits": 4, "group_size": 8, "act_order": True}, 24, 40),
     ("gptq", {"bits": 4, "group_size": 64, "symmetric": False}, 24, 160),
@@ -187,7 +190,9 @@ def test_all_tokens_to_one_expert_of_many() -> None:
 
 
 def test_configurations_met_here() -> None:
-    """Blocks of M of every class of the table, 16, 64 and 128 rows, are met by some test of this file."""
+    """Blocks of M of every class of the table, 16, 64 and 128 rows, are met by some test of this
+    file.
+    """
     experts = make("awq", {"group_size": 64}, 2, 40, 64)
     x, ids = activations(160, 64), route(160, 2, 2)
     assert_experts_close(qk.grouped_matmul(x, experts, ids, backend="triton"), x, experts, ids)
@@ -199,7 +204,9 @@ def test_configurations_met_here() -> None:
 
 
 def test_entries_of_their_own() -> None:
-    """EXPERTS replaces the table's entry of one architecture and class of M, and never the same bits' ones."""
+    """EXPERTS replaces the table's entry of one architecture and class of M, and never the same
+    bits' ones.
+    """
     block = {"granularity": "block", "activation": "dynamic"}
     for name, params, capability, m, key in [
         ("gptq", {"bits": 2}, (9, 0), 1200, ("weight_only.wide", 90, "prefill")),
@@ -229,7 +236,9 @@ def test_entries_of_their_own() -> None:
 @pytest.mark.parametrize("block_m", [16, 128])
 @pytest.mark.parametrize(("slots", "experts"), [(1, 1), (5, 40), (200, 3), (2500, 12)])
 def test_sorted_slots(slots: int, experts: int, block_m: int) -> None:
-    """Every slot once, in order, in a block of its expert; padding elsewhere; the bound on blocks holds."""
+    """Every slot once, in order, in a block of its expert; padding elsewhere; the bound on blocks
+    holds.
+    """
     spread = torch.randint(-2, experts + 2, (slots, 1), device=DEVICE)
     one = torch.full((slots, 1), experts - 1, device=DEVICE)
     each = torch.arange(slots, device=DEVICE)[:, None] % (experts + 1)
@@ -274,8 +283,8 @@ def test_whole_layer(
     # Roundings to dtype of W, h, the gated h and y, each u of what is summed there.
     bound = 4 * ROUNDOFF[dtype]
     if gate_up.layout == "eight_bit":
-        # Of the gated h, off by 4 u, as many codes become their neighbours, at most 1/8 of them away, as 4 u is
-        # of the distance of codes; such errors have either sign.
+        # Of the gated h, off by 4 u, as many codes become their neighbours, at most 1/8 of them
+        # away, as 4 u is of the distance of codes; such errors have either sign.
         bound += (bound * 8) ** 0.5 / 8
     assert y.shape == want.shape == (7, 40)
     assert bool(torch.isfinite(y).all())

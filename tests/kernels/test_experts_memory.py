@@ -1,4 +1,6 @@
-"""Codes of the experts' activations stay within 32 MB: tokens go by slices for it, with the same bits."""
+"""Codes of the experts' activations stay within 32 MB: tokens go by slices for it, with the same
+bits.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""torch.compile without a graph break; no allocation that depends on the data. CUDA graphs: tests/gpu."""
+"""torch.compile without a graph break; no allocation that depends on the data. CUDA graphs:
+tests/gpu.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""No Triton kernel touches a byte beyond what it is given, or before it. The interpreter itself would not notice."""
+"""No Triton kernel touches a byte beyond what it is given, or before it. The interpreter itself
+would not notice.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Infinite activations: for every format and backend what the docstring of `qkernels.matmul` promises."""
+"""Infinite activations: for every format and backend what the docstring of `qkernels.matmul`
+promises.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ Infinities = dict[int, list[tuple[int, float]]]
 
 
 def planted(m: int, k: int) -> Infinities:
-    """For some of m rows, so that others are left where m > 2: one of either sign, two of one sign, and a NaN."""
+    """For some of m rows, so that others are left where m > 2: one of either sign, two of one sign,
+    and a NaN.
+    """
     a, b, c = torch.randperm(k)[:3].tolist()
     rows: Infinities = {0: [(a, INFINITY)]}
     if m > 1:
@@ -63,10 +67,11 @@ def outliers(p: qk.PackedWeight) -> Tensor:
 
 
 def assert_as_weights_say(y: Tensor, x: Tensor, rows: Infinities, p: qk.PackedWeight) -> None:
-    """Rows with infinities against the dequantized weight in x's dtype, where 0 times infinity is NaN, too.
+    """Rows with infinities against the dequantized weight in x's dtype, where 0 times infinity is
+    NaN, too.
 
-    NaN will do where a minimum or a sparse weight is a product of its own, and a zero point for few rows. Left out:
-    weights so small that two ways to compute them may round one to 0 alone.
+    NaN will do where a minimum or a sparse weight is a product of its own, and a zero point for few
+    rows. Left out: weights so small that two ways to compute them may round one to 0 alone.
     """
     traits = qk.formats.get(p.format).weight_only_traits(p.shape, p.params)
     exact = p.dequantize(torch.float64)

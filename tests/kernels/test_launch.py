@@ -1,7 +1,8 @@
-"""Products that are recorded and replayed: the same kernels with the same arguments, and the same results.
+"""Products that are recorded and replayed: the same kernels with the same arguments, and the same
+results.
 
-For the arguments a stand-in for the driver takes the launches of kernels compiled for sm_90, so this needs
-no GPU; it needs a process of its own, for in this one kernels may be interpreted.
+For the arguments a stand-in for the driver takes the launches of kernels compiled for sm_90, so
+this needs no GPU; it needs a process of its own, for in this one kernels may be interpreted.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ pytest.importorskip("triton")
 
 
 def launched(name: str, params: dict[str, object], bias: bool, m: int) -> None:
-    """In a process without the interpreter: compare kept launches with triton's, argument for argument."""
+    """In a process without the interpreter: compare kept launches with triton's, argument for
+    argument.
+    """
     p = qk.quantize(torch.randn(96, 256), name, **params)
     added = torch.randn(96).half() if bias else None
     plain, odd = torch.randn(m, 256).half(), torch.randn(m * 256 + 1).half()[1:].view(m, 256)
@@ -137,7 +140,9 @@ def freed() -> None:
     ],
 )
 def test_who_waits_for_products(version: str, waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where triton would let decoding overtake a product, and nowhere else: on Blackwell it would cost much."""
+    """Where triton would let decoding overtake a product, and nowhere else: on Blackwell it would
+    cost much.
+    """
     import triton
 
     from qkernels.backends.triton.launch import overtakes

@@ -1,4 +1,6 @@
-"""A product allocates at most 32 MB beside its output, and takes rows by slices for it, with the same bits."""
+"""A product allocates at most 32 MB beside its output, and takes rows by slices for it, with the
+same bits.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ from qkernels.backends.triton import eight_bit, weight_only
 
 from .launches import Launches
 
-#: every reason to copy x: gathers, transposed outliers, both, transforms of either kind; codes of 8 bits
+#: every reason to copy x: gathers, transposed outliers, both, transforms of either kind; codes of 8
+#: bits
 COPYING: list[tuple[str, dict[str, object]]] = [
     ("gptq", {"group_size": 64, "act_order": True}),
     ("spqr", {}),
@@ -137,7 +140,9 @@ def test_triton_stays_within_32_mb(
 
 
 def cuda_kernels(name: str) -> list[str]:
-    """Those that may copy x. The GEMV takes many rows in batch-invariant mode only, and copies by itself."""
+    """Those that may copy x. The GEMV takes many rows in batch-invariant mode only, and copies by
+    itself.
+    """
     if name in ("w8a8", "fp8", "int8"):
         return ["eight_bit"]
     return ["gemv", "gemm", "hopper"] if name.startswith("quip") else ["gemm", "hopper"]
@@ -229,7 +234,9 @@ def test_slices_change_no_bit(
 
 
 def test_shares_of_k_go_by_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU so small that a slice alone would cut K otherwise. Of sums that cancel only rounding is left."""
+    """On a GPU so small that a slice alone would cut K otherwise. Of sums that cancel only rounding
+    is left.
+    """
     weight, half = torch.randn(24, 512), torch.randn(70, 512)
     p = qk.quantize(torch.cat([weight, weight], 1), "spqr").to(DEVICE)
     x = torch.cat([half, -half], 1).bfloat16().to(DEVICE)

@@ -1,4 +1,6 @@
-"""What our kernels want of the compiler they say themselves, so that triton need not warn whoever uses them."""
+"""What our kernels want of the compiler they say themselves, so that triton need not warn whoever
+uses them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ import pytest
 pytest.importorskip("triton")
 from .launches import KERNELS
 
-#: run without the interpreter, which has no compiler to ask: what triton is given when a kernel is launched
+#: run without the interpreter, which has no compiler to ask: what triton is given when a kernel is
+#: launched
 SCRIPT = """
 import importlib, json, sys
 from triton.runtime.jit import JITFunction

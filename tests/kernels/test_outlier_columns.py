@@ -1,4 +1,6 @@
-"""Outlier columns found before rows are quantized by slices: those that all rows at once would find."""
+"""Outlier columns found before rows are quantized by slices: those that all rows at once would
+find.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ def test_more_columns_than_there_are_counters(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("kind", ["plain", "norm", "up"])
 def test_slices_of_rows_whose_columns_are_known(kind: str) -> None:
-    """The kernel with OUTLIERS = 2: codes, scales and 16 bits of all rows at once, counters never touched."""
+    """The kernel with OUTLIERS = 2: codes, scales and 16 bits of all rows at once, counters never
+    touched.
+    """
     x, given, p = (
         with_outliers(5, K, "many", torch.float16),
         before(kind, torch.float16),

@@ -1,4 +1,6 @@
-"""`configs.shared_bytes` bounds what compiled kernels need, so that `fitted` lets none pass that cannot be launched."""
+"""`configs.shared_bytes` bounds what compiled kernels need, so that `fitted` lets none pass that
+cannot be launched.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from bench.static.jobs import experts as expert_jobs
 from bench.static.jobs import weight_only as jobs
 from qkernels.backends.triton import configs, weight_only
 
-#: format, bits, and configurations whose decoded weights pass through shared memory: of tiles of either length
+#: format, bits, and configurations whose decoded weights pass through shared memory: of tiles of
+#: either length
 JOBS: list[tuple[str, int, tuple[int, int, int, int]]] = [
     ("gptq", 3, (16, 128, 8, 2)),
     ("gptq", 3, (16, 128, 8, 3)),

@@ -1,4 +1,6 @@
-"""Kernels compiled ahead of time: what machine code they become on every architecture, and the tool that tells."""
+"""Kernels compiled ahead of time: what machine code they become on every architecture, and the tool
+that tells.
+"""
 
 from __future__ import annotations
 
@@ -129,19 +131,21 @@ def test_bad_facts_fail(change: dict[str, Any], says: str) -> None:
 
 
 def test_occupancy_by_hand() -> None:
-    # 168 registers x 32 lanes = 5376 = 21 x 256; 16384 // 5376 = 3 warps on each of 4 partitions: 12
-    # warps, one block of 8. Shared memory: 228 // (100 + 1) = 2 blocks.
+    # 168 registers x 32 lanes = 5376 = 21 x 256; 16384 // 5376 = 3 warps on each of 4 partitions:
+    # 12 warps, one block of 8. Shared memory: 228 // (100 + 1) = 2 blocks.
     assert occupancy(90, registers=168, shared=100 * 1024, warps=8) == (1, 8, "registers")
-    # 40 x 32 = 1280 = 5 x 256; 16384 // 1280 = 12 warps, 48 on the SM, 12 blocks of 4; shared memory:
-    # 100 // (20 + 1) = 4 blocks of 4 warps.
+    # 40 x 32 = 1280 = 5 x 256; 16384 // 1280 = 12 warps, 48 on the SM, 12 blocks of 4; shared
+    # memory: 100 // (20 + 1) = 4 blocks of 4 warps.
     assert occupancy(89, registers=40, shared=20 * 1024, warps=4) == (4, 16, "shared memory")
-    # 33 x 32 = 1056 takes 5 x 256 registers, as 40 would; one warp takes a partition's turn for four.
+    # 33 x 32 = 1056 takes 5 x 256 registers, as 40 would; one warp takes a partition's turn for
+    # four.
     assert occupancy(80, registers=33, shared=0, warps=1) == (12, 12, "registers")
     assert occupancy(100, 64, 16 * 1024, 4, tensor_columns=256) == (2, 8, "tensor memory")
 
 
 # ---------------------------------------------------------------------- main loop
-#: as ptxas lays out a pipelined loop: the wait of the loop is at the end, out of line, and its branch
+#: as ptxas lays out a pipelined loop: the wait of the loop is at the end, out of line, and its
+#: branch
 #: back (to .L_x_3) is no loop of the kernel; the exit at 0100 is a call, as sm_80 does it
 SASS = """
 	.section	.text.kernel,"ax",@progbits

@@ -36,7 +36,9 @@ def assert_right(p, bias, m, dtype):
 
 @fused_cases
 def test_every_format(name: str, params: dict[str, object]) -> None:
-    """One weight for all M and dtypes, so that it is packed once. N, and K where the format lets it, end inside a tile."""
+    """One weight for all M and dtypes, so that it is packed once. N, and K where the format lets
+    it, end inside a tile.
+    """
     p, _ = packed(name, params, 72, k_of(name, 192), torch.float16)
     for m in ROWS:
         for dtype in (torch.float16, torch.bfloat16):
@@ -48,7 +50,9 @@ def test_every_format(name: str, params: dict[str, object]) -> None:
 def test_each_run_of_a_tile_has_its_own_sums(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two dots a tile, each scaled by itself: scales and zero points of one run must not serve the other."""
+    """Two dots a tile, each scaled by itself: scales and zero points of one run must not serve the
+    other.
+    """
     from qkernels.backends.triton import weight_only
 
     p, bias = packed("gptq", {"bits": 4, "group_size": 64, "symmetric": False}, 72, 640, dtype)

@@ -1,4 +1,6 @@
-"""Layers that model code reads the weight of stay plain; families of models, from quantize to save to load."""
+"""Layers that model code reads the weight of stay plain; families of models, from quantize to save
+to load.
+"""
 
 from __future__ import annotations
 

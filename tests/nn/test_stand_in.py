@@ -70,7 +70,9 @@ def test_what_else_a_tensor_has_it_has_not(name: str) -> None:
 
 
 def test_it_cannot_be_assigned() -> None:
-    """As tying does it: a head that computes with its packed bytes must not pretend to have another weight."""
+    """As tying does it: a head that computes with its packed bytes must not pretend to have another
+    weight.
+    """
     layer = _layer()
     for value in (nn.Parameter(torch.ones(16, 64)), torch.ones(16, 64), None):
         with pytest.raises(

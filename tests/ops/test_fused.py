@@ -59,7 +59,9 @@ def weights(name: str, params: dict[str, object], *sizes: int) -> list[qk.Packed
 
 
 def close_to(found: Tensor, exact: Tensor, factor: Tensor) -> None:
-    """Two roundings to found's dtype, float32 before; 2^-24: float16 below its normal range, times |factor|."""
+    """Two roundings to found's dtype, float32 before; 2^-24: float16 below its normal range, times
+    |factor|.
+    """
     u = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[found.dtype]
     error = (found.double() - exact).abs()
     assert bool((error <= 2.01 * u * exact.abs() + 2.0**-24 * (1 + factor.abs())).all())
@@ -191,7 +193,9 @@ def test_slices_know_the_outlier_columns_of_all_rows(
     quantizations: list[str],
     emulated: None,  # noqa: F811
 ) -> None:
-    """LLM.int8() in the CUDA kernels: a column with an outlier in one slice is one of 16 bits in all."""
+    """LLM.int8() in the CUDA kernels: a column with an outlier in one slice is one of 16 bits in
+    all.
+    """
     from qkernels.backends import workspace
 
     (p,) = weights("int8", {}, 24)

@@ -1,9 +1,11 @@
-"""What `quantize_model` makes of calibration data, for every algorithm, against what the test itself sees and computes.
+"""What `quantize_model` makes of calibration data, for every algorithm, against what the test
+itself sees and computes.
 
-The judge runs the plain model with the weights of everything that was quantized before put in, records what each
-layer reads, and sums over tokens in float64 with numpy. In a model whose layers read small integers those sums are
-exact in float32, too, in any order: there the algorithm, called with them, must give the very same weights. AWQ and
-SmoothQuant, which change norms, are written out here for a Llama.
+The judge runs the plain model with the weights of everything that was quantized before put in,
+records what each layer reads, and sums over tokens in float64 with numpy. In a model whose layers
+read small integers those sums are exact in float32, too, in any order: there the algorithm, called
+with them, must give the very same weights. AWQ and SmoothQuant, which change norms, are written out
+here for a Llama.
 """
 
 from __future__ import annotations
@@ -107,7 +109,9 @@ def hessian_of(x: Array) -> Tensor:
 def by_gptq(
     weights: list[Tensor], x: list[Array], fmt: str, params: dict[str, Any]
 ) -> list[Tensor]:
-    """Rows are independent, but not the last bits of products with more or fewer of them: all at once."""
+    """Rows are independent, but not the last bits of products with more or fewer of them: all at
+    once.
+    """
     params = {"bits": 4, "symmetric": formats.get(fmt).defaults["symmetric"], **params}
     grid = gptq.gptq(torch.cat(weights), hessian_of(x[0]), **params)
     return list(grid.dequantize().split([w.shape[0] for w in weights]))
@@ -240,7 +244,9 @@ def test_a_recipe_weighs_each_layer_by_what_it_reads() -> None:
 
 # ---------------------------------------------------------------------- a Llama, whose norms change
 def llama() -> nn.Module:
-    """As many heads for keys as for queries, so that o_proj's scales fit into v_proj, and features of other sizes."""
+    """As many heads for keys as for queries, so that o_proj's scales fit into v_proj, and features
+    of other sizes.
+    """
     model = tiny_model(hidden_size=32, intermediate_size=64, num_key_value_heads=4)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -285,7 +291,9 @@ def test_static_ranges_are_the_largest_value_that_each_layer_reads(name: str, to
 
 
 def searched(weight: Array, x: Array, round_trip: Any) -> Array:
-    """AWQ's scales (K) for W (N, K): of 20 powers of mean |x| the one with the least error of the outputs."""
+    """AWQ's scales (K) for W (N, K): of 20 powers of mean |x| the one with the least error of the
+    outputs.
+    """
     best, least = np.ones(x.shape[1]), np.inf
     for step in range(20):
         scale = np.abs(x).mean(0).clip(1e-4) ** (step / 20)
@@ -363,7 +371,8 @@ def test_awq_scales_and_clips_by_what_each_layer_reads(
                 weight[leaf] if kept else clipped(weight[leaf], read[leaf], size, round_trip)
             )
             got = found.get_submodule(leaf).packed.dequantize().double().numpy()
-            # float32 here and float64 there may fall to different sides of a midpoint or a range, rarely
+            # float32 here and float64 there may fall to different sides of a midpoint or a range,
+            # rarely
             same = np.isclose(got, want, rtol=2e-3, atol=1e-6).mean()
             assert same > 0.95, f"{number}.{leaf}: {same}"
             blind = plain[leaf] @ x[leaf].T - round_trip(plain[leaf]) @ x[leaf].T

@@ -1,4 +1,6 @@
-"""GPTQ on one layer against a naive column-by-column float64 implementation of the paper's algorithm 1."""
+"""GPTQ on one layer against a naive column-by-column float64 implementation of the paper's
+algorithm 1.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def problem(n: int, k: int, tokens: int = 400) -> tuple[Tensor, Tensor]:
 def naive(
     weight: Tensor, hessian: Tensor, bits: int, size: int, symmetric: bool, act_order: bool
 ) -> Tensor:
-    """Rounds one column, updates all columns behind it, eliminates it from the inverse; no blocks, no Cholesky."""
+    """Rounds one column, updates all columns behind it, eliminates it from the inverse; no blocks,
+    no Cholesky.
+    """
     k = weight.shape[1]
     order = (
         hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(k)

@@ -1,4 +1,6 @@
-"""LDLQ against a spelled-out float64 version, and what it and the transforms are worth on one layer."""
+"""LDLQ against a spelled-out float64 version, and what it and the transforms are worth on one
+layer.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,16 @@ def to_integers(target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def naive(weight: Tensor, hessian: Tensor, block: int) -> Tensor:
-    """Eliminates one block of columns after the other from the last on: what is left is H's Schur complement."""
+    """Eliminates one block of columns after the other from the last on: what is left is H's Schur
+    complement.
+    """
     k = weight.shape[1]
     h = hessian + ldlq.DAMP * hessian.diagonal().mean() * torch.eye(k, dtype=torch.float64)
     result = torch.zeros_like(weight)
     for begin in range(k - block, -1, -block):
         own, behind = slice(begin, begin + block), slice(begin + block, k)
-        # Given the errors behind, the best real choice of all columns before them is still free: eliminate those.
+        # Given the errors behind, the best real choice of all columns before them is still free:
+        # eliminate those.
         before = slice(0, begin)
         reduced = h[begin:, begin:]
         if begin:

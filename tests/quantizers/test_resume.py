@@ -1,4 +1,6 @@
-"""Resuming: the same job goes on to the same bits, and another job, or a damaged or foreign file, is refused."""
+"""Resuming: the same job goes on to the same bits, and another job, or a damaged or foreign file,
+is refused.
+"""
 
 from __future__ import annotations
 

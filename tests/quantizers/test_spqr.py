@@ -1,4 +1,6 @@
-"""SpQR on one layer: outliers found where they are, errors passed on, better than GPTQ at fewer bits."""
+"""SpQR on one layer: outliers found where they are, errors passed on, better than GPTQ at fewer
+bits.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def test_planted_outliers_are_found_and_exact(act_order: bool) -> None:
 
 @pytest.mark.parametrize("bits", [3, 4])
 def test_beats_gptq_at_equal_size(bits: int) -> None:
-    """Where a few weights are large: at the size of GPTQ's groups of 32 (a float16 and a zero for each)."""
+    """Where a few weights are large: at the size of GPTQ's groups of 32 (a float16 and a zero for
+    each).
+    """
     n, k = 64, 256
     weight, hessian = problem(n, k)
     weight = torch.where(torch.rand(n, k) < 0.005, weight * 6, weight)

@@ -1,4 +1,6 @@
-"""Parts of packed weights: the very values of the whole, and an error where a cut would break something."""
+"""Parts of packed weights: the very values of the whole, and an error where a cut would break
+something.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +42,9 @@ def test_parts_are_the_whole(
     x = torch.randn(3, parts[1].shape[1]).to(DEVICE)
     y = qk.matmul(x, parts[1].to(DEVICE), backend="reference")
     if qk.formats.get(name).kernel_layout(p.params) != "eight_bit":
-        # Sums of K products in float32, in whatever order: K * 2^-24 of the sum of their sizes. A second product in
-        # float32 is no judge: another memory layout of the same weight moves it by three times assert_close's limits.
+        # Sums of K products in float32, in whatever order: K * 2^-24 of the sum of their sizes. A
+        # second product in float32 is no judge: another memory layout of the same weight moves it
+        # by three times assert_close's limits.
         weight = parts[1].to(DEVICE).dequantize(torch.float64).T
         bound = parts[1].shape[1] * 2.0**-24 * (x.double().abs() @ weight.abs())
         assert bool(((y.double() - x.double() @ weight).abs() <= bound).all())

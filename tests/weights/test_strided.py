@@ -1,4 +1,6 @@
-"""Tensors that lie in memory otherwise than one number after another: each product is that of their numbers."""
+"""Tensors that lie in memory otherwise than one number after another: each product is that of their
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,8 @@ def bits_of(tensors: dict[str, Tensor]) -> dict[str, list[int]]:
 
 
 def check(p: qk.PackedWeight, *others: qk.PackedWeight) -> None:
-    """The others are p with tensors that lie otherwise. All bits of what is computed of them are those of p.
+    """The others are p with tensors that lie otherwise. All bits of what is computed of them are
+    those of p.
 
     Kernels are slow here, so what they would read is compared; `test_kernels` runs some.
     """
@@ -90,7 +93,8 @@ def test_expanded_stored_tensors(name: str, params: dict[str, object]) -> None:
     for key, tensor in p.tensors.items():
         if tensor.numel() < 2:
             continue
-        # Bytes that are a small number where they are a float16; or no sparse weight, or order of columns.
+        # Bytes that are a small number where they are a float16; or no sparse weight, or order of
+        # columns.
         alike = int.from_bytes(b"\x1a" * tensor.element_size(), "little")
         for value in [0.01] if tensor.is_floating_point() else [alike, 1, 0]:
             filled = {

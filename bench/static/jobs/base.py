@@ -10,10 +10,9 @@ from typing import Any
 class CompileJob:
     """One kernel with one configuration, as `bench.static` and the tests compile it.
 
-    kernel: its name. label: what distinguishes this job: format, dtype, shape class.
-    arch: compute capability as an integer, 90 for sm_90.
-    fn: the @triton.jit function.
-    types: argument name -> triton type ("*bf16", "i32"; a tuple for a tuple argument); the rest of its
+    kernel: its name. label: what distinguishes this job: format, dtype, shape class. arch: compute
+    capability as an integer, 90 for sm_90. fn: the @triton.jit function. types: argument name ->
+    triton type ("*bf16", "i32"; a tuple for a tuple argument); the rest of its
         arguments are in `constants`.
     aligned: arguments divisible by 16, as launches with aligned pointers and sizes see them.
     weights: packed weights one program decodes in one step of its loop; 0 where it decodes none.

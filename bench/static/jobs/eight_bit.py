@@ -38,7 +38,8 @@ CODES = {"int8": ("*i8", "*i8"), "e4m3": ("*fp8e4nv", "*fp8e4nv"), "e5m2": ("*fp
 def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
     """Every configuration the table gives `arch`; a few of them with `subset`."""
     for number, (name, params, has_zero) in enumerate(JOBS):
-        # Only LLM.int8() computes in 16 bits, too; elsewhere the dtype is one conversion at the end.
+        # Only LLM.int8() computes in 16 bits, too; elsewhere the dtype is one conversion at the
+        # end.
         for dtype in ("bf16", "fp16") if name == "int8" else ("bf16",):
             if subset and (number, dtype) not in ((2, "bf16"), (3, "bf16")):
                 continue

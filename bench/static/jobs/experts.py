@@ -27,7 +27,8 @@ _ALIGNED = ("x_ptr", "y_ptr", "slots_ptr", "experts_ptr", "N", "KP")
 
 
 def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
-    """Every configuration the table gives `arch`, for each format of the families' own jobs; a few with `subset`.
+    """Every configuration the table gives `arch`, for each format of the families' own jobs; a few
+    with `subset`.
 
     In bfloat16, and one 4-bit format in float16 too: the families' own jobs cover both.
     """

@@ -16,7 +16,9 @@ _JOBS: tuple[tuple[int, tuple[int, ...]], ...] = (
 
 
 def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
-    """Both sides of each size; one of them with `subset`. Whether by tensor core is the compiler's choice."""
+    """Both sides of each size; one of them with `subset`. Whether by tensor core is the compiler's
+    choice.
+    """
     for n, stored in _JOBS:
         for m in (1, 4096):
             options, warps = constants(n, stored, m == 1)

@@ -23,7 +23,8 @@ from . import build
 
 MIN_CAPABILITY = (8, 0)
 
-#: (kernel's name, call struct, tensors read, tensors written) -> "" or an error. Tests put the CPU emulator here.
+#: (kernel's name, call struct, tensors read, tensors written) -> "" or an error. Tests put the CPU
+#: emulator here.
 emulator: Callable[[str, Any, list[Tensor], list[Tensor]], str] | None = None
 
 
@@ -59,7 +60,9 @@ def _automatic(problem: Problem) -> str | None:
 
 @lru_cache(maxsize=64)
 def supports_pdl(index: int) -> bool:
-    """Whether GPU `index` can start a kernel before the one before it is done; the emulator (-1) can't."""
+    """Whether GPU `index` can start a kernel before the one before it is done; the emulator (-1)
+    can't.
+    """
     return index >= 0 and torch.cuda.get_device_capability(index) >= (9, 0)
 
 
@@ -79,8 +82,8 @@ def _module(name: str) -> Any:
 
 
 def run(name: str, address: int, index: int) -> None:
-    """Start kernel `name` with the call struct at `address` on GPU `index`. RuntimeError with CUDA's words if it
-    does not start."""
+    """Start kernel `name` with the call struct at `address` on GPU `index`. RuntimeError with
+    CUDA's words if it does not start."""
     start = build.extension().run
     if current_device() == index:
         error = start(name, address)

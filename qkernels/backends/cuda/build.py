@@ -1,11 +1,12 @@
-"""Builds the CUDA extension: with `pip install` if QKERNELS_CUDA_ARCHS is set, else at the first call.
+"""Builds the CUDA extension: with `pip install` if QKERNELS_CUDA_ARCHS is set, else at the first
+call.
 
-Only the standard library is imported here: setup.py loads this file by its path. One ninja build, one
-object a source file; cudart is linked statically and no torch header is read, so a built module serves
-every version of torch. What is built at the first call lies under $QKERNELS_CACHE/cuda (default
-~/.cache/qkernels/cuda), in a folder named by a hash of the sources, the compiler and the architecture; a
-lock keeps processes from building it at the same time. The module runs as our own code, so it is loaded only from
-where nobody else can write.
+Only the standard library is imported here: setup.py loads this file by its path. One ninja build,
+one object a source file; cudart is linked statically and no torch header is read, so a built module
+serves every version of torch. What is built at the first call lies under $QKERNELS_CACHE/cuda
+(default ~/.cache/qkernels/cuda), in a folder named by a hash of the sources, the compiler and the
+architecture; a lock keeps processes from building it at the same time. The module runs as our own
+code, so it is loaded only from where nobody else can write.
 """
 
 from __future__ import annotations
@@ -110,7 +111,9 @@ def native_arch(major: int, minor: int) -> str:
 
 
 def check_versions(toolkit: int, driver: int) -> None:
-    """RuntimeError if the driver (13000 for CUDA 13.0, 0 for none) is older than the toolkit allows."""
+    """RuntimeError if the driver (13000 for CUDA 13.0, 0 for none) is older than the toolkit
+    allows.
+    """
     if driver == 0:
         raise RuntimeError("qkernels: no CUDA kernels: there is no NVIDIA driver")
     if driver // 1000 < toolkit // 1000:
@@ -136,7 +139,9 @@ def build_cached(archs: tuple[str, ...]) -> Path:
 
 
 def private_folder(folder: Path) -> Path:
-    """Make `folder` for this user alone, unless it is there. RuntimeError if others can write to it."""
+    """Make `folder` for this user alone, unless it is there. RuntimeError if others can write to
+    it.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
     check_owner(folder)
@@ -151,7 +156,8 @@ def check_owner(path: Path) -> None:
 
 
 def untrusted(path: Path) -> str | None:
-    """Why anybody but this user and root could change what is at `path`, or put something else there, or None.
+    """Why anybody but this user and root could change what is at `path`, or put something else
+    there, or None.
 
     A module's folder and the two it lies in, up to the cache's root, are looked at, too.
     """
@@ -170,7 +176,9 @@ def untrusted(path: Path) -> str | None:
 
 
 def cached(archs: tuple[str, ...], root: Path | None = None) -> Path:
-    """Where `build_cached` puts the module. root: the cache, by default $QKERNELS_CACHE or ~/.cache/qkernels."""
+    """Where `build_cached` puts the module. root: the cache, by default $QKERNELS_CACHE or
+    ~/.cache/qkernels.
+    """
     root = root or Path(os.environ.get("QKERNELS_CACHE") or Path.home() / ".cache" / "qkernels")
     compiler = nvcc()
     digest = None if compiler is None else compiler_digest(compiler)

@@ -1,4 +1,6 @@
-"""The structs of csrc/weight_only/arguments.h, field for field, and the numbers C++ names things by."""
+"""The structs of csrc/weight_only/arguments.h, field for field, and the numbers C++ names things
+by.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ OWN = {
     # Real zero points are a minimum, scale * zero, taken off after scaling.
     **{("linear_real", bits, "two_level"): f"unsigned{bits}_two_level" for bits in (2, 3, 4)},
 }
-#: the tensors that a scaler has in `scale`, `second` and `third`; others have one, by either of its names
+#: the tensors that a scaler has in `scale`, `second` and `third`; others have one, by either of its
+#: names
 SCALER_TENSORS = {
     "scale_min": ("d", "m"),
     "q2_k": ("scales", "d", "dmin"),
@@ -82,8 +85,8 @@ class WeightOnlyArgs(ctypes.Structure):
 
 
 class Call(ctypes.Structure):
-    """What the extension is called with. A weight keeps one a kernel; calls fill in and launch copies of it,
-    for several threads may use one weight."""
+    """What the extension is called with. A weight keeps one a kernel; calls fill in and launch
+    copies of it, for several threads may use one weight."""
 
     #: whether it, or a copy of it, was launched before
     launched = False

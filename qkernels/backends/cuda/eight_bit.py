@@ -83,7 +83,8 @@ class EightBitCall(Call):
 
 
 class Config(NamedTuple):
-    """gemv: which kernel. rows: of x in a block. share: steps summed on their own. split: blocks along K.
+    """gemv: which kernel. rows: of x in a block. share: steps summed on their own. split: blocks
+    along K.
 
     rows = 0: Hopper's kernel, in `split` blocks.
     """
@@ -97,7 +98,9 @@ class Config(NamedTuple):
 def configure(
     kind: str, shape: tuple[int, int], m: int, invariant: bool, count: int, hopper: bool = False
 ) -> Config:
-    """Tiles for M = m on a GPU of `count` processors. With `invariant`, `share` does not depend on m."""
+    """Tiles for M = m on a GPU of `count` processors. With `invariant`, `share` does not depend on
+    m.
+    """
     return _configure(kind, shape, m, invariant, count, hopper, PARTIAL_BYTES)
 
 
@@ -136,7 +139,9 @@ def _configure(
 
 
 def hopper_shared_bytes(kind: str) -> int:
-    """Shared memory of a block of Hopper's kernel: ring of steps, results of two warpgroups, barriers."""
+    """Shared memory of a block of Hopper's kernel: ring of steps, results of two warpgroups,
+    barriers.
+    """
     stages, piece = (4, 32) if kind == "int8" else (6, 64)
     return stages * (HOPPER_M + HOPPER_N[kind]) * STEP + HOPPER_M * (piece + 8) * 2 + 16 * stages
 
@@ -200,9 +205,10 @@ def quantize(
 ) -> Activations:
     """x (M, K) contiguous -> its codes as the weight `p` wants them.
 
-    up (M, K): silu(x) * up is quantized. norm (K): RMSNorm with this weight comes first. Both round to
-    x's dtype where a model's operations do. keep: the result has what was quantized in 16 bits as `x`
-    even where LLM.int8() does not need it. columns: what `outlier_columns` found in more rows than these.
+    up (M, K): silu(x) * up is quantized. norm (K): RMSNorm with this weight comes first. Both round
+    to x's dtype where a model's operations do. keep: the result has what was quantized in 16 bits
+    as `x` even where LLM.int8() does not need it. columns: what `outlier_columns` found in more
+    rows than these.
     """
     traits = traits_of(problem)
     m, k = x.shape
@@ -241,9 +247,11 @@ def outlier_columns(
     norm: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor | None:
-    """int32 (K + 1): the outlier columns of all rows of the problem in order, and at K how many they are.
+    """int32 (K + 1): the outlier columns of all rows of the problem in order, and at K how many
+    they are.
 
-    None where a row's result does not depend on the other rows. Operands as in `quantize`; no scratch memory.
+    None where a row's result does not depend on the other rows. Operands as in `quantize`; no
+    scratch memory.
     """
     traits = traits_of(problem)
     if not traits.threshold or problem.batch_invariant:
@@ -326,7 +334,8 @@ def multiply(
     out: Tensor | None = None,
     work: Work = NOW,
 ) -> Tensor:
-    """y (M, N) = what `a` holds, times W^T, plus bias, in the dtype of `a.x`; into `out` if it is given.
+    """y (M, N) = what `a` holds, times W^T, plus bias, in the dtype of `a.x`; into `out` if it is
+    given.
 
     `a` may hold some rows of the problem only: they come out as they would among all.
     """
@@ -386,7 +395,8 @@ def compute(
 ) -> None:
     """x (M, K) contiguous float16 or bfloat16, p in the EIGHT_BIT layout -> y (M, N).
 
-    Where rows go by slices and depend on each other, a launch for all of them finds the outlier columns first.
+    Where rows go by slices and depend on each other, a launch for all of them finds the outlier
+    columns first.
     """
     slices = work.slices(x.shape[0], scratch_bytes(problem, x.device))
     columns = outlier_columns(x, p, problem) if len(slices) > 1 else None

@@ -48,10 +48,11 @@ def rejects(problem: Problem) -> str | None:
 def compute(
     x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem, y: Tensor, work: Work = NOW
 ) -> None:
-    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout, bias in x's dtype -> y (M, N).
+    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout, bias in x's dtype -> y
+    (M, N).
 
-    Where x has to be copied or transformed, that is done for a slice of its rows at a time; in how many
-    shares K is summed goes by all rows, so the results are the same bits.
+    Where x has to be copied or transformed, that is done for a slice of its rows at a time; in how
+    many shares K is summed goes by all rows, so the results are the same bits.
     """
     assert p.layout == layouts.WEIGHT_ONLY
     traits = gemv.traits_of(problem)
@@ -82,7 +83,9 @@ def _launch(
     k_slices: int,
     work: Work,
 ) -> None:
-    """The kernel on some rows: without transforms, x as the codes want it, y in its dtype, or float32."""
+    """The kernel on some rows: without transforms, x as the codes want it, y in its dtype, or
+    float32.
+    """
     args, device = call.args, x.device
     m, n = y.shape
     columns = columns_of(traits.decoder, traits.bits)
@@ -125,7 +128,9 @@ def start(
 
 
 def row_bytes(x: Tensor, p: PackedWeight, traits: layout.WeightOnlyTraits) -> int:
-    """Memory that copies and transforms take at most for a row of x, with what they need on the way."""
+    """Memory that copies and transforms take at most for a row of x, with what they need on the
+    way.
+    """
     k, aligned, size = x.shape[1], x.data_ptr() % 16 == 0, 0
     if traits.transform_scales is not None:
         k, aligned, size = transforms.width_of(k, traits), True, transforms.row_bytes(p, traits)
@@ -143,7 +148,9 @@ def copied_once(x: Tensor, traits: layout.WeightOnlyTraits) -> int:
 
 
 def in_chunks(x: Tensor, perm: Tensor | None) -> Tensor:
-    """x in kernel order with rows of whole 16-byte chunks: gathered or padded only where it must be."""
+    """x in kernel order with rows of whole 16-byte chunks: gathered or padded only where it must
+    be.
+    """
     if perm is not None:
         padded = torch.nn.functional.pad(x, (0, 1))
         x = padded.index_select(1, torch.where(perm < 0, x.shape[1], perm))
@@ -160,7 +167,9 @@ def by_columns(x: Tensor) -> Tensor:
 
 
 def k_slices_for(problem: Problem, device: torch.device) -> int:
-    """Parts of K in the launches for a problem. If copies of x want of the workspace too, rows go by slices for it."""
+    """Parts of K in the launches for a problem. If copies of x want of the workspace too, rows go
+    by slices for it.
+    """
     traits = gemv.traits_of(problem)
     columns = columns_of(traits.decoder, traits.bits)
     blocks = -(-problem.shape[0] // ROWS) * -(-problem.m // columns)

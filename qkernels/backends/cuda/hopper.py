@@ -50,9 +50,11 @@ def rejects(problem: Problem) -> str | None:
 def compute(
     x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem, y: Tensor, work: Work = NOW
 ) -> None:
-    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout, bias in x's dtype -> y (M, N).
+    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout, bias in x's dtype -> y
+    (M, N).
 
-    Where x has to be copied or transformed, that is done for a slice of its rows at a time, as in gemm.py.
+    Where x has to be copied or transformed, that is done for a slice of its rows at a time, as in
+    gemm.py.
     """
     assert p.layout == layouts.WEIGHT_ONLY
     traits = gemv.traits_of(problem)

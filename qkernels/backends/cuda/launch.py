@@ -1,7 +1,8 @@
 """Starts the extension's kernels: once, or again and again with nothing but addresses put in.
 
-The calls of one product lie one after another in one piece of memory. To start them again it is copied,
-for several threads may use one weight, and addresses and the stream are written into the copy.
+The calls of one product lie one after another in one piece of memory. To start them again it is
+copied, for several threads may use one weight, and addresses and the stream are written into the
+copy.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class Launch:
             return
         call, index = self.call, tensors[0].get_device()
         call.stream = cuda.stream_of(index)
-        # A kernel that starts early reads its weight before the kernel before it is done. That one may just
-        # have written the weight, so the first call of a weight does not start early.
+        # A kernel that starts early reads its weight before the kernel before it is done. That one
+        # may just have written the weight, so the first call of a weight does not start early.
         kept = call.kept or call
         call.pdl = int(kept.launched and cuda.supports_pdl(index))
         kept.launched = True
@@ -60,7 +61,9 @@ def start(
 
 
 def whole(compute: Compute) -> Run:
-    """`compute` into a new y, with a bias in x's dtype: one of another is cast at each call, N values."""
+    """`compute` into a new y, with a bias in x's dtype: one of another is cast at each call, N
+    values.
+    """
 
     def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
         y = torch.empty(x.shape[0], p.shape[0], dtype=x.dtype, device=x.device)
@@ -83,7 +86,8 @@ class Replay:
         kept = bytearray()
         for launch, tensors, _ in recording.steps:
             call = type(launch.call).from_buffer_copy(launch.kept)
-            # A recording is not the weight's first call, so its kernels may start early: see `Launch`.
+            # A recording is not the weight's first call, so its kernels may start early: see
+            # `Launch`.
             call.pdl = cuda.supports_pdl(self._index)
             word = len(kept) // _WORD
             emulated = [recording.moving(t) for t in tensors] if cuda.emulator is not None else []

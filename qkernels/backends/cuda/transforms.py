@@ -21,12 +21,14 @@ from .launch import start
 if TYPE_CHECKING:
     from ...weights.packed import PackedWeight
 
-#: features that a block holds where the transform is Hadamard's: few, so that several multiprocessors share
+#: features that a block holds where the transform is Hadamard's: few, so that several
+#: multiprocessors share
 #: a row; more with a dense factor, which every block of a row reads the whole row for
 BOX, DENSE_BOX = 2048, 4096
 #: blocks along M: each takes every ROWS-th row, so that factors are read once for many of them
 ROWS = 1024
-#: as in csrc/transforms/kronecker.h: threads of a block, and shared memory of the largest, 64 x c x 128 (QuIP)
+#: as in csrc/transforms/kronecker.h: threads of a block, and shared memory of the largest, 64 x c x
+#: 128 (QuIP)
 THREADS, LARGEST_SHARED = 256, 74240
 
 _POINTERS = ("x", "y", "diagonal", "bias", "perm", "factor0", "factor1", "factor2")
@@ -69,9 +71,11 @@ def around(
     y: Tensor,
     work: Work = NOW,
 ) -> None:
-    """x (M, K) -> the weight's output y (M, N), `multiply` (x, bias, y) writing what the codes make of transformed x.
+    """x (M, K) -> the weight's output y (M, N), `multiply` (x, bias, y) writing what the codes make
+    of transformed x.
 
-    Without transforms it is that product. M is of a slice of rows: `row_bytes` says what each takes.
+    Without transforms it is that product. M is of a slice of rows: `row_bytes` says what each
+    takes.
     """
     if traits.transform_scales is None:
         multiply(x, bias, y)
@@ -93,7 +97,9 @@ def row_bytes(p: PackedWeight, traits: layout.WeightOnlyTraits) -> int:
 
 
 def before(x: Tensor, p: PackedWeight, traits: layout.WeightOnlyTraits, work: Work = NOW) -> Tensor:
-    """x (M, K) contiguous -> what the codes multiply, in x's dtype: (M, K), of vectors (M, whole tiles)."""
+    """x (M, K) contiguous -> what the codes multiply, in x's dtype: (M, K), of vectors (M, whole
+    tiles).
+    """
     y = work.empty((x.shape[0], width_of(x.shape[1], traits)), x.dtype, x.device)
     return _launch(x, y, p, traits, "input", None, work)
 
@@ -107,14 +113,18 @@ def after(
     out: Tensor | None = None,
     work: Work = NOW,
 ) -> Tensor:
-    """Products (M, N), float32 -> the weight's output with bias, (M, N) of `dtype`; into `out` if it is given."""
+    """Products (M, N), float32 -> the weight's output with bias, (M, N) of `dtype`; into `out` if
+    it is given.
+    """
     z = torch.empty(y.shape, dtype=dtype, device=y.device) if out is None else out
     bias = None if bias is None else bias.to(dtype).contiguous()
     return _launch(y, z, p, traits, "output", bias, work)
 
 
 def box_of(n: int, orders: tuple[int, ...]) -> Box:
-    """How a row of n features is cut. orders: of the factors kept with the weight; what they leave is Hadamard's."""
+    """How a row of n features is cut. orders: of the factors kept with the weight; what they leave
+    is Hadamard's.
+    """
     if len(orders) > 1:
         return Box(orders[0], math.prod(orders[1:-1]), orders[-1], False)
     a0 = math.prod(orders)
@@ -125,7 +135,9 @@ def box_of(n: int, orders: tuple[int, ...]) -> Box:
 
 
 def shared_bytes(box: Box, orders: tuple[int, ...]) -> int:
-    """Of a block: the box, its row of the middle factor, and the outer factors. As in csrc/transforms/kronecker.h."""
+    """Of a block: the box, its row of the middle factor, and the outer factors. As in
+    csrc/transforms/kronecker.h.
+    """
     found = -(-box.a0 * box.b // 8) * 32
     found += -(-box.c // 4) * 16 if len(orders) == 3 else 0
     return found + sum(2 * order * (-(-order // 8) * 8) for order in orders[:1] + orders[1:][-1:])

@@ -1,4 +1,6 @@
-"""Launches the weight-only GEMV of csrc/weight_only/gemv.h: arguments from a packed weight, grid, workspace."""
+"""Launches the weight-only GEMV of csrc/weight_only/gemv.h: arguments from a packed weight, grid,
+workspace.
+"""
 
 from __future__ import annotations
 
@@ -73,9 +75,11 @@ def kernel_of(traits: layout.WeightOnlyTraits) -> str:
 def compute(
     x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem, y: Tensor, work: Work = NOW
 ) -> None:
-    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout, bias in x's dtype -> y (M, N).
+    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout, bias in x's dtype -> y
+    (M, N).
 
-    What is transformed goes by slices of rows. Nothing that orders a sum depends on M, so they change no bit.
+    What is transformed goes by slices of rows. Nothing that orders a sum depends on M, so they
+    change no bit.
     """
     assert p.layout == layouts.WEIGHT_ONLY
     traits = traits_of(problem)
@@ -109,7 +113,9 @@ def _multiply(
     traits: layout.WeightOnlyTraits,
     work: Work,
 ) -> None:
-    """Without transforms: x as the codes want it, y in x's dtype, in float32 if a transform comes next. MAX_ROWS rows at a time."""
+    """Without transforms: x as the codes want it, y in x's dtype, in float32 if a transform comes
+    next. MAX_ROWS rows at a time.
+    """
     for first in range(0, x.shape[0], MAX_ROWS):
         rows = slice(first, first + MAX_ROWS)
         part, into = (x, y) if x.shape[0] <= MAX_ROWS else (x[rows], y[rows])
@@ -213,7 +219,9 @@ def _described(
 
 
 def tiles_of(shape: tuple[int, int], traits: layout.WeightOnlyTraits) -> int:
-    """Tiles along K; where groups are padded a launch has more, in the shares that these are cut into."""
+    """Tiles along K; where groups are padded a launch has more, in the shares that these are cut
+    into.
+    """
     return -(-shape[1] // layout.tile_features(traits.bits, traits.codebook))
 
 
@@ -226,7 +234,9 @@ def k_slices_for(
 
 @lru_cache(maxsize=4096)
 def k_slices_of(tiles: int, blocks_n: int, count: int) -> int:
-    """Parts to cut K into so that all blocks run at once; depends on the weight and the GPU, never on M."""
+    """Parts to cut K into so that all blocks run at once; depends on the weight and the GPU, never
+    on M.
+    """
     wanted = max(1, BLOCKS_PER_PROCESSOR * count // blocks_n)
     wanted = min(wanted, max(1, tiles // WARPS), 32)
     return -(-tiles // -(-tiles // wanted))

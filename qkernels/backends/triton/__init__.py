@@ -1,4 +1,6 @@
-"""The Triton backend: when its kernels apply, and their registration. Importing this needs no triton; running a kernel does."""
+"""The Triton backend: when its kernels apply, and their registration. Importing this needs no
+triton; running a kernel does.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ MIN_CAPABILITY = (8, 0)
 
 
 def interpreted() -> bool:
-    """Whether triton runs kernels in its CPU interpreter, which must be set before triton is imported."""
+    """Whether triton runs kernels in its CPU interpreter, which must be set before triton is
+    imported.
+    """
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -117,7 +121,9 @@ def _register_experts(name: str, layout: str) -> None:
 
 
 def register_kernels() -> None:
-    """One kernel a family, for one matrix and for experts; the family's module is named like its layout."""
+    """One kernel a family, for one matrix and for experts; the family's module is named like its
+    layout.
+    """
     _register_experts("triton.experts_weight_only", layouts.WEIGHT_ONLY)
     _register_experts("triton.experts_eight_bit", layouts.EIGHT_BIT)
     families = {

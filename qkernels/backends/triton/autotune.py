@@ -1,11 +1,12 @@
-"""Optional tuning on the device: QKERNELS_AUTOTUNE=1 times configurations at a problem's first call.
+"""Optional tuning on the device: QKERNELS_AUTOTUNE=1 times configurations at a problem's first
+call.
 
 The winner is kept on disk, one small JSON file a problem under $QKERNELS_CACHE/tune (default
-~/.cache/qkernels/tune), named by a hash of the GPU, the versions of torch and triton, the source of our
-kernels, and the problem with M rounded up to a power of two. Files are written under a temporary name
-and renamed, so any number of processes may tune at once; a file that makes no sense is ignored. Nothing
-is tuned at import, under CUDA graph capture, in batch-invariant mode (the order of sums must not depend
-on what was fast) or when the variable is not set.
+~/.cache/qkernels/tune), named by a hash of the GPU, the versions of torch and triton, the source of
+our kernels, and the problem with M rounded up to a power of two. Files are written under a
+temporary name and renamed, so any number of processes may tune at once; a file that makes no sense
+is ignored. Nothing is tuned at import, under CUDA graph capture, in batch-invariant mode (the order
+of sums must not depend on what was fast) or when the variable is not set.
 """
 
 from __future__ import annotations
@@ -77,7 +78,9 @@ def tune(
     launch: Callable[[configs.GemmConfig], Any],
     seconds: Callable[[Callable[[], Any]], float],
 ) -> configs.GemmConfig:
-    """Time every candidate, keep the fastest on disk and return it. Those that cannot run are left out."""
+    """Time every candidate, keep the fastest on disk and return it. Those that cannot run are left
+    out.
+    """
     times: dict[configs.GemmConfig, float] = {}
     for config in configs.candidates(tabled, problem.m):
         try:

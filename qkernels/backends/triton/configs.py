@@ -1,7 +1,8 @@
-"""Tile sizes and launch options: one table per kernel family, keyed by architecture and shape class.
+"""Tile sizes and launch options: one table per kernel family, keyed by architecture and shape
+class.
 
-The tables hold starting points that fit every architecture; an entry for one architecture overrides the
-generic one. `fitted` shrinks what would not fit in shared memory, so no configuration that an
+The tables hold starting points that fit every architecture; an entry for one architecture overrides
+the generic one. `fitted` shrinks what would not fit in shared memory, so no configuration that an
 architecture cannot launch ever reaches it. On-device tuning (autotune.py) replaces a table's entry.
 """
 
@@ -10,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-#: shared memory one block may use, KiB, by architecture (CUDA programming guide, compute capabilities)
+#: shared memory one block may use, KiB, by architecture (CUDA programming guide, compute
+#: capabilities)
 SHARED_KIB = {
     80: 163,
     86: 99,
@@ -23,7 +25,8 @@ SHARED_KIB = {
     120: 99,
     121: 99,
 }
-#: kept free for what triton adds to the pipeline's buffers: conversions, barriers; and to those of decoded weights
+#: kept free for what triton adds to the pipeline's buffers: conversions, barriers; and to those of
+#: decoded weights
 _SHARED_MARGIN, _DECODED_MARGIN = 8 * 1024, 6 * 1024
 
 
@@ -45,9 +48,12 @@ class GemmConfig(NamedTuple):
     resident: int = 2
 
 
-#: (family, architecture or 0 for any, class of M) -> configuration. A family without an entry of its own takes
-#: that of the family it is named after, "weight_only" for "weight_only.bytes". Those of sm_90 were measured
-#: (bench/results/2026-11-27-h200/configurations.md), but for the vectors family's middle and prefill.
+#: (family, architecture or 0 for any, class of M) -> configuration. A family without an entry of
+#: its own takes
+#: that of the family it is named after, "weight_only" for "weight_only.bytes". Those of sm_90 were
+#: measured
+#: (bench/results/2026-11-27-h200/configurations.md), but for the vectors family's middle and
+#: prefill.
 TABLE: dict[tuple[str, int, str], GemmConfig] = {
     ("weight_only", 0, "decode"): GemmConfig(16, 64, 4, 5, post_scale=True, k_slices=0),
     ("weight_only", 0, "middle"): GemmConfig(64, 64, 4, 3, post_scale=False, k_slices=0),
@@ -88,7 +94,8 @@ TABLE: dict[tuple[str, int, str], GemmConfig] = {
     ("weight_only.two_level", 0, "decode"): GemmConfig(16, 64, 4, 3, post_scale=True, k_slices=0),
     ("weight_only.two_level", 0, "middle"): GemmConfig(32, 128, 8, 3, k_slices=0),
     ("weight_only.two_level", 0, "prefill"): GemmConfig(32, 128, 8, 3),
-    # Each code looks up eight weights, and with more columns mma.sync's warps would decode them twice.
+    # Each code looks up eight weights, and with more columns mma.sync's warps would decode them
+    # twice.
     ("weight_only.vectors", 0, "decode"): GemmConfig(16, 64, 4, 3, k_slices=0),
     ("weight_only.vectors", 0, "middle"): GemmConfig(16, 64, 4, 3, k_slices=0),
     ("weight_only.vectors", 0, "prefill"): GemmConfig(16, 64, 4, 3),
@@ -105,7 +112,8 @@ TABLE: dict[tuple[str, int, str], GemmConfig] = {
     ("eight_bit.int8", 90, "decode"): GemmConfig(16, 128, 8, 7, k_slices=0, resident=1),
     ("eight_bit.int8", 90, "middle"): GemmConfig(64, 64, 4, 5, k_slices=0),
     ("eight_bit.int8", 90, "batch"): GemmConfig(128, 64, 4, 4),
-    # Three stages, not four: two blocks fit on a multiprocessor. With 256 columns triton 3.6 spills.
+    # Three stages, not four: two blocks fit on a multiprocessor. With 256 columns triton 3.6
+    # spills.
     ("eight_bit.int8", 90, "prefill"): GemmConfig(128, 128, 8, 3, group_n=32),
     ("eight_bit.fp8", 0, "decode"): GemmConfig(16, 64, 4, 5, k_slices=0),
     ("eight_bit.fp8", 0, "middle"): GemmConfig(64, 64, 4, 4, k_slices=0),
@@ -120,8 +128,10 @@ TABLE: dict[tuple[str, int, str], GemmConfig] = {
     # Out of tensor memory, through registers, for the scales of each step.
     ("eight_bit.block", 100, "prefill"): GemmConfig(64, 128, 8, 4),
 }
-#: what replaces the table's entries in the kernels of experts, with the same keys: those kernels hold a
-#: little more in registers, slots and the weights' offsets, and what just fits otherwise would spill
+#: what replaces the table's entries in the kernels of experts, with the same keys: those kernels
+#: hold a
+#: little more in registers, slots and the weights' offsets, and what just fits otherwise would
+#: spill
 EXPERTS: dict[tuple[str, int, str], GemmConfig] = {
     # Not measured yet: as on any architecture.
     ("weight_only", 90, "decode"): GemmConfig(16, 64, 4, 5, post_scale=True),
@@ -166,7 +176,9 @@ def m_class(m: int) -> str:
 
 
 def _classes(m: int) -> tuple[str, ...]:
-    """The classes of M whose entries hold, the narrowest first: parts of "middle" and "prefill" may have their own."""
+    """The classes of M whose entries hold, the narrowest first: parts of "middle" and "prefill" may
+    have their own.
+    """
     parts = (("small", 17, 32), ("large", 65, 128), ("batch", 129, 256))
     return (*(name for name, least, most in parts if least <= m <= most), m_class(m))
 
@@ -219,9 +231,9 @@ def fitted(
 ) -> GemmConfig:
     """`config`, with fewer stages and then narrower blocks until it fits in shared memory.
 
-    tile: features of one step along K. row_bytes: packed bytes of one step, per output row. row_scratch:
-    bytes per output row that codes need, beside the pipeline, to change hands between threads. decoded: the
-    same of decoded weights, with up to 16 rows of x in a block and with more.
+    tile: features of one step along K. row_bytes: packed bytes of one step, per output row.
+    row_scratch: bytes per output row that codes need, beside the pipeline, to change hands between
+    threads. decoded: the same of decoded weights, with up to 16 rows of x in a block and with more.
     """
     limit = SHARED_KIB.get(arch, 99) * 1024
     while shared_bytes(config, tile, row_bytes, row_scratch, decoded) > limit:
@@ -245,9 +257,11 @@ def shared_bytes(
     row_scratch: int = 0,
     decoded: tuple[int, int] = (0, 0),
 ) -> int:
-    """At most this much shared memory: of the pipeline, or of the epilogue's transposition if that is larger.
+    """At most this much shared memory: of the pipeline, or of the epilogue's transposition if that
+    is larger.
 
-    A step's decoded weights only change hands for mma.sync, which takes the oldest stage into registers before.
+    A step's decoded weights only change hands for mma.sync, which takes the oldest stage into
+    registers before.
     """
     stage = config.block_n * row_bytes + config.block_m * tile * 2
     needed = max(

@@ -45,7 +45,9 @@ def tabled(problem: Problem) -> configs.GemmConfig:
 
 
 def has_fp8(capability: tuple[int, int] | None) -> bool:
-    """Whether the GPU multiplies and converts fp8 itself; triton's interpreter counts as one that does."""
+    """Whether the GPU multiplies and converts fp8 itself; triton's interpreter counts as one that
+    does.
+    """
     return capability is None or capability >= (8, 9)
 
 
@@ -68,8 +70,8 @@ def columns_of(
     norm: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor | None:
-    """The outlier columns of all rows of the problem, as `Activations` has them. None where a row's result does
-    not depend on the other rows. Operands as in `quantize`."""
+    """The outlier columns of all rows of the problem, as `Activations` has them. None where a row's
+    result does not depend on the other rows. Operands as in `quantize`."""
     threshold = traits_of(problem).threshold
     if not threshold or problem.batch_invariant:
         return None
@@ -95,8 +97,9 @@ def quantize(
 ) -> Activations:
     """x (M, K) contiguous -> its codes as the weight `p` wants them.
 
-    up (M, K): silu(x) * up is quantized. norm (K): RMSNorm with this weight comes first. Both round to
-    x's dtype where a model's operations do. All contiguous. columns: what `columns_of` found in more rows.
+    up (M, K): silu(x) * up is quantized. norm (K): RMSNorm with this weight comes first. Both round
+    to x's dtype where a model's operations do. All contiguous. columns: what `columns_of` found in
+    more rows.
     """
     from ...triton_kernels.activations import quantize_rows
 
@@ -155,10 +158,12 @@ def quantize(
 def rms_norm_quantize(
     x: Tensor, weight: Tensor, eps: float, p: PackedWeight, problem: Problem
 ) -> Activations:
-    """RMSNorm of x (M, K) with `weight` (K), quantized for `p`: x is read once, the result of the norm
-    never written, unless LLM.int8() needs it in 16 bits. Rounds to x's dtype where a model's norm does.
+    """RMSNorm of x (M, K) with `weight` (K), quantized for `p`: x is read once, the result of the
+    norm never written, unless LLM.int8() needs it in 16 bits. Rounds to x's dtype where a model's
+    norm does.
 
-    ValueError unless x and weight fit p. `multiply` takes the result, for p and for weights like it.
+    ValueError unless x and weight fit p. `multiply` takes the result, for p and for weights like
+    it.
     """
     k = p.shape[1]
     if x.dim() != 2 or x.shape[1] != k or x.dtype not in (torch.float16, torch.bfloat16):
@@ -180,7 +185,8 @@ def multiply(
     problem: Problem,
     out: Tensor | None = None,
 ) -> Tensor:
-    """y (M, N) = what `a` holds, times W^T, plus bias, in the dtype of `a.x`; into `out` if it is given.
+    """y (M, N) = what `a` holds, times W^T, plus bias, in the dtype of `a.x`; into `out` if it is
+    given.
 
     `a` may hold some rows of the problem only: they come out as they would among all.
     """
@@ -298,8 +304,8 @@ def _launch(
 
 
 def bind(p: PackedWeight, problem: Problem) -> Recorded | None:
-    """`run` for this weight and problem alone: from its third call on it only starts the two kernels. None
-    where the rows go by slices."""
+    """`run` for this weight and problem alone: from its third call on it only starts the two
+    kernels. None where the rows go by slices."""
     if not workspace.fits(problem.m, row_bytes(problem)):
         return None
 

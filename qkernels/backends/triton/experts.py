@@ -1,8 +1,10 @@
-"""Launches the kernels of mixtures of experts: slots sorted by expert, then one product for all of them.
+"""Launches the kernels of mixtures of experts: slots sorted by expert, then one product for all of
+them.
 
-A call is two launches, a whole layer five, and everything they allocate has a size that the shapes alone
-tell: the host never waits for the device, and a CUDA graph may hold it all. Where activations are quantized
-and their codes would take more than the workspace, tokens go by slices, for which that is done one by one.
+A call is two launches, a whole layer five, and everything they allocate has a size that the shapes
+alone tell: the host never waits for the device, and a CUDA graph may hold it all. Where activations
+are quantized and their codes would take more than the workspace, tokens go by slices, for which
+that is done one by one.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ _BLOCK = 1024
 
 
 class Sorted(NamedTuple):
-    """Slots by expert, as triton_kernels/experts.py has them. Products with the same ids and block_m share it."""
+    """Slots by expert, as triton_kernels/experts.py has them. Products with the same ids and
+    block_m share it.
+    """
 
     slots: Tensor
     experts: Tensor
@@ -39,7 +43,9 @@ class Sorted(NamedTuple):
 
 
 def obstacle(problem: Problem, layout: str) -> str | None:
-    """What keeps the grouped kernel of a layout's family from a problem that the family takes, or None."""
+    """What keeps the grouped kernel of a layout's family from a problem that the family takes, or
+    None.
+    """
     fmt, params = formats.get(problem.format), dict(problem.params)
     if layout == layouts.WEIGHT_ONLY:
         traits = fmt.weight_only_traits(problem.shape, params)
@@ -87,7 +93,9 @@ def run(
     bias: Tensor | None,
     problem: Problem,
 ) -> Tensor:
-    """x (T, K) or (T, top_k, K), ids (T, top_k), weights (T, top_k), bias (E, N) -> y (T, top_k, N)."""
+    """x (T, K) or (T, top_k, K), ids (T, top_k), weights (T, top_k), bias (E, N) -> y (T, top_k,
+    N).
+    """
     config = tabled(problem)
     y = torch.empty(*ids.shape, experts.shape[0], dtype=x.dtype, device=x.device)
 
@@ -109,8 +117,8 @@ def row_bytes(problem: Problem) -> int:
 
 
 class Layer(Replays):
-    """`fused` for some experts, activation, and operands of one shape: the second call is recorded, the others
-    are replayed."""
+    """`fused` for some experts, activation, and operands of one shape: the second call is recorded,
+    the others are replayed."""
 
     def __init__(self, activation: str, problems: tuple[Problem, Problem]) -> None:
         super().__init__(Replay)
@@ -137,8 +145,8 @@ def fused(
     y: Tensor | None = None,
     work: Work = NOW,
 ) -> Tensor:
-    """x (T, K), weights and ids (T, top_k) -> y (T, N of down): gate_up, activation, down, weighted sum; into `y`
-    if it is given."""
+    """x (T, K), weights and ids (T, top_k) -> y (T, N of down): gate_up, activation, down, weighted
+    sum; into `y` if it is given."""
     if y is None:
         y = torch.empty(x.shape[0], down.shape[0], dtype=x.dtype, device=x.device)
     first, second = (tabled(problem) for problem in problems)
@@ -283,12 +291,15 @@ def _stride(tensor: Tensor) -> int:
 
 
 def _weight_only_arguments(experts: PackedExperts, problem: Problem) -> dict[str, Any]:
-    """Those that depend on the weights alone: the one-matrix kernel's, and a stride for each tensor."""
+    """Those that depend on the weights alone: the one-matrix kernel's, and a stride for each
+    tensor.
+    """
     assert experts.layout == layouts.WEIGHT_ONLY
     traits = weight_only.traits_of(problem)
     found = weight_only.arguments(experts.expert(0), traits)
     storage = experts.storage
-    # A pointer that is never read still has to be one: qdata stands in, as in `weight_only.arguments`.
+    # A pointer that is never read still has to be one: qdata stands in, as in
+    # `weight_only.arguments`.
     for argument, name in (
         ("qdata", "qdata"),
         ("qhigh", "qhigh"),

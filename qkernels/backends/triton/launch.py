@@ -1,8 +1,10 @@
-"""Launches kernels, and launches them again without asking triton each time what their arguments mean.
+"""Launches kernels, and launches them again without asking triton each time what their arguments
+mean.
 
-`kernel[grid](...)` costs the host tens of microseconds: it binds 40 arguments, derives the specialization
-and looks the compiled kernel up by it. Where all but a few addresses stay the same from call to call, the
-compiled kernels and their lists of arguments are kept, and a call only puts the addresses in.
+`kernel[grid](...)` costs the host tens of microseconds: it binds 40 arguments, derives the
+specialization and looks the compiled kernel up by it. Where all but a few addresses stay the same
+from call to call, the compiled kernels and their lists of arguments are kept, and a call only puts
+the addresses in.
 """
 
 from __future__ import annotations
@@ -17,14 +19,16 @@ from torch import Tensor
 
 from ..plan import Recording, Y, view
 
-#: rows of x up to which a program fetches its first PREFETCH_TILES of weights before it waits for x: where the
+#: rows of x up to which a program fetches its first PREFETCH_TILES of weights before it waits for
+#: x: where the
 #: weights' bytes are what a product waits for
 PREFETCH_ROWS, PREFETCH_TILES = 64, 4
 
 
 @lru_cache(maxsize=64)
 def pdl(device: torch.device) -> dict[str, bool]:
-    """Arguments with which a kernel starts before the one before it is done, where GPUs can (triton_kernels/pdl.py).
+    """Arguments with which a kernel starts before the one before it is done, where GPUs can
+    (triton_kernels/pdl.py).
 
     QKERNELS_PDL=0 in the environment turns that off.
     """
@@ -36,11 +40,12 @@ def pdl(device: torch.device) -> dict[str, bool]:
 
 @lru_cache(maxsize=16)
 def overtakes(arch: int) -> bool:
-    """Whether triton leaves a product that reads its first operand from registers under way while the decoding of
-    the next tile writes those, so that kernels have to wait for it (their WAIT).
+    """Whether triton leaves a product that reads its first operand from registers under way while
+    the decoding of the next tile writes those, so that kernels have to wait for it (their WAIT).
 
-    It does on sm_90 until 3.9 (triton-lang/triton issue 9433); an H200 gave sums off by 10^18. What it costs there
-    with 3.6: 4-bit products of 4,096 rows took 936 us without the wait, when they were right, and 1,112 with it.
+    It does on sm_90 until 3.9 (triton-lang/triton issue 9433); an H200 gave sums off by 10^18. What
+    it costs there with 3.6: 4-bit products of 4,096 rows took 936 us without the wait, when they
+    were right, and 1,112 with it.
     """
     triton = importlib.import_module("triton")
     return arch == 90 and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
@@ -64,8 +69,8 @@ class Launch:
         self.kernel, self.grid, self.fixed, self.slots = kernel, grid, fixed, slots
 
     def __call__(self, *tensors: Tensor) -> Any:
-        """Start the kernel through triton, on the current stream of the tensors' device, compiling it if need
-        be. Returns the compiled kernel; None from the interpreter."""
+        """Start the kernel through triton, on the current stream of the tensors' device, compiling
+        it if need be. Returns the compiled kernel; None from the interpreter."""
         with torch.cuda.device_of(tensors[0]):
             return self.kernel[self.grid](
                 **dict(zip(self.slots, tensors, strict=True)), **self.fixed
@@ -120,7 +125,9 @@ class Replay:
 
 
 class _Step:
-    """One kernel, or a transposing copy. compiled: None where it is started through torch or the interpreter."""
+    """One kernel, or a transposing copy. compiled: None where it is started through torch or the
+    interpreter.
+    """
 
     def __init__(
         self,

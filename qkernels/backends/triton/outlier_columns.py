@@ -1,7 +1,7 @@
 """Finds the outlier columns of LLM.int8() in all rows of x, before these are quantized by slices.
 
-An outlier in one row makes its column one of 16 bits in every row, so slices have to know of each other's.
-Reading all of x once more takes no scratch memory, unlike its codes.
+An outlier in one row makes its column one of 16 bits in every row, so slices have to know of each
+other's. Reading all of x once more takes no scratch memory, unlike its codes.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ def find(
     norm: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor:
-    """int32 (K + 1): the columns of what is quantized that have an element of at least `threshold`, in order, and
-    at K how many they are: what `eight_bit.quantize` of all rows has as `columns`, found with the same arithmetic.
+    """int32 (K + 1): the columns of what is quantized that have an element of at least `threshold`,
+    in order, and at K how many they are: what `eight_bit.quantize` of all rows has as `columns`,
+    found with the same arithmetic.
 
     x (M, K), up (M, K) and norm (K) as in `eight_bit.quantize`.
     """
@@ -66,7 +67,9 @@ def row_warps(block: int) -> int:
 
 
 def counter(elements: int, device: torch.device, work: Work = NOW) -> Tensor:
-    """int32 zeros, which the kernel leaves zero: the family's counters, where they are enough of them."""
+    """int32 zeros, which the kernel leaves zero: the family's counters, where they are enough of
+    them.
+    """
     if elements <= workspace.MAX_BLOCKS:
         return workspace.counters(device)
     return work.zeros((elements,), torch.int32, device)

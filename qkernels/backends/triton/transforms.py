@@ -1,4 +1,6 @@
-"""Launches the transforms around QuIP's weights: arguments from the kernel layout's `input.*`, `output.*`."""
+"""Launches the transforms around QuIP's weights: arguments from the kernel layout's `input.*`,
+`output.*`.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +36,11 @@ def before(
     few: bool,
     work: Work = NOW,
 ) -> Tensor:
-    """x (M, K) -> what the codes multiply, (M, K) in x's dtype; `vectors`: (M, whole tiles), in their order.
+    """x (M, K) -> what the codes multiply, (M, K) in x's dtype; `vectors`: (M, whole tiles), in
+    their order.
 
-    few: cut the transform as it suits few rows; the same for all slices of a product, and for every M in
-    batch-invariant mode, because it decides the order of sums.
+    few: cut the transform as it suits few rows; the same for all slices of a product, and for every
+    M in batch-invariant mode, because it decides the order of sums.
     """
     width = -(-x.shape[1] // tile_features(2)) * tile_features(2) if codebook else x.shape[1]
     # Tiles are multiplied whole, so what lies behind the last feature must be no NaN.

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 #: M from which x is gathered once, by a kernel of its own, instead of by every program (act-order)
 GATHER_ROWS = 17
-#: runs of a tile up to which sums are scaled instead of weights (H200, M = 16: bench/results/2026-11-27-h200)
+#: runs of a tile up to which sums are scaled instead of weights (H200, M = 16:
+#: bench/results/2026-11-27-h200)
 MOST_DOTS = 2
 #: M from which outliers read a transposed copy of x, whose rows then lie next to each other
 TRANSPOSE_ROWS = 64
@@ -33,11 +34,13 @@ def traits_of(problem: Problem) -> layout.WeightOnlyTraits:
 
 
 def sizes(traits: layout.WeightOnlyTraits) -> tuple[int, int, int, tuple[int, int]]:
-    """Of one tile, as `configs.fitted` wants them: features, packed bytes of a row, scratch bytes of a row, twice.
+    """Of one tile, as `configs.fitted` wants them: features, packed bytes of a row, scratch bytes
+    of a row, twice.
 
-    The scratch is read off compiled kernels (tests/kernels/test_shared_memory.py): high bits come as words of
-    their own, and go to the threads that hold the low ones by way of shared memory; so do decoded weights, 2 bytes
-    each, then and where a code is eight of them, but of these only a part for few rows.
+    The scratch is read off compiled kernels (tests/kernels/test_shared_memory.py): high bits come
+    as words of their own, and go to the threads that hold the low ones by way of shared memory; so
+    do decoded weights, 2 bytes each, then and where a code is eight of them, but of these only a
+    part for few rows.
     """
     high, features = (
         layout.high_words(traits.bits, traits.codebook),
@@ -52,8 +55,8 @@ def sizes(traits: layout.WeightOnlyTraits) -> tuple[int, int, int, tuple[int, in
 
 
 def family(traits: layout.WeightOnlyTraits) -> str:
-    """The name of its configurations: wide tiles hold more in registers, SpQR's real zero points yet more; codes of
-    a byte move twice as much."""
+    """The name of its configurations: wide tiles hold more in registers, SpQR's real zero points
+    yet more; codes of a byte move twice as much."""
     if traits.scaler == "two_level":
         return "weight_only.two_level"
     if traits.codebook:
@@ -131,8 +134,9 @@ def scaler_tensors(traits: layout.WeightOnlyTraits) -> tuple[str, ...]:
 def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
     """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout -> y (M, N).
 
-    Where x has to be copied, to gather, transpose or transform it, that is done for a slice of its rows
-    at a time. Every slice is computed as all rows together would be, so the results are the same bits.
+    Where x has to be copied, to gather, transpose or transform it, that is done for a slice of its
+    rows at a time. Every slice is computed as all rows together would be, so the results are the
+    same bits.
     """
     assert p.layout == layouts.WEIGHT_ONLY
     traits = traits_of(problem)
@@ -151,8 +155,8 @@ def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Te
 
 
 def bind(p: PackedWeight, problem: Problem) -> Recorded | None:
-    """`run` for this weight and problem alone: from its third call on it only starts kernels. None where the
-    rows go by slices."""
+    """`run` for this weight and problem alone: from its third call on it only starts kernels. None
+    where the rows go by slices."""
     traits = traits_of(problem)
     if not workspace.fits(problem.m, row_bytes(p, traits, problem)):
         return None
@@ -229,8 +233,8 @@ def _launch(
     held: int = 0,
     work: Work = NOW,
 ) -> None:
-    """The kernel on some rows of the problem. sparse_x: what outliers multiply. held: bytes of scratch memory
-    taken already."""
+    """The kernel on some rows of the problem. sparse_x: what outliers multiply. held: bytes of
+    scratch memory taken already."""
     from ...triton_kernels.weight_only import weight_only_gemm
 
     m, n = y.shape
@@ -271,8 +275,8 @@ def _launch(
 
 
 def folded(weight: dict[str, Any], config: configs.GemmConfig, problem: Problem) -> bool:
-    """Whether the runs of a tile go to columns of their own: where those that x leaves free of a dot's least
-    number suffice.
+    """Whether the runs of a tile go to columns of their own: where those that x leaves free of a
+    dot's least number suffice.
 
     Not in batch-invariant mode: it sums in another order.
     """
@@ -284,9 +288,11 @@ def folded(weight: dict[str, Any], config: configs.GemmConfig, problem: Problem)
 
 
 def scaled_after(weight: dict[str, Any], config: configs.GemmConfig, problem: Problem) -> bool:
-    """The kernel's POST_SCALE: also where there is but one dot a tile, so that its sums are taken out once.
+    """The kernel's POST_SCALE: also where there is but one dot a tile, so that its sums are taken
+    out once.
 
-    Not where a tile has many runs: with a dot for each of its four, q4_k took 1.2 times as long at M = 16 as with scaled weights.
+    Not where a tile has many runs: with a dot for each of its four, q4_k took 1.2 times as long at
+    M = 16 as with scaled weights.
     """
     if problem.batch_invariant:
         return config.post_scale
@@ -300,7 +306,8 @@ def _runs(weight: dict[str, Any]) -> int:
 
 
 def split_of(k_slices: int, blocks: int, config: configs.GemmConfig, held: int = 0) -> int:
-    """Programs along K: one a share, or one for all where the workspace or the counters would not do.
+    """Programs along K: one a share, or one for all where the workspace or the counters would not
+    do.
 
     held: bytes of the workspace that others have.
     """

@@ -1,4 +1,5 @@
-"""A strict reader of a GGUF file's header: every length is checked against the file before it is used.
+"""A strict reader of a GGUF file's header: every length is checked against the file before it is
+used.
 
     "GGUF"  u32 version  u64 tensors  u64 entries
     entries:  string key, u32 type, value          string = u64 length, bytes
@@ -61,7 +62,9 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """Metadata (scalars, strings and short arrays; a long array is given as its length) and tensors."""
+    """Metadata (scalars, strings and short arrays; a long array is given as its length) and
+    tensors.
+    """
 
     version: int
     metadata: dict[str, Any]
@@ -125,7 +128,8 @@ class _Reader:
             raise self.fail("version", "2 or 3", f"{version}{hint}")
         tensor_count = self.number("Q", "tensor count")
         entry_count = self.number("Q", "metadata count")
-        # The least a tensor or an entry takes: a count beyond that is no reason to loop or allocate.
+        # The least a tensor or an entry takes: a count beyond that is no reason to loop or
+        # allocate.
         for field, count, least in (("tensor", tensor_count, 32), ("metadata", entry_count, 13)):
             if count * least > self.size:
                 raise self.fail(

@@ -1,9 +1,11 @@
-"""A GGUF file's metadata as a transformers config: every key checked, none that matters passed over.
+"""A GGUF file's metadata as a transformers config: every key checked, none that matters passed
+over.
 
-One table says what each `<architecture>.` key must hold and which field it becomes. Sizes are compared with
-the tensors that the file really has, before anything is built. A key that would change what the model
-computes, and that transformers cannot express, is an error; so is one that nobody here has heard of.
-Source: ggml's docs/gguf.md; defaults and the meaning of scaling keys as in llama.cpp's model loader.
+One table says what each `<architecture>.` key must hold and which field it becomes. Sizes are
+compared with the tensors that the file really has, before anything is built. A key that would
+change what the model computes, and that transformers cannot express, is an error; so is one that
+nobody here has heard of. Source: ggml's docs/gguf.md; defaults and the meaning of scaling keys as
+in llama.cpp's model loader.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ _MOST = 2**31 - 1
 
 
 class Rule(NamedTuple):
-    """A key's type, the least and greatest value it may have, and the config's field if it is one's."""
+    """A key's type, the least and greatest value it may have, and the config's field if it is
+    one's.
+    """
 
     kind: type
     least: float = 0
@@ -40,7 +44,8 @@ class Rule(NamedTuple):
 
 
 class Mixture(NamedTuple):
-    """An architecture with experts: transformers' type of model, its field for their number, and other fields.
+    """An architecture with experts: transformers' type of model, its field for their number, and
+    other fields.
 
     fields: what llama.cpp computes whatever the metadata says.
     """
@@ -121,7 +126,9 @@ def architecture_of(path: Path, header: GgufHeader) -> str:
 
 
 def check_any_architecture(path: Path, header: GgufHeader) -> None:
-    """ValueError for counts that no model in this file can have; for architectures without rules of ours."""
+    """ValueError for counts that no model in this file can have; for architectures without rules of
+    ours.
+    """
     prefix = architecture_of(path, header) + "."
     weights = sum(math.prod(tensor.shape) for tensor in header.tensors)
     for key, given in header.metadata.items():
@@ -359,7 +366,9 @@ def _read_table(path: Path, tensor: GgufTensor, size: int) -> torch.Tensor:
 
 
 def rope_table(rope: dict[str, Any], size: int) -> torch.Tensor:
-    """What llama.cpp divides the rotary frequencies by for transformers' "llama3", float32 (size / 2)."""
+    """What llama.cpp divides the rotary frequencies by for transformers' "llama3", float32 (size /
+    2).
+    """
     exponents = torch.arange(0, size, 2, dtype=torch.float64) / size
     turns = (
         rope["original_max_position_embeddings"] * rope["rope_theta"] ** -exponents / (2 * math.pi)

@@ -1,8 +1,10 @@
-"""A GGUF file as a runnable model: packed tensors become QuantLinear and QuantEmbedding as they lie in the file.
+"""A GGUF file as a runnable model: packed tensors become QuantLinear and QuantEmbedding as they lie
+in the file.
 
-Nothing is dequantized but what is no matrix. Tensors are mapped, not read: pages come in when they are used.
-Llama's query and key rows lie in the file in the order ggml's rotary embedding wants, pairs beside each
-other; rows of packed bytes are put back in order exactly. Needs the package `gguf` (`pip install qkernels[gguf]`).
+Nothing is dequantized but what is no matrix. Tensors are mapped, not read: pages come in when they
+are used. Llama's query and key rows lie in the file in the order ggml's rotary embedding wants,
+pairs beside each other; rows of packed bytes are put back in order exactly. Needs the package
+`gguf` (`pip install qkernels[gguf]`).
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ def load_packed(
 ) -> PreTrainedModel:
     """The model in a GGUF file whose architecture is one of ARCHITECTURES.
 
-    dtype: of what is computed between quantized layers: norms, and rows of the embedding.
-    Raises ValueError naming the file and the tensor that is missing, of a wrong shape or an unknown type.
+    dtype: of what is computed between quantized layers: norms, and rows of the embedding. Raises
+    ValueError naming the file and the tensor that is missing, of a wrong shape or an unknown type.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -123,7 +125,8 @@ def _experts(
 
 
 def row_order(name: str, rows: int, config: Any) -> Tensor | None:
-    """Where in a Llama file each row of a query or key weight (or bias) lies, int64 (rows); None for others.
+    """Where in a Llama file each row of a query or key weight (or bias) lies, int64 (rows); None
+    for others.
 
     ggml's rotary embedding turns neighbours, transformers' the two halves of a head.
     """

@@ -1,4 +1,5 @@
-"""GGUF files: packed for the architectures of model.py, dequantized for others that transformers reads.
+"""GGUF files: packed for the architectures of model.py, dequantized for others that transformers
+reads.
 
 Needs the packages `gguf`, `transformers` and `accelerate` (`pip install qkernels[gguf]`).
 """
@@ -83,8 +84,8 @@ def load_dequantized(
 ) -> tuple[PreTrainedModel, Any]:
     """(model, tokenizer) of a GGUF file, every weight dequantized to `dtype` in plain nn.Linear.
 
-    Raises FileNotFoundError, or ValueError naming file and field on a damaged header, before anything
-    big is allocated, and for an architecture that transformers cannot read from GGUF.
+    Raises FileNotFoundError, or ValueError naming file and field on a damaged header, before
+    anything big is allocated, and for an architecture that transformers cannot read from GGUF.
     """
     path = Path(path).resolve()
     header = read_header(path)
@@ -117,7 +118,9 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
 
 
 def _dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with plain linears and embeddings; a head that shares the embedding's bytes stays tied."""
+    """The model with plain linears and embeddings; a head that shares the embedding's bytes stays
+    tied.
+    """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     weight = getattr(embedding, "weight", None)
     tied = weight is not None and weight is getattr(head, "weight", None)

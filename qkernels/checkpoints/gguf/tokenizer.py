@@ -1,7 +1,9 @@
-"""Tokenizers in GGUF metadata: checked before they are built, and written only if known for certain.
+"""Tokenizers in GGUF metadata: checked before they are built, and written only if known for
+certain.
 
     tokenizer.ggml.model   "gpt2": byte-level BPE, tokens and merges, split as `pre` says
-                           "llama": SentencePiece's BPE, tokens, scores and types; merges follow from scores
+                           "llama": SentencePiece's BPE, tokens, scores and types; merges follow
+                           from scores
 Source: ggml's docs/gguf.md and llama.cpp's vocabulary loader.
 """
 
@@ -92,7 +94,8 @@ _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-#: how a byte-level tokenizer cuts text before BPE, and whether whole words skip its merges -> llama.cpp's name
+#: how a byte-level tokenizer cuts text before BPE, and whether whole words skip its merges ->
+#: llama.cpp's name
 _BYTE_LEVEL: dict[tuple[Any, ...], str] = {
     (("bytes", True), False): "gpt-2",
     (("digits", True), ("bytes", True), False): "smollm",
@@ -165,7 +168,9 @@ def _steps(part: Any) -> list[dict[str, Any]]:
 
 
 def _pre_tokenizer(name: str, described: dict[str, Any]) -> str:
-    """llama.cpp's name for how a byte-level tokenizer cuts text. ValueError if it is not known to have one."""
+    """llama.cpp's name for how a byte-level tokenizer cuts text. ValueError if it is not known to
+    have one.
+    """
     rules: list[Any] = []
     for step in _steps(described.get("pre_tokenizer")):
         if step["type"] == "Digits":
@@ -201,7 +206,9 @@ def _add_sentencepiece(
     listed: list[tuple[str, int]],
     merges: list[Any],
 ) -> None:
-    """SentencePiece's BPE. llama.cpp merges the pair whose token has the best score: scores are the merges' order."""
+    """SentencePiece's BPE. llama.cpp merges the pair whose token has the best score: scores are the
+    merges' order.
+    """
     vocabulary, unknown = described["model"]["vocab"], described["model"].get("unk_token")
     prefix = _space_prefix(name, described)
     bytes_ = {f"<0x{byte:02X}>" for byte in range(256)}
@@ -226,7 +233,9 @@ def _add_sentencepiece(
 
 
 def _space_prefix(name: str, described: dict[str, Any]) -> bool:
-    """Whether text gets a space in front. ValueError unless spaces are treated as SentencePiece does."""
+    """Whether text gets a space in front. ValueError unless spaces are treated as SentencePiece
+    does.
+    """
     before, cuts = _steps(described.get("normalizer")), _steps(described.get("pre_tokenizer"))
     prepend = before[:1] == [{"type": "Prepend", "prepend": _SPACE}]
     rest = before[prepend:]
@@ -253,8 +262,8 @@ def _ranks(
 ) -> dict[str, int]:
     """Token -> place in the order in which merges make tokens. `whole` are those that none makes.
 
-    ValueError unless a token's merges lie together, and are all pairs of tokens that make it: only then
-    do merges by rank and by the token's score give the same.
+    ValueError unless a token's merges lie together, and are all pairs of tokens that make it: only
+    then do merges by rank and by the token's score give the same.
     """
     ranks: dict[str, int] = {}
     pairs: dict[str, set[str]] = {}
@@ -282,7 +291,9 @@ def _ranks(
 
 
 def _copy(writer: Any, source: Path, vocabulary: int) -> None:
-    """The tokenizer's entries of the file it was read from, which hold more than transformers keeps."""
+    """The tokenizer's entries of the file it was read from, which hold more than transformers
+    keeps.
+    """
     import gguf
 
     count = len(read_header(source, keep="tokenizer.").metadata.get(f"{PREFIX}tokens") or ())

@@ -1,7 +1,8 @@
-"""Writes a model as a GGUF file that llama.cpp reads: metadata, tokenizer, tensors as they are packed.
+"""Writes a model as a GGUF file that llama.cpp reads: metadata, tokenizer, tensors as they are
+packed.
 
-The container is the package `gguf`'s (`pip install qkernels[gguf]`). Rows of Llama's queries and keys are
-put in ggml's order on the way out, packed bytes and all.
+The container is the package `gguf`'s (`pip install qkernels[gguf]`). Rows of Llama's queries and
+keys are put in ggml's order on the way out, packed bytes and all.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ _KINDS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen
 def save(model: nn.Module, path: str | os.PathLike[str], tokenizer: Any = None) -> None:
     """Write `model` to a .gguf file, whole or not at all.
 
-    Linears may be in GGUF's types or plain; norms and biases become float32, other plain tensors keep 16
-    bits. Raises ValueError, naming it, for a layer in another format (`qkernels convert` changes it), an
-    architecture or a tokenizer that cannot be written.
+    Linears may be in GGUF's types or plain; norms and biases become float32, other plain tensors
+    keep 16 bits. Raises ValueError, naming it, for a layer in another format (`qkernels convert`
+    changes it), an architecture or a tokenizer that cannot be written.
     """
     import gguf
 
@@ -61,7 +62,9 @@ def write_out(writer: Any) -> None:
 
 
 def check(model: nn.Module, tokenizer: Any, format: str | None = None) -> None:
-    """ValueError if `save` would refuse this model once its linears are in `format`; nothing is written."""
+    """ValueError if `save` would refuse this model once its linears are in `format`; nothing is
+    written.
+    """
     import gguf
 
     from ...formats.gguf.recipes import RECIPES
@@ -95,7 +98,9 @@ def kind_of(model: nn.Module) -> str:
 
 # ---------------------------------------------------------------------- tensors
 def _tensors(model: nn.Module, architecture: str) -> list[tuple[str, Tensor, str | None]]:
-    """(name in the file, values or packed bytes, ggml type of packed bytes) of everything in the model."""
+    """(name in the file, values or packed bytes, ggml type of packed bytes) of everything in the
+    model.
+    """
     import gguf
 
     config: Any = model.config
@@ -220,7 +225,9 @@ _ROPE_PARAMETERS = {
 
 
 def _add_rope_scaling(writer: Any, config: Any, rope: dict[str, Any]) -> None:
-    """The scaling of positions, but for llama3's, which is a tensor. ValueError for one that GGUF has not."""
+    """The scaling of positions, but for llama3's, which is a tensor. ValueError for one that GGUF
+    has not.
+    """
     kind = rope.get("rope_type", "default")
     if kind not in _ROPE_PARAMETERS:
         raise ValueError(

@@ -1,9 +1,10 @@
 """What config.json may say, checked as JSON before transformers builds anything from it.
 
-A config class makes a list of as many items as there are layers, and two dictionaries of as many as there are labels;
-a model class, a buffer of as many rows as there are positions. So numbers that count are bounded here, and buffers
-where the model is built (model_config). A name of an attention implementation would choose the code that runs, from a
-repository of the hub even: the file has no say in that.
+A config class makes a list of as many items as there are layers, and two dictionaries of as many as
+there are labels; a model class, a buffer of as many rows as there are positions. So numbers that
+count are bounded here, and buffers where the model is built (model_config). A name of an attention
+implementation would choose the code that runs, from a repository of the hub even: the file has no
+say in that.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-#: of all objects and lists together, without quantization_config. A classifier has two per label, and there are
+#: of all objects and lists together, without quantization_config. A classifier has two per label,
+#: and there are
 #: some of 22,000.
 MAX_ITEMS = 262_144
 #: of a number that counts: layers, labels, heads, experts, ...
@@ -36,7 +38,8 @@ _IMPLEMENTATIONS = {
 #: whether a model gives tuples, which nobody here reads
 _OUTPUTS = "return_dict"
 _BACKBONE = "backbone"
-#: what transformers' shared code reads of any config. A class that does not declare it does not check it.
+#: what transformers' shared code reads of any config. A class that does not declare it does not
+#: check it.
 _SHARED: dict[str, tuple[type, ...]] = {
     "sliding_window": (int, type(None)),
     "attention_chunk_size": (int, type(None)),
@@ -87,10 +90,11 @@ def _walk(values: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
 
 
 def without_implementations(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` without the names of implementations of attention and experts, of nested configs, too.
+    """`values` without the names of implementations of attention and experts, of nested configs,
+    too.
 
-    What is plain ("flash_attention_2") is left out, so that transformers takes what suits this machine. ValueError
-    for a repository, which would be asked for code.
+    What is plain ("flash_attention_2") is left out, so that transformers takes what suits this
+    machine. ValueError for a repository, which would be asked for code.
     """
     kept: dict[str, Any] = {}
     for key, value in values.items():
@@ -120,10 +124,12 @@ def _each(path: Path, value: Any) -> Any:
 
 
 def check_fields(path: Path, kind: type, values: Mapping[str, Any]) -> None:
-    """ValueError for a value that the config class `kind` would take as it is, and that code fails with later.
+    """ValueError for a value that the config class `kind` would take as it is, and that code fails
+    with later.
 
-    transformers checks the types of the fields that a class declares, but not of those that all have. What is not
-    declared becomes an attribute, which shared code reads, or in whose way a method is.
+    transformers checks the types of the fields that a class declares, but not of those that all
+    have. What is not declared becomes an attribute, which shared code reads, or in whose way a
+    method is.
     """
     from transformers import PreTrainedConfig
 

@@ -1,7 +1,7 @@
 """Modules of experts from files that hold the tensors of each expert by themselves.
 
-Gate, up and down may each be packed in a format of its own, all experts of a layer in the same. Packed weights are
-stacked as they are; experts that are all plain stay transformers' own module.
+Gate, up and down may each be packed in a format of its own, all experts of a layer in the same.
+Packed weights are stacked as they are; experts that are all plain stay transformers' own module.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ Weights = Mapping[tuple[int, str], Owned]
 class Source:
     """A model directory, and how it is loaded.
 
-    dtype: of plain tensors, None for the files'. around: safetensors' name of the dtype that plain linears must have
-    to be plain, None for any.
+    dtype: of plain tensors, None for the files'. around: safetensors' name of the dtype that plain
+    linears must have to be plain, None for any.
     """
 
     directory: Path
@@ -46,10 +46,12 @@ class Source:
 def load_experts(
     model: nn.Module, prefix: str, names: ExpertNames, weights: Weights, source: Source
 ) -> None:
-    """Put the experts of module `prefix` in place: QuantExperts if they are packed, else its parameters.
+    """Put the experts of module `prefix` in place: QuantExperts if they are packed, else its
+    parameters.
 
-    Raises ValueError naming the file and the tensor or module: for a missing expert or one too many, experts in
-    different formats, a bias that is not zero, or tensors that are no valid weight.
+    Raises ValueError naming the file and the tensor or module: for a missing expert or one too
+    many, experts in different formats, a bias that is not zero, or tensors that are no valid
+    weight.
     """
     module = model.get_submodule(prefix)
     packed = packed_experts(module, names, weights, source)
@@ -62,7 +64,9 @@ def load_experts(
 def packed_experts(
     module: nn.Module, names: ExpertNames, weights: Weights, source: Source
 ) -> QuantExperts | None:
-    """What takes the place of `module`; None if its experts are plain. ValueError as `load_experts`."""
+    """What takes the place of `module`; None if its experts are plain. ValueError as
+    `load_experts`.
+    """
     _check_present(module, names, weights, source)
     schemes = {role: _scheme(role, names, weights, source) for role in ROLES}
     if all(scheme is None for scheme in schemes.values()) and not _is_mixed(weights, source):
@@ -84,7 +88,8 @@ def packed_experts(
 
 
 def expert_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """(N, K) of an expert's gate, up and down in a module with gate_up_proj (E, 2 * I, K) and down_proj (E, N, I).
+    """(N, K) of an expert's gate, up and down in a module with gate_up_proj (E, 2 * I, K) and
+    down_proj (E, N, I).
 
     Empty if it has no such parameters.
     """
@@ -176,7 +181,9 @@ def _sixteen(tensors: Owned, source: Source) -> str:
 
 # ---------------------------------------------------------------------- plain
 def _is_mixed(weights: Weights, source: Source) -> bool:
-    """Whether plain experts are in 16 bits of another kind than what comes in, which only packed ones take."""
+    """Whether plain experts are in 16 bits of another kind than what comes in, which only packed
+    ones take.
+    """
     info = source.files.infos.get(weights[0, GATE].get("weight", ""))
     return source.around is not None and info is not None and info.dtype in ("F16", "BF16") and (
         info.dtype != source.around
@@ -184,7 +191,9 @@ def _is_mixed(weights: Weights, source: Source) -> bool:
 
 
 def _load_plain(module: nn.Module, names: ExpertNames, weights: Weights, source: Source) -> None:
-    """Fill the module's parameters, gate_up_proj (E, 2 * I, K) and down_proj (E, N, I), on their device."""
+    """Fill the module's parameters, gate_up_proj (E, 2 * I, K) and down_proj (E, N, I), on their
+    device.
+    """
     own = dict(module.named_parameters(recurse=False))
     if not expert_shapes(module):
         raise ValueError(

@@ -32,9 +32,10 @@ Owned = dict[str, str]
 class Inventory:
     """Whose the files' tensors are, by transformers' names of modules.
 
-    layers: linears, embeddings, and what has a packed matrix besides. experts: modules of experts -> (expert, "gate", "up" or "down") -> one weight's.
-    place: name in the files -> such a module. parts: name in the files -> the names of all that make one tensor of
-    transformers', in order, and which.
+    layers: linears, embeddings, and what has a packed matrix besides. experts: modules of experts
+    -> (expert, "gate", "up" or "down") -> one weight's. place: name in the files -> such a module.
+    parts: name in the files -> the names of all that make one tensor of transformers', in order,
+    and which.
     """
 
     def __init__(self, model: nn.Module, files: TensorFiles) -> None:
@@ -99,14 +100,17 @@ def stored_module(names: Owned) -> str:
 
 
 def owned_tensors(model: nn.Module, files: TensorFiles) -> dict[str, Owned]:
-    """Module's name -> {tensor name within it: name in the file}, for the linears and embeddings in the files."""
+    """Module's name -> {tensor name within it: name in the file}, for the linears and embeddings in
+    the files.
+    """
     return Inventory(model, files).layers
 
 
 def scheme_of(names: Owned, files: TensorFiles, plan: Plan, kinds: Kinds = LINEAR) -> Scheme | None:
     """How a weight is quantized; None if the files hold a plain one, whatever the config says.
 
-    kinds: of the module. The config speaks of modules as the files call them. Raises ValueError if they hold packed tensors that the config says nothing of.
+    kinds: of the module. The config speaks of modules as the files call them. Raises ValueError if
+    they hold packed tensors that the config says nothing of.
     """
     packed = sorted(set(names) - {"weight", "bias"})
     if not packed or plan.config is None:
@@ -159,8 +163,8 @@ def quantized_layer(
 ) -> QuantLinear | QuantEmbedding:
     """The packed weight of the linear or embedding `prefix` from the files, checked.
 
-    dtype: of an embedding's rows, and what the model computes in; None for the config's. ValueError names file
-    and module.
+    dtype: of an embedding's rows, and what the model computes in; None for the config's. ValueError
+    names file and module.
     """
     module = model.get_submodule(prefix)
     dtype = dtype or model.dtype  # type: ignore[assignment]

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 QUANTIZATION = "quantization_config"
-#: config.json's field for the file to load. transformers skips a `quant_method` that it does not know, with a
-#: warning, and would run our own directories on random weights. A name that is no file it refuses, and prints.
+#: config.json's field for the file to load. transformers skips a `quant_method` that it does not
+#: know, with a
+#: warning, and would run our own directories on random weights. A name that is no file it refuses,
+#: and prints.
 WEIGHTS = "transformers_weights"
 NOTE = "only qkernels reads these weights: import qkernels.integrations.transformers before from_pretrained"
 _OLD_KEY = "compression_config"
@@ -37,7 +39,8 @@ _SIZES = (
 _REQUIRED_FIELDS = ("hidden_size", "num_hidden_layers", "vocab_size")
 #: bytes of what a model computes once: masks and tables of positions
 _MAX_BUFFERS = 2**31
-#: made while a model is built that has none in its files; numbers in tables of positions, which are computed in Python
+#: made while a model is built that has none in its files; numbers in tables of positions, which are
+#: computed in Python
 _MORE_TENSORS, _MORE_NUMBERS = 20_000, 1 << 22
 #: where AutoGPTQ and AutoAWQ kept their config before config.json had a place for it
 _OLD_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
@@ -59,7 +62,8 @@ class NoExperts(TorchFunctionMode):
 def skeleton(directory: Path, files: TensorFiles) -> tuple[PreTrainedModel, Plan]:
     """(model on the meta device with plain linears, what is quantized) as config.json describes it.
 
-    Raises ValueError for sizes that the tensors in `files` cannot have, before anything is made that big.
+    Raises ValueError for sizes that the tensors in `files` cannot have, before anything is made
+    that big.
     """
     from accelerate import init_empty_weights
 
@@ -106,8 +110,8 @@ class _Unsigned(TorchFunctionMode):
             raise _TooMuchError(
                 f"expected at most {self.most_tensors} tensors, as the files hold fewer, got more"
             )
-        # Of parameters alone: those of experts, of three dimensions, are never made (NoExperts), and buffers are
-        # looked at when all are there.
+        # Of parameters alone: those of experts, of three dimensions, are never made (NoExperts),
+        # and buffers are looked at when all are there.
         if func is torch.empty and made.dim() < 3:
             self.numbers -= made.numel()
         if self.numbers < 0:
@@ -122,8 +126,8 @@ class _TooMuchError(ValueError):
 
 
 def _try_on_meta(where: str, kind: Any, config: Any, files: TensorFiles) -> None:
-    """Build the model without memory first. ValueError if it has far more tensors than the files, or buffers, which
-    are really there later, that no model has."""
+    """Build the model without memory first. ValueError if it has far more tensors than the files,
+    or buffers, which are really there later, that no model has."""
     try:
         with torch.device("meta"), _Unsigned(files):
             model = kind._from_config(copy.deepcopy(config))
@@ -148,7 +152,9 @@ def without_weights(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def transposed_layers(model: nn.Module) -> set[str]:
-    """Names of the layers that the model's class makes as transformers' Conv1D, whose weight is (K, N): GPT-2's."""
+    """Names of the layers that the model's class makes as transformers' Conv1D, whose weight is (K,
+    N): GPT-2's.
+    """
     from transformers import PreTrainedModel
     from transformers.pytorch_utils import Conv1D
 
@@ -163,7 +169,8 @@ def transposed_layers(model: nn.Module) -> set[str]:
 
 
 def _model_class(where: str, config: Any) -> Any:
-    """The class that `architectures` names; the causal language model of this type if it names none known.
+    """The class that `architectures` names; the causal language model of this type if it names none
+    known.
 
     ValueError if there is neither.
     """
@@ -212,8 +219,9 @@ def _check_sizes(where: str, config: Any, files: TensorFiles) -> None:
 def _quantization(path: Path, values: dict[str, Any]) -> dict[str, Any] | None:
     """Take the `quantization_config` out of a config.json's `values`.
 
-    Some models of several parts have it in their `text_config`. compressed-tensors called it `compression_config` in
-    2024, at first with a `quantization_config` and a `sparsity_config` inside it, and method "sparseml".
+    Some models of several parts have it in their `text_config`. compressed-tensors called it
+    `compression_config` in 2024, at first with a `quantization_config` and a `sparsity_config`
+    inside it, and method "sparseml".
     """
     text = values.get("text_config")
     inner = text.pop(QUANTIZATION, None) if isinstance(text, dict) else None

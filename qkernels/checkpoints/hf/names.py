@@ -1,9 +1,10 @@
 """What transformers calls a model's tensors, and what files call them.
 
-Files keep the names of each architecture's first code, Mixtral's `block_sparse_moe.experts.3.w1`, where transformers
-has one parameter, `mlp.experts.gate_up_proj`, for all experts. It says itself which names go where
-(transformers.conversion_mapping). That is followed here by modules, because packed weights come in tensors that it
-does not know. Where it says nothing of experts they are called gate_proj, up_proj and down_proj.
+Files keep the names of each architecture's first code, Mixtral's `block_sparse_moe.experts.3.w1`,
+where transformers has one parameter, `mlp.experts.gate_up_proj`, for all experts. It says itself
+which names go where (transformers.conversion_mapping). That is followed here by modules, because
+packed weights come in tensors that it does not know. Where it says nothing of experts they are
+called gate_proj, up_proj and down_proj.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from ...nn.embedding import QuantEmbedding
 from ...nn.experts import DOWN, GATE, LEAVES, UP, QuantExperts, expert_modules, routers
 from ...nn.linear import QuantLinear, computes_otherwise, is_linear
 
-#: transformers' operations on tensors of single experts -> what it makes of them, and of whose tensors
+#: transformers' operations on tensors of single experts -> what it makes of them, and of whose
+#: tensors
 _MERGES = {
     ("MergeModulelist", "Concatenate"): ("gate_up_proj", (GATE, UP)),
     ("MergeModulelist",): ("down_proj", (DOWN,)),
@@ -30,7 +32,8 @@ _DIGITS = 6
 class ExpertNames:
     """What files call the weights of one module of experts.
 
-    stored: the module itself. leaves: "gate", "up", "down" -> their names. mapped: whether transformers says so.
+    stored: the module itself. leaves: "gate", "up", "down" -> their names. mapped: whether
+    transformers says so.
     """
 
     stored: str
@@ -43,7 +46,9 @@ class ExpertNames:
 
 @dataclass(frozen=True)
 class Part:
-    """Which part of transformers' tensor `whole` a file's tensor is: of `count`, one behind another along `dim`."""
+    """Which part of transformers' tensor `whole` a file's tensor is: of `count`, one behind another
+    along `dim`.
+    """
 
     whole: str
     index: int
@@ -117,15 +122,18 @@ class Names:
 
     # ------------------------------------------------------------------ of files
     def layer_of(self, name: str) -> str | None:
-        """The module whose matrix a tensor belongs to by its name, as transformers has both: a linear, an embedding,
-        or, unless it is a tensor of transformers', what has a matrix besides (a router)."""
+        """The module whose matrix a tensor belongs to by its name, as transformers has both: a
+        linear, an embedding, or, unless it is a tensor of transformers', what has a matrix besides
+        (a router)."""
         prefix = _prefix(name, self._layers)
         return (
             prefix if prefix is not None or name in self._tensors else _prefix(name, self._matrices)
         )
 
     def has_matrix_of_its_own(self, prefix: str) -> bool:
-        """Whether the module computes with a matrix in a way of its own, so that no layer of ours can stand in."""
+        """Whether the module computes with a matrix in a way of its own, so that no layer of ours
+        can stand in.
+        """
         return prefix in self._matrices
 
     def matrix_of(self, name: str) -> str | None:
@@ -134,7 +142,9 @@ class Names:
         return prefix if prefix != name and prefix in self._matrices else None
 
     def experts_of(self, name: str) -> str | None:
-        """The module of experts that a tensor belongs to, as transformers has both; None for its own parameters."""
+        """The module of experts that a tensor belongs to, as transformers has both; None for its
+        own parameters.
+        """
         return None if name in self._tensors else _prefix(name, self.experts)
 
     def has(self, name: str) -> bool:
@@ -142,7 +152,9 @@ class Names:
         return name in self._tensors or self.layer_of(name) is not None
 
     def of_file(self, name: str) -> str:
-        """transformers' name of the tensor that files call `name`, or that name itself if it leads nowhere."""
+        """transformers' name of the tensor that files call `name`, or that name itself if it leads
+        nowhere.
+        """
         if self.has(name):
             return name
         renamed = _apply(self._renamings, name)
@@ -182,7 +194,9 @@ class Names:
         return self._written(name) if any(own.mapped for own in self.experts.values()) else name
 
     def parts(self, name: str) -> list[tuple[str, Part]]:
-        """The files' names of the equal parts that they keep transformers' tensor `name` in; empty if it is one."""
+        """The files' names of the equal parts that they keep transformers' tensor `name` in; empty
+        if it is one.
+        """
         if not any(own.mapped for own in self.experts.values()):
             return []
         for converter in self._converters:
@@ -208,7 +222,9 @@ class Names:
 
 
 def own_forward(module: nn.Module) -> bool:
-    """Whether it is a linear or an embedding and more, so that no other can stand in: a scaled embedding, say."""
+    """Whether it is a linear or an embedding and more, so that no other can stand in: a scaled
+    embedding, say.
+    """
     if isinstance(module, nn.Linear):
         return computes_otherwise(module)
     return isinstance(module, nn.Embedding) and type(module).forward is not nn.Embedding.forward
@@ -235,7 +251,9 @@ def _apply(renamings: Sequence[Any], name: str) -> str:
 
 
 def _transforms(model: nn.Module) -> tuple[list[Any], list[Any]]:
-    """transformers' renamings and converters for `model`; none from versions that have no such list."""
+    """transformers' renamings and converters for `model`; none from versions that have no such
+    list.
+    """
     try:
         from transformers import PreTrainedModel
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -251,6 +269,8 @@ def _transforms(model: nn.Module) -> tuple[list[Any], list[Any]]:
 
 
 def _reversed(renamings: Sequence[Any]) -> list[Any]:
-    """From transformers' names to those of files. Prefixes that files may have or not are left as they are."""
+    """From transformers' names to those of files. Prefixes that files may have or not are left as
+    they are.
+    """
     kept = [r for r in reversed(renamings) if type(r).__name__ != "PrefixChange"]
     return [renaming.reverse_transform() for renaming in kept]

@@ -1,7 +1,8 @@
 """Regular expressions and lists of names from a `quantization_config`, matched in a bounded time.
 
-A pattern that backtracks without end ("(?:[a-z.]+)+!") would keep a loader busy for hours. So patterns are checked by
-`re`, whose language the field's tools use, and run by `regex`, which has the same language and a time limit.
+A pattern that backtracks without end ("(?:[a-z.]+)+!") would keep a loader busy for hours. So
+patterns are checked by `re`, whose language the field's tools use, and run by `regex`, which has
+the same language and a time limit.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ _ALONE = re.compile(r"\\[1-9gk]|\(\?(?![:=!]|<[=!])")
 _MAX_PATTERN = 1000
 #: of a{n} within b{m} there are n * m in memory, once compiled
 _MAX_COUNTS = 20_000
-#: what a text without escapes says of counts: {3}, {1,3}, {,3}; `re` reads other braces as themselves, `regex` as
+#: what a text without escapes says of counts: {3}, {1,3}, {,3}; `re` reads other braces as
+#: themselves, `regex` as
 #: fuzzy matches
 _COUNTS = re.compile(r"(\)?)\{(\d*)(?:,(\d*))?\}")
 _PLAIN = re.compile(r"[A-Za-z0-9_.]+")
@@ -47,7 +49,9 @@ class Patterns:
             )
 
     def match(self, pattern: Pattern, name: str, tries: int = 1) -> bool:
-        """Whether it matches the beginning of `name`. tries: of patterns in it. ValueError if the time is up."""
+        """Whether it matches the beginning of `name`. tries: of patterns in it. ValueError if the
+        time is up.
+        """
         begin = time.thread_time()
         try:
             matched = pattern.compiled.match(name, timeout=self._left) is not None
@@ -58,7 +62,9 @@ class Patterns:
         return matched
 
     def compile(self, field: str, text: str) -> Pattern:
-        """A pattern. ValueError for none, one of more than 1000 characters, or one that repeats too much."""
+        """A pattern. ValueError for none, one of more than 1000 characters, or one that repeats too
+        much.
+        """
         if len(text) > _MAX_PATTERN:
             raise ValueError(
                 f"{field}: expected patterns of at most {_MAX_PATTERN} characters, got {len(text)}"
@@ -140,7 +146,9 @@ class Rules:
         return known
 
     def _union(self, begin: int) -> Pattern | None:
-        """What matches if one of _TOGETHER patterns does: most names match none. None if they do not go together."""
+        """What matches if one of _TOGETHER patterns does: most names match none. None if they do
+        not go together.
+        """
         if begin not in self._together:
             own = [pattern for _, pattern in self._patterns[begin : begin + _TOGETHER]]
             together = len(own) > 1 and not any(_ALONE.search(pattern.text) for pattern in own)
@@ -160,14 +168,15 @@ def _literal(text: str) -> str | None:
 
 
 class Skipped:
-    """Modules left alone, by entries as transformers reads them: by the first components of a name, in which an
-    entry is a pattern, or by the end of it, in which it is text."""
+    """Modules left alone, by entries as transformers reads them: by the first components of a name,
+    in which an entry is a pattern, or by the end of it, in which it is text."""
 
     def __init__(self, patterns: Patterns, field: str, entries: Iterable[str]) -> None:
         self._ends = set(entries)
         self._lengths = sorted({len(entry) for entry in self._ends})
         self._patterns = Rules(patterns)
-        #: entries without special characters: length -> places of dots, which match any character -> the rest
+        #: entries without special characters: length -> places of dots, which match any character
+        #: -> the rest
         self._plain: dict[int, dict[tuple[int, ...], set[str]]] = {}
         for entry in dict.fromkeys(entries):
             if _PLAIN.fullmatch(entry):

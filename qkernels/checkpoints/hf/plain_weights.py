@@ -1,6 +1,8 @@
-"""Packed matrices of modules that compute with a plain `weight` in a way of their own: routers, scaled embeddings.
+"""Packed matrices of modules that compute with a plain `weight` in a way of their own: routers,
+scaled embeddings.
 
-No layer of ours can stand in for them. Routers are small, so their weight is dequantized when it is loaded.
+No layer of ours can stand in for them. Routers are small, so their weight is dequantized when it is
+loaded.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ def load_dequantized(
 ) -> None:
     """Put the values of the packed weight in the files into `module.weight`, in `dtype`.
 
-    names: tensor's name within the module `prefix` -> in the files. ValueError, naming file and module, if they are
-    no valid weight.
+    names: tensor's name within the module `prefix` -> in the files. ValueError, naming file and
+    module, if they are no valid weight.
     """
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
@@ -65,7 +67,9 @@ def warn_dequantized(prefixes: list[str]) -> None:
 
 
 def repeats_constant(model: nn.Module, name: str, tensor: Tensor) -> bool:
-    """Whether the tensor is what the model computes itself: compressed-tensors writes buffers that others do not."""
+    """Whether the tensor is what the model computes itself: compressed-tensors writes buffers that
+    others do not.
+    """
     prefix, _, leaf = name.rpartition(".")
     try:
         module = model.get_submodule(prefix)

@@ -1,15 +1,17 @@
 """`quantization_config` of a whole model: which linear is in which format, read and written.
 
-A format reads a config that says one thing of all linears (`Format.from_hf_config`). Most methods add
-exceptions in a way of their own; here each is taken apart into such uniform configs and a rule that
-picks one by the linear's name:
+A format reads a config that says one thing of all linears (`Format.from_hf_config`). Most methods
+add exceptions in a way of their own; here each is taken apart into such uniform configs and a rule
+that picks one by the linear's name:
 
     gptq, awq, bitsandbytes, fp8    lists of modules left alone; entries match as in transformers
     gptq, awq (GPTQModel)           `dynamic`: "-:regex" leaves alone, "+:regex" overrides fields; first match
     compressed-tensors              `config_groups` with `targets`, and `ignore`; "re:" marks a regex, an exact
-                                    name goes before a regex, and a regex before a class of the module
+                                    name goes before a regex, and a regex before a class of the
+                                    module
     qkernels                        `groups`, each with `format`, `params` and the full names of its `modules`: our own,
-                                    for what no other method's config can say (GGUF's types, embeddings)
+                                    for what no other method's config can say (GGUF's types,
+                                    embeddings)
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ FIELD = "quantization_config"
 Config = Mapping[str, Any]
 #: names of a module's class and of those it is derived from
 Kinds = Collection[str]
-#: a module's name and kinds -> number of the uniform config that holds for it, None if it is left alone
+#: a module's name and kinds -> number of the uniform config that holds for it, None if it is left
+#: alone
 Pick = Callable[[str, Kinds], int | None]
 LINEAR: Kinds = ("Linear", "Module")
 EMBEDDING: Kinds = ("Embedding", "Module")
@@ -41,7 +44,8 @@ _SKIP_LISTS = ("modules_to_not_convert", "llm_int8_skip_modules", "ignored_layer
 _METHODS = "gptq, awq, bitsandbytes (4 or 8 bits), compressed-tensors (pack-quantized integers, int8 or float8) or fp8"
 #: the `quant_method` of our own config
 OWN = formats.base.OWN_METHOD
-#: methods whose readers put packed layers in the place of GPT-2's Conv1D; others leave it, on random weights
+#: methods whose readers put packed layers in the place of GPT-2's Conv1D; others leave it, on
+#: random weights
 _TRANSPOSED = ("gptq", "bitsandbytes", OWN)
 
 
@@ -56,7 +60,9 @@ class Plan:
     """What a `quantization_config` says of each linear of a model."""
 
     def __init__(self, where: str, config: Config | None) -> None:
-        """`where` goes before error messages. ValueError for a config no format reads, or a bad rule."""
+        """`where` goes before error messages. ValueError for a config no format reads, or a bad
+        rule.
+        """
         self.config = config
         self._where = where
         self.schemes: list[Scheme] = []
@@ -73,7 +79,8 @@ class Plan:
     def scheme(self, name: str, kinds: Kinds = LINEAR) -> Scheme | None:
         """Format and parameters of the module called `name`; None if it is left unquantized.
 
-        kinds: what config_groups may call it by, `kinds_of` the module. ValueError if that takes too long.
+        kinds: what config_groups may call it by, `kinds_of` the module. ValueError if that takes
+        too long.
         """
         try:
             index = self._pick(name, kinds)
@@ -85,8 +92,8 @@ class Plan:
 def kinds_of(module: nn.Module) -> Kinds:
     """Names of a module's classes, as compressed-tensors matches them.
 
-    It packs linears and embeddings alone. What is packed and neither, a router of today's transformers, was a linear
-    when it was packed, and goes by that name.
+    It packs linears and embeddings alone. What is packed and neither, a router of today's
+    transformers, was a linear when it was packed, and goes by that name.
     """
     names = {kind.__name__ for kind in type(module).__mro__ if issubclass(kind, nn.Module)}
     embedding = isinstance(module, (nn.Embedding, QuantEmbedding))
@@ -170,7 +177,8 @@ def _split_groups(config: Config) -> tuple[list[Config], Pick]:
         places |= {entry: (field, len(variants) - 1) for entry in _strings(field, entries)}
     if not variants:
         raise ValueError(f"{FIELD}.config_groups: expected a group with weights, got none")
-    # compressed-tensors' own order of those that match: names, then regexes, then classes, each sorted
+    # compressed-tensors' own order of those that match: names, then regexes, then classes, each
+    # sorted
     order = sorted(places, key=lambda entry: (entry.startswith("re:"), entry))
     targets = Rules(patterns)
     for place, entry in enumerate(order):
@@ -258,11 +266,12 @@ def describe(
     embeddings: Collection[str] = (),
     transposed: Collection[str] = (),
 ) -> dict[str, Any] | None:
-    """The `quantization_config` of a model whose quantized layers are `layers`; None if there are none.
+    """The `quantization_config` of a model whose quantized layers are `layers`; None if there are
+    none.
 
-    `skipped` are its plain linears. Of `layers`, `embeddings` are no linears, and `transposed` are those that the
-    model's class makes as Conv1D. Raises ValueError if layers differ in a way that no quantization method's config
-    can say.
+    `skipped` are its plain linears. Of `layers`, `embeddings` are no linears, and `transposed` are
+    those that the model's class makes as Conv1D. Raises ValueError if layers differ in a way that
+    no quantization method's config can say.
     """
     packed = {n: p for n, p in layers.items() if not formats.get(p.format).dense}
     skipped = skipped + [n for n in layers if n not in packed]

@@ -1,8 +1,8 @@
 """Hugging Face model directories: config.json with `quantization_config`, safetensors, tokenizer.
 
 Tensor names and config fields are the ecosystem's own; each Format knows its own fields
-(`to_hf_config`, `from_hf_config`) and names (`specs`). Nothing is downloaded; no pickle and no code from
-a directory is ever run. Needs `transformers` and `accelerate` (`pip install qkernels[hf]`).
+(`to_hf_config`, `from_hf_config`) and names (`specs`). Nothing is downloaded; no pickle and no code
+from a directory is ever run. Needs `transformers` and `accelerate` (`pip install qkernels[hf]`).
 """
 
 from __future__ import annotations
@@ -52,12 +52,13 @@ def load(
 ) -> PreTrainedModel:
     """The model in directory `path`, on `device`, in eval mode.
 
-    Layers whose packed tensors are in the files become QuantLinear and keep their bytes; everything else
-    is a plain module, in `dtype` if given and in the file's otherwise. Experts come from tensors of each by itself and
-    become QuantExperts if they are packed. Tensors are mapped and moved one at a time, so peak memory is the model and
-    one tensor, or the experts of one layer.
+    Layers whose packed tensors are in the files become QuantLinear and keep their bytes; everything
+    else is a plain module, in `dtype` if given and in the file's otherwise. Experts come from
+    tensors of each by itself and become QuantExperts if they are packed. Tensors are mapped and
+    moved one at a time, so peak memory is the model and one tensor, or the experts of one layer.
 
-    Raises FileNotFoundError or ValueError that names the file, the field or tensor, expected and found.
+    Raises FileNotFoundError or ValueError that names the file, the field or tensor, expected and
+    found.
     """
     directory = _model_directory(path)
     with TensorFiles(directory) as files:
@@ -125,7 +126,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
         raise ValueError(
             f"{directory}: expected tokenizer files ({_TOKENIZER_FILES[0]}, ...), found none"
         )
-    # transformers opens by itself what it likes of them, config.json included, and builds its config.
+    # transformers opens by itself what it likes of them, config.json included, and builds its
+    # config.
     for file in (*directory.iterdir(), *(directory / _TEMPLATES).glob("*")):
         if file.suffix in _TEXTS:
             check_regular(file, MAX_JSON_BYTES)

@@ -1,7 +1,8 @@
-"""What makes `model.save_pretrained` of a model with packed layers write what `qkernels.save_model` writes.
+"""What makes `model.save_pretrained` of a model with packed layers write what `qkernels.save_model`
+writes.
 
-transformers asks a model's `hf_quantizer`, if it has one, what to write. Models that are quantized or loaded here
-get one that answers from the layers as they are then.
+transformers asks a model's `hf_quantizer`, if it has one, what to write. Models that are quantized
+or loaded here get one that answers from the layers as they are then.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ class Saver(HfQuantizer):
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """All tensors under the files' names; sets the model's `quantization_config`, or removes it if all is plain.
+        """All tensors under the files' names; sets the model's `quantization_config`, or removes it
+        if all is plain.
 
-        ValueError for formats that only our own config describes: `save_model` adds a NOTE to config.json, without
-        which transformers would load them as random weights, and transformers' `save_pretrained` drops it.
+        ValueError for formats that only our own config describes: `save_model` adds a NOTE to
+        config.json, without which transformers would load them as random weights, and transformers'
+        `save_pretrained` drops it.
         """
         if getattr(model, "_hf_peft_config_loaded", False):  # then adapters alone are saved
             return None, {}

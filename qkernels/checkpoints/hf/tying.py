@@ -1,7 +1,8 @@
-"""Weights that a model's config ties together, as an output projection to the embeddings, and those of its file.
+"""Weights that a model's config ties together, as an output projection to the embeddings, and those
+of its file.
 
-The file wins: where it holds both, and they differ, both are kept, as transformers does it. Where it holds one of
-them, the other shares its weight, packed or plain.
+The file wins: where it holds both, and they differ, both are kept, as transformers does it. Where
+it holds one of them, the other shares its weight, packed or plain.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 def tie(model: PreTrainedModel, where: Path) -> None:
     """Tie what the config ties and the file at `where` does not hold twice with different values.
 
-    Weights that are still on the meta device are those that the file lacks. The config then says what is so.
+    Weights that are still on the meta device are those that the file lacks. The config then says
+    what is so.
     """
     remaining, kept, groups = False, [], _groups(model)
     for source, targets in groups.items():
@@ -54,8 +56,8 @@ def tie(model: PreTrainedModel, where: Path) -> None:
 
 
 def is_tied(model: PreTrainedModel) -> bool:
-    """Whether weights that its config ties, or its head and its embeddings, are one; of a model without a head what
-    its config says."""
+    """Whether weights that its config ties, or its head and its embeddings, are one; of a model
+    without a head what its config says."""
     head = getattr(output_embeddings(model), "weight", None)
     table = getattr(input_embeddings(model), "weight", None)
     if isinstance(head, torch.Tensor) and head is table:
@@ -122,7 +124,9 @@ def _share(model: nn.Module, name: str, other: str) -> bool:
 
 
 def put_in_place(model: nn.Module, prefix: str, source: Holder) -> None:
-    """Give the layer called `prefix` the packed weight of `source`, or its values where only those will do."""
+    """Give the layer called `prefix` the packed weight of `source`, or its values where only those
+    will do.
+    """
     module, packed = model.get_submodule(prefix), source.packed
     if own_forward(module):
         module.weight = nn.Parameter(packed.dequantize(source.dtype), requires_grad=False)

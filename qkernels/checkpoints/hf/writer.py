@@ -36,12 +36,12 @@ def save(
 ) -> None:
     """Write `model` (and `tokenizer`, if given) as the directory `path`.
 
-    All is written to a directory beside `path` that takes its name at the end, so `path` always holds the whole
-    model, the old one or the new one, even if the process is killed. An earlier save there is replaced. Weights above
-    `max_shard_bytes` are sharded.
+    All is written to a directory beside `path` that takes its name at the end, so `path` always
+    holds the whole model, the old one or the new one, even if the process is killed. An earlier
+    save there is replaced. Weights above `max_shard_bytes` are sharded.
 
-    Raises ValueError if the quantized layers differ in a way no `quantization_config` can say, or if `path` is a file
-    or holds something that is no saved model, and OSError if the disk is full.
+    Raises ValueError if the quantized layers differ in a way no `quantization_config` can say, or
+    if `path` is a file or holds something that is no saved model, and OSError if the disk is full.
     """
     from transformers import PreTrainedModel
 
@@ -70,7 +70,9 @@ def save(
 
 
 def _marks(quantized: dict[str, Any]) -> dict[str, Any]:
-    """What config.json says of quantization. Where only we read it, transformers is kept from trying: see NOTE."""
+    """What config.json says of quantization. Where only we read it, transformers is kept from
+    trying: see NOTE.
+    """
     note = {WEIGHTS: NOTE} if quantized["quant_method"] == quantization.OWN else {}
     return {QUANTIZATION: quantized, **note}
 
@@ -104,8 +106,9 @@ def quantization_config(model: PreTrainedModel, names: Names) -> tuple[dict[str,
 
     It calls modules as the files do.
 
-    compressed-tensors' config and our own can say that an embedding is packed. Beside linears of another method it
-    is written dequantized, in the dtype it computes in, so that the model stays the same function.
+    compressed-tensors' config and our own can say that an embedding is packed. Beside linears of
+    another method it is written dequantized, in the dtype it computes in, so that the model stays
+    the same function.
     """
     stored = names.module
     transposed = {stored(name) for name in transposed_layers(model)}
@@ -136,7 +139,9 @@ def matrices(model: nn.Module, names: Names) -> tuple[dict[str, PackedWeight], l
 
 
 def _packed_experts(model: nn.Module, names: Names) -> dict[str, PackedWeight]:
-    """The files' name of each expert's weight -> one that is in the same format with the same parameters."""
+    """The files' name of each expert's weight -> one that is in the same format with the same
+    parameters.
+    """
     found: dict[str, PackedWeight] = {}
     for prefix, module in model.named_modules():
         if isinstance(module, QuantExperts):
@@ -152,7 +157,9 @@ def _packed_experts(model: nn.Module, names: Names) -> dict[str, PackedWeight]:
 
 
 def _plain_in_mixtures(model: nn.Module, names: Names) -> list[str]:
-    """The files' names of what else is a matrix beside or among experts, but no linear layer: routers, plain experts."""
+    """The files' names of what else is a matrix beside or among experts, but no linear layer:
+    routers, plain experts.
+    """
     found = [
         names.module(name) for name, module in routers(model) if not isinstance(module, nn.Linear)
     ]
@@ -175,7 +182,9 @@ def _count(module: nn.Module) -> int:
 
 
 def _tied_head(model: PreTrainedModel) -> str | None:
-    """Name of a QuantLinear output projection that holds the same bytes as the QuantEmbedding, or None."""
+    """Name of a QuantLinear output projection that holds the same bytes as the QuantEmbedding, or
+    None.
+    """
     head, embedding = output_embeddings(model), input_embeddings(model)
     if not isinstance(head, QuantLinear) or not isinstance(embedding, QuantEmbedding):
         return None
@@ -193,7 +202,8 @@ def _tied_head(model: PreTrainedModel) -> str | None:
 def _stored_head(model: PreTrainedModel, packed: bool) -> str | None:
     """Name of a tied head of which the file holds only the embedding's tensors, or None.
 
-    A dequantized embedding is no packed head's weight, unless it is 16 bits wide in the first place.
+    A dequantized embedding is no packed head's weight, unless it is 16 bits wide in the first
+    place.
     """
     embedding = input_embeddings(model)
     if not isinstance(embedding, QuantEmbedding):
@@ -206,10 +216,11 @@ def _stored_head(model: PreTrainedModel, packed: bool) -> str | None:
 def stored_tensors(
     model: PreTrainedModel, names: Names, packed: bool, tied: str | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """(the files' name, tensor) of all that belongs in the file, a tied tensor under its first name only.
+    """(the files' name, tensor) of all that belongs in the file, a tied tensor under its first name
+    only.
 
-    packed: embeddings stay so. tied: a packed head to leave out. Layer by layer, so that the checkpoint's form of a prepacked weight exists
-    for one layer at a time.
+    packed: embeddings stay so. tied: a packed head to leave out. Layer by layer, so that the
+    checkpoint's form of a prepacked weight exists for one layer at a time.
     """
     seen: set[tuple[Any, ...]] = set()
     transposed = transposed_layers(model)

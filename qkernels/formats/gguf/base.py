@@ -1,11 +1,13 @@
 """GGUF's block types: `data`, uint8 (N, bytes per row), exactly the bytes of the file.
 
-A row is a run of blocks of 32 or 256 weights. A block is a run of fields: planes of codes, and scales.
+A row is a run of blocks of 32 or 256 weights. A block is a run of fields: planes of codes, and
+scales.
 
     q4_k, 144 bytes of 256 weights:  |d f16|dmin f16|scales: 12 bytes|qs: 128 bytes of nibbles|
 
-A type declares its fields, how each plane cuts its bytes into codes, and what its scales mean; reading,
-writing, checks and the kernels' layout follow from that. A plane of `bits` wide codes lies in runs:
+A type declares its fields, how each plane cuts its bytes into codes, and what its scales mean;
+reading, writing, checks and the kernels' layout follow from that. A plane of `bits` wide codes lies
+in runs:
 
     `run` bytes hold 8/bits runs of `run` weights, one above the other:
     run=16, bits=4:  byte j = weight j in the low nibble, weight j+16 in the high one
@@ -99,8 +101,8 @@ class GgufFormat(Format):
     def encode(self, x: Tensor, importance: Tensor | None, sigma2: Tensor) -> Fields:
         """Blocks (B, block) float32 -> the scales' fields, and "codes" uint8 (B, block).
 
-        importance: (B, block) weights of the input features, or None. sigma2: (B, 1), the mean of the
-        squares of each block's row of the matrix.
+        importance: (B, block) weights of the input features, or None. sigma2: (B, 1), the mean of
+        the squares of each block's row of the matrix.
         """
         raise NotImplementedError
 
@@ -140,7 +142,8 @@ class GgufFormat(Format):
         """The inverse of `split`: (B, block_bytes)."""
 
         def octets(field: Tensor) -> Tensor:
-            # By way of one dimension: a dimension of size 1 may have any stride and be called contiguous.
+            # By way of one dimension: a dimension of size 1 may have any stride and be called
+            # contiguous.
             return field.contiguous().flatten().view(torch.uint8).view(field.shape[0], -1)
 
         return torch.cat([octets(fields[f.name]) for f in self.fields], dim=1)
@@ -279,6 +282,7 @@ class GgufFormat(Format):
 def _as(part: Tensor, dtype: torch.dtype) -> Tensor:
     """Some columns of bytes (B, bytes) as numbers (B, items), contiguous.
 
-    Cloned: a cut of a single block counts as contiguous, with a stride and an offset that no number fits.
+    Cloned: a cut of a single block counts as contiguous, with a stride and an offset that no number
+    fits.
     """
     return part.clone(memory_format=torch.contiguous_format).view(dtype)

@@ -1,10 +1,12 @@
 """llama.cpp's mixtures of block types: which linear layer gets which.
 
-q4_k_m and q5_k_m give Q6_K to the layers that feel rounding most, the values and the feed-forward's way
-back in the first and last eighth of the blocks and in every third between. Rows that are no multiple of
-256 fall back to a type with blocks of 32, and those that are no multiple of 32 stay float16.
+q4_k_m and q5_k_m give Q6_K to the layers that feel rounding most, the values and the feed-forward's
+way back in the first and last eighth of the blocks and in every third between. Rows that are no
+multiple of 256 fall back to a type with blocks of 32, and those that are no multiple of 32 stay
+float16.
 
-Source: what llama.cpp's `llama-quantize` decides (release b11434). Its mixtures of experts are not covered.
+Source: what llama.cpp's `llama-quantize` decides (release b11434). Its mixtures of experts are not
+covered.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """How scales of GGUF blocks are searched for, many blocks at once: ggml's weighted objectives.
 
-x (..., n) float32 are the weights that share a scale, w (..., n) how much the square of each one's error
-counts; results have a last dimension of 1. Each search tries a few scales near the one that just spans
-the range, rounds, and takes the closed-form least-squares scale of those codes:
+x (..., n) float32 are the weights that share a scale, w (..., n) how much the square of each one's
+error counts; results have a last dimension of 1. Each search tries a few scales near the one that
+just spans the range, rounds, and takes the closed-form least-squares scale of those codes:
 
     symmetric   min sum w (x - s q)^2 over s;             q in [-half, half - 1]
     affine      min sum w (x - (s q - minus))^2 over s, minus >= 0;   q in [0, top]
     positive    as symmetric with q in [0, top], then single codes are changed while that helps
 
-Source: what llama.cpp's quantize functions minimize (ggml-quants.c, release b11434); rounding is half to
-even throughout.
+Source: what llama.cpp's quantize functions minimize (ggml-quants.c, release b11434); rounding is
+half to even throughout.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Scan(NamedTuple):
     absolute: bool = False
 
 
-#: without and with importance; with it, heavier weights inside may deserve a range much below the full
+#: without and with importance; with it, heavier weights inside may deserve a range much below the
+#: full
 COARSE = Scan(-1.0, 0.1, 20)
 FINE = Scan(-0.9, 0.1, 60)
 #: codes rounded anew with the best scale (and minimum), after the scan
@@ -192,7 +193,9 @@ def nearest(x: Tensor, table: tuple[float, ...]) -> Tensor:
 
 
 def table_scale(x: Tensor, w: Tensor, table: tuple[float, ...]) -> Tensor:
-    """(..., 1): the scale that maximizes (sum w x t)^2 / sum w t^2 over 15 around each spanning one."""
+    """(..., 1): the scale that maximizes (sum w x t)^2 / sum w t^2 over 15 around each spanning
+    one.
+    """
     values = torch.tensor(table, dtype=torch.float32, device=x.device)
     high = largest(x)
     live = high.abs() >= EPSILON

@@ -211,8 +211,8 @@ class Q4K(_AffineK):
     planes: ClassVar[tuple[Plane, ...]] = (Plane("qs", 4, 32),)
 
     def scales(self, fields: Fields) -> tuple[Tensor, Tensor]:
-        """Bytes 0-3 and 4-7: scales and minima 0-3 in the low six bits, the top two bits of those 4-7
-        above; bytes 8-11: the low four bits of scales (low nibble) and minima 4-7."""
+        """Bytes 0-3 and 4-7: scales and minima 0-3 in the low six bits, the top two bits of those
+        4-7 above; bytes 8-11: the low four bits of scales (low nibble) and minima 4-7."""
         a, b, c = fields["scales"].view(U8).view(-1, 3, 4).unbind(1)
         scale = torch.cat([a & 63, (c & 15) | ((a >> 6) << 4)], dim=1)
         minus = torch.cat([b & 63, (c >> 4) | ((b >> 6) << 4)], dim=1)
@@ -288,7 +288,9 @@ class Q3K(_SignedK):
         return d, steps
 
     def scales(self, fields: Fields) -> tuple[Tensor, None]:
-        """Bytes 0-7: the low nibbles of scales 0-7 and 8-15; bytes 8-11: the top two bits, four by four."""
+        """Bytes 0-7: the low nibbles of scales 0-7 and 8-15; bytes 8-11: the top two bits, four by
+        four.
+        """
         raw = fields["scales"].view(U8)
         low, high = raw[:, :8], raw[:, 8:]
         low = torch.cat([low & 15, low >> 4], dim=1)

@@ -3,7 +3,8 @@
     vllm serve DIR                              a directory of `qk.save_model` that names our own method
     vllm serve DIR --quantization qkernels      anybody's GPTQ, AWQ, bitsandbytes, compressed-tensors or FP8
 
-The package's entry point `vllm.general_plugins` calls `register`; nothing here is imported without vLLM.
+The package's entry point `vllm.general_plugins` calls `register`; nothing here is imported without
+vLLM.
 
     checkpoint.py   what a checkpoint's config and file headers say of each module   (no vLLM)
     loading.py      a checkpoint's weights -> the packed parts that one process holds (no vLLM)
@@ -16,7 +17,9 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Tell vLLM of the method. Called by vLLM in each of its processes; calling it again is harmless."""
+    """Tell vLLM of the method. Called by vLLM in each of its processes; calling it again is
+    harmless.
+    """
     from vllm.model_executor.layers.quantization import register_quantization_config
 
     from .checkpoint import NAME

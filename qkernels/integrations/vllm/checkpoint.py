@@ -1,4 +1,6 @@
-"""What a quantized checkpoint holds for each module: its config's word, and its files' where they are local."""
+"""What a quantized checkpoint holds for each module: its config's word, and its files' where they
+are local.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,8 @@ _CACHE = (
 class Checkpoint:
     """Schemes and tensors by module name.
 
-    config: the `quantization_config`. Without files (a model still to be downloaded) only the config is
-    known, and what is wrong with the tensors shows when they come.
+    config: the `quantization_config`. Without files (a model still to be downloaded) only the
+    config is known, and what is wrong with the tensors shows when they come.
     """
 
     def __init__(self, config: Mapping[str, Any], where: str = "config.json") -> None:
@@ -75,7 +77,9 @@ class Checkpoint:
         self._full, self._sorted = full, sorted(full)
 
     def names(self, module: str) -> dict[str, str]:
-        """{tensor's name within the module: name in the files}; empty if there are none, or no files."""
+        """{tensor's name within the module: name in the files}; empty if there are none, or no
+        files.
+        """
         found: dict[str, str] = {}
         begin = bisect_left(self._sorted, f"{module}.")
         for name in self._sorted[begin:]:
@@ -88,8 +92,8 @@ class Checkpoint:
     def scheme(self, module: str) -> Scheme | None:
         """Format and parameters of a module's weight; None if it is plain.
 
-        As in `qkernels.load_model`, the tensors decide where they are known. ValueError if they are packed
-        and the config says they are not.
+        As in `qkernels.load_model`, the tensors decide where they are known. ValueError if they are
+        packed and the config says they are not.
         """
         names = self.names(module)
         kinds = EMBEDDING if module.rpartition(".")[2] in _EMBEDDINGS else LINEAR
@@ -109,7 +113,9 @@ class Checkpoint:
         return bool(self.names(module))
 
     def packed_below(self, module: str) -> str | None:
-        """Name of a packed tensor in `module` or what is inside it, None if there is none (or no files)."""
+        """Name of a packed tensor in `module` or what is inside it, None if there is none (or no
+        files).
+        """
         begin = bisect_left(self._sorted, f"{module}.")
         for name in self._sorted[begin:]:
             if not name.startswith(f"{module}."):

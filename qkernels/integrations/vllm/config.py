@@ -1,4 +1,6 @@
-"""vLLM's interface to quantization methods (vllm.model_executor.layers.quantization, seen with 0.32)."""
+"""vLLM's interface to quantization methods (vllm.model_executor.layers.quantization, seen with
+0.32).
+"""
 
 from __future__ import annotations
 
@@ -121,7 +123,9 @@ class QKernelsConfig(QuantizationConfig):
 
 
 class _Method:
-    """What linears and vocabulary layers have in common: sources, their loading, and the parts at the end."""
+    """What linears and vocabulary layers have in common: sources, their loading, and the parts at
+    the end.
+    """
 
     def __init__(self, config: QKernelsConfig, names: list[str]) -> None:
         self.config, self.names = config, names
@@ -134,8 +138,9 @@ class _Method:
     def _expect(self, layer: nn.Module, sources: list[Source]) -> None:
         """Make the layer take these sources' tensors.
 
-        Both of vLLM's ways of loading find them: models that load module by module call `load_weights`,
-        others look up parameters by name; those are empty ones that go when all is loaded.
+        Both of vLLM's ways of loading find them: models that load module by module call
+        `load_weights`, others look up parameters by name; those are empty ones that go when all is
+        loaded.
         """
         device = torch.empty(0).device  # vLLM builds models under the device they go to
         layer.qkernels_sources = sources  # type: ignore[assignment]
@@ -248,7 +253,8 @@ class QKernelsVocabularyMethod(_Method, QuantizeMethodBase):
         self._expect(layer, [source])
 
     def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
-        layer.qkernels_tied = [embed_tokens]  # type: ignore[assignment]  # in a list: no child of the head
+        # in a list: no child of the head
+        layer.qkernels_tied = [embed_tokens]  # type: ignore[assignment]
         return layer
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:

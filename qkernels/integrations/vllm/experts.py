@@ -17,7 +17,8 @@ SHARDS = ("w1", "w2", "w3")
 
 
 def local_ids(ids: Tensor, expert_map: Tensor | None) -> Tensor:
-    """The router's ids (T, top_k) as those of this process's experts: -1 for experts of other processes.
+    """The router's ids (T, top_k) as those of this process's experts: -1 for experts of other
+    processes.
 
     expert_map: (experts of all processes,), each one's place here or -1; None if all are here.
     """
@@ -29,7 +30,8 @@ def local_ids(ids: Tensor, expert_map: Tensor | None) -> Tensor:
 
 
 def expert_tensor(name: str, leaves: Sequence[str]) -> tuple[int, str, str]:
-    """(expert, vLLM's shard id, tensor's name) of "3.up_proj.qweight". ValueError for a name of another form.
+    """(expert, vLLM's shard id, tensor's name) of "3.up_proj.qweight". ValueError for a name of
+    another form.
 
     leaves: what the checkpoint calls gate, down and up.
     """

@@ -1,10 +1,11 @@
-"""From a checkpoint's tensors to the packed parts that one process of a tensor-parallel group holds.
+"""From a checkpoint's tensors to the packed parts that one process of a tensor-parallel group
+holds.
 
-vLLM fuses layers (q, k and v; gate and up) and cuts them among processes. A fused layer here is a list of
-parts, each a packed weight of its own, because neighbours may differ in format, scales of a whole tensor, or
-double quantization, and nothing is requantized. A `Source` is one weight of the checkpoint and what this
-process needs of it. Tensors are kept as they come; when a source has all of its own it is checked by
-`qkernels.pack`, cut, moved to the device, and the rest is dropped.
+vLLM fuses layers (q, k and v; gate and up) and cuts them among processes. A fused layer here is a
+list of parts, each a packed weight of its own, because neighbours may differ in format, scales of a
+whole tensor, or double quantization, and nothing is requantized. A `Source` is one weight of the
+checkpoint and what this process needs of it. Tensors are kept as they come; when a source has all
+of its own it is checked by `qkernels.pack`, cut, moved to the device, and the rest is dropped.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ _DENSE = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows of a source that a process has: part `part` of `parts` of the `size` ones from `first` on."""
+    """Rows of a source that a process has: part `part` of `parts` of the `size` ones from `first`
+    on.
+    """
 
     first: int
     size: int
@@ -45,8 +48,8 @@ class Piece:
 class Source:
     """One weight of the checkpoint.
 
-    name: the module's. scheme: None for a plain weight. shape: (N, K) of the whole.
-    pieces: the rows of it that this process has, in order. columns: (index, count) of its input features.
+    name: the module's. scheme: None for a plain weight. shape: (N, K) of the whole. pieces: the
+    rows of it that this process has, in order. columns: (index, count) of its input features.
     wanted: names of its tensors if they are known beforehand.
     """
 
@@ -64,8 +67,8 @@ class Source:
     def check(self, tensors: Mapping[str, Tensor] | None) -> None:
         """ValueError, naming the module, if the weight cannot be served or cut as it is to be.
 
-        tensors: those of the files, mapped; their dtypes and shapes are looked at, values only where they
-        state parameters. None if they are not known.
+        tensors: those of the files, mapped; their dtypes and shapes are looked at, values only
+        where they state parameters. None if they are not known.
         """
         try:
             self._check(tensors)
@@ -124,7 +127,9 @@ class Source:
 
     # ------------------------------------------------------------------ while loading
     def add(self, own: str, tensor: Tensor, device: torch.device) -> None:
-        """Take a tensor of the checkpoint; finish if it is the last. ValueError if it is one too many."""
+        """Take a tensor of the checkpoint; finish if it is the last. ValueError if it is one too
+        many.
+        """
         if self.parts is not None or own in self.tensors:
             raise ValueError(f"{self.name}: {own}: expected to be loaded once, got it again")
         self.tensors[own] = tensor
@@ -132,7 +137,9 @@ class Source:
             self.finish(device)
 
     def finish(self, device: torch.device) -> list[PackedWeight]:
-        """The parts, on `device`; the checkpoint's tensors are dropped. ValueError if they are no valid weight."""
+        """The parts, on `device`; the checkpoint's tensors are dropped. ValueError if they are no
+        valid weight.
+        """
         if self.parts is None:
             try:
                 self.parts = self._parts(device)
@@ -162,7 +169,9 @@ def _owned(tensor: Tensor) -> Tensor:
 def source_of(
     checkpoint: Checkpoint, name: str, shape: tuple[int, int], pieces: Sequence[Piece], **more: Any
 ) -> Source:
-    """The source of the checkpoint's module `name`, checked. ValueError, naming it, if it cannot be served so."""
+    """The source of the checkpoint's module `name`, checked. ValueError, naming it, if it cannot be
+    served so.
+    """
     tensors = checkpoint.tensors(name)
     wanted = None if tensors is None else frozenset(tensors)
     source = Source(name, checkpoint.scheme(name), shape, pieces, wanted=wanted, **more)
@@ -179,8 +188,9 @@ def layer_pieces(
 ) -> list[tuple[int, Piece]]:
     """(rows in the checkpoint, this process's piece of them) of each of a layer's fused outputs.
 
-    partitions: output features of this process. output_size: in sum of all processes. replicas: processes
-    that share a part of each output but the first (key and value heads fewer than processes).
+    partitions: output features of this process. output_size: in sum of all processes. replicas:
+    processes that share a part of each output but the first (key and value heads fewer than
+    processes).
     """
     count = max(1, output_size // sum(partitions))
     found = []

@@ -43,12 +43,16 @@ def experts_method(
 
 
 class QKernelsMoEMethod(FusedMoEMethodBase):
-    """Experts in any storage format, all of a layer in one; gate, up and down may each have its own."""
+    """Experts in any storage format, all of a layer in one; gate, up and down may each have its
+    own.
+    """
 
     def __init__(
         self, layer: RoutedExperts, prefix: str, names: list[dict[str, str]], checkpoint: Checkpoint
     ) -> None:
-        """names: of each expert's modules by vLLM's shard ids. ValueError, naming the layer, if it is not served."""
+        """names: of each expert's modules by vLLM's shard ids. ValueError, naming the layer, if it
+        is not served.
+        """
         super().__init__(layer.moe_config)
         self.prefix, self.names, self.checkpoint = prefix, names, checkpoint
         self.invariant = True if envs.VLLM_BATCH_INVARIANT else None
@@ -116,7 +120,9 @@ class QKernelsMoEMethod(FusedMoEMethodBase):
         self._expect(layer, found)
 
     def _expect(self, layer: RoutedExperts, sources: dict[tuple[int, str], Source]) -> None:
-        """Make the layer take these sources' tensors, in both of vLLM's ways of loading (as `config._Method`)."""
+        """Make the layer take these sources' tensors, in both of vLLM's ways of loading (as
+        `config._Method`).
+        """
         device = torch.empty(0).device  # vLLM builds models under the device they go to
         layer.qkernels_sources = sources
         leaves = [
@@ -198,7 +204,8 @@ class QKernelsMoEMethod(FusedMoEMethodBase):
         shared_experts: Any = None,
         shared_experts_input: Tensor | None = None,
     ) -> Tensor:
-        """x (T, K), topk_weights and topk_ids (T, top_k) -> (T, K): what this process's experts add.
+        """x (T, K), topk_weights and topk_ids (T, top_k) -> (T, K): what this process's experts
+        add.
 
         Shared experts are run by vLLM's runner, whose business the sum over processes is, too.
         """

@@ -1,10 +1,12 @@
-"""Real vLLM on the CPU with our plugin against our own `load_model`: run.sh makes the environment and runs this.
+"""Real vLLM on the CPU with our plugin against our own `load_model`: run.sh makes the environment
+and runs this.
 
-Each case quantizes a model, writes the directory, and asks both for greedy tokens of the same prompts in the same
-dtype; a float32 case passes if they are equal token by token. In bfloat16 two programs round differently, plain
-weights included (the control), so there the first token that differs must be a near-tie in our own logits. Also
-counted are the bytes that vLLM's model holds: packed weights must be the only copy. Then bad input must be
-refused before weights load, and one HTTP request goes to `vllm serve`.
+Each case quantizes a model, writes the directory, and asks both for greedy tokens of the same
+prompts in the same dtype; a float32 case passes if they are equal token by token. In bfloat16 two
+programs round differently, plain weights included (the control), so there the first token that
+differs must be a near-tie in our own logits. Also counted are the bytes that vLLM's model holds:
+packed weights must be the only copy. Then bad input must be refused before weights load, and one
+HTTP request goes to `vllm serve`.
 
     python -m tests.integrations.vllm.end_to_end [--cases NAME,...] [--skip-real] [--skip-server]
 """
@@ -25,7 +27,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-# One thread, bound nowhere: the models are tiny, and threads that wait for each other's cores take minutes.
+# One thread, bound nowhere: the models are tiny, and threads that wait for each other's cores take
+# minutes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -58,12 +61,13 @@ NEAR = 0.02
 
 @dataclass(frozen=True)
 class Case:
-    """asked: whether `quantization="qkernels"` must be said, because vLLM has a method of the checkpoint's.
-    alone: prompts go one at a time; LLM.int8()'s outlier columns are those of all rows of a batch.
-    batch_invariant: our layers see vLLM's switch on (the rest of that mode of vLLM's needs a GPU). skip: modules left alone. head: the output projection is
-    packed, too, and not tied. moe: a mixture of experts, mixtral or qwen3_moe, against transformers with the same
-    values dequantized (our own load_model reads no such files). down: format of the experts' down projections.
-    parallel: whether processes have some experts each, not a part of each expert.
+    """asked: whether `quantization="qkernels"` must be said, because vLLM has a method of the
+    checkpoint's. alone: prompts go one at a time; LLM.int8()'s outlier columns are those of all
+    rows of a batch. batch_invariant: our layers see vLLM's switch on (the rest of that mode of
+    vLLM's needs a GPU). skip: modules left alone. head: the output projection is packed, too, and
+    not tied. moe: a mixture of experts, mixtral or qwen3_moe, against transformers with the same
+    values dequantized (our own load_model reads no such files). down: format of the experts' down
+    projections. parallel: whether processes have some experts each, not a part of each expert.
     """
 
     name: str
@@ -206,14 +210,18 @@ def ours(
 
 @torch.no_grad()
 def near_tie(model: Any, prompt: list[int], want: list[int], found: list[int]) -> float:
-    """How much less our logits give the first token that differs than the best, over the largest of them."""
+    """How much less our logits give the first token that differs than the best, over the largest of
+    them.
+    """
     same = next(i for i, (a, b) in enumerate(zip(want, found, strict=True)) if a != b)
     logits = model(torch.tensor([prompt + want[:same]])).logits[0, -1].float()
     return float((logits.max() - logits[found[same]]) / logits.abs().max())
 
 
 def _bytes(model: torch.nn.Module) -> int:
-    """Bytes of weights: parameters and buffers, shared memory once, tables of the rotary embedding left out."""
+    """Bytes of weights: parameters and buffers, shared memory once, tables of the rotary embedding
+    left out.
+    """
     seen: dict[int, int] = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if "rotary" not in name and "cos_sin" not in name:
@@ -251,7 +259,9 @@ def invariant_layers(model: torch.nn.Module) -> bool:
 def theirs(
     case: Case, directory: Path, texts: list[list[int]], count: int
 ) -> tuple[list[list[int]], int, bool]:
-    """(greedy continuations by vLLM, bytes its model holds, whether its layers are batch-invariant)."""
+    """(greedy continuations by vLLM, bytes its model holds, whether its layers are
+    batch-invariant).
+    """
     from vllm import SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -360,7 +370,8 @@ def real(work: Path) -> list[tuple[Case, Path]]:
 def serve(directory: Path, port: int = 8766) -> bool:
     """Start `vllm serve`, ask it once over HTTP, print what it says."""
     command = [
-        # what `vllm serve` runs; vllm-cpu's own `vllm` looks for a package of the name vllm and ends
+        # what `vllm serve` runs; vllm-cpu's own `vllm` looks for a package of the name vllm and
+        # ends
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory),
         "--served-model-name", "tiny",
         "--quantization", "qkernels", "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16", "--max-model-len", "256", "--enforce-eager",
