@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from . import common
@@ -23,11 +25,22 @@ def register(app: typer.Typer) -> None:
     app.command("info")(info)
 
 
-def info(json: common.JsonOption = False) -> None:
+def info(
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="Show what each format supports, on any machine.")
+    ] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Write the matrix as a Markdown table.")
+    ] = False,
+    json: common.JsonOption = False,
+) -> None:
     """Show versions, GPUs, storage formats, and which kernels can run here and why others cannot.
 
-    Example: qkernels info --json
+    Example: qkernels info --matrix
     """
+    if matrix or markdown:
+        _write_matrix(markdown, json)
+        return
     facts = collect()
     if json:
         common.write_json(facts)
@@ -56,6 +69,20 @@ def info(json: common.JsonOption = False) -> None:
         for k in facts["kernels"]
     ]
     common.write_table("Kernels", ["kernel", "backend", "here"], kernels, left=3)
+
+
+def _write_matrix(markdown: bool, json: bool) -> None:
+    from . import matrix
+
+    if json:
+        common.write_json(matrix.rows())
+    elif markdown:
+        print(common.markdown_table(matrix.COLUMNS, matrix.text_rows(), left=len(matrix.COLUMNS)))
+    else:
+        common.write_table(
+            "What each format supports, with its default parameters", matrix.COLUMNS,
+            matrix.text_rows(), left=len(matrix.COLUMNS),
+        )  # fmt: skip
 
 
 def collect() -> dict:  # type: ignore[type-arg]
