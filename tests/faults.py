@@ -136,7 +136,7 @@ def calls(steps: Steps) -> Iterator[None]:
 
 @contextmanager
 def lines(steps: Steps) -> Iterator[None]:
-    """Every line of atomic.py, and of the function that removes folders, is a step, before it runs."""
+    """Each line of atomic.py and of the function that removes folders is a step, before it runs."""
     files = {atomic.__file__, shutil.__file__}
 
     def trace(frame: FrameType, event: str, arg: object) -> Any:
@@ -267,7 +267,8 @@ def cases() -> Iterator[tuple[Any, str, bool, bool]]:
 
 def main() -> None:
     print(
-        "| saved | over an old one | directories exchange | fault | steps | at once: old, new, none | later |"
+        "| saved | over an old one | directories exchange | fault | steps "
+        "| at once: old, new, none | later |"
     )
     print("| --- | --- | --- | --- | ---: | --- | --- |")
     for kind, fault, over, exchange in cases():
@@ -275,7 +276,8 @@ def main() -> None:
         shown = [", ".join(str(count[what]) for what in (OLD, NEW, None)) for count in counts]
         able = ("yes" if exchange else "no") if kind is Directory else ""
         print(
-            f"| {kind.name} | {'yes' if over else 'no'} | {able} | {fault} | {steps} | {' | '.join(shown)} |"
+            f"| {kind.name} | {'yes' if over else 'no'} | {able} | {fault} | {steps} "
+            f"| {' | '.join(shown)} |"
         )
 
 

@@ -19,8 +19,8 @@ from .tiny import VOCABULARY, tiny_tokenizer
 
 SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 256, "num_experts_per_tok": 2,
-    "tie_word_embeddings": False,
+    "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 256,
+    "num_experts_per_tok": 2, "tie_word_embeddings": False,
 }  # fmt: skip
 
 

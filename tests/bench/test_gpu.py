@@ -83,8 +83,8 @@ def test_the_plan_fits_its_time() -> None:
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "bench.gpu", *arguments], capture_output=True, text=True,
-        check=False, timeout=300, cwd=ROOT, env={**os.environ, "OUT": "", **environment},
+        [sys.executable, "-W", "ignore", "-m", "bench.gpu", *arguments], capture_output=True,
+        text=True, check=False, timeout=300, cwd=ROOT, env={**os.environ, "OUT": "", **environment},
     )  # fmt: skip
 
 
@@ -203,11 +203,14 @@ def test_a_runner_that_is_stopped_stops_what_it_started(
 ) -> None:
     code = (
         "import sys; from bench.gpu import __main__ as runner, plan\n"
-        f"plan.PARTS['smoke'] = plan.Part('', 1, (plan.Command('', 99, {str(tmp_path / 'long.py')!r}),))\n"
-        f"sys.argv = ['gpu', {str(tmp_path)!r}, '--tiny', '--part', 'smoke']; runner.typer.run(runner.main)\n"
+        f"command = plan.Command('', 99, {str(tmp_path / 'long.py')!r})\n"
+        "plan.PARTS['smoke'] = plan.Part('', 1, (command,))\n"
+        f"sys.argv = ['gpu', {str(tmp_path)!r}, '--tiny', '--part', 'smoke']\n"
+        "runner.typer.run(runner.main)\n"
     )
     (tmp_path / "long.py").write_text(
-        f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)\n"
+        f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+        "time.sleep(600)\n"
     )
     runs = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -288,7 +291,8 @@ def test_tables_of_races_and_models() -> None:
     rows = [row("torch bf16", 1, 2.0), row("torch bf16", 16, 2.5), row("qkernels cuda nf4", 1, 1.0)]
     rows += [row("peer", 1, None, "not installed"), row("peer", 16, None, "not installed")]
     assert tables._races(rows, None).splitlines() == [
-        "64x128, us in a chain, M = 1 16", "torch bf16: 2.0 2.5", "cuda nf4: 1.0 -", "peer [nf4]: not installed",
+        "64x128, us in a chain, M = 1 16", "torch bf16: 2.0 2.5", "cuda nf4: 1.0 -",
+        "peer [nf4]: not installed",
     ]  # fmt: skip
     assert tables._races(rows, 400.0).splitlines()[::3] == [
         "a copy moves 400 GB/s", "cuda nf4: 1.0 - | alone 3.2, 25% of a copy",
@@ -453,14 +457,15 @@ def test_what_is_compiled_beforehand_is_found(tmp_path: Path) -> None:
     }
     cache = tmp_path / "cache"
     code = (
-        "from bench import smoke; from bench.gpu import cache; smoke.REAL = smoke.Shape(72, 512, (1,), ());"
-        f"smoke.ODD = smoke.REAL; cache.main(cache.Path({str(cache)!r}), 'smoke', 'nf4', 90, 1, share=0)"
+        "from bench import smoke; from bench.gpu import cache;"
+        "smoke.REAL = smoke.ODD = smoke.Shape(72, 512, (1,), ());"
+        f"cache.main(cache.Path({str(cache)!r}), 'smoke', 'nf4', 90, 1, share=0)"
     )
     counts = []
     for _ in range(2):
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment,
-            cwd=ROOT, check=False,
+            [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True,
+            env=environment, cwd=ROOT, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
         counts.append([int(word) for word in done.stdout.split()])

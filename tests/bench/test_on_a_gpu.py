@@ -61,7 +61,8 @@ def test_a_race(name: str) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a real one")
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", f"from tests.bench.test_on_a_gpu import {name}; {name}()"],
+        [sys.executable, "-W", "ignore", "-c",
+         f"from tests.bench.test_on_a_gpu import {name}; {name}()"],
         capture_output=True, text=True, cwd=ROOT, check=False,
         env={**os.environ, "QKERNELS_PRETEND_GPU": "0", "TRITON_INTERPRET": "1"},
     )  # fmt: skip

@@ -132,7 +132,8 @@ def test_a_models_prepack() -> None:
     base = qk.quantize(torch.randn(32, 64), "gptq", group_size=32)
     want = base.dequantize()
     model = nn.ModuleList([
-        qk.QuantLinear(qk.pack("gptq", dict(base.tensors), base.shape, **base.params), backend="triton")
+        qk.QuantLinear(qk.pack("gptq", dict(base.tensors), base.shape, **base.params),
+                       backend="triton")
         for _ in range(100)
     ])  # fmt: skip
     x = torch.randn(4, 64).half()

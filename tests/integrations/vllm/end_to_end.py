@@ -201,8 +201,8 @@ def ours(
     for prompt in asked:
         tokens = torch.tensor([prompt])
         out = model.generate(
-            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=count, min_new_tokens=count,
-            do_sample=False, pad_token_id=0, eos_token_id=None,
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=count,
+            min_new_tokens=count, do_sample=False, pad_token_id=0, eos_token_id=None,
         )  # fmt: skip
         found.append(out[0, len(prompt) :].tolist())
     return model, found
@@ -243,8 +243,8 @@ def make_llm(
 
     return LLM(
         str(directory), quantization="qkernels" if asked else None, dtype=dtype, max_model_len=256,
-        enforce_eager=True, max_num_batched_tokens=256, max_num_seqs=8, tensor_parallel_size=processes,
-        disable_log_stats=True, enable_expert_parallel=parallel,
+        enforce_eager=True, max_num_batched_tokens=256, max_num_seqs=8,
+        tensor_parallel_size=processes, disable_log_stats=True, enable_expert_parallel=parallel,
     )  # fmt: skip
 
 
@@ -306,7 +306,8 @@ def check(case: Case, directory: Path, texts: list[list[int]], count: int) -> bo
     ok &= invariant or not case.batch_invariant
     note = f", near-ties {', '.join(f'{gap:.4f}' for gap in gaps)}" if gaps else ""
     print(
-        f"| {case.name} | {case.dtype} | {same}/{sum(map(len, want))}{note} | {their_bytes:,} | {our_bytes:,} | "
+        f"| {case.name} | {case.dtype} | {same}/{sum(map(len, want))}{note} "
+        f"| {their_bytes:,} | {our_bytes:,} | "
         f"{time.monotonic() - begin:.0f} s | {'ok' if ok else 'FAILED'} |",
         flush=True,
     )
@@ -318,17 +319,15 @@ def attempt(case: Case, directory: Path, texts: list[list[int]], count: int) -> 
     try:
         return check(case, directory, texts, count)
     except Exception as error:
-        print(
-            f"| {case.name} | {case.dtype} | | | | | FAILED: {' '.join(str(error).split())[-300:]} |",
-            flush=True,
-        )
+        why = " ".join(str(error).split())[-300:]
+        print(f"| {case.name} | {case.dtype} | | | | | FAILED: {why} |", flush=True)
         return False
 
 
 def refused(
     name: str, directory: Path, message: str, change: dict[str, Any], processes: int = 1
 ) -> bool:
-    """Whether vLLM ends with our message for a checkpoint whose quantization_config is changed so."""
+    """Whether vLLM ends with our message if a checkpoint's quantization_config has this change."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
     config = json.loads((directory / "config.json").read_text())
@@ -374,8 +373,8 @@ def serve(directory: Path, port: int = 8766) -> bool:
         # ends
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory),
         "--served-model-name", "tiny",
-        "--quantization", "qkernels", "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16", "--max-model-len", "256", "--enforce-eager",
-        "--max-num-seqs", "8",
+        "--quantization", "qkernels", "--host", "127.0.0.1", "--port", str(port),
+        "--dtype", "bfloat16", "--max-model-len", "256", "--enforce-eager", "--max-num-seqs", "8",
     ]  # fmt: skip
     with tempfile.TemporaryFile() as log:
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
