@@ -111,9 +111,7 @@ def main(
 
 
 def _build() -> None:
-    """Compile the CUDA extension if there is none; print the end of the compiler's words if that
-    fails.
-    """
+    """Compile the CUDA extension if there is none; if that fails, print the end of the message."""
     from qkernels.backends.cuda import build
 
     try:

@@ -113,9 +113,7 @@ def serve(environment: Path, path: Path, text: str, tokens: int, window: int) ->
 
 
 def ours(path: Path, ids: list[int], window: int) -> float:
-    """Mean negative log-likelihood by `qkernels.load_model`, which computes in float32 from the
-    packed bytes.
-    """
+    """Mean negative log-likelihood by `qkernels.load_model`, in float32 from the packed bytes."""
     import torch
 
     import qkernels as qk

@@ -97,8 +97,7 @@ def seconds(run: Callable[[], Any], device: str, repeats: int) -> float:
 def measure(
     model: Any, label: str, batch: int, prompt: int, device: str, repeats: int, modes: list[str]
 ) -> Iterator[Row]:
-    """Measure one format at one batch size; yields its row after each mode, with what is known so
-    far.
+    """Measure one format at one batch size; yields its row, as far as it is known, after each mode.
 
     Compiling comes last and may take all the time that is left, so the caller keeps each row.
     """
@@ -202,8 +201,9 @@ def main(
 
 
 def _read(output: Path | None, size: str) -> list[Row]:
-    """Rows of models of this size that earlier processes left in `output`: each format may have a
-    process of its own.
+    """Rows of models of this size that earlier processes left in `output`.
+
+    Each format may have a process of its own.
     """
     if output is None or not output.exists():
         return []

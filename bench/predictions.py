@@ -171,8 +171,9 @@ def models(predictor: Predictor) -> Iterator[str]:
 
 
 def instructions(gpu: roofline.Gpu) -> Iterator[str]:
-    """Lines of Markdown: microseconds that Triton kernels need at M = 1 to issue their
-    instructions, and to move their bytes.
+    """Lines of Markdown: microseconds to issue the instructions of Triton kernels at M = 1.
+
+    Beside them, the microseconds to move the bytes.
     """
     from .static import decode
 
@@ -253,9 +254,7 @@ def main(
 
 
 def _print_beside(last: dict[str, Any], reports: list[dict[str, Any]]) -> None:
-    """Print each result beside its prediction for the GPU it was measured on, the largest miss
-    first.
-    """
+    """Print each result beside its prediction for the same GPU, the largest miss first."""
     lines = []
     for report in reports:
         gpu = roofline.find(str(report["environment"]["gpu"]))

@@ -241,10 +241,10 @@ def _roof(row: dict[str, Any]) -> float:
 
 
 def _families(rows: Rows) -> dict[str, Rows]:
-    """Family of bench/targets.md -> rows to draw: our fastest kernel for each format and M, and the
-    peers of those formats.
+    """Family of bench/targets.md -> rows to draw: our fastest kernels and their peers.
 
-    Our rows are renamed "ours FORMAT", a peer's "PEER [FORMAT]".
+    There is one row of ours for each format and M, renamed to "ours FORMAT". A peer's rows are
+    renamed to "PEER [FORMAT]".
     """
     families: dict[str, Rows] = {}
     for family, belongs in [*targets.FAMILIES.items()][:-1]:

@@ -51,8 +51,10 @@ class Metric(NamedTuple):
 
 
 def _against(*names: str) -> Callable[[Row, list[Row], float], float | None]:
-    """The metric "our speed over that of the fastest contestant whose name starts with one of
-    `names`", within one group.
+    """The metric that compares our speed with the fastest of some contestants.
+
+    It is our speed over that of the fastest contestant of the same group whose name starts with one
+    of `names`.
     """
 
     def of(row: Row, others: list[Row], copy: float) -> float | None:
@@ -154,7 +156,7 @@ def _is_ours(row: Row) -> bool:
 
 
 def _fastest_of_ours(rows: list[Row]) -> Iterator[tuple[FormatSpec, Row, list[Row]]]:
-    """For each shape, M and format: the row of our fastest kernel, and all rows of this shape and M.
+    """For each shape, M and format: the row of our fastest kernel, and all rows of that shape.
 
     The reference backend does not count.
     """

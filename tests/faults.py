@@ -79,8 +79,9 @@ class File:
 
 
 def left_beside(path: Path) -> list[Path]:
-    """What saving left, but for folders of processes that were lost before they had locked them;
-    see atomic._clean.
+    """The entries that saving left beside `path`.
+
+    Folders of processes that ended before they had locked them do not count; see atomic._clean.
     """
     others = [entry for entry in path.parent.iterdir() if entry != path]
     return [
@@ -218,8 +219,10 @@ def exchanging(possible: bool) -> Iterator[None]:
 def run(
     kind: Any, fault: str, *, over: bool, exchange: bool
 ) -> tuple[int, Counter[Any], Counter[Any]]:
-    """(steps, what was there at once, what was there when the next save had cleaned up) over all
-    steps.
+    """Save with a fault at each step.
+
+    Returns the number of steps, what was there at once (old, new or none), and what was there after
+    the next save had cleaned up.
 
     over: whether there is an old one.
     """
@@ -256,9 +259,7 @@ def run(
 
 
 def cases() -> Iterator[tuple[Any, str, bool, bool]]:
-    """(what is saved, what goes wrong, whether there is an old one, whether directories can be
-    exchanged).
-    """
+    """All (kind of file, fault, over an old one or not, directories can be exchanged or not)."""
     for kind in KINDS:
         for over in (False, True):
             for exchange in (True, False) if kind is Directory and over else (True,):

@@ -39,8 +39,9 @@ _WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_non
 
 
 class Pretended(torch.Tensor):
-    """`held`, a tensor on the CPU, under another name; to C++, which must not look for a driver, a
-    meta one.
+    """`held`, a CPU tensor, that claims to be on the GPU.
+
+    For C++, which must not look for a driver, it is a meta tensor.
     """
 
     held: torch.Tensor
@@ -348,8 +349,9 @@ def visible() -> Iterator[None]:
     to, where = torch.Tensor.to, torch.where
 
     def to_device_of(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """To where `other` is, which C++ takes for meta, or to the GPU, for which it wants a
-        driver.
+        """Tensor.to for the GPU or for the device of another tensor.
+
+        C++ takes a pretended tensor for meta, and would want a driver for the GPU.
         """
         if args and isinstance(args[0], torch.Tensor):
             args = (args[0].device, args[0].dtype, *args[1:])

@@ -122,8 +122,9 @@ def _narrowed(words: list[str], formats: str) -> list[str]:
 
 
 def _stop(process: subprocess.Popen[Any]) -> None:
-    """Interrupt a process; after 8 seconds kill it and its children, because a hung kernel does not
-    answer.
+    """Interrupt a process; after 8 seconds kill it and its children.
+
+    A process whose kernel hangs does not answer.
     """
     process.send_signal(signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired):

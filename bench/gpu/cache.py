@@ -180,8 +180,9 @@ def _launcher(kernel: Any) -> None:
 
 @contextlib.contextmanager
 def _no_driver() -> Iterator[None]:
-    """Within the context, triton's C code is linked with an empty libcuda and not loaded, because
-    this machine has no driver.
+    """Within the context, link triton's C code with an empty libcuda and do not load it.
+
+    This machine has no driver.
     """
     from triton.backends.nvidia import driver
     from triton.runtime import build

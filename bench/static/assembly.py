@@ -32,8 +32,10 @@ BULK_BYTES = 128
 
 
 class Instruction(NamedTuple):
-    """opcode: with its suffixes. target: the label that a jump names. conditional: whether a
-    predicate decides that it runs.
+    """One instruction of SASS or PTX.
+
+    opcode: with its suffixes. target: the label that a jump names. conditional: whether a predicate
+    decides that it runs.
     """
 
     opcode: str

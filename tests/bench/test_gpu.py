@@ -1,6 +1,4 @@
-"""The plan for a GPU: its commands parse, its runner stops what hangs, and what it carries is found
-again.
-"""
+"""The plan for a GPU: commands parse, the runner stops a hung command, the parcel is unpacked."""
 
 from __future__ import annotations
 
@@ -70,8 +68,10 @@ def test_every_command_parses(words: str, tmp_path: Path) -> None:
 
 
 def test_the_plan_fits_its_time() -> None:
-    """15 minutes, with 45 seconds for each of two starts (the third call finds the machine warm),
-    leave for the fourth call the 4 minutes without which no machine is started."""
+    """After three calls the fourth has the 4 minutes without which no machine starts.
+
+    The 15 minutes include 45 seconds for each of two starts; the third call finds the machine warm.
+    """
     expected = [sum(plan.PARTS[name].expected for name in names) for names in plan.CALLS.values()]
     assert max(expected) <= plan.CALL_SECONDS < 240
     assert 900 - sum(expected) - 2 * 45 >= 240
@@ -115,9 +115,7 @@ def pretended(tmp_path: Path) -> dict[str, str]:
 
 
 def test_without_a_parcel_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is ignored by git, so it is easily left behind; what it has would be compiled instead, for
-    minutes.
-    """
+    """Git ignores the parcel, so it is easily left behind; kernels would compile for minutes."""
     if (install.PARCEL / "site.tar.xz").exists():
         pytest.skip("there is a parcel here")
     done = run(str(tmp_path / "out"), "--call", "smoke", **pretended(tmp_path))
@@ -378,9 +376,7 @@ def test_a_missing_archive_is_named(parcel: Path) -> None:
 
 
 def test_what_is_compiled_beforehand_is_all_that_the_calls_start() -> None:
-    """Of Triton kernels: each part of a call that multiplies with them, and nothing that parses to
-    nothing.
-    """
+    """`cache.PLANNED` has all parts of calls that start Triton kernels, and each has products."""
     pytest.importorskip("triton")
     from bench.gpu import cache
 

@@ -1,6 +1,4 @@
-"""The way a race takes on a GPU, walked on a pretended one: devices, plans, CUDA graphs, both
-backends.
-"""
+"""A race on a pretended GPU: devices, plans, CUDA graphs, both backends."""
 
 from __future__ import annotations
 

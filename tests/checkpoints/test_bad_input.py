@@ -1,6 +1,4 @@
-"""Truncated, contradictory and malicious checkpoints: one clear ValueError, quickly, and nothing
-else.
-"""
+"""Truncated, contradictory and malicious checkpoints: one clear ValueError, quickly."""
 
 from __future__ import annotations
 
@@ -272,9 +270,7 @@ CONFIGS = st.fixed_dictionaries(
 @settings(FUZZ, max_examples=150)
 @given(CONFIGS)
 def test_fuzzed_quantization_configs_fail_cleanly(config: dict[str, Any]) -> None:
-    """What a plan lets through, the formats' own parameter check must take or refuse with
-    ValueError.
-    """
+    """The formats' parameter check accepts each scheme of a plan, or raises ValueError."""
     with suppress(ValueError):
         plan = Plan("here", config)
         for name in ("lm_head", "model.layers.0.mlp.up_proj"):

@@ -1,6 +1,4 @@
-"""Directories that compressed-tensors itself writes, loaded: its own decompressed weights and its
-own forward judge.
-"""
+"""Directories written by compressed-tensors load with its weights and its forward's logits."""
 
 from __future__ import annotations
 
@@ -150,9 +148,7 @@ def check(
     logits: Tensor | None,
     within: float = 2.0**-19,
 ) -> nn.Module:
-    """Load, compare weights and logits, save, and compare what is saved: for us and for
-    transformers.
-    """
+    """Load, compare weights and logits, save, and load the saved files here and in transformers."""
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
     model = qk.load_model(path)
@@ -239,9 +235,7 @@ EMBEDDINGS = {
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("kind", EMBEDDINGS)
 def test_packed_embedding(kind: str, tied: bool, tmp_path: Path) -> None:
-    """Its rows are theirs; the head, whose tensors the files hold in either case, stays what they
-    say.
-    """
+    """Rows of the embedding equal theirs; the head keeps the tensors that the files hold for it."""
     groups = {"a": {"targets": ["Linear", "Embedding"], "weights": EMBEDDINGS[kind]}}
     model = tiny_model(tie_word_embeddings=tied)
     rounded, logits = write(tmp_path / "q", groups, model=model)

@@ -1,6 +1,4 @@
-"""Mixtures of experts with names and tensors of their own: transformers, which wrote the files, is
-the judge.
-"""
+"""Mixtures of experts with other names and tensors, against transformers, which wrote the files."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Checkpoints with the tensors of each expert by themselves: loaded as they are, saved as they
-were, or refused.
-"""
+"""Checkpoints with separate tensors for each expert: loaded, saved in the same form, or refused."""
 
 from __future__ import annotations
 
@@ -301,8 +299,9 @@ def test_what_is_quantized_here_comes_back(
 def test_transformers_reads_our_experts(
     kind: str, name: str, params: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Dequantized, which is all it can do on a CPU. bitsandbytes' and int8 experts it does not read
-    at all (5.24).
+    """transformers 5.24 dequantizes them, as always on a CPU.
+
+    It cannot read bitsandbytes' and int8 experts at all.
     """
     pytest.importorskip("compressed_tensors")
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config
@@ -361,9 +360,7 @@ def test_nested_scales_of_one_weight_that_is_cut(tmp_path: Path) -> None:
 def test_no_more_than_one_layer_is_held_twice(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sizes of the tensors that live when a layer's experts are in place: those of the file, and no
-    dense weight.
-    """
+    """With a layer's experts in place, only tensors as large as the file's live; none is dense."""
     save_moe(kind, "gptq", {"group_size": 64}, tmp_path / "q", tmp_path / "p")
     model = qk.load_model(tmp_path / "q")
     for stack in stacks_of(model):

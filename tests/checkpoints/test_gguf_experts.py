@@ -155,8 +155,9 @@ def test_computes_what_the_dequantized_model_does(
 
 @pytest.mark.parametrize(("kind", "sizes"), [("qwen2moe", (1408, 5632)), ("qwen3moe", (768, 0))])
 def test_transformers_reads_the_same(kind: str, sizes: tuple[int, int], tmp_path: Path) -> None:
-    """Its own reader, which dequantizes; for experts of its default sizes, and for no Mixtral
-    (5.24).
+    """transformers' own reader dequantizes to the same values.
+
+    Version 5.24 reads experts of its default sizes only, and no Mixtral.
     """
     path, _ = mixture(kind, tmp_path, sizes=sizes)
     theirs = gguf._plain(gguf._from_pretrained(path, torch.float32), path).eval()

@@ -167,8 +167,10 @@ def test_sentencepiece(tokenizer: Any, prefix: bool, tmp_path: Path) -> None:
 
 
 def _llama_cpp(text: str, metadata: dict[str, Any]) -> list[int]:
-    """llama.cpp's way with a SentencePiece vocabulary: join the neighbours that make the best
-    token, else bytes.
+    """Tokenize as llama.cpp does with a SentencePiece vocabulary.
+
+    Join the two neighbours that make the token with the best score, again and again; what is no
+    token becomes bytes.
     """
     ids = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
     scores = metadata["tokenizer.ggml.scores"]

@@ -1,6 +1,4 @@
-"""JSON files of a model directory that would cost much memory or time, choose the code that runs,
-or hold garbage.
-"""
+"""JSON files of a model directory that cost memory or time, choose code to run, or hold garbage."""
 
 from __future__ import annotations
 
@@ -84,8 +82,9 @@ _BOMBS: list[tuple[dict[str, Any], str]] = [
 
 
 def test_numbers_and_lengths_in_a_config_cost_nothing(directory: Path, tmp_path: Path) -> None:
-    """In a process of its own, whose peak is measured after each: the most is 131,072 labels' two
-    dictionaries.
+    """The peak memory after each config, in a process of its own.
+
+    The largest are the two dictionaries of 131,072 labels.
     """
     cases = tmp_path / "cases.json"
     cases.write_text(json.dumps([changes for changes, _ in _BOMBS]))

@@ -1,6 +1,4 @@
-"""Files of a model directory that block, have no end, change, or whose headers cost much memory or
-time.
-"""
+"""Files of a model directory that block, never end, change, or have expensive headers."""
 
 from __future__ import annotations
 
@@ -262,9 +260,7 @@ def _copy(path: Path, data: bytes) -> Path:
 
 
 def test_a_model_outlives_a_save_over_its_files(directory: Path) -> None:
-    """Its tensors are mapped; a save puts a new file in the place and leaves the old one to who has
-    it open.
-    """
+    """A model maps its tensors, so a save writes a new file and the old one stays mapped."""
     model = qk.load_model(directory)
     before = model(ids(8)[None]).logits
     qk.save_model(tiny_model(seed=5), directory)

@@ -217,9 +217,7 @@ BITSANDBYTES = [
 def test_transformers_reads_our_bitsandbytes_files(
     format: str, params: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Other people's code as the judge: transformers with bitsandbytes, on the CPU, 4 bits in
-    bfloat16.
-    """
+    """transformers with bitsandbytes reads our files on the CPU; 4 bits multiply in bfloat16."""
     pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM
 

@@ -1,6 +1,4 @@
-"""What people's checkpoints have beside what is written down: read as others read it, or one
-sentence.
-"""
+"""Checkpoints that deviate from documentation: read as others read them, or one clear message."""
 
 from __future__ import annotations
 
@@ -266,9 +264,7 @@ def test_a_packed_head_gives_such_an_embedding_its_values(tmp_path: Path) -> Non
     {"load_in_8bit": True},
 ], ids=str)  # fmt: skip
 def test_t5_as_bitsandbytes_has_it(options: dict[str, Any], tmp_path: Path) -> None:
-    """Its `wo` overflows float16, so transformers' quantizers leave it plain, and could not read it
-    packed.
-    """
+    """`wo` overflows float16, so transformers leaves it plain, and could not read it packed."""
     pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     config = transformers.T5Config(

@@ -74,7 +74,9 @@ def file_bytes(path: Path) -> tuple[int, int]:
 
 
 def test_the_peak_is_the_file_s_size_and_a_tenth(tmp_path: Path) -> None:
-    """And one shard; where all is one file, its largest tensor, which is the most that is copied at
+    """The peak is the size of the file, a tenth, and one shard.
+
+    With a single file it is the largest tensor instead of a shard, because no more is copied at
     once.
     """
     tiny = qk.quantize_model(tiny_model(), "q4_1", progress=False)

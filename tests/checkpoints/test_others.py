@@ -88,8 +88,9 @@ def test_bitsandbytes(options: dict[str, Any], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scale_fmt", ["float", "ue8m0"])
 def test_fine_grained_fp8(scale_fmt: str, tmp_path: Path) -> None:
-    """transformers' own quantization of DeepSeek's kind, which it runs on GPUs only; the operation
-    runs here.
+    """transformers' own FP8 of DeepSeek's kind.
+
+    It runs on GPUs only, but its quantization runs here.
     """
     from transformers import FineGrainedFP8Config
     from transformers.integrations.finegrained_fp8 import Fp8Quantize

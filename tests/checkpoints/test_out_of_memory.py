@@ -1,6 +1,4 @@
-"""Not enough memory for loading, quantizing or saving: an error that says so, nothing half done,
-and then it works.
-"""
+"""Too little memory to load, quantize or save: an error says so, and a second try works."""
 
 from __future__ import annotations
 

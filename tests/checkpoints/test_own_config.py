@@ -1,6 +1,4 @@
-"""Our own `quantization_config`: what no other method's config can say, GGUF's types and packed
-embeddings.
-"""
+"""Our own `quantization_config` says what no other config can: GGUF types, packed embeddings."""
 
 from __future__ import annotations
 
@@ -85,9 +83,7 @@ def test_a_changed_head_is_not_taken_for_tied(tmp_path: Path) -> None:
 def test_an_embedding_that_no_config_speaks_of_is_dequantized(
     format: str, params: dict[str, Any], kind: str, head: str, tmp_path: Path
 ) -> None:
-    """Never lost: written in the dtype it computes in, so that the reloaded model computes the
-    same.
-    """
+    """It is written in the dtype in which it computes, so the reloaded model computes the same."""
     if head == "tied" and format == "gptq":
         head = "own"  # gptq and q8_0 linears go by no one config
     model = tiny_model(tie_word_embeddings=head == "tied")

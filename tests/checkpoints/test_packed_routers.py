@@ -1,6 +1,4 @@
-"""Packed weights of modules that compute in a way of their own, routers and scaled embeddings: they
-are dequantized.
-"""
+"""Packed weights of modules that are no linear layers (routers, embeddings) are dequantized."""
 
 from __future__ import annotations
 

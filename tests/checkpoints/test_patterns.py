@@ -1,6 +1,4 @@
-"""Patterns and lists of names in a `quantization_config`: in a bounded time, with the meaning that
-others give them.
-"""
+"""Patterns in a `quantization_config` take bounded time and have other libraries' meaning."""
 
 from __future__ import annotations
 
@@ -152,9 +150,7 @@ def test_regex_agrees_with_re() -> None:
 
 
 def test_patterns_tried_together_agree_with_each_by_itself() -> None:
-    """With groups, references, flags and names among them, which mean something else in one
-    pattern.
-    """
+    """Some have groups, references, flags and names, whose meaning changes in a joined pattern."""
     generator = random.Random(3)
     more = [
         r"(?i)MODEL.*",
@@ -181,9 +177,7 @@ def test_patterns_tried_together_agree_with_each_by_itself() -> None:
 
 
 def test_many_patterns_of_a_large_mixture() -> None:
-    """DeepSeek-V3's 45,000 names, with a pattern for each of 58 layers: harmless, and once refused
-    as too slow.
-    """
+    """DeepSeek-V3's 45,000 names with a pattern for each of 58 layers, once refused as too slow."""
     names = [
         f"model.layers.{i}.mlp.experts.{e}.{w}_proj"
         for i in range(58)

@@ -1,6 +1,4 @@
-"""Saving models, GGUF files and importance matrices while calls fail, Ctrl-C comes, or the disk is
-full.
-"""
+"""Models, GGUF files and importance matrices survive failing calls, Ctrl-C and a full disk."""
 
 from __future__ import annotations
 

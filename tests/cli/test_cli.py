@@ -46,9 +46,7 @@ def _json(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
 
 
 def _error(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Run, expect exit code 2, nothing on stdout and one error line at the end of stderr; return
-    it.
-    """
+    """Run a command that fails: exit code 2, no stdout. Returns the error line of stderr."""
     assert main(list(map(str, arguments))) == 2
     out, err = capsys.readouterr()
     assert out == ""

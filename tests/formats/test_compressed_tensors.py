@@ -1,6 +1,4 @@
-"""8-bit products against compressed-tensors' own rounding of activations and weights, and where
-fused kernels run.
-"""
+"""8-bit products against compressed-tensors' rounding, and where fused kernels run."""
 
 from __future__ import annotations
 
@@ -85,9 +83,7 @@ def _padded(weight: Tensor, args: Any) -> Tensor:
 
 @pytest.mark.parametrize(("name", "params"), ONLY + ROUNDED, ids=str)
 def test_the_product_is_theirs(name: str, params: dict[str, Any]) -> None:
-    """Codes and scales agree but for a sum in another order: float32, K terms, each of which is
-    rounded.
-    """
+    """The products agree but for the order of float32 sums of K terms."""
     p = qk.quantize(
         torch.randn(80, 96),
         name,

@@ -1,6 +1,4 @@
-"""A group size that is not given: one for all layers, on models whose sizes 128 does not divide,
-and said once.
-"""
+"""The default group size is one for all layers, even if 128 does not divide K; one message."""
 
 from __future__ import annotations
 
@@ -182,9 +180,7 @@ def test_convert_chooses_one_for_all_layers(source: str, tmp_path: Path) -> None
 # ---------------------------------------------------------------------- AWQ's clipping
 @pytest.mark.parametrize("size", [64, 100, 256])
 def test_clip_search_minds_a_short_last_group(size: int) -> None:
-    """No group's share of the output error grows, the short one's included, and some of each kind
-    falls.
-    """
+    """The output error of no group grows, and that of some full and some short groups falls."""
     n, k = 24, 160
     weight, x = torch.randn(n, k) ** 3, torch.randn(300, k) * torch.linspace(0.2, 3, k)
     hessian = x.T @ x / 300

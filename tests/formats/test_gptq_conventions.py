@@ -108,9 +108,7 @@ def test_zeros_that_vary(bits: int, named: str, shift: int) -> None:
 
 
 def test_an_asymmetric_grid_is_believed() -> None:
-    """All zero points 9 is no symmetric grid of the other convention, if the config says that it is
-    none.
-    """
+    """With symmetric=False, zero points that are all 9 do not mean a symmetric grid."""
     tensors, weight = _tensors(4, np.full((K // SIZE, N), 9), 1)
     p = qk.pack("gptq", tensors, (N, K), group_size=SIZE, symmetric=False)
     assert torch.equal(p.dequantize().double(), weight)

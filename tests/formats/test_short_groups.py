@@ -1,6 +1,4 @@
-"""K that group_size does not divide: the last group is short, as AutoGPTQ and compressed-tensors
-store it.
-"""
+"""If group_size does not divide K, the last group is short, as AutoGPTQ stores it."""
 
 from __future__ import annotations
 
@@ -25,9 +23,7 @@ SHAPES = [(64, 576, 128), (32, 192, 128), (32, 96, 128), (32, 80, 24), (32, 65, 
 
 # ---------------------------------------------------------------------- GPTQ, against numpy
 def stream(codes: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
-    """(R, C) integers -> int32 (words, C): the lowest bits first, one value after another down a
-    column.
-    """
+    """Pack codes (R, C) into int32 words (words, C), down each column, the lowest bits first."""
     planes = (codes[:, None] >> np.arange(bits)[:, None] & 1).reshape(-1, codes.shape[1])
     planes = np.pad(planes, ((0, -len(planes) % 32), (0, 0))).reshape(-1, 32, codes.shape[1])
     words = (planes.astype(np.uint64) << np.arange(32, dtype=np.uint64)[:, None]).sum(1)
@@ -37,8 +33,9 @@ def stream(codes: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
 def checkpoint(
     n: int, k: int, size: int, bits: int, shift: int, shuffled: bool
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """AutoGPTQ's tensors of a random weight, and the weight in float64. shift: what is taken off
-    stored zeros.
+    """AutoGPTQ's tensors of a random weight, and the weight in float64.
+
+    shift: subtracted from the stored zeros.
     """
     rng = np.random.default_rng(torch.initial_seed())
     count = -(-k // size)
@@ -107,9 +104,11 @@ def test_gptq_says_how_many_scales_there_are_to_be() -> None:
 def test_pack_quantized_reads_what_compressed_tensors_packs(
     k: int, size: int, bits: int, symmetric: bool
 ) -> None:
-    """Their compressor refuses such K, though they store ceil(K / group_size) scales; so it is
-    given zeros behind the last feature, and its codes are packed without those by its own
-    function."""
+    """Their compressor refuses such K, though the format stores ceil(K / group_size) scales.
+
+    So the test gives it zeros behind the last feature, and packs its codes without those by its own
+    function.
+    """
     packing = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
     from compressed_tensors.quantization.lifecycle.initialize import (
         initialize_module_for_quantization,

@@ -1,6 +1,4 @@
-"""The runner: starts a child for a target, and another when it died; what it died of is a finding,
-too.
-"""
+"""The runner: starts a child for a target, and another when it dies; each death is a finding."""
 
 from __future__ import annotations
 

@@ -38,8 +38,9 @@ _HEAD = struct.Struct("<QI")
 
 
 class Session:
-    """A target with its seeds; its files go into `scratch`. guided: coverage is counted, which
-    makes the start slow.
+    """A target with its seeds.
+
+    scratch: folder of its files. guided: count coverage, which makes the start slow.
     """
 
     def __init__(self, name: str, scratch: Path, guided: bool = True) -> None:

@@ -63,8 +63,9 @@ def words() -> list[str]:
 
 
 class Mutator:
-    """Mutates cases of a target with these seeds. more: names that may become keys beside those in
-    seeds and source.
+    """Mutates cases of a target with these seeds.
+
+    more: names that may become keys, beside those in the seeds and in the sources.
     """
 
     def __init__(self, seeds: dict[str, Tree], more: list[str]) -> None:
@@ -76,8 +77,9 @@ class Mutator:
     def __call__(
         self, data: bytes, most: int, seed: int, change: Callable[[bytes], bytes] | None = None
     ) -> bytes:
-        """Another case than `data`, of at most `most` bytes. change: of a text's bytes, libFuzzer's
-        own.
+        """A mutation of `data` of at most `most` bytes.
+
+        change: libFuzzer's own mutator, for the bytes of a text.
         """
         rng = random.Random(seed)
         case = documents.parse(data)

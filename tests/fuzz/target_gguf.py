@@ -118,9 +118,7 @@ def run(tree: Tree, edits: list[list[Any]], folder: Path) -> None:
 
 
 def _compare(path: Path, header: Any) -> None:
-    """With what the package gguf reads: the same tensors at the same places, or it refuses what we
-    took.
-    """
+    """Compare with the package gguf, which must find the same tensors and not refuse the file."""
     try:
         theirs = package.GGUFReader(path).tensors
     except ValueError as error:

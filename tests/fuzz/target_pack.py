@@ -196,8 +196,9 @@ def _use(packed: qk.PackedWeight, fused: bool) -> None:
 
 
 def _multiply(packed: qk.PackedWeight, x: Tensor, y: Tensor, weight: Tensor) -> None:
-    """The fused kernel's product beside the reference's, in float32's own accuracy times the sum of
-    magnitudes.
+    """Compare the fused kernel's product with the reference's.
+
+    The error may be that of float32 sums, relative to the sum of magnitudes.
     """
     product = qk.matmul(x.half(), packed, backend="triton").float()
     scale = (x.abs() @ weight.abs().T).clamp_min(1e-6)

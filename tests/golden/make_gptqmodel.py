@@ -1,5 +1,4 @@
-"""Make the checkpoints in tests/golden/gptqmodel-*: GPTQModel quantizes a tiny Llama and computes
-logits.
+"""Make tests/golden/gptqmodel-*: GPTQModel quantizes a tiny Llama and computes logits.
 
 Run by hand, in an environment of its own that has gptqmodel (7.7.0 here, torch backend, CPU):
 

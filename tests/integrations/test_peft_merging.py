@@ -1,6 +1,4 @@
-"""Merging adapters into packed layers: PEFT on plain layers of the dequantized weights says what
-comes out.
-"""
+"""Merging adapters into packed layers gives what PEFT gives on plain, dequantized layers."""
 
 from __future__ import annotations
 

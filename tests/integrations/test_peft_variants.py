@@ -1,6 +1,4 @@
-"""Each field of LoraConfig does on packed layers what it does on plain ones, or is refused by its
-name.
-"""
+"""Each field of LoraConfig does the same on packed and on plain layers, or is refused by name."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Ways people save and load models with packed layers through transformers: read back right, or
-refused.
-"""
+"""Ways to save and load models with packed layers through transformers: read back, or refused."""
 
 from __future__ import annotations
 
@@ -182,8 +180,9 @@ for path in sys.argv[1:]:
 
 
 def test_our_own_directories(tmp_path: Path) -> None:
-    """Refused by transformers alone; loaded once our integration is imported, and read by
-    qk.load_model.
+    """transformers alone refuses them; it loads them after our integration is imported.
+
+    qk.load_model reads them, too.
     """
     want = _own(tmp_path)
     paths = [str(tmp_path / name) for name in want]
@@ -273,8 +272,9 @@ def test_a_model_quantized_by_transformers_is_asked_anew(tmp_path: Path) -> None
 
 # --------------------------------------------------------------------- what a reviewer's models did
 def test_layers_that_the_saved_model_does_not_know_of(tmp_path: Path) -> None:
-    """Put in by hand, or by quantizing a part: transformers would write no config, and load random
-    weights.
+    """Layers put in by hand, or by quantizing a part of a model.
+
+    transformers would write no config for them, and load random weights.
     """
     by_hand, inner = tiny_model(), tiny_model()
     layer = by_hand.model.layers[0].mlp

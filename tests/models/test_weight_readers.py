@@ -1,6 +1,4 @@
-"""Layers that model code reads the weight of stay plain; families of models, from quantize to save
-to load.
-"""
+"""Layers whose weight the model's code reads stay plain; families of models, end to end."""
 
 from __future__ import annotations
 

@@ -73,9 +73,7 @@ def test_what_else_a_tensor_has_it_has_not(name: str) -> None:
 
 
 def test_it_cannot_be_assigned() -> None:
-    """As tying does it: a head that computes with its packed bytes must not pretend to have another
-    weight.
-    """
+    """Tying assigns a weight; a head that computes with packed bytes must not accept it."""
     layer = _layer()
     for value in (nn.Parameter(torch.ones(16, 64)), torch.ones(16, 64), None):
         with pytest.raises(

@@ -86,8 +86,9 @@ def test_stacked_experts_are_the_experts(name: str, params: dict[str, Any]) -> N
 
 
 def check_products(experts: qk.PackedExperts) -> None:
-    """The reference is the format's own, row by row, and float64's where activations are not
-    quantized.
+    """Compare with the format's own reference, row by row.
+
+    Where activations are not quantized, also with float64.
     """
     x = torch.randn(5, experts.shape[1], dtype=torch.float64)
     bias = torch.randn(3, 8, dtype=torch.float64)

@@ -59,8 +59,9 @@ def weights(name: str, params: dict[str, object], *sizes: int) -> list[qk.Packed
 
 
 def close_to(found: Tensor, exact: Tensor, factor: Tensor) -> None:
-    """Two roundings to found's dtype, float32 before; 2^-24: float16 below its normal range, times
-    |factor|.
+    """Assert two roundings to the dtype after float32.
+
+    Below float16's normal range the error is 2^-24 times |factor|.
     """
     u = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[found.dtype]
     error = (found.double() - exact).abs()
@@ -193,9 +194,7 @@ def test_slices_know_the_outlier_columns_of_all_rows(
     quantizations: list[str],
     emulated: None,  # noqa: F811
 ) -> None:
-    """LLM.int8() in the CUDA kernels: a column with an outlier in one slice is one of 16 bits in
-    all.
-    """
+    """LLM.int8() in CUDA: an outlier in one slice of rows makes its column 16-bit in all."""
     from qkernels.backends import workspace
 
     (p,) = weights("int8", {}, 24)

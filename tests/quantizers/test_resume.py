@@ -1,6 +1,4 @@
-"""Resuming: the same job goes on to the same bits, and another job, or a damaged or foreign file,
-is refused.
-"""
+"""Resuming: the same job ends with the same bits; another job or a damaged file is refused."""
 
 from __future__ import annotations
 

@@ -61,13 +61,15 @@ NEAR = 0.02
 
 @dataclass(frozen=True)
 class Case:
-    """asked: whether `quantization="qkernels"` must be said, because vLLM has a method of the
-    checkpoint's. alone: prompts go one at a time; LLM.int8()'s outlier columns are those of all
-    rows of a batch. batch_invariant: our layers see vLLM's switch on (the rest of that mode of
-    vLLM's needs a GPU). skip: modules left alone. head: the output projection is packed, too, and
+    """One comparison with vLLM.
+
+    asked: whether `quantization="qkernels"` must be given, because vLLM has a method for the
+    checkpoint. alone: prompts go one at a time, because the outlier columns of LLM.int8() are those
+    of all rows of a batch. batch_invariant: our layers see vLLM's switch on (the rest of that mode
+    of vLLM needs a GPU). skip: modules left alone. head: the output projection is packed, too, and
     not tied. moe: a mixture of experts, mixtral or qwen3_moe, against transformers with the same
     values dequantized (our own load_model reads no such files). down: format of the experts' down
-    projections. parallel: whether processes have some experts each, not a part of each expert.
+    projections. parallel: whether each process has some experts, not a part of each expert.
     """
 
     name: str
@@ -210,18 +212,14 @@ def ours(
 
 @torch.no_grad()
 def near_tie(model: Any, prompt: list[int], want: list[int], found: list[int]) -> float:
-    """How much less our logits give the first token that differs than the best, over the largest of
-    them.
-    """
+    """How far our logit of the first other token is below the best, over the largest logit."""
     same = next(i for i, (a, b) in enumerate(zip(want, found, strict=True)) if a != b)
     logits = model(torch.tensor([prompt + want[:same]])).logits[0, -1].float()
     return float((logits.max() - logits[found[same]]) / logits.abs().max())
 
 
 def _bytes(model: torch.nn.Module) -> int:
-    """Bytes of weights: parameters and buffers, shared memory once, tables of the rotary embedding
-    left out.
-    """
+    """Bytes of parameters and buffers: shared memory counts once, rotary tables do not count."""
     seen: dict[int, int] = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if "rotary" not in name and "cos_sin" not in name:
@@ -259,9 +257,7 @@ def invariant_layers(model: torch.nn.Module) -> bool:
 def theirs(
     case: Case, directory: Path, texts: list[list[int]], count: int
 ) -> tuple[list[list[int]], int, bool]:
-    """(greedy continuations by vLLM, bytes its model holds, whether its layers are
-    batch-invariant).
-    """
+    """(greedy continuations by vLLM, bytes of its model, whether it is batch-invariant)."""
     from vllm import SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
