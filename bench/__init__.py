@@ -1,1 +1,1 @@
-"""Benchmarks. `python -m bench --help` races; README.md says how to spend time on a GPU."""
+"""Benchmarks. `python -m bench` races kernels; README.md lists the other commands."""

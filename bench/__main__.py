@@ -1,12 +1,12 @@
-"""Race our kernels against torch and against everybody else's.
+"""Race our kernels against torch and against other projects' kernels.
 
     python -m bench --suite weight_only --shapes square,llama-3-8b --output results/
-    TRITON_INTERPRET=1 python -m bench --tiny        the same path without a GPU; its times mean nothing
+    TRITON_INTERPRET=1 python -m bench --tiny       # without a GPU: the times mean nothing
 
-Each weight is quantized by every contestant, each product is checked before it is timed, and each
-call is replayed from a CUDA graph that rotates among copies of the weight, so that none is found in
-the L2 cache. All of it happens in worker processes: a kernel that hangs or breaks its process costs
-its own place only.
+Every contestant quantizes each weight. Each product is checked before it is timed. Each call is
+replayed from a CUDA graph that rotates among copies of the weight, so that no copy is found in the
+L2 cache. All of this happens in worker processes, so a kernel that hangs or breaks its process
+loses only its own results.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(
     ] = "all",
     repeats: int = 20,
     deadline: Annotated[
-        float, typer.Option(help="Seconds after which it stops and reports.")
+        float, typer.Option(help="Seconds after which the race stops and reports.")
     ] = 1e9,
     jobs: Annotated[
         int, typer.Option(help="Processes that compile Triton kernels beforehand.")
@@ -62,7 +62,7 @@ def main(
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not tiny:
-        raise typer.BadParameter("no CUDA device is visible; --tiny walks the same path on the CPU")
+        raise typer.BadParameter("no CUDA device is visible; --tiny runs the same code on the CPU")
     sizes, rows, repeats = (
         ("tiny", ",".join(map(str, shapes.TINY_ROWS)), 1) if tiny else (sizes, rows, repeats)
     )
@@ -83,9 +83,9 @@ def main(
         suite, backend, with_peers, tiny, device, repeats, cases, {}, copy=device != "cpu"
     )
     if device != "cpu" and "cuda" in backend.split(","):
-        _build()  # here, for a worker that took a minute at its first call would seem to hang
+        _build()  # here, because a worker that compiles for a minute would seem to hang
     if jobs > 1 and device != "cpu":
-        # Peers compile much for each number of rows; of ours, one kernel serves many.
+        # A peer compiles much for each M, so each M is a case; one kernel of ours serves many.
         compiled = [
             (number, n, k, part)
             for number, n, k, counted in cases
@@ -95,22 +95,23 @@ def main(
             )
         ]
         supervisor.warm(job, compiled, jobs, deadline * 0.4, say)
-    kept = Kept(output, name, page)
+    results = Results(output, name, page)
     try:
-        for found in supervisor.run(job, field, started + deadline, say):
-            kept.add(found)
+        for result in supervisor.run(job, field, started + deadline, say):
+            results.add(result)
     except KeyboardInterrupt:
         say("stopped")
-    kept.close()
+    results.close()
     wrong = [
         row
-        for row in kept.rows
+        for row in results.rows
         if row.failed and row.contestant.startswith(("qkernels", "torch bf16"))
     ]
     raise typer.Exit(1 if wrong else 0)
 
 
 def _build() -> None:
+    """Compile the CUDA extension if there is none; if that fails, print the end of the message."""
     from qkernels.backends.cuda import build
 
     try:
@@ -127,9 +128,12 @@ def _stop(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-class Kept:
-    """Results as they come, in `output`/`name`.json after each contestant, so that a race cut short
-    leaves them; and one line on the console for each contestant and shape."""
+class Results:
+    """The rows of a race so far.
+
+    They are written to `output`/`name`.json after each contestant, so that a race that is cut short
+    leaves its results. Each contestant and shape gets one line on the console.
+    """
 
     def __init__(self, output: Path | None, name: str, page: bool = True) -> None:
         self.output, self.name, self.page = output, name, page
@@ -140,17 +144,18 @@ class Kept:
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
 
-    def add(self, found: race.Row | float) -> None:
-        if not isinstance(found, race.Row):
-            self.copy = found
-            say(f"a large copy moves {found:.0f} GB/s, reads and writes")
+    def add(self, result: race.Row | float) -> None:
+        """result: a row, or the GB/s of a large copy."""
+        if not isinstance(result, race.Row):
+            self.copy = result
+            say(f"a large copy moves {result:.0f} GB/s, reads and writes")
             return
-        if self.rows and _place(self.rows[-1]) != _place(found):
+        if self.rows and _place(self.rows[-1]) != _place(result):
             self.show()
-        self.rows.append(found)
+        self.rows.append(result)
 
     def show(self) -> None:
-        """Everything since the last time, which is one contestant's."""
+        """Print and write the rows since the last call: those of one contestant on one shape."""
         rows, self._shown = self.rows[self._shown :], len(self.rows)
         if rows:
             say(line(rows, self.copy))
@@ -179,22 +184,23 @@ def _place(row: race.Row) -> tuple[str, str, int, int]:
 
 
 def line(rows: list[race.Row], copy: float | None) -> str:
-    """One contestant on one shape: microseconds, speed against bf16, share of the copy bandwidth,
-    by M.
+    """The console line of one contestant on one shape.
+
+    For each M: microseconds, speed against bf16, percentage of the copy bandwidth.
     """
-    first, said = rows[0], []
+    first, cells = rows[0], []
     who = first.contestant.removeprefix("qkernels ")
     who += "" if first.contestant.startswith(("qkernels", "torch bf16")) else f" [{first.group}]"
     for row in rows:
         if row.chain is None:
-            said.append(
+            cells.append(
                 f"M{row.m} {row.failed if row is first or row.failed != first.failed else '-'}"
             )
             continue
         speed = "" if row.speedup is None else f" {row.speedup:.2f}x"
-        share = "" if not copy or row.bandwidth is None else f" {row.bandwidth / copy:.0%}"
-        said.append(f"M{row.m} {row.chain:.1f}us{speed}{share}{' eager' if row.eager else ''}")
-    return f"{first.n}x{first.k} {who}: " + " | ".join(said)
+        percent = "" if not copy or row.bandwidth is None else f" {row.bandwidth / copy:.0%}"
+        cells.append(f"M{row.m} {row.chain:.1f}us{speed}{percent}{' eager' if row.eager else ''}")
+    return f"{first.n}x{first.k} {who}: " + " | ".join(cells)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""What a call costs the host: dispatch alone, and with each backend's launcher, on whatever CPU
-this is.
+"""Measure the host time of a call: dispatch alone, and with each backend's launcher, on this CPU.
 
     python -m bench.host [--markdown] [--output FILE.json]
 
 Nothing runs on a GPU. "dispatch" calls a kernel that does nothing. "triton" runs the real launchers
 and triton's own launch code up to the driver: kernels are compiled for sm_90, and a stand-in for
 the driver takes the launch and does nothing (so not under TRITON_INTERPRET=1). "cuda" runs the real
-launchers up to the extension. What is left out: cuLaunchKernel and what C code does before it, and
-that torch's CUDA allocator and stream look-up are the CPU's here.
+launchers up to the extension. The times leave out cuLaunchKernel and the C code before it. Torch's
+CPU allocator and stream look-up stand in for the CUDA ones.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from qkernels.backends.problem import Problem, problem_of
 from qkernels.ops import moe
 from qkernels.quantizers.specs import FormatSpec
 
-#: format, its parameters, rows of x
+#: formats whose launchers are measured, with their parameters
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("gptq", {"bits": 4, "group_size": 128}),
     ("gptq", {"bits": 4, "group_size": 128, "act_order": True}),
@@ -44,14 +43,17 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("quip_sharp", {}),
 )
 SHAPE = (512, 1024)
-#: whole layers of experts, of five to seven kernels
+#: formats of whole expert layers, which start five to seven kernels
 LAYERS: tuple[tuple[str, dict[str, Any]], ...] = (("awq", {}), ("fp8", {"activation": "dynamic"}))
-#: the target of DESIGN section 6
+#: microseconds a call may take, by bench/targets.md
 TARGET = 10.0
 
 
 def microseconds(call: Callable[[], object], calls: int = 200, rounds: int = 40) -> float:
-    """Best mean of many short rounds: what interrupts a round is not the call's."""
+    """Mean time of a call in the fastest of many short rounds.
+
+    The fastest round is the one that nothing else on the machine interrupted.
+    """
     best = float("inf")
     for _ in range(rounds):
         start = time.perf_counter()
@@ -64,7 +66,7 @@ def microseconds(call: Callable[[], object], calls: int = 200, rounds: int = 40)
 # ---------------------------------------------------------------------- stand-ins
 @contextmanager
 def only(kernel: registry.Kernel) -> Iterator[None]:
-    """`kernel` is the one that dispatch knows, whatever the device."""
+    """Within the context, dispatch knows `kernel` alone, on every device."""
     kernels, registry._KERNELS = registry._KERNELS, {kernel.name: kernel}
     _forget()
     try:
@@ -75,17 +77,21 @@ def only(kernel: registry.Kernel) -> Iterator[None]:
 
 
 def _forget() -> None:
+    """Clear the caches of chosen kernels."""
     registry.choose.cache_clear()
     qk.ops.matmul._kernel.cache_clear()
     moe._kernel.cache_clear()
 
 
 class NullDriver:
-    """For triton: a GPU of sm_90 that takes every launch and runs none. `launches`: what it took."""
+    """A driver for triton: a GPU of sm_90 that takes every launch and runs none.
+
+    launches: (name, grid, arguments) of each launch, with `record`.
+    """
 
     class Utils:
         def load_binary(self, name: str, binary: bytes, *rest: Any) -> tuple[Any, ...]:
-            function = f"{name} {hash(binary):x}"  # one name, many kernels
+            function = f"{name} {hash(binary):x}"  # kernels of one name differ in their binaries
             return function, function, 0, 0, 1024  # module, function, registers, spills, threads
 
         def unload_module(self, module: Any) -> None:
@@ -124,8 +130,9 @@ class NullDriver:
 
 
 def _launcher_class() -> Any:
-    """triton's own launcher up to where C code takes over, of the versions whose __call__ is known
-    to do so.
+    """Triton's own launcher up to the call of C code, which is replaced by nothing.
+
+    None for a version of triton whose `__call__` is not the known one.
     """
     from triton.backends.nvidia.driver import CudaLauncher
 
@@ -157,17 +164,19 @@ def _nothing(*arguments: Any) -> None:
 
 @contextmanager
 def null_driver(record: bool = False) -> Iterator[NullDriver]:
-    """triton launches on a `NullDriver`. RuntimeError if triton interprets: then it launches
-    nothing.
+    """Within the context, triton launches on a `NullDriver`.
+
+    Raises:
+        RuntimeError: triton interprets kernels, so it launches nothing.
     """
     if triton.interpreted():
         raise RuntimeError("TRITON_INTERPRET is set: unset it to measure what launching costs")
     from triton.runtime import driver
 
-    made = NullDriver(record)
-    driver.set_active(made)  # type: ignore[arg-type]
+    null = NullDriver(record)
+    driver.set_active(null)  # type: ignore[arg-type]
     try:
-        yield made
+        yield null
     finally:
         driver._active = None
 
@@ -175,18 +184,21 @@ def null_driver(record: bool = False) -> Iterator[NullDriver]:
 def launcher_of(
     backend: str, name: str, params: dict[str, Any], rows: int = 1
 ) -> registry.Kernel | None:
-    """The real launcher for a format and so many rows, taking any device."""
+    """The kernel whose launcher serves this format and number of rows, made to accept any device.
+
+    None if the backend has none.
+    """
     p = qk.quantize(torch.zeros(SHAPE), name, **params)
     problem = problem_of(p, rows, torch.float16, torch.device("cpu"))
     layout = qk.formats.get(name).kernel_layout(p.params)
     for kernel in registry.kernels():
-        if (kernel.backend, kernel.layout) == (backend, layout) and not _not_here(kernel, problem):
-            return _everywhere(kernel)
+        if (kernel.backend, kernel.layout) == (backend, layout) and not _rejection(kernel, problem):
+            return _accepting_all(kernel)
     return None
 
 
-def _everywhere(kernel: registry.Kernel) -> registry.Kernel:
-    """The kernel, taking every problem on any device."""
+def _accepting_all(kernel: registry.Kernel) -> registry.Kernel:
+    """A copy of the kernel that accepts every problem on any device."""
 
     def nothing(*problem: Problem) -> None:
         return None
@@ -194,11 +206,11 @@ def _everywhere(kernel: registry.Kernel) -> registry.Kernel:
     return replace(kernel, unavailable=nothing, rejects=nothing, automatic=nothing)
 
 
-def _not_here(kernel: registry.Kernel, problem: Problem) -> str | None:
-    """Why the kernel would not take the problem on a GPU."""
+def _rejection(kernel: registry.Kernel, problem: Problem) -> str | None:
+    """Why the kernel would reject the problem on a GPU; None if it would not."""
     if kernel.backend != "cuda":
         return None
-    before, cuda.emulator = cuda.emulator, lambda *operands: ""  # then this is the device
+    before, cuda.emulator = cuda.emulator, lambda *operands: ""  # so the CPU counts as a device
     try:
         return kernel.rejects(problem)
     finally:
@@ -207,7 +219,7 @@ def _not_here(kernel: registry.Kernel, problem: Problem) -> str | None:
 
 @contextmanager
 def null_extension() -> Iterator[None]:
-    """The CUDA backend up to the extension: a GPU 0 of sm_90 whose kernels do nothing."""
+    """Within the context, the CUDA backend sees a GPU 0 of sm_90, and its kernels do nothing."""
 
     class Extension:
         @staticmethod
@@ -232,7 +244,7 @@ def null_extension() -> Iterator[None]:
 
 # ---------------------------------------------------------------------- measuring
 def measure() -> dict[str, float]:
-    """Microseconds of dispatch: a call whose kernel does nothing."""
+    """Microseconds of dispatch, by entry point: a call whose kernel does nothing."""
     y = torch.empty(1, 64)
     null = registry.Kernel(
         "null", "cuda", registry.ANY_LAYOUT, lambda: None, lambda problem: None, lambda *operands: y
@@ -251,10 +263,8 @@ def measure() -> dict[str, float]:
 
 
 def launchers(backend: str, rows: int = 1) -> dict[str, float]:
-    """Microseconds of `matmul` by format, real launchers, for formats that `backend` has kernels
-    for.
-    """
-    found = {}
+    """Format that `backend` has kernels for -> microseconds of `matmul` with the real launcher."""
+    times = {}
     for name, params in CASES:
         kernel = launcher_of(backend, name, params, rows)
         if kernel is None:
@@ -264,21 +274,21 @@ def launchers(backend: str, rows: int = 1) -> dict[str, float]:
         with only(kernel), torch.inference_mode():
             for _ in range(3):
                 qk.matmul(x, p)
-            found[str(FormatSpec(name, params))] = microseconds(lambda p=p, x=x: qk.matmul(x, p))
+            times[str(FormatSpec(name, params))] = microseconds(lambda p=p, x=x: qk.matmul(x, p))
             if "act_order" in params:
                 continue
             operands = (x, list(p.storage.values()), None, qk.ops.matmul.spec_of(p), "auto", False)
             for _ in range(3):
                 torch.ops.qkernels.matmul(*operands)
-            found[f"torch.ops: {FormatSpec(name, params)}"] = microseconds(
+            times[f"torch.ops: {FormatSpec(name, params)}"] = microseconds(
                 lambda operands=operands: torch.ops.qkernels.matmul(*operands)
             )
-    return found
+    return times
 
 
 def layers() -> dict[str, float]:
-    """Microseconds of `fused_moe` of one token, triton's launchers."""
-    found = {}
+    """Microseconds of `fused_moe` for one token with the Triton launchers, by format."""
+    times = {}
     for name, params in LAYERS:
         gate_up, down = (
             qk.quantize_experts(torch.randn(8, *shape), name, **params)
@@ -290,27 +300,28 @@ def layers() -> dict[str, float]:
         )
         x, ids, weights = torch.randn(1, 256).half(), torch.tensor([[0, 1]]), torch.rand(1, 2)
         operands = (x, gate_up, down, weights, ids)
-        with only(_everywhere(kernel)), torch.inference_mode():
+        with only(_accepting_all(kernel)), torch.inference_mode():
             for _ in range(3):
                 qk.fused_moe(*operands)
-            found[f"fused_moe: {FormatSpec(name, params)}"] = microseconds(
+            times[f"fused_moe: {FormatSpec(name, params)}"] = microseconds(
                 lambda operands=operands: qk.fused_moe(*operands)
             )
-    return found
+    return times
 
 
 def everything() -> dict[str, dict[str, float]]:
-    """Backend -> what was called -> microseconds; without those that cannot be measured here."""
-    found = {"dispatch": measure()}
+    """Backend -> call -> microseconds. A backend that cannot be measured here is left out."""
+    times = {"dispatch": measure()}
     if triton._installed() and not triton.interpreted():
         with null_driver():
-            found["triton"] = launchers("triton") | layers()
+            times["triton"] = launchers("triton") | layers()
     with null_extension():
-        found["cuda"] = launchers("cuda")
-    return found
+        times["cuda"] = launchers("cuda")
+    return times
 
 
 def cpu_name() -> str:
+    """The CPU's model name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(
@@ -324,16 +335,16 @@ def main(
     markdown: bool = False,
     output: Annotated[Path | None, typer.Option(help="JSON file.")] = None,
 ) -> None:
-    """Microseconds of host time a call, outside CUDA graphs."""
+    """Measure the microseconds of host time of a call, outside CUDA graphs."""
     torch.set_num_threads(1)
-    found = everything()
+    times = everything()
     versions = {"cpu": cpu_name(), "python": platform.python_version(), "torch": torch.__version__}
     if triton._installed():
         versions["triton"] = __import__("triton").__version__
     if markdown:
         print(", ".join(f"{name} {value}" for name, value in versions.items()) + "\n")
         print(f"| | call | us | <= {TARGET:.0f} |\n| --- | --- | ---: | --- |")
-    for backend, calls in found.items():
+    for backend, calls in times.items():
         for name, value in calls.items():
             within = "yes" if value <= TARGET else "**no**"
             print(
@@ -341,13 +352,13 @@ def main(
                 if markdown
                 else f"{backend:9} {name:44} {value:6.1f} us"
             )
-    if "triton" not in found and not markdown:
+    if "triton" not in times and not markdown:
         print(
             "triton's launchers: not measured (TRITON_INTERPRET is set, or triton is not installed)"
         )
     if output is not None:
         output.write_text(
-            json.dumps({"environment": versions, "microseconds": found}, indent=1) + "\n"
+            json.dumps({"environment": versions, "microseconds": times}, indent=1) + "\n"
         )
 
 

@@ -1,13 +1,12 @@
-"""llama.cpp beside qkernels: both read one GGUF file, take the same text, and say their perplexity.
+"""Compare the perplexity of llama.cpp and of qkernels on one GGUF file and the same text.
 
     python -m venv /tmp/llama && /tmp/llama/bin/pip install xllamacpp
     python -m qkernels quantize smollm2-135m -f q4_k_m --no-report -o smol.gguf
     python -m bench.llama_cpp smol.gguf --llama /tmp/llama
 
-xllamacpp is a wheel around llama.cpp that exports its C API; a child process of that environment
-calls it by ctypes. The structures that llama.cpp passes by value are kept as opaque bytes: only the
-batch, and the first four numbers of the context's parameters, whose defaults are checked, are
-looked into.
+xllamacpp is a wheel around llama.cpp that exports its C API. A child process in that environment
+calls it by ctypes. Structures that llama.cpp passes by value are opaque bytes here, but for two:
+the batch, and the first numbers of the context's parameters, whose defaults are checked.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from typing import Any
 
 
 class Opaque(ctypes.Structure):
-    """Any of llama.cpp's parameter structures; larger than each."""
+    """Any of llama.cpp's parameter structures: this is larger than each of them."""
 
     _fields_ = [("words", ctypes.c_uint32 * 128)]
 
@@ -43,12 +42,12 @@ class Batch(ctypes.Structure):
 
 
 def library(environment: Path) -> Any:
-    """The shared object of the wheel, with the types of the functions used."""
-    found = sorted(environment.rglob("xllamacpp*.so"))
-    if not found:
+    """The shared object of the wheel, with types for the functions that are called."""
+    paths = sorted(environment.rglob("xllamacpp*.so"))
+    if not paths:
         raise SystemExit(f"{environment}: expected xllamacpp installed, found none")
-    lib = ctypes.PyDLL(str(found[0]))
-    pointer, number = ctypes.c_void_p, ctypes.c_int32
+    lib = ctypes.PyDLL(str(paths[0]))
+    pointer, number, flag = ctypes.c_void_p, ctypes.c_int32, ctypes.c_bool
     for name, result, arguments in (
         ("llama_model_default_params", Opaque, []),
         ("llama_model_load_from_file", pointer, [ctypes.c_char_p, Opaque]),
@@ -56,12 +55,12 @@ def library(environment: Path) -> Any:
         ("llama_init_from_model", pointer, [pointer, Opaque]),
         ("llama_model_get_vocab", pointer, [pointer]),
         ("llama_vocab_n_tokens", number, [pointer]),
-        ("llama_tokenize", number, [pointer, ctypes.c_char_p, number, pointer, number, ctypes.c_bool, ctypes.c_bool]),
+        ("llama_tokenize", number, [pointer, ctypes.c_char_p, number, pointer, number, flag, flag]),
         ("llama_batch_init", Batch, [number, number, number]),
         ("llama_decode", number, [pointer, Batch]),
         ("llama_get_logits_ith", ctypes.POINTER(ctypes.c_float), [pointer, number]),
         ("llama_get_memory", pointer, [pointer]),
-        ("llama_memory_clear", None, [pointer, ctypes.c_bool]),
+        ("llama_memory_clear", None, [pointer, flag]),
     ):  # fmt: skip
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
@@ -70,8 +69,10 @@ def library(environment: Path) -> Any:
 
 
 def serve(environment: Path, path: Path, text: str, tokens: int, window: int) -> dict[str, Any]:
-    """llama.cpp's own token ids of `text`, and the mean negative log-likelihood of what follows in
-    each window.
+    """Tokenize and score `text` with llama.cpp, in this process.
+
+    Returns its token ids ("ids"), and the mean negative log-likelihood ("nll") of every token but
+    the first of its window ("scored" of them).
     """
     import numpy as np
 
@@ -112,7 +113,7 @@ def serve(environment: Path, path: Path, text: str, tokens: int, window: int) ->
 
 
 def ours(path: Path, ids: list[int], window: int) -> float:
-    """The same of `qkernels.load_model`, which computes in float32 from the packed bytes."""
+    """Mean negative log-likelihood by `qkernels.load_model`, in float32 from the packed bytes."""
     import torch
 
     import qkernels as qk

@@ -1,13 +1,16 @@
-"""Tokens per second of a Llama-shaped model with random weights, by format: prefill and decode,
-memory held.
+"""Measure a Llama-shaped model with random weights, by format: tokens per second, and memory.
 
     python -m bench.llm --size 1b --formats "bf16,gptq:bits=4,group_size=128,nf4" --output llm.json
-    TRITON_INTERPRET=1 python -m bench.llm --size tiny     the same path without a GPU
+    TRITON_INTERPRET=1 python -m bench.llm --size tiny     # without a GPU
 
-Decode is one token at a time with a static key-value cache, by three ways: "eager", which shows
-what the host costs, "graph", a CUDA graph of the eager model, and "compile", a CUDA graph of
-torch.compile's code (without a GPU: the same calls, neither captured nor lowered to code). Prefill
-is eager. bf16 is the model's own nn.Linear.
+Decode makes one token at a time with a static key-value cache, in one of three modes:
+
+- "eager", which shows what the host costs;
+- "graph", a CUDA graph of the eager model;
+- "compile", a CUDA graph of torch.compile's code.
+
+Without a GPU "graph" and "compile" make the same calls, without a graph and without compiled code.
+Prefill is eager. bf16 is the model's own nn.Linear.
 """
 
 from __future__ import annotations
@@ -33,12 +36,12 @@ from qkernels.quantizers.specs import FormatSpec, parse_specs
 from . import supervisor
 
 SIZES: dict[str, dict[str, int]] = {
-    "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "vocab_size": 512},
-    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-           "num_key_value_heads": 8, "vocab_size": 128256},
-    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-           "num_key_value_heads": 8, "vocab_size": 128256},
+    "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512},
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+           "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+           "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
 }  # fmt: skip
 
 
@@ -47,7 +50,11 @@ MODES = ("eager", "graph", "compile")
 
 @dataclass
 class Row:
-    """tokens per second, decode by mode; `memory`: GiB of weights and of everything at its highest."""
+    """Results of one format at one batch size.
+
+    prefill: tokens per second. decode: mode -> tokens per second. memory_weights, memory_peak: GiB
+    of the weights, and of everything at its highest; None without a GPU.
+    """
 
     format: str
     batch: int
@@ -59,6 +66,7 @@ class Row:
 
 
 def model_of(size: str, device: str) -> Any:
+    """A bfloat16 LlamaForCausalLM of SIZES[size] with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -75,9 +83,7 @@ def model_of(size: str, device: str) -> Any:
 
 
 def seconds(run: Callable[[], Any], device: str, repeats: int) -> float:
-    """Of one call: the median of `repeats`, or of the three that a call longer than a tenth of a
-    second gets.
-    """
+    """Median time of `repeats` calls; of three, if a call takes longer than a tenth of a second."""
     if device == "cuda":
         samples = [timing._seconds(run)]
         samples += [timing._seconds(run) for _ in range(repeats - 1 if samples[0] < 0.1 else 2)]
@@ -91,14 +97,15 @@ def seconds(run: Callable[[], Any], device: str, repeats: int) -> float:
 def measure(
     model: Any, label: str, batch: int, prompt: int, device: str, repeats: int, modes: list[str]
 ) -> Iterator[Row]:
-    """One row, again and again as more of it is known: compiling, which comes last, may take all
-    time there is.
+    """Measure one format at one batch size; yields its row, as far as it is known, after each mode.
+
+    Compiling comes last and may take all the time that is left, so the caller keeps each row.
     """
     from transformers import StaticCache
 
     gib = 2**30
     if device == "cuda":
-        # the 16-bit model, before it was quantized, does not count
+        # the 16-bit model that was quantized does not count
         torch.cuda.reset_peak_memory_stats()
     weights = torch.cuda.memory_allocated() / gib if device == "cuda" else None
     ids = torch.randint(0, model.config.vocab_size, (batch, prompt), device=device)
@@ -107,8 +114,7 @@ def measure(
     token, where = ids[:, :1].clone(), torch.tensor([prompt], device=device)
 
     def step_of(net: Any) -> Callable[[], Any]:
-        # Every step takes a place in the cache, replayed ones too: warm-up, capture, and what is
-        # timed.
+        # Every step takes a place in the cache: warm-up, capture, and each replay that is timed.
         cache = StaticCache(config=model.config, max_cache_len=prompt + repeats + 16)
         model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
@@ -136,6 +142,7 @@ def measure(
 
 
 def compiled(model: Any, device: str) -> Any:
+    """The model under torch.compile."""
     torch._dynamo.reset()
     return torch.compile(
         model, dynamic=False, backend="inductor" if device == "cuda" else "aot_eager"
@@ -155,12 +162,12 @@ def main(
     deadline: Annotated[
         float, typer.Option(help="Seconds after which no further format is begun.")
     ] = 1e9,
-    output: Annotated[Path | None, typer.Option(help="JSON file; what is in it is kept.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file; rows in it stay.")] = None,
 ) -> None:
     if size not in SIZES:
         raise typer.BadParameter(f"--size: expected one of {', '.join(SIZES)}, got {size!r}")
-    wanted = modes.split(",")
-    if not set(wanted) <= set(MODES):
+    names = modes.split(",")
+    if not set(names) <= set(MODES):
         raise typer.BadParameter(f"--modes: expected some of {', '.join(MODES)}, got {modes!r}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
@@ -174,33 +181,34 @@ def main(
             continue
         model = quantized(size, spec, backend, device)
         for number, batch in enumerate(int(part) for part in batches.split(",")):
-            # compiling takes a minute a shape: of the first batch size alone
-            ways = [mode for mode in wanted if mode != "compile" or number == 0]
-            for row in measure(model, str(spec), batch, prompt, device, repeats, ways):
+            # compiling takes a minute a shape, so only the first batch size is compiled
+            tried = [mode for mode in names if mode != "compile" or number == 0]
+            for row in measure(model, str(spec), batch, prompt, device, repeats, tried):
                 rows = [
                     one for one in rows if (one.format, one.batch) != (row.format, row.batch)
                 ] + [row]
-                if output is not None:  # a run cut short leaves what it had
+                if output is not None:  # now, so that a run that is cut short leaves its rows
                     _write(output, size, rows, left_out)
         del model
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
     Console(width=150).print(
-        table_of(rows, wanted, f"Llama {size} on {race.environment()['gpu'] or 'no GPU'}")
+        table_of(rows, names, f"Llama {size} on {race.environment()['gpu'] or 'no GPU'}")
     )
     if left_out:
         print("no time was left for", ", ".join(left_out))
 
 
 def _read(output: Path | None, size: str) -> list[Row]:
-    """What earlier runs left in `output` about models of this size: each format may have its own
-    process.
+    """Rows of models of this size that earlier processes left in `output`.
+
+    Each format may have a process of its own.
     """
     if output is None or not output.exists():
         return []
-    found = json.loads(output.read_text())
-    return [Row(**row) for row in found["results"]] if found["size"] == size else []
+    report = json.loads(output.read_text())
+    return [Row(**row) for row in report["results"]] if report["size"] == size else []
 
 
 def _write(output: Path, size: str, rows: list[Row], left_out: list[str]) -> None:
@@ -220,10 +228,10 @@ def linear_shapes(size: str) -> list[tuple[int, int]]:
 
 
 def quantized(size: str, spec: FormatSpec, backend: str, device: str) -> Any:
-    """A model with random weights in the format; bf16 is left as torch has it.
+    """A model with random weights in the format; for "bf16", torch's own layers.
 
-    One weight of each shape is quantized and copied to all layers of that shape: the speed does not
-    depend on what the weights are, and to quantize all of them takes minutes of a GPU.
+    One weight of each shape is quantized and copied to all layers of that shape, because quantizing
+    all of them takes minutes on a GPU and the speed does not depend on the values.
     """
     model = model_of(size, device)
     if spec.name == "bf16":
@@ -245,10 +253,10 @@ def quantized(size: str, spec: FormatSpec, backend: str, device: str) -> Any:
 
 
 def table_of(rows: list[Row], modes: list[str], title: str) -> Table:
-    """Tokens per second, and in brackets the speed against bf16 at the same batch."""
+    """Tokens per second, and in brackets the speed against bf16 at the same batch size."""
     table = Table(
-        "format", "batch", "prefill", *(f"decode, {mode}" for mode in modes), "weights GiB", "peak GiB",
-        title=f"{title}: tokens per second (x bf16)",
+        "format", "batch", "prefill", *(f"decode, {mode}" for mode in modes),
+        "weights GiB", "peak GiB", title=f"{title}: tokens per second (x bf16)",
     )  # fmt: skip
     plain = {row.batch: row for row in rows if row.format == "bf16"}
     for row in rows:

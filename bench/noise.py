@@ -1,13 +1,17 @@
-"""Whether a format costs a model more than Gaussian noise of the same size in its weights would.
+"""Test whether a format costs a model more than Gaussian noise of the same size in its weights.
 
     python -m bench.noise [MODEL] [--formats "fp8,int8" --seeds 3 --markdown]
 
-For each format: the error of its weights, norm(W' - W) / norm(W), the mean over layers; the
-perplexity with weights and activations as the format has them; with its weights alone, dequantized;
-and with every weight matrix W + noise instead, where the noise is Gaussian, independent of W, and
-in each layer exactly as large as the format's error there. If the last two agree, there is nothing
-special about the format's errors; what the first has beyond the second is the quantized
-activations' share.
+For each format the table has
+
+- the error of its weights, norm(W' - W) / norm(W), as the mean over layers;
+- the perplexity with weights and activations in the format;
+- the perplexity with its weights alone, dequantized ("weights alone");
+- the perplexity with weights W + noise, where the noise is Gaussian, independent of W, and in each
+  layer exactly as large as the format's error there ("Gaussian noise").
+
+If the last two agree, there is nothing special about the format's errors. The quantized activations
+cost the difference between the first perplexity and the second.
 """
 
 from __future__ import annotations
@@ -25,8 +29,9 @@ COLUMNS = ["format", "weight error", "perplexity", "weights alone", "Gaussian no
 
 @torch.no_grad()
 def changed(model: nn.Module, change: Callable[[int, Tensor], Tensor]) -> nn.Module:
-    """A copy of `model` with the weight of its i-th linear layer, except the output's, put through
-    `change`.
+    """A copy of `model` in which `change(i, weight)` replaces the weight of the i-th linear layer.
+
+    The output layer (lm_head) stays.
     """
     from qkernels.models.candidates import linears
 
@@ -37,7 +42,7 @@ def changed(model: nn.Module, change: Callable[[int, Tensor], Tensor]) -> nn.Mod
 
 
 def noise_like(weight: Tensor, size: float, generator: torch.Generator) -> Tensor:
-    """Gaussian noise of weight's shape whose Frobenius norm is `size` times the weight's."""
+    """Gaussian noise of the weight's shape; its Frobenius norm is `size` times the weight's."""
     noise = torch.randn(weight.shape, generator=generator)
     return noise * (size * weight.norm() / noise.norm())
 
@@ -46,13 +51,11 @@ def main(
     model: str = "smollm2-135m",
     formats: str = "fp8:granularity=channel,int8,w8a8",
     text: str = "macbeth",
-    tokens: Annotated[int, typer.Option(help="Of the text.")] = 2048,
+    tokens: Annotated[int, typer.Option(help="Tokens of the text.")] = 2048,
     seeds: Annotated[int, typer.Option(help="Draws of the noise; the table has their mean.")] = 3,
     markdown: bool = False,
 ) -> None:
-    """Perplexity of formats, of their weights alone, and of Gaussian noise as large as their
-    errors.
-    """
+    """Compare the perplexity of formats with that of Gaussian noise as large as their errors."""
     import qkernels as qk
     from qkernels.cli import common
     from qkernels.models.evaluate import perplexity
@@ -65,20 +68,19 @@ def main(
     def measured(changed_model: nn.Module) -> float:
         return perplexity(changed_model, ids).perplexity
 
-    def cost(found: float) -> str:
-        return f"{found:.3f} ({100 * (found / base - 1):+.2f}%)"
+    def cost(value: float) -> str:
+        return f"{value:.3f} ({100 * (value / base - 1):+.2f}%)"
 
     rows = [["unquantized", "", f"{base:.3f}", "", "", ""]]
-    known: dict[
-        tuple[float, ...], tuple[float, list[float]]
-    ] = {}  # int8 and w8a8 have the same weights
+    # by the errors of the layers, because int8 and w8a8 have the same weights
+    perplexities: dict[tuple[float, ...], tuple[float, list[float]]] = {}
     for spec in parse_specs(formats):
         errors: dict[int, float] = {}
 
         def dequantized(i: int, weight: Tensor, spec: Any = spec, errors: Any = errors) -> Tensor:
-            found = qk.quantize(weight, spec.name, **spec.params).dequantize()
-            errors[i] = float((found - weight).norm() / weight.norm())
-            return found
+            rounded = qk.quantize(weight, spec.name, **spec.params).dequantize()
+            errors[i] = float((rounded - weight).norm() / weight.norm())
+            return rounded
 
         def noisy(seed: int, errors: Any = errors) -> nn.Module:
             generator = torch.Generator().manual_seed(seed)
@@ -86,10 +88,10 @@ def main(
 
         rounded = changed(net, dequantized)
         sizes = tuple(errors.values())
-        if sizes not in known:
+        if sizes not in perplexities:
             alone = measured(rounded)
-            known[sizes] = alone, [measured(noisy(seed)) for seed in range(seeds)]
-        alone, noise = known[sizes]
+            perplexities[sizes] = alone, [measured(noisy(seed)) for seed in range(seeds)]
+        alone, noise = perplexities[sizes]
         del rounded
         full = measured(
             qk.quantize_model(copy.deepcopy(net), spec.name, progress=False, **spec.params)
@@ -101,7 +103,7 @@ def main(
                 cost(full),
                 cost(alone),
                 cost(sum(noise) / seeds),
-                " ".join(f"{100 * (found / base - 1):+.2f}%" for found in noise),
+                " ".join(f"{100 * (value / base - 1):+.2f}%" for value in noise),
             ]
         )
         common.status(" | ".join(rows[-1]))

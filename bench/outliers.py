@@ -1,12 +1,12 @@
-"""What activation outliers do to 8-bit formats, and what SmoothQuant and LLM.int8() do against
-them.
+"""Measure how activation outliers harm 8-bit formats, and how SmoothQuant and LLM.int8() help.
 
     python -m bench.outliers [MODEL] [--factor 200 --channels 1 --markdown]
 
-Large models have a few features whose activations are 20 to 100 times the others' (Dettmers et al.
-2022, arXiv 2208.07339); small ones do not. So some are planted: the weight of a norm times `factor`
-in a few features, and the same features of the linears that read it divided by it. The model
-computes what it computed before, and its activations are hard to quantize.
+Large models have a few features whose activations are 20 to 100 times as large as the others
+(Dettmers et al. 2022, arXiv 2208.07339). Small models do not, so this script plants some: it
+multiplies a few features of a norm's weight by `factor`, and divides the same columns of the linear
+layers that read the norm by it. The model's outputs stay the same, and its activations become hard
+to quantize.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import nn
 from qkernels.quantizers import architectures
 
 COLUMNS = ["format", "perplexity", "ratio", "with outliers", "ratio"]
-#: format, arguments of quantize_model, whether it is calibrated
+#: format, arguments of quantize_model, whether it needs calibration data
 FORMATS: tuple[tuple[str, dict[str, Any], bool], ...] = (
     ("w8a8", {}, False),
     ("w8a8", {"algorithm": "smoothquant", "alpha": 0.5}, True),
@@ -36,8 +36,9 @@ FORMATS: tuple[tuple[str, dict[str, Any], bool], ...] = (
 
 @torch.no_grad()
 def plant(model: nn.Module, factor: float = 200.0, channels: int = 1, seed: int = 0) -> nn.Module:
-    """Outliers in `channels` features after each norm of `model`, in place; its outputs stay the
-    same.
+    """Plant outliers in `channels` features after each norm of `model`, in place.
+
+    The outputs of the model stay the same.
     """
     generator = torch.Generator().manual_seed(seed)
     for _, block in architectures.blocks_of(model):
@@ -59,7 +60,7 @@ def main(
     channels: int = 1,
     calibration: str = "kjv",
     text: str = "macbeth",
-    tokens: Annotated[int, typer.Option(help="Of the text.")] = 2048,
+    tokens: Annotated[int, typer.Option(help="Tokens of the text.")] = 2048,
     samples: int = 16,
     markdown: bool = False,
 ) -> None:
@@ -82,8 +83,8 @@ def main(
             quantized = quantize_model(
                 copy.deepcopy(net), name, data if calibrated else None, **arguments
             )
-            found = perplexity(quantized, ids).perplexity
-            cells += [f"{found:.3f}", f"{found / unquantized:.4f}"]
+            value = perplexity(quantized, ids).perplexity
+            cells += [f"{value:.3f}", f"{value / unquantized:.4f}"]
         rows.append(cells)
     if markdown:
         print(common.markdown_table(COLUMNS, rows))

@@ -1,11 +1,11 @@
-"""What the plan's calls should show, printed before they are made; and a run laid beside it.
+"""Predict the results of the plan's calls to a GPU; afterwards, compare results with predictions.
 
-    python -m bench.predictions > bench/results/predictions.md python -m bench.predictions --beside
-    OUT/race.json --beside OUT/llama.json --beside OUT/model.json
+    python -m bench.predictions > bench/results/predictions.md
+    python -m bench.predictions --beside OUT/race.json --beside OUT/llama.json
 
-"at best" is the roofline: bytes, operations, one launch. "expected" is that times a factor: how far
-the faster of our two languages was above it in the last race (--last), for the same format and the
-nearest M.
+"at best" is the roofline: bytes, operations, one launch. "expected" is "at best" times a factor
+from the last race (--last), for the same format and the nearest M: the time of the faster of the
+CUDA and the Triton kernel there, over the roofline's.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from .gpu import plan
 from .model import bytes_per_weight
 
 LAST = Path(__file__).parent / "results" / "2026-11-27-h200" / "race.json"
-#: seconds that attention, norms and the like of one layer take for one token in a CUDA graph: eight
+#: seconds that the rest of a layer (attention, norms) takes for one token in a CUDA graph: eight
 #: small kernels
 BESIDE_LINEARS = 16e-6
 
 
 class Time(NamedTuple):
-    """Seconds at best, expected seconds, what limits the first."""
+    """Seconds at best, expected seconds, and what limits the time at best."""
 
     best: float
     expected: float
@@ -44,7 +44,7 @@ class Time(NamedTuple):
 
 @lru_cache(maxsize=32)
 def _bits(spec: str) -> tuple[float, str]:
-    """Bytes a weight, and what the tensor cores multiply."""
+    """Bytes per weight of a format, and the dtype that the tensor cores multiply."""
     parsed = parse_specs(spec)[0]
     params = {**formats.get(parsed.name).defaults, **parsed.params}
     return bytes_per_weight(parsed.name, parsed.params), roofline.operands(
@@ -53,7 +53,10 @@ def _bits(spec: str) -> tuple[float, str]:
 
 
 class Predictor:
-    """last: a race's report, of one shape at least."""
+    """Predicts times on `gpu`.
+
+    last: report of a race, which gives the factors between measured times and the roofline's.
+    """
 
     def __init__(self, gpu: roofline.Gpu, last: dict[str, Any]) -> None:
         self.gpu = gpu
@@ -79,6 +82,7 @@ class Predictor:
         )
 
     def product(self, spec: str, shape: tuple[int, int], m: int) -> Time:
+        """Time of one product; `expected` is NaN for a format that the last race had not."""
         best = self._roofline(spec, shape, m)
         factors = self.factors.get(spec)
         if not factors:
@@ -87,8 +91,10 @@ class Predictor:
         return Time(best.seconds, best.seconds * factors[nearest], best.limit)
 
     def model(self, spec: str, batch: int, rows: int) -> tuple[float, float]:
-        """Seconds of one pass of plan.MODEL_SIZE with `rows` tokens in all, after PROMPT tokens if
-        rows == batch.
+        """Seconds of one forward pass of plan.MODEL_SIZE, at best and expected.
+
+        rows: tokens in all. rows == batch is a decode step after PROMPT tokens; otherwise the pass
+        is a prefill.
         """
         sizes = llm.SIZES[plan.MODEL_SIZE]
         hidden, layers, heads = (
@@ -100,9 +106,9 @@ class Predictor:
         each = [2, 2, 2, 1]  # query and output, key and value, gate and up, down
         head = self.product("bf16", (sizes["vocab_size"], hidden), batch)
         slower = 2.0
-        if rows == batch:  # the keys and values of the prompt are read
-            # transformers copies them for each query head where there is a mask: read once, written
-            # and read 4 times
+        if rows == batch:  # decode reads the keys and values of the prompt
+            # With a mask, transformers copies them for each query head: reads them once, writes
+            # and reads 4 copies.
             slower = 1 + 2 * heads / sizes["num_key_value_heads"]
             width = hidden // heads * sizes["num_key_value_heads"]
             attention = (
@@ -112,7 +118,7 @@ class Predictor:
                 * batch
                 / (self.gpu.bandwidth * 1e9 * roofline.COPY_FRACTION)
             )
-        else:  # causal: half of all pairs, two products
+        else:  # causal attention: two products for half of all pairs
             attention = (
                 2 * plan.PROMPT * rows * hidden / (self.gpu.bf16 * 1e12 * roofline.MATMUL_FRACTION)
             )
@@ -124,8 +130,9 @@ class Predictor:
 
 
 def _spec_of(contestant: str) -> str | None:
-    """The format of a kernel of ours or of torch's dense product; None for a peer and for the
-    reference.
+    """The format of our kernel, or "bf16" for torch's dense product.
+
+    None for a peer and for the reference backend.
     """
     if contestant == race.Dense.name:
         return "bf16"
@@ -134,7 +141,7 @@ def _spec_of(contestant: str) -> str | None:
 
 
 def races(predictor: Predictor) -> Iterator[str]:
-    """Markdown: microseconds at best and expected, for each product of the second call."""
+    """Lines of Markdown: microseconds at best and expected, for each product of the call "race"."""
     for name in plan.CALLS["race"]:
         raced = plan.PARTS[name].race
         if raced is None:
@@ -150,7 +157,7 @@ def races(predictor: Predictor) -> Iterator[str]:
 
 
 def models(predictor: Predictor) -> Iterator[str]:
-    """Markdown: tokens a second of the third call, at best and expected."""
+    """Lines of Markdown: tokens a second at best and expected, for the call "model"."""
     heads = [f"decode, batch {batch}" for batch in plan.BATCHES]
     yield "| format | " + " | ".join(heads) + f" | prefill of {plan.PROMPT} |"
     yield "| --- |" + " ---: |" * (len(heads) + 1)
@@ -164,19 +171,24 @@ def models(predictor: Predictor) -> Iterator[str]:
 
 
 def instructions(gpu: roofline.Gpu) -> Iterator[str]:
-    """Markdown: what the Triton kernels' machine code takes to issue at M = 1, beside the bytes."""
+    """Lines of Markdown: microseconds to issue the instructions of Triton kernels at M = 1.
+
+    Beside them, the microseconds to move the bytes.
+    """
     from .static import decode
 
     yield "| format | instructions a weight | to issue, us | bytes, us |"
     yield "| --- | ---: | ---: | ---: |"
-    wanted = {"gptq:bits=4,group_size=128", "nf4:block_size=64", "q4_k"}
-    for spec, count, issue, memory in decode.rows(gpu, (8192, 8192), wanted):
+    specs = {"gptq:bits=4,group_size=128", "nf4:block_size=64", "q4_k"}
+    for spec, count, issue, memory in decode.rows(gpu, (8192, 8192), specs):
         yield f"| {spec} | {count:.2f} | {issue:.1f} | {memory:.1f} |"
 
 
 def beside(predictor: Predictor, report: dict[str, Any]) -> Iterator[tuple[float, str]]:
-    """Measured over expected time, and a line about it: for the faster of our languages in a race,
-    for whole models.
+    """Pairs of (measured over expected time, line that says so).
+
+    Of a race, for the faster of our two kernels of each product; of bench.llm's results, for each
+    model.
     """
     fastest: dict[tuple[str, int, int, int], dict[str, Any]] = {}
     for row in report["results"]:
@@ -196,13 +208,17 @@ def beside(predictor: Predictor, report: dict[str, Any]) -> Iterator[tuple[float
 
 
 def _beside_model(predictor: Predictor, row: dict[str, Any]) -> Iterator[tuple[float, str]]:
+    """The pairs of `beside` for one row of bench.llm's results."""
     passes = [("decode", row["batch"], row["decode"].get("graph"))]
     if row["batch"] == 1:
         passes.append(("prefill", row["prompt"], row["prefill"]))
     for what, rows, speed in passes:
         if speed:
             expected = rows / predictor.model(row["format"], row["batch"], rows)[1]
-            text = f"{row['format']} {what}, batch {row['batch']}: {expected:.0f} tokens/s, {speed:.0f}"
+            text = (
+                f"{row['format']} {what}, batch {row['batch']}: "
+                f"{expected:.0f} tokens/s, {speed:.0f}"
+            )
             yield expected / speed, text
 
 
@@ -210,8 +226,10 @@ def main(
     gpus: Annotated[
         str, typer.Option("--gpu", help="Names in qkernels/backends/roofline.py.")
     ] = "H200,H100",
-    last: Annotated[Path, typer.Option(help="The race that factors are of.")] = LAST,
-    runs: Annotated[list[Path], typer.Option("--beside", help="Results to lay beside it.")] = [],  # noqa: B006
+    last: Annotated[Path, typer.Option(help="Race that the factors come from.")] = LAST,
+    runs: Annotated[
+        list[Path], typer.Option("--beside", help="Results to compare with predictions.")
+    ] = [],  # noqa: B006
 ) -> None:
     report = json.loads(last.read_text())
     if runs:
@@ -221,22 +239,22 @@ def main(
     print("Predictions by `python -m bench.predictions`: at best / expected. Factors are of")
     print(f"`{last.parent.name}/{last.name}` ({where['gpu']}, {where['date']}).")
     for name in gpus.split(","):
-        known = roofline.find(name)
-        if known is None:
+        gpu = roofline.find(name)
+        if gpu is None:
             raise typer.BadParameter(
                 f"--gpu: expected GPUs of qkernels/backends/roofline.py, got {name!r}"
             )
-        predictor = Predictor(known, report)
-        print(f"\n## {known.name}: microseconds a product, in a chain\n")
+        predictor = Predictor(gpu, report)
+        print(f"\n## {gpu.name}: microseconds a product, in a chain\n")
         print("\n".join(races(predictor)))
-        print(f"## {known.name}: what machine code says of M = 1 (Triton, sm_90)\n")
-        print("\n".join(instructions(known)))
-        print(f"\n## {known.name}: tokens a second of Llama-3-{plan.MODEL_SIZE}'s shape\n")
+        print(f"## {gpu.name}: what machine code says of M = 1 (Triton, sm_90)\n")
+        print("\n".join(instructions(gpu)))
+        print(f"\n## {gpu.name}: tokens a second of Llama-3-{plan.MODEL_SIZE}'s shape\n")
         print("\n".join(models(predictor)))
 
 
 def _print_beside(last: dict[str, Any], reports: list[dict[str, Any]]) -> None:
-    """Each report beside predictions for the GPU that it was measured on, what missed most first."""
+    """Print each result beside its prediction for the same GPU, the largest miss first."""
     lines = []
     for report in reports:
         gpu = roofline.find(str(report["environment"]["gpu"]))
@@ -245,7 +263,7 @@ def _print_beside(last: dict[str, Any], reports: list[dict[str, Any]]) -> None:
                 f"--beside: measured on {report['environment']['gpu'] or 'no GPU'}"
             )
         lines += beside(Predictor(gpu, last), report)
-    print("measured / expected time; what was expected, and measured:")
+    print("measured / expected time; then the expected value, and the measured one:")
     for ratio, text in sorted(lines, key=lambda line: -abs(math.log(line[0]))):
         print(f"{ratio:5.2f}  {text}")
 

@@ -1,4 +1,4 @@
-"""A page of pictures and tables from races' results: REPORT.md and PNG files beside the JSON.
+"""Write a page of pictures and tables from races' results: REPORT.md and PNG files beside the JSON.
 
 python -m bench.report RESULTS.json... [--output FOLDER]
 """
@@ -19,57 +19,58 @@ from qkernels.benchmark import race
 from . import targets
 
 Rows = list[dict[str, Any]]
-#: name, least and most rows of x
+#: classes of M: name, fewest and most rows of x
 CLASSES = (("decode", 1, 16), ("middle", 17, 256), ("prefill", 257, 10**9))
 
 
 def timed(rows: Rows) -> Rows:
+    """The rows that have a time and a time of the dense product to compare it with."""
     return [row for row in rows if row["chain"] is not None and row["speedup"] is not None]
 
 
 def worst(report: dict[str, Any], most: int = 15) -> list[str]:
-    """For the console: what falls shortest of its target, a line each."""
+    """Lines for the console: the `most` results that miss their targets by most."""
     if report["environment"]["gpu"] is None:
         return []
-    found = [one for one in targets.findings(report) if one.measured is not None]
-    short = [one for one in found if (one.reached or 0) < 1]
+    findings = [one for one in targets.findings(report) if one.measured is not None]
+    short = [one for one in findings if (one.reached or 0) < 1]
     lines = [
-        f"{one.reached:4.0%} of {one.target}: {one.format} has {one.measured:.2f} at {one.where} ({one.kernel})"
+        f"{one.reached:4.0%} of {one.target}: {one.format} has {one.measured:.2f} "
+        f"at {one.where} ({one.kernel})"
         for one in short[:most]
     ]
-    return [f"{len(found) - len(short)} of {len(found)} targets are reached; worst first:", *lines]
+    reached = len(findings) - len(short)
+    return [f"{reached} of {len(findings)} targets are reached; worst first:", *lines]
 
 
 def mean_speedups(rows: Rows) -> dict[str, dict[str, float]]:
-    """Contestant -> class of M -> geometric mean of the speedups over bf16, all shapes."""
-    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    """Contestant -> class of M -> geometric mean of its speedups over bf16, over all shapes."""
+    logarithms: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in timed(rows):
         name = next(name for name, low, high in CLASSES if low <= row["m"] <= high)
-        found[row["contestant"]][name].append(math.log(row["speedup"]))
+        logarithms[row["contestant"]][name].append(math.log(row["speedup"]))
     return {
         contestant: {name: math.exp(sum(logs) / len(logs)) for name, logs in by_class.items()}
-        for contestant, by_class in found.items()
+        for contestant, by_class in logarithms.items()
     }
 
 
 def verdict(reports: list[dict[str, Any]]) -> list[str]:
-    """What is said first: each target of DESIGN section 6 at its worst, each peer, what nobody
-    measured.
-    """
+    """Opening lines of the page: each target at its worst, each peer, and what was not measured."""
     if all(report["environment"]["gpu"] is None for report in reports):
         return [
-            "No GPU measured, so nothing can be said about the targets of DESIGN section 6.",
+            "No GPU measured, so nothing can be said about the targets of bench/targets.md.",
             "",
         ]
-    found = [one for one in targets.findings(*reports) if one.measured is not None]
+    findings = [one for one in targets.findings(*reports) if one.measured is not None]
     by_target: dict[targets.Target, list[targets.Finding]] = defaultdict(list)
-    for one in found:
+    for one in findings:
         by_target[one.target].append(one)
     reached = sum(all(one.reached >= 1 for one in ones) for ones in by_target.values())  # type: ignore[operator]
     missing = targets.unmeasured(*reports)
     lines = [
-        f"**{reached} of {len(targets.TARGETS)} targets are reached by every format, {len(by_target) - reached} "
-        f"are not, {len(missing)} were not measured.**",
+        f"**{reached} of {len(targets.TARGETS)} targets are reached by every format, "
+        f"{len(by_target) - reached} are not, {len(missing)} were not measured.**",
         "",
         "## Targets, worst first",
         "",
@@ -81,8 +82,8 @@ def verdict(reports: list[dict[str, Any]]) -> list[str]:
         worst, fine = ones[0], sum((one.reached or 0) >= 1 for one in ones)
         mark = "" if fine == len(ones) else "**"
         body.append([
-            str(target), f"{mark}{worst.reached:.0%}{mark}", f"{worst.measured:.2f}", worst.format, worst.where,
-            worst.kernel, f"{fine} of {len(ones)}",
+            str(target), f"{mark}{worst.reached:.0%}{mark}", f"{worst.measured:.2f}",
+            worst.format, worst.where, worst.kernel, f"{fine} of {len(ones)}",
         ])  # fmt: skip
     body += [[str(target), "not measured", "", "", "", "", ""] for target in missing]
     headings = [
@@ -95,7 +96,7 @@ def verdict(reports: list[dict[str, Any]]) -> list[str]:
         "formats that reach it",
     ]
     lines += [table(headings, body), *_peer_lines(reports)]
-    short = [one for one in found if (one.reached or 0) < 1]
+    short = [one for one in findings if (one.reached or 0) < 1]
     lines += ["## Every format that falls short", ""]
     lines += [
         table(
@@ -119,16 +120,20 @@ def verdict(reports: list[dict[str, Any]]) -> list[str]:
 
 
 def _peer_lines(reports: list[dict[str, Any]]) -> list[str]:
-    """Peers by their worst ratio; those that are missing, with why, on one line each."""
+    """Lines about the peers by their worst ratio; a missing peer has one line that says why."""
     from . import peers
 
     known = [(one.name, one.group) for one in peers.contestants() if isinstance(one, peers.Peer)]
-    found = targets.peers(known, *reports)
+
+    def ratio(peer: targets.Peer) -> str:
+        if peer.ratio is None:
+            return "missing"
+        return f"{peer.ratio:.2f}" if peer.ratio >= 1 else f"**{peer.ratio:.2f}**"
+
     body = [
-        [one.name, one.group, "missing" if one.ratio is None else f"{one.ratio:.2f}" if one.ratio >= 1
-         else f"**{one.ratio:.2f}**", one.where or one.why[:90]]
-        for one in found
-    ]  # fmt: skip
+        [one.name, one.group, ratio(one), one.where or one.why[:90]]
+        for one in targets.peers(known, *reports)
+    ]
     note = "Our fastest kernel's speed over the peer's where we are slowest: at least 1 is asked."
     return [
         "## Against peers, worst first",
@@ -140,13 +145,15 @@ def _peer_lines(reports: list[dict[str, Any]]) -> list[str]:
 
 
 def table(headings: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
     lines = ["| " + " | ".join(headings) + " |", "| " + " | ".join(["---"] * len(headings)) + " |"]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
 
 
 def write(reports: list[dict[str, Any]], page: Path, drawn: bool = False) -> Path:
-    """The page, and with `drawn` its pictures beside it; returns the page. Ratios are within one
-    report.
+    """Write the page, and with `drawn` its pictures beside it. Returns the page.
+
+    Each ratio compares rows of one report.
     """
     rows: Rows = [row for report in reports for row in report["results"]]
     lines = ["# Race", ""]
@@ -177,8 +184,8 @@ def write(reports: list[dict[str, Any]], page: Path, drawn: bool = False) -> Pat
     ]
     names = [name for name, _, _ in CLASSES]
     body = [
-        [who, *(f"{found[name]:.2f}" if name in found else "" for name in names)]
-        for who, found in mean_speedups(rows).items()
+        [who, *(f"{by_class[name]:.2f}" if name in by_class else "" for name in names)]
+        for who, by_class in mean_speedups(rows).items()
     ]
     headings = [f"{n}, M {a} to {b}" if b < 10**9 else f"{n}, M from {a}" for n, a, b in CLASSES]
     lines += [table(["contestant", *headings], body)]
@@ -189,12 +196,13 @@ def write(reports: list[dict[str, Any]], page: Path, drawn: bool = False) -> Pat
             "",
             table(["contestant", "format", "why"], [list(item) for item in failed]),
         ]
-    lines += ["## Every time", "", table(*_all(rows))]
+    lines += ["## Every time", "", table(*_table_of_times(rows))]
     page.write_text("\n".join(lines))
     return page
 
 
-def _all(rows: Rows) -> tuple[list[str], list[list[str]]]:
+def _table_of_times(rows: Rows) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of the table that holds every timed row."""
     headings = [
         "contestant",
         "N",
@@ -216,9 +224,10 @@ def _all(rows: Rows) -> tuple[list[str], list[list[str]]]:
 
     body = [
         [
-            row["contestant"], str(row["n"]), str(row["k"]), str(row["m"]), number(row, "chain", ".1f"),
-            number(row, "spread", ".1f"), number(row, "alone", ".1f"), number(row, "speedup", ".2f"),
-            number(row, "bandwidth", ".0f"), number(row, "tflops", ".1f"), number(row, "predicted", ".1f"),
+            row["contestant"], str(row["n"]), str(row["k"]), str(row["m"]),
+            number(row, "chain", ".1f"), number(row, "spread", ".1f"), number(row, "alone", ".1f"),
+            number(row, "speedup", ".2f"), number(row, "bandwidth", ".0f"),
+            number(row, "tflops", ".1f"), number(row, "predicted", ".1f"),
             row["limit"], number(row, "error", ".1e"),
         ]
         for row in timed(rows)
@@ -227,16 +236,17 @@ def _all(rows: Rows) -> tuple[list[str], list[list[str]]]:
 
 
 def _roof(row: dict[str, Any]) -> float:
-    """TFLOP/s at the predicted time."""
+    """TFLOP/s that the predicted time would give."""
     return 2 * row["m"] * row["n"] * row["k"] / row["predicted"] / 1e6
 
 
 def _families(rows: Rows) -> dict[str, Rows]:
-    """Family of DESIGN section 6 -> the fastest of ours for each format at each M, and the peers of
-    those.
+    """Family of bench/targets.md -> rows to draw: our fastest kernels and their peers.
 
-    Ours keep their format's name, peers their own."""
-    found: dict[str, Rows] = {}
+    There is one row of ours for each format and M, renamed to "ours FORMAT". A peer's rows are
+    renamed to "PEER [FORMAT]".
+    """
+    families: dict[str, Rows] = {}
     for family, belongs in [*targets.FAMILIES.items()][:-1]:
         ours: dict[tuple[str, int], dict[str, Any]] = {}
         for row in rows:
@@ -245,8 +255,8 @@ def _families(rows: Rows) -> dict[str, Rows]:
                 continue
             spec = place[1]
             if belongs(targets._spec_of(spec)):
-                known = ours.get((spec, row["m"]))
-                if known is None or row["chain"] < known["chain"]:
+                fastest = ours.get((spec, row["m"]))
+                if fastest is None or row["chain"] < fastest["chain"]:
                     ours[spec, row["m"]] = {**row, "contestant": f"ours {spec}"}
         groups = {row["group"] for row in ours.values()}
         others = [
@@ -255,14 +265,16 @@ def _families(rows: Rows) -> dict[str, Rows]:
             if r["group"] in groups and not r["contestant"].startswith("qkernels ")
         ]
         if ours:
-            found[family] = [*ours.values(), *others]
-    return found
+            families[family] = [*ours.values(), *others]
+    return families
 
 
 def pictures(rows: Rows, copy_bandwidth: float | None, page: Path) -> list[str]:
-    """Speedup, bandwidth and TFLOP/s by M, a row of pictures a family, a file a shape; file names.
-    None without matplotlib. Solid lines are ours, dashed ones others', dotted ones the roofline and
-    a copy."""
+    """Draw speedup, bandwidth and TFLOP/s over M: one file per shape, one row of plots per family.
+
+    Solid lines are our kernels, dashed lines the peers, dotted lines the roofline and a copy.
+    Returns the names of the files; none if matplotlib is not installed.
+    """
     if importlib.util.find_spec("matplotlib") is None:
         return []
     import matplotlib
@@ -315,15 +327,18 @@ def pictures(rows: Rows, copy_bandwidth: float | None, page: Path) -> list[str]:
 
 def main(
     results: Annotated[
-        list[Path], typer.Argument(help="Race results; of one machine, better in one run.")
+        list[Path],
+        typer.Argument(help="Results of races on one machine, best of all from one run."),
     ],
-    output: Annotated[Path | None, typer.Option(help="Folder; the first results' own.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder; default: that of the first results.")
+    ] = None,
 ) -> None:
     folder = output or results[0].parent
     folder.mkdir(parents=True, exist_ok=True)
-    found = [json.loads(file.read_text()) for file in results]
-    # not a model's, which may lie beside them
-    races = [report for report in found if "copy_bandwidth" in report]
+    reports = [json.loads(file.read_text()) for file in results]
+    # the results of bench.llm may lie in the same folder, and are not races
+    races = [report for report in reports if "copy_bandwidth" in report]
     print(write(races, folder / "REPORT.md", drawn=True))
 
 

@@ -1,21 +1,21 @@
-"""Every kernel once at a real shape on a GPU: is it right, and is it right every time?
+"""Run every kernel at a real shape on a GPU: is its result right, and is it right every time?
 
     python -m bench.smoke --output OUT --jobs 14 --seconds 120
-    TRITON_INTERPRET=1 python -m bench.smoke --tiny --formats nf4 --backends triton     the same path without a GPU
+    TRITON_INTERPRET=1 python -m bench.smoke --tiny --formats nf4 --backends triton     # no GPU
 
-For each format and backend, at 4096 x 4096 and at an odd shape, for each class of M:
+The checks, for each format and backend, at 4096 x 4096 and at an odd shape, for each class of M:
 
-    error       of three calls (the first, the one that is recorded, the first replay) against the float64 product
-                on the GPU; memory that a call allocates is poisoned with NaN
+    error       three calls (the first, the one that is recorded, the first replay) agree with the
+                float64 product on the GPU; memory that a call allocates is poisoned with NaN
     repeat      many more calls give the same bits
-    graph       two products, the second of the first's result, from a CUDA graph give the bits of eager calls
-                with a wait between them: an early launch must not read what is not written yet
-    invariant   a row gives the same bits whatever M it comes with, where batch invariance is asked for
-    nodes       a captured product is kernels and nothing else: no copy, no memset
-    late        kernels that wait for the one before them (QKERNELS_PDL=0, Triton) give the same bits
+    graph       y = (x W) W from a CUDA graph has the bits of eager calls with a wait in between: a
+                kernel that PDL starts early must not read what is not written yet
+    invariant   with batch invariance, a row gives the same bits whatever M it comes with
+    nodes       the graph of a captured product holds kernels alone: no copy, no memset
+    late        Triton kernels without PDL (QKERNELS_PDL=0) give the same bits
 
-Kernels run in worker processes, for an illegal access ends the process it happens in. One line a
-kernel, failures first; all figures go to OUT/smoke.json as they come.
+Kernels run in worker processes, because an illegal access ends the process it happens in. Prints
+one line per kernel, failures first. All figures go to OUT/smoke.json as they are measured.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from qkernels.quantizers.specs import FormatSpec, parse_specs
 
 from . import starts, supervisor, worker
 
-#: layouts that the benchmarks' suites do not have
+#: formats with layouts that no suite of the benchmarks has
 MORE = (
     "gptq:bits=4,group_size=32,symmetric=false",
     "gptq:bits=4,group_size=-1",
@@ -54,7 +54,7 @@ MORE = (
     "fp8:granularity=block",
     "w8a8:activation=static,input_scale=0.03,input_zero_point=-7",
 )
-#: formats on which the last three are tried: one of each kind of kernel
+#: formats for the checks "invariant", "nodes" and "late": one for each kind of kernel
 INVARIANT = (
     "gptq:bits=4,group_size=128",
     "q4_k",
@@ -68,7 +68,7 @@ REPEATS = 100
 
 @dataclass(frozen=True)
 class Shape:
-    """fp16_rows: numbers of rows tried in float16 too."""
+    """N, K, and the values of M to try. fp16_rows: the values of M to try in float16 too."""
 
     n: int
     k: int
@@ -77,15 +77,17 @@ class Shape:
 
 
 REAL = Shape(4096, 4096, (1, 3, 8, 16, 33, 300), (1, 33, 300))
-#: neither dimension is a multiple of a block, where the format takes that
+#: neither dimension is a multiple of a block, if the format accepts that
 ODD = Shape(200, 4128, (1, 17, 131), ())
 TINY = Shape(72, 512, (1, 17), (1,))
 
 
 @dataclass
 class Check:
-    """One check of one kernel. value: the error relative to its bound, or the number of calls that
-    differed.
+    """Result of one check of one kernel.
+
+    case: specification of the format. value: the error relative to its bound, or the number of
+    calls that differed. failed: what is wrong; empty if nothing is.
     """
 
     case: str
@@ -100,27 +102,28 @@ class Check:
 
 @dataclass
 class Job:
-    """What a worker is given. cases: (specification of a format, backend)."""
+    """What a worker has to do. cases: (specification of a format, backend)."""
 
     cases: list[tuple[str, str]]
     tiny: bool
 
 
 def cases_of(formats: str, backends: str) -> list[tuple[str, str]]:
+    """(Specification of a format, backend) for each of `formats` that has a packed layout."""
     if formats == "all":
         specs = [str(FormatSpec(name, params)) for name, params in shapes.formats_of("all")]
         specs += [*MORE, *(gguf.name for gguf in TYPES)]
         specs = list(dict.fromkeys(specs))
     else:
         specs = [str(spec) for spec in parse_specs(formats)]
-    laid_out = [s for s in specs if not qk.formats.get(parse_specs(s)[0].name).dense]
-    return [(spec, backend) for backend in backends.split(",") for spec in laid_out]
+    packed = [s for s in specs if not qk.formats.get(parse_specs(s)[0].name).dense]
+    return [(spec, backend) for backend in backends.split(",") for spec in packed]
 
 
 # ------------------------------------------------------------------ in the worker
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Memory from torch.empty starts as NaN, or as the largest integer."""
+    """Within the context, memory from torch.empty starts as NaN, or as the largest integer."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -142,7 +145,7 @@ def check(spec: str, backend: str, device: str, tiny: bool) -> Iterator[Check]:
 
 
 def quantized(spec: str, shape: tuple[int, int], device: str) -> qk.PackedWeight:
-    """A random weight (N, K) in a format, with K rounded up to what the format takes."""
+    """A random weight (N, K) in a format, with K rounded up to a multiple that the format takes."""
     parsed = parse_specs(spec)[0]
     multiple = qk.formats.get(parsed.name).k_multiple
     n, k = shape[0], -(-shape[1] // multiple) * multiple
@@ -158,11 +161,12 @@ def quantized(spec: str, shape: tuple[int, int], device: str) -> qk.PackedWeight
 def _product(
     spec: str, p: qk.PackedWeight, backend: str, m: int, dtype: torch.dtype, repeats: int
 ) -> Iterator[Check]:
+    """The checks "error", "repeat" and "graph" of one product."""
     n, k = p.shape
     name = (spec, backend, f"{n}x{k}", m, str(dtype).removeprefix("torch."))
     x = torch.randn(m, k, device=p.device)
     if parse_specs(spec)[0].name == "int8":
-        x[:, ::200] *= 20  # LLM.int8() exists for the sake of outliers
+        x[:, ::200] *= 20  # outliers, which LLM.int8() treats apart
     x = x.to(dtype)
     try:
         want = qk.matmul(x.double(), p, backend="reference")
@@ -182,17 +186,21 @@ def _product(
         if n == k and p.device.type == "cuda":
             yield _graph(name, x, p, backend)
     except Exception as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        yield Check(*name, "error", float("inf"), said[:300])
+        yield Check(*name, "error", float("inf"), _in_words(error))
+
+
+def _in_words(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _error(y: Tensor, want: Tensor, dtype: torch.dtype) -> float:
-    """The error relative to what is allowed.
+    """The error of y relative to the allowed one: above 1 is wrong.
 
-    W and y are rounded to `dtype` once each, a relative error of u = 2^-8 (bfloat16) or 2^-11 each:
-    together under 2u of the whole (root mean square; 4e-3 at least, for a code of an activation
-    that float32 rounds to the other neighbour than float64). One output is off by that many times 8
-    at most: five standard deviations, and rounding of an output several times as large as most.
+    W and y are rounded to `dtype` once each, which is a relative error of u = 2^-8 (bfloat16) or
+    2^-11 (float16) each. So the root mean square of the error may be 2u of that of y, and 4e-3 at
+    least, because float32 may round an activation to another code than float64. One output may be
+    off by 8 times as much: five standard deviations, and the rounding of an output that is several
+    times as large as most.
     """
     u = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
     if not bool(y.isfinite().all()):
@@ -206,6 +214,8 @@ def _error(y: Tensor, want: Tensor, dtype: torch.dtype) -> float:
 def _graph(
     name: tuple[str, str, str, int, str], x: Tensor, p: qk.PackedWeight, backend: str
 ) -> Check:
+    """The check "graph": replays and eager chains against calls with a wait between them."""
+
     def chain() -> Tensor:
         return qk.matmul(qk.matmul(x, p, backend=backend), p, backend=backend)
 
@@ -213,12 +223,12 @@ def _graph(
     torch.cuda.synchronize()
     want = qk.matmul(inside, p, backend=backend)
     torch.cuda.synchronize()
-    found: list[Tensor] = []
-    graph = timing.graph_of([lambda: found.append(chain())])
+    outputs: list[Tensor] = []
+    graph = timing.graph_of([lambda: outputs.append(chain())])
     differ = 0
     for _ in range(20):
         graph.replay()
-        differ += int((found[-1] != want).any())
+        differ += int((outputs[-1] != want).any())
     eager = sum(int((chain() != want).any()) for _ in range(20))
     failed = (
         f"{differ} of 20 replays and {eager} of 20 eager chains differ" if differ or eager else ""
@@ -227,22 +237,21 @@ def _graph(
 
 
 def _invariant(spec: str, p: qk.PackedWeight, backend: str, rows: tuple[int, ...]) -> Check:
+    """The check "invariant"."""
     n, k = p.shape
     name = (spec, backend, f"{n}x{k}", max(rows), "bfloat16", "invariant")
     x = torch.randn(max(rows), k, device=p.device).bfloat16()
     try:
         whole = qk.matmul(x, p, backend=backend, batch_invariant=True)
-        differ = [
-            m for m in rows
-            if not torch.equal(qk.matmul(x[:m], p, backend=backend, batch_invariant=True), whole[:m])
-        ]  # fmt: skip
-    except ValueError as error:  # a backend without such a kernel says so
+        parts = [(m, qk.matmul(x[:m], p, backend=backend, batch_invariant=True)) for m in rows]
+        differ = [m for m, part in parts if not torch.equal(part, whole[:m])]
+    except ValueError as error:  # a backend without a batch-invariant kernel says so
         return Check(*name, 0.0, "" if "batch_invariant" in str(error) else str(error)[:300])
     return Check(*name, float(len(differ)), f"other bits with M in {differ}" if differ else "")
 
 
 def _started(spec: str, p: qk.PackedWeight, backend: str) -> Iterator[Check]:
-    """How a product of one row is started."""
+    """The checks "nodes" and "late", of a product of one row."""
     n, k = p.shape
     name = (spec, backend, f"{n}x{k}", 1, "bfloat16")
     x = torch.randn(1, k, device=p.device).bfloat16()
@@ -260,12 +269,11 @@ def _started(spec: str, p: qk.PackedWeight, backend: str) -> Iterator[Check]:
                 differ = sum(int((qk.matmul(x, p, backend=backend) != y).any()) for _ in range(20))
             yield Check(*name, "late", float(differ), f"{differ} of 20 differ" if differ else "")
     except Exception as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        yield Check(*name, "started", float("inf"), said[:300])
+        yield Check(*name, "started", float("inf"), _in_words(error))
 
 
 def work(job: Job, say: Any) -> int:
-    """Do all cases and `say` what comes out. Returns what the process ends with."""
+    """Do all cases and `say` each event. Returns the exit code of the process."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for spec, backend in job.cases:
         started = time.monotonic()
@@ -276,14 +284,8 @@ def work(job: Job, say: Any) -> int:
                 if done.failed and ("captur" in done.failed or worker.spoilt(device)):
                     return worker.SPOILT
         except Exception as error:
-            said = " ".join(f"{type(error).__name__}: {error}".split())
-            say(
-                {
-                    "check": asdict(
-                        Check(spec, backend, "", 0, "", "error", float("inf"), said[:300])
-                    )
-                }
-            )
+            failed = Check(spec, backend, "", 0, "", "error", float("inf"), _in_words(error))
+            say({"check": asdict(failed)})
             if worker.spoilt(device):
                 return worker.SPOILT
         say({"end": [spec, backend, time.monotonic() - started]})
@@ -293,8 +295,9 @@ def work(job: Job, say: Any) -> int:
 # ------------------------------------------------------------------ in the parent
 @dataclass
 class Share:
-    """A worker and the cases it has not finished. patience: seconds without a word after which it
-    hangs.
+    """A worker and the cases that it has not finished.
+
+    patience: seconds without an event after which the worker counts as hung.
     """
 
     cases: list[tuple[str, str]]
@@ -309,7 +312,7 @@ class Share:
         self.heard, self.here = time.monotonic(), self.cases[0]
 
     def poll(self) -> tuple[list[Check], bool]:
-        """Checks since the last time, and whether there is more to come."""
+        """The checks since the last call, and whether more are to come."""
         events = self.worker.lines(0.02)
         why = ""
         if events is None:
@@ -343,7 +346,10 @@ class Share:
 
 
 def summary(checks: list[Check], left: list[tuple[str, str]]) -> list[str]:
-    """One line a kernel: failures first, then the largest errors."""
+    """One line per kernel: failures first, then the others with the largest errors first.
+
+    left: the cases that there was no time for.
+    """
     by_case: dict[tuple[str, str], list[Check]] = {}
     for one in checks:
         by_case.setdefault((one.case, one.backend), []).append(one)
@@ -373,7 +379,9 @@ def main(
     jobs: Annotated[
         int, typer.Option(help="Worker processes, which also compile side by side.")
     ] = 2,
-    seconds: Annotated[float, typer.Option(help="After which what is left is given up.")] = 1e9,
+    seconds: Annotated[
+        float, typer.Option(help="Seconds after which the other cases are given up.")
+    ] = 1e9,
     tiny: Annotated[
         bool, typer.Option("--tiny", help="One small shape, for machines without a GPU.")
     ] = False,
@@ -387,8 +395,8 @@ def main(
     try:
         while shares and time.monotonic() - started < seconds:
             for share in list(shares):
-                found, more = share.poll()
-                checks += found
+                results, more = share.poll()
+                checks += results
                 if not more:
                     shares.remove(share)
             if output is not None and time.monotonic() - shown > 5:
@@ -409,8 +417,8 @@ def main(
 
 def _write(output: Path, checks: list[Check]) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    found = {"environment": race.environment(), "checks": [asdict(one) for one in checks]}
-    supervisor.write(output / "smoke.json", json.dumps(found) + "\n")
+    report = {"environment": race.environment(), "checks": [asdict(one) for one in checks]}
+    supervisor.write(output / "smoke.json", json.dumps(report) + "\n")
 
 
 if __name__ == "__main__":
@@ -420,5 +428,5 @@ if __name__ == "__main__":
                 Job(**json.load(sys.stdin)), lambda event: pipe.write(json.dumps(event) + "\n")
             )
         sys.stdout.flush()
-        os._exit(ended)  # a spoilt context would only print what is known
+        os._exit(ended)  # at a normal exit a spoilt context prints errors that are known already
     typer.run(main)

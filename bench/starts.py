@@ -1,4 +1,4 @@
-"""How the kernels of a product are started: what a CUDA graph of it holds, and early or late."""
+"""Examine how the kernels of a product start: nodes of its CUDA graph, with PDL or without."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KERNEL = 0
 
 
 def node_kinds(graph: int, driver: str = "libcuda.so.1") -> list[int]:
-    """CUgraphNodeType of each node of the graph at this address, by the driver's library."""
+    """CUgraphNodeType of each node of a graph, from the driver's library. graph: its address."""
     library = ctypes.CDLL(driver)
 
     def call(name: str, *arguments: Any) -> None:
@@ -40,7 +40,7 @@ def node_kinds(graph: int, driver: str = "libcuda.so.1") -> list[int]:
 
 @contextmanager
 def late(p: qk.PackedWeight) -> Iterator[None]:
-    """Triton's kernels of `p` start when the one before them is done."""
+    """Within the context, Triton kernels of `p` start without PDL: after the kernel before ends."""
 
     def forget() -> None:
         launch.pdl.cache_clear()

@@ -1,8 +1,8 @@
-"""Runs a race in processes that may crash, hang or be killed: what was measured before is kept.
+"""Run a race in worker processes that may crash, hang or be killed, and keep earlier results.
 
-A hung kernel cannot be stopped from within its process, and after an illegal access a CUDA context
-is lost for good. So every product is timed in a worker; one that says nothing for its contestant's
-patience is killed, and a new one goes on behind the place where the last one fell.
+A hung kernel cannot be stopped from within its process, and an illegal access makes a CUDA context
+useless. So every product is timed in a worker. A worker that is silent for longer than its
+contestant's `patience` is killed, and a new worker continues after the case that failed.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from qkernels.benchmark import race
 
 from .worker import SPOILT, Case, Job
 
-#: falls of one contestant after which it is left out; to hang counts twice, for it costs the most
-#: time
+#: failures of one contestant's workers after which it is left out; a hang counts twice, because it
+#: costs the most time
 LIVES = 4
 
 
 class Worker:
-    """One process, in a session of its own, so that what it starts ends with it."""
+    """A worker process, in its own session so that its child processes end with it."""
 
     def __init__(self, job: Any, module: str = "bench.worker") -> None:
         """job: a dataclass that `module` reads from its standard input as JSON."""
@@ -40,7 +40,8 @@ class Worker:
         reading, writing = os.pipe()
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, str(writing)],
-            stdin=subprocess.PIPE, stdout=self.errors, stderr=self.errors, pass_fds=[writing], start_new_session=True,
+            stdin=subprocess.PIPE, stdout=self.errors, stderr=self.errors, pass_fds=[writing],
+            start_new_session=True,
         )  # fmt: skip
         os.close(writing)
         self.reading = reading
@@ -50,7 +51,7 @@ class Worker:
         self.process.stdin.close()
 
     def lines(self, wait: float) -> list[dict[str, Any]] | None:
-        """What it said within `wait` seconds; None when it will say nothing more."""
+        """Events that the worker wrote within `wait` seconds; None once it has closed its pipe."""
         with selectors.DefaultSelector() as selector:
             selector.register(self.reading, selectors.EVENT_READ)
             if not selector.select(max(0.0, wait)):
@@ -62,19 +63,19 @@ class Worker:
         return [json.loads(line) for line in whole]
 
     def end(self) -> None:
-        """End it and what it started, without waiting for that."""
+        """Send SIGKILL to the worker and its children, and do not wait."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def kill(self) -> None:
-        """It and what it started; whether or not it is still there."""
+        """Kill the worker and its children and wait for it; harmless if it has ended."""
         self.end()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(20)  # with a hung kernel the driver may keep it
+            self.process.wait(20)  # the driver may keep a process whose kernel hangs
         os.close(self.reading)
 
     def last_words(self, characters: int = 250) -> str:
-        """The end of what it printed, on one line."""
+        """The end of the worker's output, on one line."""
         self.errors.seek(max(0, self.errors.seek(0, os.SEEK_END) - 4 * characters))
         return " ".join(self.errors.read().decode(errors="replace").split())[-characters:]
 
@@ -83,19 +84,20 @@ def run(
     job: Job,
     contestants: list[race.Contestant],
     deadline: float,
-    said: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> Iterator[race.Row | float]:
-    """Rows as they are timed, those that failed with why; and the copy bandwidth, once.
+    """Run all cases of `job`; yields each row as it is timed or fails, and the copy bandwidth once.
 
-    deadline: time.monotonic() after which nothing is begun, and what is under way is killed.
+    deadline: value of time.monotonic() at which the worker is killed and the rest is given up.
+    say: called with a line about each failure.
     """
-    dense, falls = dict(job.dense), [0] * len(contestants)
+    dense, failures = dict(job.dense), [0] * len(contestants)
     cases = [(number, n, k, list(rows)) for number, n, k, rows in job.cases]
     while cases:
         job.cases, job.dense = cases, dense
         worker = Worker(job)
-        here: int | None = None  # the contestant whose turn it is
-        heard, why = time.monotonic(), ""
+        here: int | None = None  # number of the contestant whose turn it is
+        heard, why = time.monotonic(), ""  # time of the last event; why the worker failed
         try:
             while True:
                 now = time.monotonic()
@@ -140,13 +142,13 @@ def run(
             return
         if why and cases and cases[0][0] == here:
             number, n, k, rows = cases[0]
-            said(f"{contestants[number].name} {n}x{k} M={rows[0]}: {why}")
+            say(f"{contestants[number].name} {n}x{k} M={rows[0]}: {why}")
             yield from _unmeasured([(number, n, k, [rows.pop(0)])], contestants, why)
         if why or (cases and cases[0][0] == here):
-            falls[here] += 2 if why.startswith("hung") else 1
-        if falls[here] >= LIVES:
-            gone = [one for one in cases if one[0] == here]
-            yield from _unmeasured(gone, contestants, "left out: it broke its process too often")
+            failures[here] += 2 if why.startswith("hung") else 1
+        if failures[here] >= LIVES:
+            dropped = [one for one in cases if one[0] == here]
+            yield from _unmeasured(dropped, contestants, "left out: it broke its process too often")
             cases = [one for one in cases if one[0] != here]
         cases = [one for one in cases if one[3]]
 
@@ -154,6 +156,7 @@ def run(
 def _unmeasured(
     cases: list[Case], contestants: list[race.Contestant], why: str
 ) -> Iterator[race.Row]:
+    """Rows that failed for this reason, one for each M of `cases`."""
     for number, n, k, rows in cases:
         one = contestants[number]
         for m in rows:
@@ -161,12 +164,12 @@ def _unmeasured(
 
 
 def warm(
-    job: Job, cases: list[Case], processes: int, seconds: float, said: Callable[[str], None]
+    job: Job, cases: list[Case], processes: int, seconds: float, say: Callable[[str], None]
 ) -> None:
-    """Compile what `cases` need in several processes at once, for `seconds` at most."""
+    """Compile the kernels of `cases` in several processes at once, for at most `seconds`."""
     started = time.monotonic()
-    shares = [cases[i::processes] for i in range(min(processes, len(cases)))]
-    workers = [Worker(Job(**{**vars(job), "cases": share, "warm": True})) for share in shares]
+    parts = [cases[i::processes] for i in range(min(processes, len(cases)))]
+    workers = [Worker(Job(**{**vars(job), "cases": part, "warm": True})) for part in parts]
     waiting = set(workers)
     try:
         while waiting and time.monotonic() - started < seconds:
@@ -180,13 +183,13 @@ def warm(
         for worker, code in zip(workers, codes, strict=True):
             worker.kill()
             if words := worker.last_words():
-                said(f"while compiling ({code}): {words}")
+                say(f"while compiling ({code}): {words}")
     late = f", {len(waiting)} of {len(workers)} processes were stopped" if waiting else ""
-    said(f"compiled {len(cases)} cases in {time.monotonic() - started:.0f} s{late}")
+    say(f"compiled {len(cases)} cases in {time.monotonic() - started:.0f} s{late}")
 
 
 def write(path: Path, text: str) -> None:
-    """All of it or nothing: who reads it while it is written finds the last one."""
+    """Write a file as a whole: a reader finds the old file or the new one, never a part."""
     part = path.with_suffix(".part")
     part.write_text(text)
     part.replace(path)

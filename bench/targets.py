@@ -1,4 +1,4 @@
-"""What DESIGN section 6 asks for, as data, and how far a race's results are from it: worst first."""
+"""The performance targets of bench/targets.md as data, and how far a race's results miss them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ LARGE = 8192 * 8192
 
 @dataclass(frozen=True)
 class Target:
-    """family: of FAMILIES. rows: least and most rows of x. metric: of METRICS. least: of the
-    metric. weights: least N * K it is asked of; most: largest."""
+    """One row of the table in bench/targets.md.
+
+    family: key of FAMILIES. rows: fewest and most rows of x. metric: key of METRICS. least: value
+    of the metric that is required. weights, most: smallest and largest N * K that the target is
+    for.
+    """
 
     family: str
     rows: tuple[int, int]
@@ -36,8 +40,10 @@ class Target:
 
 
 class Metric(NamedTuple):
-    """of: (row, every row of ours and others at its shape and M, GB/s of a copy) -> value, None
-    without one.
+    """What a target is measured in.
+
+    of: function (row, all rows of the same shape and M, GB/s of a copy) -> value of the metric, or
+    None where the report lacks what is needed.
     """
 
     unit: str
@@ -45,7 +51,11 @@ class Metric(NamedTuple):
 
 
 def _against(*names: str) -> Callable[[Row, list[Row], float], float | None]:
-    """Our speed against the fastest of the named contestants with the same weights."""
+    """The metric that compares our speed with the fastest of some contestants.
+
+    It is our speed over that of the fastest contestant of the same group whose name starts with one
+    of `names`.
+    """
 
     def of(row: Row, others: list[Row], copy: float) -> float | None:
         times = [
@@ -124,8 +134,9 @@ TARGETS = (
 
 
 class Finding(NamedTuple):
-    """One target and format: the worst place. reached: measured over asked; measured is None
-    without data.
+    """The worst result of one format against one target.
+
+    measured: value of the target's metric; None where nothing was measured. where: shape and M.
     """
 
     target: Target
@@ -136,6 +147,7 @@ class Finding(NamedTuple):
 
     @property
     def reached(self) -> float | None:
+        """Measured value over the required one."""
         return None if self.measured is None else self.measured / self.target.least
 
 
@@ -143,8 +155,11 @@ def _is_ours(row: Row) -> bool:
     return str(row["contestant"]).startswith("qkernels ")
 
 
-def _fused(rows: list[Row]) -> Iterator[tuple[FormatSpec, Row, list[Row]]]:
-    """At each place, the fastest of our kernels for each format, and all rows there."""
+def _fastest_of_ours(rows: list[Row]) -> Iterator[tuple[FormatSpec, Row, list[Row]]]:
+    """For each shape, M and format: the row of our fastest kernel, and all rows of that shape.
+
+    The reference backend does not count.
+    """
     places: dict[tuple[int, int, int], list[Row]] = defaultdict(list)
     for row in rows:
         if row["chain"] is not None:
@@ -162,7 +177,7 @@ def _fused(rows: list[Row]) -> Iterator[tuple[FormatSpec, Row, list[Row]]]:
 
 
 def _spec_of(text: str) -> FormatSpec:
-    """Of what races is not always a format: the Hadamard transform is none."""
+    """The format named `text`; some contestants are no formats, such as the Hadamard transform."""
     try:
         return parse_specs(text)[0]
     except ValueError:
@@ -170,17 +185,16 @@ def _spec_of(text: str) -> FormatSpec:
 
 
 def findings(*reports: dict[str, Any]) -> list[Finding]:
-    """Every target of every format raced, at its worst place: what falls short first, and by how
-    much most.
+    """The worst result of each format against each target, the one that misses most first.
 
-    Ratios are taken within one report, for reports of other runs may be of other GPUs; a target
-    that a format was raced for without what it is compared with is there, too, with nothing
-    measured, at the end.
+    Each ratio compares rows of one report, because reports of other runs may come from other GPUs.
+    A format that was raced without the contestant it is compared with is listed last, with
+    measured = None.
     """
     worst: dict[tuple[Target, str], Finding] = {}
     for report in reports:
         copy = report["copy_bandwidth"] or 0.0
-        for spec, row, here in _fused(report["results"]):
+        for spec, row, here in _fastest_of_ours(report["results"]):
             for target in TARGETS:
                 if (
                     not FAMILIES[target.family](spec)
@@ -191,20 +205,21 @@ def findings(*reports: dict[str, Any]) -> list[Finding]:
                     continue
                 value = METRICS[target.metric].of(row, here, copy)
                 where = f"{row['n']}x{row['k']}, M={row['m']}"
-                found = Finding(
-                    target, str(spec), value, where, row["kernel"] or row["contestant"].split()[1]
-                )
-                known = worst.setdefault((target, str(spec)), found)
-                if value is not None and (known.measured is None or value < known.measured):
-                    worst[target, str(spec)] = found
+                kernel = row["kernel"] or row["contestant"].split()[1]
+                finding = Finding(target, str(spec), value, where, kernel)
+                previous = worst.setdefault((target, str(spec)), finding)
+                if value is not None and (previous.measured is None or value < previous.measured):
+                    worst[target, str(spec)] = finding
     return sorted(
         worst.values(), key=lambda one: float("inf") if one.reached is None else one.reached
     )
 
 
 class Peer(NamedTuple):
-    """The fastest of ours against one peer: worst ratio of speeds, where; `why` it is missing, if
-    it is.
+    """Our fastest kernel against one peer.
+
+    ratio: our speed over the peer's, at the shape and M where it is least (`where`); None if the
+    peer was not timed. why: the reason it was not.
     """
 
     name: str
@@ -215,8 +230,9 @@ class Peer(NamedTuple):
 
 
 def peers(known: list[tuple[str, str]], *reports: dict[str, Any]) -> list[Peer]:
-    """Each of `known`, (contestant, group), and each that raced: the worst first, what is missing
-    last.
+    """Our fastest kernel against each peer, the worst ratio first, peers that were not timed last.
+
+    known: (contestant, group) of peers to list even if no report has a row of them.
     """
     worst: dict[tuple[str, str], Peer] = {}
     failed: dict[tuple[str, str], str] = {}
@@ -233,15 +249,15 @@ def peers(known: list[tuple[str, str]], *reports: dict[str, Any]) -> list[Peer]:
                 if _is_ours(row) or row["contestant"] == "torch bf16" or not ours:
                     continue
                 key = (row["contestant"], group)
-                found = Peer(*key, row["chain"] / min(ours), f"{n}x{k}, M={m}", "")
-                if key not in worst or found.ratio < worst[key].ratio:  # type: ignore[operator]
-                    worst[key] = found
+                peer = Peer(*key, row["chain"] / min(ours), f"{n}x{k}, M={m}", "")
+                if key not in worst or peer.ratio < worst[key].ratio:  # type: ignore[operator]
+                    worst[key] = peer
     for key in [*known, *failed]:
         worst.setdefault(key, Peer(*key, None, "", failed.get(key, "was not raced")))
     return sorted(worst.values(), key=lambda one: float("inf") if one.ratio is None else one.ratio)
 
 
 def unmeasured(*reports: dict[str, Any]) -> list[Target]:
-    """Targets that no row of the races says anything about."""
-    seen = {found.target for found in findings(*reports) if found.measured is not None}
+    """Targets that no row of the reports measures."""
+    seen = {one.target for one in findings(*reports) if one.measured is not None}
     return [target for target in TARGETS if target not in seen]

@@ -1,12 +1,11 @@
-"""Times configurations of the Triton kernels on this GPU and says what each problem's best gains.
+"""Time configurations of the Triton kernels on this GPU, and print what the best one gains.
 
-    python -m bench.tune --suite "gptq:bits=4,group_size=128,w8a8" --rows 1,64,4096 --output
-    tuned.jsonl
+    python -m bench.tune --suite "gptq:bits=4,group_size=128,w8a8" --rows 1,64,4096 \\
+        --output tuned.jsonl
 
-Most of tuning is compiling: a hundred configurations a problem. So other processes compile them
-first, all at once, and this one then times what lies in triton's cache, problem by problem:
-autotune.py, as at a first call with QKERNELS_AUTOTUNE=1. A line of JSON is added for each problem
-as it is done.
+Most of the time goes to compiling a hundred configurations for each problem. So several processes
+compile them first. This process then times the kernels from triton's cache, problem by problem, by
+autotune.py, as a first call with QKERNELS_AUTOTUNE=1 does. Each problem adds a line of JSON.
 """
 
 from __future__ import annotations
@@ -29,11 +28,14 @@ import qkernels as qk
 from qkernels.benchmark import shapes
 from qkernels.quantizers.specs import FormatSpec
 
-DEFAULT = "gptq:bits=4,group_size=128,w8a8,fp8:activation=dynamic,nf4,q4_k,gptq:bits=4,group_size=128,symmetric=false"
+DEFAULT = (
+    "gptq:bits=4,group_size=128,w8a8,fp8:activation=dynamic,nf4,q4_k,"
+    "gptq:bits=4,group_size=128,symmetric=false"
+)
 
 
 def problems(suite: str, sizes: str, rows: str) -> list[tuple[str, dict[str, Any], int, int, int]]:
-    """Format, parameters, N, K, M; the formats in turn for the first M before the second."""
+    """(format, parameters, N, K, M): all formats for the first M, then all for the next."""
     return [
         (name, params, n, k, int(m))
         for n, k in shapes.shapes_of(sizes)
@@ -46,7 +48,7 @@ def main(
     suite: str = DEFAULT,
     sizes: Annotated[str, typer.Option("--shapes")] = "square",
     rows: str = "1,4096,64",
-    seconds: Annotated[float, typer.Option(help="After which no further problem is begun.")] = 1e9,
+    seconds: Annotated[float, typer.Option(help="Seconds after which no problem is begun.")] = 1e9,
     jobs: Annotated[int, typer.Option(help="Processes that compile.")] = 14,
     tiny: bool = False,
     output: Annotated[Path | None, typer.Option(help="A line of JSON for each problem.")] = None,
@@ -78,17 +80,17 @@ def main(
             continue
         try:
             with tempfile.TemporaryDirectory() as folder:
-                found = _tuned(problem, Path(folder))
+                best = _tuned(problem, Path(folder))
         except Exception as error:
             print(f"{_words(problem)}: {type(error).__name__}: {error}"[:300], flush=True)
             continue
-        if found is None:
+        if best is None:
             continue
-        print(f"{_words(problem)}: {found['seconds'] * 1e6:.1f} us, table's {found['tabled'] * 1e6:.1f} us, "
-              f"{found['config']}", flush=True)  # fmt: skip
+        times = f"{best['seconds'] * 1e6:.1f} us, table's {best['tabled'] * 1e6:.1f} us"
+        print(f"{_words(problem)}: {times}, {best['config']}", flush=True)
         if output is not None:
             with output.open("a") as file:
-                file.write(json.dumps(found) + "\n")
+                file.write(json.dumps(best) + "\n")
 
 
 def _words(problem: tuple[str, dict[str, Any], int, int, int]) -> str:
@@ -97,6 +99,7 @@ def _words(problem: tuple[str, dict[str, Any], int, int, int]) -> str:
 
 
 def _call(problem: tuple[str, dict[str, Any], int, int, int]) -> None:
+    """Multiply a random weight of this problem once with the Triton kernel."""
     name, params, n, k, m = problem
     device = "cuda" if torch.cuda.is_available() else "cpu"
     p = qk.quantize(torch.randn(n, k, device=device), name, **params)
@@ -107,7 +110,11 @@ def _call(problem: tuple[str, dict[str, Any], int, int, int]) -> None:
 def _tuned(
     problem: tuple[str, dict[str, Any], int, int, int], folder: Path
 ) -> dict[str, Any] | None:
-    """What tuning wrote about the problem, and the time of the table's entry; None without a GPU."""
+    """The result of tuning one problem; None without a GPU.
+
+    It is autotune's JSON, with "tabled", the seconds of the configuration in the table, and
+    "candidates", the number of configurations that were timed.
+    """
     from qkernels.backends.triton import autotune
 
     times: list[float] = []
@@ -128,8 +135,11 @@ def _tuned(
     return {**json.loads(files[0].read_text()), "tabled": times[0], "candidates": len(times)}
 
 
-def _compile(found: list[Any], share: int, jobs: int) -> None:
-    """Launch the share-th of `jobs` parts of every problem's candidates once, and keep no winner."""
+def _compile(problems: list[Any], share: int, jobs: int) -> None:
+    """Compile part number `share` of `jobs` of every problem's candidates, by one launch of each.
+
+    No winner is recorded.
+    """
     from qkernels.backends.triton import autotune, configs
 
     candidates = configs.candidates
@@ -147,7 +157,7 @@ def _compile(found: list[Any], share: int, jobs: int) -> None:
         mock.patch.object(configs, "candidates", some),
         mock.patch.object(autotune, "cuda_seconds", return_value=1.0),
     ):
-        for problem in found:
+        for problem in problems:
             try:
                 _call(problem)
             except Exception as error:

@@ -1,9 +1,9 @@
-"""The process that prepares and times, so that a kernel that crashes or hangs takes nothing else
-along.
+"""The process that prepares and times products, so that a hung kernel blocks no other process.
 
-python -m bench.worker FD: reads a `Job` from stdin as JSON and writes events to the file descriptor
-FD, one JSON object a line. `supervisor` starts it, listens, and starts another when this one is
-gone.
+    python -m bench.worker FD
+
+reads a `Job` from stdin as JSON and writes events to the file descriptor FD, one JSON object a
+line. `supervisor` starts it, reads the events, and starts another when this one has ended.
 """
 
 from __future__ import annotations
@@ -20,17 +20,20 @@ from qkernels.benchmark import race, shapes, timing
 
 from . import peers
 
-#: (number of the contestant, N, K, numbers of rows)
+#: (number of the contestant, N, K, values of M)
 Case = tuple[int, int, int, list[int]]
-#: what the process ends with when the GPU's context or torch's state is no good any more
+#: exit code of a worker whose CUDA context or torch state is unusable
 SPOILT = 70
 
 
 @dataclass
 class Job:
-    """suite, backend, with_peers, tiny: who races, as the command line has it. cases: what is to be
-    done, in order. dense: "N,K,M" -> microseconds of the dense product. warm: compile only, time
-    nothing. copy: measure the copy bandwidth first."""
+    """What a worker has to do.
+
+    suite, backend, with_peers, tiny: the contestants, as on the command line. cases: in order.
+    dense: "N,K,M" -> microseconds of the dense product. warm: compile only, time nothing. copy:
+    measure the copy bandwidth first.
+    """
 
     suite: str
     backend: str
@@ -45,8 +48,9 @@ class Job:
 
 
 def contestants(suite: str, backend: str, with_peers: str, tiny: bool) -> list[race.Contestant]:
-    """The dense product, ours, and the peers that race one of ours; in every process the same, in
-    order.
+    """The dense product, our kernels, and the peers that have a format of ours to race.
+
+    Every process gets the same list in the same order, so a contestant's number names it.
     """
     group = {"group_size": 64} if tiny else {}
     ours = [
@@ -64,8 +68,8 @@ def contestants(suite: str, backend: str, with_peers: str, tiny: bool) -> list[r
 
 
 def work(job: Job, say: Any) -> int:
-    """Do all cases and `say` what comes out. Returns what the process ends with."""
-    found = contestants(job.suite, job.backend, job.with_peers, job.tiny)
+    """Do all cases and `say` each event. Returns the exit code of the process."""
+    field = contestants(job.suite, job.backend, job.with_peers, job.tiny)
     settings = race.Settings(job.device, job.repeats)
     dense: dict[tuple[int, int, int], float] = {}
     for place, value in job.dense.items():
@@ -74,7 +78,7 @@ def work(job: Job, say: Any) -> int:
     if job.copy:
         say({"copy": timing.copy_bandwidth(job.device)})
     for number, n, k, rows in job.cases:
-        contestant = found[number]
+        contestant = field[number]
         say({"begin": [number, n, k]})
         if job.warm:
             try:
@@ -93,14 +97,13 @@ def work(job: Job, say: Any) -> int:
             if row.failed and spoilt(job.device):
                 return SPOILT
         if captured and not contestant.graphs:
-            return SPOILT  # a capture that failed may leave torch's allocator and generators in it
+            # a capture that failed may leave torch's allocator and generators in capture mode
+            return SPOILT
     return 0
 
 
 def spoilt(device: str) -> bool:
-    """Whether nothing can be run on the GPU any more: an illegal access fails every later call,
-    too.
-    """
+    """Whether the GPU is unusable for this process: after an illegal access every call fails."""
     if device == "cpu":
         return False
     try:
@@ -116,7 +119,7 @@ def main() -> None:
         ended = work(job, lambda event: pipe.write(json.dumps(event) + "\n"))
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(ended)  # a spoilt context would only print what is known
+    os._exit(ended)  # at a normal exit a spoilt context prints errors that are known already
 
 
 if __name__ == "__main__":

@@ -104,9 +104,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """After an illegal access nothing runs on the GPU any more: end this worker, xdist starts
-    another.
-    """
+    """End this worker if the GPU is unusable after an illegal access; xdist starts another."""
     report = yield
     if report.failed and DEVICE == "cuda" and "PYTEST_XDIST_WORKER" in os.environ:
         try:

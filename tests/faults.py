@@ -79,8 +79,9 @@ class File:
 
 
 def left_beside(path: Path) -> list[Path]:
-    """What saving left, but for folders of processes that were lost before they had locked them;
-    see atomic._clean.
+    """The entries that saving left beside `path`.
+
+    Folders of processes that ended before they had locked them do not count; see atomic._clean.
     """
     others = [entry for entry in path.parent.iterdir() if entry != path]
     return [
@@ -136,7 +137,7 @@ def calls(steps: Steps) -> Iterator[None]:
 
 @contextmanager
 def lines(steps: Steps) -> Iterator[None]:
-    """Every line of atomic.py, and of the function that removes folders, is a step, before it runs."""
+    """Each line of atomic.py and of the function that removes folders is a step, before it runs."""
     files = {atomic.__file__, shutil.__file__}
 
     def trace(frame: FrameType, event: str, arg: object) -> Any:
@@ -218,8 +219,10 @@ def exchanging(possible: bool) -> Iterator[None]:
 def run(
     kind: Any, fault: str, *, over: bool, exchange: bool
 ) -> tuple[int, Counter[Any], Counter[Any]]:
-    """(steps, what was there at once, what was there when the next save had cleaned up) over all
-    steps.
+    """Save with a fault at each step.
+
+    Returns the number of steps, what was there at once (old, new or none), and what was there after
+    the next save had cleaned up.
 
     over: whether there is an old one.
     """
@@ -256,9 +259,7 @@ def run(
 
 
 def cases() -> Iterator[tuple[Any, str, bool, bool]]:
-    """(what is saved, what goes wrong, whether there is an old one, whether directories can be
-    exchanged).
-    """
+    """All (kind of file, fault, over an old one or not, directories can be exchanged or not)."""
     for kind in KINDS:
         for over in (False, True):
             for exchange in (True, False) if kind is Directory and over else (True,):
@@ -267,7 +268,8 @@ def cases() -> Iterator[tuple[Any, str, bool, bool]]:
 
 def main() -> None:
     print(
-        "| saved | over an old one | directories exchange | fault | steps | at once: old, new, none | later |"
+        "| saved | over an old one | directories exchange | fault | steps "
+        "| at once: old, new, none | later |"
     )
     print("| --- | --- | --- | --- | ---: | --- | --- |")
     for kind, fault, over, exchange in cases():
@@ -275,7 +277,8 @@ def main() -> None:
         shown = [", ".join(str(count[what]) for what in (OLD, NEW, None)) for count in counts]
         able = ("yes" if exchange else "no") if kind is Directory else ""
         print(
-            f"| {kind.name} | {'yes' if over else 'no'} | {able} | {fault} | {steps} | {' | '.join(shown)} |"
+            f"| {kind.name} | {'yes' if over else 'no'} | {able} | {fault} | {steps} "
+            f"| {' | '.join(shown)} |"
         )
 
 

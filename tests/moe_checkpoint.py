@@ -1,6 +1,4 @@
-"""Checkpoints of mixtures of experts as the ecosystem has them: each expert's tensors under its own
-names.
-"""
+"""Checkpoints of mixtures of experts in the ecosystem's form: names for each expert's tensors."""
 
 from __future__ import annotations
 
@@ -19,15 +17,13 @@ from .tiny import VOCABULARY, tiny_tokenizer
 
 SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 256, "num_experts_per_tok": 2,
-    "tie_word_embeddings": False,
+    "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 256,
+    "num_experts_per_tok": 2, "tie_word_embeddings": False,
 }  # fmt: skip
 
 
 def tiny_moe(kind: str, seed: int = 0) -> torch.nn.Module:
-    """Mixtral or Qwen3-MoE of two layers and four experts, with random weights that matter to the
-    logits.
-    """
+    """Mixtral or Qwen3-MoE of two layers and four experts; all random weights affect the logits."""
     config: Any
     if kind == "mixtral":
         config = MixtralConfig(**SIZES, intermediate_size=128, num_local_experts=4)
@@ -56,8 +52,7 @@ def save_moe(
     plain: Path,
     down: str | None = None,
 ) -> int:
-    """Write the model quantized to `packed` and, with the very values of that dequantized, to
-    `plain`.
+    """Write the quantized model to `packed`, and a model with its dequantized values to `plain`.
 
     Linears of attention and experts are quantized; routers, embeddings and the head stay. down: the
     format of the experts' down projections if it is another. Returns the bytes of all of the packed

@@ -39,8 +39,9 @@ _WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_non
 
 
 class Pretended(torch.Tensor):
-    """`held`, a tensor on the CPU, under another name; to C++, which must not look for a driver, a
-    meta one.
+    """`held`, a CPU tensor, that claims to be on the GPU.
+
+    For C++, which must not look for a driver, it is a meta tensor.
     """
 
     held: torch.Tensor
@@ -50,8 +51,8 @@ class Pretended(torch.Tensor):
     @staticmethod
     def __new__(cls, real: torch.Tensor) -> Pretended:
         made = torch.Tensor._make_wrapper_subclass(
-            cls, real.size(), strides=real.stride(), storage_offset=real.storage_offset(), dtype=real.dtype,
-            layout=real.layout, device="meta", requires_grad=False,
+            cls, real.size(), strides=real.stride(), storage_offset=real.storage_offset(),
+            dtype=real.dtype, layout=real.layout, device="meta", requires_grad=False,
         )  # fmt: skip
         made.held = real
         cls.alive.add(made)
@@ -266,8 +267,8 @@ def _mode(name: str) -> None:
 
 def _properties(*_: Any) -> Any:
     return types.SimpleNamespace(
-        name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=80 * 2**30,
-        L2_cache_size=50 * 2**20,
+        name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132,
+        total_memory=80 * 2**30, L2_cache_size=50 * 2**20,
     )  # fmt: skip
 
 
@@ -348,8 +349,9 @@ def visible() -> Iterator[None]:
     to, where = torch.Tensor.to, torch.where
 
     def to_device_of(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """To where `other` is, which C++ takes for meta, or to the GPU, for which it wants a
-        driver.
+        """Tensor.to for the GPU or for the device of another tensor.
+
+        C++ takes a pretended tensor for meta, and would want a driver for the GPU.
         """
         if args and isinstance(args[0], torch.Tensor):
             args = (args[0].device, args[0].dtype, *args[1:])
@@ -375,13 +377,14 @@ def visible() -> Iterator[None]:
     replaced = {
         "is_available": lambda: True, "is_initialized": lambda: True, "_lazy_init": nothing,
         "device_count": lambda: 1, "current_device": lambda: 0, "set_device": nothing,
-        "get_device_capability": lambda *_: (9, 0), "get_device_name": lambda *_: _properties().name,
-        "get_device_properties": _properties, "synchronize": lambda *_: _waits("synchronize"),
-        "current_stream": lambda *_: _Stream(), "Stream": _Stream, "stream": lambda *_: nullcontext(),
-        "Event": _Event, "CUDAGraph": Graph, "graph": _graph, "device_of": lambda *_: nullcontext(),
-        "device": lambda *_: nullcontext(), "memory_allocated": lambda *_: 2**30,
-        "max_memory_allocated": lambda *_: 2**30, "reset_peak_memory_stats": nothing, "empty_cache": nothing,
-        "set_sync_debug_mode": _mode, "is_current_stream_capturing": lambda: Graph.capturing is not None,
+        "get_device_capability": lambda *_: (9, 0),
+        "get_device_name": lambda *_: _properties().name, "get_device_properties": _properties,
+        "synchronize": lambda *_: _waits("synchronize"), "current_stream": lambda *_: _Stream(),
+        "Stream": _Stream, "stream": lambda *_: nullcontext(), "Event": _Event, "CUDAGraph": Graph,
+        "graph": _graph, "device_of": lambda *_: nullcontext(), "device": lambda *_: nullcontext(),
+        "memory_allocated": lambda *_: 2**30, "max_memory_allocated": lambda *_: 2**30,
+        "reset_peak_memory_stats": nothing, "empty_cache": nothing, "set_sync_debug_mode": _mode,
+        "is_current_stream_capturing": lambda: Graph.capturing is not None,
     }  # fmt: skip
     with (
         mock.patch.multiple(torch.cuda, create=True, **replaced),

@@ -34,18 +34,17 @@ def static_scale(p: qk.PackedWeight) -> Tensor | None:
 def assert_fused_close(
     y: Tensor, x: Tensor, p: qk.PackedWeight, bias: Tensor | None = None
 ) -> None:
-    """y is x @ W^T + bias up to: W rounded to x's dtype once, products summed in float32, y rounded
-    once.
+    """Assert that y is x @ W^T + bias up to three roundings: W to x's dtype, float32 sums, y.
 
-    Elementwise  |error| <= u * sum|x||w| + K * 2^-24 * sum|x||w| + u * |y|, and for the whole, where
-    roundings average out, norm(error) <= 2u * norm(y).
+    Each element: |error| <= u * sum|x||w| + K * 2^-24 * sum|x||w| + u * |y|. All of y, where
+    roundings average out: norm(error) <= 2u * norm(y).
     """
     want = oracle(x, p, bias)
     u = ROUNDOFF[x.dtype]
     fmt = formats.get(p.format)
     if isinstance(fmt, IncoherentFormat):
-        # What is rounded is the product inside the transforms; the outer one spreads a row's
-        # errors.
+        # The product between the transforms is rounded; the outer transform spreads the errors of
+        # a row.
         before, after = fmt.sides(p.tensors, p.shape, p.params)
         inside = (
             before.inner(x.double()).abs()

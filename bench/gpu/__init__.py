@@ -1,3 +1,4 @@
-"""Fifteen minutes with a GPU: what is run (`plan`), how (`python -m bench.gpu`), and what is
-carried there (`parcel`).
+"""Spend fifteen minutes on a GPU machine.
+
+`plan` says what runs there, `__main__` runs it, and `parcel` packs what is carried there.
 """

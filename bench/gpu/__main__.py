@@ -1,13 +1,12 @@
-"""Run parts of the plan on a machine with a GPU. JSON and what was said go to OUT; a table is
-printed last.
+"""Run parts of the plan on a machine with a GPU. Results and logs go to OUT; a table comes last.
 
-    python -m bench.gpu --plan                 what there is, and how long it takes
-    python -m bench.gpu OUT --call smoke       a call; .gpu/, which bench.gpu.parcel fills, is unpacked first
-    python -m bench.gpu OUT --part smoke --part race --formats nf4       parts, of some formats alone
-    python -m bench.gpu OUT --tiny             the whole plan without a GPU: small shapes, triton's interpreter
+    python -m bench.gpu --plan                 # list the parts and their seconds
+    python -m bench.gpu OUT --call smoke       # unpack .gpu/ (see bench.gpu.parcel), run a call
+    python -m bench.gpu OUT --part smoke --part race --formats nf4    # parts, for some formats
+    python -m bench.gpu OUT --tiny             # the whole plan without a GPU, on small shapes
 
-Nothing here imports torch: a call's seconds belong to its parts. bench/README.md says how to spend
-a lease.
+Nothing here imports torch, because the seconds of a call belong to its parts. bench/README.md says
+how to spend a lease.
 """
 
 from __future__ import annotations
@@ -26,14 +25,17 @@ import typer
 
 from . import install, plan, tables
 
-#: characters printed at the end: a machine's reply holds the last 12,000
+#: characters printed at the end: the device tool's reply holds the last 12,000
 PRINTED = 11_000
-#: seconds under which no command is begun
+#: with fewer seconds left no command is begun
 LEAST = 15
 
 
 class Run:
-    """One call: parts that share `seconds` and an environment."""
+    """One call: parts that share `seconds` and an environment.
+
+    out: folder of the results. tiny: run without a GPU. formats: instead of the parts' own.
+    """
 
     def __init__(self, out: Path, seconds: int, tiny: bool, formats: str | None) -> None:
         self.out, self.seconds, self.tiny, self.formats = out, seconds, tiny, formats
@@ -50,20 +52,21 @@ class Run:
         else:
             self.environment.pop("TRITON_INTERPRET", None)
         self.interrupted = False
-        #: name of a part -> how it ended, seconds it took
+        #: name of a part -> (how it ended, seconds it took)
         self.ended: dict[str, tuple[str, float]] = {}
 
     def used(self) -> float:
+        """Seconds since the call began."""
         return time.monotonic() - self.started
 
     def part(self, name: str) -> None:
-        """Run all commands of a part; what they print goes to NAME.txt."""
+        """Run all commands of a part; their output goes to NAME.txt."""
         began, bad = self.used(), []
         (self.out / f"{name}.txt").unlink(missing_ok=True)
         done: list[list[str]] = []
         for command in plan.PARTS[name].commands:
             words = self._words(command)
-            if not words or words in done:  # other formats may make commands alike
+            if not words or words in done:  # with `formats`, commands may become equal
                 continue
             done.append(words)
             left = 0.0 if self.interrupted else min(command.most, self.seconds - self.used())
@@ -78,7 +81,7 @@ class Run:
         return _narrowed(words, self.formats) if words and self.formats is not None else words
 
     def _command(self, name: str, command: plan.Command, words: list[str], left: float) -> str:
-        """How it ended: its exit code, or "stopped"."""
+        """Run a command for at most `left` seconds. Returns its exit code, or "stopped"."""
         values = {"out": str(self.out), "seconds": str(int(left - 8)), "jobs": self._jobs()}
         prefix = [] if self.tiny else command.prefix.split()
         if prefix and shutil.which(prefix[0], path=self.environment["PATH"]) is None:
@@ -89,7 +92,7 @@ class Run:
                 [*prefix, sys.executable, *(word.format(**values) for word in words)],
                 stdout=log, stderr=subprocess.STDOUT, cwd=install.REPOSITORY,
                 env={**self.environment, **variables}, start_new_session=True,
-                # `_stop` asks by it
+                # so that the SIGINT from `_stop` raises KeyboardInterrupt
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )  # fmt: skip
             until = time.monotonic() + left
@@ -105,9 +108,11 @@ class Run:
 
 
 def _narrowed(words: list[str], formats: str) -> list[str]:
-    """The command for other formats, where it takes any."""
-    option = {"bench": "--suite", "bench.tune": "--suite", "bench.smoke": "--formats", "bench.sanitized": "--formats",
-              "bench.llm": "--formats"}.get(words[1])  # fmt: skip
+    """The command with other formats; the same command if it has no option for formats."""
+    option = {
+        "bench": "--suite", "bench.tune": "--suite", "bench.smoke": "--formats",
+        "bench.sanitized": "--formats", "bench.llm": "--formats",
+    }.get(words[1])  # fmt: skip
     if option is None:
         return words
     if option in words:
@@ -117,7 +122,10 @@ def _narrowed(words: list[str], formats: str) -> list[str]:
 
 
 def _stop(process: subprocess.Popen[Any]) -> None:
-    """Ask it to end, then end it and what it started: a hung kernel does not answer."""
+    """Interrupt a process; after 8 seconds kill it and its children.
+
+    A process whose kernel hangs does not answer.
+    """
     process.send_signal(signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(8)
@@ -131,22 +139,23 @@ def _stop(process: subprocess.Popen[Any]) -> None:
 def main(
     out: Annotated[
         Path | None,
-        typer.Argument(help="Folder of the results; the device tool names one.", envvar="OUT"),
+        typer.Argument(help="Folder of the results.", envvar="OUT"),
     ] = None,
     call: Annotated[
-        list[str], typer.Option(help=f"One of {', '.join(plan.CALLS)}; again for more.")
+        list[str], typer.Option(help=f"One of {', '.join(plan.CALLS)}; repeatable.")
     ] = [],  # noqa: B006
     part: Annotated[
-        list[str], typer.Option(help=f"One of {', '.join(plan.PARTS)}; again for more.")
+        list[str], typer.Option(help=f"One of {', '.join(plan.PARTS)}; repeatable.")
     ] = [],  # noqa: B006
     formats: Annotated[str | None, typer.Option(help="Formats instead of a part's own.")] = None,
     seconds: Annotated[int, typer.Option(help="For all parts together.")] = plan.CALL_SECONDS,
-    tiny: Annotated[bool, typer.Option("--tiny", help="Without a GPU.")] = False,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Run without a GPU.")] = False,
     bare: Annotated[
         bool, typer.Option("--without-parcel", help="There is no .gpu/ to unpack.")
     ] = False,
     show: Annotated[bool, typer.Option("--plan", help="Print the plan and run nothing.")] = False,
 ) -> None:
+    """Run calls and parts of the plan."""
     if show:
         print(plan.table())
         return
@@ -163,13 +172,14 @@ def main(
         raise typer.BadParameter("expected --call, --part or --tiny, got none of them")
     if not tiny and shutil.which("nvidia-smi") is None:
         print(
-            "python -m bench.gpu: no GPU here (no nvidia-smi); --tiny walks the plan without one",
+            "python -m bench.gpu: no GPU here (no nvidia-smi); --tiny runs the plan without one",
             file=sys.stderr,
         )
         raise typer.Exit(3)
     out.mkdir(parents=True, exist_ok=True)
     run = Run(out.resolve(), 10**6 if tiny else seconds, tiny, formats)
-    for sign in (signal.SIGTERM, signal.SIGINT):  # what runs is stopped, what there is gets printed
+    # a signal stops the current command; the results so far are printed
+    for sign in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sign, lambda *_: setattr(run, "interrupted", True))
     install.link_triton_kernels()
     if not tiny:

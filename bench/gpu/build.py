@@ -1,6 +1,4 @@
-"""Compiles the CUDA extension for this machine's GPU, or finds it compiled; --tiny says what would
-be done.
-"""
+"""Compile the CUDA extension for this machine's GPU, unless it is compiled; --tiny only looks."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""Fills triton's cache for a GPU that is not here, so that its time does not go to compiling.
+"""Fill triton's cache for the GPU machine, so that its time does not go to compiling.
 
-    python -m bench.gpu.cache FOLDER                                   with the GPU machine's Python and triton
-    python -m bench.gpu.cache FOLDER --parts smoke --formats nf4       some formats alone
+    python -m bench.gpu.cache FOLDER              # with the GPU machine's Python and triton
+    python -m bench.gpu.cache FOLDER --parts smoke --formats nf4       # some formats alone
 
-The package's own launches run on pretended tensors (tests/pretend_gpu.py), with the shapes, formats
-and numbers of rows of the plan's parts. Each kernel is compiled, not started, and so is the C code
-that would start it. A key of the cache holds the versions of Python and triton, and its files name
-each other by absolute paths, so FOLDER must be the cache's path on the GPU machine as well. What
-only people read (PTX and the like) is removed.
+The package's own launchers run on pretended tensors (tests/pretend_gpu.py), with the shapes,
+formats and values of M of the plan's parts. Each kernel is compiled but not started, and so is the
+C code that would start it. A key of the cache depends on the versions of Python and triton, and its
+files name each other by absolute paths, so FOLDER must be the path that the cache has on the GPU
+machine. Files that only people read (PTX and the like) are removed.
 
 The last line says how many kernels were in FOLDER already: all of them, at a second run.
 """
@@ -30,13 +30,14 @@ import typer
 
 from . import plan
 
-#: what starts our Triton kernels in the plan's calls; GemLite races kernels that are in "race"
+#: parts of the plan's calls that start our Triton kernels; "gemlite" needs no more than "race"
 PLANNED = "smoke,memcheck,race,llama,model"
+#: files that only people read
 PRINTED = (".ttir", ".ttgir", ".llir", ".ptx", ".source")
 
 
 class Call(NamedTuple):
-    """late: without early launches."""
+    """One call. invariant: with batch invariance. late: without PDL."""
 
     dtype: torch.dtype
     m: int
@@ -53,8 +54,9 @@ class Product(NamedTuple):
 
 
 def products(parts: list[str], formats: str | None = None) -> Iterator[Product]:
-    """What the Triton kernels multiply in these parts of the plan. formats: instead of the parts'
-    own.
+    """The products that Triton kernels compute in these parts of the plan.
+
+    formats: instead of the parts' own.
     """
     from qkernels.benchmark import shapes
     from qkernels.quantizers.specs import FormatSpec, parse_specs
@@ -96,7 +98,7 @@ def products(parts: list[str], formats: str | None = None) -> Iterator[Product]:
 
 
 class Driver:
-    """What triton asks of a GPU to compile for it."""
+    """A driver that tells triton the GPU to compile for."""
 
     utils = None
 
@@ -118,9 +120,10 @@ class Driver:
         return True
 
 
-def compile_all(wanted: list[Product], arch: int) -> tuple[int, int]:
-    """Compile what `wanted` starts. Returns how many kernels there are, and how many of them the
-    cache had.
+def compile_all(tasks: list[Product], arch: int) -> tuple[int, int]:
+    """Compile the kernels of all products.
+
+    Returns the number of kernels, and the number of those that the cache had already.
     """
     import triton
     from triton.runtime.jit import JITFunction
@@ -144,16 +147,16 @@ def compile_all(wanted: list[Product], arch: int) -> tuple[int, int]:
     triton.runtime.driver.set_active(Driver(arch))
     triton.knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
     with mock.patch.object(JITFunction, "run", compiled):
-        for spec, shape, calls in wanted:
+        for spec, shape, calls in tasks:
             started, before = time.monotonic(), len(hits)
             p = smoke.quantized(spec, shape, "cpu")
             with pretend_gpu.visible(), mock.patch.dict(os.environ, QKERNELS_PDL="1"):
-                there = p.to("cuda")
+                on_gpu = p.to("cuda")
                 for call in calls:
-                    there.plans.clear()  # a recorded call would start the kernel itself
+                    on_gpu.plans.clear()  # a recorded call would start the kernel itself
                     x = torch.ones(call.m, p.shape[1], dtype=call.dtype).to("cuda")
-                    with starts.late(there) if call.late else contextlib.nullcontext():
-                        qk.matmul(x, there, backend="triton", batch_invariant=call.invariant)
+                    with starts.late(on_gpu) if call.late else contextlib.nullcontext():
+                        qk.matmul(x, on_gpu, backend="triton", batch_invariant=call.invariant)
             size = f"{shape[0]}x{shape[1]}"
             took = time.monotonic() - started
             print(
@@ -165,8 +168,9 @@ def compile_all(wanted: list[Product], arch: int) -> tuple[int, int]:
 
 
 def _launcher(kernel: Any) -> None:
-    """Compile the C code that starts the kernel, where this version of triton has such (3.6 has,
-    3.9 has not).
+    """Compile the C code that starts the kernel, if this version of triton has such code.
+
+    3.6 has it, 3.9 does not.
     """
     from triton.backends.nvidia import driver
 
@@ -176,8 +180,9 @@ def _launcher(kernel: Any) -> None:
 
 @contextlib.contextmanager
 def _no_driver() -> Iterator[None]:
-    """C code of triton's is linked with an empty libcuda and not loaded: a driver is what it lacks
-    here.
+    """Within the context, link triton's C code with an empty libcuda and do not load it.
+
+    This machine has no driver.
     """
     from triton.backends.nvidia import driver
     from triton.runtime import build
@@ -197,7 +202,7 @@ def _no_driver() -> Iterator[None]:
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="The cache, by the path that it will have there.")],
+    folder: Annotated[Path, typer.Argument(help="The cache, at its path on the GPU machine.")],
     parts: Annotated[str, typer.Option(help="Parts of the plan.")] = PLANNED,
     formats: Annotated[
         str | None, typer.Option(help="Specifications, instead of the parts' own.")
@@ -206,6 +211,7 @@ def main(
     jobs: Annotated[int, typer.Option(help="Processes.")] = 2,
     share: Annotated[int, typer.Option(hidden=True)] = -1,
 ) -> None:
+    """Compile the Triton kernels of some parts of the plan."""
     for name in parts.split(","):
         if name not in plan.PARTS:
             raise typer.BadParameter(
@@ -215,30 +221,28 @@ def main(
         raise typer.BadParameter("triton is told to interpret: unset TRITON_INTERPRET")
     os.environ["TRITON_CACHE_DIR"] = str(folder.resolve())
     if share >= 0:
-        wanted = sorted(products(parts.split(","), formats), key=lambda product: product.spec)
+        tasks = sorted(products(parts.split(","), formats), key=lambda product: product.spec)
         with _no_driver():
-            counts = compile_all(wanted[share::jobs], arch)
+            counts = compile_all(tasks[share::jobs], arch)
         print(*counts)
         return
-    shares = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "bench.gpu.cache", *sys.argv[1:], "--share", str(number)],
-            stdout=subprocess.PIPE, text=True,
-        )
+    command = [sys.executable, "-W", "ignore", "-m", "bench.gpu.cache", *sys.argv[1:], "--share"]
+    processes = [
+        subprocess.Popen([*command, str(number)], stdout=subprocess.PIPE, text=True)
         for number in range(jobs)
-    ]  # fmt: skip
-    kernels = known = 0
-    for process in shares:
+    ]
+    kernels = cached = 0
+    for process in processes:
         assert process.stdout is not None
-        said = process.stdout.read().split()
+        counts = [int(word) for word in process.stdout.read().split()]
         if process.wait() != 0:
             raise typer.Exit(1)
-        kernels, known = kernels + int(said[0]), known + int(said[1])
+        kernels, cached = kernels + counts[0], cached + counts[1]
     for file in folder.rglob("*"):
         if file.suffix in PRINTED:
             file.unlink()
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    print(f"{kernels} kernels, of which {known} were there; {size >> 20} MiB in {folder}")
+    print(f"{kernels} kernels, of which {cached} were there; {size >> 20} MiB in {folder}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""Unpacks on the GPU machine what `bench.gpu.parcel` packed elsewhere, and says with which
-environment it is used.
+"""Unpack the parcel of `bench.gpu.parcel` on the GPU machine, and give the environment to use it.
 
-Only the standard library is imported. Everything lies under one folder with the same path on both
-machines: triton writes absolute paths into its cache.
+Only the standard library is imported. Everything lies in one folder, with the same path on both
+machines because triton writes absolute paths into its cache.
 """
 
 from __future__ import annotations
@@ -17,32 +16,35 @@ from types import ModuleType
 
 ROOT = Path("/tmp/qkernels-gpu")
 REPOSITORY = Path(__file__).parents[2]
-#: ignored by git: the device tool's `carry` names it
+#: ignored by git, so the device tool must be told to carry it
 PARCEL = REPOSITORY / ".gpu"
-#: H100 and H200
+#: architecture of the H100 and the H200
 ARCH = "90a"
 ARCHIVES = ("extension", "triton", "site", "prebuilt")
 
 
 def unpack(parcel: Path = PARCEL) -> dict[str, str]:
-    """Unpack all of `parcel` under ROOT. Returns variables for the environment of what is run then.
+    """Unpack all archives of `parcel` under ROOT. Returns environment variables for later commands.
 
-    ValueError if an archive is missing or damaged, or if the extension was compiled from other
-    sources than this checkout's or for another Python, RuntimeError if others can write to ROOT.
+    Raises:
+        ValueError: an archive is missing or damaged, or the extension was compiled from other
+            sources than this checkout's or for another Python.
+        RuntimeError: other users can write to ROOT.
     """
     archives = [parcel / f"{name}.tar.xz" for name in ARCHIVES]
     for file in archives:
         if not file.is_file():
             raise ValueError(
-                f"{file} is not there. The parcel, which git ignores, must be carried along; without one pass "
-                "--without-parcel and begin with --part build"
+                f"{file} is not there. The parcel, which git ignores, must be carried along; "
+                "without one pass --without-parcel and begin with --part build"
             )
-    build_module().private_folder(ROOT)  # programs are run from it
+    build_module().private_folder(ROOT)  # because programs run from it
     running = [subprocess.Popen(["tar", "-xJf", str(file), "-C", str(ROOT)]) for file in archives]
     for process, file in zip(running, archives, strict=True):
         if process.wait() != 0:
             raise ValueError(
-                f"{file}: expected a tar archive compressed by xz; tar ended with {process.returncode}"
+                f"{file}: expected a tar archive compressed by xz; "
+                f"tar ended with {process.returncode}"
             )
     _place_extension(ROOT / "extension")
     (ROOT / "carried").write_text(str(_kernels()))
@@ -50,7 +52,7 @@ def unpack(parcel: Path = PARCEL) -> dict[str, str]:
 
 
 def environment() -> dict[str, str]:
-    """Where programs find what is under ROOT."""
+    """Environment variables by which programs find the files under ROOT."""
     return {
         "PYTHONPATH": f"{REPOSITORY}:{ROOT / 'site'}",
         "TRITON_CACHE_DIR": str(ROOT / "triton"),
@@ -60,7 +62,7 @@ def environment() -> dict[str, str]:
 
 
 def _place_extension(folder: Path) -> None:
-    """To where `qkernels.backends.cuda.build` looks for what it compiled at an earlier call."""
+    """Copy the extension to where `qkernels.backends.cuda.build` caches what it compiles."""
     build = build_module()
     built_from = (folder / "sources").read_text()
     if built_from != build.sources_digest():
@@ -92,16 +94,14 @@ def build_module() -> ModuleType:
 
 
 def link_triton_kernels() -> None:
-    """Where the package is not installed, a link (ignored by git) gives triton_kernels its name in
-    it.
-    """
+    """Link qkernels/triton_kernels (ignored by git) to triton_kernels, if the link is missing."""
     link = REPOSITORY / "qkernels" / "triton_kernels"
     if not link.exists():
         link.symlink_to("../triton_kernels")
 
 
 def triton_digest() -> str:
-    """A hash of what decides which Triton kernels there are."""
+    """A hash of the sources that decide which Triton kernels there are."""
     digest = hashlib.sha256()
     for folder in ("triton_kernels", "qkernels/backends/triton"):
         for file in sorted((REPOSITORY / folder).rglob("*.py")):
@@ -110,15 +110,16 @@ def triton_digest() -> str:
 
 
 def all_compiled() -> bool:
-    """Whether what was unpacked has the plan's Triton kernels as they are in this checkout."""
+    """Whether the unpacked cache was made from the Triton sources of this checkout."""
     packed_from = ROOT / "triton" / "sources"
     return packed_from.is_file() and packed_from.read_text() == triton_digest()
 
 
 def _kernels() -> int:
+    """The number of kernels in triton's cache."""
     return sum(1 for _ in (ROOT / "triton").glob("*/*.cubin"))
 
 
 def kernels_added() -> int:
-    """How many kernels triton has compiled since `unpack`, peers' among them."""
+    """The number of kernels that triton has compiled since `unpack`, those of peers included."""
     return _kernels() - int((ROOT / "carried").read_text())

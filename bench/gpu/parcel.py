@@ -1,12 +1,12 @@
-"""Packs what a GPU machine would otherwise spend its time on: compiled kernels, and peers.
+"""Pack compiled kernels and peers for the GPU machine, so that its time does not go to them.
 
-    python -m bench.gpu.parcel                      everything into .gpu/ (ignored by git); half an hour
-    python -m bench.gpu.parcel --only triton        one archive again, after a change of the Triton kernels
-    python -m bench.gpu.parcel --check              unpack it here, as on the GPU machine, and look
+    python -m bench.gpu.parcel                   # all into .gpu/ (ignored by git); half an hour
+    python -m bench.gpu.parcel --only triton     # one archive, after a change of Triton kernels
+    python -m bench.gpu.parcel --check           # unpack here, as on the GPU machine, and check
 
-Needs Python 3.12, the GPU machine's (python3.12 on PATH, or --python), nvcc 13 and a C compiler. A
-virtual environment with that machine's versions of torch and triton is made under build/parcel: 5
-GB, once. What is there already is not made again.
+This needs the GPU machine's Python 3.12 (python3.12 on PATH, or --python), nvcc 13 and a C
+compiler. It makes a virtual environment under build/parcel with that machine's versions of torch
+and triton: 5 GB, once. Files that exist already are not made again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import typer
 
 from . import install
 
-#: as on the GPU machine, and what is imported there
+#: packages in the GPU machine's versions, and what the benchmarks import
 PACKAGES = [
     "torch==2.11.0",
     "triton==3.6.0",
@@ -45,7 +45,7 @@ PACKAGES = [
     "protobuf",
     "matplotlib",
 ]
-#: bench/peers' packages, with what they need beside PACKAGES
+#: packages of bench/peers, and what they need beside PACKAGES
 PEERS = [
     "bitsandbytes==0.50.2",
     "humming-kernels==0.1.19",
@@ -59,18 +59,18 @@ PEERS = [
     "dill",
 ]
 WORK = install.REPOSITORY / "build" / "parcel"
-#: what travels in one call: this and the checkout
+#: bytes that may travel in one call: the parcel and the checkout
 LIMIT = 64 << 20
 
 
 class Packing:
-    """The tools for one Python."""
+    """Makes the folder of each archive, with one Python interpreter."""
 
     def __init__(self, python: Path) -> None:
         self.python = python
 
     def run(self, *words: str, **variables: str) -> None:
-        """Run that Python in this checkout. RuntimeError if it fails."""
+        """Run the interpreter in this checkout. RuntimeError if it fails."""
         environment = {
             **os.environ,
             "PYTHONPATH": f"{install.REPOSITORY}:{WORK / 'site'}",
@@ -84,11 +84,12 @@ class Packing:
             raise RuntimeError(f"{' '.join(words)[:200]}: ended with {done.returncode}")
 
     def extension(self) -> Path:
-        """Our CUDA kernels for Hopper, with the hash of the sources that they were compiled from."""
+        """Our CUDA extension for Hopper, with the hash of the sources it was compiled from."""
         folder = WORK / "extension"
         folder.mkdir(parents=True, exist_ok=True)
         code = (
-            "from pathlib import Path; from bench.gpu import install; build = install.build_module(); "
+            "from pathlib import Path; from bench.gpu import install; "
+            "build = install.build_module(); "
             f"build.build(Path({str(folder)!r}) / ('_cuda' + build.SUFFIX), ({install.ARCH!r},), "
             f"Path({str(WORK / 'objects')!r}))"
         )
@@ -97,10 +98,11 @@ class Packing:
         return folder
 
     def triton(self) -> Path:
-        """Our Triton kernels, for all that the plan's three calls start; what the last parcel had
-        is kept.
+        """Triton's cache with all kernels that the plan's three calls start.
+
+        It begins with the kernels of the last parcel.
         """
-        folder = install.ROOT / "triton"  # the path that it will have there
+        folder = install.ROOT / "triton"  # its path on the GPU machine
         last = install.PARCEL / "triton.tar.xz"
         if not folder.is_dir() and last.is_file():
             install.build_module().private_folder(install.ROOT)
@@ -110,7 +112,7 @@ class Packing:
         return folder
 
     def site(self) -> Path:
-        """Peers' packages, with what a Hopper GPU needs of them."""
+        """The peers' packages, without the libraries that a Hopper GPU does not need."""
         folder = WORK / "site"
         if not folder.is_dir():
             part = WORK / "site.part"
@@ -124,7 +126,7 @@ class Packing:
         return folder
 
     def prebuilt(self) -> Path:
-        """Marlin, and Humming's kernels at 8192x8192, compiled by their own code."""
+        """Marlin, and Humming's kernels for 8192x8192, compiled by the peers' own code."""
         folder = WORK / "prebuilt"
         self.site()
         toolkit = _toolkit()
@@ -140,16 +142,16 @@ class Packing:
         return folder
 
     def _nvidia(self) -> Path:
-        """Where torch's wheel keeps NVRTC."""
+        """The folder of NVRTC, which comes with torch's wheel."""
         code = "import sysconfig; print(sysconfig.get_path('purelib'))"
-        found = subprocess.run(
+        packages = subprocess.run(
             [self.python, "-c", code], capture_output=True, text=True, check=True
         ).stdout.strip()
-        return Path(found) / "nvidia" / "cu13"
+        return Path(packages) / "nvidia" / "cu13"
 
 
 def _toolkit() -> Path:
-    """The CUDA toolkit's folder; nvcc on PATH may be a script that lies elsewhere."""
+    """The folder of the CUDA toolkit; nvcc on PATH may be a script in another folder."""
     compiler = Path(install.build_module().nvcc() or "/usr/local/cuda/bin/nvcc").resolve()
     candidates = (compiler.parents[1], Path("/usr/local/cuda"))
     return next(
@@ -158,7 +160,7 @@ def _toolkit() -> Path:
     )
 
 
-#: archive -> what makes its folder
+#: archive -> function that makes its folder
 MAKERS: dict[str, Callable[[Packing], Path]] = {
     "extension": Packing.extension,
     "triton": Packing.triton,
@@ -168,7 +170,7 @@ MAKERS: dict[str, Callable[[Packing], Path]] = {
 
 
 def environment_of(python: str) -> Path:
-    """Python of a virtual environment with PACKAGES; made by `python` if there is none."""
+    """The interpreter of a virtual environment with PACKAGES; made by `python` if it is missing."""
     inside = WORK / "python" / "bin" / "python"
     if not inside.exists():
         print(f"making {inside.parents[1]}", flush=True)
@@ -178,7 +180,7 @@ def environment_of(python: str) -> Path:
 
 
 def archive(folder: Path, target: Path) -> None:
-    """Pack `folder` into `target`, under the archive's name."""
+    """Pack `folder` into the archive `target`; inside, the folder has the archive's name."""
     part = target.with_suffix(".part")
     rename = f"--transform=s|^{folder.name}|{target.name.removesuffix('.tar.xz')}|"
     left_out = ["--exclude=__pycache__", "--exclude=*.lock", "--exclude=tmp.*"]
@@ -195,7 +197,7 @@ def archive(folder: Path, target: Path) -> None:
 
 
 def sizes() -> str:
-    """What travels, and whether it fits into one call."""
+    """A table of the bytes that travel, and whether they fit into one call."""
     archives = sorted(install.PARCEL.glob("*.tar.xz"))
     lines = [f"{file.stat().st_size / 2**20:6.1f} MiB  {file.name}" for file in archives]
     listed = subprocess.run(
@@ -214,9 +216,13 @@ def sizes() -> str:
 
 
 def check(python: Path) -> None:
-    """Unpack as on the GPU machine. RuntimeError if the extension does not load, if a Triton kernel
-    that the plan starts has to be compiled, or if Marlin or one of Humming's kernels has to be.
-    (GemLite cannot be imported without a GPU.)
+    """Unpack the parcel as on the GPU machine, and check it.
+
+    GemLite is not checked, because it cannot be imported without a GPU.
+
+    Raises:
+        RuntimeError: the extension does not load, or a kernel is missing: one of our Triton kernels
+            that the plan starts, Marlin, or one of Humming's.
     """
     shutil.rmtree(install.ROOT, ignore_errors=True)
     packing = Packing(python)
@@ -224,7 +230,8 @@ def check(python: Path) -> None:
     variables = install.environment()
     load = (
         "from pathlib import Path; from qkernels.backends.cuda import build; "
-        f"module = build.load(build.cached(({install.ARCH!r},))); print('CUDA kernels load; toolkit', module.toolkit_version())"
+        f"module = build.load(build.cached(({install.ARCH!r},))); "
+        "print('CUDA kernels load; toolkit', module.toolkit_version())"
     )
     packing.run("-c", load, **variables)
     packing.run("-m", "bench.gpu.prebuild", "check", **variables)
@@ -241,9 +248,10 @@ def main(
         str, typer.Option(help="Python 3.12, which makes the environment.")
     ] = "python3.12",
     looking: Annotated[
-        bool, typer.Option("--check", help="Unpack and look, pack nothing.")
+        bool, typer.Option("--check", help="Unpack and check, pack nothing.")
     ] = False,
 ) -> None:
+    """Pack the parcel, or check it."""
     names = only.split(",")
     for name in names:
         if name not in MAKERS:

@@ -1,7 +1,6 @@
-"""The plan: calls to a machine with a GPU, the parts of each call, and the commands of each part.
+"""The plan for a machine with a GPU: the calls, the parts of each, and the commands of each part.
 
-A part is data: to add one, add an entry to PARTS. `python -m bench.gpu --plan` prints this file as
-a table.
+To add a part, add an entry to PARTS. `python -m bench.gpu --plan` prints the plan as a table.
 """
 
 from __future__ import annotations
@@ -10,8 +9,9 @@ from dataclasses import dataclass, field
 
 #: seconds for all parts of a call
 CALL_SECONDS = 225
+#: formats of the main races
 MAIN = "gptq:bits=4,group_size=128,nf4,q4_k,w8a8,fp8:activation=dynamic"
-#: what changed last goes through compute-sanitizer in the first call
+#: formats whose kernels changed last: they go through compute-sanitizer in the first call
 NEWEST = "gptq:bits=4,group_size=128,quip_sharp:bits=4,w8a8"
 MODEL_SIZE, PROMPT, BATCHES = "8b", 2048, (1, 16)
 MODEL_FORMATS = ("bf16", "gptq:bits=4,group_size=128", "nf4", "q4_k", "fp8:activation=dynamic")
@@ -19,13 +19,16 @@ MODEL_FORMATS = ("bf16", "gptq:bits=4,group_size=128", "nf4", "q4_k", "fp8:activ
 
 @dataclass(frozen=True)
 class Command:
-    """Arguments of Python, as one string. Filled in, in each word, are {out}, the folder of
-    results; {seconds} that are left for the command; {jobs}, processes that compile kernels
-    beforehand: 1 where the parcel has them all.
+    """One command that runs Python.
 
-    most: seconds after which the command is stopped. tiny: arguments on a machine without a GPU;
-    "": nothing to do there. prefix: a program that runs Python. variables: of the environment.
-    label: what a failure is reported as.
+    words: arguments of Python, as one string. Each word may hold {out}, the folder of results;
+    {seconds}, those left for the command; {jobs}, the number of processes that compile kernels
+    beforehand: 1 if the parcel has all of them.
+    most: seconds after which the command is stopped.
+    tiny: arguments on a machine without a GPU; "" if there is nothing to do.
+    prefix: program that runs Python, with its options.
+    variables: environment variables.
+    label: name of the command in reports of a failure.
     """
 
     words: str
@@ -38,7 +41,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Race:
-    """Who is raced on what: the arguments of `python -m bench`."""
+    """The arguments of `python -m bench`."""
 
     suite: str
     sizes: str
@@ -53,9 +56,11 @@ class Race:
         return [int(m) for m in self.rows.split(",")]
 
     def command(self, name: str, most: int, **variables: str) -> Command:
+        """The command of this race, with results in NAME.json."""
         words = (
-            f"-m bench --suite {self.suite} --shapes {self.sizes} --rows {self.rows} --peers {self.peers} "
-            f"--repeats 11 --jobs {self.jobs} --deadline {{seconds}} --name {name} --output {{out}} --no-page"
+            f"-m bench --suite {self.suite} --shapes {self.sizes} --rows {self.rows} "
+            f"--peers {self.peers} --repeats 11 --jobs {self.jobs} --deadline {{seconds}} "
+            f"--name {name} --output {{out}} --no-page"
         )
         return Command(
             f"{words} --backend {self.backends}",
@@ -68,11 +73,13 @@ class Race:
 
 @dataclass(frozen=True)
 class Part:
-    """about: what it tells. expected: seconds on an H200 with a full parcel. tail: what it says
-    last counts most.
+    """One part of the plan.
 
-    Smoke took 92 s there. Races: 1.7 s a contestant and shape, and 20 s to import GPTQModel.
-    Sanitizers and models are guesses.
+    about: what it measures. expected: seconds on an H200 with a full parcel. race: the arguments,
+    if the part is a race. tail: the end of its output counts most, not the beginning.
+
+    "smoke" took 92 s on an H200. A race takes 1.7 s for each contestant and shape, and 20 s to
+    import GPTQModel. The seconds of sanitizers and models are guesses.
     """
 
     about: str
@@ -97,8 +104,8 @@ def _sanitizer(tool: str, expected: int) -> Part:
                 60,
                 f"{checked} --backends triton --formats nf4" if tool == "memcheck" else "",
                 f"compute-sanitizer --tool {tool} --error-exitcode 9 --print-limit 20",
-                # torch's allocator would hide a read past a tensor's end: it gives out parts of
-                # larger blocks
+                # torch's allocator would hide a read past the end of a tensor, because it gives
+                # out parts of larger blocks
                 {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
             ),
         ),
@@ -107,7 +114,7 @@ def _sanitizer(tool: str, expected: int) -> Part:
 
 
 def _model(spec: str) -> Command:
-    """One format a process: one that fails stops no other."""
+    """The command for one format, so that a format that fails stops no other."""
     words = f"-m bench.llm --modes eager,graph --formats {spec} --output {{out}}/model.json"
     batches = ",".join(map(str, BATCHES))
     return Command(
@@ -118,16 +125,18 @@ def _model(spec: str) -> Command:
     )
 
 
-#: test files whose tensors are on the GPU, the riskiest first; the others test on the CPU anyway
+#: test files whose tensors are on the GPU, the riskiest first; the other files test on the CPU
 GPU_TESTS = """
 tests/gpu tests/kernels/test_launch.py tests/cuda/test_launch.py tests/cuda/test_hopper.py
-tests/cuda/test_weight_only.py tests/cuda/test_eight_bit.py tests/cuda/test_transforms.py tests/cuda/test_slices.py
-tests/kernels/test_weight_only.py tests/kernels/test_eight_bit.py tests/kernels/test_decoders.py
-tests/kernels/test_activations.py tests/kernels/test_incoherent.py tests/kernels/test_experts.py tests/ops/test_fused.py
-tests/nn/test_linear.py tests/kernels/test_graphs.py tests/kernels/test_memory.py tests/kernels/test_batch_invariant.py
+tests/cuda/test_weight_only.py tests/cuda/test_eight_bit.py tests/cuda/test_transforms.py
+tests/cuda/test_slices.py tests/kernels/test_weight_only.py tests/kernels/test_eight_bit.py
+tests/kernels/test_decoders.py tests/kernels/test_activations.py tests/kernels/test_incoherent.py
+tests/kernels/test_experts.py tests/ops/test_fused.py tests/nn/test_linear.py
+tests/kernels/test_graphs.py tests/kernels/test_memory.py tests/kernels/test_batch_invariant.py
 """
 _PYTEST = "-m pytest -p no:cacheprovider --tb=short"
-_EARLY = Race(
+#: decode with PDL and without
+_PDL = Race(
     "gptq:bits=4,group_size=128,q4_k,w8a8,quip_sharp",
     "square,4096x14336",
     "1,16",
@@ -142,7 +151,8 @@ PARTS: dict[str, Part] = {
             Command(
                 "-m bench.smoke --output {out} --seconds {seconds} --jobs 14",
                 130,
-                "-m bench.smoke --output {out} --seconds {seconds} --tiny --formats nf4 --backends triton",
+                "-m bench.smoke --output {out} --seconds {seconds} --tiny --formats nf4 "
+                "--backends triton",
             ),
         ),
     ),
@@ -151,12 +161,14 @@ PARTS: dict[str, Part] = {
     "race": _race(
         "five formats, both languages, 8192x8192, against torch, Marlin, Humming, bitsandbytes",
         65, "race", 110,
-        Race(MAIN, "square", "1,8,16,64,256,1024,4096", "torch,gptqmodel,humming,bitsandbytes", jobs="{jobs}"),
+        Race(MAIN, "square", "1,8,16,64,256,1024,4096", "torch,gptqmodel,humming,bitsandbytes",
+             jobs="{jobs}"),
     ),
     "llama": _race(
         "the same on Llama-3-8B's linears, against torch, Marlin, bitsandbytes",
         140, "llama", 170,
-        Race(MAIN, "llama-3-8b", "1,8,16,64,256,1024,4096", "torch,gptqmodel,bitsandbytes", jobs="{jobs}"),
+        Race(MAIN, "llama-3-8b", "1,8,16,64,256,1024,4096", "torch,gptqmodel,bitsandbytes",
+             jobs="{jobs}"),
     ),
     "gemlite": _race(
         "GemLite, which tunes at its first calls: last, so that nobody waits for it",
@@ -170,7 +182,7 @@ PARTS: dict[str, Part] = {
         tuple(_model(spec) for spec in MODEL_FORMATS),
     ),
     "build": Part(
-        "compile the CUDA extension, where the parcel has none",
+        "compile the CUDA extension, if the parcel has none",
         200,
         (Command("-m bench.gpu.build", 300, "-m bench.gpu.build --tiny"),),
     ),
@@ -179,7 +191,7 @@ PARTS: dict[str, Part] = {
         200,
         (
             Command(
-                # a hung kernel ends its worker process; xdist starts another
+                # the timeout ends a worker process whose kernel hangs; xdist starts another
                 f"{_PYTEST} -n 10 --maxfail 200 --timeout 150 --timeout-method thread {GPU_TESTS}",
                 300,
                 f"{_PYTEST} tests/bench/test_bench.py -k shapes",
@@ -204,10 +216,10 @@ PARTS: dict[str, Part] = {
         Race("lowbit", "square", "1,16,64,256,4096", backends="cuda,triton,reference"),
     ),
     "early": Part(
-        "decoding with kernels that start before the last one is done, and without",
+        "decoding with programmatic dependent launch (PDL), and without",
         60,
-        (_EARLY.command("early", 60), _EARLY.command("early-off", 60, QKERNELS_PDL="0")),
-        _EARLY,
+        (_PDL.command("early", 60), _PDL.command("early-off", 60, QKERNELS_PDL="0")),
+        _PDL,
     ),
     "tune": Part(
         "which configurations of the Triton kernels are fastest",
@@ -222,7 +234,7 @@ PARTS: dict[str, Part] = {
     ),
 }  # fmt: skip
 
-#: the first three calls; the fourth measures what the worst finding leads to, with --part
+#: the first three calls; the fourth, with --part, tests the fix of the worst finding
 CALLS: dict[str, tuple[str, ...]] = {
     "smoke": ("smoke", "memcheck", "racecheck"),
     "race": ("race", "llama"),
@@ -231,7 +243,7 @@ CALLS: dict[str, tuple[str, ...]] = {
 
 
 def table() -> str:
-    """Calls and parts, with the seconds that each is expected to take."""
+    """A table of calls and parts, with the seconds that each is expected to take."""
     lines = ["call   part         seconds  what it tells"]
     for call, names in CALLS.items():
         for name in names:

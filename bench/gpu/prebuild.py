@@ -1,10 +1,10 @@
-"""Compiles peers' kernels for a GPU that is not here, so that a race on one starts at once.
+"""Compile the peers' kernels for the GPU machine, so that a race there starts at once.
 
     QKERNELS_PREBUILT=FOLDER python -m bench.gpu.prebuild marlin|humming|check
 
-With the GPU machine's Python and torch, and nvcc. The peers' own code chooses and compiles the
-kernels, and is told that there is an H200, then an H100. Each kernel is kept in FOLDER as the
-adapters in bench/peers look for it. check: RuntimeError if one is missing.
+This needs the GPU machine's Python and torch, and nvcc. The peers' own code chooses and compiles
+the kernels; it is made to see an H200, then an H100. Each kernel is stored in FOLDER, where the
+adapters in bench/peers look for it. "check" raises RuntimeError if one is missing.
 """
 
 from __future__ import annotations
@@ -26,20 +26,18 @@ import torch
 
 from ..peers import gptqmodel_, humming_
 
-#: name -> bytes of L2 cache, kHz and width in bits of the memory: what Humming's choices depend on
+#: GPU -> bytes of L2 cache, kHz of the memory, bits of its bus: Humming's choices depend on them
 CARDS = {
     "NVIDIA H200": (62_914_560, 3_201_000, 6144),
     "NVIDIA H100 80GB HBM3": (52_428_800, 2_619_000, 5120),
 }
-PROCESSORS, CLOCK_KHZ = 132, 1_980_000
+SM_COUNT, CLOCK_KHZ = 132, 1_980_000
 
 
 @contextlib.contextmanager
 def _hopper(name: str) -> Any:
-    """torch sees one GPU of compute capability 9.0; nothing can be run on it."""
-    properties = types.SimpleNamespace(
-        name=name, major=9, minor=0, multi_processor_count=PROCESSORS
-    )
+    """Within the context, torch sees one GPU of compute capability 9.0; nothing can run on it."""
+    properties = types.SimpleNamespace(name=name, major=9, minor=0, multi_processor_count=SM_COUNT)
     replaced = {
         "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
         "get_device_capability": lambda *_: (9, 0), "get_device_properties": lambda *_: properties,
@@ -51,7 +49,7 @@ def _hopper(name: str) -> Any:
 
 
 def marlin(folder: Path) -> None:
-    """GPTQModel's Marlin for bfloat16: minutes."""
+    """Compile GPTQModel's Marlin for bfloat16; this takes minutes."""
     target = folder / gptqmodel_.LIBRARY
     if target.is_file():
         return
@@ -64,8 +62,10 @@ def marlin(folder: Path) -> None:
 
 
 def check(folder: Path) -> None:
-    """Load Marlin, import what is raced, and look all of Humming's kernels up. RuntimeError if one
-    would be compiled.
+    """Load Marlin, import the other peers, and look up all of Humming's kernels.
+
+    Raises:
+        RuntimeError: a kernel is missing.
     """
     never = mock.patch(
         "torch.utils.cpp_extension._run_ninja_build", side_effect=RuntimeError("not prebuilt")
@@ -80,13 +80,16 @@ def check(folder: Path) -> None:
 
 
 def humming(folder: Path, size: int = 8192) -> int:
-    """Humming's kernels for 4-bit groups of 128 and int8 x int8 at size x size, all M: minutes.
-    Returns how many were compiled."""
+    """Compile Humming's kernels for 4-bit groups of 128 and for int8 x int8, at size x size, all M.
+
+    This takes minutes. Returns how many kernels were compiled.
+    """
     raced = [one for one in humming_.CONTESTANTS if one.group in ("int4 g128", "w8a8")]
     return sum(_humming(folder, card, one, size) for card in CARDS for one in raced)
 
 
 def _humming(folder: Path, card: str, contestant: humming_.Humming, size: int) -> int:
+    """Compile the kernels of one contestant for one GPU. Returns how many were compiled."""
     import humming.utils.device
 
     store = folder / "humming"
@@ -135,32 +138,34 @@ def _humming(folder: Path, card: str, contestant: humming_.Humming, size: int) -
             device.DeviceInfo._instances.clear()
             HummingKernel._instances.clear()
             HummingKernel._str2kernel_cache.clear()
-            made: Any = layer.HummingLayer(
-                shape_n=size, shape_k=size, weight_config=dict(contestant.weights), torch_dtype=torch.bfloat16,
+            linear: Any = layer.HummingLayer(
+                shape_n=size, shape_k=size, weight_config=dict(contestant.weights),
                 input_config=None if contestant.inputs is None else dict(contestant.inputs),
+                torch_dtype=torch.bfloat16,
             )  # fmt: skip
-            made.load_from_unquantized(torch.zeros(size, size, dtype=torch.bfloat16))
-            made.transform()
-            HummingKernel.prepare_kernels(made.humming_config.to_str(), None, None, 0)
+            linear.load_from_unquantized(torch.zeros(size, size, dtype=torch.bfloat16))
+            linear.transform()
+            HummingKernel.prepare_kernels(linear.humming_config.to_str(), None, None, 0)
             if contestant.inputs is not None:
                 with contextlib.suppress(StopHereError):
                     x = torch.zeros(16, size, dtype=torch.bfloat16)
-                    forward.may_process_input(made.humming_config, x, m_major_scale=False)
+                    forward.may_process_input(linear.humming_config, x, m_major_scale=False)
     after = len(list(store.glob("*.cubin")))
     print(
-        f"humming, {card}, {contestant.group}: {before} kernels were there, {after - before} compiled",
+        f"humming, {card}, {contestant.group}: "
+        f"{before} kernels were there, {after - before} compiled",
         flush=True,
     )
     return after - before
 
 
 def _number(kernel: Any, number: int) -> None:
-    """As if the kernel had been loaded onto the GPU."""
+    """Stands in for `register_kernel`, which loads the kernel onto the GPU."""
     kernel.kernel_id, kernel.kernel_name = number, ""
 
 
 def _info(card: str) -> type:
-    """What Humming's native module tells of a card."""
+    """A stand-in for the class by which Humming's native module describes a GPU."""
     cache, memory_khz, width = CARDS[card]
     operations = {
         "float16": 1,
@@ -171,14 +176,16 @@ def _info(card: str) -> type:
         "int4": 4,
     }
     facts = {
-        "index": 0, "is_ppu": False, "name": card, "sm_count": PROCESSORS, "sm_major": 9, "sm_minor": 0,
-        "sm_version": 90, "max_threads_per_block": 1024, "max_threads_per_sm": 2048,
+        "index": 0, "is_ppu": False, "name": card, "sm_count": SM_COUNT, "sm_major": 9,
+        "sm_minor": 0, "sm_version": 90, "max_threads_per_block": 1024, "max_threads_per_sm": 2048,
         "max_registers_per_sm": 65536, "l2_cache_size": cache, "l2_cache_size_mb": cache / 2**20,
         "l1_cache_size": 2**18, "l1_cache_size_kb": 256.0, "default_smem_size": 49152,
         "max_smem_size": 232448, "max_smem_size_kb": 227.0, "memory_clock_khz": memory_khz,
         "memory_bus_width": width, "sm_clock_khz": CLOCK_KHZ,
         "memory_bandwidth_gbps": memory_khz * 2 * width / 8 / 1e6,
-        "tensorcore_tops": {k: PROCESSORS * 4096 * CLOCK_KHZ / 1e9 * m for k, m in operations.items()},
+        "tensorcore_tops": {
+            dtype: SM_COUNT * 4096 * CLOCK_KHZ / 1e9 * m for dtype, m in operations.items()
+        },
         "__init__": lambda self, index=None: None,
     }  # fmt: skip
     return type("DeviceInfo", (), facts)

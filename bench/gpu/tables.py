@@ -1,4 +1,4 @@
-"""What a call prints last: each part's result in few characters, then how each part ended."""
+"""The end of a call's output: each part's results in few characters, then how each part ended."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from . import plan
 
 
 def of(out: Path, ended: Mapping[str, tuple[str, float]], characters: int) -> str:
-    """Results of the parts in `ended`, (how it ended, seconds) by name, from the files that they
-    left in `out`.
+    """The results of some parts as text, from the files that they left in `out`.
+
+    ended: part -> (how it ended, seconds it took). characters: the most that the text may have.
     """
     end = [
         f"{name}: {how}, {took:.0f} s of {plan.PARTS[name].expected} expected"
@@ -21,18 +22,18 @@ def of(out: Path, ended: Mapping[str, tuple[str, float]], characters: int) -> st
     tail = "\n".join(["=== parts", *end])
     blocks = {}
     for name, (how, _) in ended.items():
-        said = _said(out, name)
+        log = _log(out, name)
         try:
             table = _table(out / f"{name}.json")
-        except Exception as error:  # a row that is not as expected must not hide the other parts
-            table = f"no table: {type(error).__name__}: {error}\n{said}"
-        blocks[name] = table or said
+        except Exception as error:  # an unexpected row must not hide the other parts
+            table = f"no table: {type(error).__name__}: {error}\n{log}"
+        blocks[name] = table or log
         if table is not None and how != "right":
-            blocks[name] += f"\n{how}; said last: {' '.join(said[-600:].split())}"
+            blocks[name] += f"\n{how}; said last: {' '.join(log[-600:].split())}"
     room = characters - len(tail) - sum(len(name) + 6 for name in blocks)
     shortest_first = sorted(blocks, key=lambda name: len(blocks[name]))
     for number, name in enumerate(shortest_first):
-        # what short results leave is the long ones'
+        # long results get the room that short ones leave
         share = max(200, room // (len(blocks) - number))
         blocks[name] = _cut(blocks[name], share, plan.PARTS[name].tail)
         room -= len(blocks[name])
@@ -40,7 +41,7 @@ def of(out: Path, ended: Mapping[str, tuple[str, float]], characters: int) -> st
 
 
 def _cut(text: str, most: int, tail: bool) -> str:
-    """Whole lines of `text`, the first or the last of them, in at most `most` characters."""
+    """The first lines of `text`, or with `tail` the last, in at most `most` characters."""
     if len(text) <= most:
         return text
     mark = "(more in the files)"
@@ -51,7 +52,7 @@ def _cut(text: str, most: int, tail: bool) -> str:
 
 
 def _table(file: Path) -> str | None:
-    """Of a race's or of whole models' results; None where there are none of either."""
+    """The table of a race's results or of bench.llm's; None if the file has neither."""
     try:
         report = json.loads(file.read_text())
     except (OSError, ValueError):
@@ -62,24 +63,27 @@ def _table(file: Path) -> str | None:
     return _models(rows) if "decode" in rows[0] else _races(rows, report["copy_bandwidth"])
 
 
-def _said(out: Path, name: str) -> str:
+def _log(out: Path, name: str) -> str:
+    """The output of a part."""
     file = out / f"{name}.txt"
     return file.read_text(errors="replace").strip() if file.exists() else "nothing was printed"
 
 
 def _races(rows: list[dict[str, Any]], copy: float | None) -> str:
-    """Microseconds in a chain by M, a line for each shape and contestant, or why there are none.
-    For the least M also the time alone, and the share of what a copy moves (`copy`, GB/s)."""
+    """A line for each shape and contestant: microseconds in a chain by M, or why there are none.
+
+    For the smallest M also the time alone, and the bandwidth as a percentage of `copy` (GB/s).
+    """
     counts = sorted({row["m"] for row in rows})
     lines: dict[tuple[int, int, str, str], dict[int, dict[str, Any]]] = {}
     for row in rows:
         lines.setdefault((row["n"], row["k"], row["contestant"], row["group"]), {})[row["m"]] = row
-    said = [] if copy is None else [f"a copy moves {copy:.0f} GB/s"]
+    output = [] if copy is None else [f"a copy moves {copy:.0f} GB/s"]
     place = None
     for (n, k, who, group), by_rows in lines.items():
         if (n, k) != place:
             place = (n, k)
-            said.append(f"{n}x{k}, us in a chain, M = {' '.join(map(str, counts))}")
+            output.append(f"{n}x{k}, us in a chain, M = {' '.join(map(str, counts))}")
         ours = who.startswith(("qkernels", "torch bf16"))
         cells = [_cell(by_rows.get(m)) for m in counts]
         if len(set(cells)) == 1 and all(row["failed"] for row in by_rows.values()):
@@ -87,10 +91,10 @@ def _races(rows: list[dict[str, Any]], copy: float | None) -> str:
         first = by_rows.get(counts[0])
         if copy and first and not first["failed"]:
             cells.append(f"| alone {first['alone']:.1f}, {first['bandwidth'] / copy:.0%} of a copy")
-        said.append(
+        output.append(
             f"{who.removeprefix('qkernels ')}{'' if ours else f' [{group}]'}: {' '.join(cells)}"
         )
-    return "\n".join(said)
+    return "\n".join(output)
 
 
 def _cell(row: dict[str, Any] | None) -> str:
@@ -100,7 +104,7 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 
 def _models(rows: list[dict[str, Any]]) -> str:
-    """Tokens a second, a line for each format and batch."""
+    """Tokens a second, one line for each format and batch size."""
     lines = []
     for row in rows:
         cells = [f"prefill of {row['prompt']} {row['prefill']:.0f}"]

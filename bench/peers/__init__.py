@@ -1,13 +1,15 @@
-"""Other people's products, raced in the same loop on the same weights; one small file each.
+"""Adapters for other projects' kernels, which race in the same loop on the same weights.
 
-A module here has CONTESTANTS. A peer whose package is not installed says so and takes no part; one
-whose package is there but does not do what its adapter expects is listed as failed, with why. Peers
-that take our own codes (`same_weight`) are held to our reference as closely as our kernels; those
-that quantize by themselves are checked against the product with the unrounded weight, within what
-their format may cost.
+Each file is one project and has a list CONTESTANTS. A peer whose package is not installed says so
+and takes no part. A peer whose package does not do what the adapter expects is listed as failed,
+with the reason.
 
-No adapter for llama.cpp: its Python bindings (llama-cpp-python, ggml-python) run graphs and models,
-and offer no product of a torch CUDA tensor with a packed weight that could be timed in this loop.
+Peers that take our own codes (`same_weight`) are held to our reference as closely as our kernels.
+Peers that quantize by themselves are checked against the product with the unrounded weight, within
+the error that their format may have.
+
+There is no adapter for llama.cpp: its Python bindings (llama-cpp-python, ggml-python) run graphs
+and models, and offer no product of a torch CUDA tensor with a packed weight.
 """
 
 from __future__ import annotations
@@ -26,15 +28,15 @@ from qkernels.weights.packed import PackedWeight
 
 #: relative error that rounding the weights (and activations) may cost, on Gaussian data
 FOUR_BIT, EIGHT_BIT = 0.2, 0.05
-#: what 16-bit scales and outputs may cost where the codes are the same
+#: relative error that 16-bit scales and outputs may cost where the codes are the same
 SAME_WEIGHT = 0.02
 
 
 class Peer(Contestant):
-    """`module`: what must be importable."""
+    """A contestant of another project. module: the module that must be importable."""
 
     module = "torch"
-    #: most compile with nvcc, or search configurations of Triton's, at their first calls
+    #: most peers compile with nvcc, or search configurations of Triton kernels, at their first call
     patience, compiles = 240.0, True
 
     def unavailable(self) -> str | None:
@@ -46,9 +48,9 @@ class Peer(Contestant):
 
 
 def unrounded(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """x -> x @ weight^T in float64, from a 16-bit copy."""
-    kept = weight.bfloat16()
-    return lambda x: x.double() @ kept.double().T
+    """The function x -> x @ weight^T in float64, with a bfloat16 copy of the weight."""
+    rounded = weight.bfloat16()
+    return lambda x: x.double() @ rounded.double().T
 
 
 def layer(
@@ -58,11 +60,12 @@ def layer(
     tolerance: float,
     kind: str = "bf16",
 ) -> Layer:
+    """The layer of a peer that quantizes by itself: checked against the unrounded weight."""
     return Layer(call, nbytes, unrounded(weight), tolerance, kind)
 
 
 def same_weight(call: Callable[[Tensor], Tensor], p: PackedWeight, kind: str = "bf16") -> Layer:
-    """Of a peer that was given the tensors of `p`: held to our reference of the same codes."""
+    """The layer of a peer that was given the tensors of `p`: checked against our reference."""
     dtype = torch.float64 if p.shape[0] * p.shape[1] <= 2**26 else torch.float32
     return Layer(
         call, p.nbytes, lambda x: qk.matmul(x.to(dtype), p, backend="reference"), SAME_WEIGHT, kind
@@ -70,20 +73,22 @@ def same_weight(call: Callable[[Tensor], Tensor], p: PackedWeight, kind: str = "
 
 
 def contestants(only: Sequence[str] | None = None) -> list[Contestant]:
-    """Those of every module here, or of the named ones in their order; a name with dots is a module
-    from elsewhere.
+    """The contestants of every module here, or of the named modules in their order.
 
-    ValueError for a name that is neither.
+    only: files in this folder without the underscore, or modules of other packages, with dots.
+
+    Raises:
+        ValueError: a name is neither.
     """
     modules = {
         info.name.removesuffix("_"): f"{__name__}.{info.name}"
         for info in pkgutil.iter_modules(__path__)
     }
-    found: list[Contestant] = []
+    field: list[Contestant] = []
     for name in modules if only is None else only:
         if name not in modules and "." not in name:
             raise ValueError(
                 f"peers: expected some of {', '.join(modules)}, or a module; got {name!r}"
             )
-        found += importlib.import_module(modules.get(name, name)).CONTESTANTS
-    return found
+        field += importlib.import_module(modules.get(name, name)).CONTESTANTS
+    return field

@@ -30,12 +30,15 @@ class Nf4(Peer):
             quant_type="nf4",
         )  # fmt: skip
         linear.load_state_dict({"weight": weight.bfloat16().cpu()})
-        held = n * k // 2 + n * k // 64 * (1 if self.double_quant else 4)
-        return layer(linear.to(weight.device), held, weight, FOUR_BIT)
+        nbytes = n * k // 2 + n * k // 64 * (1 if self.double_quant else 4)
+        return layer(linear.to(weight.device), nbytes, weight, FOUR_BIT)
 
 
 class Int8(Peer):
-    """It waits for the GPU to say which columns have outliers, so no CUDA graph can capture it."""
+    """LLM.int8().
+
+    The host waits for the GPU to find the outlier columns, so no CUDA graph can capture it.
+    """
 
     name, group, module, compiles = "bitsandbytes", "int8", "bitsandbytes", False
     graphs, outliers = False, race.OUTLIERS
@@ -43,8 +46,8 @@ class Int8(Peer):
     def prepare(self, weight: Tensor) -> Layer:
         import bitsandbytes as bnb
 
-        # It says at each call that it casts bfloat16 to float16, and that takes longer than the
-        # product.
+        # bitsandbytes warns at each call that it casts bfloat16 to float16, and the warning takes
+        # longer than the product.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         n, k = weight.shape
         linear = bnb.nn.Linear8bitLt(k, n, bias=False, has_fp16_weights=False, threshold=6.0)

@@ -1,9 +1,9 @@
 """DeepGEMM 2: FP8 in blocks of 128, on our own tensors.
 
-`fp8_gemm_nt` takes activations that are quantized already; the time includes quantizing them,
-composed from torch, for DeepGEMM has no kernel for it. What PyPI calls deep-gemm 1.0.0 has another
-API and lacks the CUTLASS headers that it compiles with: this needs the project's own build, and
-says so if it finds the other.
+`fp8_gemm_nt` takes quantized activations. The time includes quantizing them with torch operations,
+because DeepGEMM has no kernel for it. The package deep-gemm 1.0.0 on PyPI has another API and lacks
+the CUTLASS headers that it compiles with. So this adapter needs the project's own build, and raises
+ImportError if it finds the package from PyPI.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""fast-hadamard-transform 1.1 against our transform kernel: rows of x times a Hadamard matrix of
-order K.
+"""fast-hadamard-transform 1.1 against our transform kernel: x times a Hadamard matrix of order K.
 
-No weight is multiplied here: what a layer of QuIP# spends around its product. N plays no part.
+This is the work of a QuIP# layer around its product. There is no weight, so N plays no part.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ GROUP = "hadamard"
 
 
 def _layer(call: nn.Module, k: int) -> Layer:
-    """Bytes: a row in and a row out, in 16 bits."""
+    """The layer of either contestant. Its bytes are those of a row in and a row out, in 16 bits."""
     factors = [factor.double() for factor in transforms.hadamard_factors(k)]
 
     def want(x: Tensor) -> Tensor:

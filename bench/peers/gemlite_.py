@@ -15,8 +15,11 @@ GROUP = 128
 
 
 class GemLite(Peer):
-    """Its tuned configurations are looked up by the GPU's name. There are none for an H200: without
-    a search of minutes a shape it takes the H100's, the same processor."""
+    """GemLite with its tuned configurations, which it looks up by the GPU's name.
+
+    It has none for an H200, and a search takes minutes a shape. So an H200 gets those of the H100,
+    which is the same processor.
+    """
 
     name, module = "gemlite", "gemlite"
 
@@ -41,14 +44,14 @@ class Int4(GemLite):
         scales = ((high - low) / 15).clamp(min=1e-6)
         zeros = (-low / scales).round()
         codes = ((grouped / scales).round() + zeros).clamp(0, 15).to(torch.uint8).view(n, k)
-        made = A16W4_HQQ_INT(device=str(weight.device), dtype=torch.bfloat16).from_weights(
+        linear = A16W4_HQQ_INT(device=str(weight.device), dtype=torch.bfloat16).from_weights(
             codes, scales.bfloat16(), zeros.bfloat16()
         )
-        return layer(made, n * k // 2 + n * k // GROUP * 4, weight, FOUR_BIT)
+        return layer(linear, n * k // 2 + n * k // GROUP * 4, weight, FOUR_BIT)
 
 
 class Dynamic(GemLite):
-    """fp8 or int8 with a scale a row of x."""
+    """fp8 or int8 with a scale for each row of x."""
 
     def __init__(self, maker: str, group: str, kind: str) -> None:
         self.maker, self.group, self.kind = maker, group, kind

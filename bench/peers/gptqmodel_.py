@@ -1,9 +1,9 @@
-"""GPTQModel 7.7: Marlin and its Triton kernel, each on our own GPTQ tensors.
+"""GPTQModel 7.7: Marlin and its Triton kernel, both on our own GPTQ tensors.
 
-Marlin is compiled with nvcc at first use, from sources that its package carries. That takes
-minutes, so `bench.gpu.parcel` compiles it beforehand: `build`. Its Machete is not here, because
-that fetches CUTLASS from the network. Codes and scales are ours, so the product is held to our
-reference as closely as our own.
+Marlin is compiled with nvcc at first use, from sources in its package. That takes minutes, so
+`bench.gpu.parcel` compiles it beforehand, by `build`. GPTQModel's Machete takes no part, because it
+fetches CUTLASS from the network. Codes and scales are ours, so the products are held to our
+reference as closely as our kernels.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from qkernels.benchmark.race import Layer
 
 from . import Peer, same_weight
 
-#: Marlin's file in the folder $QKERNELS_PREBUILT
+#: file of the compiled Marlin in the folder $QKERNELS_PREBUILT
 LIBRARY = "marlin_bf16.so"
 
 
 def _regular_expressions() -> None:
-    """GPTQModel imports pypcre, which comes as sources that need libpcre2's: it uses no more than
-    `re` has.
+    """Put Python's `re` in the place of the package pypcre.
+
+    GPTQModel imports pypcre, which is distributed as sources and needs those of libpcre2. It uses
+    only functions that `re` has.
     """
     if importlib.util.find_spec("pcre") is None:
         stand_in = types.ModuleType("pcre")
@@ -44,9 +46,10 @@ def _regular_expressions() -> None:
 
 
 def build() -> bool:
-    """Load Marlin for bfloat16: the library that $QKERNELS_PREBUILT has, else compiled now.
+    """Load Marlin for bfloat16 from $QKERNELS_PREBUILT; compile it now if it is not there.
 
-    RuntimeError with GPTQModel's words if that fails.
+    Raises:
+        RuntimeError: this fails, with GPTQModel's message.
     """
     _regular_expressions()
     from gptqmodel.utils import marlin
@@ -61,8 +64,10 @@ def build() -> bool:
 
 
 class GPTQModel(Peer):
-    """`kernel`: module under gptqmodel.nn_modules.qlinear. `zeros`: how it wants zero points
-    stored.
+    """One kernel of GPTQModel.
+
+    kernel: module under gptqmodel.nn_modules.qlinear. cls: class in it. zeros: checkpoint_format
+    ("gptq" or "gptq_v2") that says how the kernel wants zero points stored.
     """
 
     module = "gptqmodel"
@@ -76,14 +81,14 @@ class GPTQModel(Peer):
         if self.kernel == "marlin":
             build()
         _regular_expressions()
-        made = importlib.import_module(f"gptqmodel.nn_modules.qlinear.{self.kernel}")
+        module = importlib.import_module(f"gptqmodel.nn_modules.qlinear.{self.kernel}")
         n, k = weight.shape
         p = qk.quantize(
             weight, "gptq", bits=self.bits, group_size=128, checkpoint_format=self.zeros
         )
-        linear = getattr(made, self.cls)(
-            bits=self.bits, group_size=128, desc_act=False, sym=True, in_features=k, out_features=n, bias=False,
-            dtype=torch.bfloat16, register_buffers=True,
+        linear = getattr(module, self.cls)(
+            bits=self.bits, group_size=128, desc_act=False, sym=True, in_features=k,
+            out_features=n, bias=False, dtype=torch.bfloat16, register_buffers=True,
         )  # fmt: skip
         tensors = dict(p.tensors)
         tensors.setdefault("g_idx", torch.arange(k, dtype=torch.int32, device=weight.device) // 128)
@@ -94,17 +99,20 @@ class GPTQModel(Peer):
         return same_weight(linear, p)
 
     def _put(self, linear: nn.Module, name: str, tensor: Tensor) -> None:
-        """ValueError if the layer has no such tensor, or one of another shape: its layout has
-        changed.
+        """Copy a tensor into a buffer of the layer.
+
+        Raises:
+            ValueError: the layer has no such buffer, or one of another shape: GPTQModel's layout
+                has changed.
         """
-        held = getattr(linear, name, None)
-        if held is None or tuple(held.shape) != tuple(tensor.shape):
-            got = "none" if held is None else f"{tuple(held.shape)}"
+        buffer = getattr(linear, name, None)
+        if buffer is None or tuple(buffer.shape) != tuple(tensor.shape):
+            got = "none" if buffer is None else f"{tuple(buffer.shape)}"
             raise ValueError(
                 f"{self.cls}.{name}: expected a tensor of shape {tuple(tensor.shape)}, got {got}"
             )
         dtype = torch.bfloat16 if name == "scales" else tensor.dtype
-        held.data = tensor.to(dtype)
+        buffer.data = tensor.to(dtype)
 
 
 CONTESTANTS = [

@@ -1,6 +1,6 @@
-"""Humming (vllm-project/humming): compiles kernels for each layer's shape and type, by NVRTC.
+"""Humming (vllm-project/humming), which compiles kernels for each layer's shape and dtype by NVRTC.
 
-Those that `bench.gpu.parcel` compiled beforehand are taken from $QKERNELS_PREBUILT.
+Kernels that `bench.gpu.parcel` compiled beforehand come from $QKERNELS_PREBUILT.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from . import EIGHT_BIT, FOUR_BIT, Peer, layer
 
 
 def keep_kernels(store: Path) -> None:
-    """Look a kernel up in `store` by its source before compiling it, and keep there what was
-    compiled.
+    """Make Humming look a kernel up in `store` by its source, and put the ones it compiles there.
 
-    Humming's own cache goes by times and paths of files, which differ from one machine to another.
+    The keys of Humming's own cache depend on times and paths of files, which differ between
+    machines.
     """
     from humming.jit.runtime import KernelRuntime
 
@@ -56,6 +56,8 @@ def keep_kernels(store: Path) -> None:
 
 
 class Humming(Peer):
+    """weights, inputs: Humming's configurations. bits: of a weight with its scales."""
+
     name, module = "humming", "humming"
 
     def __init__(
@@ -80,17 +82,17 @@ class Humming(Peer):
         if prebuilt := os.environ.get("QKERNELS_PREBUILT"):
             keep_kernels(Path(prebuilt) / "humming")
         n, k = weight.shape
-        made = HummingLayer(
+        linear = HummingLayer(
             shape_n=n,
             shape_k=k,
             weight_config=dict(self.weights),
             input_config=None if self.inputs is None else dict(self.inputs),
             torch_dtype=torch.bfloat16,
         ).to(weight.device)
-        made.load_from_unquantized(weight.bfloat16())
-        made.transform()
+        linear.load_from_unquantized(weight.bfloat16())
+        linear.transform()
         tolerance = FOUR_BIT if self.bits < 8 else EIGHT_BIT
-        return layer(made, int(n * k * self.bits / 8), weight, tolerance, self.kind)
+        return layer(linear, int(n * k * self.bits / 8), weight, tolerance, self.kind)
 
 
 CONTESTANTS = [

@@ -1,7 +1,7 @@
 """spqr-quant 0.2: SpQR's own kernel, on our own tensors in its layout.
 
-It multiplies one row of float16 at a time, so larger M is a loop there and takes no part here. It
-compiles its kernel with nvcc when it is imported.
+The kernel multiplies one row of float16 at a time, so only M = 1 is raced. The package compiles it
+with nvcc when it is imported.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from . import Peer, same_weight
 
 
 class _Rows(nn.Module):
+    """The layer for an x of shape (M, K) instead of (1, M, K)."""
+
     def __init__(self, linear: nn.Module) -> None:
         super().__init__()
         self.linear = linear
@@ -35,7 +37,7 @@ class SpQR(Peer):
         p = qk.quantize(weight, "spqr", checkpoint_format="spqr_quant")
         n, k = p.shape
         t = p.tensors
-        made = QuantizedLinear(
+        linear = QuantizedLinear(
             n,
             k,
             p.params["bits"],
@@ -46,7 +48,7 @@ class SpQR(Peer):
             t["col_vals"],
             t.get("in_perm"),
         )
-        return same_weight(_Rows(made.to(weight.device)), p)
+        return same_weight(_Rows(linear.to(weight.device)), p)
 
 
 CONTESTANTS = [SpQR()]

@@ -1,4 +1,4 @@
-"""What torch itself has: int8 and fp8 matmuls of cuBLASLt with their scales, and tinygemm's int4."""
+"""Kernels in torch itself: int8 and fp8 matmuls of cuBLASLt with their scales, tinygemm's int4."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from . import EIGHT_BIT, FOUR_BIT, Peer, layer
 
 
 class _IntMM(nn.Module):
-    """W8A8 as one composes it from torch: quantize rows, torch._int_mm, scale."""
+    """W8A8 composed from torch operations: quantize rows, torch._int_mm, scale."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -69,6 +69,8 @@ class ScaledMM(Peer):
 
 
 class _TinyGemm(nn.Module):
+    """tinygemm: 4-bit weights with a scale and a zero for each group of 128."""
+
     GROUP = 128
 
     def __init__(self, weight: Tensor) -> None:
@@ -82,8 +84,8 @@ class _TinyGemm(nn.Module):
         packed = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)
         self.codes = nn.Buffer(torch.ops.aten._convert_weight_to_int4pack(packed, 8))
         # w = (code - 8) * scale + zero
-        both = torch.stack([scale, low + 8 * scale], dim=2).transpose(0, 1)
-        self.scales = nn.Buffer(both.contiguous().bfloat16())
+        scales_and_zeros = torch.stack([scale, low + 8 * scale], dim=2).transpose(0, 1)
+        self.scales = nn.Buffer(scales_and_zeros.contiguous().bfloat16())
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.aten._weight_int4pack_mm(x, self.codes, self.GROUP, self.scales)
@@ -97,8 +99,8 @@ class TinyGemm(Peer):
         return n % 64 == 0 and k % 1024 == 0
 
     def prepare(self, weight: Tensor) -> Layer:
-        bytes_held = weight.numel() // 2 + weight.numel() // _TinyGemm.GROUP * 4
-        return layer(_TinyGemm(weight), bytes_held, weight, FOUR_BIT)
+        nbytes = weight.numel() // 2 + weight.numel() // _TinyGemm.GROUP * 4
+        return layer(_TinyGemm(weight), nbytes, weight, FOUR_BIT)
 
 
 CONTESTANTS = [IntMM(), ScaledMM(), TinyGemm()]

@@ -1,4 +1,4 @@
-"""torchao: int8 and fp8 with dynamic activations, compiled as its documentation asks for."""
+"""torchao: int8 and fp8 with dynamic activations, under torch.compile as its documentation says."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from . import EIGHT_BIT, Peer, layer
 
 
 class TorchAO(Peer):
+    """config: class in torchao.quantization. arguments: of it; a string names a class there."""
+
     name, module = "torchao", "torchao"
 
     def __init__(self, group: str, config: str, arguments: dict[str, Any], kind: str) -> None:

@@ -1,1 +1,1 @@
-"""What can be told of the Triton kernels without a GPU: see `python -m bench.static --help`."""
+"""Static analysis of the Triton kernels, without a GPU: see `python -m bench.static --help`."""

@@ -1,16 +1,16 @@
-"""Compile every Triton kernel for every architecture, without a GPU, and say what came out.
+"""Compile every Triton kernel for every architecture, without a GPU, and print what it uses.
 
-    python -m bench.static                          all of it, as a table
+    python -m bench.static                          # all kernels, as a table
     python -m bench.static --arch 90 --markdown
     python -m bench.static --subset --json facts.json
 
-Exits with 1, and one line each on stderr, if a kernel spills registers, does not fit in shared
-memory, or lacks the tensor-core instruction it should have.
+The exit code is 1, with one line for each fault on stderr, if a kernel spills registers, does not
+fit in shared memory, or lacks the tensor-core instruction that it should have.
 
 `load B`: bytes of a thread's widest load of packed weights. `instr/weight`: instructions of the
-main loop, over all threads, per weight decoded. While its memory delivers a 4-bit weight at 4.3
-TB/s, an H200 can issue 3.5 of them, for an 8-bit weight 7; and 8 while its tensor cores multiply
-one with 128 rows of x in 16 bits. More, and the kernel waits for its instructions instead.
+main loop, over all threads, per decoded weight. An H200 can issue 3.5 instructions while its memory
+delivers a 4-bit weight at 4.3 TB/s, 7 for an 8-bit weight, and 8 while its tensor cores multiply a
+weight with 128 rows of x in 16 bits. A kernel with more instructions waits for them instead.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from .facts import ARCHITECTURES, Facts, failures, families
 from .workers import compile_all, listed
 
 HEADINGS = (
-    "kernel", "job", "sm", "regs", "spills", "shared KiB", "blocks/SM", "warps/SM", "limit", "tensor core",
-    "load B", "instr/weight",
+    "kernel", "job", "sm", "regs", "spills", "shared KiB", "blocks/SM", "warps/SM", "limit",
+    "tensor core", "load B", "instr/weight",
 )  # fmt: skip
 
 
 def row(facts: Facts) -> list[str]:
+    """Cells of the table, one for each of HEADINGS."""
     if facts.error:
         return [
             facts.kernel,
@@ -62,6 +63,7 @@ def row(facts: Facts) -> list[str]:
 
 
 def show(results: list[Facts], markdown: bool) -> None:
+    """Print the table."""
     if markdown:
         print("| " + " | ".join(HEADINGS) + " |")
         print("| --- | --- |" + " ---: |" * 6 + " --- | --- |" + " ---: |" * 2)

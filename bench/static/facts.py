@@ -1,6 +1,4 @@
-"""Compiles one job ahead of time and reads its facts off the machine code; says what is wrong with
-them.
-"""
+"""Compile one job ahead of time, read its facts from the machine code, and find faults in them."""
 
 from __future__ import annotations
 
@@ -25,32 +23,33 @@ from .occupancy import occupancy
 if TYPE_CHECKING:
     from .jobs.base import CompileJob
 
-#: bytes of registers that may be put aside outside of the main loop, where it is done once a
-#: program
+#: bytes of registers that a kernel may spill outside of the main loop, which costs once a block
 SPILLS_OUTSIDE = 8
-#: with 256 columns a block, whose sums take half of all registers: bytes, and loads and stores in
-#: the main loop. An
-#: H200 ran these 1.1 to 1.4 times as fast as narrower blocks that spill nothing (triton 3.6;
-#: configurations.md in
-#: bench/results/2026-11-27-h200). Triton 3.9, which was not measured, spills fewer bytes, but more
-#: in the loop.
+#: spills allowed to blocks of 256 rows of x, whose sums take half of all registers: bytes, and
+#: loads and stores in the main loop. An H200 ran these blocks 1.1 to 1.4 times as fast as narrower
+#: ones that spill nothing (triton 3.6; bench/results/2026-11-27-h200/configurations.md). Triton
+#: 3.9, which was not measured, spills fewer bytes, but more in the loop.
 SPILLS_WIDE, LOOP_SPILLS_WIDE = 512, 18
 ARCHITECTURES = (80, 89, 90, 100, 120)
-#: what kernels call their pointers to packed weights
+#: names of the kernels' pointers to packed weights
 _WEIGHT_POINTER = re.compile(r"(qdata|qhigh|w|weight)_ptr")
 
 
 @dataclass
 class Facts:
-    """One compiled job.
+    """Facts about one compiled job.
 
-    columns: rows of x of a block. spills: bytes of local memory per thread; loop_spills: loads and
-    stores of it in the main loop. shared: bytes per block. blocks, warps: that fit on an SM, held
-    back by `limit`. loads: pointer argument -> bytes of the widest load through it; weight_load:
-    the narrowest of those among the weight's. steps: how often the main loop is unrolled. loop:
-    opcode -> count in the main loop. per_weight: instructions all threads of a block execute in one
-    step, per weight decoded in it. too_early: an access to memory before the wait for the last
-    kernel. overtaken: a write to registers that a product under way reads.
+    - error: why it does not compile.
+    - columns: rows of x of a block (BLOCK_M).
+    - spills: bytes of local memory per thread. loop_spills: its loads and stores in the main loop.
+    - shared: bytes of shared memory per block. tensor_columns: columns of tensor memory per block.
+    - blocks, warps: how many fit on an SM. limit: the resource that allows no more.
+    - loads: pointer argument -> bytes of the widest load through it. weight_load: the smallest of
+      these among pointers to packed weights.
+    - steps: how often ptxas unrolled the main loop. loop: opcode -> count in the main loop.
+    - per_weight: instructions of all threads of a block in one step, per weight decoded in it.
+    - too_early: an access to memory before the wait for the previous kernel (with PDL).
+    - overtaken: a write to registers that an unfinished wgmma reads.
     """
 
     family: str
@@ -86,46 +85,47 @@ class Facts:
 
 
 def failures(facts: Facts) -> list[str]:
-    """What must not be, one line each."""
+    """The faults of a compiled job, one line each."""
     if facts.error:
         return [f"{facts.name}: does not compile: {facts.error}"]
-    found = []
+    faults = []
     most, most_in_loop = (
         (SPILLS_WIDE, LOOP_SPILLS_WIDE) if facts.columns >= 256 else (SPILLS_OUTSIDE, 0)
     )
     if facts.spills > most or facts.loop_spills > most_in_loop:
         often = f"{facts.loop_spills} loads and stores" if facts.loop_spills else "none"
-        found.append(
+        faults.append(
             f"spills {facts.spills} bytes of registers per thread ({often} in the main loop)"
         )
     if facts.shared > (limit := SHARED_KIB[facts.arch] * 1024):
-        found.append(f"needs {facts.shared} bytes of shared memory, a block may have {limit}")
+        faults.append(f"needs {facts.shared} bytes of shared memory, a block may have {limit}")
     elif facts.blocks == 0:
-        found.append(f"no block fits on a multiprocessor: too many {facts.limit}")
+        faults.append(f"no block fits on a multiprocessor: too many {facts.limit}")
     if facts.too_early:
-        found.append(f"starts before the last kernel is done, and then: {facts.too_early}")
+        faults.append(f"starts before the last kernel is done, and then: {facts.too_early}")
     if facts.overtaken:
-        found.append(facts.overtaken)
+        faults.append(facts.overtaken)
     if facts.needs_tensor_core:
         if facts.tensor_core is None:
-            found.append("has no tensor-core instruction")
+            faults.append("has no tensor-core instruction")
         elif not assembly.is_native(facts.tensor_core, facts.arch):
-            found.append(
+            faults.append(
                 f"has only {facts.tensor_core}, not the architecture's own tensor-core instruction"
             )
-    return [f"{facts.name}: {what}" for what in found]
+    return [f"{facts.name}: {fault}" for fault in faults]
 
 
 # ---------------------------------------------------------------------- jobs
 def families() -> list[str]:
-    """Modules of `jobs` that have some to compile."""
+    """Names of the modules in `jobs` that have jobs to compile."""
     names = sorted(module.name for module in pkgutil.iter_modules(job_modules.__path__))
     return [name for name in names if hasattr(_module(name), "compile_jobs")]
 
 
 def jobs(family: str, arch: int, subset: bool) -> list[CompileJob]:
-    found: Iterator[CompileJob] = _module(family).compile_jobs(arch, subset=subset)
-    return list(found)
+    """The jobs of a family. subset: only the few that tests compile."""
+    iterator: Iterator[CompileJob] = _module(family).compile_jobs(arch, subset=subset)
+    return list(iterator)
 
 
 def _module(name: str) -> Any:
@@ -134,13 +134,13 @@ def _module(name: str) -> Any:
 
 # ---------------------------------------------------------------------- compiling
 def facts_of(family: str, job: CompileJob, keep: Path | None = None) -> Facts:
-    """Compile `job` and read its facts; `keep`: a folder that gets its TTGIR, PTX and SASS."""
+    """Compile `job` and read its facts. keep: folder to write its TTGIR, PTX and SASS to."""
     facts = Facts(family, job.kernel, job.label, job.arch, job.tensor_core)
     facts.num_warps, facts.num_stages = job.num_warps, job.num_stages
     facts.columns = job.constants.get("BLOCK_M", 0)
     try:
         kernel = _compiled(job)
-    except Exception as error:  # whatever the compiler says is a fact, too
+    except Exception as error:  # that a job does not compile is a fact, too
         facts.error = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         return facts
     sass_text, usage = _disassembled(kernel.asm["cubin"])
@@ -168,8 +168,8 @@ def facts_of(family: str, job: CompileJob, keep: Path | None = None) -> Facts:
     facts.tensor_core = assembly.tensor_core(loop) or assembly.tensor_core(program.instructions)
     facts.steps = assembly.steps(loop, assembly.main_loop(source))
     facts.loop_instructions = len(loop)
-    facts.loop = dict(Counter(found.opcode for found in loop).most_common())
-    facts.loop_spills = sum(found.name in ("LDL", "STL") for found in loop)
+    facts.loop = dict(Counter(instruction.opcode for instruction in loop).most_common())
+    facts.loop_spills = sum(instruction.name in ("LDL", "STL") for instruction in loop)
     if job.weights:
         facts.per_weight = round(len(loop) * 32 * job.num_warps / (facts.steps * job.weights), 3)
 
@@ -196,8 +196,9 @@ def _compiled(job: CompileJob) -> Any:
 
 
 def _parameters(job: CompileJob) -> list[str]:
-    """Names of the kernel's parameters as PTX numbers them; the last two are triton's scratch
-    memory.
+    """Names of the kernel's parameters as PTX numbers them.
+
+    The last two are triton's scratch memory.
     """
     names = []
     for name in job.fn.arg_names:
@@ -211,14 +212,14 @@ def _parameters(job: CompileJob) -> list[str]:
 
 @lru_cache(maxsize=1)
 def tools() -> Path:
-    """Where the programs of the CUDA toolkit are that triton's wheel carries."""
+    """The folder of the CUDA toolkit's programs in triton's wheel."""
     import triton
 
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def _disassembled(cubin: bytes) -> tuple[str, dict[str, str]]:
-    """SASS text and what `cuobjdump -res-usage` says, by the tools of triton's wheel."""
+    """SASS text and the numbers of `cuobjdump -res-usage`, by the tools in triton's wheel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Limits(NamedTuple):
-    """Of one SM (CUDA programming guide, technical specifications per compute capability)."""
+    """Limits of one SM, from the CUDA programming guide (technical specifications)."""
 
     warps: int
     blocks: int
@@ -24,16 +24,16 @@ LIMITS = {
     120: Limits(48, 24, 100),
     121: Limits(48, 24, 100),
 }
-#: an SM's warps run on four partitions with 16,384 registers each, given out to warps by 256
+#: the warps of an SM run on four partitions; each has 16,384 registers, allocated in units of 256
 _PARTITIONS, _REGISTERS, _REGISTER_UNIT = 4, 16384, 256
-#: the driver keeps this much shared memory of each block; the rest is given out in units
+#: bytes of shared memory that the driver takes in each block, and the unit of allocation
 _SHARED_RESERVED, _SHARED_UNIT = 1024, 128
 #: columns of an SM's tensor memory (sm_100)
 _TENSOR_COLUMNS = 512
 
 
 class Occupancy(NamedTuple):
-    """blocks and warps on one SM; limit: what keeps it from holding more."""
+    """Blocks and warps that fit on one SM. limit: the resource that allows no more."""
 
     blocks: int
     warps: int
@@ -43,7 +43,10 @@ class Occupancy(NamedTuple):
 def occupancy(
     arch: int, registers: int, shared: int, warps: int, tensor_columns: int = 0
 ) -> Occupancy:
-    """registers: per thread. shared: bytes per block. warps: per block. tensor_columns: per block."""
+    """How many blocks of a kernel fit on one SM.
+
+    registers: per thread. shared: bytes per block. warps, tensor_columns: per block.
+    """
     limits = LIMITS[arch]
     per_warp = _rounded(max(registers, 1) * 32, _REGISTER_UNIT)
     per_block = _rounded(shared + _SHARED_RESERVED, _SHARED_UNIT)

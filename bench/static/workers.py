@@ -1,4 +1,4 @@
-"""Compiles many jobs in worker processes, each with a clean environment."""
+"""Compile many jobs in worker processes, each with a clean environment."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .facts import Facts, facts_of, jobs
 
-#: (family, architecture, number of the job): a job holds functions, so each worker makes its own
+#: (family, architecture, number of the job). A job holds functions, which cannot be sent to a
+#: worker, so each worker makes the jobs itself.
 Task = tuple[str, int, int]
 
 
@@ -38,17 +39,17 @@ def _work(task: Task, subset: bool, keep: Path | None) -> Facts:
 
 
 def compile_all(tasks: list[Task], subset: bool, workers: int, keep: Path | None) -> list[Facts]:
-    """Facts in the order of `tasks`. Workers are fresh processes with an empty cache."""
+    """Facts of all tasks, in their order. Workers are new processes with an empty triton cache."""
     progress = Progress(
         TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         console=Console(stderr=True), transient=True,
     )  # fmt: skip
-    found: dict[Task, Facts] = {}
+    facts: dict[Task, Facts] = {}
     with tempfile.TemporaryDirectory() as cache, progress:
         os.environ["TRITON_CACHE_DIR"] = cache
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
             waiting = {pool.submit(_work, task, subset, keep): task for task in tasks}
             for done in progress.track(as_completed(waiting), total=len(tasks)):
-                found[waiting[done]] = done.result()
-    return [found[task] for task in tasks]
+                facts[waiting[done]] = done.result()
+    return [facts[task] for task in tasks]

@@ -97,7 +97,7 @@ GROUPS = {
 }
 
 
-#: of x for LLM.int8(), which exists for their sake: DESIGN section 6 asks for its speed with them
+#: part of the columns of x that hold outliers in races of LLM.int8(), as bench/targets.md requires
 OUTLIERS = 0.005
 
 

@@ -1,6 +1,4 @@
-"""Contestants that break the process they are timed in, each in its own way, for `--peers
-tests.bench.broken`.
-"""
+"""Contestants for `--peers tests.bench.broken` that break their process, each in its own way."""
 
 from __future__ import annotations
 

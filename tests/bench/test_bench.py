@@ -13,7 +13,7 @@ from torch import Tensor
 
 import qkernels as qk
 from bench import host, peers, report, targets
-from qkernels.backends import registry, roofline
+from qkernels.backends import registry, roofline, workspace
 from qkernels.backends.explain import at_best
 from qkernels.backends.problem import problem_of
 from qkernels.benchmark import race, shapes, timing
@@ -317,6 +317,20 @@ def test_without_a_gpu_the_targets_are_not_judged() -> None:
     rows = [synthetic("nf4", 1, 1, 100)]
     made = {"environment": {"gpu": None}, "copy_bandwidth": None, "results": rows}
     assert "No GPU measured" in "\n".join(report.verdict([made]))
+
+
+def test_the_page_of_targets_has_the_numbers_of_the_code() -> None:
+    page = (Path(targets.__file__).parent / "targets.md").read_text()
+    table = page.partition("| family | M | at least |\n| --- | --- | --- |\n")[2].partition("\n\n")[
+        0
+    ]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert [f"{family}, {m}: {least}" for family, m, least in rows] == list(
+        map(str, targets.TARGETS)
+    )
+    assert f"at most {host.TARGET:g} us a call" in page
+    assert f"outliers in {race.OUTLIERS:.1%} of the columns of x" in page
+    assert f"at most {workspace.BYTES >> 20} MB beside the output" in page
 
 
 def test_every_target_belongs_to_a_format_that_is_raced() -> None:

@@ -1,6 +1,4 @@
-"""The plan for a GPU: its commands parse, its runner stops what hangs, and what it carries is found
-again.
-"""
+"""The plan for a GPU: commands parse, the runner stops a hung command, the parcel is unpacked."""
 
 from __future__ import annotations
 
@@ -70,8 +68,10 @@ def test_every_command_parses(words: str, tmp_path: Path) -> None:
 
 
 def test_the_plan_fits_its_time() -> None:
-    """15 minutes, with 45 seconds for each of two starts (the third call finds the machine warm),
-    leave for the fourth call the 4 minutes without which no machine is started."""
+    """After three calls the fourth has the 4 minutes without which no machine starts.
+
+    The 15 minutes include 45 seconds for each of two starts; the third call finds the machine warm.
+    """
     expected = [sum(plan.PARTS[name].expected for name in names) for names in plan.CALLS.values()]
     assert max(expected) <= plan.CALL_SECONDS < 240
     assert 900 - sum(expected) - 2 * 45 >= 240
@@ -83,8 +83,8 @@ def test_the_plan_fits_its_time() -> None:
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "bench.gpu", *arguments], capture_output=True, text=True,
-        check=False, timeout=300, cwd=ROOT, env={**os.environ, "OUT": "", **environment},
+        [sys.executable, "-W", "ignore", "-m", "bench.gpu", *arguments], capture_output=True,
+        text=True, check=False, timeout=300, cwd=ROOT, env={**os.environ, "OUT": "", **environment},
     )  # fmt: skip
 
 
@@ -115,9 +115,7 @@ def pretended(tmp_path: Path) -> dict[str, str]:
 
 
 def test_without_a_parcel_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is ignored by git, so it is easily left behind; what it has would be compiled instead, for
-    minutes.
-    """
+    """Git ignores the parcel, so it is easily left behind; kernels would compile for minutes."""
     if (install.PARCEL / "site.tar.xz").exists():
         pytest.skip("there is a parcel here")
     done = run(str(tmp_path / "out"), "--call", "smoke", **pretended(tmp_path))
@@ -203,11 +201,14 @@ def test_a_runner_that_is_stopped_stops_what_it_started(
 ) -> None:
     code = (
         "import sys; from bench.gpu import __main__ as runner, plan\n"
-        f"plan.PARTS['smoke'] = plan.Part('', 1, (plan.Command('', 99, {str(tmp_path / 'long.py')!r}),))\n"
-        f"sys.argv = ['gpu', {str(tmp_path)!r}, '--tiny', '--part', 'smoke']; runner.typer.run(runner.main)\n"
+        f"command = plan.Command('', 99, {str(tmp_path / 'long.py')!r})\n"
+        "plan.PARTS['smoke'] = plan.Part('', 1, (command,))\n"
+        f"sys.argv = ['gpu', {str(tmp_path)!r}, '--tiny', '--part', 'smoke']\n"
+        "runner.typer.run(runner.main)\n"
     )
     (tmp_path / "long.py").write_text(
-        f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)\n"
+        f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+        "time.sleep(600)\n"
     )
     runs = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -288,7 +289,8 @@ def test_tables_of_races_and_models() -> None:
     rows = [row("torch bf16", 1, 2.0), row("torch bf16", 16, 2.5), row("qkernels cuda nf4", 1, 1.0)]
     rows += [row("peer", 1, None, "not installed"), row("peer", 16, None, "not installed")]
     assert tables._races(rows, None).splitlines() == [
-        "64x128, us in a chain, M = 1 16", "torch bf16: 2.0 2.5", "cuda nf4: 1.0 -", "peer [nf4]: not installed",
+        "64x128, us in a chain, M = 1 16", "torch bf16: 2.0 2.5", "cuda nf4: 1.0 -",
+        "peer [nf4]: not installed",
     ]  # fmt: skip
     assert tables._races(rows, 400.0).splitlines()[::3] == [
         "a copy moves 400 GB/s", "cuda nf4: 1.0 - | alone 3.2, 25% of a copy",
@@ -374,9 +376,7 @@ def test_a_missing_archive_is_named(parcel: Path) -> None:
 
 
 def test_what_is_compiled_beforehand_is_all_that_the_calls_start() -> None:
-    """Of Triton kernels: each part of a call that multiplies with them, and nothing that parses to
-    nothing.
-    """
+    """`cache.PLANNED` has all parts of calls that start Triton kernels, and each has products."""
     pytest.importorskip("triton")
     from bench.gpu import cache
 
@@ -453,14 +453,15 @@ def test_what_is_compiled_beforehand_is_found(tmp_path: Path) -> None:
     }
     cache = tmp_path / "cache"
     code = (
-        "from bench import smoke; from bench.gpu import cache; smoke.REAL = smoke.Shape(72, 512, (1,), ());"
-        f"smoke.ODD = smoke.REAL; cache.main(cache.Path({str(cache)!r}), 'smoke', 'nf4', 90, 1, share=0)"
+        "from bench import smoke; from bench.gpu import cache;"
+        "smoke.REAL = smoke.ODD = smoke.Shape(72, 512, (1,), ());"
+        f"cache.main(cache.Path({str(cache)!r}), 'smoke', 'nf4', 90, 1, share=0)"
     )
     counts = []
     for _ in range(2):
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment,
-            cwd=ROOT, check=False,
+            [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True,
+            env=environment, cwd=ROOT, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
         counts.append([int(word) for word in done.stdout.split()])

@@ -50,7 +50,7 @@ def test_every_kind_that_races_has_a_name() -> None:
 
 @pytest.fixture
 def two_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """triton.one, registered first, and cuda.one and cuda.two; CUDA measured faster up to 8 rows."""
+    """Kernels triton.one, cuda.one, cuda.two, in this order; CUDA measured faster up to M = 8."""
 
     def kernel(name: str) -> registry.Kernel:
         return registry.Kernel(

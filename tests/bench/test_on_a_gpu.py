@@ -1,6 +1,4 @@
-"""The way a race takes on a GPU, walked on a pretended one: devices, plans, CUDA graphs, both
-backends.
-"""
+"""A race on a pretended GPU: devices, plans, CUDA graphs, both backends."""
 
 from __future__ import annotations
 
@@ -61,7 +59,8 @@ def test_a_race(name: str) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a real one")
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", f"from tests.bench.test_on_a_gpu import {name}; {name}()"],
+        [sys.executable, "-W", "ignore", "-c",
+         f"from tests.bench.test_on_a_gpu import {name}; {name}()"],
         capture_output=True, text=True, cwd=ROOT, check=False,
         env={**os.environ, "QKERNELS_PRETEND_GPU": "0", "TRITON_INTERPRET": "1"},
     )  # fmt: skip

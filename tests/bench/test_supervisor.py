@@ -63,7 +63,7 @@ def test_a_deadline_ends_it_and_says_so() -> None:
 
 
 def test_results_are_on_disk_before_the_end(tmp_path: Path) -> None:
-    """Stopped as `timeout` stops it, while a kernel hangs: what came before is there, and a page."""
+    """A race that `timeout` stops while a kernel hangs leaves its earlier results, and a page."""
     arguments = [
         "--tiny",
         "--suite",

@@ -1,6 +1,4 @@
-"""What is saved takes its name whole or not at all: faults at every step, signals, races, planted
-links.
-"""
+"""A saved file appears whole or not at all: faults at every step, signals, races, planted links."""
 
 from __future__ import annotations
 
@@ -225,9 +223,7 @@ def test_a_save_under_way_is_not_cleaned_up(tmp_path: Path) -> None:
 
 
 def test_nothing_but_our_own_private_folders_is_cleaned_up(tmp_path: Path) -> None:
-    """No link to one, no file called so, no folder without a lock, none whose process is about to
-    take it.
-    """
+    """Links, files, folders without a lock, and folders that a process is about to lock stay."""
     precious = tmp_path / "elsewhere" / "precious"
     precious.mkdir(parents=True)
     (precious / "lock").write_text(f"{atomic.socket.gethostname()} 1\n")
@@ -246,9 +242,7 @@ def test_nothing_but_our_own_private_folders_is_cleaned_up(tmp_path: Path) -> No
 def test_nobody_can_plant_a_link_in_what_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even if the folder's name could be guessed: it is made, not taken over, and is its owner's
-    alone.
-    """
+    """Even with a guessed name the folder must be new, and only its owner can enter it."""
     victim = tmp_path / "victim"
     victim.mkdir()
     monkeypatch.setattr(atomic.secrets, "token_hex", lambda count: "guessed")
@@ -263,9 +257,7 @@ def test_nobody_can_plant_a_link_in_what_is_written(
 
 
 def left_by(folder: Path, host: str) -> Path:
-    """What a process killed between its two renames left, seen from a machine on which no lock is
-    held.
-    """
+    """The folder of a process killed between its two renames, on a machine that sees no lock."""
     private = folder / f"{atomic.PREFIX}{host}"
     (private / "old-0").mkdir(parents=True)
     Directory.write(private / "old-0" / "model", faults.OLD)
@@ -274,7 +266,7 @@ def left_by(folder: Path, host: str) -> Path:
 
 
 def test_what_another_machine_writes_is_not_removed(tmp_path: Path) -> None:
-    """Many file systems hold locks for one machine alone, so that ours would find another's free."""
+    """On many file systems a lock holds on one machine alone, so another machine's looks free."""
     theirs = left_by(tmp_path, "elsewhere")
     (theirs / "new").write_text("half of it")
     File.write(tmp_path / "other", faults.NEW)
@@ -330,7 +322,8 @@ def test_a_forked_process_that_ends_the_block_leaves_it_too(tmp_path: Path) -> N
 def test_a_handler_set_in_c_is_left_alone(tmp_path: Path) -> None:
     """faulthandler's, or the one of torch's data loaders: Python does not know of them."""
     code = (
-        "import faulthandler, os, signal, sys; from pathlib import Path; from qkernels.checkpoints import atomic\n"
+        "import faulthandler, os, signal, sys; from pathlib import Path\n"
+        "from qkernels.checkpoints import atomic\n"
         "faulthandler.register(signal.SIGTERM)\n"
         "with atomic.replacing(Path(sys.argv[1])) as fresh: fresh.write_text('new')\n"
         "os.kill(os.getpid(), signal.SIGTERM); print('alive')"

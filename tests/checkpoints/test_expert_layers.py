@@ -1,6 +1,4 @@
-"""Checkpoints with the tensors of each expert by themselves: loaded as they are, saved as they
-were, or refused.
-"""
+"""Checkpoints with separate tensors for each expert: loaded, saved in the same form, or refused."""
 
 from __future__ import annotations
 
@@ -32,8 +30,8 @@ WEIGHT_ONLY: list[tuple[str, dict[str, Any]]] = [
     ("gptq", {"group_size": 32, "act_order": True, "symmetric": False}),
     ("awq", {"group_size": 64}), ("nf4", {}), ("nf4", {"double_quant": True}),
     ("fp8", {}), ("fp8", {"granularity": "block"}), ("fp8", {"granularity": "tensor"}),
-    ("pack_quantized", {"group_size": 32}), ("pack_quantized", {"group_size": 32, "symmetric": False}),
-    ("q8_0", {}),
+    ("pack_quantized", {"group_size": 32}),
+    ("pack_quantized", {"group_size": 32, "symmetric": False}), ("q8_0", {}),
 ]  # fmt: skip
 BOTH: list[tuple[str, dict[str, Any]]] = [
     ("int8", {}), ("w8a8", {}), ("w8a8", {"granularity": "tensor"}),
@@ -301,8 +299,9 @@ def test_what_is_quantized_here_comes_back(
 def test_transformers_reads_our_experts(
     kind: str, name: str, params: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Dequantized, which is all it can do on a CPU. bitsandbytes' and int8 experts it does not read
-    at all (5.24).
+    """transformers 5.24 dequantizes them, as always on a CPU.
+
+    It cannot read bitsandbytes' and int8 experts at all.
     """
     pytest.importorskip("compressed_tensors")
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config
@@ -361,9 +360,7 @@ def test_nested_scales_of_one_weight_that_is_cut(tmp_path: Path) -> None:
 def test_no_more_than_one_layer_is_held_twice(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sizes of the tensors that live when a layer's experts are in place: those of the file, and no
-    dense weight.
-    """
+    """With a layer's experts in place, only tensors as large as the file's live; none is dense."""
     save_moe(kind, "gptq", {"group_size": 64}, tmp_path / "q", tmp_path / "p")
     model = qk.load_model(tmp_path / "q")
     for stack in stacks_of(model):

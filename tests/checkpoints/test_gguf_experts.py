@@ -24,7 +24,8 @@ E, K, INNER, USED = 4, 64, 96, 2
 #: architecture -> the dense one whose attention it has, transformers' config, fields that llama.cpp
 #: does not ask for
 KINDS: dict[str, tuple[str, Any, dict[str, Any]]] = {
-    "llama": ("llama", MixtralConfig, {"num_local_experts": E, "head_dim": 16, "rms_norm_eps": 1e-6}),
+    "llama": ("llama", MixtralConfig,
+              {"num_local_experts": E, "head_dim": 16, "rms_norm_eps": 1e-6}),
     "qwen3moe": ("qwen3", Qwen3MoeConfig, {"num_experts": E, "head_dim": 16,
                                            "norm_topk_prob": True}),
     "qwen2moe": ("qwen2", Qwen2MoeConfig, {"num_experts": E, "norm_topk_prob": False}),
@@ -154,8 +155,9 @@ def test_computes_what_the_dequantized_model_does(
 
 @pytest.mark.parametrize(("kind", "sizes"), [("qwen2moe", (1408, 5632)), ("qwen3moe", (768, 0))])
 def test_transformers_reads_the_same(kind: str, sizes: tuple[int, int], tmp_path: Path) -> None:
-    """Its own reader, which dequantizes; for experts of its default sizes, and for no Mixtral
-    (5.24).
+    """transformers' own reader dequantizes to the same values.
+
+    Version 5.24 reads experts of its default sizes only, and no Mixtral.
     """
     path, _ = mixture(kind, tmp_path, sizes=sizes)
     theirs = gguf._plain(gguf._from_pretrained(path, torch.float32), path).eval()
@@ -177,18 +179,28 @@ def test_saved_as_a_directory(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("llama", {"llama.expert_count": 3}, "llama.expert_count: expected 4, as the tensors have it; got 3"),
-        ("llama", {"llama.expert_count": 2**31 - 1}, "expert_count: expected 4, as the tensors have it"),
-        ("llama", {"llama.expert_used_count": 5}, "expert_used_count: expected at most the 4 experts, got 5"),
-        ("llama", {"llama.expert_used_count": None}, "expert_used_count: expected int, .* got None"),
-        ("llama", {"llama.feed_forward_length": 97}, "feed_forward_length: expected 96, as the tensors have it"),
+        ("llama", {"llama.expert_count": 3},
+         "llama.expert_count: expected 4, as the tensors have it; got 3"),
+        ("llama", {"llama.expert_count": 2**31 - 1},
+         "expert_count: expected 4, as the tensors have it"),
+        ("llama", {"llama.expert_used_count": 5},
+         "expert_used_count: expected at most the 4 experts, got 5"),
+        ("llama", {"llama.expert_used_count": None},
+         "expert_used_count: expected int, .* got None"),
+        ("llama", {"llama.feed_forward_length": 97},
+         "feed_forward_length: expected 96, as the tensors have it"),
         ("qwen3moe", {"qwen3moe.expert_count": None}, "qwen3moe.expert_count: expected int"),
-        ("qwen3moe", {"qwen3moe.expert_feed_forward_length": 32}, "expert_feed_forward_length: expected 96"),
+        ("qwen3moe", {"qwen3moe.expert_feed_forward_length": 32},
+         "expert_feed_forward_length: expected 96"),
         ("qwen3moe", {"qwen3moe.expert_gating_func": 2}, "expert_gating_func: expected none or 1"),
-        ("qwen3moe", {"qwen3moe.expert_weights_scale": 2.5}, "expert_weights_scale: expected none or 0.0"),
-        ("qwen3moe", {"blk.0.ffn_up_exps.weight": None}, r"blk.0.ffn_up_exps.weight: expected .* found none"),
-        ("qwen3moe", {"blk.1.ffn_down_exps.weight": None}, r"blk.1.ffn_down_exps.weight: expected .* found none"),
-        ("qwen3moe", {"blk.1.ffn_gate_inp.weight": None}, r"blk.1.ffn_gate_inp.weight: expected .* found none"),
+        ("qwen3moe", {"qwen3moe.expert_weights_scale": 2.5},
+         "expert_weights_scale: expected none or 0.0"),
+        ("qwen3moe", {"blk.0.ffn_up_exps.weight": None},
+         r"blk.0.ffn_up_exps.weight: expected .* found none"),
+        ("qwen3moe", {"blk.1.ffn_down_exps.weight": None},
+         r"blk.1.ffn_down_exps.weight: expected .* found none"),
+        ("qwen3moe", {"blk.1.ffn_gate_inp.weight": None},
+         r"blk.1.ffn_gate_inp.weight: expected .* found none"),
     ],
     ids=str,
 )  # fmt: skip

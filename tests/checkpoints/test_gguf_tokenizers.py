@@ -127,7 +127,8 @@ def save(path: Path, tokenizer: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("tokenizer", "name"), [
     (byte_level(plain()), "gpt-2"),
-    (byte_level(pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain()])), "smollm"),
+    (byte_level(pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain()])),
+     "smollm"),
     (byte_level(split(r"\p{N}{1,3}"), ignore_merges=True), "llama-bpe"),
     (byte_level(split(r"\p{N}"), normalizer=normalizers.NFC()), "qwen2"),
 ], ids=["gpt-2", "smollm", "llama-bpe", "qwen2"])  # fmt: skip
@@ -166,8 +167,10 @@ def test_sentencepiece(tokenizer: Any, prefix: bool, tmp_path: Path) -> None:
 
 
 def _llama_cpp(text: str, metadata: dict[str, Any]) -> list[int]:
-    """llama.cpp's way with a SentencePiece vocabulary: join the neighbours that make the best
-    token, else bytes.
+    """Tokenize as llama.cpp does with a SentencePiece vocabulary.
+
+    Join the two neighbours that make the token with the best score, again and again; what is no
+    token becomes bytes.
     """
     ids = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
     scores = metadata["tokenizer.ggml.scores"]
@@ -195,7 +198,8 @@ def _llama_cpp(text: str, metadata: dict[str, Any]) -> list[int]:
     (byte_level(split(r"\p{N}{1,2}")), "expected one that cuts text as"),
     (byte_level(split(r"\p{N}"), ignore_merges=True), "expected one that cuts text as"),
     (byte_level(None), "expected one that cuts text as"),
-    (byte_level(plain(), normalizer=normalizers.Lowercase()), "expected one that cuts text as .*Lowercase"),
+    (byte_level(plain(), normalizer=normalizers.Lowercase()),
+     "expected one that cuts text as .*Lowercase"),
     (byte_level(plain(), dropout=0.5), "expected one that cuts text as"),
     (byte_level(plain(), merges=()), "expected a BPE model with merges, got none"),
     (sentencepiece(normalizers.Prepend("▁")), "expected spaces to become ▁ .*Prepend"),

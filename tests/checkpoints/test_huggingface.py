@@ -128,8 +128,8 @@ def test_names_in_the_file_are_the_ecosystem_s(tmp_path: Path) -> None:
     names = {n for n in load_file(tmp_path / "m/model.safetensors") if ".0.mlp.up_proj." in n}
     suffixes = {n.removeprefix("model.layers.0.mlp.up_proj.") for n in names}
     assert suffixes == {
-        "weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map",
-        "weight.quant_state.bitsandbytes__nf4",
+        "weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax",
+        "weight.nested_quant_map", "weight.quant_state.bitsandbytes__nf4",
     }  # fmt: skip
 
 
@@ -217,9 +217,7 @@ BITSANDBYTES = [
 def test_transformers_reads_our_bitsandbytes_files(
     format: str, params: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Other people's code as the judge: transformers with bitsandbytes, on the CPU, 4 bits in
-    bfloat16.
-    """
+    """transformers with bitsandbytes reads our files on the CPU; 4 bits multiply in bfloat16."""
     pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM
 

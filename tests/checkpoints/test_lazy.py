@@ -1,6 +1,4 @@
-"""Loading maps files and holds one shard at a time: measured by what the kernel says the process
-holds.
-"""
+"""Loading maps files and holds one shard at a time, by the kernel's count of resident memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints that other libraries write, read here, with logits equal to theirs within rounding."""
+"""Checkpoints written by other libraries load, with logits equal to theirs within rounding."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_golden_checkpoint_survives_saving_bit_for_bit(tmp_path: Path) -> None
     {"load_in_8bit": True},
 ], ids=str)  # fmt: skip
 def test_bitsandbytes(options: dict[str, Any], tmp_path: Path) -> None:
-    """transformers + bitsandbytes quantize on the CPU and save; 4 bits multiply in bfloat16 there."""
+    """transformers + bitsandbytes quantize and save on the CPU; 4 bits multiply in bfloat16."""
     pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
 
@@ -88,8 +88,9 @@ def test_bitsandbytes(options: dict[str, Any], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scale_fmt", ["float", "ue8m0"])
 def test_fine_grained_fp8(scale_fmt: str, tmp_path: Path) -> None:
-    """transformers' own quantization of DeepSeek's kind, which it runs on GPUs only; the operation
-    runs here.
+    """transformers' own FP8 of DeepSeek's kind.
+
+    It runs on GPUs only, but its quantization runs here.
     """
     from transformers import FineGrainedFP8Config
     from transformers.integrations.finegrained_fp8 import Fp8Quantize

@@ -1,6 +1,4 @@
-"""Our own `quantization_config`: what no other method's config can say, GGUF's types and packed
-embeddings.
-"""
+"""Our own `quantization_config` says what no other config can: GGUF types, packed embeddings."""
 
 from __future__ import annotations
 
@@ -85,9 +83,7 @@ def test_a_changed_head_is_not_taken_for_tied(tmp_path: Path) -> None:
 def test_an_embedding_that_no_config_speaks_of_is_dequantized(
     format: str, params: dict[str, Any], kind: str, head: str, tmp_path: Path
 ) -> None:
-    """Never lost: written in the dtype it computes in, so that the reloaded model computes the
-    same.
-    """
+    """It is written in the dtype in which it computes, so the reloaded model computes the same."""
     if head == "tied" and format == "gptq":
         head = "own"  # gptq and q8_0 linears go by no one config
     model = tiny_model(tie_word_embeddings=head == "tied")
@@ -143,7 +139,8 @@ def test_nothing_is_written_of_a_model_with_unknown_modules(tmp_path: Path) -> N
         (None, "groups: expected a non-empty list, got None"),
         ([3], r"groups\[0\]: expected an object, got 3"),
         ([{"format": "q4_k", "modules": "a"}], r"groups\[0\].modules: expected a list of names"),
-        ([{"format": "q4_k", "modules": ["a"]}, {"format": "q6_k", "modules": ["a"]}], "a: expected in one group"),
+        ([{"format": "q4_k", "modules": ["a"]}, {"format": "q6_k", "modules": ["a"]}],
+         "a: expected in one group"),
         ([{"format": "q9", "modules": ["a"]}], "format: expected one of .*got 'q9'"),
         ([{"format": "nf4", "modules": ["a"], "params": {"x": 1}}], "unknown parameter 'x'"),
         ([{"format": "nf4", "modules": ["a"], "params": 1}], "params: expected an object"),

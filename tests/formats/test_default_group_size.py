@@ -1,6 +1,4 @@
-"""A group size that is not given: one for all layers, on models whose sizes 128 does not divide,
-and said once.
-"""
+"""The default group size is one for all layers, even if 128 does not divide K; one message."""
 
 from __future__ import annotations
 
@@ -108,7 +106,8 @@ def test_one_that_is_given_is_kept_and_comes_back(
 
 def test_one_that_awq_cannot_store_names_the_layer_and_changes_nothing() -> None:
     model = tiny_model(**SMOLLM2)
-    message = "q_proj: awq: group_size: expected -1 or a divisor of K=192, because awq stores no short last group"
+    message = "q_proj: awq: group_size: expected -1 or a divisor of K=192, "
+    message += "because awq stores no short last group"
     with pytest.raises(ValueError, match=message):
         qk.quantize_model(model, "awq", group_size=128, progress=False)
     assert not sizes_of(model)
@@ -181,9 +180,7 @@ def test_convert_chooses_one_for_all_layers(source: str, tmp_path: Path) -> None
 # ---------------------------------------------------------------------- AWQ's clipping
 @pytest.mark.parametrize("size", [64, 100, 256])
 def test_clip_search_minds_a_short_last_group(size: int) -> None:
-    """No group's share of the output error grows, the short one's included, and some of each kind
-    falls.
-    """
+    """The output error of no group grows, and that of some full and some short groups falls."""
     n, k = 24, 160
     weight, x = torch.randn(n, k) ** 3, torch.randn(300, k) * torch.linspace(0.2, 3, k)
     hessian = x.T @ x / 300

@@ -1,6 +1,4 @@
-"""QuIP#'s codebook: entry by entry from its definition, nearest points exactly, its published
-error.
-"""
+"""QuIP#'s codebook: its entries from the definition, exact nearest points, the published error."""
 
 from __future__ import annotations
 
@@ -14,9 +12,7 @@ from qkernels.formats import e8p
 
 
 def decode_by_hand(code: int) -> list[float]:
-    """A code's vector as the paper's appendix has it, in Python's own numbers, from the packed
-    table.
-    """
+    """The vector of a code by the paper's appendix, with Python numbers, from the packed table."""
     word = int(e8p.table(torch.device("cpu"))[code >> 8]) & 0xFFFFFFFF
     signs = code & 0xFF
     odd = bin(signs).count("1") % 2
@@ -75,8 +71,9 @@ def test_nearest_is_nearest(scale: float) -> None:
 
 @pytest.mark.parametrize(("bits", "published"), [(2, 0.0912), (3, 0.0294), (4, 0.0096)])
 def test_gaussian_error_is_the_published_one(bits: int, published: float) -> None:
-    """Mean squared error per weight of N(0, 1), against 0.1175 of the best scalar 2-bit grid (Max
-    1960).
+    """Mean squared error per weight of N(0, 1).
+
+    The best scalar 2-bit grid has 0.1175 (Max 1960).
     """
     x, rms = torch.randn(100_000, 8), e8p.ROUNDING[bits].rms
     error = (x - e8p.decode(e8p.encode(x * rms, bits), bits) / rms).square().mean()

@@ -46,9 +46,7 @@ def test_dequantizes_as_the_gguf_package_bit_for_bit(fmt: GgufFormat) -> None:
 @types
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_a_single_row(fmt: GgufFormat, blocks: int) -> None:
-    """Dimensions of size 1, whose strides say nothing; bytes at an odd address, as in a mapped
-    file.
-    """
+    """Strides of dimensions of size 1 say nothing; in mapped files bytes lie at odd addresses."""
     shape = (1, blocks * fmt.block)
     data = random_blocks(fmt, *shape)
     want = theirs(fmt, data)

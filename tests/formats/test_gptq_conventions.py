@@ -108,9 +108,7 @@ def test_zeros_that_vary(bits: int, named: str, shift: int) -> None:
 
 
 def test_an_asymmetric_grid_is_believed() -> None:
-    """All zero points 9 is no symmetric grid of the other convention, if the config says that it is
-    none.
-    """
+    """With symmetric=False, zero points that are all 9 do not mean a symmetric grid."""
     tensors, weight = _tensors(4, np.full((K // SIZE, N), 9), 1)
     p = qk.pack("gptq", tensors, (N, K), group_size=SIZE, symmetric=False)
     assert torch.equal(p.dequantize().double(), weight)
@@ -154,9 +152,12 @@ def test_one_group_of_zeros_is_an_order() -> None:
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"qzeros": torch.zeros(4, 8)}, "qzeros: expected dtype int32, got float32"),
-    ({"qzeros": torch.zeros(4, 8, dtype=torch.complex64)}, "qzeros: expected dtype int32, got complex64"),
-    ({"qzeros": torch.zeros(4, 7, dtype=torch.int32)}, r"qzeros: expected shape \(4, 8\), got \(4, 7\)"),
-    ({"qzeros": torch.zeros(4, 0, dtype=torch.int32)}, r"qzeros: expected shape \(4, 8\), got \(4, 0\)"),
+    ({"qzeros": torch.zeros(4, 8, dtype=torch.complex64)},
+     "qzeros: expected dtype int32, got complex64"),
+    ({"qzeros": torch.zeros(4, 7, dtype=torch.int32)},
+     r"qzeros: expected shape \(4, 8\), got \(4, 7\)"),
+    ({"qzeros": torch.zeros(4, 0, dtype=torch.int32)},
+     r"qzeros: expected shape \(4, 8\), got \(4, 0\)"),
     ({"qzeros": None}, "qzeros: expected a torch.Tensor, got NoneType"),
     ({"scales": None}, "scales: expected a torch.Tensor, got NoneType"),
     ({"scales": torch.ones(64).half()}, r"scales: expected shape \(4, 64\), got \(64,\)"),

@@ -85,9 +85,7 @@ def test_public_storage_bit_by_bit() -> None:
 
 
 def test_large_entries_are_spread() -> None:
-    """A weight with a few large entries rounds as well as a Gaussian one, but for what is left of
-    them.
-    """
+    """Transforms let a weight with a few large entries round almost as well as a Gaussian one."""
     weight = torch.randn(256, 512)
     weight[torch.rand(256, 512) < 0.01] *= 20
     size = weight.square().mean()

@@ -1,6 +1,4 @@
-"""K that group_size does not divide: the last group is short, as AutoGPTQ and compressed-tensors
-store it.
-"""
+"""If group_size does not divide K, the last group is short, as AutoGPTQ stores it."""
 
 from __future__ import annotations
 
@@ -25,9 +23,7 @@ SHAPES = [(64, 576, 128), (32, 192, 128), (32, 96, 128), (32, 80, 24), (32, 65, 
 
 # ---------------------------------------------------------------------- GPTQ, against numpy
 def stream(codes: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
-    """(R, C) integers -> int32 (words, C): the lowest bits first, one value after another down a
-    column.
-    """
+    """Pack codes (R, C) into int32 words (words, C), down each column, the lowest bits first."""
     planes = (codes[:, None] >> np.arange(bits)[:, None] & 1).reshape(-1, codes.shape[1])
     planes = np.pad(planes, ((0, -len(planes) % 32), (0, 0))).reshape(-1, 32, codes.shape[1])
     words = (planes.astype(np.uint64) << np.arange(32, dtype=np.uint64)[:, None]).sum(1)
@@ -37,8 +33,9 @@ def stream(codes: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
 def checkpoint(
     n: int, k: int, size: int, bits: int, shift: int, shuffled: bool
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """AutoGPTQ's tensors of a random weight, and the weight in float64. shift: what is taken off
-    stored zeros.
+    """AutoGPTQ's tensors of a random weight, and the weight in float64.
+
+    shift: subtracted from the stored zeros.
     """
     rng = np.random.default_rng(torch.initial_seed())
     count = -(-k // size)
@@ -99,7 +96,7 @@ def test_gptq_says_how_many_scales_there_are_to_be() -> None:
         )
 
 
-# ---------------------------------------------------------------------- compressed-tensors, against itself
+# --------------------------------------------------------------- compressed-tensors, against itself
 @pytest.mark.parametrize(("k", "size"), [(shape[1], shape[2]) for shape in SHAPES])
 @pytest.mark.parametrize(
     ("bits", "symmetric"), [(4, True), (4, False), (3, False), (5, False), (8, True)]
@@ -107,9 +104,11 @@ def test_gptq_says_how_many_scales_there_are_to_be() -> None:
 def test_pack_quantized_reads_what_compressed_tensors_packs(
     k: int, size: int, bits: int, symmetric: bool
 ) -> None:
-    """Their compressor refuses such K, though they store ceil(K / group_size) scales; so it is
-    given zeros behind the last feature, and its codes are packed without those by its own
-    function."""
+    """Their compressor refuses such K, though the format stores ceil(K / group_size) scales.
+
+    So the test gives it zeros behind the last feature, and packs its codes without those by its own
+    function.
+    """
     packing = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
     from compressed_tensors.quantization.lifecycle.initialize import (
         initialize_module_for_quantization,
@@ -165,7 +164,8 @@ def test_groups_in_act_order(name: str, n: int, k: int, size: int) -> None:
 
 
 def test_awq_has_no_short_groups() -> None:
-    message = "awq: group_size: expected -1 or a divisor of K=576, because awq stores no short last group, got 128"
+    message = "awq: group_size: expected -1 or a divisor of K=576, "
+    message += "because awq stores no short last group, got 128"
     with pytest.raises(ValueError, match=message):
         qk.quantize(torch.randn(8, 576), "awq", group_size=128)
     for name in ("gptq", "pack_quantized"):
@@ -176,7 +176,7 @@ def test_awq_has_no_short_groups() -> None:
                 qk.quantize(torch.randn(8, 64), name, group_size=size)
 
 
-# ---------------------------------------------------------------------- what is done with such weights
+# ------------------------------------------------------------------- what is done with such weights
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("name", ["gptq", "pack_quantized"])
 def test_cut(name: str, act_order: bool) -> None:
@@ -231,9 +231,10 @@ def test_another_size_with_as_many_groups_is_another_grid() -> None:
 
 # ---------------------------------------------------------------------- the default
 @pytest.mark.parametrize(("sizes", "short", "divisor"), [
-    ([576], 64, 64), ([576, 1536], 64, 64), ([96], 32, 32), ([64, 128], 64, 64), ([192, 320], 64, 64),
-    ([80], 128, 80), ([100], 128, 100), ([17 * 16], 128, 68), ([40, 128], 128, -1), ([9], 128, -1),
-    ([127 * 4], 128, 127), ([131], 128, -1), ([256 * 3 + 16, 256], 128, 16),
+    ([576], 64, 64), ([576, 1536], 64, 64), ([96], 32, 32), ([64, 128], 64, 64),
+    ([192, 320], 64, 64), ([80], 128, 80), ([100], 128, 100), ([17 * 16], 128, 68),
+    ([40, 128], 128, -1), ([9], 128, -1), ([127 * 4], 128, 127), ([131], 128, -1),
+    ([256 * 3 + 16, 256], 128, 16),
 ])  # fmt: skip
 def test_default_group_sizes(sizes: list[int], short: int, divisor: int) -> None:
     assert affine.default_group_size(sizes, 128, True) == short
@@ -242,7 +243,8 @@ def test_default_group_sizes(sizes: list[int], short: int, divisor: int) -> None
 
 @pytest.mark.parametrize("name", ["gptq", "awq", "pack_quantized"])
 def test_a_group_size_that_is_not_given(name: str) -> None:
-    words = "^qkernels: group_size 64 instead of 128, because 128 does not divide the 576 input features of the weight$"
+    words = "^qkernels: group_size 64 instead of 128, "
+    words += "because 128 does not divide the 576 input features of the weight$"
     with pytest.warns(UserWarning, match=words) as said:
         p = qk.quantize(torch.randn(64, 576), name)
     assert len(said) == 1

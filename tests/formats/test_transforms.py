@@ -1,6 +1,4 @@
-"""Kronecker products, Hadamard matrices of every size, and permutations that are the same
-everywhere.
-"""
+"""Kronecker products, Hadamard matrices of every size, and permutations that never change."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The runner: starts a child for a target, and another when it died; what it died of is a finding,
-too.
-"""
+"""The runner: starts a child for a target, and another when it dies; each death is a finding."""
 
 from __future__ import annotations
 
@@ -40,7 +38,8 @@ class Result:
 
     def __str__(self) -> str:
         rate = self.executions / max(self.seconds, 1e-9)
-        text = f"{self.target}: {self.executions} executions in {self.seconds:.0f} s ({rate:.0f} a second), "
+        text = f"{self.target}: {self.executions} executions in {self.seconds:.0f} s "
+        text += f"({rate:.0f} a second), "
         text += f"coverage {self.coverage} edges, {self.features} features, corpus {self.corpus}, "
         text += f"{self.deaths} children died, {len(self.findings)} findings"
         for path in self.findings:
@@ -80,7 +79,7 @@ def fuzz(target: str, seconds: float, corpus: Path | None, findings: Path) -> Re
 
 
 def _one_child(target: str, seconds: float, paths: list[Path], log: Path) -> tuple[int, float]:
-    """(exit status, seconds from its first execution on) of a child, which is killed if it hangs."""
+    """Run a child; kill it if it hangs. Returns (exit status, seconds since its first input)."""
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1",
@@ -141,8 +140,11 @@ def replay(target: str, paths: list[Path]) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=sys.modules["tests.fuzz"].__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.fuzz",
+        description=sys.modules["tests.fuzz"].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("target", choices=[*child.TARGETS, "all"])
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--corpus", type=Path, help="folder that keeps what was reached, by target")

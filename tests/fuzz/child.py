@@ -38,8 +38,9 @@ _HEAD = struct.Struct("<QI")
 
 
 class Session:
-    """A target with its seeds; its files go into `scratch`. guided: coverage is counted, which
-    makes the start slow.
+    """A target with its seeds.
+
+    scratch: folder of its files. guided: count coverage, which makes the start slow.
     """
 
     def __init__(self, name: str, scratch: Path, guided: bool = True) -> None:
@@ -170,10 +171,11 @@ def _fuzz(recorder: Recorder, seconds: int, corpus: Path) -> None:
         return
     change: Callable[[bytes], bytes] = lambda text: atheris.Mutate(text, max(1, 2 * len(text)))  # noqa: E731
     options = [
-        f"-max_total_time={seconds}", f"-max_len={_MOST_BYTES}", "-len_control=0", "-rss_limit_mb=0", "-timeout=0", "-reload=0",
-        "-report_slow_units=100000", f"-seed={_seed()}",
-        f"-artifact_prefix={session.scratch}/",
-        *(f"-handle_{name}=0" for name in ("abrt", "bus", "fpe", "ill", "int", "segv", "term", "xfsz")),
+        f"-max_total_time={seconds}", f"-max_len={_MOST_BYTES}", "-len_control=0",
+        "-rss_limit_mb=0", "-timeout=0", "-reload=0", "-report_slow_units=100000",
+        f"-seed={_seed()}", f"-artifact_prefix={session.scratch}/",
+        *(f"-handle_{name}=0" for name in ("abrt", "bus", "fpe", "ill", "int", "segv", "term",
+                                           "xfsz")),
     ]  # fmt: skip
     folders = [str(corpus), str(start), *([str(kept)] if kept.is_dir() else [])]
     atheris.Setup(

@@ -15,7 +15,8 @@ first, in their order, then those of the files' bytes:
     ["patch", file, at, hex]    bytes over those from `at` on (from the end if negative)
     ["insert", file, at, hex]
     ["cut", file, length]
-    ["kind", file, kind]        no file at all: "fifo", "folder", "zero" (a link to /dev/zero), "loop", "broken"
+    ["kind", file, kind]        not a file: "fifo", "folder", "zero" (a link to /dev/zero), "loop",
+                                "broken"
 
 An edit of what is not there does nothing. Some values stand for long ones: {"$list": [count,
 item]}, {"$text": [count, text]}, {"$deep": depth}, and {"$raw": text} for text that is put into

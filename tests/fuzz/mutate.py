@@ -21,17 +21,23 @@ from .documents import Tree
 
 _MOST_EDITS = 6
 _NUMBERS = [
-    0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 96, 100, 127, 128, 129, 255, 256, 257, 1000, 4096,
-    65535, 65536, 10**6, 10**7, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**30,
-    0.0, -0.0, 0.5, 1.0, 1.5, 1e-45, 1e-5, 1e5, 1e38, 1e39, 1e300, float("inf"), float("-inf"), float("nan"),
+    0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 96, 100, 127, 128, 129,
+    255, 256, 257, 1000, 4096, 65535, 65536, 10**6, 10**7, 2**31 - 1, 2**31, 2**32 - 1, 2**32,
+    2**40, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**30,
+    0.0, -0.0, 0.5, 1.0, 1.5, 1e-45, 1e-5, 1e5, 1e38, 1e39, 1e300, float("inf"), float("-inf"),
+    float("nan"),
 ]  # fmt: skip
 _ODD: list[Any] = [
-    None, True, False, "", " ", "a", "\0", "\ud800", "é", "../x", "/etc/passwd", ".", "..", "x.safetensors", "re:", "re:.*", "re:(", ".*", "-:.*",
-    "re:(a|a|[a-z_.0-9]+)+!", "(?:[a-z0-9_.]+)+!", "-1", "1", "NaN", "Infinity", "float16", "bfloat16", "float8_e4m3fn", "cuda", "meta", "auto",
-    "flash_attention_2", "sdpa", "kernels-community/flash-attn",
-    [], {}, [[]], [None], [1], [-1], ["a"], {"a": 1}, {"": {}}, {"__float__": "Infinity"}, {"__float__": "x"},
-    {"$list": [100_000, 0]}, {"$list": [1000, "a"]}, {"$text": [300, "a"]}, {"$text": [100_000, "("]}, {"$deep": 50}, {"$deep": 900}, {"$deep": 960}, {"$deep": 100_000},
-    {"$raw": ""}, {"$raw": "1e999"}, {"$raw": "-"}, {"$raw": '1, "model_type": "gpt2"'}, {"$raw": "9" * 5000}, {"$raw": "[" * 2000},
+    None, True, False, "", " ", "a", "\0", "\ud800", "é", "../x", "/etc/passwd", ".", "..",
+    "x.safetensors", "re:", "re:.*", "re:(", ".*", "-:.*", "re:(a|a|[a-z_.0-9]+)+!",
+    "(?:[a-z0-9_.]+)+!", "-1", "1", "NaN", "Infinity", "float16", "bfloat16", "float8_e4m3fn",
+    "cuda", "meta", "auto", "flash_attention_2", "sdpa", "kernels-community/flash-attn",
+    [], {}, [[]], [None], [1], [-1], ["a"], {"a": 1}, {"": {}}, {"__float__": "Infinity"},
+    {"__float__": "x"},
+    {"$list": [100_000, 0]}, {"$list": [1000, "a"]}, {"$text": [300, "a"]},
+    {"$text": [100_000, "("]}, {"$deep": 50}, {"$deep": 900}, {"$deep": 960}, {"$deep": 100_000},
+    {"$raw": ""}, {"$raw": "1e999"}, {"$raw": "-"}, {"$raw": '1, "model_type": "gpt2"'},
+    {"$raw": "9" * 5000}, {"$raw": "[" * 2000},
 ]  # fmt: skip
 
 
@@ -57,8 +63,9 @@ def words() -> list[str]:
 
 
 class Mutator:
-    """Mutates cases of a target with these seeds. more: names that may become keys beside those in
-    seeds and source.
+    """Mutates cases of a target with these seeds.
+
+    more: names that may become keys, beside those in the seeds and in the sources.
     """
 
     def __init__(self, seeds: dict[str, Tree], more: list[str]) -> None:
@@ -70,8 +77,9 @@ class Mutator:
     def __call__(
         self, data: bytes, most: int, seed: int, change: Callable[[bytes], bytes] | None = None
     ) -> bytes:
-        """Another case than `data`, of at most `most` bytes. change: of a text's bytes, libFuzzer's
-        own.
+        """A mutation of `data` of at most `most` bytes.
+
+        change: libFuzzer's own mutator, for the bytes of a text.
         """
         rng = random.Random(seed)
         case = documents.parse(data)

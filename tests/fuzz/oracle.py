@@ -38,8 +38,9 @@ class Finding(Exception):  # noqa: N818
 
 
 class Overtime(BaseException):
-    """Raised inside of a run that takes too long. No Exception, so that nobody takes it for a
-    file's fault.
+    """Raised inside a run that takes too long.
+
+    It is no Exception, so no code mistakes it for an error of the file.
     """
 
 
@@ -48,8 +49,9 @@ class Outside(BaseException):
 
 
 def attempt(what: str, names: tuple[str, ...], call: Callable[[], Any]) -> Any:
-    """What `call` returns; None if it refuses with a ValueError or FileNotFoundError whose message
-    has one of `names`.
+    """The result of `call`; None if it raises a proper error.
+
+    That is a ValueError or a FileNotFoundError whose message has one of `names`.
     """
     try:
         return call()
@@ -93,8 +95,7 @@ def limit_memory() -> None:
 
 
 def forbid(inside: tuple[Path, ...]) -> None:
-    """From now on, opening a file for writing outside of these folders, the network, other programs
-    and pickles are Outside.
+    """From now on raise Outside for writes to other folders, network access, programs and pickles.
 
     Python's audit hooks cannot be removed: for a process that does nothing else.
     """

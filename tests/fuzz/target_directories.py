@@ -1,4 +1,4 @@
-"""Hugging Face directories: safetensors headers and bytes, the index, and what every config says."""
+"""Hugging Face directories: headers and bytes of safetensors, the index, and every config."""
 
 from __future__ import annotations
 
@@ -35,14 +35,19 @@ _SEEDS: dict[str, tuple[str | None, dict[str, Any], int]] = {
 }
 #: fields that change what is built, beside those that seeds and our own source name
 WORDS = [
-    "sliding_window", "use_sliding_window", "layer_types", "max_window_layers", "rope_scaling", "rope_parameters", "partial_rotary_factor",
-    "attn_implementation", "_attn_implementation", "auto_map", "architectures", "num_labels", "id2label", "label2id", "pruned_heads",
-    "problem_type", "output_attentions", "return_dict", "chunk_size_feed_forward", "is_encoder_decoder", "pretraining_tp", "hidden_act", "silu",
-    "gelu", "attention_dropout", "pad_token_id", "text_config", "vision_config", "encoder", "decoder", "tie_word_embeddings", "torch_dtype", "dtype",
-    "transformers_version", "num_nextn_predict_layers", "LlamaForSequenceClassification", "LlamaModel", "BertForMaskedLM", "gpt2", "qwen2",
-    "qwen3_moe", "gemma3", "mixtral", "deepseek_v3", "t5", "mamba", "yarn", "longrope", "dynamic", "llama3", "linear", "short_factor", "long_factor",
-    "max_new_tokens", "num_beams", "watermarking_config", "compile_config", "cache_implementation", "stop_strings", "constraints", "force_words_ids",
-    "added_tokens_decoder", "tokenizer_class", "chat_template", "model_max_length", "extra_special_tokens", "Precompiled", "Sequence", "normalizers",
+    "sliding_window", "use_sliding_window", "layer_types", "max_window_layers", "rope_scaling",
+    "rope_parameters", "partial_rotary_factor", "attn_implementation", "_attn_implementation",
+    "auto_map", "architectures", "num_labels", "id2label", "label2id", "pruned_heads",
+    "problem_type", "output_attentions", "return_dict", "chunk_size_feed_forward",
+    "is_encoder_decoder", "pretraining_tp", "hidden_act", "silu", "gelu", "attention_dropout",
+    "pad_token_id", "text_config", "vision_config", "encoder", "decoder", "tie_word_embeddings",
+    "torch_dtype", "dtype", "transformers_version", "num_nextn_predict_layers",
+    "LlamaForSequenceClassification", "LlamaModel", "BertForMaskedLM", "gpt2", "qwen2", "qwen3_moe",
+    "gemma3", "mixtral", "deepseek_v3", "t5", "mamba", "yarn", "longrope", "dynamic", "llama3",
+    "linear", "short_factor", "long_factor", "max_new_tokens", "num_beams", "watermarking_config",
+    "compile_config", "cache_implementation", "stop_strings", "constraints", "force_words_ids",
+    "added_tokens_decoder", "tokenizer_class", "chat_template", "model_max_length",
+    "extra_special_tokens", "Precompiled", "Sequence", "normalizers",
 ]  # fmt: skip
 
 
@@ -65,8 +70,9 @@ def _mixtral() -> Any:
     torch.manual_seed(0)
     return MixtralForCausalLM(
         MixtralConfig(
-            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-            num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1, max_position_embeddings=64,
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=2, num_local_experts=2,
+            num_experts_per_tok=1, max_position_embeddings=64,
         )
     ).eval()  # fmt: skip
 

@@ -49,8 +49,8 @@ def seeds(scratch: Path) -> dict[str, Tree]:
     found = {}
     sizes: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32}
     for name, kind, format in (
-        ("llama-q8_0", "llama", "q8_0"), ("llama-q4_0", "llama", "q4_0"), ("qwen2-iq4_nl", "qwen2", "iq4_nl"),
-        ("qwen3-fp16", "qwen3", "fp16"),
+        ("llama-q8_0", "llama", "q8_0"), ("llama-q4_0", "llama", "q4_0"),
+        ("qwen2-iq4_nl", "qwen2", "iq4_nl"), ("qwen3-fp16", "qwen3", "fp16"),
     ):  # fmt: skip
         model = tiny_model(**sizes) if kind == "llama" else model_of(kind)
         found[name] = _seed(scratch, qk.quantize_model(model, format, progress=False))
@@ -118,9 +118,7 @@ def run(tree: Tree, edits: list[list[Any]], folder: Path) -> None:
 
 
 def _compare(path: Path, header: Any) -> None:
-    """With what the package gguf reads: the same tensors at the same places, or it refuses what we
-    took.
-    """
+    """Compare with the package gguf, which must find the same tensors and not refuse the file."""
     try:
         theirs = package.GGUFReader(path).tensors
     except ValueError as error:

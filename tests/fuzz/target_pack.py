@@ -38,8 +38,9 @@ VIEWS = (
     "list",
     "none",
 )
-DTYPES = ("uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64", "bool", "complex64", "float8_e4m3fn",
-          "float8_e5m2", "uint16", "uint32", "float8_e8m0fnu")  # fmt: skip
+DTYPES = ("uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64",
+          "bool", "complex64", "float8_e4m3fn", "float8_e5m2", "uint16", "uint32",
+          "float8_e8m0fnu")  # fmt: skip
 WORDS = [*VIEWS, *DTYPES]
 _MOST = 1 << 20
 
@@ -59,7 +60,8 @@ def seeds(scratch: Path) -> dict[str, Tree]:
     trees = {}
     for case, packed in _sound().items():
         entries = {
-            name: {"of": name, "dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape), "view": "plain", "put": [[0, None]]}
+            name: {"of": name, "dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape),
+                   "view": "plain", "put": [[0, None]]}
             for name, t in packed.tensors.items()
         }  # fmt: skip
         weight = {
@@ -108,7 +110,7 @@ def _tensor(case: str, entry: Any) -> Any:
 
 
 def _reshaped(tensor: Tensor, shape: list[Any]) -> Tensor:
-    """Its values over and over in this shape; the same value everywhere if they would be too many."""
+    """A tensor of this shape that repeats values of `tensor`; one value if it is too large."""
     sizes = [s for s in shape if type(s) is int and 0 <= s < 2**40][:6]
     if list(tensor.shape) == sizes:
         return tensor
@@ -152,7 +154,8 @@ def _viewed(tensor: Tensor, view: Any) -> Any:
         return tensor.to_sparse()
     if view == "grad" and tensor.is_floating_point():
         return tensor.requires_grad_()
-    others = {"meta": lambda: tensor.to("meta"), "parameter": lambda: torch.nn.Parameter(tensor, requires_grad=False),
+    others = {"meta": lambda: tensor.to("meta"),
+              "parameter": lambda: torch.nn.Parameter(tensor, requires_grad=False),
               "list": tensor.tolist, "none": lambda: None}  # fmt: skip
     return others[view]() if isinstance(view, str) and view in others else tensor
 
@@ -193,8 +196,9 @@ def _use(packed: qk.PackedWeight, fused: bool) -> None:
 
 
 def _multiply(packed: qk.PackedWeight, x: Tensor, y: Tensor, weight: Tensor) -> None:
-    """The fused kernel's product beside the reference's, in float32's own accuracy times the sum of
-    magnitudes.
+    """Compare the fused kernel's product with the reference's.
+
+    The error may be that of float32 sums, relative to the sum of magnitudes.
     """
     product = qk.matmul(x.half(), packed, backend="triton").float()
     scale = (x.abs() @ weight.abs().T).clamp_min(1e-6)

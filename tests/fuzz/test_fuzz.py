@@ -67,8 +67,9 @@ def _without_name() -> None:
 
 
 @pytest.mark.parametrize(("run", "cause"), [
-    (lambda: {}["x"], "KeyError"), (_without_name, "load: the message names none"), (_hang, "takes too long"),
-    (lambda: bytearray(1 << 60), "takes too much memory"), (lambda: bytearray(b"x") * (300 << 20), "takes too much memory"),
+    (lambda: {}["x"], "KeyError"), (_without_name, "load: the message names none"),
+    (_hang, "takes too long"), (lambda: bytearray(1 << 60), "takes too much memory"),
+    (lambda: bytearray(b"x") * (300 << 20), "takes too much memory"),
 ], ids=["error", "no-name", "hang", "bomb", "growth"])  # fmt: skip
 def test_what_the_oracle_sees(
     run: Callable[[], None], cause: str, monkeypatch: pytest.MonkeyPatch
@@ -81,12 +82,14 @@ def test_what_the_oracle_sees(
 
 
 @pytest.mark.parametrize("code", [
-    "open('/tmp/elsewhere', 'w')", "open('/root/.ssh/id')", "import socket; socket.create_connection(('127.0.0.1', 9))",
-    "import os; os.system('true')", "import pickle; pickle.loads(pickle.dumps(print))",
+    "open('/tmp/elsewhere', 'w')", "open('/root/.ssh/id')",
+    "import socket; socket.create_connection(('127.0.0.1', 9))", "import os; os.system('true')",
+    "import pickle; pickle.loads(pickle.dumps(print))",
 ])  # fmt: skip
 def test_what_is_forbidden(code: str, tmp_path: Path) -> None:
     """Audit hooks stay, so in a process of its own."""
-    start = f"from pathlib import Path; from tests.fuzz import oracle; oracle.forbid((Path({str(tmp_path)!r}),))"
+    start = "from pathlib import Path; from tests.fuzz import oracle; "
+    start += f"oracle.forbid((Path({str(tmp_path)!r}),))"
     inside = f"open({str(tmp_path / 'x')!r}, 'w').close()"
     done = subprocess.run(
         [sys.executable, "-c", f"{start}; {inside}; {code}"],
@@ -116,8 +119,9 @@ recorder(b'{"seed":"plain","edits":[["drop",["x"]]]}')
 
 
 @pytest.mark.parametrize(("body", "cause"), [
-    ("os.kill(os.getpid(), 11)", "SIGSEGV"), ("os.kill(os.getpid(), 7)", "SIGBUS"), ("os.kill(os.getpid(), 9)", "SIGKILL"),
-    ("os._exit(3)", "exit status 3"), ("time.sleep(60)", "SIGABRT"),
+    ("os.kill(os.getpid(), 11)", "SIGSEGV"), ("os.kill(os.getpid(), 7)", "SIGBUS"),
+    ("os.kill(os.getpid(), 9)", "SIGKILL"), ("os._exit(3)", "exit status 3"),
+    ("time.sleep(60)", "SIGABRT"),
 ], ids=["segv", "bus", "kill", "exit", "hang"])  # fmt: skip
 def test_a_death_is_a_finding(
     body: str, cause: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

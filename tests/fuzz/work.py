@@ -14,8 +14,9 @@ from .documents import Special
 
 
 def place(folder: Path, files: Mapping[str, bytes | Special]) -> None:
-    """Make `folder` hold these files and nothing else. Each is a new file: an old one may still be
-    mapped.
+    """Make `folder` hold these files and nothing else.
+
+    Each file is new, because an old one may still be mapped.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

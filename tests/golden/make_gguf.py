@@ -35,7 +35,7 @@ N, K = 24, 512
 
 
 def weights() -> torch.Tensor:
-    """Rows of normal, heavy-tailed, uniform, one-sided and nearly empty weights of all magnitudes."""
+    """Rows of normal, heavy-tailed, uniform, one-sided and nearly empty weights of any size."""
     generator = torch.Generator().manual_seed(1)
 
     def normal(*shape: int) -> torch.Tensor:

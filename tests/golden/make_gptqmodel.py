@@ -1,10 +1,9 @@
-"""Makes the checkpoints in tests/golden/gptqmodel-*: GPTQModel quantizes a tiny Llama and computes
-logits.
+"""Make tests/golden/gptqmodel-*: GPTQModel quantizes a tiny Llama and computes logits.
 
 Run by hand, in an environment of its own that has gptqmodel (7.7.0 here, torch backend, CPU):
 
-    GPTQMODEL_CPU_WORKERS=2 python -m tests.golden.make_gptqmodel           # makes them
-    GPTQMODEL_CPU_WORKERS=2 python -m tests.golden.make_gptqmodel --check   # reads what we write, instead
+    GPTQMODEL_CPU_WORKERS=2 python -m tests.golden.make_gptqmodel           # make them
+    GPTQMODEL_CPU_WORKERS=2 python -m tests.golden.make_gptqmodel --check   # read what we write
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ HERE = Path(__file__).parent
 KINDS = {
     "gptq-act-order": {"bits": 4, "group_size": 32, "desc_act": True, "sym": True},
     "gptq-8bit-mixed": {"bits": 4, "group_size": 32, "desc_act": False, "sym": True,
-                        "dynamic": {"+:.*down_proj": {"bits": 8}, "-:.*layers\\.1\\.mlp\\.up_proj": {}}},
+                        "dynamic": {"+:.*down_proj": {"bits": 8},
+                                    "-:.*layers\\.1\\.mlp\\.up_proj": {}}},
     "awq": {"bits": 4, "group_size": 32, "quant_method": "awq", "format": "gemm"},
 }  # fmt: skip
 

@@ -1,6 +1,4 @@
-"""A quantized model with adapters, and its judge: PEFT's own on nn.Linear with the dequantized
-weights.
-"""
+"""A quantized model with adapters, and PEFT's own on nn.Linear with the dequantized weights."""
 
 from __future__ import annotations
 
@@ -44,9 +42,7 @@ def bases(
 def pair(
     adapters: tuple[str, ...] = ("default",), options: Any = None, **kwargs: Any
 ) -> tuple[Any, Any]:
-    """(ours, PEFT's): the models of `bases`, each with adapters of the same random weights, in eval
-    mode.
-    """
+    """(ours, PEFT's): the models of `bases` in eval mode, with equal random adapters."""
     model, plain = bases(**kwargs)
     options = {"r": 4, "target_modules": "all-linear", **(options or {})}
     both = []

@@ -1,6 +1,4 @@
-"""Merging adapters into packed layers: PEFT on plain layers of the dequantized weights says what
-comes out.
-"""
+"""Merging adapters into packed layers gives what PEFT gives on plain, dequantized layers."""
 
 from __future__ import annotations
 
@@ -234,7 +232,8 @@ def test_weights_that_are_not_finite_are_refused_by_name(what: str, value: float
         if what == "weight":
             layer.lora_A["default"].weight.fill_(1)
     with pytest.raises(
-        ValueError, match=rf"^model\.layers\.1\.self_attn\.v_proj: expected a {what} that is finite in"
+        ValueError,
+        match=rf"^model\.layers\.1\.self_attn\.v_proj: expected a {what} that is finite in"
         r" torch\.float16 after merging default, got a largest value of "
     ):  # fmt: skip
         ours.merge_adapter()

@@ -1,6 +1,4 @@
-"""A model with merged adapters is saved as what it is: our loader and transformers' read the same
-function back.
-"""
+"""A model with merged adapters is saved; our loader and transformers read the same function."""
 
 from __future__ import annotations
 

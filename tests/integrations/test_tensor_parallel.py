@@ -1,6 +1,4 @@
-"""Two processes give one process's result, in every format, column and row parallel and in a whole
-model.
-"""
+"""Two processes give the result of one, for every format, by columns, rows and whole models."""
 
 from __future__ import annotations
 
@@ -23,8 +21,8 @@ from ..tiny import ids, tiny_model
 
 #: (format, parameters) of a whole model with 64 hidden features
 MODEL_FORMATS: list[tuple[str, dict[str, Any]]] = [
-    ("gptq", {"group_size": 32}), ("awq", {"group_size": 16}), ("nf4", {"block_size": 32}), ("bf16", {}),
-    ("w8a8", {}), ("int8", {}), ("fp8", {}),
+    ("gptq", {"group_size": 32}), ("awq", {"group_size": 16}), ("nf4", {"block_size": 32}),
+    ("bf16", {}), ("w8a8", {}), ("int8", {}), ("fp8", {}),
 ]  # fmt: skip
 
 
@@ -34,9 +32,11 @@ def cannot_be_cut(p: qk.PackedWeight, dim: int) -> bool:
 
 
 def tolerance(name: str, params: dict[str, Any], dim: int) -> float:
-    """Relative. Sums in another order in float32; codes of activations: a process that sees half of
-    a row finds another scale for it, half a step of 1/127 or 2^-4 from the one-process code,
-    each."""
+    """Relative error that two processes may add.
+
+    Sums in float32 have another order. A process that sees half of a row finds another scale for
+    the codes of activations: each code may be off by half a step of 1/127 or 2^-4.
+    """
     dynamic = name in ("int8", "w8a8") or (name == "fp8" and params.get("activation") == "dynamic")
     if dim == ROWS or not dynamic or params.get("activation") == "static":
         return 1e-5 if name not in ("bf16", "fp16") else 1e-2

@@ -1,4 +1,4 @@
-"""qkernels as transformers' quantization backend: quantize on load, load checkpoints, save, errors."""
+"""qkernels as a quantization backend of transformers: quantize on load, load, save, errors."""
 
 from __future__ import annotations
 

@@ -57,9 +57,7 @@ def test_load_state_dict_reports_missing_and_bad() -> None:
 
 @all_cases
 def test_loading_from_the_meta_device(name: str, params: dict[str, object]) -> None:
-    """As torch does it for nn.Linear: assign takes the state dict's tensors, without it nothing is
-    there to fill.
-    """
+    """As in nn.Linear: assign=True takes the state dict's tensors; otherwise all stay meta."""
     k = k_of(name, 192)
 
     def layer() -> nn.Module:

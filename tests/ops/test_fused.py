@@ -59,8 +59,9 @@ def weights(name: str, params: dict[str, object], *sizes: int) -> list[qk.Packed
 
 
 def close_to(found: Tensor, exact: Tensor, factor: Tensor) -> None:
-    """Two roundings to found's dtype, float32 before; 2^-24: float16 below its normal range, times
-    |factor|.
+    """Assert two roundings to the dtype after float32.
+
+    Below float16's normal range the error is 2^-24 times |factor|.
     """
     u = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[found.dtype]
     error = (found.double() - exact).abs()
@@ -193,9 +194,7 @@ def test_slices_know_the_outlier_columns_of_all_rows(
     quantizations: list[str],
     emulated: None,  # noqa: F811
 ) -> None:
-    """LLM.int8() in the CUDA kernels: a column with an outlier in one slice is one of 16 bits in
-    all.
-    """
+    """LLM.int8() in CUDA: an outlier in one slice of rows makes its column 16-bit in all."""
     from qkernels.backends import workspace
 
     (p,) = weights("int8", {}, 24)
@@ -273,7 +272,8 @@ def test_a_fused_llama_computes_what_it_did(
     said = qk.fuse_norms(model)
     assert not said.left
     assert [name for name, _ in said.fused] == [
-        "model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm", "model.layers.0.mlp",
+        "model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm",
+        "model.layers.0.mlp",
     ]  # fmt: skip
     assert "fused model.layers.0.input_layernorm with self_attn.q_proj, self_attn.k_proj" in str(
         said
@@ -304,7 +304,8 @@ def test_what_is_not_fused_is_said() -> None:
     said = qk.fuse_norms(model)
     assert not said.fused
     assert [name for name, _ in said.left] == [
-        "model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm", "model.layers.0.mlp",
+        "model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm",
+        "model.layers.0.mlp",
     ]  # fmt: skip
     assert (
         "self_attn.q_proj: nf4 is weight-only, so no activations are quantized: plain norm"

@@ -1,6 +1,4 @@
-"""Layers shared by threads: the first call moves the weight to a kernel's layout while others
-compute with it.
-"""
+"""Layers shared by threads: the first call prepacks the weight while others compute with it."""
 
 from __future__ import annotations
 
@@ -64,8 +62,10 @@ def _switch_often() -> Iterator[None]:
 
 @pytest.fixture
 def _any_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Instead of the kernels, one for each layout that takes the weight from there. Triton's
-    interpreter, which the real ones need here, runs one kernel at a time."""
+    """Stand-ins for the kernels, one for each layout, that take the weight from the kernel layout.
+
+    The real kernels need Triton's interpreter here, which runs one kernel at a time.
+    """
 
     def kernel(layout: str) -> registry.Kernel:
         def rejects(problem: Problem) -> str | None:
@@ -96,9 +96,7 @@ def _forget() -> Iterator[None]:
 @moving
 @pytest.mark.usefixtures("_any_kernel")
 def test_the_first_calls_of_a_layer(name: str, params: dict[str, Any]) -> None:
-    """All threads go through the same fresh layers, with and without autograd's operator, and get
-    the same.
-    """
+    """All threads use the same new layers, with and without autograd's operator; results agree."""
     k = k_of(name, 64)
     p = qk.quantize(torch.randn(16, k), name, **params)
     x, bias = torch.randn(3, k), torch.randn(16)
@@ -132,7 +130,8 @@ def test_a_models_prepack() -> None:
     base = qk.quantize(torch.randn(32, 64), "gptq", group_size=32)
     want = base.dequantize()
     model = nn.ModuleList([
-        qk.QuantLinear(qk.pack("gptq", dict(base.tensors), base.shape, **base.params), backend="triton")
+        qk.QuantLinear(qk.pack("gptq", dict(base.tensors), base.shape, **base.params),
+                       backend="triton")
         for _ in range(100)
     ])  # fmt: skip
     x = torch.randn(4, 64).half()

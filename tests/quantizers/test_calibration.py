@@ -74,7 +74,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Two blocks that read and write integers of some features larger than others, and correlated."""
+    """Two blocks whose inputs and outputs are integers, correlated, and larger in some features."""
 
     def __init__(self, k: int = 32, inside: int = 64) -> None:
         super().__init__()
@@ -109,8 +109,9 @@ def hessian_of(x: Array) -> Tensor:
 def by_gptq(
     weights: list[Tensor], x: list[Array], fmt: str, params: dict[str, Any]
 ) -> list[Tensor]:
-    """Rows are independent, but not the last bits of products with more or fewer of them: all at
-    once.
+    """GPTQ of several weights at once.
+
+    Rows are independent, but the last bits of a product depend on the number of rows.
     """
     params = {"bits": 4, "symmetric": formats.get(fmt).defaults["symmetric"], **params}
     grid = gptq.gptq(torch.cat(weights), hessian_of(x[0]), **params)
@@ -244,8 +245,9 @@ def test_a_recipe_weighs_each_layer_by_what_it_reads() -> None:
 
 # ---------------------------------------------------------------------- a Llama, whose norms change
 def llama() -> nn.Module:
-    """As many heads for keys as for queries, so that o_proj's scales fit into v_proj, and features
-    of other sizes.
+    """A Llama with as many key heads as query heads, so that o_proj's scales fit into v_proj.
+
+    Its norms give features different sizes.
     """
     model = tiny_model(hidden_size=32, intermediate_size=64, num_key_value_heads=4)
     generator = torch.Generator().manual_seed(2)
@@ -291,9 +293,7 @@ def test_static_ranges_are_the_largest_value_that_each_layer_reads(name: str, to
 
 
 def searched(weight: Array, x: Array, round_trip: Any) -> Array:
-    """AWQ's scales (K) for W (N, K): of 20 powers of mean |x| the one with the least error of the
-    outputs.
-    """
+    """AWQ's scales (K) for W (N, K): the power of mean |x|, of 20, with the least output error."""
     best, least = np.ones(x.shape[1]), np.inf
     for step in range(20):
         scale = np.abs(x).mean(0).clip(1e-4) ** (step / 20)
@@ -305,7 +305,7 @@ def searched(weight: Array, x: Array, round_trip: Any) -> Array:
 
 
 def clipped(weight: Array, x: Array, size: int, round_trip: Any) -> Array:
-    """W (N, K) whose groups' ranges are narrowed to where their own part of the output errs least."""
+    """W (N, K) with each group's range narrowed to the least error of its part of the output."""
     groups = [slice(begin, begin + size) for begin in range(0, weight.shape[1], size)]
     best, least = weight.copy(), np.full((len(weight), len(groups)), np.inf)
     for step in range(11):

@@ -1,6 +1,4 @@
-"""GPTQ on one layer against a naive column-by-column float64 implementation of the paper's
-algorithm 1.
-"""
+"""GPTQ on one layer against a column-by-column float64 version of the paper's algorithm 1."""
 
 from __future__ import annotations
 
@@ -26,8 +24,9 @@ def problem(n: int, k: int, tokens: int = 400) -> tuple[Tensor, Tensor]:
 def naive(
     weight: Tensor, hessian: Tensor, bits: int, size: int, symmetric: bool, act_order: bool
 ) -> Tensor:
-    """Rounds one column, updates all columns behind it, eliminates it from the inverse; no blocks,
-    no Cholesky.
+    """Round one column, update all columns behind it, eliminate it from the inverse.
+
+    There are no blocks and no Cholesky factors.
     """
     k = weight.shape[1]
     order = (
@@ -82,8 +81,10 @@ def test_float32_reaches_the_same_objective() -> None:
     assert errors[1] == pytest.approx(errors[0], rel=0.02)
 
 
-@pytest.mark.parametrize("options", [{}, {"act_order": True}, {"act_order": True, "static_groups": True},
-                                     {"clip_search": True}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"act_order": True}, {"act_order": True, "static_groups": True}, {"clip_search": True}],
+)
 @pytest.mark.parametrize("bits", [3, 4])
 @pytest.mark.parametrize("size", [64, 100])  # the last group has 56 columns
 def test_beats_rounding_to_nearest(options: dict[str, bool], bits: int, size: int) -> None:

@@ -1,6 +1,4 @@
-"""LDLQ against a spelled-out float64 version, and what it and the transforms are worth on one
-layer.
-"""
+"""LDLQ against a spelled-out float64 version, and what it and the transforms gain."""
 
 from __future__ import annotations
 
@@ -20,9 +18,7 @@ def to_integers(target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def naive(weight: Tensor, hessian: Tensor, block: int) -> Tensor:
-    """Eliminates one block of columns after the other from the last on: what is left is H's Schur
-    complement.
-    """
+    """Eliminate blocks of columns, the last first; the Schur complement of H remains."""
     k = weight.shape[1]
     h = hessian + ldlq.DAMP * hessian.diagonal().mean() * torch.eye(k, dtype=torch.float64)
     result = torch.zeros_like(weight)

@@ -1,6 +1,4 @@
-"""SpQR on one layer: outliers found where they are, errors passed on, better than GPTQ at fewer
-bits.
-"""
+"""SpQR on one layer: outliers are found, errors are passed on, better than GPTQ at fewer bits."""
 
 from __future__ import annotations
 
@@ -44,8 +42,9 @@ def test_planted_outliers_are_found_and_exact(act_order: bool) -> None:
 
 @pytest.mark.parametrize("bits", [3, 4])
 def test_beats_gptq_at_equal_size(bits: int) -> None:
-    """Where a few weights are large: at the size of GPTQ's groups of 32 (a float16 and a zero for
-    each).
+    """A weight with a few large entries, at the size of GPTQ with groups of 32.
+
+    Such a group has a float16 scale and a zero.
     """
     n, k = 64, 256
     weight, hessian = problem(n, k)

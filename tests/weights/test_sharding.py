@@ -1,6 +1,4 @@
-"""Parts of packed weights: the very values of the whole, and an error where a cut would break
-something.
-"""
+"""Parts of packed weights have the values of the whole; a cut that would break them is an error."""
 
 from __future__ import annotations
 

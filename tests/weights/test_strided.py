@@ -1,6 +1,4 @@
-"""Tensors that lie in memory otherwise than one number after another: each product is that of their
-numbers.
-"""
+"""Tensors with unusual strides: each product is that of their contiguous copies."""
 
 from __future__ import annotations
 
@@ -51,8 +49,7 @@ def bits_of(tensors: dict[str, Tensor]) -> dict[str, list[int]]:
 
 
 def check(p: qk.PackedWeight, *others: qk.PackedWeight) -> None:
-    """The others are p with tensors that lie otherwise. All bits of what is computed of them are
-    those of p.
+    """Assert that products of `others`, which are p with other strides, have the bits of p's.
 
     Kernels are slow here, so what they would read is compared; `test_kernels` runs some.
     """

@@ -61,13 +61,15 @@ NEAR = 0.02
 
 @dataclass(frozen=True)
 class Case:
-    """asked: whether `quantization="qkernels"` must be said, because vLLM has a method of the
-    checkpoint's. alone: prompts go one at a time; LLM.int8()'s outlier columns are those of all
-    rows of a batch. batch_invariant: our layers see vLLM's switch on (the rest of that mode of
-    vLLM's needs a GPU). skip: modules left alone. head: the output projection is packed, too, and
+    """One comparison with vLLM.
+
+    asked: whether `quantization="qkernels"` must be given, because vLLM has a method for the
+    checkpoint. alone: prompts go one at a time, because the outlier columns of LLM.int8() are those
+    of all rows of a batch. batch_invariant: our layers see vLLM's switch on (the rest of that mode
+    of vLLM needs a GPU). skip: modules left alone. head: the output projection is packed, too, and
     not tied. moe: a mixture of experts, mixtral or qwen3_moe, against transformers with the same
     values dequantized (our own load_model reads no such files). down: format of the experts' down
-    projections. parallel: whether processes have some experts each, not a part of each expert.
+    projections. parallel: whether each process has some experts, not a part of each expert.
     """
 
     name: str
@@ -201,8 +203,8 @@ def ours(
     for prompt in asked:
         tokens = torch.tensor([prompt])
         out = model.generate(
-            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=count, min_new_tokens=count,
-            do_sample=False, pad_token_id=0, eos_token_id=None,
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=count,
+            min_new_tokens=count, do_sample=False, pad_token_id=0, eos_token_id=None,
         )  # fmt: skip
         found.append(out[0, len(prompt) :].tolist())
     return model, found
@@ -210,18 +212,14 @@ def ours(
 
 @torch.no_grad()
 def near_tie(model: Any, prompt: list[int], want: list[int], found: list[int]) -> float:
-    """How much less our logits give the first token that differs than the best, over the largest of
-    them.
-    """
+    """How far our logit of the first other token is below the best, over the largest logit."""
     same = next(i for i, (a, b) in enumerate(zip(want, found, strict=True)) if a != b)
     logits = model(torch.tensor([prompt + want[:same]])).logits[0, -1].float()
     return float((logits.max() - logits[found[same]]) / logits.abs().max())
 
 
 def _bytes(model: torch.nn.Module) -> int:
-    """Bytes of weights: parameters and buffers, shared memory once, tables of the rotary embedding
-    left out.
-    """
+    """Bytes of parameters and buffers: shared memory counts once, rotary tables do not count."""
     seen: dict[int, int] = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if "rotary" not in name and "cos_sin" not in name:
@@ -243,8 +241,8 @@ def make_llm(
 
     return LLM(
         str(directory), quantization="qkernels" if asked else None, dtype=dtype, max_model_len=256,
-        enforce_eager=True, max_num_batched_tokens=256, max_num_seqs=8, tensor_parallel_size=processes,
-        disable_log_stats=True, enable_expert_parallel=parallel,
+        enforce_eager=True, max_num_batched_tokens=256, max_num_seqs=8,
+        tensor_parallel_size=processes, disable_log_stats=True, enable_expert_parallel=parallel,
     )  # fmt: skip
 
 
@@ -259,9 +257,7 @@ def invariant_layers(model: torch.nn.Module) -> bool:
 def theirs(
     case: Case, directory: Path, texts: list[list[int]], count: int
 ) -> tuple[list[list[int]], int, bool]:
-    """(greedy continuations by vLLM, bytes its model holds, whether its layers are
-    batch-invariant).
-    """
+    """(greedy continuations by vLLM, bytes of its model, whether it is batch-invariant)."""
     from vllm import SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -306,7 +302,8 @@ def check(case: Case, directory: Path, texts: list[list[int]], count: int) -> bo
     ok &= invariant or not case.batch_invariant
     note = f", near-ties {', '.join(f'{gap:.4f}' for gap in gaps)}" if gaps else ""
     print(
-        f"| {case.name} | {case.dtype} | {same}/{sum(map(len, want))}{note} | {their_bytes:,} | {our_bytes:,} | "
+        f"| {case.name} | {case.dtype} | {same}/{sum(map(len, want))}{note} "
+        f"| {their_bytes:,} | {our_bytes:,} | "
         f"{time.monotonic() - begin:.0f} s | {'ok' if ok else 'FAILED'} |",
         flush=True,
     )
@@ -318,17 +315,15 @@ def attempt(case: Case, directory: Path, texts: list[list[int]], count: int) -> 
     try:
         return check(case, directory, texts, count)
     except Exception as error:
-        print(
-            f"| {case.name} | {case.dtype} | | | | | FAILED: {' '.join(str(error).split())[-300:]} |",
-            flush=True,
-        )
+        why = " ".join(str(error).split())[-300:]
+        print(f"| {case.name} | {case.dtype} | | | | | FAILED: {why} |", flush=True)
         return False
 
 
 def refused(
     name: str, directory: Path, message: str, change: dict[str, Any], processes: int = 1
 ) -> bool:
-    """Whether vLLM ends with our message for a checkpoint whose quantization_config is changed so."""
+    """Whether vLLM ends with our message if a checkpoint's quantization_config has this change."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
     config = json.loads((directory / "config.json").read_text())
@@ -374,8 +369,8 @@ def serve(directory: Path, port: int = 8766) -> bool:
         # ends
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory),
         "--served-model-name", "tiny",
-        "--quantization", "qkernels", "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16", "--max-model-len", "256", "--enforce-eager",
-        "--max-num-seqs", "8",
+        "--quantization", "qkernels", "--host", "127.0.0.1", "--port", str(port),
+        "--dtype", "bfloat16", "--max-model-len", "256", "--enforce-eager", "--max-num-seqs", "8",
     ]  # fmt: skip
     with tempfile.TemporaryFile() as log:
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
