@@ -28,7 +28,7 @@ _MAX_JSON_DEPTH = 32
 
 
 @contextmanager
-def told_by(path: Path, expected: str) -> Iterator[None]:
+def errors_naming_file(path: Path, expected: str) -> Iterator[None]:
     """Somebody else's code reads values of the file at `path` inside: whatever it raises becomes a
     ValueError that names the file, and says what was `expected` there.
 
@@ -181,7 +181,7 @@ def parse_json(where: str, text: bytes, *, unique: bool = False) -> dict[str, An
     return value
 
 
-class Unchanged:
+class UnchangedFile:
     """A file that is read in several goes, and must be the same one in each: of two saves half of
     each is no model.
     """

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .files import (
     MAX_JSON_BYTES,
-    Unchanged,
+    UnchangedFile,
     check_regular,
     is_out_of_memory,
     open_regular,
@@ -159,9 +159,9 @@ class TensorFiles:
         else:
             path = Path(path)
             expected = locate(path) if path.is_dir() else {path: None}
-        self._unchanged: dict[Path, Unchanged] = {}
+        self._unchanged: dict[Path, UnchangedFile] = {}
         for file, names in expected.items():
-            self._unchanged[file] = Unchanged(file)
+            self._unchanged[file] = UnchangedFile(file)
             header = read_header(file)
             missing = sorted(set(names or ()) - set(header))
             if missing:

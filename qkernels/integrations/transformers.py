@@ -43,7 +43,7 @@ from ..nn.base import Holder
 from ..nn.linear import QuantLinear, linear_of
 from ..nn.stand_in import StandIn
 
-METHOD = quantization.OWN
+METHOD = quantization.OWN_METHOD
 
 
 @register_quantization_config(METHOD)
@@ -241,7 +241,7 @@ class QKernelsQuantizer(Saver):
                 if scheme is None:
                     continue
                 self.stored[prefix] = layers.stored_module(own)
-                if inventory.names.has_matrix_of_its_own(prefix):  # a router, say
+                if inventory.names.needs_plain_weight(prefix):  # a router, say
                     load_dequantized(module, prefix, own, files, scheme, self.device, model.dtype)
                     self.matrices[prefix] = module.weight  # type: ignore[assignment]
                 else:
@@ -265,7 +265,7 @@ class QKernelsQuantizer(Saver):
                     f"{where}: expected tensors of {type(model).__name__}'s layers, got {', '.join(strange[:3])}, ..., "
                     "of which it has none"
                 )
-            self._tie(model, {inventory.names.of_file(name) for name in files.infos})
+            self._tie(model, {inventory.names.from_stored(name) for name in files.infos})
         for prefix, layer in self.layers.items():
             model.set_submodule(
                 prefix, _Placeholder(layer.weight if isinstance(layer, Holder) else None)

@@ -170,7 +170,7 @@ def test_configs_that_do_not_fit(changes: dict[str, Any], message: str, saved: P
         ("weight", torch.zeros(128, 255), r"w3.weight': expected shape \(128, 256\), got \(128, 255\)"),
         ("weight", torch.zeros(128, 256, dtype=torch.int8), r"w3.weight': expected dtype F32, got I8"),
         ("weight", torch.zeros(128, 256).half(), r"w3.weight': expected dtype F32, got F16"),
-        ("bias", torch.zeros(128), r"w3.bias': expected a plain weight alone, got this, too"),
+        ("bias", torch.zeros(128), r"w3.bias': expected a plain weight and no other tensor, got this one"),
     ],
     ids=str,
 )  # fmt: skip

@@ -335,14 +335,20 @@ def test_told_by_lets_pass_what_no_file_causes() -> None:
     ):
         with (
             pytest.raises(ValueError, match="^here.json: expected a thing, got: "),
-            files.told_by(path, "a thing"),
+            files.errors_naming_file(path, "a thing"),
         ):
             raise error
     panic = type("PanicException", (BaseException,), {})
-    with pytest.raises(ValueError, match="got: PanicException: x"), files.told_by(path, "a thing"):
+    with (
+        pytest.raises(ValueError, match="got: PanicException: x"),
+        files.errors_naming_file(path, "a thing"),
+    ):
         raise panic("x")
-    with pytest.raises(ValueError, match="^here.json: y: z$"), files.told_by(path, "a thing"):
+    with (
+        pytest.raises(ValueError, match="^here.json: y: z$"),
+        files.errors_naming_file(path, "a thing"),
+    ):
         raise ValueError("here.json: y: z")
     for passing in (MemoryError, KeyboardInterrupt, SystemExit):
-        with pytest.raises(passing), files.told_by(path, "a thing"):
+        with pytest.raises(passing), files.errors_naming_file(path, "a thing"):
             raise passing

@@ -21,9 +21,9 @@ def test_names_go_there_and_back() -> None:
         "model.layers.1.mlp.experts.3.w1.weight.absmax": "model.layers.1.block_sparse_moe.experts.3.w1.weight.absmax",
     }
     for own, stored in there.items():
-        assert names.written(own) == stored
-        assert names.of_file(stored) == names.of_file(own) == own
-    assert names.of_file("model.block_sparse_moe.nothing") == "model.block_sparse_moe.nothing"
+        assert names.to_stored(own) == stored
+        assert names.from_stored(stored) == names.from_stored(own) == own
+    assert names.from_stored("model.block_sparse_moe.nothing") == "model.block_sparse_moe.nothing"
     experts = names.experts["model.layers.0.mlp.experts"]
     assert experts.of(2, "down") == "model.layers.0.block_sparse_moe.experts.2.w2"
 
@@ -32,7 +32,8 @@ def test_names_of_models_without_experts_stay() -> None:
     names = Names(tiny_model())
     assert not names.experts
     assert all(
-        names.written(name) == name == names.of_file(name) for name in tiny_model().state_dict()
+        names.to_stored(name) == name == names.from_stored(name)
+        for name in tiny_model().state_dict()
     )
 
 
@@ -50,11 +51,11 @@ def test_names_that_would_not_come_back_stay() -> None:
     names = Names(tiny_moe("mixtral"))
     names._renamings = [_Renaming("q_proj", "o_proj")]
     q_proj = "model.layers.0.self_attn.q_proj.weight"
-    assert names.of_file(q_proj) == q_proj, "a name that transformers has, too"
+    assert names.from_stored(q_proj) == q_proj, "a name that transformers has, too"
     names._reversed = [_Renaming("layers.0", "layers")]
-    assert names.written(q_proj) == q_proj
+    assert names.to_stored(q_proj) == q_proj
     names._reversed = [_Renaming("q_proj", "k_proj")]
-    assert names.written(q_proj) == q_proj
+    assert names.to_stored(q_proj) == q_proj
 
 
 @pytest.mark.parametrize(
@@ -88,19 +89,19 @@ def test_names_are_those_that_transformers_writes(kind: str) -> None:
     assert all(_by_themselves(prefix, model.get_submodule(prefix), names) for prefix in experts)
     found = {n for own in experts.values() for n in own}
     found |= {
-        names.written(n)
+        names.to_stored(n)
         for n in model.state_dict()
         if names.experts.keys().isdisjoint([n.rpartition(".")[0]])
     }
     assert found == want
     for name in want:
         assert (
-            names.layer_of(names.of_file(name))
-            or names.of_file(name) in names._tensors
+            names.layer_of(names.from_stored(name))
+            or names.from_stored(name) in names._tensors
             or name in found
         )
     for prefix, own in experts.items():
-        assert {names.experts_of(names.of_file(name)) for name in own} == {prefix}
+        assert {names.experts_of(names.from_stored(name)) for name in own} == {prefix}
 
 
 def test_experts_that_are_not_all_alike_stay_in_one_tensor() -> None:

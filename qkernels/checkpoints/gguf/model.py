@@ -21,10 +21,10 @@ from ...nn.embedding import QuantEmbedding
 from ...nn.experts import DOWN, GATE, LEAVES, ROLES, UP, QuantExperts, expert_weights
 from ...nn.linear import QuantLinear
 from ...weights.packed import PackedWeight, pack
-from ..files import Unchanged
+from ..files import UnchangedFile
 from ..hf.expert_layers import expert_shapes
 from ..hf.model_config import NoExperts
-from ..hf.save_pretrained import mark
+from ..hf.save_pretrained import attach_saver
 from .header import GgufHeader, GgufTensor, read_header
 from .metadata import ARCHITECTURES, ROPE_TABLE, read_config
 
@@ -47,7 +47,7 @@ def load_packed(
     from transformers import AutoModelForCausalLM
 
     path = path.resolve()
-    file = Unchanged(path)
+    file = UnchangedFile(path)
     header = read_header(path)
     config = read_config(path, header)  # whose sizes are the tensors'
     with init_empty_weights(include_buffers=False), NoExperts():
@@ -80,7 +80,7 @@ def load_packed(
     # The head shares the embedding's bytes or has its own: nothing is left for transformers to tie.
     model.config.tie_word_embeddings = False
     model.config.dtype = dtype
-    mark(model)
+    attach_saver(model)
     return model.to(device).eval()  # type: ignore[no-any-return]
 
 
@@ -141,7 +141,7 @@ def row_order(name: str, rows: int, config: Any) -> Tensor | None:
 class _Reader:
     """Tensors of a file under the names transformers gives them."""
 
-    def __init__(self, file: Unchanged, header: GgufHeader, config: Any) -> None:
+    def __init__(self, file: UnchangedFile, header: GgufHeader, config: Any) -> None:
         import gguf
 
         self.file, self.path, self.config = file, file.path, config

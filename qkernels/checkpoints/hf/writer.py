@@ -51,7 +51,7 @@ def save(
         )
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes: expected at least 1, got {max_shard_bytes}")
-    check_kinds(model)
+    check_savable(model)
     names = Names(model)
     quantized, packed = quantization_config(model, names)
     config = _plain_config(model, packed)
@@ -73,11 +73,11 @@ def _marks(quantized: dict[str, Any]) -> dict[str, Any]:
     """What config.json says of quantization. Where only we read it, transformers is kept from
     trying: see NOTE.
     """
-    note = {WEIGHTS: NOTE} if quantized["quant_method"] == quantization.OWN else {}
+    note = {WEIGHTS: NOTE} if quantized["quant_method"] == quantization.OWN_METHOD else {}
     return {QUANTIZATION: quantized, **note}
 
 
-def check_kinds(model: nn.Module) -> None:
+def check_savable(model: nn.Module) -> None:
     """ValueError for a module whose tensors `stored_tensors` cannot know: they would be lost."""
     usual = nn.Module._save_to_state_dict
     for name, module in model.named_modules():
@@ -132,9 +132,11 @@ def quantization_config(model: PreTrainedModel, names: Names) -> tuple[dict[str,
 def matrices(model: nn.Module, names: Names) -> tuple[dict[str, PackedWeight], list[str]]:
     """(packed weights but embeddings, names of plain ones) as `quantization.describe` takes them."""
     layers = {
-        names.module(n): m.packed for n, m in model.named_modules() if isinstance(m, QuantLinear)
+        names.module_to_stored(n): m.packed
+        for n, m in model.named_modules()
+        if isinstance(m, QuantLinear)
     }
-    plain = [names.module(n) for n, m in model.named_modules() if is_linear(m)]
+    plain = [names.module_to_stored(n) for n, m in model.named_modules() if is_linear(m)]
     return layers | _packed_experts(model, names), plain + _plain_in_mixtures(model, names)
 
 
@@ -161,7 +163,9 @@ def _plain_in_mixtures(model: nn.Module, names: Names) -> list[str]:
     routers, plain experts.
     """
     found = [
-        names.module(name) for name, module in routers(model) if not isinstance(module, nn.Linear)
+        names.module_to_stored(name)
+        for name, module in routers(model)
+        if not isinstance(module, nn.Linear)
     ]
     for prefix, own in names.experts.items():
         module = model.get_submodule(prefix)
@@ -278,7 +282,7 @@ def _plain_tensor(name: str, tensor: Tensor, names: Names) -> Iterator[tuple[str
     """A tensor under the files' name, or in the parts that they keep it in."""
     parts = names.parts(name)
     if not parts or tensor.shape[parts[0][1].dim] % len(parts):
-        yield names.written(name), tensor
+        yield names.to_stored(name), tensor
         return
     pieces = tensor.chunk(len(parts), parts[0][1].dim)
     yield from ((stored, piece) for (stored, _), piece in zip(parts, pieces, strict=True))
@@ -303,7 +307,7 @@ def _experts_tensors(prefix: str, module: nn.Module, names: Names) -> Iterator[t
         yield from ((f"{own.of(e, role)}.weight", tensor) for role, tensor in parts.items())
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if name not in ("gate_up_proj", "down_proj"):
-            yield names.written(f"{prefix}.{name}"), tensor
+            yield names.to_stored(f"{prefix}.{name}"), tensor
 
 
 def _inside_quantized(model: nn.Module, name: str) -> bool:

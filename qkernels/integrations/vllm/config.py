@@ -24,7 +24,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.models.utils import WeightsMapper
 
 from ... import formats
-from ...checkpoints.hf.quantization import OWN
+from ...checkpoints.hf.quantization import OWN_METHOD
 from ...nn.embedding import QuantEmbedding
 from ...nn.linear import QuantLinear
 from .checkpoint import NAME, Checkpoint
@@ -32,7 +32,7 @@ from .loading import Piece, Source, fused_pieces, layer_pieces, shard_index, sou
 from .moe import experts_method
 
 #: methods of `qk.save_model` that vLLM has no name for: taken without being asked
-_OURS = (OWN, "quip", "spqr", "quip_sharp", "bitsandbytes")
+_OURS = (OWN_METHOD, "quip", "spqr", "quip_sharp", "bitsandbytes")
 #: linears of vLLM that cut their weights in a way of their own
 _UNKNOWN_CUTS = ("MinimaxM3QKVParallelLinearWithIndexer", "KimiK3MergedQKVGateLinear")
 
