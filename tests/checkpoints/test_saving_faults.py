@@ -155,7 +155,7 @@ def test_the_current_directory_is_not_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="got the one that this process is in"):
+    with pytest.raises(ValueError, match="got the current directory of this"):
         qk.save_model(tiny_model(), ".")
 
 

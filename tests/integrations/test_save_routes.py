@@ -395,7 +395,7 @@ def test_offloaded_models_are_refused_by_name(tmp_path: Path) -> None:
     for save in (model.save_pretrained, lambda path: qk.save_model(model, path)):
         with pytest.raises(
             ValueError,
-            match="expected data to save, got a tensor on the meta device; of an offloaded",
+            match="expected data to save, got a tensor on the meta device; if the model is offloaded",
         ):
             save(tmp_path / "s")
         assert not list(tmp_path.glob("s/*.safetensors"))

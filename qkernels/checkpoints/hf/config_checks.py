@@ -78,7 +78,7 @@ def check_values(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _walk(values: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """(key, path of the key, value) of everything in `values`; items of a list have the list's key."""
+    """(key, path, value) of everything in `values`; items of a list have the list's key."""
     waiting: list[tuple[str, str, Any]] = [("", "", values)]
     while waiting:
         key, where, value = waiting.pop()
@@ -148,7 +148,8 @@ def check_fields(path: Path, config_class: type, values: Mapping[str, Any]) -> N
             continue
         if callable(getattr(config_class, key, None)):
             raise ValueError(
-                f"{path}: {key}: expected a field of {config_class.__name__}, got the name of a method"
+                f"{path}: {key}: expected a field of {config_class.__name__}, got the name of a "
+                "method"
             )
     for key, part in getattr(config_class, "sub_configs", {}).items():
         nested = values.get(key)

@@ -111,16 +111,14 @@ class Names:
         for prefix in (*(name for name, _ in expert_modules(model)), *stacks):
             leaves = self._leaves(prefix)
             self.experts[prefix] = ExpertNames(prefix, leaves or LEAVES, leaves is not None)
-        for (
-            prefix,
-            names,
-        ) in self.experts.items():  # after the loop above, because _reversed_name reads all of them
+        # a second loop, because _reversed_name needs the experts of all modules
+        for prefix, names in self.experts.items():
             tensor_name = f".0.{names.leaves[GATE]}.weight"
             stored = self._reversed_name(f"{prefix}{tensor_name}").removesuffix(tensor_name)
             self.experts[prefix] = ExpertNames(stored, names.leaves, names.mapped)
 
     def _leaves(self, prefix: str) -> dict[str, str] | None:
-        """role -> projection name in the experts module `prefix`; None if transformers lists none."""
+        """role -> projection name in the experts module `prefix`, if transformers lists them."""
         leaves: dict[str, str] = {}
         for converter in self._converters:
             kinds = tuple(type(operation).__name__ for operation in converter.operations)
@@ -215,7 +213,7 @@ class Names:
         )
 
     def parts(self, name: str) -> list[tuple[str, Part]]:
-        """The stored names of the equal parts of transformers' tensor `name`; empty if it is whole."""
+        """The stored names of the equal parts of transformers' tensor `name`; empty if whole."""
         if not any(own.mapped for own in self.experts.values()):
             return []
         for converter in self._converters:

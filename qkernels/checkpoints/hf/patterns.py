@@ -208,7 +208,7 @@ class Skipped:
         return self._patterns.first(name) is not None
 
     def _begins(self, name: str, end: int) -> bool:
-        """Whether a plain entry matches the first `end` characters, up to the end of a component."""
+        """Whether a plain entry matches exactly the first `end` characters, whole components."""
         groups = self._plain.get(end)
         if groups is None or not (end == len(name) or "." in name[end - 1 : end + 1]):
             return False

@@ -89,11 +89,7 @@ def load(
             if prefix in inventory.experts:
                 weights = inventory.experts[prefix]
                 load_experts(model, prefix, inventory.names.experts[prefix], weights, context)
-                used |= {
-                    stored
-                    for name_in_model in weights.values()
-                    for stored in name_in_model.values()
-                }
+                used |= {stored for expert in weights.values() for stored in expert.values()}
                 continue
             tensor_names = {} if prefix is None else inventory.layers[prefix]
             kinds = LINEAR if prefix is None else kinds_of(model.get_submodule(prefix))
@@ -201,7 +197,7 @@ def _assign(
     dtype: torch.dtype | None,
     dim: int = 0,
 ) -> bool:
-    """Load an unquantized tensor into the model's tensor `name_in_model`; False if the model has none.
+    """Load an unquantized tensor of the model; False if the model has no such tensor.
 
     names: the stored tensor, or the stored parts that are concatenated along `dim`.
     """
@@ -210,8 +206,8 @@ def _assign(
         module = model.get_submodule(prefix)
     except AttributeError:
         return False
-    tensors_of_module = module._parameters if leaf in module._parameters else module._buffers
-    current = tensors_of_module.get(leaf)
+    slots = module._parameters if leaf in module._parameters else module._buffers
+    current = slots.get(leaf)
     if current is None or leaf in module._non_persistent_buffers_set:
         return False
     infos = [files.infos[name] for name in names]
@@ -232,7 +228,7 @@ def _assign(
         )
     tensors = [files.read_as(name, dtype) for name in names]
     tensor = (tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)).to(device)
-    tensors_of_module[leaf] = (
+    slots[leaf] = (
         nn.Parameter(tensor, current.requires_grad) if isinstance(current, nn.Parameter) else tensor
     )
     return True
@@ -247,15 +243,10 @@ def _concatenated_shape(shapes: list[tuple[int, ...]], dim: int) -> tuple[int, .
 
 
 def _check_complete(directory: Path, model: Any, unexpected: list[str], plan: Plan) -> None:
-    """ValueError if the files hold tensors that the model has no place for, or lack some of its
-    tensors.
-    """
+    """ValueError if the files hold unexpected tensors, or lack tensors of the model."""
     ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()]
-    # old checkpoints carry this constant
-    ignored += [
-        CACHE_SCALE,
-        re.compile(r"\.rotary_emb\.inv_freq$"),
-    ]
+    # old checkpoints hold the constant inv_freq
+    ignored += [CACHE_SCALE, re.compile(r"\.rotary_emb\.inv_freq$")]
     unexpected = [n for n in unexpected if not any(p.search(n) for p in ignored)]
     if unexpected:
         shown = ", ".join(unexpected[:3]) + (", ..." if len(unexpected) > 3 else "")

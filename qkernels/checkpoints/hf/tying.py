@@ -122,7 +122,7 @@ def _are_equal(model: nn.Module, name: str, other: str) -> bool:
 
 
 def _share(model: nn.Module, name: str, other: str) -> bool:
-    """Make `name` the weight called `other`. Returns whether an unpacked parameter is shared now."""
+    """Make `name` the weight called `other`; True if an unpacked parameter is shared now."""
     module, source = _module(model, name), _module(model, other)
     assert module is not None
     if not isinstance(source, Holder):
