@@ -3,7 +3,8 @@
     parent/.qkernels-saving-1f3a.../     private to its owner, so nobody can plant a link in it
         lock                             locked while its process lives
         new                              written first, and synced to the disk
-    parent/model                         exchanges names with `new` in one step, then the folder is removed
+    parent/model                         exchanges names with `new` in one step;
+                                         then the folder is removed
 
 If the system cannot exchange two directories, the old one moves to `old-0/model` in the private
 folder for a moment. Nothing removes it from there while `parent/model` is missing: it moves back,
@@ -64,7 +65,8 @@ def replacing(path: Path) -> Iterator[Path]:
                 yield folder / _NEW
                 _sync(folder / _NEW)
                 _put(folder / _NEW, path)
-                # The save is done. Some file systems cannot promise that its name survives a power cut.
+                # The save is done; some file systems cannot promise that its name survives a
+                # power cut.
                 with suppress(OSError):
                     _sync_one(parent)
         finally:
@@ -82,7 +84,7 @@ def replacing_file(path: Path) -> Iterator[Path]:
 
 
 def _put(fresh: Path, target: Path) -> None:
-    """Give `fresh` the name `target`. A directory that it replaces is in the private folder then."""
+    """Give `fresh` the name `target`; a directory that it replaces moves to the private folder."""
     if not fresh.is_dir():
         os.replace(fresh, target)
         return

@@ -14,7 +14,8 @@ from . import atomic
 #: files of a saved model; a directory with any other file is not overwritten
 _SAVED_FILES = (
     "config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json",
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt",
     "chat_template.jinja", "spiece.model", "sentencepiece.bpe.model", "README.md", ".gitattributes",
 )  # fmt: skip
 

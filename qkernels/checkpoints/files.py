@@ -86,7 +86,10 @@ def open_regular(path: Path) -> Iterator[BufferedReader]:
 
 
 def read_part(file: BufferedReader, where: str, offset: int, count: int) -> bytearray:
-    """`count` bytes of an open file from `offset` on; ValueError with `where` if there are fewer."""
+    """`count` bytes of an open file from `offset` on.
+
+    Raises ValueError that begins with `where` if there are fewer.
+    """
     raw = bytearray(count)
     file.seek(offset)
     got = file.readinto(raw)

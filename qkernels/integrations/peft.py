@@ -129,7 +129,8 @@ def _check_saved_modules(config: LoraConfig, model: nn.Module) -> None:
             if isinstance(part, (Holder, QuantExperts)):
                 whole = f"{name}.{inner}".rstrip(".")
                 raise ValueError(
-                    f"modules_to_save: expected plain modules, got {whole}, whose weight is packed and is not trained"
+                    f"modules_to_save: expected plain modules, got {whole}, whose weight is packed "
+                    "and is not trained"
                 )
 
 
@@ -157,7 +158,8 @@ class LoraQuantLinear(Linear):
         """ValueError for a variant of LoRA that is not done here; see `update_layer`."""
         if parameter_name is not None:
             raise ValueError(
-                f"target_parameters: expected no parameter of a QuantLinear, got {kwargs.get('target_name')}"
+                "target_parameters: expected no parameter of a QuantLinear, got "
+                f"{kwargs.get('target_name')}"
             )
         nn.Module.__init__(self)
         LoraLayer.__init__(self, base_layer)
@@ -221,7 +223,8 @@ class LoraQuantLinear(Linear):
         init = config.init_lora_weights
         if (init.lower() if isinstance(init, str) else init) not in _INITS:
             raise ValueError(
-                f"init_lora_weights: expected one of {_INITS} with QuantLinear, whose weight is packed, got {init!r}"
+                f"init_lora_weights: expected one of {_INITS} with QuantLinear, whose weight is "
+                f"packed, got {init!r}"
             )
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
@@ -271,8 +274,8 @@ class LoraQuantLinear(Linear):
         if not torch.isfinite(cast).all():
             largest = tensor.abs().max().item()
             raise ValueError(
-                f"{self._name}: expected a {what} that is finite in {dtype} after merging {', '.join(names)}, "
-                f"got a largest value of {largest:g}"
+                f"{self._name}: expected a {what} that is finite in {dtype} after merging "
+                f"{', '.join(names)}, got a largest value of {largest:g}"
             )
         return cast
 

@@ -78,7 +78,8 @@ class QKernelsConfig(QuantizationConfigMixin):
             for name in params:
                 if name not in known:
                     raise ValueError(
-                        f"{format}: unknown parameter {name!r}; expected one of: {', '.join(known) or 'none'}"
+                        f"{format}: unknown parameter {name!r}; expected one of: "
+                        f"{', '.join(known) or 'none'}"
                     )
 
     def to_dict(self) -> dict[str, Any]:
@@ -262,8 +263,8 @@ class QKernelsQuantizer(Saver):
             strange = [name for name in files.infos if not inventory.takes(name)]
             if strange and not self.layers:
                 raise ValueError(
-                    f"{where}: expected tensors of {type(model).__name__}'s layers, got {', '.join(strange[:3])}, ..., "
-                    "of which it has none"
+                    f"{where}: expected tensors of {type(model).__name__}'s layers, got "
+                    f"{', '.join(strange[:3])}, ..., of which it has none"
                 )
             self._tie(model, {inventory.names.from_stored(name) for name in files.infos})
         for prefix, layer in self.layers.items():

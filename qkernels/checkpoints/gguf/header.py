@@ -74,8 +74,8 @@ class GgufHeader:
 def read_header(path: str | os.PathLike[str], keep: str | None = None) -> GgufHeader:
     """Read and check the header, without the tensors' data.
 
-    keep: arrays whose keys begin with this text are kept whole. Raises FileNotFoundError, or
-    ValueError naming the file, the field, what was expected and found.
+    keep: arrays whose keys begin with this text are kept whole.
+    Raises FileNotFoundError, or ValueError naming the file, the field, what was expected and found.
     """
     path = Path(path)
     with open_regular(path) as file:
@@ -196,9 +196,7 @@ class _Reader:
     def place(
         self, infos: list[tuple[str, tuple[int, ...], int, int]], metadata: dict[str, Any]
     ) -> list[GgufTensor]:
-        """The tensors with their bytes and offsets in the file, checked against its size and each
-        other.
-        """
+        """The tensors with their bytes and offsets, checked against the file and each other."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         alignment = metadata.get("general.alignment", 32)

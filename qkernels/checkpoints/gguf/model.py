@@ -40,9 +40,9 @@ def load_packed(
 ) -> PreTrainedModel:
     """The model in a GGUF file whose architecture is one of ARCHITECTURES.
 
-    dtype: of norms and of the embedding's rows, the values between quantized layers. Raises
-    ValueError naming the file and a tensor that is missing, or has a wrong shape or an unknown
-    type.
+    dtype: of norms and of the embedding's rows, the values between quantized layers.
+    Raises ValueError naming the file and a tensor that is missing, or has a wrong shape or an
+    unknown type.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -115,9 +115,8 @@ def _experts(
             role: reader.plain(f"{module_names[role]}.weight", (count, *shapes[role]))
             for role in ROLES
         }
-        for leaf, value in (
-            ("gate_up_proj", torch.cat([weights[GATE], weights[UP]], 1)), ("down_proj", weights[DOWN])
-        ):  # fmt: skip
+        gate_up = torch.cat([weights[GATE], weights[UP]], 1)
+        for leaf, value in (("gate_up_proj", gate_up), ("down_proj", weights[DOWN])):
             setattr(module, leaf, nn.Parameter(value.to(device, dtype), requires_grad=False))
         return module
     stacks = {role: reader.experts(module_names[role], count, shapes[role]) for role in ROLES}

@@ -1,7 +1,7 @@
 """Reads GGUF files: packed for the architectures in metadata.py, dequantized for others.
 
-transformers reads the others. Needs the packages `gguf`, `transformers` and `accelerate` (`pip
-install qkernels[gguf]`).
+transformers reads the others. Needs the packages `gguf`, `transformers` and `accelerate`
+(`pip install qkernels[gguf]`).
 """
 
 from __future__ import annotations

@@ -114,18 +114,20 @@ def _check_present(
     for (expert, _), tensors in weights.items():
         if expert >= count:
             raise ValueError(
-                f"{_file(tensors, context)}: {stored_module(tensors)}: expected experts 0..{count - 1}, got {expert}"
+                f"{_file(tensors, context)}: {stored_module(tensors)}: expected experts "
+                f"0..{count - 1}, got {expert}"
             )
     for expert in range(count):  # stops at the first missing expert
         for role in ROLES:
             if (expert, role) not in weights:
                 raise ValueError(
-                    f"{context.directory}: {names.of(expert, role)}: expected the weight of one of {count} experts, "
-                    "found none"
+                    f"{context.directory}: {names.of(expert, role)}: expected the weight of one of "
+                    f"{count} experts, found none"
                 )
 
 
 def _file(tensors: TensorNames, context: LoadContext) -> Path:
+    """The file that holds the first of these tensors."""
     return context.files.infos[next(iter(tensors.values()))].file
 
 
@@ -142,33 +144,35 @@ def _scheme(role: str, names: ExpertNames, weights: Weights, context: LoadContex
         scheme = scheme_of(tensors, context.files, context.plan)
         if scheme != first:
             raise ValueError(
-                f"{_file(tensors, context)}: {stored_module(tensors)}: expected {_described(first)} like "
-                f"{names.of(0, role)}, because experts are stacked, got {_described(scheme)}"
+                f"{_file(tensors, context)}: {stored_module(tensors)}: expected "
+                f"{_described(first)} like {names.of(0, role)}, because experts are stacked, got "
+                f"{_described(scheme)}"
             )
     return first
 
 
 def _described(scheme: Scheme | None) -> str:
+    """The scheme in words."""
     return "a plain weight" if scheme is None else f"{scheme.format} with {scheme.params}"
 
 
 # ---------------------------------------------------------------------- packed
 def _packed(
-    tensors: TensorNames, shape: tuple[int, int], scheme: Scheme | None, context: LoadContext
+    names: TensorNames, shape: tuple[int, int], scheme: Scheme | None, context: LoadContext
 ) -> PackedWeight:
     """The weight of one expert, as views of the mapped file."""
-    found = {own: context.files.read(full) for own, full in tensors.items()}
-    bias = found.pop("bias", None)
-    where = f"{_file(tensors, context)}: {stored_module(tensors)}"
+    tensors = {leaf: context.files.read(stored) for leaf, stored in names.items()}
+    bias = tensors.pop("bias", None)
+    where = f"{_file(names, context)}: {stored_module(names)}"
     # GPTQ files often hold a bias of zeros for layers without a bias
     if bias is not None and bool(bias.any()):
         raise ValueError(f"{where}.bias: expected none or zeros, got one that is not zero")
     if scheme is None:
-        scheme = Scheme(_dense_format(tensors, context), {})
+        scheme = Scheme(_dense_format(names, context), {})
         if context.dtype in _DENSE_FORMATS:
-            found["weight"] = found["weight"].to(context.dtype)
+            tensors["weight"] = tensors["weight"].to(context.dtype)
     try:
-        return pack(scheme.format, found, shape, **scheme.params)
+        return pack(scheme.format, tensors, shape, **scheme.params)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
@@ -180,8 +184,9 @@ def _dense_format(tensors: TensorNames, context: LoadContext) -> str:
     format = _DENSE_FORMATS.get(context.dtype, stored) if context.dtype is not None else stored
     if format is None or info is None:
         raise ValueError(
-            f"{_file(tensors, context)}: {stored_module(tensors)}: expected a weight in F16 or BF16 among packed "
-            f"ones of the same experts, got {sorted(tensors) if info is None else info.dtype}"
+            f"{_file(tensors, context)}: {stored_module(tensors)}: expected a weight in F16 or "
+            "BF16 among packed ones of the same experts, got "
+            f"{sorted(tensors) if info is None else info.dtype}"
         )
     return format
 
@@ -193,9 +198,12 @@ def _is_mixed(weights: Weights, context: LoadContext) -> bool:
     Only packed experts take activations of another dtype.
     """
     info = context.files.infos.get(weights[0, GATE].get("weight", ""))
-    return context.activation_dtype is not None and info is not None and info.dtype in ("F16", "BF16") and (
-        info.dtype != context.activation_dtype
-    )  # fmt: skip
+    return (
+        context.activation_dtype is not None
+        and info is not None
+        and info.dtype in ("F16", "BF16")
+        and info.dtype != context.activation_dtype
+    )
 
 
 def _load_plain(
@@ -205,8 +213,9 @@ def _load_plain(
     parameters = dict(module.named_parameters(recurse=False))
     if not expert_shapes(module):
         raise ValueError(
-            f"{context.directory}: {names.stored}: expected parameters gate_up_proj (E, 2 * I, K) and down_proj "
-            f"(E, N, I) in {type(module).__name__}, got { {name: tuple(p.shape) for name, p in parameters.items()} }"
+            f"{context.directory}: {names.stored}: expected parameters gate_up_proj (E, 2 * I, K) "
+            f"and down_proj (E, N, I) in {type(module).__name__}, got "
+            f"{ {name: tuple(p.shape) for name, p in parameters.items()} }"
         )
     gate_up, down = parameters["gate_up_proj"].shape, parameters["down_proj"].shape
     shapes, rows = expert_shapes(module), gate_up[1] // 2
@@ -233,7 +242,8 @@ def _check_plain(
     others = sorted(set(tensors) - {"weight"})
     if others:
         raise ValueError(
-            f"{_file(tensors, context)}: tensor {tensors[others[0]]!r}: expected a plain weight and no other tensor, got this one"
+            f"{_file(tensors, context)}: tensor {tensors[others[0]]!r}: expected a plain weight "
+            "and no other tensor, got this one"
         )
     info = context.files.infos[tensors["weight"]]
     where = f"{info.file}: tensor {tensors['weight']!r}"
@@ -241,5 +251,6 @@ def _check_plain(
         raise ValueError(f"{where}: expected shape {shape}, got {info.shape}")
     if info.dtype not in _STORED_FORMATS or info.dtype != dtype:
         raise ValueError(
-            f"{where}: expected dtype {dtype if dtype in _STORED_FORMATS else 'F16, BF16 or F32'}, got {info.dtype}"
+            f"{where}: expected dtype {dtype if dtype in _STORED_FORMATS else 'F16, BF16 or F32'}, "
+            f"got {info.dtype}"
         )

@@ -57,7 +57,8 @@ class Inventory:
             name = self.names.from_stored(stored) if part is None else f"{part.whole}[{part.index}]"
             if name in stored_by_name:
                 raise ValueError(
-                    f"{info.file}: tensor {stored!r}: expected once, got {stored_by_name[name]!r}, too"
+                    f"{info.file}: tensor {stored!r}: expected once, got {stored_by_name[name]!r}, "
+                    "too"
                 )
             stored_by_name[name] = stored
             if part is not None:

@@ -34,9 +34,9 @@ NOTE = (
 _OLD_KEY = "compression_config"
 #: sizes that the tensors in the files bound: see _check_sizes
 _SIZES = (
-    "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "head_dim", "num_attention_heads",
-    "num_key_value_heads", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts",
-    "moe_intermediate_size",
+    "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "head_dim",
+    "num_attention_heads", "num_key_value_heads", "num_experts", "num_local_experts",
+    "n_routed_experts", "moe_num_experts", "moe_intermediate_size",
 )  # fmt: skip
 #: fields without which a config class would silently use the sizes of its default model
 _REQUIRED_FIELDS = ("hidden_size", "num_hidden_layers", "vocab_size")
@@ -147,8 +147,8 @@ def _try_on_meta(where: str, model_class: Any, config: Any, files: TensorFiles) 
     if sum(sizes.values()) > _MAX_BUFFERS:
         largest = max(sizes, key=lambda name: sizes[name])
         raise ValueError(
-            f"{where}: expected buffers of at most {_MAX_BUFFERS} bytes, got {sum(sizes.values())}, "
-            f"the largest is {largest}"
+            f"{where}: expected buffers of at most {_MAX_BUFFERS} bytes, got "
+            f"{sum(sizes.values())}, the largest is {largest}"
         )
 
 
@@ -238,11 +238,12 @@ def _pop_quantization(path: Path, values: dict[str, Any]) -> dict[str, Any] | No
     text = values.get("text_config")
     inner = text.pop(QUANTIZATION, None) if isinstance(text, dict) else None
     outer, old_config = values.pop(QUANTIZATION, None), values.pop(_OLD_KEY, None)
-    candidates = [(name, config) for name, config in ((QUANTIZATION, outer), (f"text_config.{QUANTIZATION}", inner),
-                                                (_OLD_KEY, old_config)) if config is not None]  # fmt: skip
-    if not candidates:
+    candidates = (
+        (QUANTIZATION, outer), (f"text_config.{QUANTIZATION}", inner), (_OLD_KEY, old_config)
+    )  # fmt: skip
+    name, config = next(((n, value) for n, value in candidates if value is not None), ("", None))
+    if config is None:
         return None
-    name, config = candidates[0]
     if not isinstance(config, dict):
         raise ValueError(f"{path}: {name}: expected an object, got {config!r:.60}")
     if name != _OLD_KEY:

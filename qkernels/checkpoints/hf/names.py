@@ -77,7 +77,8 @@ def expert_tensor(name: str, leaves: Sequence[str]) -> tuple[int, str, str]:
     is_number = number.isascii() and number.isdecimal() and len(number) <= _DIGITS
     if not is_number or leaf not in leaves or not tensor_name:
         raise ValueError(
-            f"experts: expected tensors called EXPERT.NAME.TENSOR with NAME one of {', '.join(leaves)}, got {name!r:.80}"
+            "experts: expected tensors called EXPERT.NAME.TENSOR with NAME one of "
+            f"{', '.join(leaves)}, got {name!r:.80}"
         )
     return int(number), leaf, tensor_name
 

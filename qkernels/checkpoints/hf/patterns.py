@@ -45,7 +45,8 @@ class Patterns:
         self._left -= max(0.0, seconds)
         if self._left <= 0:
             raise ValueError(
-                f"{field}: expected patterns that take at most {self._all:g} s in all, got more at {text!r:.60}"
+                f"{field}: expected patterns that take at most {self._all:g} s in all, got more at "
+                f"{text!r:.60}"
             )
 
     def match(self, pattern: Pattern, name: str, tries: int = 1) -> bool:
@@ -81,7 +82,8 @@ class Patterns:
         counts = groups * atoms
         if counts > _MAX_COUNTS:
             raise ValueError(
-                f"{field}: expected counts of at most {_MAX_COUNTS} together, got {counts} in {text!r:.60}"
+                f"{field}: expected counts of at most {_MAX_COUNTS} together, got {counts} in "
+                f"{text!r:.60}"
             )
         rest = _COUNTS.sub("", bare)
         if "{" in rest or "[:" in rest:  # `re` and `regex` read these differently

@@ -323,8 +323,8 @@ def describe(
     if joined is None:
         first, other = packed[names[0][0]], packed[names[1][0]]
         raise ValueError(
-            f"{names[1][0]}: expected {first.format} with {first.params} like {names[0][0]}, because no "
-            f"quantization_config can say both; got {other.format} with {other.params}"
+            f"{names[1][0]}: expected {first.format} with {first.params} like {names[0][0]}, "
+            f"because no quantization_config can say both; got {other.format} with {other.params}"
         )
     return joined
 

@@ -218,8 +218,8 @@ class QKernelsLinearMethod(_Method, LinearMethodBase):
             ]
         else:
             raise ValueError(
-                f"{layer.prefix}: expected {len(pieces)} weights in the checkpoint, one for each of its outputs, "
-                f"got {', '.join(self.names)}"
+                f"{layer.prefix}: expected {len(pieces)} weights in the checkpoint, one for each "
+                f"of its outputs, got {', '.join(self.names)}"
             )
         layer.qkernels_dtype = params_dtype  # type: ignore[assignment]
         self._expect(layer, sources)
@@ -308,7 +308,8 @@ def _load_bias(layer: nn.Module, tensor: Tensor, shard: Any) -> None:
         bias.weight_loader(bias, tensor, *([] if shard is None else [shard]))
     elif bool(tensor.any()):  # GPTQ files often hold zeros for layers that have no bias
         raise ValueError(
-            f"{layer.prefix}.bias: expected none, as vLLM's layer has none, got one that is not zero"
+            f"{layer.prefix}.bias: expected none, as vLLM's layer has none, got one that is not "
+            "zero"
         )
 
 

@@ -104,7 +104,8 @@ class Source:
             return self.scheme
         if self.dtype not in _DENSE:
             raise ValueError(
-                f"expected float16 or bfloat16 for a plain weight fused with packed ones, got {self.dtype}"
+                "expected float16 or bfloat16 for a plain weight fused with packed ones, got "
+                f"{self.dtype}"
             )
         return Scheme(_DENSE[self.dtype], {})
 

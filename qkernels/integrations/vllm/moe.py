@@ -37,7 +37,8 @@ def experts_method(
     packed = checkpoint.packed_below(prefix)
     if packed is not None:
         raise ValueError(
-            f"{prefix}: expected the tensors of each expert by themselves, {names[0]['w1']}.* and so on, got {packed}"
+            f"{prefix}: expected the tensors of each expert by themselves, {names[0]['w1']}.* and "
+            f"so on, got {packed}"
         )
     return None
 
@@ -62,7 +63,8 @@ class QKernelsMoEMethod(FusedMoEMethodBase):
     def _check(self, layer: RoutedExperts) -> None:
         if self.activation not in ACTIVATIONS:
             raise ValueError(
-                f"{self.prefix}: activation: expected one of {', '.join(ACTIVATIONS)}, got {self.activation!r}"
+                f"{self.prefix}: activation: expected one of {', '.join(ACTIVATIONS)}, got "
+                f"{self.activation!r}"
             )
         if self.moe.has_bias:
             raise ValueError(
@@ -94,8 +96,8 @@ class QKernelsMoEMethod(FusedMoEMethodBase):
         """ValueError, naming the expert, if its weights cannot be served or cut so."""
         if hidden_size != self.moe.hidden_dim_unpadded:
             raise ValueError(
-                f"{self.prefix}: expected {self.moe.hidden_dim_unpadded} features as in the checkpoint, because "
-                f"{NAME} pads none, got {hidden_size}"
+                f"{self.prefix}: expected {self.moe.hidden_dim_unpadded} features as in the "
+                f"checkpoint, because {NAME} pads none, got {hidden_size}"
             )
         count, rank = self.moe.tp_size, self.moe.tp_rank
         inner = intermediate_size_per_partition * count
@@ -115,7 +117,8 @@ class QKernelsMoEMethod(FusedMoEMethodBase):
                 found[here, shard] = source_of(self.checkpoint, name, shape, pieces, **more)
         if len(found) != num_experts * len(SHARDS):
             raise ValueError(
-                f"{self.prefix}: expected {num_experts} experts in this process, got {len(found) // len(SHARDS)}"
+                f"{self.prefix}: expected {num_experts} experts in this process, got "
+                f"{len(found) // len(SHARDS)}"
             )
         self._expect(layer, found)
 
@@ -212,7 +215,8 @@ class QKernelsMoEMethod(FusedMoEMethodBase):
         if layer.apply_router_weight_on_input:
             if topk_ids.shape[1] != 1:
                 raise ValueError(
-                    f"{self.prefix}: expected one expert a token, whose input is weighted, got {topk_ids.shape[1]}"
+                    f"{self.prefix}: expected one expert a token, whose input is weighted, got "
+                    f"{topk_ids.shape[1]}"
                 )
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
         parts: ExpertParts = layer.qkernels_experts
