@@ -323,7 +323,7 @@ def test_tokenizer_files_of_garbage(directory: Path) -> None:
     assert load_tokenizer(directory) is not None
 
 
-def test_told_by_lets_pass_what_no_file_causes() -> None:
+def test_errors_naming_file_lets_pass_what_no_file_causes() -> None:
     path = Path("here.json")
     for error in (
         KeyError("x"),

@@ -7,7 +7,7 @@ import torch
 
 from qkernels.checkpoints.hf.model_config import NoExperts
 from qkernels.checkpoints.hf.names import Names
-from qkernels.checkpoints.hf.writer import _by_themselves, _experts_tensors
+from qkernels.checkpoints.hf.writer import _experts_tensors, _stored_separately
 
 from ..moe_checkpoint import tiny_moe
 from ..tiny import tiny_model
@@ -86,7 +86,7 @@ def test_names_are_those_that_transformers_writes(kind: str) -> None:
     want = set(revert_weight_conversion(model, model.state_dict()))
     experts = {p: dict(_experts_tensors(p, model.get_submodule(p), names)) for p in names.experts}
     assert all(own.mapped for own in names.experts.values())
-    assert all(_by_themselves(prefix, model.get_submodule(prefix), names) for prefix in experts)
+    assert all(_stored_separately(prefix, model.get_submodule(prefix), names) for prefix in experts)
     found = {n for own in experts.values() for n in own}
     found |= {
         names.to_stored(n)
@@ -109,6 +109,6 @@ def test_experts_that_are_not_all_alike_stay_in_one_tensor() -> None:
     model = tiny_moe("mixtral")
     names, prefix = Names(model), "model.layers.0.mlp.experts"
     module = model.get_submodule(prefix)
-    assert _by_themselves(prefix, module, names)
+    assert _stored_separately(prefix, module, names)
     module.gate_up_proj = torch.nn.Parameter(torch.zeros(5, *module.gate_up_proj.shape[1:]))
-    assert not _by_themselves(prefix, module, names)
+    assert not _stored_separately(prefix, module, names)

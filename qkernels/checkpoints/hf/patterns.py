@@ -19,7 +19,7 @@ SECONDS = 2.0
 #: seconds of each match that do not count: names times patterns of a large mixture are millions
 _HARMLESS = 5e-6
 #: patterns that are tried in one alternation
-_TOGETHER = 64
+_UNION_SIZE = 64
 #: pattern syntax whose meaning changes inside an alternation: references to groups, group names,
 #: flags
 _ALONE = re.compile(r"\\[1-9gk]|\(\?(?![:=!]|<[=!])")
@@ -117,7 +117,7 @@ class Rules:
         self._all = patterns
         self._names: dict[str, int] = {}
         self._patterns: list[tuple[int, Pattern]] = []
-        self._together: dict[int, Pattern | None] = {}
+        self._unions: dict[int, Pattern | None] = {}
 
     def add_name(self, name: str, place: int) -> None:
         """Add a name that must match exactly."""
@@ -134,13 +134,13 @@ class Rules:
     def first(self, name: str) -> int | None:
         """The least place of all names and patterns that match `name`; None if none does."""
         name_place = self._names.get(name)
-        for begin in range(0, len(self._patterns), _TOGETHER):
+        for begin in range(0, len(self._patterns), _UNION_SIZE):
             if name_place is not None and self._patterns[begin][0] > name_place:
                 break
             union = self._union(begin)
-            if union is not None and not self._all.match(union, name, _TOGETHER):
+            if union is not None and not self._all.match(union, name, _UNION_SIZE):
                 continue
-            for place, pattern in self._patterns[begin : begin + _TOGETHER]:
+            for place, pattern in self._patterns[begin : begin + _UNION_SIZE]:
                 if name_place is not None and place > name_place:
                     break
                 if self._all.match(pattern, name):
@@ -148,22 +148,22 @@ class Rules:
         return name_place
 
     def _union(self, begin: int) -> Pattern | None:
-        """An alternation of the _TOGETHER patterns from `begin` on; most names match none of them.
+        """An alternation of the _UNION_SIZE patterns from `begin` on; most names match none of them.
 
         None if these patterns cannot be combined.
         """
-        if begin not in self._together:
-            patterns = [pattern for _, pattern in self._patterns[begin : begin + _TOGETHER]]
+        if begin not in self._unions:
+            patterns = [pattern for _, pattern in self._patterns[begin : begin + _UNION_SIZE]]
             combinable = len(patterns) > 1 and not any(
                 _ALONE.search(pattern.text) for pattern in patterns
             )
             text = "|".join(f"(?:{pattern.text})" for pattern in patterns)
-            self._together[begin] = (
+            self._unions[begin] = (
                 patterns[0]._replace(compiled=regex.compile(text, regex.VERSION0))
                 if combinable
                 else None
             )
-        return self._together[begin]
+        return self._unions[begin]
 
 
 def _literal(text: str) -> str | None:
