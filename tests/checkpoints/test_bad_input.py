@@ -64,13 +64,19 @@ def _put(files: dict[str, bytes], path: Path) -> Path:
 
 # ---------------------------------------------------------------------- one file
 @pytest.mark.parametrize(("header", "message"), [
-    ({"a": _entry(0, 32, [8]), "b": _entry(16, 64, [12])}, "tensor 'b': data_offsets: expected data from byte 32.* got 16 .overlap"),
-    ({"a": _entry(0, 32, [8]), "b": _entry(31, 63, [8])}, "tensor 'b': data_offsets: expected data from byte 32.* got 31 .overlap"),
-    ({"a": _entry(0, 32, [8]), "b": _entry(33, 64, [31], "U8")}, "tensor 'b': data_offsets: expected data from byte 32.* got 33 .hole"),
-    ({"a": _entry(0, 32, [8]), "b": _entry(0, 32, [8])}, "tensor 'b': data_offsets: expected data from byte 32.* got 0 .overlap"),
-    ({"a": _entry(0, 32, [8]), "b": _entry(48, 64, [4])}, "tensor 'b': data_offsets: expected data from byte 32.* got 48 .hole"),
+    ({"a": _entry(0, 32, [8]), "b": _entry(16, 64, [12])},
+     "tensor 'b': data_offsets: expected data from byte 32.* got 16 .overlap"),
+    ({"a": _entry(0, 32, [8]), "b": _entry(31, 63, [8])},
+     "tensor 'b': data_offsets: expected data from byte 32.* got 31 .overlap"),
+    ({"a": _entry(0, 32, [8]), "b": _entry(33, 64, [31], "U8")},
+     "tensor 'b': data_offsets: expected data from byte 32.* got 33 .hole"),
+    ({"a": _entry(0, 32, [8]), "b": _entry(0, 32, [8])},
+     "tensor 'b': data_offsets: expected data from byte 32.* got 0 .overlap"),
+    ({"a": _entry(0, 32, [8]), "b": _entry(48, 64, [4])},
+     "tensor 'b': data_offsets: expected data from byte 32.* got 48 .hole"),
     ({"a": _entry(0, 32, [8])}, "expected 32 bytes of data, got 64"),
-    ({"a": _entry(0, 128, [32])}, "tensor 'a': expected data up to byte 128, got a file with 64 bytes of it .truncated"),
+    ({"a": _entry(0, 128, [32])},
+     "tensor 'a': expected data up to byte 128, got a file with 64 bytes of it .truncated"),
     ({"a": _entry(0, 64, [15])}, r"expected 60 bytes for F32 \[15\], got 0..64"),
     ({"a": _entry(0, 64, [16], "F16")}, r"expected 32 bytes for F16 \[16\], got 0..64"),
     ({"a": _entry(64, 0, [16])}, "expected 64 bytes .* got 64..0"),
@@ -80,7 +86,8 @@ def _put(files: dict[str, bytes], path: Path) -> Path:
     ({"a": _entry(0, 64, [-16])}, r"shape: expected a list of sizes, got \[-16\]"),
     ({"a": _entry(0, 64, [4, 4.0])}, "shape: expected a list of sizes"),
     ({"a": _entry(0, 64, [2**62, 2**62])}, "data_offsets: expected"),
-    ({"a": {**_entry(0, 64, [16]), "data_offsets": 3}}, r"data_offsets: expected \[begin, end\], got 3"),
+    ({"a": {**_entry(0, 64, [16]), "data_offsets": 3}},
+     r"data_offsets: expected \[begin, end\], got 3"),
     ({"a": 3}, "tensor 'a': dtype: expected one of"),
     ([1], "header: expected a JSON object, got list"),
     (b'{"a": 1, "a": 2}', "header: expected JSON, got something else .'a' is there twice"),
@@ -129,12 +136,15 @@ def test_fuzzed_files_fail_cleanly(
     ({"weight_map": [1]}, r"weight_map: expected a non-empty object, got \[1\]"),
     ({"?": "../evil.safetensors"}, "expected a .safetensors file name, got '../evil.safetensors'"),
     ({"?": "/etc/passwd"}, "expected a .safetensors file name, got '/etc/passwd'"),
-    ({"?": "sub/model.safetensors"}, "expected a .safetensors file name, got 'sub/model.safetensors'"),
+    ({"?": "sub/model.safetensors"},
+     "expected a .safetensors file name, got 'sub/model.safetensors'"),
     ({"?": "pytorch_model.bin"}, "expected a .safetensors file name, got 'pytorch_model.bin'"),
     ({"?": "..\\evil.safetensors\0"}, "expected a .safetensors file name"),
     ({"?": 7}, "expected a .safetensors file name, got 7"),
-    ({"?": "model-00009-of-00009.safetensors"}, "expected a file model-00009-of-00009.safetensors .* found none"),
-    ({"?": "model-00002-of-"}, "expected tensor '.*', which model.safetensors.index.json places here"),
+    ({"?": "model-00009-of-00009.safetensors"},
+     "expected a file model-00009-of-00009.safetensors .* found none"),
+    ({"?": "model-00002-of-"},
+     "expected tensor '.*', which model.safetensors.index.json places here"),
 ])  # fmt: skip
 def test_indexes(
     change: dict[str, Any], message: str, originals: dict[str, dict[str, bytes]], tmp_path: Path
@@ -190,16 +200,19 @@ def test_truncated_shards(cut: int, originals: dict[str, dict[str, bytes]], tmp_
 # ---------------------------------------------------------------------- the config
 @pytest.mark.parametrize(("changes", "message"), [
     ({"num_hidden_layers": 10**5}, "num_hidden_layers: expected at most .* tensors .* got 100000"),
-    ({"num_hidden_layers": 10**9}, "num_hidden_layers: expected a number of at most 131072, got 1000000000"),
+    ({"num_hidden_layers": 10**9},
+     "num_hidden_layers: expected a number of at most 131072, got 1000000000"),
     ({"hidden_size": 10**12}, "hidden_size: expected at most"),
     ({"head_dim": 10**12}, "head_dim: expected a number of at most 131072"),
     ({"vocab_size": 10**15}, "vocab_size: expected at most"),
-    ({"num_attention_heads": 0}, "config.json: .*(modulo by zero|num_attention_heads: expected a positive integer)"),
+    ({"num_attention_heads": 0},
+     "config.json: .*(modulo by zero|num_attention_heads: expected a positive integer)"),
     ({"num_key_value_heads": 3}, "config.json|expected shape"),
     ({"hidden_act": "no such"}, "expected a LlamaForCausalLM's config"),
     ({"hidden_size": True}, "hidden_size: expected a positive integer, got True"),
     ({"rope_scaling": {"rope_type": "no such"}}, "config.json: expected"),
-    ({"auto_map": {"AutoModelForCausalLM": "evil.Evil"}, "model_type": "evil"}, "model_type: expected a model"),
+    ({"auto_map": {"AutoModelForCausalLM": "evil.Evil"}, "model_type": "evil"},
+     "model_type: expected a model"),
 ])  # fmt: skip
 def test_configs(
     changes: dict[str, Any], message: str, originals: dict[str, dict[str, bytes]], tmp_path: Path
@@ -224,26 +237,36 @@ def test_a_huge_config(originals: dict[str, dict[str, bytes]], tmp_path: Path) -
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-    | st.sampled_from(["re:.*", "Linear", "-:x", "int", "float", "group", "channel", "gptq", "gemm", 4, 8, 128]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    | st.sampled_from(["re:.*", "Linear", "-:x", "int", "float", "group", "channel", "gptq", "gemm",
+      4, 8, 128]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner,
+     max_size=3),
     max_leaves=6,
 )  # fmt: skip
 _ARGUMENTS = st.fixed_dictionaries({}, optional={
-    "num_bits": JSON, "type": JSON, "symmetric": JSON, "strategy": JSON, "group_size": JSON, "dynamic": JSON,
+    "num_bits": JSON, "type": JSON, "symmetric": JSON, "strategy": JSON, "group_size": JSON,
+    "dynamic": JSON,
     "block_structure": JSON, "actorder": JSON,
 })  # fmt: skip
 _GROUP = st.fixed_dictionaries({}, optional={
-    "targets": JSON | st.just(["Linear"]), "weights": _ARGUMENTS | JSON, "format": JSON | st.just("pack-quantized"),
+    "targets": JSON | st.just(["Linear"]), "weights": _ARGUMENTS | JSON,
+    "format": JSON | st.just("pack-quantized"),
     "input_activations": _ARGUMENTS | JSON, "output_activations": JSON,
 })  # fmt: skip
 CONFIGS = st.fixed_dictionaries(
-    {"quant_method": st.sampled_from(["gptq", "awq", "bitsandbytes", "compressed-tensors", "fp8"]) | JSON},
+    {"quant_method": st.sampled_from(["gptq", "awq", "bitsandbytes", "compressed-tensors",
+       "fp8"]) | JSON},
     optional={
-        "bits": JSON, "group_size": JSON, "sym": JSON, "desc_act": JSON, "checkpoint_format": JSON, "dynamic": JSON,
-        "version": JSON, "zero_point": JSON, "modules_to_not_convert": JSON, "load_in_4bit": JSON, "load_in_8bit": JSON,
-        "bnb_4bit_quant_type": JSON | st.just("nf4"), "bnb_4bit_quant_storage": JSON, "llm_int8_threshold": JSON,
-        "llm_int8_skip_modules": JSON, "weight_block_size": JSON, "activation_scheme": JSON, "scale_fmt": JSON,
-        "config_groups": st.dictionaries(st.text(max_size=4), _GROUP | JSON, max_size=3) | JSON, "ignore": JSON,
+        "bits": JSON, "group_size": JSON, "sym": JSON, "desc_act": JSON, "checkpoint_format": JSON,
+        "dynamic": JSON,
+        "version": JSON, "zero_point": JSON, "modules_to_not_convert": JSON, "load_in_4bit": JSON,
+        "load_in_8bit": JSON,
+        "bnb_4bit_quant_type": JSON | st.just("nf4"), "bnb_4bit_quant_storage": JSON,
+        "llm_int8_threshold": JSON,
+        "llm_int8_skip_modules": JSON, "weight_block_size": JSON, "activation_scheme": JSON,
+        "scale_fmt": JSON,
+        "config_groups": st.dictionaries(st.text(max_size=4), _GROUP | JSON, max_size=3) | JSON,
+        "ignore": JSON,
         "format": JSON | st.sampled_from(["pack-quantized", "int-quantized", "float-quantized"]),
         "sparsity_config": JSON, "transform_config": JSON,
     },

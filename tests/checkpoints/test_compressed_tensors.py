@@ -188,9 +188,11 @@ def check(
 TARGETS = [
     {"a": ["Linear"]}, {"a": ["Embedding"]}, {"a": ["Linear", "Embedding"]}, {"a": ["Module"]},
     {"a": ["Linear"], "b": ["Embedding"]}, {"a": ["LlamaAttention", "Linear"]},
-    {"a": ["re:.*"], "b": ["Embedding"]}, {"a": ["Linear"], "b": ["model.embed_tokens", "re:.*up_proj"]},
+    {"a": ["re:.*"], "b": ["Embedding"]},
+    {"a": ["Linear"], "b": ["model.embed_tokens", "re:.*up_proj"]},
     {"a": ["re:.*mlp.*", "Embedding"], "b": ["re:.*down_proj", "lm_head"], "c": ["Linear"]},
-    {"a": ["re:.*proj"], "b": ["re:.*mlp.*"]}, {"a": ["Linear"], "b": ["Module"]}, {"a": ["Linear"], "b": ["Linear"]},
+    {"a": ["re:.*proj"], "b": ["re:.*mlp.*"]}, {"a": ["Linear"], "b": ["Module"]},
+    {"a": ["Linear"], "b": ["Linear"]},
 ]  # fmt: skip
 
 
@@ -327,7 +329,8 @@ def test_quantization_config_goes_before_the_older_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("old", "message"), [
-    ({"sparsity_config": {"format": "sparse-bitmask"}}, "sparsity_config.format: expected 'dense', got 'sparse-bitmask'"),
+    ({"sparsity_config": {"format": "sparse-bitmask"}},
+     "sparsity_config.format: expected 'dense', got 'sparse-bitmask'"),
     ({"quant_method": "slimquant_w4a8"}, "quant_method: expected gptq, .* got 'slimquant_w4a8'"),
     ("int4", "compression_config: expected an object, got 'int4'"),
 ])  # fmt: skip
@@ -345,7 +348,8 @@ EIGHT_BITS: dict[str, tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any
     "dynamic-asymmetric": (int8(), tokens(symmetric=False), {"symmetric_input": False}, True),
     "weights-asymmetric": (int8(symmetric=False), tokens(), {"symmetric_weight": False}, False),
     "both-asymmetric": (
-        int8(symmetric=False), tokens(symmetric=False), {"symmetric_weight": False, "symmetric_input": False}, True
+        int8(symmetric=False), tokens(symmetric=False),
+        {"symmetric_weight": False, "symmetric_input": False}, True
     ),
     "static-weights-asymmetric": (
         int8(symmetric=False), int8(strategy="tensor", symmetric=False),
@@ -362,15 +366,19 @@ EIGHT_BITS: dict[str, tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any
                           {"group_size": 32, "symmetric_weight": False}, False),
     "w4a8": (weights(), tokens(), {"group_size": 32}, False),
     "weight-only": (int8(), None, {"activation": "none"}, True),
-    "weight-only-asymmetric": (int8(symmetric=False), None, {"activation": "none", "symmetric_weight": False}, True),
-    "weight-only-tensor": (int8(strategy="tensor"), None, {"activation": "none", "granularity": "tensor"}, True),
+    "weight-only-asymmetric": (int8(symmetric=False), None,
+     {"activation": "none", "symmetric_weight": False}, True),
+    "weight-only-tensor": (int8(strategy="tensor"), None,
+     {"activation": "none", "granularity": "tensor"}, True),
     "weight-only-groups": (int8(strategy="group", group_size=32, symmetric=False), None,
-                           {"activation": "none", "group_size": 32, "symmetric_weight": False}, True),
+                           {"activation": "none", "group_size": 32, "symmetric_weight": False},
+                           True),
     "fp8-group": (fp8(strategy="group", group_size=32), None,
                   {"granularity": "block", "block_rows": 1, "block_columns": 32}, True),
     "fp8-group-dynamic": (
         fp8(strategy="group", group_size=32), fp8(strategy="group", group_size=32, dynamic=True),
-        {"granularity": "block", "block_rows": 1, "block_columns": 32, "activation": "dynamic"}, True,
+        {"granularity": "block", "block_rows": 1, "block_columns": 32, "activation": "dynamic"},
+        True,
     ),
     **{
         f"fp8-block-{rows}x{columns}": (
@@ -380,8 +388,10 @@ EIGHT_BITS: dict[str, tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any
         for rows, columns in ((64, 64), (1, 128), (128, 1), (48, 40))
     },
     "fp8-block-dynamic": (
-        fp8(strategy="block", block_structure=[64, 32]), fp8(strategy="group", group_size=32, dynamic=True),
-        {"granularity": "block", "block_rows": 64, "block_columns": 32, "activation": "dynamic"}, True,
+        fp8(strategy="block", block_structure=[64, 32]),
+        fp8(strategy="group", group_size=32, dynamic=True),
+        {"granularity": "block", "block_rows": 64, "block_columns": 32, "activation": "dynamic"},
+        True,
     ),
     "fp8-dynamic": (fp8(), fp8(strategy="token", dynamic=True), {"activation": "dynamic"}, True),
     "fp8-static": (fp8(strategy="tensor"), fp8(strategy="tensor"),
@@ -406,13 +416,21 @@ def test_eight_bits(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("weight", "inputs", "message"), [
-    (int8(), int8(strategy="tensor", dynamic=True), r"expected dynamic per token, or static per tensor, got dynamic=True strategy='tensor'"),
-    (int8(), tokens(num_bits=4), r"input_activations: expected int of 8 bits like the weights, got 'int' of 4"),
-    (weights(), fp8(strategy="token", dynamic=True), r"input_activations: expected int of 8 bits like the weights, got 'float' of 8"),
-    (fp8(), fp8(strategy="token", dynamic=True, symmetric=False), r"expected dynamic per token, or static per tensor, and symmetric, got .* symmetric=False"),
-    (fp8(symmetric=False), fp8(strategy="token", dynamic=True), r"weights.symmetric: expected true with float8, got false"),
-    (fp8(strategy="group", group_size=32), fp8(strategy="token", dynamic=True), r"expected dynamic per group of 32, and symmetric, got dynamic=True strategy='token'"),
-    (fp8(strategy="block", block_structure=[64, 64]), fp8(strategy="group", group_size=32, dynamic=True), r"input_activations.group_size: expected 64 like the weights, got 32"),
+    (int8(), int8(strategy="tensor", dynamic=True),
+     r"expected dynamic per token, or static per tensor, got dynamic=True strategy='tensor'"),
+    (int8(), tokens(num_bits=4),
+     r"input_activations: expected int of 8 bits like the weights, got 'int' of 4"),
+    (weights(), fp8(strategy="token", dynamic=True),
+     r"input_activations: expected int of 8 bits like the weights, got 'float' of 8"),
+    (fp8(), fp8(strategy="token", dynamic=True, symmetric=False),
+     r"expected dynamic per token, or static per tensor, and symmetric, got .* symmetric=False"),
+    (fp8(symmetric=False), fp8(strategy="token", dynamic=True),
+     r"weights.symmetric: expected true with float8, got false"),
+    (fp8(strategy="group", group_size=32), fp8(strategy="token", dynamic=True),
+     r"expected dynamic per group of 32, and symmetric, got dynamic=True strategy='token'"),
+    (fp8(strategy="block", block_structure=[64, 64]),
+     fp8(strategy="group", group_size=32, dynamic=True),
+     r"input_activations.group_size: expected 64 like the weights, got 32"),
 ])  # fmt: skip
 def test_schemes_that_are_refused(
     weight: dict[str, Any], inputs: dict[str, Any], message: str, tmp_path: Path

@@ -32,7 +32,8 @@ WEIGHT_ONLY: list[tuple[str, dict[str, Any]]] = [
     ("gptq", {"group_size": 32, "act_order": True, "symmetric": False}),
     ("awq", {"group_size": 64}), ("nf4", {}), ("nf4", {"double_quant": True}),
     ("fp8", {}), ("fp8", {"granularity": "block"}), ("fp8", {"granularity": "tensor"}),
-    ("pack_quantized", {"group_size": 32}), ("pack_quantized", {"group_size": 32, "symmetric": False}),
+    ("pack_quantized", {"group_size": 32}),
+    ("pack_quantized", {"group_size": 32, "symmetric": False}),
     ("q8_0", {}),
 ]  # fmt: skip
 BOTH: list[tuple[str, dict[str, Any]]] = [

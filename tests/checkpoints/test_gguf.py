@@ -44,7 +44,8 @@ def test_header(file: Path) -> None:
     header = gguf.read_header(file)
     assert header.version == 3
     assert header.metadata == {
-        "general.architecture": "llama", "general.name": "tiny", "some.number": 7, "some.real": 0.25,
+        "general.architecture": "llama", "general.name": "tiny", "some.number": 7,
+        "some.real": 0.25,
         "some.flag": True, "some.words": ["a", "bc", "déf"], "some.numbers": "100 values",
     }  # fmt: skip
     norm, up = header.tensors
@@ -79,7 +80,8 @@ def test_every_truncation_is_noticed(file: Path) -> None:
     (16, struct.pack("<Q", 2**60), "metadata count: expected at most"),
     (24, struct.pack("<Q", 2**60), "metadata key 0: length: expected at most 65535"),
     (32, b"\xff", "metadata key 0: expected UTF-8 text, got byte 0xff"),
-    (52, struct.pack("<I", 13), "'general.architecture': type: expected a GGUF value type, 0 to 12, got 13"),
+    (52, struct.pack("<I", 13),
+     "'general.architecture': type: expected a GGUF value type, 0 to 12, got 13"),
     (56, struct.pack("<Q", 2**62), "'general.architecture': expected 4611686018427387904 bytes"),
 ])  # fmt: skip
 def test_damaged_header(offset: int, value: bytes, message: str, file: Path) -> None:

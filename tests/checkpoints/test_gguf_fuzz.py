@@ -126,8 +126,10 @@ def test_damaged_models_are_an_error_or_load(
 
 
 VALUES = st.one_of(
-    st.integers(-(2**63), 2**64 - 1), st.sampled_from([0, 1, 2, 3, 4, 16, 32, 64, 2**31, 2**32 - 1]), st.floats(width=32),
-    st.booleans(), st.text(max_size=6), st.sampled_from(["llama", "qwen2", "qwen3", "falcon", "gpt2", "yarn", "linear"]),
+    st.integers(-(2**63), 2**64 - 1),
+    st.sampled_from([0, 1, 2, 3, 4, 16, 32, 64, 2**31, 2**32 - 1]), st.floats(width=32),
+    st.booleans(), st.text(max_size=6),
+    st.sampled_from(["llama", "qwen2", "qwen3", "falcon", "gpt2", "yarn", "linear"]),
     st.lists(st.integers(0, 2**32 - 1), max_size=70), st.lists(st.text(max_size=3), max_size=70),
 )  # fmt: skip
 

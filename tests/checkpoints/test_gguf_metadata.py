@@ -50,8 +50,10 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
     ({}, ("general.architecture",), "general.architecture: expected a name, got None"),
     *(
         ({f"llama.{key}": value}, (), rf"llama\.{key}: expected int")
-        for key in ("attention.head_count", "attention.head_count_kv", "block_count", "embedding_length",
-                    "feed_forward_length", "context_length", "attention.key_length", "rope.dimension_count",
+        for key in ("attention.head_count", "attention.head_count_kv", "block_count",
+         "embedding_length",
+                    "feed_forward_length", "context_length", "attention.key_length",
+                    "rope.dimension_count",
                     "vocab_size")
         for value in (0, -5, HUGE, 2**63, "x", math.nan, 2.0, [1, 2], [1] * 100, True)
     ),
@@ -62,38 +64,51 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
     ),
     *(
         ({}, (f"llama.{key}",), rf"llama\.{key}: expected (int|float), .*got None")
-        for key in ("attention.head_count", "block_count", "embedding_length", "feed_forward_length",
+        for key in ("attention.head_count", "block_count", "embedding_length",
+         "feed_forward_length",
                     "context_length", "attention.layer_norm_rms_epsilon")
     ),
-    ({"llama.block_count": 2**31 - 1}, (), "block_count: expected 1, as the tensors' names have it"),
+    ({"llama.block_count": 2**31 - 1}, (),
+     "block_count: expected 1, as the tensors' names have it"),
     ({"llama.block_count": 2}, (), "block_count: expected 1"),
-    ({"llama.embedding_length": 128}, (), "embedding_length: expected 64, the columns of token_embd.weight"),
+    ({"llama.embedding_length": 128}, (),
+     "embedding_length: expected 64, the columns of token_embd.weight"),
     ({"llama.feed_forward_length": 2**30}, (), "feed_forward_length: expected 96, the rows of"),
     ({"llama.vocab_size": 2**30}, (), "vocab_size: expected 128, the rows of token_embd.weight"),
-    ({"llama.attention.head_count": 3}, (), "head_count: expected heads of 16 that make the 64 rows"),
-    ({"llama.attention.head_count_kv": 2**30}, (), "head_count_kv: expected heads of 16 that make the 32 rows"),
-    ({"llama.attention.head_count": 4, "llama.attention.key_length": 2**30}, (), "head_count: expected heads of"),
+    ({"llama.attention.head_count": 3}, (),
+     "head_count: expected heads of 16 that make the 64 rows"),
+    ({"llama.attention.head_count_kv": 2**30}, (),
+     "head_count_kv: expected heads of 16 that make the 32 rows"),
+    ({"llama.attention.head_count": 4, "llama.attention.key_length": 2**30}, (),
+     "head_count: expected heads of"),
     ({"llama.attention.value_length": 8}, (), "value_length: expected 16, the size of a key"),
     ({"llama.rope.dimension_count": 8}, (), "rope.dimension_count: expected 16, the size of a key"),
     ({}, ("token_embd.weight",), "token_embd.weight: expected a tensor of shape .*found none"),
     ({}, ("blk.0.ffn_up.weight",), "blk.0.ffn_up.weight: expected a tensor of shape .*found none"),
-    ({}, ("blk.0.attn_norm.weight",), r"blk.0.attn_norm.weight: expected a tensor of shape \(64,\), found none"),
+    ({}, ("blk.0.attn_norm.weight",),
+     r"blk.0.attn_norm.weight: expected a tensor of shape \(64,\), found none"),
     # what would change the function
     ({"llama.logit_scale": 8.0}, (), "llama.logit_scale: expected none or 0.0"),
-    ({"llama.attention.sliding_window": 4}, (), "llama.attention.sliding_window: expected no such key"),
-    ({"llama.attention.sliding_window": "x"}, (), "llama.attention.sliding_window: expected no such key"),
+    ({"llama.attention.sliding_window": 4}, (),
+     "llama.attention.sliding_window: expected no such key"),
+    ({"llama.attention.sliding_window": "x"}, (),
+     "llama.attention.sliding_window: expected no such key"),
     ({"llama.expert_count": 8}, (), "llama.expert_used_count: expected int"),
     ({"llama.expert_count": [1]}, (), "llama.expert_count: expected none or 0"),
     ({"llama.attention.causal": False}, (), "llama.attention.causal: expected none or True"),
     ({"llama.news": 1}, (), "llama.news: expected no such key"),
-    ({"llama.rope.scaling.type": "longrope"}, (), "rope.scaling.type: expected none, linear or yarn, got 'longrope'"),
+    ({"llama.rope.scaling.type": "longrope"}, (),
+     "rope.scaling.type: expected none, linear or yarn, got 'longrope'"),
     ({"llama.rope.scaling.type": 4}, (), "rope.scaling.type: expected str, text; got 4"),
-    ({"llama.rope.scaling.factor": 0.5}, (), "rope.scaling.factor: expected 0 or at least 1, got 0.5"),
+    ({"llama.rope.scaling.factor": 0.5}, (),
+     "rope.scaling.factor: expected 0 or at least 1, got 0.5"),
     ({"llama.rope.scaling.factor": math.nan}, (), "rope.scaling.factor: expected float"),
     ({"llama.rope.scale_linear": -1.0}, (), "rope.scale_linear: expected float"),
     ({"llama.rope.scaling.attn_factor": 2.0}, (), "rope.scaling.attn_factor: expected none or 1.0"),
-    ({"tokenizer.ggml.bos_token_id": 128}, (), "bos_token_id: expected an integer of 0 to 127, got 128"),
-    ({"tokenizer.ggml.eos_token_id": "x"}, (), "eos_token_id: expected an integer of 0 to 127, got 'x'"),
+    ({"tokenizer.ggml.bos_token_id": 128}, (),
+     "bos_token_id: expected an integer of 0 to 127, got 128"),
+    ({"tokenizer.ggml.eos_token_id": "x"}, (),
+     "eos_token_id: expected an integer of 0 to 127, got 'x'"),
 ]  # fmt: skip
 BAD_TOKENIZERS: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
     ({}, (TOKENS,), "tokens: expected a non-empty array, got None"),
@@ -108,12 +123,15 @@ BAD_TOKENIZERS: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
     ({}, ("tokenizer.ggml.model",), "model: expected a name, got None"),
     ({"tokenizer.ggml.model": 7}, (), "model: expected a name, got 7"),
     ({"tokenizer.ggml.model": "odd"}, (), "tokenizer: expected one transformers builds"),
-    ({"tokenizer.ggml.model": "llama"}, (MERGES,), "scores: expected an array for a llama tokenizer"),
-    ({"tokenizer.ggml.scores": [1.0]}, (), "scores: expected 128 items, one a token, got '1 items'"),
+    ({"tokenizer.ggml.model": "llama"}, (MERGES,),
+     "scores: expected an array for a llama tokenizer"),
+    ({"tokenizer.ggml.scores": [1.0]}, (),
+     "scores: expected 128 items, one a token, got '1 items'"),
     ({"tokenizer.ggml.scores": [math.nan] * 128}, (), "scores: expected finite numbers"),
     ({"tokenizer.ggml.token_type": [1] * 9}, (), "token_type: expected 128 items"),
     ({"tokenizer.ggml.token_type": ["a"] * 128}, (), "token_type: expected an array of int"),
-    ({"tokenizer.ggml.unknown_token_id": -1}, (), "unknown_token_id: expected an integer of 0 to 127, got -1"),
+    ({"tokenizer.ggml.unknown_token_id": -1}, (),
+     "unknown_token_id: expected an integer of 0 to 127, got -1"),
     ({"tokenizer.ggml.padding_token_id": HUGE}, (), "padding_token_id: expected an integer"),
     ({"tokenizer.ggml.add_bos_token": 1}, (), "add_bos_token: expected true or false, got 1"),
     ({"tokenizer.ggml.pre": 1}, (), "pre: expected text, got 1"),
@@ -165,7 +183,8 @@ def test_the_command_says_it_in_one_line(
     good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for changes, drop in (
-        ({"general.architecture": ["llama"]}, ()), ({"llama.attention.head_count": 0}, ()), ({}, (TOKENS,)),
+        ({"general.architecture": ["llama"]}, ()), ({"llama.attention.head_count": 0}, ()),
+        ({}, (TOKENS,)),
         ({MERGES: []}, ()), ({"general.architecture": "falcon"}, ()),
     ):  # fmt: skip
         path = rewrite(good, tmp_path / "bad.gguf", changes, drop)
@@ -209,11 +228,13 @@ def test_what_changes_nothing_is_taken(good: Path, tmp_path: Path) -> None:
     want = logits(qk.load_model(good))
     path = rewrite(good, tmp_path / "x.gguf", {
         "llama.expert_count": 0, "llama.logit_scale": 0.0, "llama.attention.sliding_window": 256,
-        "llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 8.0, "llama.attention.causal": True,
+        "llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 8.0,
+        "llama.attention.causal": True,
         "llama.rope.scaling.finetuned": False,
     }, tensors={"rope_freqs.weight": np.ones(8, np.float32)})  # fmt: skip
     assert torch.equal(logits(qk.load_model(path)), want)
-    minimal = rewrite(good, tmp_path / "y.gguf", drop=("llama.attention.key_length", "llama.vocab_size",
+    minimal = rewrite(good, tmp_path / "y.gguf",
+     drop=("llama.attention.key_length", "llama.vocab_size",
         "llama.attention.value_length", "llama.rope.dimension_count"))  # fmt: skip
     assert torch.equal(logits(qk.load_model(minimal)), want)
 
@@ -233,7 +254,8 @@ def test_yarn(good: Path, tmp_path: Path) -> None:
     factor, original, fast, slow, size, theta = 4.0, 64, 16.0, 2.0, 16, 10000.0
     path = rewrite(good, tmp_path / "x.gguf", {
         "llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": factor,
-        "llama.rope.scaling.original_context_length": original, "llama.rope.scaling.yarn_beta_fast": fast,
+        "llama.rope.scaling.original_context_length": original,
+        "llama.rope.scaling.yarn_beta_fast": fast,
         "llama.rope.scaling.yarn_beta_slow": slow,
     })  # fmt: skip
     model = qk.load_model(path)
@@ -290,7 +312,8 @@ def test_other_tables(table: np.ndarray, good: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("rope", [
     {"rope_type": "linear", "factor": 4.0},
     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
-    {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "beta_fast": 16.0, "beta_slow": 2.0},
+    {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "beta_fast": 16.0,
+     "beta_slow": 2.0},
     {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
      "original_max_position_embeddings": 8192},
 ])  # fmt: skip
@@ -305,9 +328,12 @@ def test_scaling_written_and_read(kind: str, rope: dict[str, Any], tmp_path: Pat
 
 def test_scaling_that_gguf_has_not(tmp_path: Path) -> None:
     for changes, message in (
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope_type: expected one of"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "attention_factor": 3.0,
-                              "original_max_position_embeddings": 64}}, "attention_factor: expected none for yarn"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+         "rope_type: expected one of"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4,
+           "attention_factor": 3.0,
+                              "original_max_position_embeddings": 64}},
+                              "attention_factor: expected none for yarn"),
         ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', got 'gelu'"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):

@@ -127,7 +127,8 @@ def save(path: Path, tokenizer: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("tokenizer", "name"), [
     (byte_level(plain()), "gpt-2"),
-    (byte_level(pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain()])), "smollm"),
+    (byte_level(pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain()])),
+     "smollm"),
     (byte_level(split(r"\p{N}{1,3}"), ignore_merges=True), "llama-bpe"),
     (byte_level(split(r"\p{N}"), normalizer=normalizers.NFC()), "qwen2"),
 ], ids=["gpt-2", "smollm", "llama-bpe", "qwen2"])  # fmt: skip
@@ -195,7 +196,8 @@ def _llama_cpp(text: str, metadata: dict[str, Any]) -> list[int]:
     (byte_level(split(r"\p{N}{1,2}")), "expected one that cuts text as"),
     (byte_level(split(r"\p{N}"), ignore_merges=True), "expected one that cuts text as"),
     (byte_level(None), "expected one that cuts text as"),
-    (byte_level(plain(), normalizer=normalizers.Lowercase()), "expected one that cuts text as .*Lowercase"),
+    (byte_level(plain(), normalizer=normalizers.Lowercase()),
+     "expected one that cuts text as .*Lowercase"),
     (byte_level(plain(), dropout=0.5), "expected one that cuts text as"),
     (byte_level(plain(), merges=()), "expected a BPE model with merges, got none"),
     (sentencepiece(normalizers.Prepend("▁")), "expected spaces to become ▁ .*Prepend"),

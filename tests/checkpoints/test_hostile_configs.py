@@ -30,7 +30,7 @@ from qkernels.checkpoints.tensor_files import INDEX
 from ..tiny import ids
 from .hostile import change, quick, said_by
 
-# ---------------------------------------------------------------------- config.json: memory and time
+# --------------------------------------------------------------------- config.json: memory and time
 _MEMORY = """
 import json, resource, sys, time, warnings
 warnings.simplefilter("ignore")
@@ -59,18 +59,24 @@ _BOMBS: list[tuple[dict[str, Any], str]] = [
     ({"num_labels": 1e9}, "num_labels: expected a number of at most 131072, got 1000"),
     ({"num_labels": 10_000_000}, "num_labels: expected a number of at most 131072, got 10000000"),
     ({"num_hidden_layers": 10_000_000}, "num_hidden_layers: expected a number of at most 131072"),
-    ({"num_hidden_layers": 131_072}, "num_hidden_layers: expected at most 20, as the files hold 20 tensors"),
-    ({"text_config": {"num_hidden_layers": 10**8}}, r"text_config.num_hidden_layers: expected a number"),
+    ({"num_hidden_layers": 131_072},
+     "num_hidden_layers: expected at most 20, as the files hold 20 tensors"),
+    ({"text_config": {"num_hidden_layers": 10**8}},
+     r"text_config.num_hidden_layers: expected a number"),
     ({"a": {"b": [{"depths": [1, 10**9]}]}}, r"a.b.depths: expected a number of at most 131072"),
     ({"id2label": {str(i): "x" for i in range(300_000)}}, "expected at most 262144 items in all"),
     ({"anything": [0] * 300_000}, "anything: expected at most 262144 items in all"),
     ({"": [[]] * 300_000}, "expected at most 262144 items in all"),
-    ({**_GPT_NEO, "max_position_embeddings": 60_000}, "buffers of at most 2147483648 bytes, got 7200000"),
-    ({**_BERT, "max_position_embeddings": 10**9}, "expected parameters of at most [0-9]+ numbers, as the files hold fewer, got more"),
+    ({**_GPT_NEO, "max_position_embeddings": 60_000},
+     "buffers of at most 2147483648 bytes, got 7200000"),
+    ({**_BERT, "max_position_embeddings": 10**9},
+     "expected parameters of at most [0-9]+ numbers, as the files hold fewer, got more"),
     # tables that are computed row by row, in Python, while the model is built
-    ({"model_type": "pegasus", "architectures": ["PegasusForConditionalGeneration"], "max_position_embeddings": 10**12},
+    ({"model_type": "pegasus", "architectures": ["PegasusForConditionalGeneration"],
+      "max_position_embeddings": 10**12},
      "parameters of at most"),
-    ({"model_type": "distilbert", "architectures": ["DistilBertForMaskedLM"], "sinusoidal_pos_embds": True,
+    ({"model_type": "distilbert", "architectures": ["DistilBertForMaskedLM"],
+      "sinusoidal_pos_embds": True,
       "max_position_embeddings": 5_000_000}, "parameters of at most"),
     ({"num_labels": 131_072}, "loaded"),
     ({"max_position_embeddings": 10**9, "rope_theta": 10**9, "eos_token_id": 250_000}, "loaded"),
@@ -130,11 +136,16 @@ def test_real_configs_pass() -> None:
                 kind(**{free: 10**7})
     assert checked > 200
     check_values(path, {
-        "vocab_size": 256_000, "max_position_embeddings": 10_485_760, "eos_token_id": [200_001, 200_008],
-        "rope_scaling": {"original_max_position_embeddings": 1_048_576, "factor": 8.0}, "rope_theta": 1_000_000_000,
-        "num_labels": 21_843, "id2label": {str(i): f"LABEL_{i}" for i in range(21_843)}, "sliding_window": 131_072,
-        "label2id": {f"LABEL_{i}": i for i in range(21_843)}, "model_max_length": 10**30, "n_positions": 1_048_576,
-        "n_words": 200_000, "num_training_steps": 500_000, "num_train_samples": 1_281_167, "num_train_epochs": 10**6,
+        "vocab_size": 256_000, "max_position_embeddings": 10_485_760,
+        "eos_token_id": [200_001, 200_008],
+        "rope_scaling": {"original_max_position_embeddings": 1_048_576, "factor": 8.0},
+        "rope_theta": 1_000_000_000,
+        "num_labels": 21_843, "id2label": {str(i): f"LABEL_{i}" for i in range(21_843)},
+        "sliding_window": 131_072,
+        "label2id": {f"LABEL_{i}": i for i in range(21_843)}, "model_max_length": 10**30,
+        "n_positions": 1_048_576,
+        "n_words": 200_000, "num_training_steps": 500_000, "num_train_samples": 1_281_167,
+        "num_train_epochs": 10**6,
         "num_experts": 512, "rms_norm_eps": 1e-6, "seed": 2**62, "num_params": 671_000_000_000,
     })  # fmt: skip
 
@@ -184,7 +195,8 @@ def test_repositories_of_kernels_are_refused(
     for name in ("kernels-community/flash-attn2", "evil/kernel@v1:f", "paged|evil/kernel"):
         change(directory, {
             "outside": {key: name}, "text_config": {"text_config": {key: name}},
-            "in a list": {"parts": [{key: name}]}, "by parts": {key: {"": "sdpa", "text_config": name}},
+            "in a list": {"parts": [{key: name}]},
+            "by parts": {key: {"": "sdpa", "text_config": name}},
         }[where])  # fmt: skip
         with pytest.raises(
             ValueError, match=f"config.json: {key}: expected none, .* got the repository"
@@ -227,10 +239,14 @@ def test_repositories_of_backbones_are_refused(directory: Path, hosts: list[str]
 
 # ---------------------------------------------------------------------- errors that name the file
 _GARBAGE: list[Any] = [
-    {"max_length": "x"}, {"eos_token_id": {}}, {"num_beams": {}}, {"watermarking_config": 5}, {"cache_config": 5},
-    {"transformers_version": {}}, {"compile_config": "x"}, {"num_beams": [1]}, {"do_sample": []}, {"to_dict": 5},
-    {"temperature": "hot"}, {"constraints": 3}, {"quantization_config": 5}, {"suppress_tokens": 5}, {"": 5},
-    {"validate": 1}, {"update": 2}, {"\ud800": "\ud800"}, {"num_return_sequences": 10**40}, {"top_k": -5},
+    {"max_length": "x"}, {"eos_token_id": {}}, {"num_beams": {}}, {"watermarking_config": 5},
+    {"cache_config": 5},
+    {"transformers_version": {}}, {"compile_config": "x"}, {"num_beams": [1]}, {"do_sample": []},
+    {"to_dict": 5},
+    {"temperature": "hot"}, {"constraints": 3}, {"quantization_config": 5}, {"suppress_tokens": 5},
+    {"": 5},
+    {"validate": 1}, {"update": 2}, {"\ud800": "\ud800"}, {"num_return_sequences": 10**40},
+    {"top_k": -5},
 ]  # fmt: skip
 
 
@@ -273,7 +289,8 @@ def test_indexes_that_name_what_no_file_is_called(name: str, directory: Path) ->
     ({"rms_norm_eps": "x"}, "rms_norm_eps"),
     ({"to_dict": 5}, "to_dict: expected a field of LlamaConfig, got the name of a method"),
     ({"get_text_config": {}}, "get_text_config: expected a field of LlamaConfig"),
-    ({"pad_token_id": 2**63}, "pad_token_id: expected an integer of 64 bits, got 9223372036854775808"),
+    ({"pad_token_id": 2**63},
+     "pad_token_id: expected an integer of 64 bits, got 9223372036854775808"),
     ({"dtype": "silly"}, "expected a valid llama config"),
     ({"rope_parameters": {"rope_type": "yarn", "factor": "x"}}, "expected a"),
     ({"architectures": ["GPT2LMHeadModel"]}, "architectures: expected a class for"),

@@ -25,7 +25,8 @@ from ..tiny import ids, tiny_model
 from .hostile import quick
 
 # ---------------------------------------------------------------------- files that are none
-_FILES = ("config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+_FILES = ("config.json", "model.safetensors", "generation_config.json", "tokenizer.json",
+ "tokenizer_config.json",
           INDEX, "quantize_config.json", "quant_config.json", "chat_template.jinja",
           "additional_chat_templates/x.jinja")  # fmt: skip
 
@@ -153,7 +154,10 @@ def test_names_of_many_components(directory: Path) -> None:
     for name in ("." * 501, "model." * 1_000_000):
         header = json.dumps({name: {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}).encode()
         _safetensors(directory / "model.safetensors", header)
-        expected = f"model.safetensors: tensor '.*: expected a name of at most 500 characters, got {len(name)}"
+        expected = (
+            "model.safetensors: tensor '.*: expected a name of at most 500 characters, got "
+            f"{len(name)}"
+        )
         with quick(2), pytest.raises(ValueError, match=expected):
             qk.load_model(directory)
 
@@ -170,7 +174,10 @@ def test_headers_of_many_items(item: str, tmp_path: Path) -> None:
 
 def test_real_headers_are_far_below(tmp_path: Path) -> None:
     """50,000 tensors in one file."""
-    entry = '"model.layers.{0}.mlp.experts.{0}.w.weight_packed":{{"dtype":"I32","shape":[0,8],"data_offsets":[0,0]}}'
+    entry = (
+        '"model.layers.{0}.mlp.experts.{0}.w.weight_packed":'
+        '{{"dtype":"I32","shape":[0,8],"data_offsets":[0,0]}}'
+    )
     header = "{" + ",".join(entry.format(i) for i in range(50_000)) + "}"
     assert len(read_header(_safetensors(tmp_path / "x.safetensors", header.encode()))) == 50_000
 
@@ -179,7 +186,8 @@ def test_more_tensors_than_a_model_has(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("qkernels.checkpoints.tensor_files._MAX_TENSORS", 3)
     entry = '"{}":{{"dtype":"I32","shape":[0],"data_offsets":[0,0]}}'
     shards = [
-        _safetensors(tmp_path / f"{s}.safetensors", ("{" + ",".join(entry.format(f"{s}{i}") for i in range(2)) + "}").encode())
+        _safetensors(tmp_path / f"{s}.safetensors",
+         ("{" + ",".join(entry.format(f"{s}{i}") for i in range(2)) + "}").encode())
         for s in "ab"
     ]  # fmt: skip
     with pytest.raises(ValueError, match="b.safetensors: expected at most 3 tensors in all"):
@@ -230,7 +238,8 @@ def test_a_file_replaced_while_its_header_is_read(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, None])
 def test_tensors_that_are_converted(tmp_path: Path, dtype: torch.dtype | None) -> None:
     """Read without a map, each from its own place; others are as they are."""
-    tensors = {"a": torch.randn(3, 5), "b": torch.randn(7).half(), "c": torch.randn(2, 0), "d": torch.arange(4),
+    tensors = {"a": torch.randn(3, 5), "b": torch.randn(7).half(), "c": torch.randn(2, 0),
+     "d": torch.arange(4),
                "e": torch.tensor(2.5), "f": torch.randn(2, 3).bfloat16()}  # fmt: skip
     save_file(tensors, tmp_path / "model.safetensors")
     with TensorFiles(tmp_path) as open_files:

@@ -128,7 +128,8 @@ def test_names_in_the_file_are_the_ecosystem_s(tmp_path: Path) -> None:
     names = {n for n in load_file(tmp_path / "m/model.safetensors") if ".0.mlp.up_proj." in n}
     suffixes = {n.removeprefix("model.layers.0.mlp.up_proj.") for n in names}
     assert suffixes == {
-        "weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map",
+        "weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax",
+        "weight.nested_quant_map",
         "weight.quant_state.bitsandbytes__nf4",
     }  # fmt: skip
 

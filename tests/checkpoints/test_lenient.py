@@ -114,7 +114,7 @@ def test_gpt2_quantized_on_load(format: str, tmp_path: Path) -> None:
     assert torch.equal(_logits(loaded), _logits(want))
 
 
-# ---------------------------------------------------------------------- configs that say too little, or wrong
+# ------------------------------------------------------------ configs that say too little, or wrong
 @pytest.mark.parametrize("change", [{"desc_act": False}, {"desc_act": None}], ids=str)
 def test_permuted_groups_that_the_config_does_not_speak_of(
     change: dict[str, Any], tmp_path: Path
@@ -169,7 +169,8 @@ def test_a_stale_index_beside_one_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "want"), [
-    ("float16", torch.float16), ("bfloat16", torch.bfloat16), (torch.float16, torch.float16), ("auto", torch.float32),
+    ("float16", torch.float16), ("bfloat16", torch.bfloat16), (torch.float16, torch.float16),
+    ("auto", torch.float32),
     (None, torch.float32),
 ])  # fmt: skip
 def test_dtypes_by_name(dtype: Any, want: torch.dtype, tmp_path: Path) -> None:
@@ -224,11 +225,12 @@ def test_a_model_without_a_class(tmp_path: Path) -> None:
         qk.load_model(tmp_path / "m")
 
 
-# ---------------------------------------------------------------------- embeddings that scale their rows
+# ----------------------------------------------------------------- embeddings that scale their rows
 def _gemma(**changes: Any) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
     config = transformers.GemmaConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=64, **changes,
     )  # fmt: skip
     return transformers.GemmaForCausalLM(config).eval()
@@ -261,7 +263,8 @@ def test_a_packed_head_gives_such_an_embedding_its_values(tmp_path: Path) -> Non
 
 # ---------------------------------------------------------------------- what others keep in float32
 @pytest.mark.parametrize("options", [
-    {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}, {"load_in_8bit": True},
+    {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
+    {"load_in_8bit": True},
 ], ids=str)  # fmt: skip
 def test_t5_as_bitsandbytes_has_it(options: dict[str, Any], tmp_path: Path) -> None:
     """Its `wo` overflows float16, so transformers' quantizers leave it plain, and could not read it

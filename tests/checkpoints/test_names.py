@@ -18,7 +18,9 @@ def test_names_go_there_and_back() -> None:
     there = {
         "model.layers.0.mlp.gate.weight": "model.layers.0.block_sparse_moe.gate.weight",
         "model.layers.0.self_attn.q_proj.qweight": "model.layers.0.self_attn.q_proj.qweight",
-        "model.layers.1.mlp.experts.3.w1.weight.absmax": "model.layers.1.block_sparse_moe.experts.3.w1.weight.absmax",
+        "model.layers.1.mlp.experts.3.w1.weight.absmax": (
+            "model.layers.1.block_sparse_moe.experts.3.w1.weight.absmax"
+        ),
     }
     for own, stored in there.items():
         assert names.to_stored(own) == stored

@@ -44,7 +44,8 @@ def _ct(groups: dict[str, Any], **more: Any) -> dict[str, Any]:
     ("lm_head", ["lm_head"], ["model.lm_head_2"]),
     ("model.layers.1", ["model.layers.1.mlp.up_proj"], ["model.layers.11.mlp.up_proj"]),
     ("mlp.gate", ["model.layers.1.mlp.gate"], ["model.layers.1.mlp.gate_proj"]),
-    (r"model\.layers\.\d+\.mlp", ["model.layers.12.mlp.up_proj"], ["model.layers.12.self_attn.q_proj"]),
+    (r"model\.layers\.\d+\.mlp", ["model.layers.12.mlp.up_proj"],
+     ["model.layers.12.self_attn.q_proj"]),
 ])  # fmt: skip
 @pytest.mark.parametrize("base", [
     {**GPTQ, "?": "modules_to_not_convert"},
@@ -81,7 +82,8 @@ def test_our_skip_rule_is_transformers_s() -> None:
 
 def test_gptq_dynamic_rules_first_match_wins() -> None:
     plan = Plan("here", {**GPTQ, "dynamic": {
-        "-:.*up_proj": {}, r"+:model\.layers\.1\..*": {"bits": 8, "group_size": -1}, ".*down_proj": {"bits": 2},
+        "-:.*up_proj": {}, r"+:model\.layers\.1\..*": {"bits": 8, "group_size": -1},
+        ".*down_proj": {"bits": 2},
     }})  # fmt: skip
     assert plan.scheme("model.layers.1.mlp.up_proj") is None
     scheme = plan.scheme("model.layers.1.mlp.down_proj")
@@ -93,7 +95,8 @@ def test_gptq_dynamic_rules_first_match_wins() -> None:
 
 def test_config_groups_most_specific_target_wins() -> None:
     plan = Plan("here", _ct({
-        "a": _group(4, ["Linear"]), "b": _group(8, [r"re:.*down_proj$"]), "c": _group(3, ["model.layers.1.mlp.down_proj"]),
+        "a": _group(4, ["Linear"]), "b": _group(8, [r"re:.*down_proj$"]),
+        "c": _group(3, ["model.layers.1.mlp.down_proj"]),
     }, ignore=["lm_head", r"re:.*layers\.0\.self_attn.*"]))  # fmt: skip
     bits = {n: s and s.params["bits"] for n in (
         "lm_head", "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj",
@@ -106,7 +109,8 @@ def test_config_groups_agree_with_compressed_tensors() -> None:
     """Their own matcher on the same model; every module's scheme must be the one they apply."""
     quantization = pytest.importorskip("compressed_tensors.quantization")
     config = _ct({
-        "a": _group(4, [r"re:.*self_attn.*"]), "b": _group(8, [r"re:.*down_proj$", "model.layers.0.mlp.up_proj"]),
+        "a": _group(4, [r"re:.*self_attn.*"]),
+        "b": _group(8, [r"re:.*down_proj$", "model.layers.0.mlp.up_proj"]),
         "c": _group(2, ["Linear"]), "d": {"targets": ["LlamaAttention"], "weights": None},
     }, ignore=[r"re:.*k_proj", "lm_head", "model.layers.1.mlp.gate_proj"])  # fmt: skip
     model = tiny_model()
@@ -121,23 +125,33 @@ def test_config_groups_agree_with_compressed_tensors() -> None:
 
 
 @pytest.mark.parametrize(("config", "message"), [
-    ({**GPTQ, "modules_to_not_convert": "lm_head"}, "modules_to_not_convert: expected a list of names, got 'lm_head'"),
-    ({**GPTQ, "modules_to_not_convert": ["("]}, "modules_to_not_convert: expected a regular expression"),
+    ({**GPTQ, "modules_to_not_convert": "lm_head"},
+     "modules_to_not_convert: expected a list of names, got 'lm_head'"),
+    ({**GPTQ, "modules_to_not_convert": ["("]},
+     "modules_to_not_convert: expected a regular expression"),
     ({**GPTQ, "dynamic": ["-:x"]}, r"dynamic: expected an object, got \['-:x'\]"),
     ({**GPTQ, "dynamic": {"+:[": {}}}, "dynamic: expected a regular expression, got '\\['"),
     ({**GPTQ, "dynamic": {"+:x": 4}}, r"dynamic\['\+:x'\]: expected an object, got 4"),
     (_ct({}), "config_groups: expected a non-empty object"),
     (_ct({"a": 3}), "config_groups.a: expected an object, got 3"),
     (_ct({"a": {"targets": ["Linear"]}}), "config_groups.a.weights: expected an object, got None"),
-    (_ct({"a": {"targets": ["Linear"], "weights": None}}), "config_groups: expected a group with weights, got none"),
-    (_ct({"a": _group(4, "Linear")}), "config_groups.a.targets: expected a list of names, got 'Linear'"),
-    (_ct({"a": _group(4, ["re:*"])}), r"config_groups.a.targets: expected a regular expression, got '\*'"),
+    (_ct({"a": {"targets": ["Linear"], "weights": None}}),
+     "config_groups: expected a group with weights, got none"),
+    (_ct({"a": _group(4, "Linear")}),
+     "config_groups.a.targets: expected a list of names, got 'Linear'"),
+    (_ct({"a": _group(4, ["re:*"])}),
+     r"config_groups.a.targets: expected a regular expression, got '\*'"),
     (_ct({"a": _group(4, ["Linear"], format="marlin-24")}), "config_groups: expected gptq, awq"),
-    (_ct({"a": _group(4, ["Linear"], input_activations={"num_bits": 8})}), "input_activations: expected null with pack-quantized"),
-    (_ct({"a": _group(4, ["Linear"], output_activations={})}), "output_activations: expected null, got {}"),
-    (_ct({"a": _group(4, ["Linear"])}, sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config.format: expected 'dense'"),
-    (_ct({"a": _group(4, ["Linear"])}, format=None), "quantization_config.format: expected a string, got None"),
-    ({"quant_method": "fp8", "weight_block_size": [64]}, r"weight_block_size: expected two positive integers, got \[64\]"),
+    (_ct({"a": _group(4, ["Linear"], input_activations={"num_bits": 8})}),
+     "input_activations: expected null with pack-quantized"),
+    (_ct({"a": _group(4, ["Linear"], output_activations={})}),
+     "output_activations: expected null, got {}"),
+    (_ct({"a": _group(4, ["Linear"])}, sparsity_config={"format": "sparse-24-bitmask"}),
+     "sparsity_config.format: expected 'dense'"),
+    (_ct({"a": _group(4, ["Linear"])}, format=None),
+     "quantization_config.format: expected a string, got None"),
+    ({"quant_method": "fp8", "weight_block_size": [64]},
+     r"weight_block_size: expected two positive integers, got \[64\]"),
     ({"quant_method": ["gptq"]}, r"quant_method: expected gptq, .*; got \['gptq'\]"),
     ({"quant_method": "bitsandbytes"}, "quant_method: expected .*bitsandbytes .4 or 8 bits"),
 ])  # fmt: skip
@@ -146,7 +160,7 @@ def test_rules_that_are_none(config: dict[str, Any], message: str) -> None:
         Plan("here", config)
 
 
-# ---------------------------------------------------------------------- models with layers that differ
+# ------------------------------------------------------------------- models with layers that differ
 def _mixed(*kinds: tuple[str, dict[str, Any], list[str]]) -> nn.Module:
     """Each (format, parameters, patterns of layers to leave for the next)."""
     model = tiny_model()

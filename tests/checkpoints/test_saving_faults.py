@@ -81,7 +81,8 @@ def place(request: pytest.FixtureRequest) -> Iterator[tuple[Path, Save, list[str
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()], ids=lambda e: type(e).__name__
+    "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()],
+    ids=lambda e: type(e).__name__
 )  # fmt: skip
 def test_a_call_that_fails(
     place: tuple[Path, Save, list[str | None]], error: BaseException
@@ -141,7 +142,7 @@ def test_a_full_disk(place: tuple[Path, Save, list[str | None]], size: int) -> N
 
 @pytest.mark.parametrize("name", KINDS)
 def test_no_link_is_followed(tmp_path: Path, name: str) -> None:
-    """The temporary name once was `.NAME.PID.tmp`, and could be a link that somebody had put there."""
+    """The temporary name was `.NAME.PID.tmp` once, and could be a link planted by another user."""
     victim = tmp_path / "precious"
     victim.write_text("precious")
     for planted in (f".{name}.{os.getpid()}.tmp", f"{name}.{os.getpid()}.tmp"):

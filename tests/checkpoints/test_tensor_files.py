@@ -45,13 +45,18 @@ def test_truncated_at_any_point(keep: int, file: Path) -> None:
 
 
 @pytest.mark.parametrize(("entry", "message"), [
-    ({"dtype": "Q4", "shape": [4], "data_offsets": [0, 4]}, "'t': dtype: expected one of .* got 'Q4'"),
-    ({"dtype": "U8", "shape": [-4], "data_offsets": [0, 4]}, r"shape: expected a list of sizes, got \[-4\]"),
-    ({"dtype": "U8", "shape": "x", "data_offsets": [0, 4]}, "shape: expected a list of sizes, got 'x'"),
+    ({"dtype": "Q4", "shape": [4], "data_offsets": [0, 4]},
+     "'t': dtype: expected one of .* got 'Q4'"),
+    ({"dtype": "U8", "shape": [-4], "data_offsets": [0, 4]},
+     r"shape: expected a list of sizes, got \[-4\]"),
+    ({"dtype": "U8", "shape": "x", "data_offsets": [0, 4]},
+     "shape: expected a list of sizes, got 'x'"),
     ({"dtype": "U8", "shape": [4]}, r"data_offsets: expected \[begin, end\], got None"),
-    ({"dtype": "U8", "shape": [5], "data_offsets": [0, 4]}, r"expected 5 bytes for U8 \[5\], got 0..4"),
+    ({"dtype": "U8", "shape": [5], "data_offsets": [0, 4]},
+     r"expected 5 bytes for U8 \[5\], got 0..4"),
     ({"dtype": "U8", "shape": [4], "data_offsets": [-4, 0]}, "got -4..0"),
-    ({"dtype": "U8", "shape": [4], "data_offsets": [1, 5]}, "expected data up to byte 5, .* 4 bytes"),
+    ({"dtype": "U8", "shape": [4], "data_offsets": [1, 5]},
+     "expected data up to byte 5, .* 4 bytes"),
     (3, "dtype: expected one of .* got None"),
 ])  # fmt: skip
 def test_entries_that_lie(entry: Any, message: str, tmp_path: Path) -> None:
@@ -96,9 +101,12 @@ def test_views_of_one_storage_are_written_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("edit", "message"), [
-    (lambda m: m.update(t9=m["t0"]), "model-00001-of-00003.safetensors: expected tensor 't9', which"),
-    (lambda m: m.update(t0="model-00009-of-00003.safetensors"), "expected a file model-00009-of-00003"),
-    (lambda m: m.update(t0="../model.safetensors"), r"weight_map\['t0'\]: expected a .safetensors file name"),
+    (lambda m: m.update(t9=m["t0"]),
+     "model-00001-of-00003.safetensors: expected tensor 't9', which"),
+    (lambda m: m.update(t0="model-00009-of-00003.safetensors"),
+     "expected a file model-00009-of-00003"),
+    (lambda m: m.update(t0="../model.safetensors"),
+     r"weight_map\['t0'\]: expected a .safetensors file name"),
     (lambda m: m.update(t0="weights.bin"), r"weight_map\['t0'\]: .* got 'weights.bin'"),
     (lambda m: m.update(t0=3), r"weight_map\['t0'\]: .* got 3"),
     (lambda m: m.clear(), "weight_map: expected a non-empty object"),

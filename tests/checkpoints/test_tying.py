@@ -1,4 +1,4 @@
-"""Weights tied by the config, and files that hold another one: the file wins, as in transformers."""
+"""Weights tied by the config, and files that hold two: the file wins, as in transformers."""
 
 from __future__ import annotations
 
@@ -19,9 +19,13 @@ from ..tiny import ids, tiny_model
 from .test_gguf_models import bpe_tokenizer, model_of
 
 FORMATS: list[tuple[str | None, dict[str, Any]]] = [
-    (None, {}), ("gptq", {"group_size": 32}), ("nf4", {}), ("pack_quantized", {"group_size": 32}), ("q8_0", {}),
+    (None, {}), ("gptq", {"group_size": 32}), ("nf4", {}), ("pack_quantized", {"group_size": 32}),
+    ("q8_0", {}),
 ]  # fmt: skip
-KEPT = "lm_head.weight and model.embed_tokens.weight are tied, but the file has another weight for each"
+KEPT = (
+    "lm_head.weight and model.embed_tokens.weight are tied, but the file has another weight for "
+    "each"
+)
 
 
 def _untied(format: str | None, params: dict[str, Any], **sizes: Any) -> nn.Module:

@@ -16,7 +16,8 @@ transformers = pytest.importorskip("transformers")
 
 SIZES = {
     "vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "num_experts_per_tok": 2,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64,
+    "num_experts_per_tok": 2,
 }  # fmt: skip
 
 
@@ -131,9 +132,11 @@ def test_experts_that_compute_something_else_are_refused(
     """Most look the same but for their forward."""
     file = f"transformers.models.{model}.modeling_{model}"
     kind = getattr(pytest.importorskip(file), name)
-    sizes = {"hidden_size": 32, "moe_intermediate_size": 16, "intermediate_size": 16, "hidden_act": "silu",
+    sizes = {"hidden_size": 32, "moe_intermediate_size": 16, "intermediate_size": 16,
+     "hidden_act": "silu",
              "num_experts": 2, "n_routed_experts": 2, "num_local_experts": 2, "swiglu_limit": 7.0,
-             "expert_ffn_hidden_size": 16, "zero_expert_num": 1, "rms_norm_eps": 1e-6, "moe_num_experts": 2,
+             "expert_ffn_hidden_size": 16, "zero_expert_num": 1, "rms_norm_eps": 1e-6,
+             "moe_num_experts": 2,
              "gated_expert_act": "silu"}  # fmt: skip
 
     class Sizes:

@@ -234,7 +234,8 @@ def test_weights_that_are_not_finite_are_refused_by_name(what: str, value: float
         if what == "weight":
             layer.lora_A["default"].weight.fill_(1)
     with pytest.raises(
-        ValueError, match=rf"^model\.layers\.1\.self_attn\.v_proj: expected a {what} that is finite in"
+        ValueError,
+        match=rf"^model\.layers\.1\.self_attn\.v_proj: expected a {what} that is finite in"
         r" torch\.float16 after merging default, got a largest value of "
     ):  # fmt: skip
         ours.merge_adapter()

@@ -27,7 +27,8 @@ from ..moe_checkpoint import save_moe
 from ..tiny import ids, save_tiny, tiny_model
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
-    ("nf4", {"block_size": 32, "double_quant": True}), ("gptq", {"group_size": 32}), ("awq", {"group_size": 32}),
+    ("nf4", {"block_size": 32, "double_quant": True}), ("gptq", {"group_size": 32}),
+    ("awq", {"group_size": 32}),
     ("pack_quantized", {"group_size": 32}), ("int8", {}), ("w8a8", {}), ("fp8", {}),
 ]  # fmt: skip
 #: what no quantization_config of others can say
@@ -86,7 +87,7 @@ def test_transformers_reads_what_save_pretrained_writes(
 
 
 def test_it_is_asked_anew_at_each_save(tmp_path: Path) -> None:
-    """Layers changed since, copied and pickled models, parts of models, nothing quantized any more."""
+    """Changed layers, copied and pickled models, parts of models, models no longer quantized."""
     model = _model("nf4", {})
     model.save_pretrained(tmp_path / "a")
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -117,7 +118,10 @@ def test_what_only_we_read_is_not_saved_so(
     format: str, params: dict[str, Any], tmp_path: Path
 ) -> None:
     model = _model(format, params)
-    message = rf"save_pretrained: expected formats .* others know, got {format}; qkernels.save_model\(model, path\)"
+    message = (
+        rf"save_pretrained: expected formats .* others know, got {format}; "
+        r"qkernels.save_model\(model, path\)"
+    )
     with pytest.raises(ValueError, match=message):
         model.save_pretrained(tmp_path / "s")
     assert not list((tmp_path / "s").iterdir())
@@ -223,7 +227,7 @@ def test_the_note_goes_with_the_formats(tmp_path: Path) -> None:
 
 
 def test_a_head_of_its_own_in_a_tied_config(tmp_path: Path) -> None:
-    """Packed and plain, through transformers' loader; see tests/checkpoints/test_tying.py for ours."""
+    """Packed and plain, by transformers' loader; tests/checkpoints/test_tying.py tests ours."""
     from qkernels.integrations.transformers import checkpoint_config
 
     for packed in (True, False):
@@ -269,7 +273,7 @@ def test_a_model_quantized_by_transformers_is_asked_anew(tmp_path: Path) -> None
     assert torch.equal(_logits(qk.load_model(tmp_path / "s")), _logits(model))
 
 
-# ---------------------------------------------------------------------- what a reviewer's models did
+# --------------------------------------------------------------------- what a reviewer's models did
 def test_layers_that_the_saved_model_does_not_know_of(tmp_path: Path) -> None:
     """Put in by hand, or by quantizing a part: transformers would write no config, and load random
     weights.
@@ -395,7 +399,8 @@ def test_offloaded_models_are_refused_by_name(tmp_path: Path) -> None:
     for save in (model.save_pretrained, lambda path: qk.save_model(model, path)):
         with pytest.raises(
             ValueError,
-            match="expected data to save, got a tensor on the meta device; if the model is offloaded",
+            match="expected data to save, got a tensor on the meta device; if the model is "
+            "offloaded",
         ):
             save(tmp_path / "s")
         assert not list(tmp_path.glob("s/*.safetensors"))

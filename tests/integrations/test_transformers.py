@@ -1,4 +1,4 @@
-"""qkernels as transformers' quantization backend: quantize on load, load checkpoints, save, errors."""
+"""qkernels as transformers' quantization backend: quantize, load checkpoints, save, errors."""
 
 from __future__ import annotations
 

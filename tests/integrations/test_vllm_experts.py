@@ -1,4 +1,4 @@
-"""The vLLM plugin's experts without vLLM: which they are, and their product. run.sh has the rest."""
+"""The vLLM plugin's experts without vLLM: indices and product. run.sh tests the rest."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ def stacks(name: str, params: dict[str, Any], k: int, inner: int) -> list[list[q
 @pytest.mark.parametrize(
     ("name", "params", "products", "activation"),
     [
-        ("gptq", {"group_size": 32}, 1, "silu"), ("gptq", {"group_size": 32, "act_order": True}, 2, "silu"),
-        ("awq", {"group_size": 32}, 1, "gelu"), ("nf4", {}, 2, "silu"), ("nf4", {"double_quant": True}, 2, "gelu"),
+        ("gptq", {"group_size": 32}, 1, "silu"),
+        ("gptq", {"group_size": 32, "act_order": True}, 2, "silu"),
+        ("awq", {"group_size": 32}, 1, "gelu"), ("nf4", {}, 2, "silu"),
+        ("nf4", {"double_quant": True}, 2, "gelu"),
         ("pack_quantized", {"group_size": 32}, 2, "silu"), ("fp8", {}, 1, "silu"),
         ("fp8", {"granularity": "tensor"}, 2, "silu"), ("q8_0", {}, 1, "silu"),
     ],
@@ -109,7 +111,8 @@ def test_names_of_tensors() -> None:
 
 
 @pytest.mark.parametrize(("kind", "leaves"), [("mixtral", ("w1", "w3", "w2")),
-                                              ("qwen3_moe", ("gate_proj", "up_proj", "down_proj"))])  # fmt: skip
+                                              ("qwen3_moe",
+                                               ("gate_proj", "up_proj", "down_proj"))])  # fmt: skip
 def test_a_checkpoint_of_experts(kind: str, leaves: tuple[str, ...], tmp_path: Path) -> None:
     save_moe(kind, "gptq", {"group_size": 64}, tmp_path / "q", tmp_path / "p")
     checkpoint = Checkpoint(

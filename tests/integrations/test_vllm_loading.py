@@ -181,7 +181,8 @@ def saved(path: Path, format: str, **params: Any) -> tuple[Any, dict[str, Any]]:
 @pytest.mark.parametrize(
     ("format", "params"),
     [
-        ("gptq", {"group_size": 32}), ("awq", {"group_size": 32}), ("pack_quantized", {"group_size": 32}),
+        ("gptq", {"group_size": 32}), ("awq", {"group_size": 32}),
+        ("pack_quantized", {"group_size": 32}),
         ("nf4", {}), ("int8", {}), ("w8a8", {}), ("fp8", {}), ("q8_0", {}),
     ],
 )  # fmt: skip

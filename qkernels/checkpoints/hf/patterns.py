@@ -148,7 +148,7 @@ class Rules:
         return name_place
 
     def _union(self, begin: int) -> Pattern | None:
-        """An alternation of the _UNION_SIZE patterns from `begin` on; most names match none of them.
+        """An alternation of _UNION_SIZE patterns from `begin` on; most names match none of them.
 
         None if these patterns cannot be combined.
         """
