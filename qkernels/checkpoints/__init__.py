@@ -98,9 +98,7 @@ def _existing(path: str | os.PathLike[str]) -> Path:
     try:
         exists = path.exists()
     except OSError as error:
-        raise ValueError(
-            f"{path!s:.300}: expected a path that there can be, got: {error.strerror}"
-        ) from None
+        raise ValueError(f"{path!s:.300}: expected a valid path, got: {error.strerror}") from None
     if not exists:
         raise FileNotFoundError(
             f"{path}: expected a model directory or a .gguf file, found nothing"

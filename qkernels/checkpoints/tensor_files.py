@@ -101,7 +101,7 @@ def _check_layout(path: Path, header: dict[str, Any], data_bytes: int) -> None:
             what = "overlap" if begin < expected else "hole"
             raise ValueError(
                 f"{path}: tensor {name!r:.200}: data_offsets: expected data from byte {expected}, "
-                f"behind the tensor before it, got {begin} ({what})"
+                f"right after the previous tensor, got {begin} ({what})"
             )
         expected = end
     if expected != data_bytes:

@@ -270,7 +270,7 @@ class QKernelsQuantizer(Saver):
             if unknown and not self.layers:
                 raise ValueError(
                     f"{where}: expected tensors of {type(model).__name__}'s layers, got "
-                    f"{', '.join(unknown[:3])}, ..., of which it has none"
+                    f"only others: {', '.join(unknown[:3])}, ..."
                 )
             self._tie(model, {inventory.names.from_stored(name) for name in files.infos})
         for prefix, layer in self.layers.items():

@@ -126,7 +126,7 @@ BAD_TOKENIZERS: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
     ({"tokenizer.ggml.model": "llama"}, (MERGES,),
      "scores: expected an array for a llama tokenizer"),
     ({"tokenizer.ggml.scores": [1.0]}, (),
-     "scores: expected 128 items, one a token, got '1 items'"),
+     "scores: expected 128 items, one for each token, got '1 items'"),
     ({"tokenizer.ggml.scores": [math.nan] * 128}, (), "scores: expected finite numbers"),
     ({"tokenizer.ggml.token_type": [1] * 9}, (), "token_type: expected 128 items"),
     ({"tokenizer.ggml.token_type": ["a"] * 128}, (), "token_type: expected an array of int"),

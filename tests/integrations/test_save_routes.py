@@ -330,7 +330,7 @@ def test_packed_tensors_that_the_model_has_no_place_for(tmp_path: Path) -> None:
     )
     config.quantization_config = checkpoint_config(tmp_path / "m").quantization_config
     with pytest.raises(
-        ValueError, match="expected tensors of OPTForCausalLM's layers, got .* of which it has none"
+        ValueError, match="expected tensors of OPTForCausalLM's layers, got only others: "
     ):
         OPTForCausalLM.from_pretrained(tmp_path / "m", config=config)
 

@@ -105,7 +105,7 @@ def test_names_of_tensors() -> None:
         "-1.up_proj.qweight",
     ):
         with pytest.raises(
-            ValueError, match="expected tensors called EXPERT.NAME.TENSOR with NAME one of gate"
+            ValueError, match="expected tensors named EXPERT.NAME.TENSOR with NAME one of gate"
         ):
             expert_tensor(bad, leaves)
 

@@ -70,7 +70,9 @@ def _check(path: Path, metadata: dict[str, Any]) -> None:
         raise fail("scores", "an array for a llama tokenizer", None)
     for key in ("scores", "token_type"):
         if key in entries and len(entries[key]) != len(tokens):
-            raise fail(key, f"{len(tokens)} items, one a token", f"{len(entries[key])} items")
+            raise fail(
+                key, f"{len(tokens)} items, one for each token", f"{len(entries[key])} items"
+            )
     if not all(math.isfinite(score) for score in entries.get("scores", ())):
         raise fail("scores", "finite numbers", "others")
     token_set = set(tokens)
@@ -193,8 +195,8 @@ def _pre_tokenizer(name: str, description: dict[str, Any]) -> str:
     known_name = _BYTE_LEVEL.get((*rules, bool(model.get("ignore_merges"))))
     if known_name is None or not normalizer_ok or not plain_bpe:
         raise ValueError(
-            f"tokenizer: {name}: expected one that cuts text as {', '.join(_BYTE_LEVEL.values())} "
-            "do, or a SentencePiece model, got pre-tokenizer "
+            f"tokenizer: {name}: expected one that splits text as "
+            f"{', '.join(_BYTE_LEVEL.values())} do, or a SentencePiece model, got pre-tokenizer "
             f"{json.dumps(description.get('pre_tokenizer')):.200} and normalizer "
             f"{json.dumps(description.get('normalizer')):.100}"
         )
@@ -219,8 +221,8 @@ def _add_sentencepiece(
     ranks = _ranks(name, vocabulary, merges, byte_tokens | added)
     if not byte_tokens <= vocabulary.keys() or unknown is None:
         raise ValueError(
-            f"tokenizer: {name}: expected a token <0x00> to <0xFF> for each byte, and one for the "
-            f"unknown, got {len(byte_tokens & vocabulary.keys())} and {unknown!r}"
+            f"tokenizer: {name}: expected a token <0x00> to <0xFF> for each byte, and an unknown "
+            f"token, got {len(byte_tokens & vocabulary.keys())} and {unknown!r}"
         )
     scores, kinds = [], []
     for i, (text, kind) in enumerate(tokens):

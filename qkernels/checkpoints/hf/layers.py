@@ -57,8 +57,8 @@ class Inventory:
             name = self.names.from_stored(stored) if part is None else f"{part.whole}[{part.index}]"
             if name in stored_by_name:
                 raise ValueError(
-                    f"{info.file}: tensor {stored!r}: expected once, got {stored_by_name[name]!r}, "
-                    "too"
+                    f"{info.file}: tensor {stored!r}: expected once, got it again as "
+                    f"{stored_by_name[name]!r}"
                 )
             stored_by_name[name] = stored
             if part is not None:
@@ -112,8 +112,9 @@ def scheme_of(
 ) -> Scheme | None:
     """How a weight is quantized; None if the files hold an unquantized one.
 
-    kinds: of the module, from `quantization.kinds_of`. The files decide, whatever the config says.
-    The config uses the files' module names. Raises ValueError if the files hold packed tensors for
+    kinds: of the module, from `quantization.kinds_of`.
+
+    The files decide, whatever the config says. The config uses the files' module names. Raises ValueError if the files hold packed tensors for
     a module that the config skips.
     """
     packed = sorted(set(names) - {"weight", "bias"})

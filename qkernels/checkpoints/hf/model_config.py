@@ -74,7 +74,7 @@ def skeleton(directory: Path, files: TensorFiles) -> tuple[PreTrainedModel, Plan
     config, quantized = read_config(directory)
     where = f"{directory / CONFIG}"
     plan = Plan(where, quantized)
-    with errors_naming_file(directory / CONFIG, "a config of a model class that is there"):
+    with errors_naming_file(directory / CONFIG, "a config of a known model class"):
         _check_sizes(where, config, files)
         model_class = _model_class(where, config)
     _try_on_meta(where, model_class, config, files)

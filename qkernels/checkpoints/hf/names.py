@@ -77,7 +77,7 @@ def expert_tensor(name: str, leaves: Sequence[str]) -> tuple[int, str, str]:
     is_number = number.isascii() and number.isdecimal() and len(number) <= _DIGITS
     if not is_number or leaf not in leaves or not tensor_name:
         raise ValueError(
-            "experts: expected tensors called EXPERT.NAME.TENSOR with NAME one of "
+            "experts: expected tensors named EXPERT.NAME.TENSOR with NAME one of "
             f"{', '.join(leaves)}, got {name!r:.80}"
         )
     return int(number), leaf, tensor_name

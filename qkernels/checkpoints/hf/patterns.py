@@ -88,7 +88,7 @@ class Patterns:
         rest = _COUNTS.sub("", bare)
         if "{" in rest or "[:" in rest:  # `re` and `regex` read these differently
             raise ValueError(
-                f"{field}: expected no braces but counts and no [:class:], got {text!r:.60}"
+                f"{field}: expected no braces except counts and no [:class:], got {text!r:.60}"
             )
         begin = time.thread_time()
         try:

@@ -308,7 +308,7 @@ def describe(
         names[variants.index(config)].append(name)
     if not set(embeddings).isdisjoint(packed) and _method(variants[0]) not in _EMBEDDINGS:
         raise ValueError(
-            f"{_method(variants[0])}: expected linears alone, got {min(embeddings)}, too"
+            f"{_method(variants[0])}: expected packed linear layers only, got {min(embeddings)}"
         )
     if (
         len(variants) == 1

@@ -37,7 +37,7 @@ def experts_method(
     packed = checkpoint.packed_below(prefix)
     if packed is not None:
         raise ValueError(
-            f"{prefix}: expected the tensors of each expert by themselves, {names[0]['w1']}.* and "
+            f"{prefix}: expected separate tensors for each expert, {names[0]['w1']}.* and "
             f"so on, got {packed}"
         )
     return None
