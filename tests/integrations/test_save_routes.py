@@ -378,13 +378,9 @@ def test_a_packed_router_through_transformers(tmp_path: Path) -> None:
     }
     config["quantization_config"] = {**quantization, "dynamic": {r"+:.*mlp\.gate$": {"bits": 8}}}
     (tmp_path / "q/config.json").write_text(json.dumps(config))
-    with pytest.warns(
-        UserWarning, match="2 modules are stored packed but compute with a plain weight"
-    ):
+    with pytest.warns(UserWarning, match="2 modules are stored packed but need a plain weight"):
         want = _logits(qk.load_model(tmp_path / "q"))
-    with pytest.warns(
-        UserWarning, match="2 modules are stored packed but compute with a plain weight"
-    ):
+    with pytest.warns(UserWarning, match="2 modules are stored packed but need a plain weight"):
         theirs = AutoModelForCausalLM.from_pretrained(
             tmp_path / "q", config=checkpoint_config(tmp_path / "q"), dtype=torch.float32
         )

@@ -114,8 +114,8 @@ def scheme_of(
 
     kinds: of the module, from `quantization.kinds_of`.
 
-    The files decide, whatever the config says. The config uses the files' module names. Raises ValueError if the files hold packed tensors for
-    a module that the config skips.
+    The files decide, whatever the config says. The config uses the files' module names. Raises
+    ValueError if the files hold packed tensors for a module that the config skips.
     """
     packed = sorted(set(names) - {"weight", "bias"})
     if not packed or plan.config is None:
