@@ -1,8 +1,8 @@
-"""QLoRA on the CPU or a GPU: LoRA adapters learn on top of an NF4 model. Needs `pip install peft`.
+"""QLoRA on the CPU or a GPU: train LoRA adapters on top of an NF4 model. Needs `pip install peft`.
 
     python examples/qlora.py --steps 40 --report bench/results/qlora.md
 
-Fine-tunes SmolLM2-135M on Hamlet but for its last part, which tells whether it learnt anything.
+Fine-tunes SmolLM2-135M on Hamlet, except its last part, which measures what the model learnt.
 """
 
 from __future__ import annotations
@@ -80,11 +80,13 @@ def main() -> None:
         "# QLoRA fine-tune",
         "",
         f"`python examples/qlora.py --model {args.model} --text {args.text} --format {args.format} "
-        f"--steps {args.steps} --batch {args.batch} --length {args.length} --rank {args.rank} --lr {args.lr}`",
+        f"--steps {args.steps} --batch {args.batch} --length {args.length} --rank {args.rank} --lr "
+        f"{args.lr}`",
         "",
-        f"{args.model}, {packed.quantized_layers} linears in {args.format} ({packed.bits_per_weight:.3f} bits per "
-        f"weight, frozen), {sum(p.numel() for p in trainable):,} trained parameters; torch "
-        f"{torch.__version__} on {args.device}, {seconds / args.steps:.1f} s a step.",
+        f"{args.model}, {packed.quantized_layers} linears in {args.format} "
+        f"({packed.bits_per_weight:.3f} bits per weight, frozen), "
+        f"{sum(p.numel() for p in trainable):,} trained parameters; torch {torch.__version__} on "
+        f"{args.device}, {seconds / args.steps:.1f} s a step.",
         "",
         "| steps | mean training loss |",
         "| --- | ---: |",
@@ -105,7 +107,7 @@ def main() -> None:
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, windows: torch.Tensor) -> float:
-    """Mean loss a token, four windows at a time."""
+    """Mean loss per token, computed four windows at a time."""
     model.eval()
     losses = [model(part, labels=part).loss.item() * len(part) for part in windows.split(4)]
     model.train()

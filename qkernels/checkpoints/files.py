@@ -1,10 +1,9 @@
-"""The one door to files that somebody else wrote: regular files alone, of a bounded size, and
-errors that name them.
+"""The only way this package opens untrusted files: regular files, of bounded size, named in errors.
 
-A FIFO blocks who opens it, a device has no end, and stat tells the size of neither. So a file is
-opened without blocking, then the open file is asked what it is and how long, and it is refused if
-it holds more than it says. Symbolic links to regular files are followed: Hugging Face's cache is
-made of them.
+Opening a FIFO blocks, reading a device never ends, and `stat` tells the size of neither. So a file
+is opened without blocking, then its type and size are read from the open file, and it is refused if
+it holds more bytes than its size says. Symbolic links to regular files are followed: Hugging Face's
+cache consists of them.
 """
 
 from __future__ import annotations
@@ -19,21 +18,21 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-#: of a JSON file, and of a safetensors header, as in safetensors
+#: bytes of a JSON file, and of a safetensors header, as in safetensors
 MAX_JSON_BYTES = 100_000_000
-#: containers and items: a JSON text of 100 MB may hold 33 million empty objects, which take 2.5 GB
+#: containers and items: JSON of 100 MB may hold 33 million empty objects, which take 2.5 GB
 _MAX_JSON_ITEMS = 2_000_000
-#: of objects and lists; what prints them, or walks through them, calls itself for each
+#: nesting of objects and lists: code that prints or walks them recurses once per level
 _MAX_JSON_DEPTH = 32
 
 
 @contextmanager
-def told_by(path: Path, expected: str) -> Iterator[None]:
-    """Somebody else's code reads values of the file at `path` inside: whatever it raises becomes a
-    ValueError that names the file, and says what was `expected` there.
+def errors_naming_file(path: Path, expected: str) -> Iterator[None]:
+    """Turn any error inside into a ValueError that names the file and what was `expected` there.
 
-    A file can make that code fail in any way, a Rust library by a panic, too, which is no
-    Exception. MemoryError and Ctrl-C pass.
+    Use it around other libraries' code that reads values of the file at `path`. A file can make
+    such code fail in any way: a Rust library by a panic, which is no Exception. MemoryError and
+    Ctrl-C pass through.
     """
     try:
         yield
@@ -43,16 +42,17 @@ def told_by(path: Path, expected: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         if isinstance(error, ValueError) and str(error).startswith(f"{path}"):
-            raise  # names it already
+            raise  # the message already names the file
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"{path}: expected {expected}, got: {_printable(reason, 500)}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was not enough memory, which no file is to blame for."""
-    said = str(error).lower()
+    """Whether memory ran out, which is no fault of the file."""
+    message = str(error).lower()
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and ("allocate memory" in said or "out of memory" in said)
+        isinstance(error, RuntimeError)
+        and ("allocate memory" in message or "out of memory" in message)
     )
 
 
@@ -60,7 +60,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def open_regular(path: Path) -> Iterator[BufferedReader]:
     """The regular file at `path`, open for reading.
 
-    Raises FileNotFoundError if nothing is there, ValueError if it is something else, or cannot be
+    Raises FileNotFoundError if nothing is there; ValueError if it is no regular file or cannot be
     opened.
     """
     flags = (
@@ -73,8 +73,8 @@ def open_regular(path: Path) -> Iterator[BufferedReader]:
         descriptor = os.open(path, flags)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path.parent}: expected a file {path.name}, found none") from None
-    except (OSError, ValueError) as error:  # a name that no file can have is either
-        check_regular(path)  # a socket cannot be opened
+    except (OSError, ValueError) as error:  # an impossible file name raises either error
+        check_regular(path)  # names a socket, which cannot be opened
         raise _unreadable(path, error) from None
     try:
         _check_regular(path, os.fstat(descriptor))
@@ -86,8 +86,9 @@ def open_regular(path: Path) -> Iterator[BufferedReader]:
 
 
 def read_part(file: BufferedReader, where: str, offset: int, count: int) -> bytearray:
-    """`count` bytes of an open file from `offset` on. ValueError, which begins with `where`, if
-    there are fewer.
+    """`count` bytes of an open file from `offset` on.
+
+    Raises ValueError that begins with `where` if there are fewer.
     """
     raw = bytearray(count)
     file.seek(offset)
@@ -98,17 +99,19 @@ def read_part(file: BufferedReader, where: str, offset: int, count: int) -> byte
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
+    """The error for a file that cannot be opened or examined."""
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return ValueError(f"{_printable(str(path))}: expected a file that can be read, got: {reason}")
 
 
 def _printable(text: str, limit: int = 300) -> str:
-    """The text with lone surrogates and NULs escaped, cut to a length that can be read."""
+    """The text with lone surrogates and NULs escaped, cut to `limit` characters."""
     text = text.replace("\0", "\\0").encode(errors="backslashreplace").decode()
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def _check_regular(path: Path, status: os.stat_result) -> None:
+    """ValueError naming the type of a file that is not regular."""
     if not stat.S_ISREG(status.st_mode):
         kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
         kind = kinds.get(stat.S_IFMT(status.st_mode), "a device")
@@ -116,9 +119,9 @@ def _check_regular(path: Path, status: os.stat_result) -> None:
 
 
 def check_regular(path: Path, limit: int | None = None) -> bool:
-    """Whether there is a file at `path`, for code that opens it itself.
+    """Whether a file is at `path`, for code that opens it itself.
 
-    ValueError for anything but a regular one, or one of more than `limit` bytes.
+    Raises ValueError for anything but a regular file, or one of more than `limit` bytes.
     """
     try:
         status = os.stat(path)
@@ -152,7 +155,7 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
 
 
 def parse_json(where: str, text: bytes, *, unique: bool = False) -> dict[str, Any]:
-    """The JSON object in `text`; with `unique` no object in it may have a key twice."""
+    """The JSON object in `text`; with `unique`, a key that repeats within an object is an error."""
 
     def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
@@ -181,25 +184,28 @@ def parse_json(where: str, text: bytes, *, unique: bool = False) -> dict[str, An
     return value
 
 
-class Unchanged:
-    """A file that is read in several goes, and must be the same one in each: of two saves half of
-    each is no model.
+class UnchangedFile:
+    """A file that is read several times and must not change in between.
+
+    Half of one save and half of another make no model.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self._state = path, _state(path)
 
     def check(self) -> None:
-        """ValueError once somebody has replaced the file, cut it or written to it."""
+        """ValueError if the file was replaced, truncated or written to."""
         if _state(self.path) != self._state:
             raise ValueError(
-                f"{self.path}: expected the file whose header was read, got one changed while it is loaded"
+                f"{self.path}: expected the file whose header was read, got one changed while it "
+                "is loaded"
             )
 
 
 def _state(path: Path) -> tuple[int, int] | None:
-    """Bytes and time of the last change in ns; None if the file is gone. Some file systems change
-    an inode's number.
+    """(size in bytes, time of the last change in ns); None if the file is gone.
+
+    No inode number, because some file systems change it.
     """
     try:
         status = os.stat(path)

@@ -1,10 +1,9 @@
-"""safetensors files of one directory, whole or in shards: read one tensor at a time, write in
-shards.
+"""safetensors files of one directory, whole or in shards: read by tensor, written by shard.
 
     u64 header length, JSON header {name: {dtype, shape, data_offsets}}, data
 
-Headers are checked against the file's size before a tensor is touched. Pickled checkpoints
-(.bin, .pt, .pth, .ckpt) are refused: unpickling runs code.
+Headers are checked against the file's size before any tensor is read. Pickled checkpoints (.bin,
+.pt, .pth, .ckpt) are refused, because unpickling runs code.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from .files import (
     MAX_JSON_BYTES,
-    Unchanged,
+    UnchangedFile,
     check_regular,
     is_out_of_memory,
     open_regular,
@@ -35,13 +34,13 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
-#: of one model; the largest mixtures in 4 bits have 300,000
+#: tensors of one model; the largest mixtures in 4 bits have 300,000
 _MAX_TENSORS = 1_000_000
-#: more than that torch does not compute with
+#: the most dimensions that torch computes with
 _MAX_DIMENSIONS = 64
-#: files mapped at a time; a layer's tensors may lie in two neighbouring shards
+#: files mapped at a time, because the tensors of a layer may be in two neighbouring shards
 _MAX_OPEN = 2
-#: characters of a tensor's name: whose it is, is looked up dot by dot
+#: characters of a tensor's name, because looking up its module takes a step for each dot
 _MAX_NAME = 500
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64,
@@ -56,8 +55,10 @@ _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One stored tensor: safetensors' name of its dtype ("F16"), shape, bytes, its file and where
-    it begins there.
+    """One stored tensor.
+
+    dtype: safetensors' name, such as "F16".
+    offset: where in the file its bytes begin.
     """
 
     dtype: str
@@ -70,7 +71,7 @@ class TensorInfo:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Name -> TensorInfo of a .safetensors file.
 
-    Raises FileNotFoundError, or ValueError naming the file, the field, expected and found.
+    Raises FileNotFoundError, or ValueError naming the file, the field, what was expected and found.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -92,7 +93,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def _check_layout(path: Path, header: dict[str, Any], data_bytes: int) -> None:
-    """ValueError unless the tensors lie one after another and fill the data, none over another."""
+    """ValueError unless the tensors cover the data without holes or overlaps."""
     expected = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = entry["data_offsets"]
@@ -100,7 +101,7 @@ def _check_layout(path: Path, header: dict[str, Any], data_bytes: int) -> None:
             what = "overlap" if begin < expected else "hole"
             raise ValueError(
                 f"{path}: tensor {name!r:.200}: data_offsets: expected data from byte {expected}, "
-                f"behind the tensor before it, got {begin} ({what})"
+                f"right after the previous tensor, got {begin} ({what})"
             )
         expected = end
     if expected != data_bytes:
@@ -108,7 +109,7 @@ def _check_layout(path: Path, header: dict[str, Any], data_bytes: int) -> None:
 
 
 def _info(path: Path, name: str, entry: Any, start: int, size: int) -> TensorInfo:
-    """Of a file of `size` bytes, whose data begins at `start`."""
+    """The checked header entry of a tensor, in a file of `size` bytes with data from `start` on."""
     data_bytes = size - start
     where = f"{path}: tensor {name!r:.200}"
     if len(name) > _MAX_NAME:
@@ -132,11 +133,13 @@ def _info(path: Path, name: str, entry: Any, start: int, size: int) -> TensorInf
     nbytes = math.prod(shape) * _BITS[dtype] // 8
     if begin < 0 or end - begin != nbytes:
         raise ValueError(
-            f"{where}: data_offsets: expected {nbytes} bytes for {dtype} {shape}, got {begin}..{end}"
+            f"{where}: data_offsets: expected {nbytes} bytes for {dtype} {shape}, got "
+            f"{begin}..{end}"
         )
     if end > data_bytes:
         raise ValueError(
-            f"{where}: expected data up to byte {end}, got a file with {data_bytes} bytes of it (truncated?)"
+            f"{where}: expected data up to byte {end}, got a file with {data_bytes} bytes of it "
+            "(truncated?)"
         )
     return TensorInfo(dtype, tuple(shape), nbytes, path, start + begin)
 
@@ -144,10 +147,10 @@ def _info(path: Path, name: str, entry: Any, start: int, size: int) -> TensorInf
 class TensorFiles:
     """The tensors of a model directory (or of files), memory-mapped and read one at a time.
 
-    Use as a context manager. `infos` is all that is known without reading data. A file that was
-    replaced, cut or written to since its header was read is refused before each tensor; who cuts a
-    file in place while its bytes are being copied ends the process by SIGBUS, as with everything
-    that maps files.
+    Use as a context manager. `infos` holds what is known without reading data. Before each tensor,
+    a file that was replaced, truncated or written to since its header was read is refused. If
+    another process truncates a file while its bytes are copied, SIGBUS ends this process, as for
+    every program that maps files.
     """
 
     def __init__(self, path: str | os.PathLike[str] | Sequence[Path]) -> None:
@@ -159,9 +162,9 @@ class TensorFiles:
         else:
             path = Path(path)
             expected = locate(path) if path.is_dir() else {path: None}
-        self._unchanged: dict[Path, Unchanged] = {}
+        self._unchanged: dict[Path, UnchangedFile] = {}
         for file, names in expected.items():
-            self._unchanged[file] = Unchanged(file)
+            self._unchanged[file] = UnchangedFile(file)
             header = read_header(file)
             missing = sorted(set(names or ()) - set(header))
             if missing:
@@ -192,9 +195,10 @@ class TensorFiles:
         self._open.pop(next(iter(self._open))).__exit__(None, None, None)
 
     def read(self, name: str) -> Tensor:
-        """The tensor, on the CPU, backed by the file until it is copied. KeyError if there is none.
+        """The tensor, on the CPU, backed by the file until it is copied.
 
-        ValueError if it cannot be read, or if the file is another by now.
+        Raises KeyError if there is no such tensor, ValueError if it cannot be read or the file
+        changed.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -209,14 +213,15 @@ class TensorFiles:
         except (SafetensorError, OSError, TypeError, AttributeError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise MemoryError(str(error)) from error
-            # A dtype that this torch lacks is a TypeError or an AttributeError there.
+            # A dtype that this version of torch lacks raises TypeError or AttributeError in
+            # safetensors.
             raise ValueError(f"{file}: tensor {name!r}: cannot be read: {error}") from error
 
     def read_as(self, name: str, dtype: torch.dtype | None) -> Tensor:
-        """As `read`, a floating tensor in `dtype`, unless that is None.
+        """As `read`, with a floating-point tensor converted to `dtype` unless that is None.
 
-        What is converted is not mapped: pages of the file count for this process for as long as
-        their map lives.
+        A tensor that needs conversion is read, not mapped: pages of a mapped file count as this
+        process's memory for as long as the map exists.
         """
         info = self.infos[name]
         stored = _FLOATS.get(info.dtype)
@@ -231,29 +236,29 @@ class TensorFiles:
 
 
 def locate(directory: Path) -> dict[Path, list[str] | None]:
-    """safetensors files of a model directory -> the tensors the index places there (None: no
-    index).
+    """safetensors files of a model directory -> the tensors that its index places there.
 
-    Raises ValueError for an index that is not one or names a missing file, for pickled weights
-    only, and for a directory without weights.
+    The value is None if there is no index. Raises ValueError for a bad index, an index that names a
+    missing file, pickled weights only, and a directory without weights.
     """
     index = directory / INDEX
-    # whatever an index says: it may be left from an earlier save
+    # even if there is an index, which may be left from an earlier save
     if check_regular(directory / SINGLE):
         return {directory / SINGLE: None}
     if not check_regular(index):
-        found = sorted(directory.glob("*.safetensors"))
-        if len(found) == 1:
-            return {found[0]: None}
-        if found:
+        paths = sorted(directory.glob("*.safetensors"))
+        if len(paths) == 1:
+            return {paths[0]: None}
+        if paths:
             raise ValueError(
-                f"{directory}: expected {SINGLE} or {INDEX}, got {len(found)} other files"
+                f"{directory}: expected {SINGLE} or {INDEX}, got {len(paths)} other files"
             )
         pickles = sorted(f.name for f in directory.iterdir() if f.suffix in PICKLES)
         if pickles:
             raise ValueError(
                 f"{directory}: expected safetensors weights, got only pickled ones ({pickles[0]}), "
-                "which are never loaded because unpickling can run any code; convert them to safetensors"
+                "which are never loaded because unpickling can run any code; convert them to "
+                "safetensors"
             )
         raise ValueError(f"{directory}: expected {SINGLE} or {INDEX}, found neither")
     weight_map = read_json(index).get("weight_map")
@@ -263,56 +268,60 @@ def locate(directory: Path) -> dict[Path, list[str] | None]:
         )
     placed: dict[Path, list[str] | None] = {}
     for name, file in weight_map.items():
-        # A bare file name: the index must not lead out of the directory.
+        # Only a bare file name, because the index must not lead out of the directory.
         if (
             not isinstance(file, str)
             or Path(file).name != file
             or not file.endswith(".safetensors")
         ):
             raise ValueError(
-                f"{index}: weight_map[{name!r:.200}]: expected a .safetensors file name, got {file!r:.200}"
+                f"{index}: weight_map[{name!r:.200}]: expected a .safetensors file name, got "
+                f"{file!r:.200}"
             )
         names = placed.setdefault(directory / file, [])
         assert names is not None
         names.append(name)
     for path in placed:
         try:
-            there = check_regular(path)
+            exists = check_regular(path)
         except ValueError as error:
             raise ValueError(f"{index}: weight_map: {error}") from None
-        if not there:
+        if not exists:
             raise ValueError(f"{index}: expected a file {path.name} in {directory}, found none")
     return placed
 
 
 def write(tensors: Iterable[tuple[str, Tensor]], directory: Path, max_shard_bytes: int) -> None:
-    """Write tensors as they come: one file, or shards of at most `max_shard_bytes` and an index.
+    """Write tensors in the order they come: one file, or an index and shards.
 
-    A tensor larger than a shard gets one of its own. Holds one shard in memory at a time.
+    A shard has at most `max_shard_bytes`, but a larger tensor gets a shard for itself. Memory holds
+    one shard at a time.
     """
     shards: list[list[str]] = []
     total = 0
     for shard in _shards(tensors, max_shard_bytes):
         total += sum(t.numel() * t.element_size() for t in shard.values())
-        _write_file(shard, directory / _part(len(shards)))
+        _write_file(shard, directory / _temporary_name(len(shards)))
         shards.append(list(shard))
     if len(shards) == 1:
-        os.replace(directory / _part(0), directory / SINGLE)
+        os.replace(directory / _temporary_name(0), directory / SINGLE)
         return
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards):
         final = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        os.replace(directory / _part(i), directory / final)
+        os.replace(directory / _temporary_name(i), directory / final)
         weight_map |= dict.fromkeys(names, final)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _part(i: int) -> str:
-    return f"part-{i}.safetensors"  # the number of shards is known at the end only
+def _temporary_name(i: int) -> str:
+    """Temporary name of a shard, because the number of shards is known only at the end."""
+    return f"part-{i}.safetensors"
 
 
 def _shards(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
+    """Group tensors into shards of at most `limit` bytes, on the CPU."""
     shard: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors:
@@ -326,6 +335,7 @@ def _shards(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[
 
 
 def _write_file(shard: dict[str, Tensor], path: Path) -> None:
+    """Write one shard, with the permissions that other new files get."""
     storages: set[int] = set()
     for name, tensor in shard.items():
         # safetensors refuses tensors that share memory, as two views of one parameter would.
@@ -334,13 +344,13 @@ def _write_file(shard: dict[str, Tensor], path: Path) -> None:
             shard[name] = tensor.clone()
         storages.add(pointer)
     write_tensors(shard, path, {"format": "pt"})
-    # save_file makes the file readable by its owner only; give it what the umask gave its
-    # directory.
+    # save_file makes the file readable by its owner only. Use the permissions that the umask gave
+    # to its directory.
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write one safetensors file. OSError if the disk is full, say."""
+    """Write one safetensors file. OSError if that fails, e.g. because the disk is full."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

@@ -1,4 +1,4 @@
-"""LoRA adapters of PEFT on QuantLinear: QLoRA, with a base in any format. Nothing is patched.
+"""LoRA adapters of PEFT on QuantLinear: QLoRA, with a base in any format, without patches.
 
     from peft import LoraConfig, get_peft_model
     from qkernels.integrations.peft import with_quant_linear
@@ -6,13 +6,15 @@
     config = with_quant_linear(LoraConfig(r=16, target_modules="all-linear"), model)
     model = get_peft_model(model, config)
 
-An adapter's saved config does not remember this: load one with `PeftModel.from_pretrained(model,
-path, config=with_quant_linear(LoraConfig.from_pretrained(path), model))`.
+An adapter's saved config does not remember this. Load an adapter with
 
-Merging (`merge_adapter`, `merge_and_unload`) makes each layer an nn.Linear, or GPT-2's Conv1D, in
-the dtype of the model: an adapter added to packed codes would be rounded away, and what is merged
-should be an ordinary layer, to be saved, trained or quantized again like any. Unmerging gives the
-packed weight back as it was.
+    config = with_quant_linear(LoraConfig.from_pretrained(path), model)
+    model = PeftModel.from_pretrained(model, path, config=config)
+
+Merging (`merge_adapter`, `merge_and_unload`) turns each layer into an nn.Linear, or into GPT-2's
+Conv1D, in the dtype of the model. An adapter added to packed codes would be rounded away, and a
+merged layer should be an ordinary one that can be saved, trained or quantized again. Unmerging
+restores the packed weight unchanged.
 """
 
 from __future__ import annotations
@@ -38,10 +40,10 @@ from ..nn.experts import QuantExperts
 from ..nn.linear import QuantLinear, is_linear
 from ..weights.packed import pack
 
-#: `init_lora_weights` that neither read nor change the base's weight. EVA's reads inputs, when it
-#: is asked to.
+#: values of `init_lora_weights` that neither read nor change the weight of the base; EVA reads
+#: inputs, when asked to
 _INITS = (True, False, "gaussian", "eva")
-#: what PEFT adds to `modules_to_save` for a task, and quantizing does not know to leave alone
+#: layers that PEFT adds to `modules_to_save` for a task, and that quantizing does not know to skip
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -50,16 +52,16 @@ _HEADS = {
 
 
 def with_quant_linear(config: LoraConfig, model: nn.Module | None = None) -> LoraConfig:
-    """`config`, made to put adapters on QuantLinear layers, too; the same object.
+    """`config`, changed so that it also puts adapters on QuantLinear layers; the same object.
 
-    Give the `model` that gets the adapters, if there is one already: then "all-linear", which means
-    nn.Linear to PEFT, takes in its QuantLinear layers, `modules_to_save` is checked, and merged
-    layers become nn.Linear in the dtype of the model, which loses its marks of a quantized one when
-    none is left. Layers that were not told their model merge into a QuantLinear of format fp16,
+    Give the `model` that gets the adapters, if it exists already. Then "all-linear", which means
+    nn.Linear to PEFT, includes its QuantLinear layers; `modules_to_save` is checked; and merged
+    layers become nn.Linear in the dtype of the model. When no packed layer is left, the model is no
+    longer marked as quantized. Without the model, layers merge into a QuantLinear of format fp16,
     which takes inputs of any dtype.
 
     Raises ValueError if `modules_to_save` names packed layers, whose weights would not be trained,
-    or for "all-linear" without `model` or with `layer_replication`, which is about to change it.
+    or for "all-linear" without `model` or with `layer_replication`, which changes the model later.
     """
     if isinstance(model, PeftModel):
         model = model.get_base_model()
@@ -81,19 +83,20 @@ def with_quant_linear(config: LoraConfig, model: nn.Module | None = None) -> Lor
 
 
 class _Model:
-    """The model that layers belong to, which they do not keep alive. A copy of it has copies that
-    know it.
+    """The model that layers belong to, without keeping it alive.
+
+    If the model is copied, its copied layers refer to the copy.
     """
 
     def __init__(self, model: nn.Module | None) -> None:
-        self._of = None if model is None else weakref.ref(model)
+        self._reference = None if model is None else weakref.ref(model)
 
     def __call__(self) -> nn.Module | None:
-        return None if self._of is None else self._of()
+        return None if self._reference is None else self._reference()
 
     @cached_property
     def transposed(self) -> set[str]:
-        """Names of the layers that the model's class makes as transformers' Conv1D."""
+        """Names of the layers that the model's class creates as transformers' Conv1D."""
         model = self()
         return set() if model is None else transposed_layers(model)
 
@@ -101,11 +104,11 @@ class _Model:
         return _Model(memo.get(id(self()), self()))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Model, (None,)  # a file that holds a config, or a layer, is not to hold the model
+        return _Model, (None,)  # a pickled config or layer must not contain the model
 
 
 def _all_linear(model: nn.Module) -> Iterator[str]:
-    """Names of what PEFT's "all-linear" would be if each QuantLinear were an nn.Linear."""
+    """Names of the layers of PEFT's "all-linear", with each QuantLinear counted as an nn.Linear."""
     output = output_embeddings(model)
     inside: list[str] = []
     for name, module in model.named_modules():
@@ -119,26 +122,27 @@ def _all_linear(model: nn.Module) -> Iterator[str]:
 
 
 def _check_saved_modules(config: LoraConfig, model: nn.Module) -> None:
-    """ValueError if PEFT would train and save a copy of something that is packed."""
+    """ValueError if PEFT would train and save a copy of a packed module."""
     heads = _HEADS.get(str(getattr(config.task_type, "value", config.task_type)), ())
     targets = (*(config.modules_to_save or ()), *heads)
     for name, module in model.named_modules():
-        if not targets or not name.endswith(targets):  # PEFT's own rule
+        if not targets or not name.endswith(targets):  # the rule that PEFT uses
             continue
         for inner, part in module.named_modules():
             if isinstance(part, (Holder, QuantExperts)):
                 whole = f"{name}.{inner}".rstrip(".")
                 raise ValueError(
-                    f"modules_to_save: expected plain modules, got {whole}, whose weight is packed and is not trained"
+                    f"modules_to_save: expected plain modules, got {whole}, whose weight is packed "
+                    "and is not trained"
                 )
 
 
 class LoraQuantLinear(Linear):
-    """y = QuantLinear(x) + sum over active adapters of scaling * B(A(dropout(x))); the base stays
-    packed.
+    """y = QuantLinear(x) + sum over active adapters of scaling * B(A(dropout(x))).
 
-    Adapters compute in their own dtype, float32 unless the model says otherwise, and the sum is in
-    the base's, the input's: PEFT's own `Linear` is at work, which differs in what it merges into.
+    The base stays packed. Adapters compute in their own dtype, float32 unless the model says
+    otherwise; the sum has the dtype of the base's output, which is that of the input. PEFT's own
+    `Linear` does the work; this class differs in what adapters merge into.
     """
 
     base_layer: nn.Module
@@ -154,20 +158,20 @@ class LoraQuantLinear(Linear):
         parameter_name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        """ValueError for a variant of LoRA that is not done here; see `update_layer`."""
+        """ValueError for an unsupported variant of LoRA; see `update_layer`."""
         if parameter_name is not None:
             raise ValueError(
-                f"target_parameters: expected no parameter of a QuantLinear, got {kwargs.get('target_name')}"
+                "target_parameters: expected no parameter of a QuantLinear, got "
+                f"{kwargs.get('target_name')}"
             )
         nn.Module.__init__(self)
         LoraLayer.__init__(self, base_layer)
-        self.fan_in_fan_out = False  # packed weights are (N, K), GPT-2's, too
+        self.fan_in_fan_out = False  # packed weights are (N, K), even GPT-2's
         self._active_adapter = adapter_name
         self._name = kwargs.get("target_name") or "QuantLinear"
         self._model = model or _Model(None)
-        self._packed_base: list[
-            QuantLinear
-        ] = []  # of a merged layer; a list, so that it is no submodule
+        # the base of a merged layer; in a list, so that it is no submodule
+        self._packed_base: list[QuantLinear] = []
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
@@ -177,14 +181,15 @@ class LoraQuantLinear(Linear):
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
     ) -> tuple[torch.device, torch.dtype | None]:
-        """Where PEFT puts adapters, and as what: the dtype of the codes is none for them."""
+        """The device and dtype for new adapters: the dtype of the codes does not suit them."""
         packed = self._packed_base[0] if self._packed_base else base_layer
         assert isinstance(packed, QuantLinear)
         return packed.packed.device, self._dtype()
 
     def _dtype(self) -> torch.dtype | None:
-        """The model's dtype: that of its first parameter that is no adapter's. None if the model is
-        not known.
+        """The model's dtype: that of its first parameter outside adapters.
+
+        None if the model is not known.
         """
         model = self._model()
         parameters = () if model is None else model.named_parameters()
@@ -195,9 +200,7 @@ class LoraQuantLinear(Linear):
     # ------------------------------------------------------------------ adapters
     @property
     def lora_variants(self) -> dict[tuple[str, ...], None]:
-        """Plain LoRA alone, so that PEFT refuses a variant of which `update_layer` knows nothing
-        yet.
-        """
+        """Only plain LoRA, so that PEFT refuses variants that `update_layer` does not know yet."""
         return {(): None}
 
     def update_layer(
@@ -205,10 +208,11 @@ class LoraQuantLinear(Linear):
     ) -> None:
         """Add an adapter, on the packed weight's device.
 
-        ValueError for a variant of LoRA, or an initialization that reads the base's weight: plain
-        LoRA would take its place.
+        Raises ValueError for a variant of LoRA, and for an initialization that reads the base's
+        weight, because plain LoRA would silently replace them.
         """
-        # PEFT marks its variants, but this one, which it does only on layers of GPTQModel.
+        # PEFT marks all its variants except this one, which it supports only on layers of
+        # GPTQModel.
         variants = [
             "use_qalora",
             *(f.name for f in fields(config) if f.metadata.get("is_lora_variant")),
@@ -221,7 +225,8 @@ class LoraQuantLinear(Linear):
         init = config.init_lora_weights
         if (init.lower() if isinstance(init, str) else init) not in _INITS:
             raise ValueError(
-                f"init_lora_weights: expected one of {_INITS} with QuantLinear, whose weight is packed, got {init!r}"
+                f"init_lora_weights: expected one of {_INITS} with QuantLinear, whose weight is "
+                f"packed, got {init!r}"
             )
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
@@ -229,10 +234,10 @@ class LoraQuantLinear(Linear):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Make the base an nn.Linear, with adapters added, in the dtype of the model.
 
-        Adapters that come later are added to the packed weight together with those before, so the
-        order and the number of calls do not matter. Sums are always checked, whatever `safe_merge`
-        says: ValueError if one is not finite in that dtype. As in PEFT, RuntimeError for
-        `lora_bias` on a base that has no bias.
+        All merged adapters are always added to the packed weight together, so the order and the
+        number of calls do not matter. The sums are always checked, whatever `safe_merge` says:
+        ValueError if one is not finite in that dtype. As in PEFT, RuntimeError for `lora_bias` on a
+        base without a bias.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.lora_A]
         if not names:
@@ -260,24 +265,25 @@ class LoraQuantLinear(Linear):
             dense = pack("fp16", {"weight": weight}, tuple(weight.shape))
             merged: nn.Module = QuantLinear(dense, bias, packed.backend, packed.batch_invariant)
         else:
-            merged = _plain(weight, bias, transposed=self._name in self._model.transposed)
+            merged = _linear_layer(weight, bias, transposed=self._name in self._model.transposed)
         if not self._packed_base:
             self._packed_base.append(packed)
         self.base_layer = merged.requires_grad_(False).train(packed.training)
         self.merged_adapters = names
 
     def _finite(self, what: str, tensor: Tensor, dtype: torch.dtype, names: list[str]) -> Tensor:
+        """`tensor` in `dtype`. ValueError if a value is not finite there."""
         cast = tensor.to(dtype)
         if not torch.isfinite(cast).all():
             largest = tensor.abs().max().item()
             raise ValueError(
-                f"{self._name}: expected a {what} that is finite in {dtype} after merging {', '.join(names)}, "
-                f"got a largest value of {largest:g}"
+                f"{self._name}: expected a {what} that is finite in {dtype} after merging "
+                f"{', '.join(names)}, got a largest value of {largest:g}"
             )
         return cast
 
     def unmerge(self) -> None:
-        """The packed weight as it was, all adapters beside it again."""
+        """Restore the packed weight, with all adapters beside it again."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -287,8 +293,9 @@ class LoraQuantLinear(Linear):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """What PEFT puts in this layer's place. A model without another packed one is no longer
-        quantized.
+        """The layer that PEFT puts in this layer's place.
+
+        A model without another packed layer is no longer marked as quantized.
         """
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
@@ -302,7 +309,8 @@ class LoraQuantLinear(Linear):
         return self.get_base_layer()
 
 
-def _plain(weight: Tensor, bias: Tensor | None, transposed: bool) -> nn.Module:
+def _linear_layer(weight: Tensor, bias: Tensor | None, transposed: bool) -> nn.Module:
+    """An nn.Linear, or a Conv1D if `transposed`, with these values."""
     rows, columns = weight.shape
     layer: nn.Module
     if transposed:

@@ -1,10 +1,11 @@
 """Tensor parallelism of QuantLinear with torch.distributed alone (Megatron-LM, arXiv 1909.08053).
 
     column parallel   each process has some output features: y is in pieces
-    row parallel      each has some input features, takes its piece of x, and the products are summed
+    row parallel      each has some input features, takes its piece of x, and the products are
+                      summed
 
-A column-parallel layer feeds a row-parallel one, so one sum a pair is all that is sent. Inference
-only.
+A column-parallel layer feeds a row-parallel layer, so each pair communicates one sum only.
+Inference only.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 from ..nn.linear import QuantLinear
 from ..weights.sharding import COLUMNS, ROWS, shard
 
-#: names of column-parallel and row-parallel layers; attention here finds its number of heads by
-#: itself
+#: names of column-parallel and row-parallel layers; attention in these models derives its number of
+#: heads from the shapes
 LLAMA: dict[str, int] = {
     "*.q_proj": ROWS, "*.k_proj": ROWS, "*.v_proj": ROWS, "*.o_proj": COLUMNS,
     "*.gate_proj": ROWS, "*.up_proj": ROWS, "*.down_proj": COLUMNS,
@@ -30,8 +31,9 @@ PLANS: dict[str, Mapping[str, int]] = dict.fromkeys(("llama", "mistral", "qwen2"
 
 
 class ColumnParallel(nn.Module):
-    """Output features of this process: x (..., K) -> y (..., N / processes), or all N with
-    `gather`.
+    """Output features of this process: x (..., K) -> y (..., N / processes).
+
+    With `gather`, y (..., N) of all processes.
     """
 
     def __init__(self, layer: nn.Module, group: Any, gather: bool = False) -> None:
@@ -48,7 +50,10 @@ class ColumnParallel(nn.Module):
 
 
 class RowParallel(nn.Module):
-    """Input features of this process: x (..., K / processes) -> y (..., N), summed over processes."""
+    """Input features of this process: x (..., K / processes) -> y (..., N), summed.
+
+    The sum is over all processes.
+    """
 
     def __init__(self, layer: nn.Module, bias: Tensor | None, group: Any) -> None:
         super().__init__()
@@ -64,26 +69,26 @@ class RowParallel(nn.Module):
 def parallelize(
     model: nn.Module, group: Any = None, plan: Mapping[str, int] | None = None, gather: bool = False
 ) -> nn.Module:
-    """Keep this process's part of each layer of `model` that `plan` names, in place; returns the
-    model.
+    """Keep this process's part of each layer that `plan` names, in place; returns the model.
 
-    group: a torch.distributed process group; None for all processes. plan: fnmatch pattern of a
-    module's name -> 0 for column parallel (rows of W are cut), 1 for row parallel; None for that of
-    the model's type. gather: column-parallel layers put out all features, for plans where no
-    row-parallel one follows.
+    group: a torch.distributed process group; None for all processes.
+    plan: fnmatch pattern of module names -> 0 for column parallel (rows of W are cut), 1 for row
+    parallel; None for the plan of the model's type.
+    gather: column-parallel layers output all features, for plans without a row-parallel layer
+    behind them.
 
-    Raises ValueError, naming the layer, if its weight cannot be cut into as many parts, if heads
+    Raises ValueError naming the layer if its weight cannot be cut into that many parts, if heads
     are not divisible, or if there is no plan; the model is then unchanged.
     """
     count, index = dist.get_world_size(group), dist.get_rank(group)
     config = getattr(model, "config", None)
     if plan is None:
-        kind = getattr(config, "model_type", None)
-        if kind not in PLANS:
+        model_type = getattr(config, "model_type", None)
+        if model_type not in PLANS:
             raise ValueError(
-                f"plan: expected one for a model of type {kind!r}; known: {', '.join(PLANS)}"
+                f"plan: expected one for a model of type {model_type!r}; known: {', '.join(PLANS)}"
             )
-        plan = PLANS[kind]
+        plan = PLANS[model_type]
         for field in ("num_attention_heads", "num_key_value_heads"):
             heads = getattr(config, field, None)
             if heads is not None and heads % count:
@@ -114,6 +119,7 @@ def parallelize(
 def _part(
     module: QuantLinear | nn.Linear, dim: int, index: int, count: int, group: Any, gather: bool
 ) -> nn.Module:
+    """This process's part of a layer, column-parallel or row-parallel."""
     bias = module.bias
     if dim == ROWS:
         if bias is not None:
@@ -123,6 +129,7 @@ def _part(
 
 
 def _cut(module: QuantLinear | nn.Linear, dim: int, index: int, count: int, bias: Any) -> nn.Module:
+    """Part `index` of `count` of a layer, cut along `dim` of its weight (N, K)."""
     if isinstance(module, QuantLinear):
         packed = shard(module.packed, dim, index, count)
         return QuantLinear(

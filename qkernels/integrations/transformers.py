@@ -1,19 +1,19 @@
-"""qkernels as a quantization backend of transformers. Importing this registers it; nothing is
-patched.
+"""qkernels as a quantization backend of transformers. Importing it registers it, without patches.
 
     from qkernels.integrations.transformers import QKernelsConfig, checkpoint_config
 
-    # quantize a 16-bit model while it is loaded AutoModelForCausalLM.from_pretrained(path,
-    quantization_config=QKernelsConfig("nf4", block_size=64)) # run a quantized checkpoint (GPTQ,
-    AWQ, bitsandbytes, compressed-tensors, fp8) through our layers
-    AutoModelForCausalLM.from_pretrained(path, config=checkpoint_config(path)) # directories in
-    formats that only we read (GGUF's types, SpQR, QuIP): nothing more than the import
+    # quantize a 16-bit model while it is loaded
+    config = QKernelsConfig("nf4", block_size=64)
+    AutoModelForCausalLM.from_pretrained(path, quantization_config=config)
+    # run a quantized checkpoint (GPTQ, AWQ, bitsandbytes, compressed-tensors, fp8) in our layers
+    AutoModelForCausalLM.from_pretrained(path, config=checkpoint_config(path))
+    # a directory in formats that only we read (GGUF's types, SpQR, QuIP): the import is enough
     AutoModelForCausalLM.from_pretrained(path)
 
 `save_pretrained` writes the format's own tensors and `quantization_config`, as
-`qkernels.save_model` does, so that what reads such checkpoints reads these. `config=` is needed
-because transformers does not let `quantization_config=` change the method that a checkpoint's
-config names.
+`qkernels.save_model` does, so every reader of such checkpoints reads the result. A quantized
+checkpoint needs `config=`, because transformers does not let `quantization_config=` change the
+method that the checkpoint's config names.
 """
 
 from __future__ import annotations
@@ -43,16 +43,17 @@ from ..nn.base import Holder
 from ..nn.linear import QuantLinear, linear_of
 from ..nn.stand_in import StandIn
 
-METHOD = quantization.OWN
+METHOD = quantization.OWN_METHOD
 
 
 @register_quantization_config(METHOD)
 class QKernelsConfig(QuantizationConfigMixin):
-    """What `from_pretrained(quantization_config=...)` takes.
+    """The value of `from_pretrained(quantization_config=...)`.
 
-    format, params: as in `qkernels.quantize_model`; weights are rounded to nearest. skip: fnmatch
-    patterns of modules to leave alone; the output projection always is. checkpoint: the
-    `quantization_config` of a checkpoint that is quantized already, instead of a format.
+    format, params: as in `qkernels.quantize_model`; weights are rounded to nearest.
+    skip: fnmatch patterns of modules to leave unquantized; the output projection always is.
+    checkpoint: instead of a format, the `quantization_config` of a checkpoint that is already
+    quantized.
     """
 
     def __init__(
@@ -62,9 +63,9 @@ class QKernelsConfig(QuantizationConfigMixin):
         checkpoint: dict[str, Any] | None = None,
         **params: Any,
     ) -> None:
-        """ValueError unless `format` is known and takes `params`, or `checkpoint` is given alone."""
+        """ValueError unless `format` is known and takes `params`, or only `checkpoint` is given."""
         params.pop("quant_method", None)
-        # config.json of a directory of our own
+        # from config.json of a directory in formats that only we read
         if "groups" in params and format is None and checkpoint is None:
             checkpoint = {"quant_method": METHOD, "groups": params.pop("groups")}
         if (format is None) == (checkpoint is None):
@@ -74,18 +75,20 @@ class QKernelsConfig(QuantizationConfigMixin):
         self.quant_method = METHOD
         self.format, self.skip, self.checkpoint, self.params = format, skip, checkpoint, params
         if format is not None:
-            known = formats.get(format).defaults
+            defaults = formats.get(format).defaults
             for name in params:
-                if name not in known:
+                if name not in defaults:
                     raise ValueError(
-                        f"{format}: unknown parameter {name!r}; expected one of: {', '.join(known) or 'none'}"
+                        f"{format}: unknown parameter {name!r}; expected one of: "
+                        f"{', '.join(defaults) or 'none'}"
                     )
 
     def to_dict(self) -> dict[str, Any]:
-        """As in a config. What is saved says something else: what the format's own ecosystem writes
-        (Saver).
+        """The config as a dictionary.
+
+        A saved model has a different one, that of its format's ecosystem: see Saver.
         """
-        own = {
+        fields = {
             "format": self.format,
             "skip": self.skip,
             "checkpoint": self.checkpoint,
@@ -93,7 +96,7 @@ class QKernelsConfig(QuantizationConfigMixin):
         }
         return {
             "quant_method": METHOD,
-            **{key: value for key, value in own.items() if value is not None},
+            **{key: value for key, value in fields.items() if value is not None},
         }
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -104,27 +107,28 @@ class QKernelsConfig(QuantizationConfigMixin):
 
 
 def checkpoint_config(path: str | os.PathLike[str], **options: Any) -> Any:
-    """The config of a quantized checkpoint, made so that its layers load as QuantLinear.
+    """The config of a quantized checkpoint, changed so that its layers load as QuantLinear.
 
     Give it to `from_pretrained(path, config=...)`; `options` go to `AutoConfig.from_pretrained`.
     Raises ValueError if the checkpoint is not quantized.
     """
     config = AutoConfig.from_pretrained(path, **options)
-    written = getattr(config, "quantization_config", None)
-    if written is None:
+    stored_config = getattr(config, "quantization_config", None)
+    if stored_config is None:
         raise ValueError(
             f"{path}: expected a quantized checkpoint, got a config without quantization_config"
         )
-    written = written if isinstance(written, dict) else written.to_dict()
-    Plan(os.fspath(path), written)
-    config.quantization_config = QKernelsConfig(checkpoint=written).to_dict()
+    stored_config = stored_config if isinstance(stored_config, dict) else stored_config.to_dict()
+    Plan(os.fspath(path), stored_config)
+    config.quantization_config = QKernelsConfig(checkpoint=stored_config).to_dict()
     return config
 
 
 class _Placeholder(nn.Module):
-    """Stands where a QuantLinear goes until all is loaded.
+    """Takes the place of a QuantLinear until loading is complete.
 
-    transformers makes non-persistent buffers, which packed tensors are, anew after loading.
+    Packed tensors are non-persistent buffers, and transformers creates such buffers again after
+    loading.
     """
 
     def __init__(self, weight: StandIn | None = None, bias: nn.Parameter | None = None) -> None:
@@ -136,7 +140,7 @@ class _Placeholder(nn.Module):
 
 
 class _Quantize(ConversionOps):
-    """Weight of a linear -> QuantLinear in its place. One is made for each weight."""
+    """Replaces a linear layer by a QuantLinear when its weight arrives; one object per weight."""
 
     def __init__(self, quantizer: QKernelsQuantizer) -> None:
         self.quantizer = quantizer
@@ -160,43 +164,44 @@ class _Quantize(ConversionOps):
 
 @register_quantizer(METHOD)
 class QKernelsQuantizer(Saver):
-    """Puts QuantLinear layers in while transformers loads a model."""
+    """Puts QuantLinear layers into a model while transformers loads it."""
 
     quantization_config: QKernelsConfig
 
     def __init__(self, quantization_config: QKernelsConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.wanted: set[str] = set()
+        self.to_quantize: set[str] = set()
         self.params: dict[str, Any] = {}
         self.layers: dict[str, nn.Module] = {}
-        #: module's name -> what the files call it
+        #: module name -> its name in the files
         self.stored: dict[str, str] = {}
-        #: weights of modules that no layer of ours can stand in for
+        #: dequantized weights of modules that none of our layers can replace
         self.matrices: dict[str, nn.Parameter] = {}
         self.device = torch.device("cpu")
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        several = isinstance(device_map, dict) and len(set(device_map.values())) > 1
-        if several or (isinstance(device_map, str) and torch.cuda.device_count() > 1):
+        several_devices = isinstance(device_map, dict) and len(set(device_map.values())) > 1
+        if several_devices or (isinstance(device_map, str) and torch.cuda.device_count() > 1):
             raise ValueError(
                 f"device_map: expected one device for the whole model, got {device_map!r}"
             )
 
     def update_device_map(self, device_map: Any) -> Any:
-        """ "auto" and its like are the GPU if there is one."""
+        """Replace "auto" and similar names by the GPU if there is one, else by the CPU."""
         if not isinstance(device_map, str):
             return device_map
         return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Before transformers looks for files: our own directories name none, to keep others out
-        (NOTE).
+        """Remove our NOTE from the config before transformers looks for the file that it names.
+
+        The NOTE keeps programs without this integration from loading our directories.
         """
         if getattr(config, WEIGHTS, None) == NOTE:
             delattr(config, WEIGHTS)
         return config
 
-    # ------------------------------------------------------------------ before the tensors come
+    # ------------------------------------------------------------------ before the tensors arrive
     def _process_model_before_weight_loading(
         self,
         model: PreTrainedModel,
@@ -220,11 +225,11 @@ class QKernelsQuantizer(Saver):
                 fmt.resolve(shapes[names[0]], self.params)
             except ValueError as error:
                 raise ValueError(f"{names[0]}: {error}") from None
-            self.wanted |= set(names)
+            self.to_quantize |= set(names)
         return model
 
     def _read(self, model: PreTrainedModel, checkpoint_files: list[str] | None) -> None:
-        """Read the packed layers of the checkpoint, and take them off transformers' list."""
+        """Read the packed layers of the checkpoint, and make transformers ignore their tensors."""
         plan = Plan(str(model.config.name_or_path), self.quantization_config.checkpoint)
         if not checkpoint_files or not all(
             str(file).endswith(".safetensors") for file in checkpoint_files
@@ -235,72 +240,82 @@ class QKernelsQuantizer(Saver):
         where = Path(checkpoint_files[0]).parent
         with TensorFiles([Path(file) for file in checkpoint_files]) as files:
             inventory = layers.Inventory(model, files)
-            for prefix, own in inventory.layers.items():
+            for prefix, tensor_names in inventory.layers.items():
                 module = model.get_submodule(prefix)
-                scheme = layers.scheme_of(own, files, plan, quantization.kinds_of(module))
+                scheme = layers.scheme_of(tensor_names, files, plan, quantization.kinds_of(module))
                 if scheme is None:
                     continue
-                self.stored[prefix] = layers.stored_module(own)
-                if inventory.names.has_matrix_of_its_own(prefix):  # a router, say
-                    load_dequantized(module, prefix, own, files, scheme, self.device, model.dtype)
+                self.stored[prefix] = layers.stored_module(tensor_names)
+                if inventory.names.needs_plain_weight(prefix):  # e.g. a router
+                    load_dequantized(
+                        module, prefix, tensor_names, files, scheme, self.device, model.dtype
+                    )
                     self.matrices[prefix] = module.weight  # type: ignore[assignment]
                 else:
                     self.layers[prefix] = layers.quantized_layer(
-                        where, model, prefix, own, files, scheme, self.device
+                        where, model, prefix, tensor_names, files, scheme, self.device
                     )
             warn_dequantized(list(self.matrices))
-            source = expert_layers.Source(where, files, plan, self.device, None, None)
+            context = expert_layers.LoadContext(where, files, plan, self.device, None, None)
             for prefix, weights in inventory.experts.items():
-                called = inventory.names.experts[prefix]
+                expert_names = inventory.names.experts[prefix]
                 stack = expert_layers.packed_experts(
-                    model.get_submodule(prefix), called, weights, source
+                    model.get_submodule(prefix), expert_names, weights, context
                 )
                 if stack is not None:
-                    # `save_pretrained` knows the way back of all but them
-                    stack.leaves = called.leaves
-                    self.layers[prefix], self.stored[prefix] = stack, called.stored
-            strange = [name for name in files.infos if not inventory.takes(name)]
-            if strange and not self.layers:
+                    # saving needs the names of the projections of experts
+                    stack.leaves = expert_names.leaves
+                    self.layers[prefix], self.stored[prefix] = stack, expert_names.stored
+            unknown = [name for name in files.infos if not inventory.takes(name)]
+            if unknown and not self.layers:
                 raise ValueError(
-                    f"{where}: expected tensors of {type(model).__name__}'s layers, got {', '.join(strange[:3])}, ..., "
-                    "of which it has none"
+                    f"{where}: expected tensors of {type(model).__name__}'s layers, got "
+                    f"only others: {', '.join(unknown[:3])}, ..."
                 )
-            self._tie(model, {inventory.names.of_file(name) for name in files.infos})
+            self._tie(model, {inventory.names.from_stored(name) for name in files.infos})
         for prefix, layer in self.layers.items():
             model.set_submodule(
                 prefix, _Placeholder(layer.weight if isinstance(layer, Holder) else None)
             )
         prefixes = {*self.stored, *self.stored.values()}
         packed = rf"^(?:{'|'.join(map(re.escape, sorted(prefixes)))})\."
-        for mark in ("_keys_to_ignore_on_load_unexpected", "_keys_to_ignore_on_load_missing"):
-            setattr(model, mark, {*(getattr(model, mark) or ()), packed})
+        for field in ("_keys_to_ignore_on_load_unexpected", "_keys_to_ignore_on_load_missing"):
+            setattr(model, field, {*(getattr(model, field) or ()), packed})
 
     def _tie(self, model: PreTrainedModel, present: set[str]) -> None:
-        """Keep transformers from tying what is packed; what the files lack shares a packed weight."""
+        """Keep transformers from tying packed weights, and tie them here.
+
+        present: names of the tensors in the files. A weight that the files lack shares its packed
+        source.
+        """
         tied = getattr(model, "all_tied_weights_keys", {})
         for target, source in list(tied.items()):
-            ends = [name.rpartition(".")[0] for name in (target, source)]
-            if not any(prefix in self.layers for prefix in ends):
+            target_layer, source_layer = (name.rpartition(".")[0] for name in (target, source))
+            if target_layer not in self.layers and source_layer not in self.layers:
                 continue
             del tied[target]
-            layer = self.layers.get(ends[1])
-            if ends[0] not in self.layers and target not in present and isinstance(layer, Holder):
-                put_in_place(model, ends[0], layer)
-                self.layers[ends[0]] = model.get_submodule(ends[0])
-                self.stored[ends[0]] = ends[0]
+            layer = self.layers.get(source_layer)
+            if (
+                target_layer not in self.layers
+                and target not in present
+                and isinstance(layer, Holder)
+            ):
+                put_in_place(model, target_layer, layer)
+                self.layers[target_layer] = model.get_submodule(target_layer)
+                self.stored[target_layer] = target_layer
 
-    # ------------------------------------------------------------------ while they come
+    # ------------------------------------------------------------------ while the tensors arrive
     def param_needs_quantization(
         self, model: PreTrainedModel, param_name: str, **kwargs: Any
     ) -> bool:
         prefix, _, leaf = param_name.rpartition(".")
-        return leaf == "weight" and prefix in self.wanted
+        return leaf == "weight" and prefix in self.to_quantize
 
     def get_quantize_ops(self) -> _Quantize:
         return _Quantize(self)
 
     def replace(self, model: nn.Module, name: str, weight: Tensor) -> None:
-        """Quantize `weight` of the linear called `name`."""
+        """Quantize `weight` of the linear layer called `name`."""
         module = model.get_submodule(name)
         config = self.quantization_config
         assert config.format is not None
@@ -311,10 +326,10 @@ class QKernelsQuantizer(Saver):
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         self.layers[name] = layer
-        # the bias may be loaded already, or still to come
+        # the bias may already be loaded, or arrive later
         model.set_submodule(name, _Placeholder(layer.weight, bias))  # type: ignore[arg-type]
 
-    # ------------------------------------------------------------------ after
+    # ------------------------------------------------------------------ after loading
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:

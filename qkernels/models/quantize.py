@@ -158,9 +158,9 @@ def quantize_model(
 def _mark(model: nn.Module) -> None:
     """Make transformers save the model as `save_model` does."""
     if "transformers" in sys.modules:
-        from ..checkpoints.hf.save_pretrained import mark
+        from ..checkpoints.hf.save_pretrained import attach_saver
 
-        mark(model)
+        attach_saver(model)
 
 
 def _shapes(

@@ -266,7 +266,7 @@ def left_by(folder: Path, host: str) -> Path:
 
 
 def test_what_another_machine_writes_is_not_removed(tmp_path: Path) -> None:
-    """On many file systems a lock holds on one machine alone, so another machine's looks free."""
+    """Many file systems hold locks for one machine only, so another machine's lock seems free."""
     theirs = left_by(tmp_path, "elsewhere")
     (theirs / "new").write_text("half of it")
     File.write(tmp_path / "other", faults.NEW)
@@ -322,11 +322,10 @@ def test_a_forked_process_that_ends_the_block_leaves_it_too(tmp_path: Path) -> N
 def test_a_handler_set_in_c_is_left_alone(tmp_path: Path) -> None:
     """faulthandler's, or the one of torch's data loaders: Python does not know of them."""
     code = (
-        "import faulthandler, os, signal, sys; from pathlib import Path\n"
-        "from qkernels.checkpoints import atomic\n"
-        "faulthandler.register(signal.SIGTERM)\n"
-        "with atomic.replacing(Path(sys.argv[1])) as fresh: fresh.write_text('new')\n"
-        "os.kill(os.getpid(), signal.SIGTERM); print('alive')"
+        "import faulthandler, os, signal, sys; from pathlib import Path; from qkernels.checkpoints "
+        "import atomic\nfaulthandler.register(signal.SIGTERM)\nwith "
+        "atomic.replacing(Path(sys.argv[1])) as fresh: "
+        "fresh.write_text('new')\nos.kill(os.getpid(), signal.SIGTERM); print('alive')"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "model")],

@@ -67,21 +67,23 @@ def test_tensors_of_other_names(name: str, saved: Path) -> None:
 @pytest.mark.parametrize("number", ["-1", "1e3", "99999999999999999999", "٣", "3_0"])
 def test_experts_that_are_no_numbers(number: str, saved: Path) -> None:
     edit(saved, **{f"model.layers.0.block_sparse_moe.experts.{number}.w1.qweight": torch.zeros(1)})
-    with pytest.raises(ValueError, match="expected tensors called EXPERT.NAME.TENSOR"):
+    with pytest.raises(ValueError, match="expected tensors named EXPERT.NAME.TENSOR"):
         qk.load_model(saved)
 
 
 def test_one_tensor_for_all_packed_experts(saved: Path) -> None:
     edit(saved, **{"model.layers.0.mlp.experts.gate_up_proj_packed": torch.zeros(1)})
     with pytest.raises(
-        ValueError, match="expected tensors called EXPERT.* got 'gate_up_proj_packed'"
+        ValueError, match="expected tensors named EXPERT.* got 'gate_up_proj_packed'"
     ):
         qk.load_model(saved)
 
 
 def test_a_tensor_under_two_names(saved: Path) -> None:
     edit(saved, **{f"{EXPERT.replace('block_sparse_moe', 'mlp')}.scales": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"w3.scales': expected once, got .*w3.scales', too"):
+    with pytest.raises(
+        ValueError, match=r"w3.scales': expected once, got it again as .*w3.scales'"
+    ):
         qk.load_model(saved)
 
 
@@ -178,7 +180,8 @@ def test_configs_that_do_not_fit(changes: dict[str, Any], message: str, saved: P
         ("weight", torch.zeros(128, 256, dtype=torch.int8),
          r"w3.weight': expected dtype F32, got I8"),
         ("weight", torch.zeros(128, 256).half(), r"w3.weight': expected dtype F32, got F16"),
-        ("bias", torch.zeros(128), r"w3.bias': expected a plain weight alone, got this, too"),
+        ("bias", torch.zeros(128),
+         r"w3.bias': expected a plain weight and no other tensor, got this one"),
     ],
     ids=str,
 )  # fmt: skip

@@ -236,29 +236,33 @@ def test_a_huge_config(originals: dict[str, dict[str, bytes]], tmp_path: Path) -
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
     | st.sampled_from(["re:.*", "Linear", "-:x", "int", "float", "group", "channel", "gptq", "gemm",
-                       4, 8, 128]),
-    lambda inner: (st.lists(inner, max_size=3)
-                   | st.dictionaries(st.text(max_size=6), inner, max_size=3)),
+      4, 8, 128]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner,
+     max_size=3),
     max_leaves=6,
 )  # fmt: skip
 _ARGUMENTS = st.fixed_dictionaries({}, optional={
     "num_bits": JSON, "type": JSON, "symmetric": JSON, "strategy": JSON, "group_size": JSON,
-    "dynamic": JSON, "block_structure": JSON, "actorder": JSON,
+    "dynamic": JSON,
+    "block_structure": JSON, "actorder": JSON,
 })  # fmt: skip
 _GROUP = st.fixed_dictionaries({}, optional={
     "targets": JSON | st.just(["Linear"]), "weights": _ARGUMENTS | JSON,
-    "format": JSON | st.just("pack-quantized"), "input_activations": _ARGUMENTS | JSON,
-    "output_activations": JSON,
+    "format": JSON | st.just("pack-quantized"),
+    "input_activations": _ARGUMENTS | JSON, "output_activations": JSON,
 })  # fmt: skip
 CONFIGS = st.fixed_dictionaries(
-    {"quant_method":
-     st.sampled_from(["gptq", "awq", "bitsandbytes", "compressed-tensors", "fp8"]) | JSON},
+    {"quant_method": st.sampled_from(["gptq", "awq", "bitsandbytes", "compressed-tensors",
+       "fp8"]) | JSON},
     optional={
         "bits": JSON, "group_size": JSON, "sym": JSON, "desc_act": JSON, "checkpoint_format": JSON,
-        "dynamic": JSON, "version": JSON, "zero_point": JSON, "modules_to_not_convert": JSON,
-        "load_in_4bit": JSON, "load_in_8bit": JSON, "bnb_4bit_quant_type": JSON | st.just("nf4"),
-        "bnb_4bit_quant_storage": JSON, "llm_int8_threshold": JSON, "llm_int8_skip_modules": JSON,
-        "weight_block_size": JSON, "activation_scheme": JSON, "scale_fmt": JSON,
+        "dynamic": JSON,
+        "version": JSON, "zero_point": JSON, "modules_to_not_convert": JSON, "load_in_4bit": JSON,
+        "load_in_8bit": JSON,
+        "bnb_4bit_quant_type": JSON | st.just("nf4"), "bnb_4bit_quant_storage": JSON,
+        "llm_int8_threshold": JSON,
+        "llm_int8_skip_modules": JSON, "weight_block_size": JSON, "activation_scheme": JSON,
+        "scale_fmt": JSON,
         "config_groups": st.dictionaries(st.text(max_size=4), _GROUP | JSON, max_size=3) | JSON,
         "ignore": JSON,
         "format": JSON | st.sampled_from(["pack-quantized", "int-quantized", "float-quantized"]),

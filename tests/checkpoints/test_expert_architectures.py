@@ -22,9 +22,11 @@ def test_other_architectures(kind: str, tmp_path: Path) -> None:
     import transformers
 
     sizes = {**SIZES, "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4,
-             "moe_intermediate_size": 128, "intermediate_size": 128, "first_k_dense_replace": 1,
-             "n_group": 1, "topk_group": 1, "q_lora_rank": 64, "kv_lora_rank": 64,
-             "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 64}  # fmt: skip
+     "moe_intermediate_size": 128,
+             "intermediate_size": 128, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+             "q_lora_rank": 64,
+             "kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32,
+             "v_head_dim": 64}  # fmt: skip
     if kind == "DeepseekV3Config":
         sizes["head_dim"] = 32
     model = transformers.AutoModelForCausalLM.from_config(
@@ -56,9 +58,12 @@ def kimi() -> nn.Module:
     if not hasattr(transformers, "KimiLinearConfig"):
         pytest.skip("this transformers does not know Kimi Linear")
     sizes = {**SIZES, "intermediate_size": 128, "moe_intermediate_size": 128, "num_experts": 4,
-             "head_dim": 32, "num_key_value_heads": 4, "kv_lora_rank": 64, "qk_rope_head_dim": 32,
-             "qk_nope_head_dim": 32, "v_head_dim": 64, "linear_head_dim": 64, "linear_num_heads": 4,
-             "num_experts_per_token": 2, "pad_token_id": None, "use_cache": False}  # fmt: skip
+     "head_dim": 32,
+             "num_key_value_heads": 4, "kv_lora_rank": 64, "qk_rope_head_dim": 32,
+             "qk_nope_head_dim": 32,
+             "v_head_dim": 64, "linear_head_dim": 64, "linear_num_heads": 4,
+             "num_experts_per_token": 2,
+             "pad_token_id": None, "use_cache": False}  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(
         transformers.KimiLinearConfig(**sizes)
     ).eval()

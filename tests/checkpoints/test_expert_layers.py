@@ -31,7 +31,8 @@ WEIGHT_ONLY: list[tuple[str, dict[str, Any]]] = [
     ("awq", {"group_size": 64}), ("nf4", {}), ("nf4", {"double_quant": True}),
     ("fp8", {}), ("fp8", {"granularity": "block"}), ("fp8", {"granularity": "tensor"}),
     ("pack_quantized", {"group_size": 32}),
-    ("pack_quantized", {"group_size": 32, "symmetric": False}), ("q8_0", {}),
+    ("pack_quantized", {"group_size": 32, "symmetric": False}),
+    ("q8_0", {}),
 ]  # fmt: skip
 BOTH: list[tuple[str, dict[str, Any]]] = [
     ("int8", {}), ("w8a8", {}), ("w8a8", {"granularity": "tensor"}),

@@ -45,8 +45,8 @@ def test_header(file: Path) -> None:
     assert header.version == 3
     assert header.metadata == {
         "general.architecture": "llama", "general.name": "tiny", "some.number": 7,
-        "some.real": 0.25, "some.flag": True, "some.words": ["a", "bc", "déf"],
-        "some.numbers": "100 values",
+        "some.real": 0.25,
+        "some.flag": True, "some.words": ["a", "bc", "déf"], "some.numbers": "100 values",
     }  # fmt: skip
     norm, up = header.tensors
     assert (norm.name, norm.type, norm.shape, norm.nbytes) == ("norm.weight", "F32", (64,), 256)

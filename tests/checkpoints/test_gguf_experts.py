@@ -25,7 +25,7 @@ E, K, INNER, USED = 4, 64, 96, 2
 #: does not ask for
 KINDS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "llama": ("llama", MixtralConfig,
-              {"num_local_experts": E, "head_dim": 16, "rms_norm_eps": 1e-6}),
+     {"num_local_experts": E, "head_dim": 16, "rms_norm_eps": 1e-6}),
     "qwen3moe": ("qwen3", Qwen3MoeConfig, {"num_experts": E, "head_dim": 16,
                                            "norm_topk_prob": True}),
     "qwen2moe": ("qwen2", Qwen2MoeConfig, {"num_experts": E, "norm_topk_prob": False}),

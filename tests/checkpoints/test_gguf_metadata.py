@@ -51,8 +51,10 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
     *(
         ({f"llama.{key}": value}, (), rf"llama\.{key}: expected int")
         for key in ("attention.head_count", "attention.head_count_kv", "block_count",
-                    "embedding_length", "feed_forward_length", "context_length",
-                    "attention.key_length", "rope.dimension_count", "vocab_size")
+         "embedding_length",
+                    "feed_forward_length", "context_length", "attention.key_length",
+                    "rope.dimension_count",
+                    "vocab_size")
         for value in (0, -5, HUGE, 2**63, "x", math.nan, 2.0, [1, 2], [1] * 100, True)
     ),
     *(
@@ -63,8 +65,8 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
     *(
         ({}, (f"llama.{key}",), rf"llama\.{key}: expected (int|float), .*got None")
         for key in ("attention.head_count", "block_count", "embedding_length",
-                    "feed_forward_length", "context_length",
-                    "attention.layer_norm_rms_epsilon")
+         "feed_forward_length",
+                    "context_length", "attention.layer_norm_rms_epsilon")
     ),
     ({"llama.block_count": 2**31 - 1}, (),
      "block_count: expected 1, as the tensors' names have it"),
@@ -124,7 +126,7 @@ BAD_TOKENIZERS: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
     ({"tokenizer.ggml.model": "llama"}, (MERGES,),
      "scores: expected an array for a llama tokenizer"),
     ({"tokenizer.ggml.scores": [1.0]}, (),
-     "scores: expected 128 items, one a token, got '1 items'"),
+     "scores: expected 128 items, one for each token, got '1 items'"),
     ({"tokenizer.ggml.scores": [math.nan] * 128}, (), "scores: expected finite numbers"),
     ({"tokenizer.ggml.token_type": [1] * 9}, (), "token_type: expected 128 items"),
     ({"tokenizer.ggml.token_type": ["a"] * 128}, (), "token_type: expected an array of int"),
@@ -182,7 +184,8 @@ def test_the_command_says_it_in_one_line(
 ) -> None:
     for changes, drop in (
         ({"general.architecture": ["llama"]}, ()), ({"llama.attention.head_count": 0}, ()),
-        ({}, (TOKENS,)), ({MERGES: []}, ()), ({"general.architecture": "falcon"}, ()),
+        ({}, (TOKENS,)),
+        ({MERGES: []}, ()), ({"general.architecture": "falcon"}, ()),
     ):  # fmt: skip
         path = rewrite(good, tmp_path / "bad.gguf", changes, drop)
         for verb in (
@@ -226,14 +229,13 @@ def test_what_changes_nothing_is_taken(good: Path, tmp_path: Path) -> None:
     path = rewrite(good, tmp_path / "x.gguf", {
         "llama.expert_count": 0, "llama.logit_scale": 0.0, "llama.attention.sliding_window": 256,
         "llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 8.0,
-        "llama.attention.causal": True, "llama.rope.scaling.finetuned": False,
+        "llama.attention.causal": True,
+        "llama.rope.scaling.finetuned": False,
     }, tensors={"rope_freqs.weight": np.ones(8, np.float32)})  # fmt: skip
     assert torch.equal(logits(qk.load_model(path)), want)
-    dropped = (
-        "llama.attention.key_length", "llama.vocab_size", "llama.attention.value_length",
-        "llama.rope.dimension_count",
-    )  # fmt: skip
-    minimal = rewrite(good, tmp_path / "y.gguf", drop=dropped)
+    minimal = rewrite(good, tmp_path / "y.gguf",
+     drop=("llama.attention.key_length", "llama.vocab_size",
+        "llama.attention.value_length", "llama.rope.dimension_count"))  # fmt: skip
     assert torch.equal(logits(qk.load_model(minimal)), want)
 
 
@@ -253,7 +255,8 @@ def test_yarn(good: Path, tmp_path: Path) -> None:
     path = rewrite(good, tmp_path / "x.gguf", {
         "llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": factor,
         "llama.rope.scaling.original_context_length": original,
-        "llama.rope.scaling.yarn_beta_fast": fast, "llama.rope.scaling.yarn_beta_slow": slow,
+        "llama.rope.scaling.yarn_beta_fast": fast,
+        "llama.rope.scaling.yarn_beta_slow": slow,
     })  # fmt: skip
     model = qk.load_model(path)
 
@@ -328,8 +331,9 @@ def test_scaling_that_gguf_has_not(tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
          "rope_type: expected one of"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4,
-                              "attention_factor": 3.0, "original_max_position_embeddings": 64}},
-         "attention_factor: expected none for yarn"),
+           "attention_factor": 3.0,
+                              "original_max_position_embeddings": 64}},
+                              "attention_factor: expected none for yarn"),
         ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', got 'gelu'"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):

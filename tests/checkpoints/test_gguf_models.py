@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import qkernels as qk
-from qkernels.checkpoints.files import Unchanged
+from qkernels.checkpoints.files import UnchangedFile
 from qkernels.checkpoints.gguf import model as gguf_model
 from qkernels.checkpoints.gguf import reader as gguf
 from qkernels.cli import samples
@@ -209,7 +209,7 @@ def test_types_and_tensors_that_are_not_known(tmp_path: Path) -> None:
     qk.save_model(model, path, bpe_tokenizer())
     original = gguf_model.read_header(path)
     tensors = {t.name: t for t in original.tensors}
-    reader = gguf_model._Reader(Unchanged(path), original, model.config)
+    reader = gguf_model._Reader(UnchangedFile(path), original, model.config)
     odd = tensors["blk.0.ffn_up.weight"].__class__("blk.0.ffn_up.weight", "IQ1_S", (96, 64), 10, 0)
     reader.tensors["blk.0.ffn_up.weight"] = odd
     with pytest.raises(

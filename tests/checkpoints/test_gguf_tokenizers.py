@@ -193,14 +193,16 @@ def _llama_cpp(text: str, metadata: dict[str, Any]) -> list[int]:
 
 
 @pytest.mark.parametrize(("tokenizer", "message"), [
-    (byte_level(pre_tokenizers.Whitespace()), "expected one that cuts text as gpt-2, .*Whitespace"),
-    (byte_level(pre_tokenizers.ByteLevel(add_prefix_space=True)), "expected one that cuts text as"),
-    (byte_level(split(r"\p{N}{1,2}")), "expected one that cuts text as"),
-    (byte_level(split(r"\p{N}"), ignore_merges=True), "expected one that cuts text as"),
-    (byte_level(None), "expected one that cuts text as"),
+    (byte_level(pre_tokenizers.Whitespace()),
+     "expected one that splits text as gpt-2, .*Whitespace"),
+    (byte_level(pre_tokenizers.ByteLevel(add_prefix_space=True)),
+     "expected one that splits text as"),
+    (byte_level(split(r"\p{N}{1,2}")), "expected one that splits text as"),
+    (byte_level(split(r"\p{N}"), ignore_merges=True), "expected one that splits text as"),
+    (byte_level(None), "expected one that splits text as"),
     (byte_level(plain(), normalizer=normalizers.Lowercase()),
-     "expected one that cuts text as .*Lowercase"),
-    (byte_level(plain(), dropout=0.5), "expected one that cuts text as"),
+     "expected one that splits text as .*Lowercase"),
+    (byte_level(plain(), dropout=0.5), "expected one that splits text as"),
     (byte_level(plain(), merges=()), "expected a BPE model with merges, got none"),
     (sentencepiece(normalizers.Prepend("▁")), "expected spaces to become ▁ .*Prepend"),
     (sentencepiece(None, plain()), "expected spaces to become ▁ .*ByteLevel"),

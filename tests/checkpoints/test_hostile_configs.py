@@ -138,12 +138,14 @@ def test_real_configs_pass() -> None:
         "vocab_size": 256_000, "max_position_embeddings": 10_485_760,
         "eos_token_id": [200_001, 200_008],
         "rope_scaling": {"original_max_position_embeddings": 1_048_576, "factor": 8.0},
-        "rope_theta": 1_000_000_000, "num_labels": 21_843,
-        "id2label": {str(i): f"LABEL_{i}" for i in range(21_843)}, "sliding_window": 131_072,
+        "rope_theta": 1_000_000_000,
+        "num_labels": 21_843, "id2label": {str(i): f"LABEL_{i}" for i in range(21_843)},
+        "sliding_window": 131_072,
         "label2id": {f"LABEL_{i}": i for i in range(21_843)}, "model_max_length": 10**30,
-        "n_positions": 1_048_576, "n_words": 200_000, "num_training_steps": 500_000,
-        "num_train_samples": 1_281_167, "num_train_epochs": 10**6, "num_experts": 512,
-        "rms_norm_eps": 1e-6, "seed": 2**62, "num_params": 671_000_000_000,
+        "n_positions": 1_048_576,
+        "n_words": 200_000, "num_training_steps": 500_000, "num_train_samples": 1_281_167,
+        "num_train_epochs": 10**6,
+        "num_experts": 512, "rms_norm_eps": 1e-6, "seed": 2**62, "num_params": 671_000_000_000,
     })  # fmt: skip
 
 
@@ -237,10 +239,13 @@ def test_repositories_of_backbones_are_refused(directory: Path, hosts: list[str]
 # ---------------------------------------------------------------------- errors that name the file
 _GARBAGE: list[Any] = [
     {"max_length": "x"}, {"eos_token_id": {}}, {"num_beams": {}}, {"watermarking_config": 5},
-    {"cache_config": 5}, {"transformers_version": {}}, {"compile_config": "x"}, {"num_beams": [1]},
-    {"do_sample": []}, {"to_dict": 5}, {"temperature": "hot"}, {"constraints": 3},
-    {"quantization_config": 5}, {"suppress_tokens": 5}, {"": 5}, {"validate": 1}, {"update": 2},
-    {"\ud800": "\ud800"}, {"num_return_sequences": 10**40}, {"top_k": -5},
+    {"cache_config": 5},
+    {"transformers_version": {}}, {"compile_config": "x"}, {"num_beams": [1]}, {"do_sample": []},
+    {"to_dict": 5},
+    {"temperature": "hot"}, {"constraints": 3}, {"quantization_config": 5}, {"suppress_tokens": 5},
+    {"": 5},
+    {"validate": 1}, {"update": 2}, {"\ud800": "\ud800"}, {"num_return_sequences": 10**40},
+    {"top_k": -5},
 ]  # fmt: skip
 
 
@@ -334,7 +339,7 @@ def test_tokenizer_files_of_garbage(directory: Path) -> None:
     assert load_tokenizer(directory) is not None
 
 
-def test_told_by_lets_pass_what_no_file_causes() -> None:
+def test_errors_naming_file_lets_pass_what_no_file_causes() -> None:
     path = Path("here.json")
     for error in (
         KeyError("x"),
@@ -346,14 +351,20 @@ def test_told_by_lets_pass_what_no_file_causes() -> None:
     ):
         with (
             pytest.raises(ValueError, match="^here.json: expected a thing, got: "),
-            files.told_by(path, "a thing"),
+            files.errors_naming_file(path, "a thing"),
         ):
             raise error
     panic = type("PanicException", (BaseException,), {})
-    with pytest.raises(ValueError, match="got: PanicException: x"), files.told_by(path, "a thing"):
+    with (
+        pytest.raises(ValueError, match="got: PanicException: x"),
+        files.errors_naming_file(path, "a thing"),
+    ):
         raise panic("x")
-    with pytest.raises(ValueError, match="^here.json: y: z$"), files.told_by(path, "a thing"):
+    with (
+        pytest.raises(ValueError, match="^here.json: y: z$"),
+        files.errors_naming_file(path, "a thing"),
+    ):
         raise ValueError("here.json: y: z")
     for passing in (MemoryError, KeyboardInterrupt, SystemExit):
-        with pytest.raises(passing), files.told_by(path, "a thing"):
+        with pytest.raises(passing), files.errors_naming_file(path, "a thing"):
             raise passing

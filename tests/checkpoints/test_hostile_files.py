@@ -24,8 +24,9 @@ from .hostile import quick
 
 # ---------------------------------------------------------------------- files that are none
 _FILES = ("config.json", "model.safetensors", "generation_config.json", "tokenizer.json",
-          "tokenizer_config.json", INDEX, "quantize_config.json", "quant_config.json",
-          "chat_template.jinja", "additional_chat_templates/x.jinja")  # fmt: skip
+ "tokenizer_config.json",
+          INDEX, "quantize_config.json", "quant_config.json", "chat_template.jinja",
+          "additional_chat_templates/x.jinja")  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["a FIFO", "a device", "a directory", "a socket"])
@@ -151,8 +152,11 @@ def test_names_of_many_components(directory: Path) -> None:
     for name in ("." * 501, "model." * 1_000_000):
         header = json.dumps({name: {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}).encode()
         _safetensors(directory / "model.safetensors", header)
-        expected = f"tensor '.*: expected a name of at most 500 characters, got {len(name)}"
-        with quick(2), pytest.raises(ValueError, match=f"model.safetensors: {expected}"):
+        expected = (
+            "model.safetensors: tensor '.*: expected a name of at most 500 characters, got "
+            f"{len(name)}"
+        )
+        with quick(2), pytest.raises(ValueError, match=expected):
             qk.load_model(directory)
 
 
@@ -181,7 +185,7 @@ def test_more_tensors_than_a_model_has(tmp_path: Path, monkeypatch: pytest.Monke
     entry = '"{}":{{"dtype":"I32","shape":[0],"data_offsets":[0,0]}}'
     shards = [
         _safetensors(tmp_path / f"{s}.safetensors",
-                     ("{" + ",".join(entry.format(f"{s}{i}") for i in range(2)) + "}").encode())
+         ("{" + ",".join(entry.format(f"{s}{i}") for i in range(2)) + "}").encode())
         for s in "ab"
     ]  # fmt: skip
     with pytest.raises(ValueError, match="b.safetensors: expected at most 3 tensors in all"):
@@ -233,8 +237,8 @@ def test_a_file_replaced_while_its_header_is_read(
 def test_tensors_that_are_converted(tmp_path: Path, dtype: torch.dtype | None) -> None:
     """Read without a map, each from its own place; others are as they are."""
     tensors = {"a": torch.randn(3, 5), "b": torch.randn(7).half(), "c": torch.randn(2, 0),
-               "d": torch.arange(4), "e": torch.tensor(2.5),
-               "f": torch.randn(2, 3).bfloat16()}  # fmt: skip
+     "d": torch.arange(4),
+               "e": torch.tensor(2.5), "f": torch.randn(2, 3).bfloat16()}  # fmt: skip
     save_file(tensors, tmp_path / "model.safetensors")
     with TensorFiles(tmp_path) as open_files:
         for name, tensor in tensors.items():
@@ -247,9 +251,7 @@ def test_tensors_that_are_converted(tmp_path: Path, dtype: torch.dtype | None) -
 
 
 def test_a_path_that_no_file_can_have() -> None:
-    with pytest.raises(
-        ValueError, match="expected a path that there can be, got: File name too long"
-    ):
+    with pytest.raises(ValueError, match="expected a valid path, got: File name too long"):
         qk.load_model("a" * 300)
 
 

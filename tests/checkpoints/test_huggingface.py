@@ -129,7 +129,8 @@ def test_names_in_the_file_are_the_ecosystem_s(tmp_path: Path) -> None:
     suffixes = {n.removeprefix("model.layers.0.mlp.up_proj.") for n in names}
     assert suffixes == {
         "weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax",
-        "weight.nested_quant_map", "weight.quant_state.bitsandbytes__nf4",
+        "weight.nested_quant_map",
+        "weight.quant_state.bitsandbytes__nf4",
     }  # fmt: skip
 
 

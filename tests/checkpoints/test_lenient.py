@@ -168,7 +168,8 @@ def test_a_stale_index_beside_one_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("dtype", "want"), [
     ("float16", torch.float16), ("bfloat16", torch.bfloat16), (torch.float16, torch.float16),
-    ("auto", torch.float32), (None, torch.float32),
+    ("auto", torch.float32),
+    (None, torch.float32),
 ])  # fmt: skip
 def test_dtypes_by_name(dtype: Any, want: torch.dtype, tmp_path: Path) -> None:
     qk.save_model(tiny_model(), tmp_path / "m")
@@ -227,8 +228,8 @@ def _gemma(**changes: Any) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
     config = transformers.GemmaConfig(
         vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=64,
-        **changes,
+        num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=64, **changes,
     )  # fmt: skip
     return transformers.GemmaForCausalLM(config).eval()
 

@@ -54,8 +54,8 @@ def model_of(format: str | None) -> LlamaForCausalLM:
     """About 100 MB when packed; all blocks have the same values."""
     config = LlamaConfig(
         vocab_size=8192, hidden_size=512, intermediate_size=1536, num_hidden_layers=1,
-        num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=False,
-        max_position_embeddings=256,
+        num_attention_heads=8,
+        num_key_value_heads=8, tie_word_embeddings=False, max_position_embeddings=256,
     )  # fmt: skip
     model = LlamaForCausalLM(config).bfloat16().eval()
     if format is not None:
@@ -103,8 +103,10 @@ def test_the_peak_is_the_file_s_size_and_a_tenth(tmp_path: Path) -> None:
         size, shard = file_bytes(path)
         assert size > 50_000_000, path
         assert left > 0, "what is measured must be there"
-        row = f"{path.name} {dtype}: {size / 1e6:.0f} MB, "
-        row += f"peak {peak / size:.2f}, left {left / size:.2f}"
+        row = (
+            f"{path.name} {dtype}: {size / 1e6:.0f} MB, peak {peak / size:.2f}, "
+            f"left {left / size:.2f}"
+        )
         print(row)
         if peak > 1.1 * size + max(more, shard if "parts" in path.name else 0):
             over.append(row)

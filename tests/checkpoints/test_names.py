@@ -7,7 +7,7 @@ import torch
 
 from qkernels.checkpoints.hf.model_config import NoExperts
 from qkernels.checkpoints.hf.names import Names
-from qkernels.checkpoints.hf.writer import _by_themselves, _experts_tensors
+from qkernels.checkpoints.hf.writer import _experts_tensors, _stored_separately
 
 from ..moe_checkpoint import tiny_moe
 from ..tiny import tiny_model
@@ -18,13 +18,14 @@ def test_names_go_there_and_back() -> None:
     there = {
         "model.layers.0.mlp.gate.weight": "model.layers.0.block_sparse_moe.gate.weight",
         "model.layers.0.self_attn.q_proj.qweight": "model.layers.0.self_attn.q_proj.qweight",
-        "model.layers.1.mlp.experts.3.w1.weight.absmax":
-            "model.layers.1.block_sparse_moe.experts.3.w1.weight.absmax",
-    }  # fmt: skip
+        "model.layers.1.mlp.experts.3.w1.weight.absmax": (
+            "model.layers.1.block_sparse_moe.experts.3.w1.weight.absmax"
+        ),
+    }
     for own, stored in there.items():
-        assert names.written(own) == stored
-        assert names.of_file(stored) == names.of_file(own) == own
-    assert names.of_file("model.block_sparse_moe.nothing") == "model.block_sparse_moe.nothing"
+        assert names.to_stored(own) == stored
+        assert names.from_stored(stored) == names.from_stored(own) == own
+    assert names.from_stored("model.block_sparse_moe.nothing") == "model.block_sparse_moe.nothing"
     experts = names.experts["model.layers.0.mlp.experts"]
     assert experts.of(2, "down") == "model.layers.0.block_sparse_moe.experts.2.w2"
 
@@ -33,7 +34,8 @@ def test_names_of_models_without_experts_stay() -> None:
     names = Names(tiny_model())
     assert not names.experts
     assert all(
-        names.written(name) == name == names.of_file(name) for name in tiny_model().state_dict()
+        names.to_stored(name) == name == names.from_stored(name)
+        for name in tiny_model().state_dict()
     )
 
 
@@ -51,11 +53,11 @@ def test_names_that_would_not_come_back_stay() -> None:
     names = Names(tiny_moe("mixtral"))
     names._renamings = [_Renaming("q_proj", "o_proj")]
     q_proj = "model.layers.0.self_attn.q_proj.weight"
-    assert names.of_file(q_proj) == q_proj, "a name that transformers has, too"
+    assert names.from_stored(q_proj) == q_proj, "a name that transformers has, too"
     names._reversed = [_Renaming("layers.0", "layers")]
-    assert names.written(q_proj) == q_proj
+    assert names.to_stored(q_proj) == q_proj
     names._reversed = [_Renaming("q_proj", "k_proj")]
-    assert names.written(q_proj) == q_proj
+    assert names.to_stored(q_proj) == q_proj
 
 
 @pytest.mark.parametrize(
@@ -86,22 +88,22 @@ def test_names_are_those_that_transformers_writes(kind: str) -> None:
     want = set(revert_weight_conversion(model, model.state_dict()))
     experts = {p: dict(_experts_tensors(p, model.get_submodule(p), names)) for p in names.experts}
     assert all(own.mapped for own in names.experts.values())
-    assert all(_by_themselves(prefix, model.get_submodule(prefix), names) for prefix in experts)
+    assert all(_stored_separately(prefix, model.get_submodule(prefix), names) for prefix in experts)
     found = {n for own in experts.values() for n in own}
     found |= {
-        names.written(n)
+        names.to_stored(n)
         for n in model.state_dict()
         if names.experts.keys().isdisjoint([n.rpartition(".")[0]])
     }
     assert found == want
     for name in want:
         assert (
-            names.layer_of(names.of_file(name))
-            or names.of_file(name) in names._tensors
+            names.layer_of(names.from_stored(name))
+            or names.from_stored(name) in names._tensors
             or name in found
         )
     for prefix, own in experts.items():
-        assert {names.experts_of(names.of_file(name)) for name in own} == {prefix}
+        assert {names.experts_of(names.from_stored(name)) for name in own} == {prefix}
 
 
 def test_experts_that_are_not_all_alike_stay_in_one_tensor() -> None:
@@ -109,6 +111,6 @@ def test_experts_that_are_not_all_alike_stay_in_one_tensor() -> None:
     model = tiny_moe("mixtral")
     names, prefix = Names(model), "model.layers.0.mlp.experts"
     module = model.get_submodule(prefix)
-    assert _by_themselves(prefix, module, names)
+    assert _stored_separately(prefix, module, names)
     module.gate_up_proj = torch.nn.Parameter(torch.zeros(5, *module.gate_up_proj.shape[1:]))
-    assert not _by_themselves(prefix, module, names)
+    assert not _stored_separately(prefix, module, names)

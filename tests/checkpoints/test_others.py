@@ -1,4 +1,4 @@
-"""Checkpoints written by other libraries load, with logits equal to theirs within rounding."""
+"""Checkpoints of other libraries, read here: logits equal theirs within rounding."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_golden_checkpoint_survives_saving_bit_for_bit(tmp_path: Path) -> None
     {"load_in_8bit": True},
 ], ids=str)  # fmt: skip
 def test_bitsandbytes(options: dict[str, Any], tmp_path: Path) -> None:
-    """transformers + bitsandbytes quantize and save on the CPU; 4 bits multiply in bfloat16."""
+    """transformers and bitsandbytes quantize on the CPU and save; 4 bits multiply in bfloat16."""
     pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
 

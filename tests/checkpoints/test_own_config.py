@@ -11,7 +11,7 @@ import torch
 
 import qkernels as qk
 from qkernels.checkpoints.hf import reader as huggingface
-from qkernels.checkpoints.hf.quantization import OWN, Plan
+from qkernels.checkpoints.hf.quantization import OWN_METHOD, Plan
 from qkernels.checkpoints.tensor_files import TensorFiles
 from qkernels.models.convert import convert_model
 from qkernels.nn.embedding import QuantEmbedding
@@ -148,7 +148,7 @@ def test_nothing_is_written_of_a_model_with_unknown_modules(tmp_path: Path) -> N
 )  # fmt: skip
 def test_bad_configs(groups: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Plan("here", {"quant_method": OWN, "groups": groups})
+        Plan("here", {"quant_method": OWN_METHOD, "groups": groups})
 
 
 def test_what_the_config_says(tmp_path: Path) -> None:

@@ -22,13 +22,12 @@ FORMATS = [
     ("fp8", {"granularity": "block", "activation": "dynamic"}), ("q8_0", {}),
 ]  # fmt: skip
 NOTE = (
-    "2 modules are stored packed but compute with a plain weight .* dequantized: "
-    "model.layers.0.mlp.gate, "
+    "2 modules are stored packed but need a plain weight.* dequantized: model.layers.0.mlp.gate, "
 )
 
 
 def _pack_routers(name: str, params: dict[str, Any], packed: Path, plain: Path) -> None:
-    """Quantize the routers: tensors and config go to `packed`, dequantized values to `plain`."""
+    """Quantize the routers, too: tensors and config in `packed`, values in `plain`."""
     stored, values = load_file(packed / "model.safetensors"), load_file(plain / "model.safetensors")
     config = json.loads((packed / "config.json").read_text())
     layers: dict[str, qk.PackedWeight] = {}
@@ -51,7 +50,7 @@ def _pack_routers(name: str, params: dict[str, Any], packed: Path, plain: Path) 
 @pytest.mark.parametrize(("name", "params"), FORMATS, ids=str)
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 def test_packed_routers(kind: str, name: str, params: dict[str, Any], tmp_path: Path) -> None:
-    """Packed routers route like their dequantized values, with the same bytes in other layers."""
+    """Routers route by their values; the rest of the model is a second load of the same bytes."""
     save_moe(kind, name, params, tmp_path / "q", tmp_path / "p")
     with_plain = qk.load_model(tmp_path / "q")
     _pack_routers(name, params, tmp_path / "q", tmp_path / "p")
@@ -121,8 +120,8 @@ def test_a_scaled_embedding(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Gemma3ForCausalLM(Gemma3TextConfig(
         vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=64,
-        tie_word_embeddings=False,
+        num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=64, tie_word_embeddings=False,
     )).eval()  # fmt: skip
     groups = {"a": {"targets": ["Embedding"], "weights": weights()}}
     rounded, logits = write(tmp_path / "q", groups, model=model)

@@ -140,7 +140,7 @@ def test_a_full_disk(place: tuple[Path, Save, list[str | None]], size: int) -> N
 
 @pytest.mark.parametrize("name", KINDS)
 def test_no_link_is_followed(tmp_path: Path, name: str) -> None:
-    """The temporary name once was `.NAME.PID.tmp`, where somebody could have put a link."""
+    """The temporary name was `.NAME.PID.tmp` once, and could be a link planted by another user."""
     victim = tmp_path / "precious"
     victim.write_text("precious")
     for planted in (f".{name}.{os.getpid()}.tmp", f"{name}.{os.getpid()}.tmp"):
@@ -154,7 +154,7 @@ def test_the_current_directory_is_not_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="got the one that this process is in"):
+    with pytest.raises(ValueError, match="got the current directory of this"):
         qk.save_model(tiny_model(), ".")
 
 

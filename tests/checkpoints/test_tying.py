@@ -1,4 +1,4 @@
-"""Weights tied by the config where the file has two: the file wins, as in transformers."""
+"""Weights tied by the config, and files that hold two: the file wins, as in transformers."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ FORMATS: list[tuple[str | None, dict[str, Any]]] = [
     ("q8_0", {}),
 ]  # fmt: skip
 KEPT = (
-    "lm_head.weight and model.embed_tokens.weight are tied, "
-    "but the file has another weight for each"
+    "lm_head.weight and model.embed_tokens.weight are tied, but the file has another weight for "
+    "each"
 )
 
 

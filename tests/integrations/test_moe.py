@@ -133,10 +133,11 @@ def test_experts_that_compute_something_else_are_refused(
     file = f"transformers.models.{model}.modeling_{model}"
     kind = getattr(pytest.importorskip(file), name)
     sizes = {"hidden_size": 32, "moe_intermediate_size": 16, "intermediate_size": 16,
-             "hidden_act": "silu", "num_experts": 2, "n_routed_experts": 2,
-             "num_local_experts": 2, "swiglu_limit": 7.0,
+     "hidden_act": "silu",
+             "num_experts": 2, "n_routed_experts": 2, "num_local_experts": 2, "swiglu_limit": 7.0,
              "expert_ffn_hidden_size": 16, "zero_expert_num": 1, "rms_norm_eps": 1e-6,
-             "moe_num_experts": 2, "gated_expert_act": "silu"}  # fmt: skip
+             "moe_num_experts": 2,
+             "gated_expert_act": "silu"}  # fmt: skip
 
     class Sizes:
         def __getattr__(self, field: str) -> object:

@@ -70,7 +70,8 @@ SAME: dict[str, dict[str, Any]] = {
 OTHER = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
     "inference_mode", "megatron_config", "megatron_core", "loftq_config", "eva_config",
-    "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config",
+    "corda_config",
+    "lora_ga_config", "qalora_group_size", "runtime_config",
 }  # fmt: skip
 
 
@@ -158,9 +159,11 @@ def test_an_init_that_reads_the_weight_is_refused(init: str) -> None:
     model, _ = bases()
     config = peft.LoraConfig(r=4, target_modules=["q_proj"])
     config.init_lora_weights = init  # loftq asks for scipy when a config is made
-    message = r"^init_lora_weights: expected one of \(True, False, 'gaussian', 'eva'\) "
-    message += "with QuantLinear"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(
+        ValueError,
+        match=r"^init_lora_weights: expected one of \(True, False, 'gaussian', 'eva'\) with "
+              r"QuantLinear"
+    ):  # fmt: skip
         peft.get_peft_model(model, with_quant_linear(config, model))
 
 

@@ -22,7 +22,8 @@ from ..tiny import ids, tiny_model
 #: (format, parameters) of a whole model with 64 hidden features
 MODEL_FORMATS: list[tuple[str, dict[str, Any]]] = [
     ("gptq", {"group_size": 32}), ("awq", {"group_size": 16}), ("nf4", {"block_size": 32}),
-    ("bf16", {}), ("w8a8", {}), ("int8", {}), ("fp8", {}),
+    ("bf16", {}),
+    ("w8a8", {}), ("int8", {}), ("fp8", {}),
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""qkernels as a quantization backend of transformers: quantize on load, load, save, errors."""
+"""qkernels as transformers' quantization backend: quantize, load checkpoints, save, errors."""
 
 from __future__ import annotations
 

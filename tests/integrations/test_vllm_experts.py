@@ -1,4 +1,4 @@
-"""The vLLM plugin's experts without vLLM: which they are, and their product (see also run.sh)."""
+"""The vLLM plugin's experts without vLLM: indices and product. run.sh tests the rest."""
 
 from __future__ import annotations
 
@@ -105,15 +105,14 @@ def test_names_of_tensors() -> None:
         "-1.up_proj.qweight",
     ):
         with pytest.raises(
-            ValueError, match="expected tensors called EXPERT.NAME.TENSOR with NAME one of gate"
+            ValueError, match="expected tensors named EXPERT.NAME.TENSOR with NAME one of gate"
         ):
             expert_tensor(bad, leaves)
 
 
-@pytest.mark.parametrize(
-    ("kind", "leaves"),
-    [("mixtral", ("w1", "w3", "w2")), ("qwen3_moe", ("gate_proj", "up_proj", "down_proj"))],
-)
+@pytest.mark.parametrize(("kind", "leaves"), [("mixtral", ("w1", "w3", "w2")),
+                                              ("qwen3_moe",
+                                               ("gate_proj", "up_proj", "down_proj"))])  # fmt: skip
 def test_a_checkpoint_of_experts(kind: str, leaves: tuple[str, ...], tmp_path: Path) -> None:
     save_moe(kind, "gptq", {"group_size": 64}, tmp_path / "q", tmp_path / "p")
     checkpoint = Checkpoint(

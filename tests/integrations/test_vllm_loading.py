@@ -34,8 +34,8 @@ CPU = torch.device("cpu")
 
 
 def source_of(p: qk.PackedWeight, pieces: list[Piece], **more: Any) -> Source:
-    wanted = frozenset(p.tensors)
-    return Source("m", Scheme(p.format, p.params), p.shape, pieces, wanted=wanted, **more)
+    expected = frozenset(p.tensors)
+    return Source("m", Scheme(p.format, p.params), p.shape, pieces, expected=expected, **more)
 
 
 def loaded(source: Source, tensors: dict[str, torch.Tensor]) -> list[qk.PackedWeight]:
@@ -121,7 +121,7 @@ def test_one_process_holds_the_checkpoints_own_bytes() -> None:
 
 def test_a_plain_weight_beside_packed_ones() -> None:
     weight = torch.randn(8, 16)
-    source = Source("m", None, (8, 16), [Piece(0, 8, 1, 2)], wanted=frozenset({"weight"}))
+    source = Source("m", None, (8, 16), [Piece(0, 8, 1, 2)], expected=frozenset({"weight"}))
     part = loaded(source, {"weight": weight})[0]
     assert (part.format, part.shape) == ("bf16", (4, 16))
     assert torch.equal(part.storage["weight"], weight[4:].bfloat16())
@@ -182,8 +182,8 @@ def saved(path: Path, format: str, **params: Any) -> tuple[Any, dict[str, Any]]:
     ("format", "params"),
     [
         ("gptq", {"group_size": 32}), ("awq", {"group_size": 32}),
-        ("pack_quantized", {"group_size": 32}), ("nf4", {}), ("int8", {}), ("w8a8", {}),
-        ("fp8", {}), ("q8_0", {}),
+        ("pack_quantized", {"group_size": 32}),
+        ("nf4", {}), ("int8", {}), ("w8a8", {}), ("fp8", {}), ("q8_0", {}),
     ],
 )  # fmt: skip
 def test_modules_left_alone(tmp_path: Path, format: str, params: dict[str, Any]) -> None:

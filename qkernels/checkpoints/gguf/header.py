@@ -1,5 +1,4 @@
-"""A strict reader of a GGUF file's header: every length is checked against the file before it is
-used.
+"""A strict reader of a GGUF file's header, which checks each length against the file's size.
 
     "GGUF"  u32 version  u64 tensors  u64 entries
     entries:  string key, u32 type, value          string = u64 length, bytes
@@ -41,13 +40,13 @@ _SCALARS = {
 _STRING, _ARRAY = 8, 9
 _MAX_NAME = 65535
 _MAX_DIMENSIONS = 4
-#: arrays longer than this (token lists) are skipped over, not kept
+#: longer arrays (token lists) are skipped, and only their length is kept
 _MAX_KEPT = 64
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor: ggml type name ("Q4_K"), shape (N, K), bytes, and where in the file it begins."""
+    """One tensor: ggml's type name ("Q4_K"), shape (N, K), bytes, and its offset in the file."""
 
     name: str
     type: str
@@ -62,8 +61,9 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """Metadata (scalars, strings and short arrays; a long array is given as its length) and
-    tensors.
+    """Metadata and tensors of a file.
+
+    Metadata holds scalars, strings and short arrays; of a long array it holds the length as text.
     """
 
     version: int
@@ -72,9 +72,9 @@ class GgufHeader:
 
 
 def read_header(path: str | os.PathLike[str], keep: str | None = None) -> GgufHeader:
-    """Read and check the header; the tensor data is not touched.
+    """Read and check the header, without the tensors' data.
 
-    keep: arrays whose keys begin so are kept whole.
+    keep: arrays whose keys begin with this text are kept whole.
     Raises FileNotFoundError, or ValueError naming the file, the field, what was expected and found.
     """
     path = Path(path)
@@ -89,14 +89,18 @@ def read_header(path: str | os.PathLike[str], keep: str | None = None) -> GgufHe
 
 
 class _Reader:
+    """Reads a header piece by piece; `at` is the current offset."""
+
     def __init__(self, path: Path, data: mmap.mmap, keep: str | None) -> None:
         self.path, self.data, self.size, self.at = path, data, len(data), 0
         self.keep = keep
 
     def fail(self, field: str, expected: str, got: Any) -> ValueError:
+        """The error for a field."""
         return ValueError(f"{self.path}: {field}: expected {expected}, got {got}")
 
     def take(self, count: int, field: str) -> bytes:
+        """The next `count` bytes."""
         if count > self.size - self.at:
             raise self.fail(
                 field, f"{count} bytes at offset {self.at}", f"the end of the file at {self.size}"
@@ -105,9 +109,11 @@ class _Reader:
         return self.data[self.at - count : self.at]
 
     def number(self, code: str, field: str) -> Any:
+        """The next number, of a type given by its struct code."""
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code), field))[0]
 
     def string(self, field: str, limit: int | None = None) -> str:
+        """The next string, of at most `limit` bytes."""
         length = self.number("Q", f"{field}: length")
         if limit is not None and length > limit:
             raise self.fail(f"{field}: length", f"at most {limit} bytes", length)
@@ -118,6 +124,7 @@ class _Reader:
 
     # ------------------------------------------------------------------ the parts
     def header(self) -> GgufHeader:
+        """The whole header."""
         magic = self.take(4, "magic")
         if magic != MAGIC:
             raise self.fail("magic", repr(MAGIC), repr(magic))
@@ -128,8 +135,8 @@ class _Reader:
             raise self.fail("version", "2 or 3", f"{version}{hint}")
         tensor_count = self.number("Q", "tensor count")
         entry_count = self.number("Q", "metadata count")
-        # The least a tensor or an entry takes: a count beyond that is no reason to loop or
-        # allocate.
+        # Least bytes of a tensor and of an entry, so that a false count causes no long loop and no
+        # allocation.
         for field, count, least in (("tensor", tensor_count, 32), ("metadata", entry_count, 13)):
             if count * least > self.size:
                 raise self.fail(
@@ -147,31 +154,35 @@ class _Reader:
         return GgufHeader(version, metadata, self.place(infos, metadata))
 
     def value(self, field: str, kind: int, most: int, depth: int = 0) -> Any:
-        """One value; of an array with more than `most` items only the length."""
+        """The next value; of an array with more than `most` items only its length, as text."""
         if kind in _SCALARS:
             return self.number(_SCALARS[kind], field)
         if kind == _STRING:
             return self.string(field)
         if kind != _ARRAY or depth > 3:
             raise self.fail(f"{field}: type", "a GGUF value type, 0 to 12", kind)
-        item, count = self.number("I", f"{field}: item type"), self.number("Q", f"{field}: length")
-        if item in _SCALARS:
-            raw = self.take(count * struct.calcsize("<" + _SCALARS[item]), field)
+        item_type, count = (
+            self.number("I", f"{field}: item type"),
+            self.number("Q", f"{field}: length"),
+        )
+        if item_type in _SCALARS:
+            raw = self.take(count * struct.calcsize("<" + _SCALARS[item_type]), field)
             if count > most:
                 return f"{count} values"
-            return list(struct.unpack(f"<{count}{_SCALARS[item]}", raw))
-        if item not in (_STRING, _ARRAY):
-            raise self.fail(f"{field}: item type", "a GGUF value type, 0 to 12", item)
+            return list(struct.unpack(f"<{count}{_SCALARS[item_type]}", raw))
+        if item_type not in (_STRING, _ARRAY):
+            raise self.fail(f"{field}: item type", "a GGUF value type, 0 to 12", item_type)
         if count * 8 > self.size:
             raise self.fail(f"{field}: length", f"at most {self.size // 8} items", count)
-        kept = []
+        items = []
         for i in range(count):
-            one = self.value(f"{field}[{i}]", item, most, depth + 1)
+            item_value = self.value(f"{field}[{i}]", item_type, most, depth + 1)
             if i < most:
-                kept.append(one)
-        return kept if count <= most else f"{count} values"
+                items.append(item_value)
+        return items if count <= most else f"{count} values"
 
     def info(self, i: int) -> tuple[str, tuple[int, ...], int, int]:
+        """(name, shape, type number, offset) of tensor `i`."""
         name = self.string(f"tensor {i}: name", _MAX_NAME)
         field = f"tensor {name!r}"
         dimensions = self.number("I", f"{field}: dimensions")
@@ -185,6 +196,7 @@ class _Reader:
     def place(
         self, infos: list[tuple[str, tuple[int, ...], int, int]], metadata: dict[str, Any]
     ) -> list[GgufTensor]:
+        """The tensors with their bytes and offsets, checked against the file and each other."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         alignment = metadata.get("general.alignment", 32)

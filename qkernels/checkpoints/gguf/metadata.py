@@ -1,11 +1,10 @@
-"""A GGUF file's metadata as a transformers config: every key checked, none that matters passed
-over.
+"""A GGUF file's metadata as a transformers config, with every key checked.
 
-One table says what each `<architecture>.` key must hold and which field it becomes. Sizes are
-compared with the tensors that the file really has, before anything is built. A key that would
-change what the model computes, and that transformers cannot express, is an error; so is one that
-nobody here has heard of. Source: ggml's docs/gguf.md; defaults and the meaning of scaling keys as
-in llama.cpp's model loader.
+A table (RULES) says which value each `<architecture>.` key may have and which config field it
+becomes. Sizes are compared with the tensors in the file before any module is built. Two kinds of
+keys are errors: keys that change what the model computes and that transformers cannot express, and
+keys that this file does not know. Source: ggml's docs/gguf.md; defaults and the meaning of scaling
+keys as in llama.cpp's model loader.
 """
 
 from __future__ import annotations
@@ -32,9 +31,7 @@ _MOST = 2**31 - 1
 
 
 class Rule(NamedTuple):
-    """A key's type, the least and greatest value it may have, and the config's field if it is
-    one's.
-    """
+    """The type of a key's value, its least and greatest value, and the config field it becomes."""
 
     kind: type
     least: float = 0
@@ -44,10 +41,11 @@ class Rule(NamedTuple):
 
 
 class Mixture(NamedTuple):
-    """An architecture with experts: transformers' type of model, its field for their number, and
-    other fields.
+    """An architecture with experts.
 
-    fields: what llama.cpp computes whatever the metadata says.
+    model_type: transformers' type of model.
+    number: its config field for the number of experts.
+    fields: config fields for what llama.cpp always computes, whatever the metadata says.
     """
 
     model_type: str
@@ -62,7 +60,7 @@ MIXTURES = {
     "qwen3moe": Mixture("qwen3_moe", "num_experts", {"norm_topk_prob": True, **_ALL_SPARSE}),
 }
 
-#: what follows `<architecture>.` in the keys that we use
+#: keys that we read, without `<architecture>.` -> their rules
 RULES = {
     "context_length": Rule(int, 1, 2**26, "max_position_embeddings", True),
     "embedding_length": Rule(int, 1, _MOST, "hidden_size", True),
@@ -83,16 +81,16 @@ RULES = {
     "rope.scaling.yarn_beta_fast": Rule(float, 1e-3, 1e6),
     "rope.scaling.yarn_beta_slow": Rule(float, 1e-3, 1e6),
 }
-#: the same of files with experts
+#: additional keys of files with experts
 EXPERT_RULES = {
     "expert_count": Rule(int, 1, _MOST, None, True),
     "expert_used_count": Rule(int, 1, _MOST, "num_experts_per_tok", True),
     "expert_feed_forward_length": Rule(int, 1),
     "expert_shared_feed_forward_length": Rule(int, 1),
 }
-#: keys that say nothing about what is computed
+#: keys that do not change what the model computes
 _INFORMATION = {"rope.scaling.finetuned", "expert_used_count"}
-#: keys that change what is computed, and the values with which they do not
+#: keys that change what the model computes -> the values with which they do not
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "expert_count": (0,),
     "expert_gating_func": (1,),  # a softmax
@@ -113,21 +111,22 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.yarn_log_multiplier": (0.0,),
     "tensor_data_layout": ("Meta AI original pth",),
 }
-#: of these, whatever they are called in an architecture, no model has more than there are bytes
+#: name endings of sizes, in any architecture: none can exceed what the tensors in the file allow
 _SIZE_NAMES = ("_count", "_length", "_size", "count_kv", "count_swa")
 
 
 def architecture_of(path: Path, header: GgufHeader) -> str:
-    """`general.architecture`. ValueError if there is none."""
-    found = header.metadata.get("general.architecture")
-    if not isinstance(found, str) or not found:
-        raise ValueError(f"{path}: general.architecture: expected a name, got {found!r:.60}")
-    return found
+    """`general.architecture` of the file. ValueError if there is none."""
+    architecture = header.metadata.get("general.architecture")
+    if not isinstance(architecture, str) or not architecture:
+        raise ValueError(f"{path}: general.architecture: expected a name, got {architecture!r:.60}")
+    return architecture
 
 
 def check_any_architecture(path: Path, header: GgufHeader) -> None:
-    """ValueError for counts that no model in this file can have; for architectures without rules of
-    ours.
+    """ValueError for counts that no model in this file can have, in any architecture.
+
+    It also serves architectures that have no rules here.
     """
     prefix = architecture_of(path, header) + "."
     weights = sum(math.prod(tensor.shape) for tensor in header.tensors)
@@ -146,7 +145,7 @@ def check_any_architecture(path: Path, header: GgufHeader) -> None:
 def read_config(path: Path, header: GgufHeader) -> Any:
     """The transformers config of a file whose architecture is one of ARCHITECTURES.
 
-    Raises ValueError naming the file and the key or tensor, what was expected and what came.
+    Raises ValueError naming the file, the key or tensor, what was expected and found.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -154,20 +153,20 @@ def read_config(path: Path, header: GgufHeader) -> Any:
     tensors = {tensor.name: tensor for tensor in header.tensors}
     mixture = _mixture(architecture, header)
     rules = RULES if mixture is None else RULES | EXPERT_RULES
-    found = _checked(path, header, architecture, rules)
+    entries = _checked_entries(path, header, architecture, rules)
     fields: dict[str | None, Any] = {
-        rule.field: found[key] for key, rule in rules.items() if rule.field and key in found
+        rule.field: entries[key] for key, rule in rules.items() if rule.field and key in entries
     }
     if mixture is not None:
-        fields |= {mixture.number: found["expert_count"]}
+        fields |= {mixture.number: entries["expert_count"]}
         fields.update(mixture.fields)
-        fields |= _check_experts(path, architecture, found, tensors)
-    size, heads = _check_sizes(path, architecture, found, tensors, mixture is not None)
+        fields |= _check_experts(path, architecture, entries, tensors)
+    size, heads = _check_sizes(path, architecture, entries, tensors, mixture is not None)
     fields |= {
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "num_key_value_heads": heads,
         "head_dim": size,
-        "rope_parameters": _rope(path, architecture, found, tensors, size),
+        "rope_parameters": _rope(path, architecture, entries, tensors, size),
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
@@ -181,26 +180,29 @@ def read_config(path: Path, header: GgufHeader) -> Any:
                 f"{fields['vocab_size'] - 1}, got {token!r:.60}"
             )
         fields[f"{name}_token_id"] = token
-    kind = CONFIG_MAPPING[architecture if mixture is None else mixture.model_type]
+    config_class = CONFIG_MAPPING[architecture if mixture is None else mixture.model_type]
     try:
-        return kind(**{name: value for name, value in fields.items() if name is not None})
-    except Exception as error:  # its checks raise their own kinds, some of them not ValueErrors
+        return config_class(**{name: value for name, value in fields.items() if name is not None})
+    except Exception as error:  # its checks raise various errors, not only ValueErrors
         raise ValueError(
             f"{path}: expected metadata of a valid {architecture} model, got: {error!r:.300}"
         ) from error
 
 
 def _mixture(architecture: str, header: GgufHeader) -> Mixture | None:
-    """What to make of a file's experts; None if it has none."""
+    """How to read the experts of a file; None if it has none."""
     count = header.metadata.get(f"{architecture}.expert_count")
-    some = (type(count) is int and count > 0) or architecture in ("qwen2moe", "qwen3moe")
-    return MIXTURES.get(architecture) if some else None
+    has_experts = (type(count) is int and count > 0) or architecture in ("qwen2moe", "qwen3moe")
+    return MIXTURES.get(architecture) if has_experts else None
 
 
-def _checked(
+def _checked_entries(
     path: Path, header: GgufHeader, architecture: str, rules: dict[str, Rule]
 ) -> dict[str, Any]:
-    """The values of the rules' keys, each of its type and range. ValueError for others that matter."""
+    """The values of the rules' keys, each of its type and range.
+
+    ValueError for other keys that change what the model computes.
+    """
     prefix = architecture + "."
     given = {k.removeprefix(prefix): v for k, v in header.metadata.items() if k.startswith(prefix)}
     for key, rule in rules.items():
@@ -209,7 +211,7 @@ def _checked(
             continue
         good = type(value) is rule.kind
         if good and rule.kind is not str:
-            good = rule.least <= value <= rule.most  # type: ignore[operator]  # which no NaN is
+            good = rule.least <= value <= rule.most  # type: ignore[operator]  # False for NaN
         if not good:
             what = "text" if rule.kind is str else f"{rule.least:g} to {rule.most:g}"
             raise ValueError(
@@ -220,19 +222,22 @@ def _checked(
         if window and (value == 0 or value >= given["context_length"]):
             continue  # wider than any context
         neutral = _NEUTRAL.get(key, ())
-        same = any(value == one and (type(value) is bool) == (type(one) is bool) for one in neutral)
-        if key in rules or key in _INFORMATION or same:
+        is_neutral = any(
+            value == neutral_value and (type(value) is bool) == (type(neutral_value) is bool)
+            for neutral_value in neutral
+        )
+        if key in rules or key in _INFORMATION or is_neutral:
             continue
         expected = f"none or {neutral[0]!r}" if neutral else "no such key"
         raise ValueError(
-            f"{path}: {prefix}{key}: expected {expected}, because it changes what the model computes in a way "
-            f"that is not known here; got {value!r:.60}"
+            f"{path}: {prefix}{key}: expected {expected}, because it changes what the model "
+            f"computes in a way that is not known here; got {value!r:.60}"
         )
     return {key: given[key] for key in rules if key in given}
 
 
 def _shape(path: Path, tensors: dict[str, GgufTensor], name: str, form: str) -> tuple[int, ...]:
-    """A tensor's shape, which must be of as many dimensions as `form`."""
+    """A tensor's shape, which must have as many dimensions as `form`."""
     tensor = tensors.get(name)
     if tensor is None or len(tensor.shape) != form.count(",") + 1:
         got = "none" if tensor is None else f"{tensor.shape}"
@@ -241,29 +246,32 @@ def _shape(path: Path, tensors: dict[str, GgufTensor], name: str, form: str) -> 
 
 
 def _check_experts(
-    path: Path, architecture: str, found: dict[str, Any], tensors: dict[str, GgufTensor]
+    path: Path, architecture: str, entries: dict[str, Any], tensors: dict[str, GgufTensor]
 ) -> dict[str | None, int]:
-    """The config's fields of their sizes; ValueError where one is not the tensors'."""
-    name, shared = "blk.0.ffn_up_exps.weight", "blk.0.ffn_up_shexp.weight"
+    """The config fields for sizes of experts. ValueError if a size is not that of the tensors."""
+    name, shared_name = "blk.0.ffn_up_exps.weight", "blk.0.ffn_up_shexp.weight"
     count, inner, _ = _shape(path, tensors, name, "(E, N, K)")
-    own = "feed_forward_length" if architecture == "llama" else "expert_feed_forward_length"
-    sizes = {"expert_count": count, own: inner}
-    if shared in tensors:
-        sizes["expert_shared_feed_forward_length"] = _shape(path, tensors, shared, "(N, K)")[0]
+    inner_size_key = (
+        "feed_forward_length" if architecture == "llama" else "expert_feed_forward_length"
+    )
+    sizes = {"expert_count": count, inner_size_key: inner}
+    if shared_name in tensors:
+        sizes["expert_shared_feed_forward_length"] = _shape(path, tensors, shared_name, "(N, K)")[0]
     for key, expected in sizes.items():
-        if found.get(key, expected) != expected:
+        if entries.get(key, expected) != expected:
             raise ValueError(
-                f"{path}: {architecture}.{key}: expected {expected}, as the tensors have it; got {found[key]}"
+                f"{path}: {architecture}.{key}: expected {expected}, as the tensors have it; got "
+                f"{entries[key]}"
             )
-    if found["expert_used_count"] > count:
+    if entries["expert_used_count"] > count:
         raise ValueError(
             f"{path}: {architecture}.expert_used_count: expected at most the {count} experts, got "
-            f"{found['expert_used_count']}"
+            f"{entries['expert_used_count']}"
         )
     fields: dict[str | None, int] = (
         {"moe_intermediate_size": inner} if architecture != "llama" else {}
     )
-    if shared in tensors:
+    if shared_name in tensors:
         fields["shared_expert_intermediate_size"] = sizes["expert_shared_feed_forward_length"]
     return fields
 
@@ -271,103 +279,117 @@ def _check_experts(
 def _check_sizes(
     path: Path,
     architecture: str,
-    found: dict[str, Any],
+    entries: dict[str, Any],
     tensors: dict[str, GgufTensor],
     experts: bool,
 ) -> tuple[int, int]:
-    """(size of a head, key-value heads); ValueError where a size is not the tensors'."""
+    """(size of a head, number of key-value heads). ValueError if a size is not the tensors'."""
 
     def shape(name: str) -> tuple[int, ...]:
         return _shape(path, tensors, name, "(N, K)")
 
-    def same(key: str, expected: int, what: str) -> None:
-        if key in found and found[key] != expected:
+    def check_equal(key: str, expected: int, what: str) -> None:
+        if key in entries and entries[key] != expected:
             raise ValueError(
-                f"{path}: {architecture}.{key}: expected {expected}, {what}; got {found[key]}"
+                f"{path}: {architecture}.{key}: expected {expected}, {what}; got {entries[key]}"
             )
 
     blocks = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
-    if found["block_count"] > len(blocks):
-        same("block_count", len(blocks), "as the tensors' names have it")
+    if entries["block_count"] > len(blocks):
+        check_equal("block_count", len(blocks), "as the tensors' names have it")
     vocabulary, hidden = shape("token_embd.weight")
-    same("vocab_size", vocabulary, "the rows of token_embd.weight")
-    same("embedding_length", hidden, "the columns of token_embd.weight")
+    check_equal("vocab_size", vocabulary, "the rows of token_embd.weight")
+    check_equal("embedding_length", hidden, "the columns of token_embd.weight")
     if not experts:
-        same(
+        check_equal(
             "feed_forward_length",
             shape("blk.0.ffn_up.weight")[0],
             "the rows of blk.0.ffn_up.weight",
         )
-    heads = found["attention.head_count"]
-    groups = found.get("attention.head_count_kv", heads)
-    size = found.get("attention.key_length", hidden // heads)
-    for name, count, key in (("attn_q", heads, "head_count"), ("attn_k", groups, "head_count_kv")):
+    heads = entries["attention.head_count"]
+    kv_heads = entries.get("attention.head_count_kv", heads)
+    size = entries.get("attention.key_length", hidden // heads)
+    for name, count, key in (
+        ("attn_q", heads, "head_count"),
+        ("attn_k", kv_heads, "head_count_kv"),
+    ):
         rows = shape(f"blk.0.{name}.weight")[0]
         if count * size != rows:
             raise ValueError(
-                f"{path}: {architecture}.attention.{key}: expected heads of {size} that make the {rows} rows "
-                f"of blk.0.{name}.weight, got {count}"
+                f"{path}: {architecture}.attention.{key}: expected heads of {size} that make the "
+                f"{rows} rows of blk.0.{name}.weight, got {count}"
             )
-    if heads % groups or size % 2:
+    if heads % kv_heads or size % 2:
         raise ValueError(
-            f"{path}: {architecture}.attention.head_count: expected a multiple of the {groups} key-value heads, "
-            f"and heads of an even size; got {heads} of {size}"
+            f"{path}: {architecture}.attention.head_count: expected a multiple of the {kv_heads} "
+            f"key-value heads, and heads of an even size; got {heads} of {size}"
         )
-    same("attention.value_length", size, "the size of a key")
-    same("rope.dimension_count", size, "the size of a key")
-    return size, groups
+    check_equal("attention.value_length", size, "the size of a key")
+    check_equal("rope.dimension_count", size, "the size of a key")
+    return size, kv_heads
 
 
 # ---------------------------------------------------------------------- rotary embedding
 def _rope(
-    path: Path, architecture: str, found: dict[str, Any], tensors: dict[str, GgufTensor], size: int
+    path: Path,
+    architecture: str,
+    entries: dict[str, Any],
+    tensors: dict[str, GgufTensor],
+    size: int,
 ) -> dict[str, Any]:
-    """`rope_parameters`. As in llama.cpp, a factor without a type is linear, and 0 is none."""
-    theta = found.get("rope.freq_base", 10000.0)
-    factor = found.get("rope.scaling.factor", found.get("rope.scale_linear", 0.0)) or 1.0
-    key = "rope.scaling.factor" if "rope.scaling.factor" in found else "rope.scale_linear"
-    kind = found.get("rope.scaling.type", "linear")
+    """The config's `rope_parameters`.
+
+    As in llama.cpp, a factor without a type means linear scaling, and a factor of 0 means none.
+    """
+    theta = entries.get("rope.freq_base", 10000.0)
+    factor = entries.get("rope.scaling.factor", entries.get("rope.scale_linear", 0.0)) or 1.0
+    key = "rope.scaling.factor" if "rope.scaling.factor" in entries else "rope.scale_linear"
+    scaling = entries.get("rope.scaling.type", "linear")
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
-    if kind not in ("none", "linear", "yarn"):
+    if scaling not in ("none", "linear", "yarn"):
         raise ValueError(
-            f"{path}: {architecture}.rope.scaling.type: expected none, linear or yarn, got {kind!r:.60}"
+            f"{path}: {architecture}.rope.scaling.type: expected none, linear or yarn, got "
+            f"{scaling!r:.60}"
         )
     if factor < 1:
         raise ValueError(f"{path}: {architecture}.{key}: expected 0 or at least 1, got {factor}")
-    if kind == "linear" and factor != 1:
+    if scaling == "linear" and factor != 1:
         rope |= {"rope_type": "linear", "factor": factor}
-    if kind == "yarn":
-        original = found.get("rope.scaling.original_context_length", found["context_length"])
+    if scaling == "yarn":
+        original = entries.get("rope.scaling.original_context_length", entries["context_length"])
         rope |= {
             "rope_type": "yarn",
             "factor": factor,
             "original_max_position_embeddings": original,
         }
         for name in ("beta_fast", "beta_slow"):
-            if f"rope.scaling.yarn_{name}" in found:
-                rope[name] = found[f"rope.scaling.yarn_{name}"]
+            if f"rope.scaling.yarn_{name}" in entries:
+                rope[name] = entries[f"rope.scaling.yarn_{name}"]
     if ROPE_TABLE in tensors:
         table = _read_table(path, tensors[ROPE_TABLE], size)
         if bool((table != 1).any()):
             if rope["rope_type"] != "default":
                 raise ValueError(
-                    f"{path}: {ROPE_TABLE}: expected none beside {kind} scaling, got one"
+                    f"{path}: {ROPE_TABLE}: expected none beside {scaling} scaling, got one"
                 )
             rope |= _llama3(path, table, theta)
     return rope
 
 
 def _read_table(path: Path, tensor: GgufTensor, size: int) -> torch.Tensor:
+    """The table of rotary frequency factors, float32 (size / 2)."""
     if tensor.type != "F32" or tensor.shape != (size // 2,):
         raise ValueError(
-            f"{path}: {ROPE_TABLE}: expected F32 of shape {(size // 2,)}, got {tensor.type} of {tensor.shape}"
+            f"{path}: {ROPE_TABLE}: expected F32 of shape {(size // 2,)}, got {tensor.type} of "
+            f"{tensor.shape}"
         )
     return torch.from_numpy(np.fromfile(path, np.float32, size // 2, offset=tensor.offset))
 
 
 def rope_table(rope: dict[str, Any], size: int) -> torch.Tensor:
-    """What llama.cpp divides the rotary frequencies by for transformers' "llama3", float32 (size /
-    2).
+    """The divisors of the rotary frequencies for transformers' "llama3", float32 (size / 2).
+
+    llama.cpp reads them from this table.
     """
     exponents = torch.arange(0, size, 2, dtype=torch.float64) / size
     turns = (
@@ -387,13 +409,13 @@ def _llama3(path: Path, table: torch.Tensor, theta: float) -> dict[str, Any]:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    good = bool(torch.isfinite(table).all()) and rope["factor"] >= 1
-    if good:
-        want = rope_table({**rope, "rope_theta": theta}, 2 * table.numel())
-        good = bool(((table - want).abs() <= 1e-5 * want).all())
-    if not good:
+    matches = bool(torch.isfinite(table).all()) and rope["factor"] >= 1
+    if matches:
+        expected = rope_table({**rope, "rope_theta": theta}, 2 * table.numel())
+        matches = bool(((table - expected).abs() <= 1e-5 * expected).all())
+    if not matches:
         raise ValueError(
-            f"{path}: {ROPE_TABLE}: expected the table of Llama 3.1's scaling (low 1, high 4, 8192 positions), "
-            f"got another, from {table[0].item():g} to {table[-1].item():g}"
+            f"{path}: {ROPE_TABLE}: expected the table of Llama 3.1's scaling (low 1, high 4, 8192 "
+            f"positions), got another, from {table[0].item():g} to {table[-1].item():g}"
         )
     return rope

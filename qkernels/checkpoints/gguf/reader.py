@@ -1,7 +1,7 @@
-"""GGUF files: packed for the architectures of model.py, dequantized for others that transformers
-reads.
+"""Reads GGUF files: packed for the architectures in metadata.py, dequantized for others.
 
-Needs the packages `gguf`, `transformers` and `accelerate` (`pip install qkernels[gguf]`).
+transformers reads the others. Needs the packages `gguf`, `transformers` and `accelerate`
+(`pip install qkernels[gguf]`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
 
 
 def is_gguf(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a file called .gguf, or one that begins with the format's magic."""
+    """Whether `path` is a file named .gguf, or one that begins with GGUF's magic number."""
     path = Path(path)
     if not path.is_file():
         return False
@@ -53,9 +53,10 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """The model in a GGUF file, its weights as they are packed there.
+    """The model in a GGUF file, its weights packed as in the file.
 
-    Of an architecture that `gguf_model` does not know the weights are dequantized, with a warning.
+    Weights of an architecture that is not in metadata.ARCHITECTURES are dequantized, with a
+    warning.
     """
     from . import model as gguf_model
 
@@ -64,14 +65,15 @@ def load(
         return gguf_model.load_packed(Path(path), device, dtype)
     known = ", ".join(metadata.ARCHITECTURES)
     warnings.warn(
-        f"{path}: weights of the architecture {architecture!r} are dequantized to {dtype}; packed: {known}",
+        f"{path}: weights of the architecture {architecture!r} are dequantized to {dtype}; packed: "
+        f"{known}",
         stacklevel=2,
     )
     return load_dequantized(path, device, dtype)[0]
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], tokenizer: Any = None) -> None:
-    """Write a .gguf file; see gguf_writer."""
+    """Write a .gguf file; see writer.py."""
     from . import writer as gguf_writer
 
     gguf_writer.save(model, path, tokenizer)
@@ -82,44 +84,46 @@ def load_dequantized(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> tuple[PreTrainedModel, Any]:
-    """(model, tokenizer) of a GGUF file, every weight dequantized to `dtype` in plain nn.Linear.
+    """(model, tokenizer) of a GGUF file, every weight dequantized to `dtype` in nn.Linear.
 
-    Raises FileNotFoundError, or ValueError naming file and field on a damaged header, before
-    anything big is allocated, and for an architecture that transformers cannot read from GGUF.
+    Raises FileNotFoundError; ValueError naming file and field for a damaged header, before anything
+    big is allocated, and for an architecture that transformers cannot read from GGUF.
     """
     path = Path(path).resolve()
     header = read_header(path)
     architecture = metadata.architecture_of(path, header)
-    tokenizer = load_tokenizer(path)  # first: it may be bad, and it is quick
+    tokenizer = load_tokenizer(path)  # first, because it is quick and may be invalid
     if architecture in metadata.ARCHITECTURES:
         from . import model as gguf_model
 
         return _dequantized(gguf_model.load_packed(path, dtype=dtype), dtype).to(device), tokenizer  # type: ignore[arg-type]
     try:
-        loaded = _plain(_from_pretrained(path, dtype), path)
+        loaded = _without_mark(_from_pretrained(path, dtype), path)
     except MemoryError:
         raise
-    except Exception as error:  # what is wrong with a file shows in any way there
+    except Exception as error:  # transformers may fail on a bad file in any way
         raise ValueError(
-            f"{path}: expected an architecture transformers reads from GGUF, got {architecture!r}: {error!r:.300}"
+            f"{path}: expected an architecture transformers reads from GGUF, got {architecture!r}: "
+            f"{error!r:.300}"
         ) from error
     return loaded.to(device).eval(), tokenizer  # type: ignore[arg-type]
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
-    """The tokenizer described in a GGUF file's metadata. ValueError if it has none, or a bad one."""
+    """The tokenizer in a GGUF file's metadata. ValueError if it is missing or invalid."""
     from . import tokenizer as gguf_tokenizer
 
     path = Path(path).resolve()
-    found = gguf_tokenizer.load(path)
-    # which has more of it than transformers keeps: gguf_writer copies that
-    found.gguf_file = str(path)
-    return found
+    tokenizer = gguf_tokenizer.load(path)
+    # The file has tokenizer entries that transformers drops; tokenizer.write copies them from it.
+    tokenizer.gguf_file = str(path)
+    return tokenizer
 
 
 def _dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with plain linears and embeddings; a head that shares the embedding's bytes stays
-    tied.
+    """The model with nn.Linear and nn.Embedding in place of packed layers.
+
+    A head that shares the embedding's bytes stays tied.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     weight = getattr(embedding, "weight", None)
@@ -127,7 +131,7 @@ def _dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     if isinstance(head, QuantLinear) and isinstance(embedding, QuantEmbedding):
         tied = head.qweight.data_ptr() == next(iter(embedding.packed.tensors.values())).data_ptr()
     stacks = [name for name, module in model.named_modules() if isinstance(module, QuantExperts)]
-    bare = without_weights(model) if stacks else None
+    unpacked_model = without_weights(model) if stacks else None
     for name, module in list(model.named_modules()):
         plain: nn.Module
         if isinstance(module, QuantEmbedding):
@@ -142,8 +146,8 @@ def _dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
                 None if module.bias is None else nn.Parameter(module.bias.detach().to(dtype))
             )
         elif isinstance(module, QuantExperts):
-            assert bare is not None
-            plain = _plain_experts(module, bare.get_submodule(name), dtype)
+            assert unpacked_model is not None
+            plain = _plain_experts(module, unpacked_model.get_submodule(name), dtype)
         else:
             continue
         model.set_submodule(name, plain.eval())
@@ -157,15 +161,20 @@ def _dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _plain_experts(stack: QuantExperts, module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """`module`, transformers' of the same experts, with the weights dequantized."""
+    """transformers' experts module `module`, filled with the dequantized weights."""
     experts = [stack.parts.expert(e) for e in range(stack.parts.count)]
-    gate_up = [torch.cat([own[role].dequantize(dtype) for role in (GATE, UP)]) for own in experts]
+    gate_up = [
+        torch.cat([expert[role].dequantize(dtype) for role in (GATE, UP)]) for expert in experts
+    ]
     module.gate_up_proj = nn.Parameter(torch.stack(gate_up))
-    module.down_proj = nn.Parameter(torch.stack([own[DOWN].dequantize(dtype) for own in experts]))
+    module.down_proj = nn.Parameter(
+        torch.stack([expert[DOWN].dequantize(dtype) for expert in experts])
+    )
     return module
 
 
 def _from_pretrained(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model as transformers reads it from a GGUF file, dequantized."""
     import transformers
     from transformers import AutoModelForCausalLM
 
@@ -178,8 +187,8 @@ def _from_pretrained(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     )
 
 
-def _plain(loaded: PreTrainedModel, path: Path) -> PreTrainedModel:
-    """Of the file at `path`: the same weights in a model that is not marked as quantized.
+def _without_mark(loaded: PreTrainedModel, path: Path) -> PreTrainedModel:
+    """The loaded model without its mark as quantized; `path` is its file.
 
     transformers marks what it loads from GGUF, dequantized or not, and then refuses to save it.
     """
@@ -188,12 +197,12 @@ def _plain(loaded: PreTrainedModel, path: Path) -> PreTrainedModel:
     from accelerate import init_empty_weights
 
     config = copy.deepcopy(loaded.config)
-    for mark in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(config, mark):
-            delattr(config, mark)
+    for field in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(config, field):
+            delattr(config, field)
     with init_empty_weights(include_buffers=False):
-        fresh = type(loaded)(config)
-    fresh.load_state_dict(loaded.state_dict(), strict=True, assign=True)
-    tie(fresh, path)
-    fresh.generation_config = loaded.generation_config
-    return fresh
+        model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict(), strict=True, assign=True)
+    tie(model, path)
+    model.generation_config = loaded.generation_config
+    return model

@@ -1,9 +1,9 @@
-"""Tokenizers in GGUF metadata: checked before they are built, and written only if known for
-certain.
+"""Tokenizers in GGUF metadata: checked on reading, written only if llama.cpp is known to match.
 
     tokenizer.ggml.model   "gpt2": byte-level BPE, tokens and merges, split as `pre` says
                            "llama": SentencePiece's BPE, tokens, scores and types; merges follow
                            from scores
+
 Source: ggml's docs/gguf.md and llama.cpp's vocabulary loader.
 """
 
@@ -23,17 +23,17 @@ _MODELS = ("gpt2", "llama")
 _ITEMS = {"tokens": str, "merges": str, "scores": float, "token_type": int}
 _IDS = ("bos", "eos", "unknown", "padding", "seperator", "cls", "mask", "eot", "eom")
 _FLAGS = ("add_bos_token", "add_eos_token", "add_space_prefix")
-#: SentencePiece's space
+#: the character that stands for a space in SentencePiece
 _SPACE = "▁"
 
 
 # ---------------------------------------------------------------------- reading
 def load(path: Path) -> Any:
-    """The tokenizer of a file, by transformers. ValueError naming the key that is missing or wrong."""
+    """The tokenizer of a file, built by transformers. ValueError naming a missing or wrong key."""
     from transformers import AutoTokenizer
 
     header = read_header(path, keep="tokenizer.")
-    check_any_architecture(path, header)  # transformers makes a config on the way
+    check_any_architecture(path, header)  # transformers also builds a config
     _check(path, header.metadata)
     try:
         return AutoTokenizer.from_pretrained(
@@ -41,49 +41,52 @@ def load(path: Path) -> Any:
         )
     except MemoryError:
         raise
-    except Exception as error:  # what is wrong with a file shows in any way there
+    except Exception as error:  # transformers may fail on a bad file in any way
         raise ValueError(
             f"{path}: tokenizer: expected one transformers builds, got {error!r:.300}"
         ) from error
 
 
 def _check(path: Path, metadata: dict[str, Any]) -> None:
-    given = {k.removeprefix(PREFIX): v for k, v in metadata.items() if k.startswith(PREFIX)}
+    """ValueError naming the first key whose value is wrong."""
+    entries = {k.removeprefix(PREFIX): v for k, v in metadata.items() if k.startswith(PREFIX)}
 
     def fail(key: str, expected: str, got: Any) -> ValueError:
         return ValueError(f"{path}: {PREFIX}{key}: expected {expected}, got {got!r:.60}")
 
     for key, kind in _ITEMS.items():
-        if key in given and not (
-            isinstance(given[key], list) and all(type(v) is kind for v in given[key])
+        if key in entries and not (
+            isinstance(entries[key], list) and all(type(v) is kind for v in entries[key])
         ):
-            raise fail(key, f"an array of {kind.__name__}", given[key])
-    tokens, model = given.get("tokens"), given.get("model")
+            raise fail(key, f"an array of {kind.__name__}", entries[key])
+    tokens, model = entries.get("tokens"), entries.get("model")
     if not tokens:
         raise fail("tokens", "a non-empty array", tokens)
     if not isinstance(model, str):
         raise fail("model", "a name", model)
-    if model == "gpt2" and not given.get("merges"):
-        raise fail("merges", "a non-empty array for a gpt2 tokenizer", given.get("merges"))
-    if model == "llama" and not given.get("merges") and "scores" not in given:
+    if model == "gpt2" and not entries.get("merges"):
+        raise fail("merges", "a non-empty array for a gpt2 tokenizer", entries.get("merges"))
+    if model == "llama" and not entries.get("merges") and "scores" not in entries:
         raise fail("scores", "an array for a llama tokenizer", None)
     for key in ("scores", "token_type"):
-        if key in given and len(given[key]) != len(tokens):
-            raise fail(key, f"{len(tokens)} items, one a token", f"{len(given[key])} items")
-    if not all(math.isfinite(score) for score in given.get("scores", ())):
+        if key in entries and len(entries[key]) != len(tokens):
+            raise fail(
+                key, f"{len(tokens)} items, one for each token", f"{len(entries[key])} items"
+            )
+    if not all(math.isfinite(score) for score in entries.get("scores", ())):
         raise fail("scores", "finite numbers", "others")
-    known = set(tokens)
-    for merge in given.get("merges", ()):
+    token_set = set(tokens)
+    for merge in entries.get("merges", ()):
         left, space, right = merge.partition(" ")
-        if model in _MODELS and not (space and {left, right, left + right} <= known):
+        if model in _MODELS and not (space and {left, right, left + right} <= token_set):
             raise fail("merges", "pairs of tokens that make a token", merge)
     for key in _IDS:
-        number = given.get(f"{key}_token_id")
+        number = entries.get(f"{key}_token_id")
         if number is not None and (type(number) is not int or not 0 <= number < len(tokens)):
             raise fail(f"{key}_token_id", f"an integer of 0 to {len(tokens) - 1}", number)
     for key in _FLAGS:
-        if not isinstance(given.get(key, False), bool):
-            raise fail(key, "true or false", given[key])
+        if not isinstance(entries.get(key, False), bool):
+            raise fail(key, "true or false", entries[key])
     for key in (f"{PREFIX}pre", "tokenizer.chat_template"):
         if not isinstance(metadata.get(key, ""), str):
             raise ValueError(f"{path}: {key}: expected text, got {metadata[key]!r:.60}")
@@ -94,7 +97,7 @@ _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-#: how a byte-level tokenizer cuts text before BPE, and whether whole words skip its merges ->
+#: (how a byte-level tokenizer splits text before BPE, whether whole words skip its merges) ->
 #: llama.cpp's name
 _BYTE_LEVEL: dict[tuple[Any, ...], str] = {
     (("bytes", True), False): "gpt-2",
@@ -105,9 +108,10 @@ _BYTE_LEVEL: dict[tuple[Any, ...], str] = {
 
 
 def write(writer: Any, tokenizer: Any, vocabulary: int) -> None:
-    """Add a tokenizer's entries; `vocabulary` is the number of the model's embedding rows.
+    """Add the entries of a tokenizer to a GGUF file.
 
-    Raises ValueError, naming the tokenizer, if llama.cpp has none that is known to do the same.
+    vocabulary: the number of the model's embedding rows.
+    Raises ValueError naming the tokenizer if llama.cpp has none that is known to behave the same.
     """
     source = getattr(tokenizer, "gguf_file", None)
     if source is not None:
@@ -123,42 +127,43 @@ def write(writer: Any, tokenizer: Any, vocabulary: int) -> None:
         raise ValueError(
             f"tokenizer: {name}: expected a fast tokenizer, got {type(tokenizer).__name__}"
         )
-    described = json.loads(backend.to_str())
-    model = described["model"]
+    description = json.loads(backend.to_str())
+    model = description["model"]
     if model["type"] != "BPE":
         raise ValueError(f"tokenizer: {name}: expected a BPE model, got {model['type']}")
     by_id = {number: (text, _NORMAL) for text, number in model["vocab"].items()}
-    for token in described.get("added_tokens", ()):
+    for token in description.get("added_tokens", ()):
         by_id[token["id"]] = (token["content"], _CONTROL if token["special"] else _USER)
     if max(by_id) >= vocabulary:
         raise ValueError(
-            f"tokenizer: {name}: expected ids below the model's vocabulary of {vocabulary}, got {max(by_id)}"
+            f"tokenizer: {name}: expected ids below the model's vocabulary of {vocabulary}, got "
+            f"{max(by_id)}"
         )
-    listed = [by_id.get(i, (f"[PAD{i}]", _UNUSED)) for i in range(vocabulary)]
+    tokens = [by_id.get(i, (f"[PAD{i}]", _UNUSED)) for i in range(vocabulary)]
     merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     if not merges:
         raise ValueError(f"tokenizer: {name}: expected a BPE model with merges, got none")
     if model["byte_fallback"]:
-        _add_sentencepiece(writer, name, described, listed, merges)
+        _add_sentencepiece(writer, name, description, tokens, merges)
     else:
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(_pre_tokenizer(name, described))
-        writer.add_token_list([text for text, _ in listed])
-        writer.add_token_types([kind for _, kind in listed])
+        writer.add_tokenizer_pre(_pre_tokenizer(name, description))
+        writer.add_token_list([text for text, _ in tokens])
+        writer.add_token_types([kind for _, kind in tokens])
         writer.add_token_merges([" ".join(merge) for merge in merges])
     for key in ("bos", "eos", "pad", "unk"):
         number = getattr(tokenizer, f"{key}_token_id", None)
         if number is not None:
             getattr(writer, f"add_{key}_token_id")(number)
-    framed = backend.encode("a").ids  # with whatever the tokenizer puts around a text
-    writer.add_add_bos_token(framed[:1] == [tokenizer.bos_token_id])
-    writer.add_add_eos_token(framed[-1:] == [tokenizer.eos_token_id])
+    encoded = backend.encode("a").ids  # with the tokens that the tokenizer puts around a text
+    writer.add_add_bos_token(encoded[:1] == [tokenizer.bos_token_id])
+    writer.add_add_eos_token(encoded[-1:] == [tokenizer.eos_token_id])
     if getattr(tokenizer, "chat_template", None):
         writer.add_chat_template(tokenizer.chat_template)
 
 
 def _steps(part: Any) -> list[dict[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer."""
+    """The steps of a normalizer or pre-tokenizer, nested sequences flattened."""
     if part is None:
         return []
     if part["type"] != "Sequence":
@@ -167,12 +172,10 @@ def _steps(part: Any) -> list[dict[str, Any]]:
     return [step for one in inner for step in _steps(one)]
 
 
-def _pre_tokenizer(name: str, described: dict[str, Any]) -> str:
-    """llama.cpp's name for how a byte-level tokenizer cuts text. ValueError if it is not known to
-    have one.
-    """
+def _pre_tokenizer(name: str, description: dict[str, Any]) -> str:
+    """llama.cpp's name for how a byte-level tokenizer splits text. ValueError if it has none."""
     rules: list[Any] = []
-    for step in _steps(described.get("pre_tokenizer")):
+    for step in _steps(description.get("pre_tokenizer")):
         if step["type"] == "Digits":
             rules.append(("digits", step["individual_digits"]))
         elif step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
@@ -181,89 +184,96 @@ def _pre_tokenizer(name: str, described: dict[str, Any]) -> str:
             rules.append(("bytes", step["use_regex"]))
         else:
             rules.append(step["type"])
-    model = described["model"]
-    # Qwen's NFC is left out by llama.cpp and its converter, too.
-    normal = {step["type"] for step in _steps(described.get("normalizer"))} <= {"NFC"}
-    plain = not (
+    model = description["model"]
+    # llama.cpp and its converter also leave out Qwen's NFC.
+    normalizer_ok = {step["type"] for step in _steps(description.get("normalizer"))} <= {"NFC"}
+    plain_bpe = not (
         model.get("continuing_subword_prefix")
         or model.get("end_of_word_suffix")
         or model["dropout"]
     )
-    found = _BYTE_LEVEL.get((*rules, bool(model.get("ignore_merges"))))
-    if found is None or not normal or not plain:
+    known_name = _BYTE_LEVEL.get((*rules, bool(model.get("ignore_merges"))))
+    if known_name is None or not normalizer_ok or not plain_bpe:
         raise ValueError(
-            f"tokenizer: {name}: expected one that cuts text as {', '.join(_BYTE_LEVEL.values())} do, or a "
-            f"SentencePiece model, got pre-tokenizer {json.dumps(described.get('pre_tokenizer')):.200} and "
-            f"normalizer {json.dumps(described.get('normalizer')):.100}"
+            f"tokenizer: {name}: expected one that splits text as "
+            f"{', '.join(_BYTE_LEVEL.values())} do, or a SentencePiece model, got pre-tokenizer "
+            f"{json.dumps(description.get('pre_tokenizer')):.200} and normalizer "
+            f"{json.dumps(description.get('normalizer')):.100}"
         )
-    return found
+    return known_name
 
 
 def _add_sentencepiece(
     writer: Any,
     name: str,
-    described: dict[str, Any],
-    listed: list[tuple[str, int]],
+    description: dict[str, Any],
+    tokens: list[tuple[str, int]],
     merges: list[Any],
 ) -> None:
-    """SentencePiece's BPE. llama.cpp merges the pair whose token has the best score: scores are the
-    merges' order.
+    """Add SentencePiece's BPE.
+
+    llama.cpp merges the pair whose token has the best score, so the scores give the merges' order.
     """
-    vocabulary, unknown = described["model"]["vocab"], described["model"].get("unk_token")
-    prefix = _space_prefix(name, described)
-    bytes_ = {f"<0x{byte:02X}>" for byte in range(256)}
-    added = {text for text, kind in listed if kind != _NORMAL}
-    ranks = _ranks(name, vocabulary, merges, bytes_ | added)
-    if not bytes_ <= vocabulary.keys() or unknown is None:
+    vocabulary, unknown = description["model"]["vocab"], description["model"].get("unk_token")
+    space_prefix = _space_prefix(name, description)
+    byte_tokens = {f"<0x{byte:02X}>" for byte in range(256)}
+    added = {text for text, kind in tokens if kind != _NORMAL}
+    ranks = _ranks(name, vocabulary, merges, byte_tokens | added)
+    if not byte_tokens <= vocabulary.keys() or unknown is None:
         raise ValueError(
-            f"tokenizer: {name}: expected a token <0x00> to <0xFF> for each byte, and one for the unknown, "
-            f"got {len(bytes_ & vocabulary.keys())} and {unknown!r}"
+            f"tokenizer: {name}: expected a token <0x00> to <0xFF> for each byte, and an unknown "
+            f"token, got {len(byte_tokens & vocabulary.keys())} and {unknown!r}"
         )
     scores, kinds = [], []
-    for i, (text, kind) in enumerate(listed):
-        kind = _BYTE if text in bytes_ else _UNKNOWN if text == unknown else kind
+    for i, (text, kind) in enumerate(tokens):
+        kind = _BYTE if text in byte_tokens else _UNKNOWN if text == unknown else kind
         kinds.append(kind)
         scores.append(-float(ranks.get(text, len(ranks) + i)) if kind == _NORMAL else 0.0)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list([text for text, _ in listed])
+    writer.add_token_list([text for text, _ in tokens])
     writer.add_token_scores(scores)
     writer.add_token_types(kinds)
-    writer.add_add_space_prefix(prefix)
+    writer.add_add_space_prefix(space_prefix)
 
 
-def _space_prefix(name: str, described: dict[str, Any]) -> bool:
-    """Whether text gets a space in front. ValueError unless spaces are treated as SentencePiece
-    does.
-    """
-    before, cuts = _steps(described.get("normalizer")), _steps(described.get("pre_tokenizer"))
-    prepend = before[:1] == [{"type": "Prepend", "prepend": _SPACE}]
-    rest = before[prepend:]
-    if rest == [{"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}] and not cuts:
+def _space_prefix(name: str, description: dict[str, Any]) -> bool:
+    """Whether a space is put before text. ValueError unless spaces work as in SentencePiece."""
+    normalizers, pre_tokenizers = (
+        _steps(description.get("normalizer")),
+        _steps(description.get("pre_tokenizer")),
+    )
+    prepend = normalizers[:1] == [{"type": "Prepend", "prepend": _SPACE}]
+    other_normalizers = normalizers[prepend:]
+    if (
+        other_normalizers == [{"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}]
+        and not pre_tokenizers
+    ):
         return prepend
     if (
-        not before
-        and len(cuts) == 1
-        and cuts[0]["type"] == "Metaspace"
-        and cuts[0]["replacement"] == _SPACE
+        not normalizers
+        and len(pre_tokenizers) == 1
+        and pre_tokenizers[0]["type"] == "Metaspace"
+        and pre_tokenizers[0]["replacement"] == _SPACE
     ):
-        inside = next((t for t in described["model"]["vocab"] if _SPACE in t[1:]), None)
-        if not cuts[0].get("split", True) or inside is None:
-            return bool(cuts[0]["prepend_scheme"] != "never")
+        token_with_space = next((t for t in description["model"]["vocab"] if _SPACE in t[1:]), None)
+        if not pre_tokenizers[0].get("split", True) or token_with_space is None:
+            return bool(pre_tokenizers[0]["prepend_scheme"] != "never")
     raise ValueError(
-        f"tokenizer: {name}: expected spaces to become {_SPACE} without cutting tokens, as SentencePiece does, "
-        f"got normalizer {json.dumps(described.get('normalizer')):.100} and pre-tokenizer "
-        f"{json.dumps(described.get('pre_tokenizer')):.100}"
+        f"tokenizer: {name}: expected spaces to become {_SPACE} without cutting tokens, as "
+        f"SentencePiece does, got normalizer {json.dumps(description.get('normalizer')):.100} and "
+        f"pre-tokenizer {json.dumps(description.get('pre_tokenizer')):.100}"
     )
 
 
 def _ranks(
-    name: str, vocabulary: dict[str, int], merges: list[tuple[str, str]], whole: set[str]
+    name: str, vocabulary: dict[str, int], merges: list[tuple[str, str]], unmerged: set[str]
 ) -> dict[str, int]:
-    """Token -> place in the order in which merges make tokens. `whole` are those that none makes.
+    """Token -> its place in the order in which merges make tokens.
 
-    ValueError unless a token's merges lie together, and are all pairs of tokens that make it: only
-    then do merges by rank and by the token's score give the same.
+    unmerged: tokens that no merge makes.
+    Raises ValueError unless all merges that make a token are next to each other and are all pairs
+    of tokens that make it. Only then do merging by rank and merging by the token's score agree.
     """
     ranks: dict[str, int] = {}
     pairs: dict[str, set[str]] = {}
@@ -272,34 +282,34 @@ def _ranks(
         token = left + right
         if token != last and token in ranks:
             raise ValueError(
-                f"tokenizer: {name}: expected merges that follow from scores, got {token!r} made at two places"
+                f"tokenizer: {name}: expected merges that follow from scores, got {token!r} made "
+                "at two places"
             )
         ranks.setdefault(token, len(ranks))
         pairs.setdefault(token, set()).add(left)
         last = token
-    for token in vocabulary.keys() - whole:
+    for token in vocabulary.keys() - unmerged:
         lefts = pairs.get(token, set())
         halves = {
             token[:i] for i in range(1, len(token)) if {token[:i], token[i:]} <= vocabulary.keys()
         }
         if halves != lefts:
             raise ValueError(
-                f"tokenizer: {name}: expected merges that follow from scores, got {len(lefts)} of the "
-                f"{len(halves)} that make {token!r}"
+                f"tokenizer: {name}: expected merges that follow from scores, got {len(lefts)} of "
+                f"the {len(halves)} that make {token!r}"
             )
     return ranks
 
 
 def _copy(writer: Any, source: Path, vocabulary: int) -> None:
-    """The tokenizer's entries of the file it was read from, which hold more than transformers
-    keeps.
-    """
+    """Copy the tokenizer's entries from its file, which holds more than transformers keeps."""
     import gguf
 
     count = len(read_header(source, keep="tokenizer.").metadata.get(f"{PREFIX}tokens") or ())
     if count != vocabulary:
         raise ValueError(
-            f"tokenizer: {source}: expected {vocabulary} tokens, the model's vocabulary, got {count}"
+            f"tokenizer: {source}: expected {vocabulary} tokens, the model's vocabulary, got "
+            f"{count}"
         )
     for key, field in gguf.GGUFReader(str(source)).fields.items():
         if not key.startswith("tokenizer."):

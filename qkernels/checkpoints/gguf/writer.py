@@ -1,8 +1,7 @@
-"""Writes a model as a GGUF file that llama.cpp reads: metadata, tokenizer, tensors as they are
-packed.
+"""Writes a model as a GGUF file that llama.cpp reads: metadata, tokenizer and packed tensors.
 
-The container is the package `gguf`'s (`pip install qkernels[gguf]`). Rows of Llama's queries and
-keys are put in ggml's order on the way out, packed bytes and all.
+The package `gguf` writes the container (`pip install qkernels[gguf]`). Rows of Llama's queries and
+keys are put in ggml's order, in packed weights, too.
 """
 
 from __future__ import annotations
@@ -28,11 +27,12 @@ _KINDS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], tokenizer: Any = None) -> None:
-    """Write `model` to a .gguf file, whole or not at all.
+    """Write `model` to a .gguf file, as a whole or not at all.
 
-    Linears may be in GGUF's types or plain; norms and biases become float32, other plain tensors
-    keep 16 bits. Raises ValueError, naming it, for a layer in another format (`qkernels convert`
-    changes it), an architecture or a tokenizer that cannot be written.
+    Linear layers may be in GGUF's types or unquantized; norms and biases become float32, other
+    unquantized tensors keep 16 bits.
+    Raises ValueError naming a layer in another format (`qkernels convert` changes it), or an
+    architecture or a tokenizer that cannot be written.
     """
     import gguf
 
@@ -40,8 +40,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], tokenizer: Any = None) 
     config: Any = getattr(model, "config", None)
     architecture = kind_of(model)
     check(model, tokenizer)
-    with replacing_file(path) as fresh:
-        writer = gguf.GGUFWriter(str(fresh), architecture)
+    with replacing_file(path) as temporary:
+        writer = gguf.GGUFWriter(str(temporary), architecture)
         tensors = _tensors(model, architecture)
         _describe(writer, config, path.stem, [kind for _, _, kind in tensors])
         gguf_tokenizer.write(writer, tokenizer, config.vocab_size)
@@ -52,7 +52,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], tokenizer: Any = None) 
 
 
 def write_out(writer: Any) -> None:
-    """Write what a gguf.GGUFWriter was given to its file, and close it, whatever happens."""
+    """Write the contents of a gguf.GGUFWriter to its file, and close it in any case."""
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -62,8 +62,9 @@ def write_out(writer: Any) -> None:
 
 
 def check(model: nn.Module, tokenizer: Any, format: str | None = None) -> None:
-    """ValueError if `save` would refuse this model once its linears are in `format`; nothing is
-    written.
+    """ValueError if `save` would refuse this model with its linear layers in `format`.
+
+    Nothing is written.
     """
     import gguf
 
@@ -87,26 +88,25 @@ def check(model: nn.Module, tokenizer: Any, format: str | None = None) -> None:
 
 
 def kind_of(model: nn.Module) -> str:
-    """`general.architecture` of the model. ValueError if its type has none here."""
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind not in _KINDS:
+    """`general.architecture` for the model. ValueError if its type has none here."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type not in _KINDS:
         raise ValueError(
-            f"model: expected one of the types {', '.join(_KINDS)} for a GGUF file, got {kind!r}"
+            f"model: expected one of the types {', '.join(_KINDS)} for a GGUF file, got "
+            f"{model_type!r}"
         )
-    return _KINDS[kind]
+    return _KINDS[model_type]
 
 
 # ---------------------------------------------------------------------- tensors
 def _tensors(model: nn.Module, architecture: str) -> list[tuple[str, Tensor, str | None]]:
-    """(name in the file, values or packed bytes, ggml type of packed bytes) of everything in the
-    model.
-    """
+    """(name in the file, values or packed bytes, ggml type of packed bytes) of every tensor."""
     import gguf
 
     config: Any = model.config
     kinds = {str(name): kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kinds[architecture], config.num_hidden_layers)
-    found: list[tuple[str, Tensor, str | None]] = []
+    tensors: list[tuple[str, Tensor, str | None]] = []
 
     def add(module: str, leaf: str, tensor: Tensor, ggml_type: str | None) -> None:
         stored = names.get_name(module)
@@ -117,12 +117,12 @@ def _tensors(model: nn.Module, architecture: str) -> list[tuple[str, Tensor, str
         order = row_order(module, tensor.shape[0], config) if ARCHITECTURES[architecture] else None
         if order is not None:
             tensor = tensor[order.argsort().to(tensor.device)]
-        found.append((f"{stored}.{leaf}", tensor, ggml_type))
+        tensors.append((f"{stored}.{leaf}", tensor, ggml_type))
 
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "llama3":
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        found.append((ROPE_TABLE, rope_table(rope, size), None))
+        tensors.append((ROPE_TABLE, rope_table(rope, size), None))
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     for name, module in model.named_modules():
@@ -143,10 +143,11 @@ def _tensors(model: nn.Module, architecture: str) -> list[tuple[str, Tensor, str
                 add(name, leaf, value.view(torch.uint8), "BF16")
             else:
                 add(name, leaf, value, None)
-    return found
+    return tensors
 
 
 def _packed(name: str, module: QuantLinear | QuantEmbedding) -> tuple[Tensor, str | None]:
+    """(values or packed bytes, ggml type) of a layer's weight. ValueError for other formats."""
     packed = module.packed
     fmt = formats.get(packed.format)
     if fmt.dense:
@@ -157,26 +158,34 @@ def _packed(name: str, module: QuantLinear | QuantEmbedding) -> tuple[Tensor, st
     ggml_type = getattr(fmt, "ggml_type", None)
     if ggml_type is None:
         raise ValueError(
-            f"{name}: expected a layer in one of GGUF's types, got {packed.format}; `qkernels convert` changes it"
+            f"{name}: expected a layer in one of GGUF's types, got {packed.format}; `qkernels "
+            "convert` changes it"
         )
     return packed.tensors["data"], str(ggml_type)
 
 
 def _tied(head: Any, embedding: Any) -> bool:
-    """Whether the output projection is the embedding's matrix."""
+    """Whether the output projection is the same matrix as the embedding."""
     if isinstance(head, QuantLinear) and isinstance(embedding, QuantEmbedding):
-        mine, its = head.packed, embedding.packed
-        return mine.format == its.format and all(
-            torch.equal(tensor, its.tensors[name]) for name, tensor in mine.tensors.items()
+        head_weight, embedding_weight = head.packed, embedding.packed
+        return head_weight.format == embedding_weight.format and all(
+            torch.equal(tensor, embedding_weight.tensors[name])
+            for name, tensor in head_weight.tensors.items()
         )
-    one, other = getattr(head, "weight", None), getattr(embedding, "weight", None)
+    head_tensor, embedding_tensor = (
+        getattr(head, "weight", None),
+        getattr(embedding, "weight", None),
+    )
     return (
-        isinstance(one, Tensor) and isinstance(other, Tensor) and one.data_ptr() == other.data_ptr()
+        isinstance(head_tensor, Tensor)
+        and isinstance(embedding_tensor, Tensor)
+        and head_tensor.data_ptr() == embedding_tensor.data_ptr()
     )
 
 
 # ---------------------------------------------------------------------- metadata
 def _describe(writer: Any, config: Any, name: str, types: list[str | None]) -> None:
+    """Add the metadata of the model's config; `types` are the ggml types of its tensors."""
     import gguf
 
     rope = getattr(config, "rope_parameters", None) or {}
@@ -185,8 +194,8 @@ def _describe(writer: Any, config: Any, name: str, types: list[str | None]) -> N
     window = getattr(config, "sliding_window", None)
     if window is not None and window < config.max_position_embeddings:
         raise ValueError(
-            f"config: sliding_window: expected none below the {config.max_position_embeddings} positions, "
-            f"because {writer.arch} has none in GGUF, got {window}"
+            f"config: sliding_window: expected none below the {config.max_position_embeddings} "
+            f"positions, because {writer.arch} has none in GGUF, got {window}"
         )
     if getattr(config, "hidden_act", "silu") != "silu":
         raise ValueError(f"config: hidden_act: expected 'silu', got {config.hidden_act!r}")
@@ -205,9 +214,11 @@ def _describe(writer: Any, config: Any, name: str, types: list[str | None]) -> N
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    most = Counter(kind for kind in types if kind is not None).most_common(1)
+    most_common_type = Counter(kind for kind in types if kind is not None).most_common(1)
     labels = (
-        [f"MOSTLY_{most[0][0]}{suffix}" for suffix in ("", "_M", "_S")] if most else ["MOSTLY_F16"]
+        [f"MOSTLY_{most_common_type[0][0]}{suffix}" for suffix in ("", "_M", "_S")]
+        if most_common_type
+        else ["MOSTLY_F16"]
     )
     for label in labels:
         if label in gguf.LlamaFileType.__members__:
@@ -215,7 +226,7 @@ def _describe(writer: Any, config: Any, name: str, types: list[str | None]) -> N
             break
 
 
-#: rope_type -> parameters it may have; what else it has must be None
+#: rope_type -> the parameters that it may have; all others must be None
 _ROPE_PARAMETERS = {
     "default": set(),
     "linear": {"factor"},
@@ -225,27 +236,29 @@ _ROPE_PARAMETERS = {
 
 
 def _add_rope_scaling(writer: Any, config: Any, rope: dict[str, Any]) -> None:
-    """The scaling of positions, but for llama3's, which is a tensor. ValueError for one that GGUF
-    has not.
+    """Add the scaling of positions, except llama3's, which is a tensor.
+
+    Raises ValueError for a scaling that GGUF does not have.
     """
-    kind = rope.get("rope_type", "default")
-    if kind not in _ROPE_PARAMETERS:
+    rope_type = rope.get("rope_type", "default")
+    if rope_type not in _ROPE_PARAMETERS:
         raise ValueError(
-            f"config: rope_type: expected one of {', '.join(_ROPE_PARAMETERS)}, got {kind!r}"
+            f"config: rope_type: expected one of {', '.join(_ROPE_PARAMETERS)}, got {rope_type!r}"
         )
-    usual = {"rope_type", "type", "rope_theta"} | _ROPE_PARAMETERS[kind]
+    allowed = {"rope_type", "type", "rope_theta"} | _ROPE_PARAMETERS[rope_type]
     neutral = {"partial_rotary_factor": (1, None), "truncate": (True, None)}
     for key, value in rope.items():
-        if key not in usual and value not in neutral.get(key, (None,)):
+        if key not in allowed and value not in neutral.get(key, (None,)):
             raise ValueError(
-                f"config: rope_parameters: {key}: expected none for {kind} in GGUF, got {value!r}"
+                f"config: rope_parameters: {key}: expected none for {rope_type} in GGUF, got "
+                f"{value!r}"
             )
-    if kind not in ("linear", "yarn"):
+    if rope_type not in ("linear", "yarn"):
         return
     prefix = f"{writer.arch}.rope.scaling"
-    writer.add_string(f"{prefix}.type", kind)
+    writer.add_string(f"{prefix}.type", rope_type)
     writer.add_float32(f"{prefix}.factor", float(rope["factor"]))
-    if kind == "yarn":
+    if rope_type == "yarn":
         original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
         writer.add_uint32(f"{prefix}.original_context_length", original)
     for name in ("beta_fast", "beta_slow"):

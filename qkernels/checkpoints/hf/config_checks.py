@@ -1,10 +1,10 @@
-"""What config.json may say, checked as JSON before transformers builds anything from it.
+"""Limits for the values in config.json, checked as JSON before transformers uses them.
 
-A config class makes a list of as many items as there are layers, and two dictionaries of as many as
-there are labels; a model class, a buffer of as many rows as there are positions. So numbers that
-count are bounded here, and buffers where the model is built (model_config). A name of an attention
-implementation would choose the code that runs, from a repository of the hub even: the file has no
-say in that.
+A config class makes a list with an item for each layer and two dictionaries with an item for each
+label; a model class makes buffers with a row for each position. So this file bounds the numbers
+that count something; model_config bounds the buffers when it builds the model. config.json may also
+name an attention implementation, which would choose the code that runs, even code from a repository
+of the hub. A file must not choose code, so we drop or refuse such names.
 """
 
 from __future__ import annotations
@@ -15,31 +15,33 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-#: of all objects and lists together, without quantization_config. A classifier has two per label,
-#: and there are
-#: some of 22,000.
+#: items of all objects and lists together, without quantization_config. A classifier has two items
+#: for each label, and some have 22,000 labels.
 MAX_ITEMS = 262_144
-#: of a number that counts: layers, labels, heads, experts, ...
+#: largest value of a number that counts layers, labels, heads, experts, ...
 MAX_COUNT = 131_072
+#: names of numbers that count something
 _COUNTS = re.compile(
-    r"(?:^|_)(?:num|n|layers?|labels?|blocks?|heads?|experts?|depths?|stages?|repeats?|levels?|groups?|count)(?:_|$)"
+    r"(?:^|_)(?:num|n|layers?|labels?|blocks?|heads?|experts?|depths?|stages?|repeats?|levels?"
+    r"|groups?|count)(?:_|$)"
 )
-#: of what may be many without costing anything before the model is built
+#: names of numbers that may be large, because they cost nothing before the model is built
 _SIZES = re.compile(
-    r"position|ctx|vocab|word|embd|token|pixel|param|floor|_id|ids?$|theta|length|hidden_size|step|sample|train|epoch"
+    r"position|ctx|vocab|word|embd|token|pixel|param|floor|_id|ids?$|theta|length|hidden_size"
+    r"|step|sample|train|epoch"
 )
-#: set by transformers when it reads the config; what chooses the code that computes
+#: fields that choose the code that computes; transformers sets them when it reads the config
 _IMPLEMENTATIONS = {
     f"{prefix}{kind}_implementation{suffix}"
     for kind in ("attn", "experts")
     for prefix in ("", "_")
     for suffix in ("", "_internal")
 }
-#: whether a model gives tuples, which nobody here reads
+#: whether a model returns tuples, which none of our code reads
 _OUTPUTS = "return_dict"
 _BACKBONE = "backbone"
-#: what transformers' shared code reads of any config. A class that does not declare it does not
-#: check it.
+#: Types of the fields that transformers' shared code reads from any config. A class that does not
+#: declare such a field does not check it.
 _SHARED: dict[str, tuple[type, ...]] = {
     "sliding_window": (int, type(None)),
     "attention_chunk_size": (int, type(None)),
@@ -76,7 +78,7 @@ def check_values(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _walk(values: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """(key, its path, value) of all that is in `values`; items of a list go by the list's key."""
+    """(key, path, value) of everything in `values`; items of a list have the list's key."""
     waiting: list[tuple[str, str, Any]] = [("", "", values)]
     while waiting:
         key, where, value = waiting.pop()
@@ -84,56 +86,57 @@ def _walk(values: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
             yield key, where, value
         if isinstance(value, Mapping):
             above = f"{where[:200]}." if where else ""
-            waiting += [(own, above + own, item) for own, item in value.items()]
+            waiting += [(inner_key, above + inner_key, item) for inner_key, item in value.items()]
         elif isinstance(value, list):
             waiting += [(key, where, item) for item in value]
 
 
 def without_implementations(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` without the names of implementations of attention and experts, of nested configs,
-    too.
+    """`values` without the names of attention and expert implementations, nested configs included.
 
-    What is plain ("flash_attention_2") is left out, so that transformers takes what suits this
-    machine. ValueError for a repository, which would be asked for code.
+    A plain name ("flash_attention_2") is dropped, so that transformers chooses an implementation
+    for this machine. Raises ValueError for the name of a repository, from which transformers would
+    download code.
     """
-    kept: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for key, value in values.items():
         if key in _IMPLEMENTATIONS:
             for _, _, name in _walk({key: value}):
                 if isinstance(name, str) and "/" in name:
                     raise ValueError(
-                        f"{path}: {key}: expected none, or a name like 'sdpa', because a file does not choose "
-                        f"code that is downloaded and run; got the repository {name!r:.100}"
+                        f"{path}: {key}: expected none, or a name like 'sdpa', because a file does "
+                        f"not choose code that is downloaded and run; got the repository "
+                        f"{name!r:.100}"
                     )
             continue
         if key != _OUTPUTS:
-            kept[key] = _each(path, value)
+            result[key] = _clean(path, value)
     name = values.get(_BACKBONE)
     if isinstance(name, str) and "/" in name and values.get("backbone_config") is None:
         raise ValueError(
-            f"{path}: {_BACKBONE}: expected a backbone_config, because nothing is downloaded; got the repository "
-            f"{name!r:.100}"
+            f"{path}: {_BACKBONE}: expected a backbone_config, because nothing is downloaded; got "
+            f"the repository {name!r:.100}"
         )
-    return kept
+    return result
 
 
-def _each(path: Path, value: Any) -> Any:
+def _clean(path: Path, value: Any) -> Any:
+    """`without_implementations` of every object inside `value`."""
     if isinstance(value, dict):
         return without_implementations(path, value)
-    return [_each(path, item) for item in value] if isinstance(value, list) else value
+    return [_clean(path, item) for item in value] if isinstance(value, list) else value
 
 
-def check_fields(path: Path, kind: type, values: Mapping[str, Any]) -> None:
-    """ValueError for a value that the config class `kind` would take as it is, and that code fails
-    with later.
+def check_fields(path: Path, config_class: type, values: Mapping[str, Any]) -> None:
+    """ValueError for a value that `config_class` accepts but later code fails on.
 
-    transformers checks the types of the fields that a class declares, but not of those that all
-    have. What is not declared becomes an attribute, which shared code reads, or in whose way a
-    method is.
+    transformers checks the types of the fields that a class declares, but not of the fields that
+    all classes share. An undeclared field becomes an attribute, which shared code may read, or
+    which may hide a method.
     """
     from transformers import PreTrainedConfig
 
-    declared, common = _declared(kind), _declared(PreTrainedConfig)
+    declared, common = _declared(config_class), _declared(PreTrainedConfig)
     for key, value in values.items():
         shared = key in _SHARED and key not in declared - common
         if shared and type(value) not in _SHARED[key]:
@@ -143,27 +146,33 @@ def check_fields(path: Path, kind: type, values: Mapping[str, Any]) -> None:
             raise ValueError(f"{path}: {key}: expected an integer of 64 bits, got {value!r:.60}")
         if key in declared:
             continue
-        if callable(getattr(kind, key, None)):
+        if callable(getattr(config_class, key, None)):
             raise ValueError(
-                f"{path}: {key}: expected a field of {kind.__name__}, got the name of a method"
+                f"{path}: {key}: expected a field of {config_class.__name__}, got the name of a "
+                "method"
             )
-    for key, part in getattr(kind, "sub_configs", {}).items():
+    for key, part in getattr(config_class, "sub_configs", {}).items():
         nested = values.get(key)
         if isinstance(nested, dict):
             check_fields(path, _config_class(part, nested), nested)
 
 
-def _declared(kind: type) -> set[str]:
+def _declared(config_class: type) -> set[str]:
+    """Names of the fields that a config class declares."""
     return (
-        {field.name for field in dataclasses.fields(kind)}
-        if dataclasses.is_dataclass(kind)
+        {field.name for field in dataclasses.fields(config_class)}
+        if dataclasses.is_dataclass(config_class)
         else set()
     )
 
 
-def _config_class(kind: Any, values: Mapping[str, Any]) -> Any:
-    """The class of a nested config; where any may be there, the one that its `model_type` names."""
+def _config_class(default: Any, values: Mapping[str, Any]) -> Any:
+    """The class of a nested config, by its `model_type` if any class may be there."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    name = values.get("model_type")
-    return CONFIG_MAPPING[name] if isinstance(name, str) and name in CONFIG_MAPPING else kind
+    model_type = values.get("model_type")
+    return (
+        CONFIG_MAPPING[model_type]
+        if isinstance(model_type, str) and model_type in CONFIG_MAPPING
+        else default
+    )

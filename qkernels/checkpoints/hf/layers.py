@@ -1,4 +1,4 @@
-"""Linears and embeddings of a model from the tensors that its files hold for them."""
+"""Linear layers and embeddings of a model, built from the tensors in its files."""
 
 from __future__ import annotations
 
@@ -23,94 +23,99 @@ from .quantization import LINEAR, Kinds, Plan, Scheme
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: scales of a quantized key-value cache; ours holds 16 bits
+#: scales of a quantized key-value cache, which we do not use: our cache holds 16 bits
 CACHE_SCALE = re.compile(r"\.([qkv]_scale|[qkv]_zero_point|kv_scale)$")
-#: of one weight: its tensor's name within the module -> in the files
-Owned = dict[str, str]
+#: the tensors of one layer: name within the module -> name in the files
+TensorNames = dict[str, str]
 
 
 class Inventory:
-    """Whose the files' tensors are, by transformers' names of modules.
+    """Which module of the model each tensor in the files belongs to.
 
-    layers: linears, embeddings, and what has a packed matrix besides. experts: modules of experts
-    -> (expert, "gate", "up" or "down") -> one weight's. place: name in the files -> such a module.
-    parts: name in the files -> the names of all that make one tensor of transformers', in order,
-    and which.
+    layers: module name -> its tensors, for linear layers, embeddings, and other modules with a
+    packed matrix.
+    experts: name of an experts module -> (expert, role) -> the tensors of that weight.
+    place: name in the files -> name of such a module.
+    parts: name in the files -> (names of all tensors that transformers concatenates with it, in
+    order; which part it is).
     """
 
     def __init__(self, model: nn.Module, files: TensorFiles) -> None:
-        """ValueError for two tensors in one place, or packed ones that hold all experts at once."""
+        """ValueError if two tensors have the same place, or one packed tensor holds all experts."""
         self.names = Names(model)
-        self.layers: dict[str, Owned] = {}
-        self.experts: dict[str, dict[tuple[int, str], Owned]] = {}
+        self.layers: dict[str, TensorNames] = {}
+        self.experts: dict[str, dict[tuple[int, str], TensorNames]] = {}
         self.place: dict[str, str] = {}
         self.parts: dict[str, tuple[list[str], Part]] = {}
         wholes: dict[str, dict[int, str]] = {}
         weights: dict[str, str] = {}
-        taken: dict[str, str] = {}
-        for full, info in files.infos.items():
-            if CACHE_SCALE.search(full):
+        stored_by_name: dict[str, str] = {}
+        for stored, info in files.infos.items():
+            if CACHE_SCALE.search(stored):
                 continue
-            part = self.names.part(full)
-            name = self.names.of_file(full) if part is None else f"{part.whole}[{part.index}]"
-            if name in taken:
+            part = self.names.part(stored)
+            name = self.names.from_stored(stored) if part is None else f"{part.whole}[{part.index}]"
+            if name in stored_by_name:
                 raise ValueError(
-                    f"{info.file}: tensor {full!r}: expected once, got {taken[name]!r}, too"
+                    f"{info.file}: tensor {stored!r}: expected once, got it again as "
+                    f"{stored_by_name[name]!r}"
                 )
-            taken[name] = full
+            stored_by_name[name] = stored
             if part is not None:
-                whole = wholes.setdefault(part.whole, {})
-                whole[part.index] = full
-                if len(whole) == part.count:  # where one is missing, all are unexpected
-                    ordered = [whole[i] for i in range(part.count)]
+                indexed = wholes.setdefault(part.whole, {})
+                indexed[part.index] = stored
+                if len(indexed) == part.count:  # if one is missing, all are unexpected
+                    ordered = [indexed[i] for i in range(part.count)]
                     self.parts |= dict.fromkeys(ordered, (ordered, part))
                 continue
-            prefix = self.names.layer_of(name)
+            module = self.names.layer_of(name)
             if (matrix := self.names.matrix_of(name)) is not None:
-                weights[matrix] = full
-            if prefix is not None:
-                self.layers.setdefault(prefix, {})[name[len(prefix) + 1 :]] = full
-            elif (prefix := self.names.experts_of(name)) is not None:
-                self._expert(prefix, name[len(prefix) + 1 :], full, info.file)
-            if prefix is not None:
-                self.place[full] = prefix
-        for prefix, full in weights.items():
-            if prefix in self.layers:  # scales and the like beside it: it is packed
-                self.layers[prefix]["weight"] = full
-                self.place[full] = prefix
+                weights[matrix] = stored
+            if module is not None:
+                self.layers.setdefault(module, {})[name[len(module) + 1 :]] = stored
+            elif (module := self.names.experts_of(name)) is not None:
+                self._expert(module, name[len(module) + 1 :], stored, info.file)
+            if module is not None:
+                self.place[stored] = module
+        for module, stored in weights.items():
+            if module in self.layers:  # the files also hold scales or the like: it is packed
+                self.layers[module]["weight"] = stored
+                self.place[stored] = module
 
-    def takes(self, full: str) -> bool:
-        """Whether the model has a place for the tensor that the files call `full`."""
-        return full in self.place or full in self.parts or self.names.has(self.names.of_file(full))
+    def takes(self, stored: str) -> bool:
+        """Whether the model has a place for the tensor called `stored` in the files."""
+        return (
+            stored in self.place
+            or stored in self.parts
+            or self.names.has(self.names.from_stored(stored))
+        )
 
-    def _expert(self, prefix: str, name: str, full: str, file: Path) -> None:
+    def _expert(self, prefix: str, name: str, stored: str, file: Path) -> None:
+        """Record the tensor `stored`, called `name` within the experts module `prefix`."""
         leaves = self.names.experts[prefix].leaves
         try:
-            expert, leaf, own = expert_tensor(name, list(leaves.values()))
+            expert, leaf, tensor_name = expert_tensor(name, list(leaves.values()))
         except ValueError as error:
-            raise ValueError(f"{file}: {full}: {error}") from None
-        role = next(role for role, known in leaves.items() if known == leaf)
-        self.experts.setdefault(prefix, {}).setdefault((expert, role), {})[own] = full
+            raise ValueError(f"{file}: {stored}: {error}") from None
+        role = next(role for role, stored_leaf in leaves.items() if stored_leaf == leaf)
+        self.experts.setdefault(prefix, {}).setdefault((expert, role), {})[tensor_name] = stored
 
 
-def stored_module(names: Owned) -> str:
-    """What the files call the module whose tensors these are."""
-    own, full = next(iter(names.items()))
-    return full.removesuffix(f".{own}")
+def stored_module(names: TensorNames) -> str:
+    """The name in the files of the module that has these tensors."""
+    leaf, stored = next(iter(names.items()))
+    return stored.removesuffix(f".{leaf}")
 
 
-def owned_tensors(model: nn.Module, files: TensorFiles) -> dict[str, Owned]:
-    """Module's name -> {tensor name within it: name in the file}, for the linears and embeddings in
-    the files.
-    """
-    return Inventory(model, files).layers
+def scheme_of(
+    names: TensorNames, files: TensorFiles, plan: Plan, kinds: Kinds = LINEAR
+) -> Scheme | None:
+    """How a weight is quantized; None if the files hold an unquantized one.
 
+    kinds: of the module, from `quantization.kinds_of`.
 
-def scheme_of(names: Owned, files: TensorFiles, plan: Plan, kinds: Kinds = LINEAR) -> Scheme | None:
-    """How a weight is quantized; None if the files hold a plain one, whatever the config says.
-
-    kinds: of the module. The config speaks of modules as the files call them. Raises ValueError if
-    they hold packed tensors that the config says nothing of.
+    The files decide, whatever the config says. The config uses the files' module names. Raises
+    ValueError if the files hold packed tensors for a module that the config skips.
     """
     packed = sorted(set(names) - {"weight", "bias"})
     if not packed or plan.config is None:
@@ -126,26 +131,28 @@ def scheme_of(names: Owned, files: TensorFiles, plan: Plan, kinds: Kinds = LINEA
 
 
 def embedding_dtype(model: PreTrainedModel, inventory: Inventory, files: TensorFiles) -> str | None:
-    """safetensors' name of the dtype the input embeddings are stored in; None if they are packed."""
+    """safetensors dtype of the stored input embeddings; None if they are packed."""
     embedding = input_embeddings(model)
     prefix = next((name for name, module in model.named_modules() if module is embedding), None)
-    full = inventory.layers.get(prefix or "", {}).get("weight")
-    if full is None:  # one that scales its rows is no layer that could be packed
+    stored = inventory.layers.get(prefix or "", {}).get("weight")
+    if stored is None:  # a scaled embedding is not among the layers that can be packed
         names = (name for name in files.infos if name.endswith("weight"))
-        full = next(
-            (name for name in names if inventory.names.of_file(name) == f"{prefix}.weight"), ""
+        stored = next(
+            (name for name in names if inventory.names.from_stored(name) == f"{prefix}.weight"), ""
         )
-    info = files.infos.get(full)
+    info = files.infos.get(stored)
     return info.dtype if info is not None and info.dtype in ("F16", "BF16", "F32", "F64") else None
 
 
-def mixed_dense(names: Owned, files: TensorFiles, around: str | None) -> Scheme | None:
-    """The 16-bit format of a linear stored in another dtype than the embeddings, else None.
+def mixed_dtype_scheme(
+    names: TensorNames, files: TensorFiles, activation_dtype: str | None
+) -> Scheme | None:
+    """The 16-bit format of a linear layer whose dtype is not `activation_dtype`, else None.
 
-    nn.Linear refuses inputs of another dtype than its weight's; QuantLinear takes them.
+    nn.Linear refuses inputs of a dtype other than its weight's; QuantLinear takes them.
     """
     weight = files.infos.get(names.get("weight", ""))
-    if around is None or weight is None or around == weight.dtype:
+    if activation_dtype is None or weight is None or activation_dtype == weight.dtype:
         return None
     format = {"F16": "fp16", "BF16": "bf16"}.get(weight.dtype)
     return None if format is None else Scheme(format, {})
@@ -155,16 +162,16 @@ def quantized_layer(
     directory: Path,
     model: nn.Module,
     prefix: str,
-    names: Owned,
+    names: TensorNames,
     files: TensorFiles,
     scheme: Scheme,
     device: torch.device | str,
     dtype: torch.dtype | None = None,
 ) -> QuantLinear | QuantEmbedding:
-    """The packed weight of the linear or embedding `prefix` from the files, checked.
+    """The linear layer or embedding `prefix` with its packed weight from the files, checked.
 
-    dtype: of an embedding's rows, and what the model computes in; None for the config's. ValueError
-    names file and module.
+    dtype: of an embedding's rows, and the dtype that the model computes in; None for the config's.
+    Raises ValueError naming the file and the module.
     """
     module = model.get_submodule(prefix)
     dtype = dtype or model.dtype  # type: ignore[assignment]
@@ -172,17 +179,17 @@ def quantized_layer(
     if isinstance(module, nn.Embedding):
         return _packed_embedding(module, prefix, names, files, scheme, device, dtype)
     linear = linear_of(module)
-    # GPTQ files often hold a bias of zeros for layers that have none in the model; it is kept.
+    # GPTQ files often hold a bias of zeros for layers without a bias in the model; we keep it.
     if linear.bias is not None and "bias" not in names:
         raise ValueError(
             f"{directory}: {prefix}.bias: expected shape ({linear.out_features},), got none"
         )
-    tensors = {own: files.read(full) for own, full in names.items()}
+    tensors = {leaf: files.read(stored) for leaf, stored in names.items()}
     bias = tensors.pop("bias", None)
-    # a plain weight lies as Conv1D has it
+    # Files hold an unquantized weight transposed if the model's layer is a Conv1D.
     if formats.get(scheme.format).dense and linear is not module:
         tensors["weight"] = tensors["weight"].T.contiguous()
-    with located(prefix, names, files):
+    with errors_naming_module(prefix, names, files):
         packed = pack(
             scheme.format, tensors, (linear.out_features, linear.in_features), **scheme.params
         )
@@ -193,8 +200,8 @@ def quantized_layer(
 
 
 @contextmanager
-def located(prefix: str, names: Owned, files: TensorFiles) -> Iterator[None]:
-    """A ValueError inside gets the file and the module `prefix` before its message."""
+def errors_naming_module(prefix: str, names: TensorNames, files: TensorFiles) -> Iterator[None]:
+    """Put the file and the module `prefix` before the message of a ValueError raised inside."""
     try:
         yield
     except ValueError as error:
@@ -206,15 +213,16 @@ def located(prefix: str, names: Owned, files: TensorFiles) -> Iterator[None]:
 def _packed_embedding(
     embedding: nn.Embedding,
     prefix: str,
-    names: Owned,
+    names: TensorNames,
     files: TensorFiles,
     scheme: Scheme,
     device: torch.device | str,
     dtype: torch.dtype,
 ) -> QuantEmbedding:
-    tensors = {own: files.read(full) for own, full in names.items()}
+    """The embedding `prefix` with its packed weight from the files."""
+    tensors = {leaf: files.read(stored) for leaf, stored in names.items()}
     shape = (embedding.num_embeddings, embedding.embedding_dim)
-    with located(prefix, names, files):
+    with errors_naming_module(prefix, names, files):
         return QuantEmbedding(
             pack(scheme.format, tensors, shape, **scheme.params).to(device), dtype
         )

@@ -1,8 +1,8 @@
-"""Regular expressions and lists of names from a `quantization_config`, matched in a bounded time.
+"""Regular expressions and name lists from a `quantization_config`, matched in bounded time.
 
-A pattern that backtracks without end ("(?:[a-z.]+)+!") would keep a loader busy for hours. So
-patterns are checked by `re`, whose language the field's tools use, and run by `regex`, which has
-the same language and a time limit.
+A pattern that backtracks without end ("(?:[a-z.]+)+!") would keep a loader busy for hours. So `re`
+checks each pattern, because other tools use its syntax, and `regex` runs it, because `regex` has
+the same syntax and a time limit.
 """
 
 from __future__ import annotations
@@ -14,43 +14,45 @@ from typing import NamedTuple
 
 import regex
 
-#: seconds of this thread that all patterns of one config may take together
+#: CPU seconds of this thread that all patterns of one config may take together
 SECONDS = 2.0
-#: of a match, which are for nothing: names and patterns of a large mixture come to millions
+#: seconds of each match that do not count: names times patterns of a large mixture are millions
 _HARMLESS = 5e-6
-#: patterns tried as one
-_TOGETHER = 64
-#: what means something else beside other patterns: references to groups, names of groups, flags
+#: patterns that are tried in one alternation
+_UNION_SIZE = 64
+#: pattern syntax whose meaning changes inside an alternation: references to groups, group names,
+#: flags
 _ALONE = re.compile(r"\\[1-9gk]|\(\?(?![:=!]|<[=!])")
 _MAX_PATTERN = 1000
-#: of a{n} within b{m} there are n * m in memory, once compiled
+#: product of nested counts: a compiled (a{n}){m} holds n * m copies in memory
 _MAX_COUNTS = 20_000
-#: what a text without escapes says of counts: {3}, {1,3}, {,3}; `re` reads other braces as
-#: themselves, `regex` as
-#: fuzzy matches
+#: counts in a pattern without escapes: {3}, {1,3}, {,3}. `re` reads other braces literally, `regex`
+#: reads them as fuzzy matches.
 _COUNTS = re.compile(r"(\)?)\{(\d*)(?:,(\d*))?\}")
 _PLAIN = re.compile(r"[A-Za-z0-9_.]+")
-#: where a component of a name ends, or the dot behind it
+#: the end of a component of a name, or the position after the dot behind it
 _BOUNDARY = r"(?:(?<=\.)|(?=\.|$))"
 
 
 class Patterns:
-    """The time that the patterns of one config have left."""
+    """Compiles and matches the patterns of one config within a common time limit."""
 
     def __init__(self, seconds: float = SECONDS) -> None:
         self._all = self._left = seconds
 
     def spend(self, seconds: float, field: str, text: str) -> None:
-        """ValueError if there is not so much."""
+        """Subtract `seconds` from the time left. ValueError if none is left."""
         self._left -= max(0.0, seconds)
         if self._left <= 0:
             raise ValueError(
-                f"{field}: expected patterns that take at most {self._all:g} s in all, got more at {text!r:.60}"
+                f"{field}: expected patterns that take at most {self._all:g} s in all, got more at "
+                f"{text!r:.60}"
             )
 
     def match(self, pattern: Pattern, name: str, tries: int = 1) -> bool:
-        """Whether it matches the beginning of `name`. tries: of patterns in it. ValueError if the
-        time is up.
+        """Whether `pattern` matches at the beginning of `name`. ValueError if the time is up.
+
+        tries: how many patterns the alternation holds.
         """
         begin = time.thread_time()
         try:
@@ -62,31 +64,31 @@ class Patterns:
         return matched
 
     def compile(self, field: str, text: str) -> Pattern:
-        """A pattern. ValueError for none, one of more than 1000 characters, or one that repeats too
-        much.
+        """The pattern `text`, compiled.
+
+        Raises ValueError for an invalid pattern, one of more than 1000 characters, or too many
+        repeats.
         """
         if len(text) > _MAX_PATTERN:
             raise ValueError(
                 f"{field}: expected patterns of at most {_MAX_PATTERN} characters, got {len(text)}"
             )
         bare = re.sub(r"\\.", "", text, flags=re.DOTALL)
-        # counts of groups may be nested, those of single characters only add up
-        groups, atoms = (
-            1,
-            1,
-        )
+        # counts of groups multiply, because they may be nested; counts of characters add up
+        groups, atoms = 1, 1
         for group, least, most in _COUNTS.findall(bare):
             count = max(1, *(int(count[:9]) for count in (least, most) if count))
             groups, atoms = (groups * count, atoms) if group else (groups, atoms + count)
         counts = groups * atoms
         if counts > _MAX_COUNTS:
             raise ValueError(
-                f"{field}: expected counts of at most {_MAX_COUNTS} together, got {counts} in {text!r:.60}"
+                f"{field}: expected counts of at most {_MAX_COUNTS} together, got {counts} in "
+                f"{text!r:.60}"
             )
         rest = _COUNTS.sub("", bare)
-        if "{" in rest or "[:" in rest:  # where `re` and `regex` differ
+        if "{" in rest or "[:" in rest:  # `re` and `regex` read these differently
             raise ValueError(
-                f"{field}: expected no braces but counts and no [:class:], got {text!r:.60}"
+                f"{field}: expected no braces except counts and no [:class:], got {text!r:.60}"
             )
         begin = time.thread_time()
         try:
@@ -101,7 +103,7 @@ class Patterns:
 
 
 class Pattern(NamedTuple):
-    """A regular expression of module names, and the field that it comes from."""
+    """A regular expression of module names, and the config field that it comes from."""
 
     field: str
     text: str
@@ -109,58 +111,63 @@ class Pattern(NamedTuple):
 
 
 class Rules:
-    """Names and patterns in an order; the first that fits a name counts."""
+    """Names and patterns, each with a place in an order; the first match counts."""
 
     def __init__(self, patterns: Patterns) -> None:
         self._all = patterns
         self._names: dict[str, int] = {}
         self._patterns: list[tuple[int, Pattern]] = []
-        self._together: dict[int, Pattern | None] = {}
+        self._unions: dict[int, Pattern | None] = {}
 
     def add_name(self, name: str, place: int) -> None:
+        """Add a name that must match exactly."""
         self._names.setdefault(name, place)
 
     def add_pattern(self, field: str, text: str, place: int) -> None:
-        """`place` must not be less than of those before it."""
-        if (
-            name := _literal(text)
-        ) is not None:  # ours of many layers that differ are such: one each
+        """Add a pattern. Its `place` must not be less than those of earlier patterns."""
+        # Our own writer makes one such pattern for each layer that differs.
+        if (name := _literal(text)) is not None:
             self.add_name(name, place)
         else:
             self._patterns.append((place, self._all.compile(field, text)))
 
     def first(self, name: str) -> int | None:
-        """The least place of what fits `name`."""
-        known = self._names.get(name)
-        for begin in range(0, len(self._patterns), _TOGETHER):
-            if known is not None and self._patterns[begin][0] > known:
+        """The least place of all names and patterns that match `name`; None if none does."""
+        name_place = self._names.get(name)
+        for begin in range(0, len(self._patterns), _UNION_SIZE):
+            if name_place is not None and self._patterns[begin][0] > name_place:
                 break
             union = self._union(begin)
-            if union is not None and not self._all.match(union, name, _TOGETHER):
+            if union is not None and not self._all.match(union, name, _UNION_SIZE):
                 continue
-            for place, pattern in self._patterns[begin : begin + _TOGETHER]:
-                if known is not None and place > known:
+            for place, pattern in self._patterns[begin : begin + _UNION_SIZE]:
+                if name_place is not None and place > name_place:
                     break
                 if self._all.match(pattern, name):
                     return place
-        return known
+        return name_place
 
     def _union(self, begin: int) -> Pattern | None:
-        """What matches if one of _TOGETHER patterns does: most names match none. None if they do
-        not go together.
+        """An alternation of _UNION_SIZE patterns from `begin` on; most names match none of them.
+
+        None if these patterns cannot be combined.
         """
-        if begin not in self._together:
-            own = [pattern for _, pattern in self._patterns[begin : begin + _TOGETHER]]
-            together = len(own) > 1 and not any(_ALONE.search(pattern.text) for pattern in own)
-            text = "|".join(f"(?:{pattern.text})" for pattern in own)
-            self._together[begin] = (
-                own[0]._replace(compiled=regex.compile(text, regex.VERSION0)) if together else None
+        if begin not in self._unions:
+            patterns = [pattern for _, pattern in self._patterns[begin : begin + _UNION_SIZE]]
+            combinable = len(patterns) > 1 and not any(
+                _ALONE.search(pattern.text) for pattern in patterns
             )
-        return self._together[begin]
+            text = "|".join(f"(?:{pattern.text})" for pattern in patterns)
+            self._unions[begin] = (
+                patterns[0]._replace(compiled=regex.compile(text, regex.VERSION0))
+                if combinable
+                else None
+            )
+        return self._unions[begin]
 
 
 def _literal(text: str) -> str | None:
-    """The one name that "^name$" matches, special characters escaped; None of any other pattern."""
+    """The only name that "^name$" matches, special characters escaped; else None."""
     if len(text) < 3 or text[0] != "^" or text[-1] != "$":
         return None
     name = re.sub(r"\\(.)", r"\1", text[1:-1])
@@ -168,15 +175,18 @@ def _literal(text: str) -> str | None:
 
 
 class Skipped:
-    """Modules left alone, by entries as transformers reads them: by the first components of a name,
-    in which an entry is a pattern, or by the end of it, in which it is text."""
+    """Modules to skip, by entries that match as in transformers.
+
+    An entry matches a module if it matches the first components of its name as a pattern, or equals
+    the end of its name as text.
+    """
 
     def __init__(self, patterns: Patterns, field: str, entries: Iterable[str]) -> None:
         self._ends = set(entries)
         self._lengths = sorted({len(entry) for entry in self._ends})
         self._patterns = Rules(patterns)
-        #: entries without special characters: length -> places of dots, which match any character
-        #: -> the rest
+        #: entries without special characters: length -> positions of dots, which match any
+        #: character -> entries
         self._plain: dict[int, dict[tuple[int, ...], set[str]]] = {}
         for entry in dict.fromkeys(entries):
             if _PLAIN.fullmatch(entry):
@@ -186,7 +196,7 @@ class Skipped:
                 self._patterns.add_pattern(field, f"(?:{entry}){_BOUNDARY}", 0)
 
     def __call__(self, name: str) -> bool:
-        """Whether the module called `name` is left alone."""
+        """Whether to skip the module called `name`."""
         if not self._ends:
             return False
         if any(
@@ -200,7 +210,7 @@ class Skipped:
         return self._patterns.first(name) is not None
 
     def _begins(self, name: str, end: int) -> bool:
-        """Whether a plain entry matches the first `end` characters, and a component ends there."""
+        """Whether a plain entry matches exactly the first `end` characters, whole components."""
         groups = self._plain.get(end)
         if groups is None or not (end == len(name) or "." in name[end - 1 : end + 1]):
             return False
@@ -208,6 +218,7 @@ class Skipped:
 
 
 def _dotted(text: str, dots: tuple[int, ...]) -> str:
+    """`text` with dots at these positions."""
     letters = list(text)
     for i in dots:
         letters[i] = "."

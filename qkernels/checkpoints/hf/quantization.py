@@ -1,17 +1,17 @@
-"""`quantization_config` of a whole model: which linear is in which format, read and written.
+"""The `quantization_config` of a whole model: which layer is in which format, read and written.
 
-A format reads a config that says one thing of all linears (`Format.from_hf_config`). Most methods
-add exceptions in a way of their own; here each is taken apart into such uniform configs and a rule
-that picks one by the linear's name:
+`Format.from_hf_config` reads a config that gives all linear layers one format. Most methods also
+allow exceptions, each in a different syntax. This file splits a config with exceptions into uniform
+configs and a rule that picks one of them by the layer's name:
 
-    gptq, awq, bitsandbytes, fp8    lists of modules left alone; entries match as in transformers
-    gptq, awq (GPTQModel)           `dynamic`: "-:regex" leaves alone, "+:regex" overrides fields; first match
-    compressed-tensors              `config_groups` with `targets`, and `ignore`; "re:" marks a regex, an exact
-                                    name goes before a regex, and a regex before a class of the
-                                    module
-    qkernels                        `groups`, each with `format`, `params` and the full names of its `modules`: our own,
-                                    for what no other method's config can say (GGUF's types,
-                                    embeddings)
+    gptq, awq, bitsandbytes, fp8    lists of modules to skip; entries match as in transformers
+    gptq, awq (GPTQModel)           `dynamic`: "-:regex" skips, "+:regex" overrides fields; the
+                                    first match counts
+    compressed-tensors              `config_groups` with `targets`, and `ignore`; "re:" marks a
+                                    regex. Exact names go before regexes, regexes before classes.
+    qkernels                        `groups`, each with `format`, `params` and the full names of
+                                    its `modules`: our own method, for what no other method's
+                                    config can say (GGUF's types, embeddings)
 """
 
 from __future__ import annotations
@@ -32,21 +32,23 @@ from .patterns import Patterns, Rules, Skipped
 
 FIELD = "quantization_config"
 Config = Mapping[str, Any]
-#: names of a module's class and of those it is derived from
+#: names of a module's class and its base classes
 Kinds = Collection[str]
-#: a module's name and kinds -> number of the uniform config that holds for it, None if it is left
-#: alone
+#: (module name, kinds) -> index of the uniform config that applies, None if the module is skipped
 Pick = Callable[[str, Kinds], int | None]
 LINEAR: Kinds = ("Linear", "Module")
 EMBEDDING: Kinds = ("Embedding", "Module")
 
 _SKIP_LISTS = ("modules_to_not_convert", "llm_int8_skip_modules", "ignored_layers")
-_METHODS = "gptq, awq, bitsandbytes (4 or 8 bits), compressed-tensors (pack-quantized integers, int8 or float8) or fp8"
-#: the `quant_method` of our own config
-OWN = formats.base.OWN_METHOD
-#: methods whose readers put packed layers in the place of GPT-2's Conv1D; others leave it, on
-#: random weights
-_TRANSPOSED = ("gptq", "bitsandbytes", OWN)
+_METHODS = (
+    "gptq, awq, bitsandbytes (4 or 8 bits), compressed-tensors (pack-quantized integers, int8 or "
+    "float8) or fp8"
+)
+#: the `quant_method` of the config that only qkernels writes and reads
+OWN_METHOD = formats.base.OWN_METHOD
+#: methods whose readers put packed layers in place of GPT-2's Conv1D. Other readers keep Conv1D,
+#: with random weights.
+_TRANSPOSED = ("gptq", "bitsandbytes", OWN_METHOD)
 
 
 class Scheme(NamedTuple):
@@ -57,11 +59,12 @@ class Scheme(NamedTuple):
 
 
 class Plan:
-    """What a `quantization_config` says of each linear of a model."""
+    """What a `quantization_config` says of each layer of a model."""
 
     def __init__(self, where: str, config: Config | None) -> None:
-        """`where` goes before error messages. ValueError for a config no format reads, or a bad
-        rule.
+        """`where` starts every error message, as the file that holds the config.
+
+        Raises ValueError for a config that no format reads, or for a bad rule.
         """
         self.config = config
         self._where = where
@@ -77,10 +80,10 @@ class Plan:
             raise ValueError(f"{where}: {error}") from None
 
     def scheme(self, name: str, kinds: Kinds = LINEAR) -> Scheme | None:
-        """Format and parameters of the module called `name`; None if it is left unquantized.
+        """Format and parameters of the module called `name`; None if it is skipped.
 
-        kinds: what config_groups may call it by, `kinds_of` the module. ValueError if that takes
-        too long.
+        kinds: the names that `targets` and `ignore` may use for the module, from `kinds_of`. Raises
+        ValueError if matching patterns takes too long.
         """
         try:
             index = self._pick(name, kinds)
@@ -92,8 +95,8 @@ class Plan:
 def kinds_of(module: nn.Module) -> Kinds:
     """Names of a module's classes, as compressed-tensors matches them.
 
-    It packs linears and embeddings alone. What is packed and neither, a router of today's
-    transformers, was a linear when it was packed, and goes by that name.
+    compressed-tensors packs linear layers and embeddings only. A packed module that is neither (a
+    router in today's transformers) was an nn.Linear when it was packed, so it matches as "Linear".
     """
     names = {kind.__name__ for kind in type(module).__mro__ if issubclass(kind, nn.Module)}
     embedding = isinstance(module, (nn.Embedding, QuantEmbedding))
@@ -106,7 +109,7 @@ def _method(config: Config) -> str:
 
 
 def _parse(config: Config) -> Scheme:
-    if _method(config) == OWN:
+    if _method(config) == OWN_METHOD:
         return _parse_own(config)
     for name in formats.names():
         params = type(formats.get(name)).from_hf_config(config)
@@ -122,11 +125,13 @@ def _parse(config: Config) -> Scheme:
 
 # ---------------------------------------------------------------------- rules of each method
 def _split_plain(config: Config) -> tuple[list[Config], Pick]:
+    """The config itself, and the rule of its skip lists."""
     skipped = _skip_rule(config, Patterns())
     return [config], lambda name, kinds: None if skipped(name) else 0
 
 
 def _split_dynamic(config: Config) -> tuple[list[Config], Pick]:
+    """GPTQModel's `dynamic`: one config for each override."""
     dynamic = config.get("dynamic") or {}
     if not isinstance(dynamic, Mapping):
         raise ValueError(f"{FIELD}.dynamic: expected an object, got {dynamic!r:.60}")
@@ -134,30 +139,31 @@ def _split_dynamic(config: Config) -> tuple[list[Config], Pick]:
     skipped = _skip_rule(config, patterns)
     variants: list[Config] = [config]
     rules = Rules(patterns)
-    places: list[int | None] = []
+    choices: list[int | None] = []
     for key, overrides in dynamic.items():
         text = key.removeprefix("-:").removeprefix("+:")
-        rules.add_pattern(f"{FIELD}.dynamic", text, len(places))
+        rules.add_pattern(f"{FIELD}.dynamic", text, len(choices))
         if key.startswith("-:"):
-            places.append(None)
+            choices.append(None)
             continue
         if not isinstance(overrides, Mapping):
             raise ValueError(
                 f"{FIELD}.dynamic[{key!r:.60}]: expected an object, got {overrides!r:.60}"
             )
-        places.append(len(variants))
+        choices.append(len(variants))
         variants.append({**config, **overrides, "quant_method": config["quant_method"]})
 
     def pick(name: str, kinds: Kinds) -> int | None:
         rule = rules.first(name)
         if rule is not None:
-            return places[rule]
+            return choices[rule]
         return None if skipped(name) else 0
 
     return variants, pick
 
 
 def _split_groups(config: Config) -> tuple[list[Config], Pick]:
+    """compressed-tensors: one config for each entry of `config_groups`."""
     compressed_tensors.check_dense(config)
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
@@ -165,38 +171,38 @@ def _split_groups(config: Config) -> tuple[list[Config], Pick]:
     patterns = Patterns()
     ignored, ignored_kinds = Rules(patterns), set(_strings("ignore", config.get("ignore")))
     for entry in sorted(ignored_kinds):
-        _add(ignored, f"{FIELD}.ignore", entry, 0)
+        _add_entry(ignored, f"{FIELD}.ignore", entry, 0)
     variants: list[Config] = []
-    places: dict[str, tuple[str, int]] = {}  # what two groups target is the later one's
+    groups_of: dict[str, tuple[str, int]] = {}  # entry -> (field, group); the later group wins
     for name, group in groups.items():
         if isinstance(group, Mapping) and "weights" in group and group["weights"] is None:
-            continue  # rounds activations of attention, say; ours keep 16 bits
+            continue  # e.g. rounds activations of attention, which we keep in 16 bits
         variants.append({**config, "config_groups": {name: group}})
         entries = group.get("targets") if isinstance(group, Mapping) else None
         field = f"config_groups.{name}.targets"
-        places |= {entry: (field, len(variants) - 1) for entry in _strings(field, entries)}
+        groups_of |= {entry: (field, len(variants) - 1) for entry in _strings(field, entries)}
     if not variants:
         raise ValueError(f"{FIELD}.config_groups: expected a group with weights, got none")
-    # compressed-tensors' own order of those that match: names, then regexes, then classes, each
-    # sorted
-    order = sorted(places, key=lambda entry: (entry.startswith("re:"), entry))
+    # The order in which compressed-tensors prefers matches: names, then regexes, then classes, each
+    # sorted.
+    order = sorted(groups_of, key=lambda entry: (entry.startswith("re:"), entry))
     targets = Rules(patterns)
     for place, entry in enumerate(order):
-        _add(targets, f"{FIELD}.{places[entry][0]}", entry, place)
+        _add_entry(targets, f"{FIELD}.{groups_of[entry][0]}", entry, place)
 
     def pick(name: str, kinds: Kinds) -> int | None:
         if ignored.first(name) is not None or not ignored_kinds.isdisjoint(kinds):
             return None
         place = targets.first(name)
         if place is not None:
-            return places[order[place]][1]
-        return next((places[kind][1] for kind in sorted(kinds) if kind in places), None)
+            return groups_of[order[place]][1]
+        return next((groups_of[kind][1] for kind in sorted(kinds) if kind in groups_of), None)
 
     return variants, pick
 
 
-def _add(rules: Rules, field: str, entry: str, place: int) -> None:
-    """Add an entry of `targets` or `ignore`: a regex of names, or a name or class."""
+def _add_entry(rules: Rules, field: str, entry: str, place: int) -> None:
+    """Add an entry of `targets` or `ignore`: "re:" and a regex of names, or a name or class."""
     if entry.startswith("re:"):
         rules.add_pattern(field, entry.removeprefix("re:"), place)
     else:
@@ -204,22 +210,23 @@ def _add(rules: Rules, field: str, entry: str, place: int) -> None:
 
 
 def _split_own(config: Config) -> tuple[list[Config], Pick]:
+    """Our own config: one config for each group."""
     groups = config.get("groups")
     if not isinstance(groups, list) or not groups:
         raise ValueError(f"{FIELD}.groups: expected a non-empty list, got {groups!r:.60}")
     variants: list[Config] = []
-    place: dict[str, int] = {}
+    group_of: dict[str, int] = {}
     for i, group in enumerate(groups):
         if not isinstance(group, Mapping):
             raise ValueError(f"{FIELD}.groups[{i}]: expected an object, got {group!r:.60}")
-        variants.append({**group, "quant_method": OWN})
+        variants.append({**group, "quant_method": OWN_METHOD})
         for name in _strings(f"groups[{i}].modules", group.get("modules")):
-            if name in place:
+            if name in group_of:
                 raise ValueError(
                     f"{FIELD}.groups[{i}].modules: {name}: expected in one group, got it in two"
                 )
-            place[name] = i
-    return variants, lambda name, kinds: place.get(name)
+            group_of[name] = i
+    return variants, lambda name, kinds: group_of.get(name)
 
 
 def _parse_own(group: Config) -> Scheme:
@@ -237,7 +244,7 @@ def _parse_own(group: Config) -> Scheme:
 
 
 def _skip_rule(config: Config, patterns: Patterns) -> Skipped:
-    """Whether a linear is on one of the lists of modules left alone."""
+    """The rule that tells whether a layer is on one of the lists of modules to skip."""
     entries = [entry for field in _SKIP_LISTS for entry in _strings(field, config.get(field))]
     return Skipped(patterns, f"{FIELD}.modules_to_not_convert", entries)
 
@@ -255,7 +262,7 @@ _SPLIT = {
     "gptq": _split_dynamic,
     "awq": _split_dynamic,
     "compressed-tensors": _split_groups,
-    OWN: _split_own,
+    OWN_METHOD: _split_own,
 }
 
 
@@ -266,18 +273,21 @@ def describe(
     embeddings: Collection[str] = (),
     transposed: Collection[str] = (),
 ) -> dict[str, Any] | None:
-    """The `quantization_config` of a model whose quantized layers are `layers`; None if there are
-    none.
+    """The `quantization_config` of a model; None if no layer is quantized.
 
-    `skipped` are its plain linears. Of `layers`, `embeddings` are no linears, and `transposed` are
-    those that the model's class makes as Conv1D. Raises ValueError if layers differ in a way that
-    no quantization method's config can say.
+    Args:
+        layers: module name -> packed weight.
+        skipped: names of the unquantized linear layers.
+        embeddings: those of `layers` that are embeddings.
+        transposed: those of `layers` that the model's class creates as Conv1D.
+
+    Raises ValueError if layers differ in a way that no method's config can say.
     """
     packed = {n: p for n, p in layers.items() if not formats.get(p.format).dense}
     skipped = skipped + [n for n in layers if n not in packed]
     if not packed:
         return None
-    # Configs are compared, not parameters: what each weight's own tensors state may differ.
+    # Compare configs, not parameters: parameters that each weight's tensors state may differ.
     configs = {
         n: formats.get(p.format).to_hf_config(p.params, skipped) or {} for n, p in packed.items()
     }
@@ -298,9 +308,13 @@ def describe(
         names[variants.index(config)].append(name)
     if not set(embeddings).isdisjoint(packed) and _method(variants[0]) not in _EMBEDDINGS:
         raise ValueError(
-            f"{_method(variants[0])}: expected linears alone, got {min(embeddings)}, too"
+            f"{_method(variants[0])}: expected packed linear layers only, got {min(embeddings)}"
         )
-    if len(variants) == 1 and _method(variants[0]) != OWN and set(embeddings).isdisjoint(packed):
+    if (
+        len(variants) == 1
+        and _method(variants[0]) != OWN_METHOD
+        and set(embeddings).isdisjoint(packed)
+    ):
         return variants[0]
     join = _JOIN.get(_method(variants[0]))
     joined = None
@@ -309,16 +323,16 @@ def describe(
     if joined is None:
         first, other = packed[names[0][0]], packed[names[1][0]]
         raise ValueError(
-            f"{names[1][0]}: expected {first.format} with {first.params} like {names[0][0]}, because no "
-            f"quantization_config can say both; got {other.format} with {other.params}"
+            f"{names[1][0]}: expected {first.format} with {first.params} like {names[0][0]}, "
+            f"because no quantization_config can say both; got {other.format} with {other.params}"
         )
     return joined
 
 
 def _join_gptq(variants: list[dict[str, Any]], names: list[list[str]]) -> dict[str, Any] | None:
-    """The commonest config, with what differs from it in `dynamic`."""
-    common = Counter({i: len(n) for i, n in enumerate(names)}).most_common(1)[0][0]
-    base = variants[common]
+    """The most common config, with the overrides of all others in `dynamic`."""
+    most_common = Counter({i: len(n) for i, n in enumerate(names)}).most_common(1)[0][0]
+    base = variants[most_common]
     dynamic: dict[str, Any] = dict(base.get("dynamic") or {})
     for variant, members in zip(variants, names, strict=True):
         changed = {key: value for key, value in variant.items() if value != base[key]}
@@ -330,6 +344,7 @@ def _join_gptq(variants: list[dict[str, Any]], names: list[list[str]]) -> dict[s
 
 
 def _join_groups(variants: list[dict[str, Any]], names: list[list[str]]) -> dict[str, Any]:
+    """One config with a `config_groups` entry for each variant."""
     groups = {}
     for i, (variant, members) in enumerate(zip(variants, names, strict=True)):
         groups[f"group_{i}"] = {**variant["config_groups"]["group_0"], "targets": members}
@@ -339,13 +354,14 @@ def _join_groups(variants: list[dict[str, Any]], names: list[list[str]]) -> dict
 
 
 def _join_own(variants: list[dict[str, Any]], names: list[list[str]]) -> dict[str, Any]:
+    """Our own config, with a group for each variant."""
     groups = [
         {"format": variant["format"], "params": variant["params"], "modules": members}
         for variant, members in zip(variants, names, strict=True)
     ]
-    return {"quant_method": OWN, "groups": groups}
+    return {"quant_method": OWN_METHOD, "groups": groups}
 
 
-#: methods whose config can say that an embedding is packed
-_EMBEDDINGS = (OWN, "compressed-tensors")
-_JOIN = {"gptq": _join_gptq, "compressed-tensors": _join_groups, OWN: _join_own}
+#: methods whose config can name a packed embedding
+_EMBEDDINGS = (OWN_METHOD, "compressed-tensors")
+_JOIN = {"gptq": _join_gptq, "compressed-tensors": _join_groups, OWN_METHOD: _join_own}

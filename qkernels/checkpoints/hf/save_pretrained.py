@@ -1,8 +1,7 @@
-"""What makes `model.save_pretrained` of a model with packed layers write what `qkernels.save_model`
-writes.
+"""Makes `model.save_pretrained` write the same files as `qkernels.save_model`.
 
 transformers asks a model's `hf_quantizer`, if it has one, what to write. Models that are quantized
-or loaded here get one that answers from the layers as they are then.
+or loaded here get a quantizer that answers from the layers as they are at that time.
 """
 
 from __future__ import annotations
@@ -17,32 +16,32 @@ from .names import Names
 
 
 class Saver(HfQuantizer):
-    """An `hf_quantizer` that knows how to save."""
+    """An `hf_quantizer` that can save, and does nothing else."""
 
     requires_calibration = False
 
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """All tensors under the files' names; sets the model's `quantization_config`, or removes it
-        if all is plain.
+        """All tensors under their stored names; also sets the model's `quantization_config`.
 
-        ValueError for formats that only our own config describes: `save_model` adds a NOTE to
-        config.json, without which transformers would load them as random weights, and transformers'
-        `save_pretrained` drops it.
+        If nothing is packed, it removes that config. Raises ValueError for formats that only our
+        own config
+        describes: `save_model` adds a NOTE to config.json, without which transformers would load
+        such files as random weights, and transformers' `save_pretrained` drops that note.
         """
-        if getattr(model, "_hf_peft_config_loaded", False):  # then adapters alone are saved
+        if getattr(model, "_hf_peft_config_loaded", False):  # then PEFT saves its adapters only
             return None, {}
-        writer.check_kinds(model)
+        writer.check_savable(model)
         names = Names(model)
         config, packed = writer.quantization_config(model, names)
         if config is None:
             self.remove_quantization_config(model)
-        elif config["quant_method"] == quantization.OWN:
-            kinds = sorted({group["format"] for group in config["groups"]})
+        elif config["quant_method"] == quantization.OWN_METHOD:
+            own_formats = sorted({group["format"] for group in config["groups"]})
             raise ValueError(
-                f"save_pretrained: expected formats that have a quantization_config others know, got {', '.join(kinds)}; "
-                "qkernels.save_model(model, path) saves them"
+                "save_pretrained: expected formats that have a quantization_config others know, "
+                f"got {', '.join(own_formats)}; qkernels.save_model(model, path) saves them"
             )
         else:
             model.config.quantization_config = config
@@ -53,7 +52,7 @@ class Saver(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters on top are; packed weights are not."""
+        """True: adapters on top are trainable; packed weights are not."""
         return True
 
     @property
@@ -61,8 +60,10 @@ class Saver(HfQuantizer):
         return True
 
 
-def mark(model: nn.Module) -> None:
-    """Give `model`, and transformers' models in it, a Saver if they have no quantizer."""
+def attach_saver(model: nn.Module) -> None:
+    """Give `model`, and transformers models inside it, a Saver if they have no quantizer."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and getattr(module, "hf_quantizer", None) is None:
-            module.hf_quantizer = Saver(QuantizationConfigMixin(quant_method=quantization.OWN))
+            module.hf_quantizer = Saver(
+                QuantizationConfigMixin(quant_method=quantization.OWN_METHOD)
+            )

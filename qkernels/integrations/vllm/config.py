@@ -1,5 +1,6 @@
-"""vLLM's interface to quantization methods (vllm.model_executor.layers.quantization, seen with
-0.32).
+"""vLLM's interface to quantization methods, as of vLLM 0.32.
+
+See vllm.model_executor.layers.quantization.
 """
 
 from __future__ import annotations
@@ -24,24 +25,24 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.models.utils import WeightsMapper
 
 from ... import formats
-from ...checkpoints.hf.quantization import OWN
+from ...checkpoints.hf.quantization import OWN_METHOD
 from ...nn.embedding import QuantEmbedding
 from ...nn.linear import QuantLinear
 from .checkpoint import NAME, Checkpoint
 from .loading import Piece, Source, fused_pieces, layer_pieces, shard_index, source_of
 from .moe import experts_method
 
-#: methods of `qk.save_model` that vLLM has no name for: taken without being asked
-_OURS = (OWN, "quip", "spqr", "quip_sharp", "bitsandbytes")
-#: linears of vLLM that cut their weights in a way of their own
+#: methods in directories of `qk.save_model` that vLLM does not know, so ours takes them unasked
+_OURS = (OWN_METHOD, "quip", "spqr", "quip_sharp", "bitsandbytes")
+#: linear layers of vLLM that cut their weights differently from all others
 _UNKNOWN_CUTS = ("MinimaxM3QKVParallelLinearWithIndexer", "KimiK3MergedQKVGateLinear")
 
 
 class QKernelsConfig(QuantizationConfig):
-    """One method for every storage format; what a layer is in is read from the checkpoint."""
+    """One method for every storage format; the checkpoint says which format a layer has."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        """config: the checkpoint's own `quantization_config`. ValueError if no format reads it."""
+        """config: the checkpoint's `quantization_config`. ValueError if no format reads it."""
         super().__init__()
         self.checkpoint = Checkpoint(config)
         self.tied = False
@@ -82,7 +83,7 @@ class QKernelsConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Read the files' headers, if they are here: what is wrong shows before weights are loaded."""
+        """Read the headers of local files, so that errors show before weights are loaded."""
         self.tied = bool(getattr(hf_config, "tie_word_embeddings", False))
         directory = Path(model_name)
         if directory.is_dir() and any(directory.glob("*.safetensors")):
@@ -114,7 +115,7 @@ class QKernelsConfig(QuantizationConfig):
         return None
 
     def names_of(self, prefix: str) -> list[str]:
-        """The modules of the checkpoint that vLLM has fused into the layer `prefix`."""
+        """The checkpoint's modules that vLLM fuses into the layer `prefix`."""
         parent, _, leaf = prefix.rpartition(".")
         fused = self.packed_modules_mapping.get(leaf)
         if fused is None or self.checkpoint.has(prefix):
@@ -123,9 +124,7 @@ class QKernelsConfig(QuantizationConfig):
 
 
 class _Method:
-    """What linears and vocabulary layers have in common: sources, their loading, and the parts at
-    the end.
-    """
+    """The common part of both methods: make sources, load them, and get their parts."""
 
     def __init__(self, config: QKernelsConfig, names: list[str]) -> None:
         self.config, self.names = config, names
@@ -135,54 +134,53 @@ class _Method:
     ) -> Source:
         return source_of(self.config.checkpoint, name, shape, pieces, **more)
 
-    def _expect(self, layer: nn.Module, sources: list[Source]) -> None:
-        """Make the layer take these sources' tensors.
+    def _accept(self, layer: nn.Module, sources: list[Source]) -> None:
+        """Make the layer take the tensors of these sources.
 
-        Both of vLLM's ways of loading find them: models that load module by module call
-        `load_weights`, others look up parameters by name; those are empty ones that go when all is
-        loaded.
+        vLLM loads in two ways. Models that load module by module call `load_weights`. Others look
+        up parameters by name, so the layer gets empty parameters, which `_finish` removes.
         """
-        device = torch.empty(0).device  # vLLM builds models under the device they go to
+        device = torch.empty(0).device  # vLLM sets torch's default device to the model's
         layer.qkernels_sources = sources  # type: ignore[assignment]
 
-        def take(own: str, tensor: Tensor, shard: Any) -> None:
+        def take(leaf: str, tensor: Tensor, shard: Any) -> None:
             try:
                 source = sources[shard_index(shard, len(sources))]
             except ValueError as error:
-                raise ValueError(f"{layer.prefix}.{own}: {error}") from None
-            source.add(own, tensor, device)
+                raise ValueError(f"{layer.prefix}.{leaf}: {error}") from None
+            source.add(leaf, tensor, device)
 
         def load_weights(weights: Iterable[tuple[str, Tensor]]) -> Iterable[str]:
-            for own, tensor in weights:
+            for leaf, tensor in weights:
                 shard = getattr(tensor, "shard_id", None)
-                if own == "bias":
+                if leaf == "bias":
                     _load_bias(layer, tensor, shard)
                 else:
-                    take(own, tensor, shard)
-                yield own
+                    take(leaf, tensor, shard)
+                yield leaf
 
         layer.load_weights = load_weights  # type: ignore[assignment]
-        for own in sorted({own for source in sources for own in source.names()}):
+        for leaf in sorted({leaf for source in sources for leaf in source.names()}):
             empty = nn.Parameter(torch.empty(0), requires_grad=False)
-            empty.weight_loader = _loader(take, own)  # type: ignore[attr-defined]
-            layer._parameters[own] = empty  # not register_parameter, which refuses dots
+            empty.weight_loader = _loader(take, leaf)  # type: ignore[attr-defined]
+            layer._parameters[leaf] = empty  # not register_parameter, which refuses dots
 
     def _finish(self, layer: nn.Module) -> list[Any]:
-        """The packed parts of all sources; ValueError if something did not come."""
+        """The packed parts of all sources. ValueError if a tensor did not arrive."""
         sources: list[Source] = layer.qkernels_sources  # type: ignore[assignment]
         device = torch.empty(0).device
         if "bias" in layer._parameters and layer.bias is not None:
             device = layer.bias.device  # type: ignore[union-attr]
         for source in sources:
-            for own in source.names():
-                layer._parameters.pop(own, None)
+            for leaf in source.names():
+                layer._parameters.pop(leaf, None)
         parts = [part for source in sources for part in source.finish(device)]
         layer.qkernels_sources = []  # type: ignore[assignment]
         return parts
 
 
 class QKernelsLinearMethod(_Method, LinearMethodBase):
-    """Linears of every kind of parallelism, fused or not."""
+    """Linear layers of every kind of parallelism, fused or not."""
 
     def create_weights(
         self,
@@ -194,7 +192,7 @@ class QKernelsLinearMethod(_Method, LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """ValueError, naming the module, if its weights cannot be served or cut so."""
+        """ValueError naming the module if its weights cannot be served or cut like this."""
         rank = int(layer.tp_rank)  # type: ignore[arg-type]
         pieces = layer_pieces(
             output_partition_sizes,
@@ -218,14 +216,14 @@ class QKernelsLinearMethod(_Method, LinearMethodBase):
             ]
         else:
             raise ValueError(
-                f"{layer.prefix}: expected {len(pieces)} weights in the checkpoint, one for each of its outputs, "
-                f"got {', '.join(self.names)}"
+                f"{layer.prefix}: expected {len(pieces)} weights in the checkpoint, one for each "
+                f"of its outputs, got {', '.join(self.names)}"
             )
         layer.qkernels_dtype = params_dtype  # type: ignore[assignment]
-        self._expect(layer, sources)
+        self._accept(layer, sources)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        _hold(layer, self._finish(layer))
+        _install(layer, self._finish(layer))
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., K) -> (..., N of this process)."""
@@ -233,27 +231,27 @@ class QKernelsLinearMethod(_Method, LinearMethodBase):
 
 
 class QKernelsVocabularyMethod(_Method, QuantizeMethodBase):
-    """Packed input embeddings and output projections, cut by vLLM's ranges of the vocabulary."""
+    """Packed input embeddings and output projections, cut by vLLM's vocabulary ranges."""
 
     def create_weights(
         self, layer: nn.Module, *sizes: Any, params_dtype: torch.dtype, **attrs: Any
     ) -> None:
         layer.qkernels_dtype = params_dtype  # type: ignore[assignment]
         if not self.names:  # tied
-            self._expect(layer, [])
+            self._accept(layer, [])
             return
-        held: Any = layer.shard_indices
+        indices: Any = layer.shard_indices
         rows = int(layer.org_vocab_size)  # type: ignore[arg-type]
-        begin, end = held.org_vocab_start_index, held.org_vocab_end_index
+        begin, end = indices.org_vocab_start_index, indices.org_vocab_end_index
         source = self._source(
             self.names[0], (rows, int(layer.embedding_dim)), [Piece(begin, end - begin)]
         )  # type: ignore[arg-type]
         if not isinstance(layer, ParallelLMHead):
             _check_rows(source)
-        self._expect(layer, [source])
+        self._accept(layer, [source])
 
     def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
-        # in a list: no child of the head
+        # in a list, so that it is no child of the head
         layer.qkernels_tied = [embed_tokens]  # type: ignore[assignment]
         return layer
 
@@ -261,63 +259,70 @@ class QKernelsVocabularyMethod(_Method, QuantizeMethodBase):
         tied = getattr(layer, "qkernels_tied", None)
         if tied:
             embedding = tied[0].qkernels_embedding
-            _hold(layer, [embedding.packed])
+            _install(layer, [embedding.packed])
         elif isinstance(layer, ParallelLMHead):
-            _hold(layer, self._finish(layer))
+            _install(layer, self._finish(layer))
         else:
             layer.qkernels_embedding = QuantEmbedding(self._finish(layer)[0], layer.qkernels_dtype)  # type: ignore[arg-type]
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x (..., K) -> logits (..., rows of this process, zeros where vLLM pads the vocabulary)."""
+        """x (..., K) -> logits (..., rows of this process).
+
+        Logits are zero where vLLM pads the vocabulary.
+        """
         y = _multiply(layer, x, None)
         y = nn.functional.pad(y, (0, int(layer.num_embeddings_per_partition) - y.shape[-1]))  # type: ignore[arg-type]
         return y if bias is None else y + bias
 
     def embedding(self, layer: nn.Module, ids: Tensor) -> Tensor:
         """ids (...) of this process's rows -> (..., K)."""
-        held: Any = layer.qkernels_embedding
-        return held(ids.clamp(max=held.num_embeddings - 1))  # type: ignore[no-any-return]
+        embedding: Any = layer.qkernels_embedding
+        return embedding(ids.clamp(max=embedding.num_embeddings - 1))  # type: ignore[no-any-return]
 
 
-# ---------------------------------------------------------------------- pieces of both
-def _hold(layer: nn.Module, parts: list[Any]) -> None:
-    """Make layers of the parts and move them to the kernel's layout, once: the only copy there is."""
+# ---------------------------------------------------------------------- helpers of both
+def _install(layer: nn.Module, parts: list[Any]) -> None:
+    """Give the layer its parts, prepacked once: no other copy remains."""
     invariant = True if envs.VLLM_BATCH_INVARIANT else None
-    made = nn.ModuleList([QuantLinear(part, batch_invariant=invariant) for part in parts])
-    for part in made:
+    layers = nn.ModuleList([QuantLinear(part, batch_invariant=invariant) for part in parts])
+    for part in layers:
         assert isinstance(part, QuantLinear)
         part.prepack(
             torch.empty(1, part.in_features, dtype=layer.qkernels_dtype, device=part.packed.device)  # type: ignore[call-overload]
         )
-    layer.qkernels_parts = made.requires_grad_(False)
+    layer.qkernels_parts = layers.requires_grad_(False)
 
 
 def _multiply(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
-    found, at = [], 0
+    """The products with all parts, one after another along the output features."""
+    outputs, begin = [], 0
     parts: Any = layer.qkernels_parts
     for part in parts:
-        own = None if bias is None else bias[at : at + part.out_features]
-        found.append(part.multiply(x, own))
-        at += part.out_features
-    return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
+        part_bias = None if bias is None else bias[begin : begin + part.out_features]
+        outputs.append(part.multiply(x, part_bias))
+        begin += part.out_features
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
 def _load_bias(layer: nn.Module, tensor: Tensor, shard: Any) -> None:
+    """Load a bias by the loader of vLLM, or check that it is zero if the layer has none."""
     bias: Any = layer.bias
     if bias is not None:
         bias.weight_loader(bias, tensor, *([] if shard is None else [shard]))
-    elif bool(tensor.any()):  # GPTQ files often hold zeros for layers that have no bias
+    elif bool(tensor.any()):  # GPTQ files often hold a bias of zeros for layers without one
         raise ValueError(
-            f"{layer.prefix}.bias: expected none, as vLLM's layer has none, got one that is not zero"
+            f"{layer.prefix}.bias: expected none, as vLLM's layer has none, got one that is not "
+            "zero"
         )
 
 
-def _loader(take: Callable[[str, Tensor, Any], None], own: str) -> Callable[..., None]:
-    return lambda param, tensor, shard=None: take(own, tensor, shard)
+def _loader(take: Callable[[str, Tensor, Any], None], leaf: str) -> Callable[..., None]:
+    """A weight loader that vLLM calls with (parameter, tensor, shard id)."""
+    return lambda param, tensor, shard=None: take(leaf, tensor, shard)
 
 
 def _check_rows(source: Source) -> None:
-    """ValueError, naming the module, if single rows of its format cannot be looked up."""
+    """ValueError naming the module if its format cannot look up single rows."""
     assert source.scheme is not None
     from ...weights.packed import PackedWeight
 

@@ -1,4 +1,4 @@
-"""vLLM's interface to layers of experts (vllm.model_executor.layers.fused_moe, seen with 0.32)."""
+"""vLLM's interface to layers of experts (vllm.model_executor.layers.fused_moe), as of vLLM 0.32."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .checkpoint import NAME, Checkpoint
 from .experts import SHARDS, ExpertParts, expert_tensor, local_ids
 from .loading import Piece, Source, source_of
 
-#: vLLM's parameter of each shard: gate and up, w1 and w3, share theirs
+#: shard id -> vLLM's parameter: gate and up, w1 and w3, share one
 _PARAMETER = {"w1": "w13", "w2": "w2", "w3": "w13"}
 
 
 def experts_method(
     layer: RoutedExperts, prefix: str, checkpoint: Checkpoint
 ) -> QKernelsMoEMethod | None:
-    """The method of a layer of experts; None if they are plain.
+    """The method of a layer of experts; None if they are unquantized.
 
-    ValueError if they are packed in tensors that hold all experts at once.
+    Raises ValueError if each packed tensor holds all experts.
     """
     prefix = prefix.removesuffix(".routed_experts")
     leaves = [layer.ckpt_gate_proj_name, layer.ckpt_down_proj_name, layer.ckpt_up_proj_name]
@@ -32,26 +32,29 @@ def experts_method(
         {shard: f"{prefix}.{e}.{leaf}" for shard, leaf in zip(SHARDS, leaves, strict=True) if leaf}
         for e in range(layer.global_num_experts)
     ]
-    if any(checkpoint.scheme(name) is not None for own in names for name in own.values()):
+    if any(checkpoint.scheme(name) is not None for modules in names for name in modules.values()):
         return QKernelsMoEMethod(layer, prefix, names, checkpoint)
     packed = checkpoint.packed_below(prefix)
     if packed is not None:
         raise ValueError(
-            f"{prefix}: expected the tensors of each expert by themselves, {names[0]['w1']}.* and so on, got {packed}"
+            f"{prefix}: expected separate tensors for each expert, {names[0]['w1']}.* and "
+            f"so on, got {packed}"
         )
     return None
 
 
 class QKernelsMoEMethod(FusedMoEMethodBase):
-    """Experts in any storage format, all of a layer in one; gate, up and down may each have its
-    own.
+    """Experts in any storage format, the same for all experts of a layer.
+
+    Gate, up and down may have different formats.
     """
 
     def __init__(
         self, layer: RoutedExperts, prefix: str, names: list[dict[str, str]], checkpoint: Checkpoint
     ) -> None:
-        """names: of each expert's modules by vLLM's shard ids. ValueError, naming the layer, if it
-        is not served.
+        """names: for each expert, vLLM's shard id -> the checkpoint's module.
+
+        Raises ValueError naming the layer if it is not supported.
         """
         super().__init__(layer.moe_config)
         self.prefix, self.names, self.checkpoint = prefix, names, checkpoint
@@ -60,9 +63,11 @@ class QKernelsMoEMethod(FusedMoEMethodBase):
         self._check(layer)
 
     def _check(self, layer: RoutedExperts) -> None:
+        """ValueError for a layer that our kernels do not compute."""
         if self.activation not in ACTIVATIONS:
             raise ValueError(
-                f"{self.prefix}: activation: expected one of {', '.join(ACTIVATIONS)}, got {self.activation!r}"
+                f"{self.prefix}: activation: expected one of {', '.join(ACTIVATIONS)}, got "
+                f"{self.activation!r}"
             )
         if self.moe.has_bias:
             raise ValueError(
@@ -75,10 +80,11 @@ class QKernelsMoEMethod(FusedMoEMethodBase):
                 )
         for shard in SHARDS:
             first = self.checkpoint.scheme(self.names[0][shard])
-            for own in self.names:
-                if (scheme := self.checkpoint.scheme(own[shard])) != first:
+            for modules in self.names:
+                if (scheme := self.checkpoint.scheme(modules[shard])) != first:
                     raise ValueError(
-                        f"{own[shard]}: expected {first}, as {self.names[0][shard]}, got {scheme}"
+                        f"{modules[shard]}: expected {first}, as {self.names[0][shard]}, got "
+                        f"{scheme}"
                     )
 
     # ------------------------------------------------------------------ weights
@@ -91,39 +97,44 @@ class QKernelsMoEMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """ValueError, naming the expert, if its weights cannot be served or cut so."""
+        """ValueError naming the expert if its weights cannot be served or cut like this."""
         if hidden_size != self.moe.hidden_dim_unpadded:
             raise ValueError(
-                f"{self.prefix}: expected {self.moe.hidden_dim_unpadded} features as in the checkpoint, because "
-                f"{NAME} pads none, got {hidden_size}"
+                f"{self.prefix}: expected {self.moe.hidden_dim_unpadded} features as in the "
+                f"checkpoint, because {NAME} pads none, got {hidden_size}"
             )
         count, rank = self.moe.tp_size, self.moe.tp_rank
         inner = intermediate_size_per_partition * count
         tall, wide = (inner, hidden_size), (hidden_size, inner)
         layer.qkernels_dtype = params_dtype
-        found: dict[tuple[int, str], Source] = {}  # of this process's experts, by their place here
-        for e, own in enumerate(self.names):
-            here = layer._map_global_expert_id_to_local_expert_id(e)
-            if here < 0:
+        # (index in this process, shard id) -> its source
+        sources: dict[tuple[int, str], Source] = {}
+        for e, modules in enumerate(self.names):
+            local_expert = layer._map_global_expert_id_to_local_expert_id(e)
+            if local_expert < 0:
                 continue
-            for shard, name in own.items():
+            for shard, name in modules.items():
                 down = shard == "w2"
                 pieces = [Piece(0, hidden_size)] if down else [Piece(0, inner, rank, count)]
                 columns = (rank, count) if down else (0, 1)
                 shape = wide if down else tall
-                more: dict[str, Any] = {"columns": columns, "dtype": params_dtype}
-                found[here, shard] = source_of(self.checkpoint, name, shape, pieces, **more)
-        if len(found) != num_experts * len(SHARDS):
+                options: dict[str, Any] = {"columns": columns, "dtype": params_dtype}
+                sources[local_expert, shard] = source_of(
+                    self.checkpoint, name, shape, pieces, **options
+                )
+        if len(sources) != num_experts * len(SHARDS):
             raise ValueError(
-                f"{self.prefix}: expected {num_experts} experts in this process, got {len(found) // len(SHARDS)}"
+                f"{self.prefix}: expected {num_experts} experts in this process, got "
+                f"{len(sources) // len(SHARDS)}"
             )
-        self._expect(layer, found)
+        self._accept(layer, sources)
 
-    def _expect(self, layer: RoutedExperts, sources: dict[tuple[int, str], Source]) -> None:
-        """Make the layer take these sources' tensors, in both of vLLM's ways of loading (as
-        `config._Method`).
+    def _accept(self, layer: RoutedExperts, sources: dict[tuple[int, str], Source]) -> None:
+        """Make the layer take the tensors of these sources, in both of vLLM's ways of loading.
+
+        See `config._Method._accept`.
         """
-        device = torch.empty(0).device  # vLLM builds models under the device they go to
+        device = torch.empty(0).device  # vLLM sets torch's default device to the model's
         layer.qkernels_sources = sources
         leaves = [
             layer.ckpt_gate_proj_name,
@@ -131,15 +142,15 @@ class QKernelsMoEMethod(FusedMoEMethodBase):
             str(layer.ckpt_up_proj_name),
         ]
 
-        def take(expert: int, shard: str, own: str, tensor: Tensor) -> bool:
-            """Whether it is of an expert of this process."""
-            here = layer._map_global_expert_id_to_local_expert_id(expert)
-            if here < 0:
+        def take(expert: int, shard: str, leaf: str, tensor: Tensor) -> bool:
+            """Give the tensor to its source; False if the expert is not in this process."""
+            local_expert = layer._map_global_expert_id_to_local_expert_id(expert)
+            if local_expert < 0:
                 return False
-            source = sources[here, shard]
-            if own != "bias":
-                source.add(own, tensor, device)
-            elif bool(tensor.any()):  # GPTQ files often hold zeros for layers that have no bias
+            source = sources[local_expert, shard]
+            if leaf != "bias":
+                source.add(leaf, tensor, device)
+            elif bool(tensor.any()):  # GPTQ files often hold a bias of zeros for layers without one
                 raise ValueError(
                     f"{source.name}.bias: expected none or zeros, got one that is not zero"
                 )
@@ -148,42 +159,43 @@ class QKernelsMoEMethod(FusedMoEMethodBase):
         def load_weights(weights: Iterable[tuple[str, Tensor]]) -> Iterable[str]:
             for name, tensor in weights:
                 try:
-                    expert, shard, own = expert_tensor(name, leaves)
+                    expert, shard, leaf = expert_tensor(name, leaves)
                     if expert >= len(self.names):
                         raise ValueError(
                             f"experts: expected 0..{len(self.names) - 1}, got {name!r:.80}"
                         )
                 except ValueError as error:
                     raise ValueError(f"{self.prefix}: {error}") from None
-                if take(expert, shard, own, tensor):
-                    yield f"{_PARAMETER[shard]}_{own}"
+                if take(expert, shard, leaf, tensor):
+                    yield f"{_PARAMETER[shard]}_{leaf}"
 
         layer.load_weights = load_weights
         for (_, shard), source in sources.items():
-            for own in source.names():
-                name = f"{_PARAMETER[shard]}_{own}"
+            for leaf in source.names():
+                name = f"{_PARAMETER[shard]}_{leaf}"
                 if name not in layer._parameters:
                     # not register_parameter, which refuses dots
-                    layer._parameters[name] = _placeholder(take, own)
+                    layer._parameters[name] = _placeholder(take, leaf)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        """Stack the experts and move them to the kernel's layout, once: the only copy there is.
+        """Stack the experts and prepack them, once: no other copy remains.
 
-        ValueError if something did not come, or if experts differ in more than their values.
+        Raises ValueError if a tensor did not arrive, or if experts differ in more than their
+        values.
         """
         sources: dict[tuple[int, str], Source] = layer.qkernels_sources
         if not sources:  # called again, by reloading
             return
         device = torch.empty(0).device
         stacks: dict[str, list[Any]] = {shard: [] for shard in SHARDS}
-        for here, shard in sorted(sources):
-            source = sources[here, shard]
-            for own in source.names():
-                layer._parameters.pop(f"{_PARAMETER[shard]}_{own}", None)
+        for local_expert, shard in sorted(sources):
+            source = sources[local_expert, shard]
+            for leaf in source.names():
+                layer._parameters.pop(f"{_PARAMETER[shard]}_{leaf}", None)
             stacks[shard] += source.finish(device)
             source.parts = None
         layer.qkernels_sources = {}
-        sources.clear()  # `load_weights` holds on to it
+        sources.clear()  # because `load_weights` still refers to it
         try:
             parts = ExpertParts(stacks["w1"], stacks["w3"], stacks["w2"])
             parts.prepack(layer.qkernels_dtype, self.activation, self.invariant)
@@ -191,7 +203,7 @@ class QKernelsMoEMethod(FusedMoEMethodBase):
             raise ValueError(f"{self.prefix}: {error}") from None
         layer.qkernels_experts = parts
 
-    # ------------------------------------------------------------------ running
+    # ------------------------------------------------------------------ inference
     def get_fused_moe_quant_config(self, layer: nn.Module) -> None:
         return None  # none of vLLM's own kernels runs here
 
@@ -204,15 +216,16 @@ class QKernelsMoEMethod(FusedMoEMethodBase):
         shared_experts: Any = None,
         shared_experts_input: Tensor | None = None,
     ) -> Tensor:
-        """x (T, K), topk_weights and topk_ids (T, top_k) -> (T, K): what this process's experts
-        add.
+        """The sum of this process's experts, (T, K).
 
-        Shared experts are run by vLLM's runner, whose business the sum over processes is, too.
+        x: (T, K). topk_weights, topk_ids: (T, top_k). vLLM's runner computes shared experts and the
+        sum over processes.
         """
         if layer.apply_router_weight_on_input:
             if topk_ids.shape[1] != 1:
                 raise ValueError(
-                    f"{self.prefix}: expected one expert a token, whose input is weighted, got {topk_ids.shape[1]}"
+                    f"{self.prefix}: expected one expert a token, whose input is weighted, got "
+                    f"{topk_ids.shape[1]}"
                 )
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
         parts: ExpertParts = layer.qkernels_experts
@@ -220,8 +233,8 @@ class QKernelsMoEMethod(FusedMoEMethodBase):
         return parts.run(x, topk_weights, ids, self.activation, self.invariant)
 
 
-def _placeholder(take: Any, own: str) -> nn.Parameter:
-    """An empty parameter that models with a loading loop of their own find by its name."""
+def _placeholder(take: Any, leaf: str) -> nn.Parameter:
+    """An empty parameter that models with their own loading loop find by its name."""
 
     def load(
         param: nn.Parameter,
@@ -231,8 +244,8 @@ def _placeholder(take: Any, own: str) -> nn.Parameter:
         expert_id: int,
         return_success: bool = False,
     ) -> bool | None:
-        found: bool = take(expert_id, shard_id, own, loaded_weight)
-        return found if return_success else None
+        taken: bool = take(expert_id, shard_id, leaf, loaded_weight)
+        return taken if return_success else None
 
     load.supports_moe_loading = True  # type: ignore[attr-defined]
     empty = nn.Parameter(torch.empty(0), requires_grad=False)

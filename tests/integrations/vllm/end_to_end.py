@@ -204,7 +204,8 @@ def ours(
         tokens = torch.tensor([prompt])
         out = model.generate(
             tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=count,
-            min_new_tokens=count, do_sample=False, pad_token_id=0, eos_token_id=None,
+            min_new_tokens=count,
+            do_sample=False, pad_token_id=0, eos_token_id=None,
         )  # fmt: skip
         found.append(out[0, len(prompt) :].tolist())
     return model, found
@@ -242,7 +243,8 @@ def make_llm(
     return LLM(
         str(directory), quantization="qkernels" if asked else None, dtype=dtype, max_model_len=256,
         enforce_eager=True, max_num_batched_tokens=256, max_num_seqs=8,
-        tensor_parallel_size=processes, disable_log_stats=True, enable_expert_parallel=parallel,
+        tensor_parallel_size=processes,
+        disable_log_stats=True, enable_expert_parallel=parallel,
     )  # fmt: skip
 
 
@@ -302,9 +304,8 @@ def check(case: Case, directory: Path, texts: list[list[int]], count: int) -> bo
     ok &= invariant or not case.batch_invariant
     note = f", near-ties {', '.join(f'{gap:.4f}' for gap in gaps)}" if gaps else ""
     print(
-        f"| {case.name} | {case.dtype} | {same}/{sum(map(len, want))}{note} "
-        f"| {their_bytes:,} | {our_bytes:,} | "
-        f"{time.monotonic() - begin:.0f} s | {'ok' if ok else 'FAILED'} |",
+        f"| {case.name} | {case.dtype} | {same}/{sum(map(len, want))}{note} | {their_bytes:,} | "
+        f"{our_bytes:,} | {time.monotonic() - begin:.0f} s | {'ok' if ok else 'FAILED'} |",
         flush=True,
     )
     return ok
@@ -315,15 +316,18 @@ def attempt(case: Case, directory: Path, texts: list[list[int]], count: int) -> 
     try:
         return check(case, directory, texts, count)
     except Exception as error:
-        why = " ".join(str(error).split())[-300:]
-        print(f"| {case.name} | {case.dtype} | | | | | FAILED: {why} |", flush=True)
+        print(
+            f"| {case.name} | {case.dtype} | | | | | FAILED: {' '.join(str(error).split())[-300:]} "
+            "|",
+            flush=True,
+        )
         return False
 
 
 def refused(
     name: str, directory: Path, message: str, change: dict[str, Any], processes: int = 1
 ) -> bool:
-    """Whether vLLM ends with our message if a checkpoint's quantization_config has this change."""
+    """Whether vLLM ends with our message for a checkpoint with a changed quantization_config."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
     config = json.loads((directory / "config.json").read_text())
@@ -369,8 +373,9 @@ def serve(directory: Path, port: int = 8766) -> bool:
         # ends
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory),
         "--served-model-name", "tiny",
-        "--quantization", "qkernels", "--host", "127.0.0.1", "--port", str(port),
-        "--dtype", "bfloat16", "--max-model-len", "256", "--enforce-eager", "--max-num-seqs", "8",
+        "--quantization", "qkernels", "--host", "127.0.0.1", "--port", str(port), "--dtype",
+        "bfloat16", "--max-model-len", "256", "--enforce-eager",
+        "--max-num-seqs", "8",
     ]  # fmt: skip
     with tempfile.TemporaryFile() as log:
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
