@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..formats.grid import in_groups
+from ..formats.grid import split_groups
 
 RATIOS = 20
 #: narrowest range tried, as a fraction of a group's largest magnitude, and how many between
@@ -56,14 +56,14 @@ def search_clip(
     least.
     """
     n, k = weight.shape
-    grouped = in_groups(weight, group_size)
+    grouped = split_groups(weight, group_size)
     size = grouped.shape[2]
     blocks = [hessian[i : i + size, i : i + size] for i in range(0, k, size)]
     blocks[-1] = torch.nn.functional.pad(blocks[-1], (0, -k % size, 0, -k % size))
     stacked = torch.stack(blocks)
 
     def errors(rounded: Tensor) -> Tensor:
-        difference = in_groups(weight - rounded, group_size).transpose(0, 1)  # (G, N, g)
+        difference = split_groups(weight - rounded, group_size).transpose(0, 1)  # (G, N, g)
         return ((difference @ stacked) * difference).sum(-1).T  # (N, G)
 
     largest = grouped.abs().amax(-1, keepdim=True)

@@ -13,8 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..formats import grid as affine
-from ..formats.grid import Grid
+from ..formats import grid
+from ..formats.grid import Grid, group_count, split_groups
 from ..formats.hessian import BLOCK, inverse_factor
 
 
@@ -56,13 +56,13 @@ def gptq(
     in_order = torch.arange(k, device=w.device) // size
     group_at = order // size if static_groups else in_order  # of each position in rounding order
     upper = inverse_factor(h, damp)
-    groups = affine.groups(k, size)
+    groups = group_count(k, size)
     scale = torch.ones(n, groups, dtype=torch.float16, device=w.device)
     zero = torch.zeros(n, groups, dtype=torch.uint8, device=w.device)
     if static_groups:
         original = torch.empty_like(w)
         original[:, order] = w
-        scale, zero = fit(affine.in_groups(original, size), bits, symmetric, clip_search)
+        scale, zero = fit(split_groups(original, size), bits, symmetric, clip_search)
     codes = torch.empty(n, k, dtype=torch.uint8, device=w.device)
     top = (1 << bits) - 1
     # A group starts with a block or inside one, so its weights are up to date when its scale is
@@ -98,12 +98,12 @@ def fit(grouped: Tensor, bits: int, symmetric: bool, search: bool) -> tuple[Tens
     """Scale float16 and zero uint8 (N, G) of grouped (N, G, g): full range, or with least
     error^2.4.
     """
-    scale, zero = affine.fit(grouped, bits, symmetric)
+    scale, zero = grid.fit(grouped, bits, symmetric)
     if not search:
         return scale, zero
     best = _error(grouped, scale, zero, bits)
     for percent in range(99, 19, -1):
-        narrower = affine.fit(grouped * (percent / 100), bits, symmetric)
+        narrower = grid.fit(grouped * (percent / 100), bits, symmetric)
         error = _error(grouped, *narrower, bits)
         better = error < best
         best = torch.where(better, error, best)
@@ -113,6 +113,6 @@ def fit(grouped: Tensor, bits: int, symmetric: bool, search: bool) -> tuple[Tens
 
 
 def _error(grouped: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    codes = affine.encode(grouped, scale, zero, bits).float()
+    codes = grid.encode(grouped, scale, zero, bits).float()
     rounded = (codes - zero.float()[..., None]) * scale.float()[..., None]
     return (rounded - grouped).abs_().pow_(2.4).sum(-1)

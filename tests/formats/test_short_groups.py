@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import qkernels as qk
-from qkernels.formats import grid as affine
+from qkernels.formats.grid import default_group_size
 from qkernels.models.convert import convert_weight
 from qkernels.weights.sharding import COLUMNS, ROWS, narrow, shard
 
@@ -236,8 +236,8 @@ def test_another_size_with_as_many_groups_is_another_grid() -> None:
     ([127 * 4], 128, 127), ([131], 128, -1), ([256 * 3 + 16, 256], 128, 16),
 ])  # fmt: skip
 def test_default_group_sizes(sizes: list[int], short: int, divisor: int) -> None:
-    assert affine.default_group_size(sizes, 128, True) == short
-    assert affine.default_group_size(sizes, 128, False) == divisor
+    assert default_group_size(sizes, 128, True) == short
+    assert default_group_size(sizes, 128, False) == divisor
 
 
 @pytest.mark.parametrize("name", ["gptq", "awq", "pack_quantized"])
