@@ -1,4 +1,4 @@
-"""Storage formats: how a checkpoint stores a quantized weight, and the pure-torch reference of each.
+"""Storage formats: how checkpoints store quantized weights, with a pure-torch reference of each.
 
 `names()` lists the formats, `get(name)` returns one. Each is one class in one file, registered in
 registry.py:
@@ -8,7 +8,7 @@ registry.py:
     bitsandbytes4.py       nf4, fp4: 16-entry tables with an absmax per block
     int8.py w8a8.py        int8 (LLM.int8()), w8a8 (SmoothQuant)
     fp8.py                 fp8: E4M3 or E5M2
-    gguf/                  q8_0, q4_k, iq4_nl, ...: GGUF's block types, and llama.cpp's mixtures of them
+    gguf/                  q8_0, q4_k, iq4_nl, ...: GGUF's block types, and llama.cpp's mixtures
     spqr.py                spqr: small groups with quantized scales, and sparse outliers
     quip.py quip_sharp.py  quip, quip_sharp: codes between two orthogonal transforms
 

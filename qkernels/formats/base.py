@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 #: Elements converted to float32 at a time while a tensor is checked, so that loading needs no copy
 #: of the tensor. The CPU takes few, because glibc's heap may grow by one chunk for every tensor:
-#: with chunks of 4 MB a file of 200 MB left 170 MB behind, with chunks of 128 kB a file of 100 MB in
-#: 170 tensors still left 0 to 45 MB.
+#: with chunks of 4 MB a file of 200 MB left 170 MB behind; with chunks of 128 kB a file of 100 MB
+#: in 170 tensors still left 0 to 45 MB.
 _CHECKED_AT_ONCE, _CHECKED_AT_ONCE_CPU = 1 << 20, 1 << 12
 
 #: `quant_method` of our own config, which can hold any format: checkpoints/hf/quantization.py

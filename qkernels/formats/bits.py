@@ -44,7 +44,7 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_rows(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Words (W, n) int32 -> the first `count` codes (count, n) uint8. The inverse of `pack_rows`."""
+    """Words (W, n) int32 -> the first `count` codes (count, n) uint8. Inverse of `pack_rows`."""
     n = packed.shape[1]
     period, period_words = _period(bits)
     repeats = -(-count // period)

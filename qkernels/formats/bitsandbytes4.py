@@ -47,8 +47,11 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK_SIZE = 256
 _DTYPES = ("float16", "bfloat16", "float32")
 _STORAGES = {
-    "uint8": torch.uint8, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
-}  # fmt: skip
+    "uint8": torch.uint8,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
 _MAX_STATE_BYTES = 64 * 1024
 
 
@@ -111,7 +114,7 @@ class Bitsandbytes4(Format):
 
     def cuts(self, shape: Shape, params: Params) -> Shape:
         (n, k), block = shape, params["block_size"]
-        # Rows can be cut where a row's end is a block's end, columns only if no block straddles rows.
+        # Rows can be cut where a block ends with a row, columns only if no block straddles rows.
         return min(n, block // math.gcd(block, k)), block if k % block == 0 else k
 
     def cut(
@@ -123,7 +126,7 @@ class Bitsandbytes4(Format):
         begin: int,
         end: int,
     ) -> tuple[dict[str, Tensor], Params]:
-        """Where a cut would divide a block of 256 absmax, double quantization is undone, exactly."""
+        """Undoes double quantization, exactly, where a cut would divide a block of 256 absmax."""
         (n, k), block = shape, params["block_size"]
         rows, columns = (
             (slice(begin, end), slice(0, k)) if dim == 0 else (slice(0, n), slice(begin, end))
@@ -399,7 +402,7 @@ def _as_storage(codes: Tensor, params: Mapping[str, Any]) -> Tensor:
 
 
 def quantize_dynamic(values: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Blockwise 8-bit quantization: float32 (B) -> codes uint8 (B), absmax float32 (ceil(B/256))."""
+    """Blockwise 8-bit quantization: float32 (B) -> uint8 (B), absmax float32 (ceil(B/256))."""
     blocks = torch.nn.functional.pad(values, (0, -values.numel() % NESTED_BLOCK_SIZE))
     blocks = blocks.view(-1, NESTED_BLOCK_SIZE)
     absmax = blocks.abs().amax(-1)

@@ -49,7 +49,7 @@ def arguments(
     symmetric: bool = True,
     **more: Any,
 ) -> dict[str, Any]:
-    """The object that describes how weights or inputs are quantized, in compressed-tensors' fields."""
+    """The config object that describes how weights or inputs are quantized."""
     return {
         "num_bits": bits,
         "type": kind,

@@ -107,7 +107,7 @@ def decode(codes: Tensor, bits: int) -> Tensor:
 
 
 def encode(x: Tensor, bits: int) -> Tensor:
-    """Weights (B, 8) -> codes int32 (B): the nearest point, then the point nearest to the residual."""
+    """Weights (B, 8) -> codes int32 (B): the nearest point, and the nearest to its residual."""
     codes = nearest(x)
     scale = ROUNDING[bits].residual_scale
     if scale:

@@ -12,7 +12,7 @@ _EXACT_K = 1024
 
 
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Exact integer product a (M, K) @ b (N, K)^T of int8 matrices -> (M, N) int32, on any device."""
+    """Exact product a (M, K) @ b (N, K)^T of int8 matrices -> int32 (M, N), on any device."""
     total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
     for k in range(0, a.shape[1], _EXACT_K):
         total += (a[:, k : k + _EXACT_K].float() @ b[:, k : k + _EXACT_K].float().T).to(torch.int32)
@@ -25,7 +25,7 @@ def reciprocal_or_zero(x: Tensor) -> Tensor:
 
 
 def per_token_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (M, K) -> int8 codes (M, K), scales float (M, 1): x * 127 / absmax, rounded half to even."""
+    """x (M, K) -> int8 codes (M, K), scales (M, 1): x * 127 / absmax, rounded half to even."""
     absmax = x.abs().amax(dim=-1, keepdim=True)
     codes = torch.round(x * (127 * reciprocal_or_zero(absmax))).clamp(-127, 127)
     return codes.to(torch.int8), absmax / 127

@@ -11,10 +11,11 @@ Every granularity may use either scale name. `scale_name="weight_scale"` is the 
 compressed-tensors and vLLM; "weight_scale_inv" is the name of DeepSeek and transformers, which call
 the input scale `activation_scale`.
 
-Activations are E4M3 for either weight dtype. Activation "none" does not quantize them (weight-only);
-"dynamic" quantizes per token, or with block scales per group of 1 x block_columns; "static"
-quantizes per tensor with `input_scale`. Groups along a row are blocks of one row. Rounding is half
-to even and saturates, because E4M3FN has no infinity and a weight in E5M2 must not become one.
+Activations are E4M3 for either weight dtype. Activation "none" does not quantize them
+(weight-only); "dynamic" quantizes per token, or with block scales per group of 1 x block_columns;
+"static" quantizes per tensor with `input_scale`. Groups along a row are blocks of one row. Rounding
+is half to even and saturates, because E4M3FN has no infinity and a weight in E5M2 must not become
+infinite.
 
 Source: Micikevicius et al. 2022 (arXiv 2209.05433); compressed-tensors' `float-quantized` layout;
 DeepSeek-V3 (arXiv 2412.19437) for the 128-blocks.
@@ -48,7 +49,7 @@ _GROUP_AMAX_FLOOR = 1e-4
 
 
 def to_fp8(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Saturating cast, round half even; NaN stays NaN. torch's own cast saturates only from 2.12."""
+    """Saturating cast, round half even; NaN stays NaN. torch's cast saturates only from 2.12 on."""
     top = torch.finfo(dtype).max
     return x.clamp(-top, top).to(dtype)
 

@@ -20,7 +20,7 @@ class Grouped(Format):
     short_groups: ClassVar[bool] = True
 
     def check_group_size(self, shape: Shape, params: Params) -> None:
-        """Raise ValueError unless group_size is -1 or a size that the format can store for this K."""
+        """Raise ValueError unless group_size is -1 or a size that the format can store."""
         check_group_size(self.name, shape[1], params["group_size"], self.short_groups)
 
     def complete(self, shapes: Mapping[str, Shape], params: Mapping[str, Any]) -> Params:

@@ -7,7 +7,7 @@ of (E L)_k D_k (E L)_k^T, and
     Q_k = round(W_k + sum over j > k of E_j L_jk)
 
 makes each term as small as rounding can. A block is one column for integer grids, and 8 columns for
-codes of eight weights. Afterwards, coordinate descent rounds each block again with all others fixed.
+codes of eight weights. Coordinate descent then rounds each block again with all others fixed.
 
 Sources: Chee et al. 2023 (arXiv 2307.13304), section 3; Tseng et al. 2024 (arXiv 2402.04396),
 section 4.1.

@@ -2,11 +2,12 @@
 
     weight_packed      int32 (N, ceil(K*bits/32))   codes, a bit stream along each row (see bits.py)
     weight_scale       float (N, G)                 G = ceil(K / group_size)
-    weight_zero_point  int32 (ceil(N*bits/32), G)   zero points, a bit stream along N; asymmetric only
+    weight_zero_point  int32 (ceil(N*bits/32), G)   zeros, a bit stream along N; asymmetric only
     weight_g_idx       int32 (K)                    group of each input feature; act-order only
     weight_shape       int (2)                      N, K
 
-    W[n, k] = weight_scale[n, g] * (code[n, k] - zero[n, g]),  g = k // group_size or weight_g_idx[k]
+    W[n, k] = weight_scale[n, g] * (code[n, k] - zero[n, g])
+    g = k // group_size or weight_g_idx[k]
 
 compressed-tensors' quantizer has signed integers; stored codes and zeros are those plus
 2^(bits-1). The zero of a symmetric grid is not stored, and is 2^(bits-1). The grid is GPTQ's; only

@@ -1,6 +1,7 @@
 """QuIP: integers of one uniform grid, between random orthogonal transforms.
 
-    W = P_out^T (out0 (x) out1 ..)  scale * (code - (2^bits - 1) / 2)  (in0 (x) in1 ..)^T P_in diag(in_scale)
+    W = P_out^T (out0 (x) out1 ..)  G  (in0 (x) in1 ..)^T P_in diag(in_scale)
+    G = scale * (code - (2^bits - 1) / 2)
 
     qweight      int32 (K*bits/32, N)   codes, a bit stream along K (see bits.py)
     scale        float32 ()             one step of the grid
@@ -39,8 +40,8 @@ class Quip(IncoherentFormat):
     name = "quip"
     summary = "2/3/4-bit integers between random orthogonal transforms (QuIP)"
     defaults = {"bits": 2}
-    #: rescale: scale the inputs by the magnitudes of inputs and weights, as the paper does. It gives
-    #: calibration more weight, and here too much: SmolLM2 at 4 bits loses accuracy with it
+    #: rescale: scale the inputs by the magnitudes of inputs and weights, as the paper does. It
+    #: gives calibration more weight, and here too much: SmolLM2 at 4 bits loses accuracy with it
     #: (bench/results/low-bit.md).
     quantize_only = {**IncoherentFormat.quantize_only, "rescale": False}
 

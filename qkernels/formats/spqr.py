@@ -12,7 +12,7 @@ z_s, s_z and z_z. An outlier is added to the decoded weight, so it holds the dif
     qweight       int32 (K*bits/32, N)   codes, a bit stream along K (see bits.py)
     qstats        int32 (N*6/32, G)      scale_code | zero_code << 3, a bit stream along N
     second_level  float16 (G, N/row_group, 4)   s_s, z_s, s_z, z_z
-    row_offsets   int32 (N + 1)          CSR: outliers of row n are row_offsets[n]..row_offsets[n + 1]
+    row_offsets   int32 (N + 1)          CSR: row n has outliers row_offsets[n]..row_offsets[n + 1]
     col_vals      int32 (outliers)       float16 value << 16 | column
     in_perm       int32 (K / 2)          two 16-bit indices, the first one low; only with act_order
 
@@ -76,8 +76,8 @@ class Spqr(Format):
             )
         if k > 65536:
             raise ValueError(
-                f"{self.name}: shape: expected K up to 65536, because outliers have 16-bit columns, "
-                f"got K={k}"
+                f"{self.name}: shape: expected K up to 65536, because outliers have 16-bit "
+                f"columns, got K={k}"
             )
         if params["act_order"] and k % 2:
             raise ValueError(f"{self.name}: act_order: expected an even K, got K={k}")
@@ -91,7 +91,7 @@ class Spqr(Format):
 
     # ------------------------------------------------------------------ tensors
     def cuts(self, shape: Shape, params: Params) -> Shape:
-        # In act-order the columns of a group may be anywhere, and a cut would leave groups of unequal
+        # In act-order the columns of a group may be anywhere. A cut would leave groups of unequal
         # sizes, which the format cannot store.
         columns = shape[1] if params["act_order"] else params["group_size"]
         return min(shape[0], params["row_group"]), columns

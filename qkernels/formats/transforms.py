@@ -95,9 +95,9 @@ def _hartley(order: int) -> Tensor:
 
 
 def _paley_field(order: int) -> tuple[int, int, int] | None:
-    """(construction, p, e): Paley's construction 1 or 2 gives this order with a field of p^e elements.
+    """(1 or 2, p, e): which of Paley's constructions gives this order with a field of p^e elements.
 
-    None if neither construction gives it.
+    None if neither does.
     """
     for construction, q in ((1, order - 1), (2, order // 2 - 1)):
         power = _prime_power(q)

@@ -1,16 +1,19 @@
 """SmoothQuant's W8A8: int8 weights and int8 activations, as compressed-tensors stores them.
 
-    weight int8 (N, K)    weight_scale float (N, 1), (N, G) with groups, (1) with granularity "tensor"
-    weight_zero_point int8, shaped like weight_scale       only with symmetric_weight False
-    input_scale float (1), [input_zero_point int8 (1)]     only with activation "static"
+    weight             int8 (N, K)
+    weight_scale       float (N, 1); (N, G) with groups; (1) with granularity "tensor"
+    weight_zero_point  int8, shaped like weight_scale; only with symmetric_weight False
+    input_scale        float (1), [input_zero_point int8 (1)]; only with activation "static"
 
     W[n, k] = weight_scale[n, g] * (weight[n, k] - weight_zero_point[n, g]),  g = k // group_size
 
-    dynamic  q = round(x * 127 / absmax_row),            y = (q @ weight^T) * absmax_row/127 * weight_scale
+    dynamic  q = round(x * 127 / absmax_row)
+             y = (q @ weight^T) * absmax_row/127 * weight_scale
              with symmetric_input False, and 0 within [min, max]:
-             s = (max - min) / 255, zp = round(-128 - min / s),
-             q = round(clamp(x / s + zp)),               y = (q - zp) * s @ W^T
-    static   q = clamp(round(x / input_scale) + zp),     y = (q @ weight^T - zp * rowsum(weight)) * ...
+             s = (max - min) / 255,  zp = round(-128 - min / s)
+             q = round(clamp(x / s + zp)),  y = (q - zp) * s @ W^T
+    static   q = clamp(round(x / input_scale) + zp)
+             y = (q @ weight^T - zp * rowsum(weight)) * input_scale * weight_scale
     none     y = x @ W^T
 
 Source: Xiao et al. 2022 (arXiv 2211.10438); compressed-tensors' `int-quantized` layout.

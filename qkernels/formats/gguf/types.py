@@ -305,7 +305,7 @@ class Q3K(_ScaleK):
         """Scales from 12 bytes.
 
         Bytes 0-7 have the low four bits of scales 0-7 (low nibble) and 8-15 (high nibble). Bytes
-        8-11 have the high two bits: of scales 0-3 in bits 0-1, of scales 4-7 in bits 2-3, and so on.
+        8-11 have the high two bits: of scales 0-3 in bits 0-1, of scales 4-7 in bits 2-3, ...
         """
         raw = fields["scales"].view(U8)
         low, high = raw[:, :8], raw[:, 8:]
