@@ -218,9 +218,10 @@ class Spqr(Algorithm):
                 weight = wanted[name].weight.detach().float()
                 shape = (weight.shape[0], weight.shape[1])
                 params = self.fmt.resolve(shape, self.params)
-                names_taken = ("bits", "group_size", "row_group", "act_order")
-                sizes = {key: params[key] for key in names_taken}
-                grid = spqr_search.spqr(weight, hessian, **sizes, **self.settings)
+                options = {
+                    key: params[key] for key in ("bits", "group_size", "row_group", "act_order")
+                }
+                grid = spqr_search.spqr(weight, hessian, **options, **self.settings)
                 tensors = self.fmt.from_spqr(grid, shape, params)
                 self.fmt.validate(tensors, shape, params)
                 packed[name] = PackedWeight(self.fmt.name, shape, tensors, params)

@@ -1,7 +1,7 @@
 """Base class of GGUF's block types. Their one tensor, `data`, has exactly the bytes of the file.
 
-`data` is uint8 (N, bytes per row). A row is a sequence of blocks of 32 or 256 weights. A block is a sequence of fields: planes of
-codes, and scales.
+`data` is uint8 (N, bytes per row). A row is a sequence of blocks of 32 or 256 weights. A block is a
+sequence of fields: planes of codes, and scales.
 
     q4_k, 144 bytes of 256 weights:  |d f16|dmin f16|scales: 12 bytes|qs: 128 bytes of nibbles|
 
