@@ -1,4 +1,4 @@
-"""`qkernels bench`: how fast this machine multiplies, format by format."""
+"""`qkernels bench`: times the products of each format on this machine."""
 
 from __future__ import annotations
 
@@ -61,16 +61,16 @@ def bench(
     sizes = known.shapes_of(shapes)
     settings = race.Settings(device, repeats)
     total = len(sizes) * len(counts) * (len(contestants) + 1)
-    found = []
+    results = []
     with common.progress(f"Timing {len(contestants)} formats on {len(sizes)} shapes") as report:
         for row in race.run(contestants, sizes, counts, settings):
-            found.append(row)
-            report(len(found), total)
+            results.append(row)
+            report(len(results), total)
     if json:
-        common.write_json(race.report_of(found, timing.copy_bandwidth(device)))
+        common.write_json(race.report_of(results, timing.copy_bandwidth(device)))
     else:
-        common.write_table(f"on {device}", COLUMNS, [_cells(row) for row in found])
-    failed = [row for row in found if row.failed]
+        common.write_table(f"on {device}", COLUMNS, [_cells(row) for row in results])
+    failed = [row for row in results if row.failed]
     if failed:
         first = failed[0]
         raise ValueError(f"{first.contestant} {first.n}x{first.k} M={first.m}: {first.failed}")
