@@ -53,12 +53,12 @@ def bench(
     import torch
 
     from ..benchmark import race, timing
-    from ..benchmark import shapes as known
+    from ..benchmark import shapes as cases
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     counts = _rows(rows)
-    contestants = [race.Ours(name, params, backend) for name, params in known.formats_of(formats)]
-    sizes = known.shapes_of(shapes)
+    contestants = [race.Ours(name, params, backend) for name, params in cases.formats_of(formats)]
+    sizes = cases.shapes_of(shapes)
     settings = race.Settings(device, repeats)
     total = len(sizes) * len(counts) * (len(contestants) + 1)
     results = []

@@ -57,13 +57,13 @@ def inspect(
     """
     facts, rows = collect(path)
     total = sum(row.nbytes for row in rows)
-    known = [row for row in rows if row.weights is not None]
-    quantized = [row for row in known if row.format not in (*_FLOATS, "-")]
+    counted = [row for row in rows if row.weights is not None]
+    quantized = [row for row in counted if row.format not in (*_FLOATS, "-")]
     summary = {
         "modules": len(rows),
         "bytes": total,
-        "weights": sum(row.weights or 0 for row in known) if len(known) == len(rows) else None,
-        "bits_per_weight": _bits(known) if len(known) == len(rows) else None,
+        "weights": sum(row.weights or 0 for row in counted) if len(counted) == len(rows) else None,
+        "bits_per_weight": _bits(counted) if len(counted) == len(rows) else None,
         "quantized_modules": len(quantized),
         "quantized_bits_per_weight": _bits(quantized),
         "formats": dict(Counter(row.format for row in rows)),

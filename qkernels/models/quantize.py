@@ -137,13 +137,13 @@ def quantize_model(
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, stack)
     if runner is not None:
-        wanted = {names[0]: linear for names, linear in layers}
-        for name, linear in wanted.items():  # GPT-2's Conv1D became an nn.Linear in `linears`
+        by_name = {names[0]: linear for names, linear in layers}
+        for name, linear in by_name.items():  # GPT-2's Conv1D became an nn.Linear in `linears`
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, linear)
         with _bar(f"Quantizing to {format} with {runner.name}", progress) as advance:
             driver.quantize_calibrated(
-                model, fmt, wanted, calibration, runner, resume, lambda done, total: advance(total)
+                model, fmt, by_name, calibration, runner, resume, lambda done, total: advance(total)
             )
         _mark(model)
         return model
@@ -191,23 +191,27 @@ def _shapes(
 
 
 def _expert_stacks(
-    model: nn.Module, skip: Iterable[str] | None, wanted: bool, recipe: str | None, calibration: Any
+    model: nn.Module,
+    skip: Iterable[str] | None,
+    replace: bool,
+    recipe: str | None,
+    calibration: Any,
 ) -> list[tuple[str, nn.Module]]:
-    """(name, module) of experts that are no linear layers; warns of them unless `wanted`."""
+    """(name, module) of experts that are no linear layers; warns of them unless `replace`."""
     patterns = [skip] if isinstance(skip, str) else list(skip or ())
     stacks = [
         (n, m) for n, m in expert_modules(model) if not any(fnmatchcase(n, p) for p in patterns)
     ]
-    if wanted and any(module is model for _, module in stacks):
+    if replace and any(module is model for _, module in stacks):
         raise ValueError(
             f"model: expected a module with experts in it, which are replaced there, got bare "
             f"{type(model).__name__}; qkernels.QuantExperts.from_module makes packed experts of it"
         )
-    if wanted and (recipe or calibration is not None):
+    if replace and (recipe or calibration is not None):
         raise ValueError(
             "experts: expected False with a recipe or calibration data: they are rounded to nearest"
         )
-    if stacks and not wanted:
+    if stacks and not replace:
         count = sum(p.numel() for _, m in stacks for p in m.parameters())
         warnings.warn(
             f"qkernels: the experts of {len(stacks)} layers ({stacks[0][0]}, ...), {count:,} "

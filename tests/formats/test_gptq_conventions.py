@@ -154,9 +154,12 @@ def test_one_group_of_zeros_is_an_order() -> None:
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"qzeros": torch.zeros(4, 8)}, "qzeros: expected dtype int32, got float32"),
-    ({"qzeros": torch.zeros(4, 8, dtype=torch.complex64)}, "qzeros: expected dtype int32, got complex64"),
-    ({"qzeros": torch.zeros(4, 7, dtype=torch.int32)}, r"qzeros: expected shape \(4, 8\), got \(4, 7\)"),
-    ({"qzeros": torch.zeros(4, 0, dtype=torch.int32)}, r"qzeros: expected shape \(4, 8\), got \(4, 0\)"),
+    ({"qzeros": torch.zeros(4, 8, dtype=torch.complex64)},
+     "qzeros: expected dtype int32, got complex64"),
+    ({"qzeros": torch.zeros(4, 7, dtype=torch.int32)},
+     r"qzeros: expected shape \(4, 8\), got \(4, 7\)"),
+    ({"qzeros": torch.zeros(4, 0, dtype=torch.int32)},
+     r"qzeros: expected shape \(4, 8\), got \(4, 0\)"),
     ({"qzeros": None}, "qzeros: expected a torch.Tensor, got NoneType"),
     ({"scales": None}, "scales: expected a torch.Tensor, got NoneType"),
     ({"scales": torch.ones(64).half()}, r"scales: expected shape \(4, 64\), got \(64,\)"),

@@ -77,13 +77,21 @@ def test_kernel_layout_gives_back_the_same_bits(params: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("params", "change", "message"),
     [
-        ({}, {"weight_shape": torch.tensor([40, 95])}, r"weight_shape: expected \[40, 96\], got \[40, 95\]"),
-        ({}, {"weight_packed": torch.zeros(40, 13, dtype=torch.int32)}, r"expected shape \(40, 12\), got \(40, 13\)"),
-        ({}, {"weight_scale": torch.full((40, 3), torch.inf)}, "weight_scale: expected finite values, got inf"),
-        ({}, {"weight_zero_point": torch.zeros(5, 3, dtype=torch.int32)}, "weight_zero_point: unexpected tensor"),
-        ({"symmetric": False}, {"weight_zero_point": torch.zeros(40, 3, dtype=torch.int8)}, "expected dtype int32, got int8"),
-        ({"act_order": True}, {"weight_g_idx": torch.full((96,), 3, dtype=torch.int32)}, r"weight_g_idx: expected values in \[0, 3\), got 3..3"),
-        ({"bits": 5, "symmetric": False}, {"weight_zero_point": torch.full((7, 3), -1, dtype=torch.int32)}, "weight_zero_point: expected zero bits behind the last code"),
+        ({}, {"weight_shape": torch.tensor([40, 95])},
+         r"weight_shape: expected \[40, 96\], got \[40, 95\]"),
+        ({}, {"weight_packed": torch.zeros(40, 13, dtype=torch.int32)},
+         r"expected shape \(40, 12\), got \(40, 13\)"),
+        ({}, {"weight_scale": torch.full((40, 3), torch.inf)},
+         "weight_scale: expected finite values, got inf"),
+        ({}, {"weight_zero_point": torch.zeros(5, 3, dtype=torch.int32)},
+         "weight_zero_point: unexpected tensor"),
+        ({"symmetric": False}, {"weight_zero_point": torch.zeros(40, 3, dtype=torch.int8)},
+         "expected dtype int32, got int8"),
+        ({"act_order": True}, {"weight_g_idx": torch.full((96,), 3, dtype=torch.int32)},
+         r"weight_g_idx: expected values in \[0, 3\), got 3..3"),
+        ({"bits": 5, "symmetric": False},
+         {"weight_zero_point": torch.full((7, 3), -1, dtype=torch.int32)},
+         "weight_zero_point: expected zero bits behind the last code"),
     ],
 )  # fmt: skip
 def test_bad_tensors(params: dict[str, Any], change: dict[str, torch.Tensor], message: str) -> None:

@@ -204,7 +204,8 @@ def test_command_changes_shards_only(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["{a}", "{b}", "-f", "hqq"], "format: expected one of fp16"),
-    (["{a}", "{b}", "-f", "awq", "-p", "group_size=48"], "group_size: expected -1 or a divisor of K=64, because awq"),
+    (["{a}", "{b}", "-f", "awq", "-p", "group_size=48"],
+     "group_size: expected -1 or a divisor of K=64, because awq"),
     (["{a}", "{b}", "-p", "bits=4"], "--param: expected --format with it"),
     (["{a}", "{a}"], "OUTPUT: expected another directory"),
     (["{a}", "{b}", "--max-shard-size", "5"], "--max-shard-size: expected a size as 500MB"),
@@ -231,8 +232,10 @@ def test_shard_sizes() -> None:
 @pytest.mark.parametrize(
     ("source", "params", "target", "how"),
     [
-        ("gptq", {"group_size": 64, "symmetric": False}, "awq", "exact"), ("nf4", {}, "gptq", "requantized"),
-        ("gptq", {"group_size": 64}, "bf16", "dequantized"), ("awq", {"group_size": 64}, "awq", "kept"),
+        ("gptq", {"group_size": 64, "symmetric": False}, "awq", "exact"),
+        ("nf4", {}, "gptq", "requantized"),
+        ("gptq", {"group_size": 64}, "bf16", "dequantized"),
+        ("awq", {"group_size": 64}, "awq", "kept"),
     ],
 )  # fmt: skip
 def test_experts(

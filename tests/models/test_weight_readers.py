@@ -84,9 +84,9 @@ def test_such_layers_stay_plain_and_are_named() -> None:
     assert plain == {f"{top}.inner.{name}" for top in ("one", "two") for name in "aefhi"}
     texts = [str(warning.message) for warning in caught]
     assert (
-        "qkernels: one.inner.a and 1 more like it stays as it is: _Reads computes with inner.a.weight itself"
-        in texts
-    )
+        "qkernels: one.inner.a and 1 more like it stays as it is: "
+        "_Reads computes with inner.a.weight itself"
+    ) in texts
 
 
 def test_a_linear_that_computes_something_else_stays_plain() -> None:
@@ -210,7 +210,7 @@ def test_torchs_transformer_from_quantize_to_load() -> None:
         assert torch.equal(again(x), want)
 
 
-# ---------------------------------------------------------------------- families of transformers' models
+# ---------------------------------------------------------------------- families of models
 def _gemma3() -> transformers.PreTrainedModel:
     config = transformers.Gemma3Config(
         text_config=dict(TEXT), vision_config=VISION, mm_tokens_per_image=4, image_token_index=100,
@@ -234,9 +234,10 @@ def _clip() -> transformers.PreTrainedModel:
 
 def _whisper() -> transformers.PreTrainedModel:
     config = transformers.WhisperConfig(
-        vocab_size=128, num_mel_bins=16, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=128, decoder_ffn_dim=128, max_source_positions=20,
-        max_target_positions=20, decoder_start_token_id=1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        vocab_size=128, num_mel_bins=16, d_model=64, encoder_layers=1, decoder_layers=1,
+        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=128,
+        decoder_ffn_dim=128, max_source_positions=20, max_target_positions=20,
+        decoder_start_token_id=1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return transformers.WhisperForConditionalGeneration(config)
 

@@ -1,4 +1,4 @@
-"""Calibrated quantization of whole models: function preserved where it must be, resume, bad input."""
+"""Calibrated quantization of whole models: the function is preserved, resume, bad input."""
 
 from __future__ import annotations
 
@@ -295,14 +295,19 @@ def test_resume_refuses_a_damaged_block(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"format": "fp4", "algorithm": "gptq"}, "algorithm: expected one of awq for fp4, got 'gptq'"),
+        ({"format": "fp4", "algorithm": "gptq"},
+         "algorithm: expected one of awq for fp4, got 'gptq'"),
         ({"format": "bf16"}, "calibration: expected None, because bf16"),
         ({"format": "gptq", "damp": "much"}, "gptq: damp: expected a float, got 'much'"),
         ({"format": "gptq", "alpha": 0.5}, "gptq: unknown parameter 'alpha'"),
-        ({"format": "gptq", "group_size": 32, "calibration": "a text"}, "calibration: expected token ids"),
-        ({"format": "gptq", "group_size": 32, "calibration": []}, "calibration: expected token ids"),
-        ({"format": "gptq", "group_size": 32, "calibration": torch.ones(2, 8)}, r"calibration\[0\]: expected integers"),
-        ({"format": "gptq", "group_size": 32, "calibration": torch.full((1, 4), 999)}, r"calibration\[0\]: expected ids in \[0, 128\)"),
+        ({"format": "gptq", "group_size": 32, "calibration": "a text"},
+         "calibration: expected token ids"),
+        ({"format": "gptq", "group_size": 32, "calibration": []},
+         "calibration: expected token ids"),
+        ({"format": "gptq", "group_size": 32, "calibration": torch.ones(2, 8)},
+         r"calibration\[0\]: expected integers"),
+        ({"format": "gptq", "group_size": 32, "calibration": torch.full((1, 4), 999)},
+         r"calibration\[0\]: expected ids in \[0, 128\)"),
     ],
     ids=str,
 )  # fmt: skip

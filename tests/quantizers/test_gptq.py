@@ -82,8 +82,10 @@ def test_float32_reaches_the_same_objective() -> None:
     assert errors[1] == pytest.approx(errors[0], rel=0.02)
 
 
-@pytest.mark.parametrize("options", [{}, {"act_order": True}, {"act_order": True, "static_groups": True},
-                                     {"clip_search": True}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"act_order": True}, {"act_order": True, "static_groups": True}, {"clip_search": True}],
+)
 @pytest.mark.parametrize("bits", [3, 4])
 @pytest.mark.parametrize("size", [64, 100])  # the last group has 56 columns
 def test_beats_rounding_to_nearest(options: dict[str, bool], bits: int, size: int) -> None:
