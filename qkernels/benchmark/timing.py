@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 Call = Callable[[], Any]
-#: Bytes that do not fit the L2 cache. Copies of a weight take turns until they have so many bytes,
-#: and so many bytes are written to flush the cache.
+#: Bytes that do not fit the L2 cache. The copies of a weight that take turns have at least this
+#: size, and a buffer of this size is written to flush the cache.
 COLD_BYTES = 256 * 2**20
 #: largest number of calls in a chain, because tiny weights would need thousands
 MAX_CHAIN = 64
@@ -32,9 +32,7 @@ def of_samples(samples: Sequence[float]) -> Time:
 
 
 def copies_for(weight_bytes: int, device: str) -> int:
-    """Number of copies of a weight that must take turns to keep each call's copy out of the L2
-    cache.
-    """
+    """Number of copies of a weight that take turns, so that no copy is still in the L2 cache."""
     return 1 if device == "cpu" else min(MAX_CHAIN, max(2, -(-COLD_BYTES // weight_bytes)))
 
 

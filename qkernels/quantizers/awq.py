@@ -3,7 +3,7 @@
 Multiplying a feature's weights by s and dividing its activations by s does not change the layer's
 output, and the rounding error of those weights shrinks by s. s = mean|x|^ratio, with the ratio that
 gives the least error of the layers' output; the division is folded into the operator before. Then
-each group's range is narrowed as long as the group's part of the output error falls.
+each group's range is narrowed to where the group's part of the output error is least.
 
 Source: Lin et al. 2023 (arXiv 2306.00978).
 
