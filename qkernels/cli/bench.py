@@ -47,8 +47,7 @@ def bench(
 
     Without a GPU it times the reference on the CPU, which tells nothing about kernels.
 
-    Example: qkernels bench --formats "nf4,gptq:bits=4,group_size=128" --shapes llama-3-8b --rows
-    1,16
+    Example: qkernels bench --formats "nf4,gptq:bits=4,group_size=128" --shapes llama-3-8b --rows 1
     """
     import torch
 

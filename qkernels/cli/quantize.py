@@ -75,8 +75,7 @@ def quantize(
     one named; -p gives the algorithm's options, too. Then load it back from disk and report its
     size, bits per weight, perplexity before and after, and how it continues a sentence.
 
-    Example: qkernels quantize smollm2-135m --format gptq -p group_size=64 --calibration kjv
-    --output ./smol
+    Example: qkernels quantize smollm2-135m -f gptq -p group_size=64 --calibration kjv -o ./smol
     """
     from ..checkpoints import directories
     from ..quantizers.specs import FormatSpec, parse_params
