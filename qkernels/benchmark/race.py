@@ -1,4 +1,4 @@
-"""Races products of one weight: every contestant gets the same weights, inputs and timing loop."""
+"""Times products of one weight: every contestant gets the same weights, inputs and timing loop."""
 
 from __future__ import annotations
 
@@ -26,11 +26,16 @@ from . import timing
 
 @dataclass
 class Layer:
-    """A weight as a contestant holds it.
+    """A weight in a contestant's format, with the contestant's product.
 
-    call: x (M, K) bfloat16 -> y (M, N). nbytes: of the packed weight. want: x -> what y should be,
-    in float64, for the weight as this contestant rounded it; or the product with the unrounded
-    weight. tolerance: of the relative error against `want`. kind: what the tensor cores multiply.
+    Attributes:
+        call: x (M, K) bfloat16 -> y (M, N).
+        nbytes: bytes of the packed weight.
+        want: x -> the expected y in float64, for the weight as this contestant rounded it, or for
+            the unrounded weight.
+        tolerance: largest relative error against `want`.
+        kind: operand type of the tensor cores.
+        kernel: M -> name of the kernel that runs.
     """
 
     call: Callable[[Tensor], Tensor]
@@ -42,14 +47,17 @@ class Layer:
 
 
 class Contestant(ABC):
-    """Somebody's product with weights in somebody's format. `group` names those that race each
-    other.
+    """A product to time: one implementation with one format.
 
-    graphs: whether a CUDA graph can capture the product; one that waits for the GPU cannot be.
-    outliers: share of the columns of x that are far larger than the others, for all of a group.
-    compiles: whether the first calls compile kernels that other processes find in a cache.
-    patience: seconds after which no answer from preparing a weight or from timing one number of
-    rows means that it hangs.
+    Attributes:
+        name: name in reports.
+        group: contestants of the same group are compared with each other.
+        graphs: whether a CUDA graph can capture the product; a product that waits for the GPU
+            cannot be captured.
+        outliers: fraction of the columns of x that are far larger than the others; the same for a
+            whole group.
+        compiles: whether the first calls compile kernels that other processes find in a cache.
+        patience: seconds until preparing a weight, or timing one number of rows, counts as hanging.
     """
 
     name: str
@@ -60,17 +68,16 @@ class Contestant(ABC):
     patience = 45.0
 
     def unavailable(self) -> str | None:
-        """Why it cannot run here, or None."""
+        """The reason why it cannot run here, or None."""
         return None
 
     def takes(self, n: int, k: int, m: int) -> bool:
+        """Whether it can multiply M rows with a weight (N, K)."""
         return True
 
     @abstractmethod
     def prepare(self, weight: Tensor) -> Layer:
-        """`weight`: (N, K) float32. The layer must be one that copy.deepcopy copies, tensors and
-        all.
-        """
+        """Quantize a weight (N, K) float32. copy.deepcopy must copy the layer and its tensors."""
 
 
 class Dense(Contestant):
@@ -88,7 +95,7 @@ class Dense(Contestant):
         )
 
 
-#: formats of ours -> what others call theirs
+#: spec of our format -> group of the same format in other packages
 GROUPS = {
     "gptq:bits=4,group_size=128": "int4 g128",
     "gptq:bits=4,group_size=128,symmetric=false": "int4 g128",
@@ -97,11 +104,14 @@ GROUPS = {
 }
 
 
-#: part of the columns of x that hold outliers in races of LLM.int8(), as bench/targets.md requires
+#: fraction of outlier columns for LLM.int8(), which exists because of them: DESIGN section 6 asks
+#: for its speed with outliers
 OUTLIERS = 0.005
 
 
 class Ours(Contestant):
+    """qkernels' product with one backend and one format."""
+
     def __init__(self, format: str, params: dict[str, Any], backend: str) -> None:
         self.format, self.params, self.backend = format, params, backend
         spec = str(FormatSpec(format, params))
@@ -115,15 +125,15 @@ class Ours(Contestant):
         dense = formats.get(self.format).dense
         backend = "auto" if dense else self.backend
         linear = QuantLinear(packed, backend=backend).requires_grad_(False)
-        # the reference of a large weight in float32: float64 copies of it would not fit
+        # The reference of a large weight is float32, because float64 copies of it would not fit.
         dtype = torch.float64 if weight.numel() <= 2**26 else torch.float32
         kind = roofline.operands(self.format, packed.shape, dict(packed.params))
         return Layer(
             linear,
             packed.nbytes,
             lambda x: matmul(x.to(dtype), linear.packed, backend="reference"),
-            # an activation that float32 rounds to another code than float64 is one step off: far
-            # below
+            # The error is far below this, even if float32 and float64 round an activation to
+            # neighbouring codes.
             0.02,
             kind,
             lambda m: explain(linear.packed, m, torch.bfloat16, backend=backend).kernel,
@@ -131,17 +141,31 @@ class Ours(Contestant):
 
 
 def ours(contestant: str) -> tuple[str, str] | None:
-    """Backend and format of one of ours: "qkernels cuda nf4" -> ("cuda", "nf4"); None for others."""
-    who, *rest = contestant.split(" ", 2)
-    return (rest[0], rest[1]) if who == "qkernels" and len(rest) == 2 else None
+    """(backend, format) of our contestants: "qkernels cuda nf4" -> ("cuda", "nf4"); else None."""
+    package, *rest = contestant.split(" ", 2)
+    return (rest[0], rest[1]) if package == "qkernels" and len(rest) == 2 else None
 
 
 @dataclass
 class Row:
-    """One timed product; times in microseconds. `chain`: one of many that follow each other, which
-    all other figures are about; `alone`: from a cold start. `eager`: started by the host, not from
-    a CUDA graph. `bandwidth`: GB/s of packed bytes. `error`: relative, before timing. `failed`: why
-    there are no times."""
+    """One timed product. Times are in microseconds.
+
+    Attributes:
+        contestant, group: as in `Contestant`.
+        n, k, m: sizes of the weight (N, K), and rows of x.
+        kernel: name of the kernel.
+        nbytes: bytes of the packed weight.
+        error: relative error, checked before timing.
+        chain: time of one of many calls in a row; all other figures are derived from it.
+        spread: distance between the quartiles of `chain`.
+        alone: time of a single call from a cold start.
+        speedup: time of the dense product / `chain`.
+        bandwidth: GB/s of packed bytes.
+        tflops: 2*M*N*K / `chain`.
+        predicted, limit: time of the roofline, and its bound.
+        failed: the reason why there are no times.
+        eager: whether the host launched the calls, instead of a CUDA graph.
+    """
 
     contestant: str
     group: str
@@ -165,6 +189,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Settings:
+    """Device, samples per time, and seed of weights and inputs."""
+
     device: str
     repeats: int = 20
     seed: int = 0
@@ -190,8 +216,10 @@ def case(
     settings: Settings,
     dense: dict[tuple[int, int, int], float],
 ) -> Iterator[Row]:
-    """Time one contestant on one shape. `dense`, (N, K, M) -> microseconds, is what speeds are
-    relative to; the dense product fills it in."""
+    """Time one contestant on one shape.
+
+    dense: (N, K, M) -> microseconds of the dense product, which fills it in; speedups refer to it.
+    """
     gpu = roofline.find(torch.cuda.get_device_name()) if settings.device == "cuda" else None
     weight = _weight(shape, settings)
     inputs = {
@@ -206,27 +234,27 @@ def case(
             if place in dense:
                 row.speedup = dense[place] / row.chain
             if gpu is not None:
-                found = roofline.estimate(gpu, shape, row.m, row.nbytes, kind=row.limit or "bf16")
-                row.predicted, row.limit = found.seconds * 1e6, found.limit
+                bound = roofline.estimate(gpu, shape, row.m, row.nbytes, kind=row.limit or "bf16")
+                row.predicted, row.limit = bound.seconds * 1e6, bound.limit
         yield row
 
 
 def taken(contestant: Contestant, shape: tuple[int, int], rows: list[int]) -> list[int]:
-    """The numbers of rows that the contestant takes."""
+    """The entries of `rows` that the contestant can multiply."""
     return [m for m in rows if contestant.takes(*shape, m)]
 
 
 def warm(
     contestant: Contestant, shape: tuple[int, int], rows: list[int], settings: Settings
 ) -> None:
-    """Call it once for each number of rows, so that what it compiles lies on disk."""
+    """Call the contestant once for each number of rows, so that compiled kernels are on disk."""
     if contestant.unavailable() is not None:
         return
     with torch.no_grad():
-        made = contestant.prepare(_weight(shape, settings))
+        layer = contestant.prepare(_weight(shape, settings))
     with torch.inference_mode():
         for m in taken(contestant, shape, rows):
-            made.call(_input(shape[1], m, settings, contestant.outliers))
+            layer.call(_input(shape[1], m, settings, contestant.outliers))
     if settings.device == "cuda":
         torch.cuda.synchronize()
 
@@ -249,21 +277,22 @@ def _input(k: int, m: int, settings: Settings, outliers: float) -> Tensor:
 def _race(
     contestant: Contestant, weight: Tensor, inputs: dict[int, Tensor], settings: Settings
 ) -> Iterator[Row]:
+    """One row for each entry of `inputs` (M -> x), without speedup and prediction."""
     n, k = weight.shape
-    why = contestant.unavailable()
+    reason = contestant.unavailable()
     layers: list[Layer] = []
-    if why is None:
+    if reason is None:
         try:
             with torch.no_grad():
                 first = contestant.prepare(weight)
                 copies = timing.copies_for(first.nbytes, settings.device)
                 layers = [first, *(copy.deepcopy(first) for _ in range(copies - 1))]
         except Exception as error:  # a peer that fails is a result, too
-            why = f"failed: {type(error).__name__}: {error}"
+            reason = f"failed: {type(error).__name__}: {error}"
     for m, x in inputs.items():
         row = Row(contestant.name, contestant.group, n, k, m)
-        if why is not None:
-            row.failed = " ".join(why.split())[:300]
+        if reason is not None:
+            row.failed = " ".join(reason.split())[:300]
             yield row
             continue
         try:
@@ -273,27 +302,26 @@ def _race(
             row.failed = " ".join(f"failed: {type(error).__name__}: {error}".split())[:300]
             if contestant.graphs and "captur" in row.failed:
                 contestant.graphs = False
-                _eager(row, contestant, layers, x, settings)
+                _time_eager(row, contestant, layers, x, settings)
         yield row
 
 
-def _eager(
+def _time_eager(
     row: Row, contestant: Contestant, layers: list[Layer], x: Tensor, settings: Settings
 ) -> None:
-    """Once more, without a CUDA graph, for one who cannot be captured; with its first failure if
-    that fails.
-    """
-    why, row.failed = row.failed, ""
+    """Time again without a CUDA graph, after a capture failed; keep that failure if this fails."""
+    failure, row.failed = row.failed, ""
     try:
         with torch.inference_mode():
             _time(row, contestant, layers, x, settings)
     except Exception:
-        row.failed = why
+        row.failed = failure
 
 
 def _time(
     row: Row, contestant: Contestant, layers: list[Layer], x: Tensor, settings: Settings
 ) -> None:
+    """Check the result of the first layer, then fill in the times of `row`."""
     first = layers[0]
     row.nbytes = first.nbytes
     want = first.want(x)
@@ -302,24 +330,24 @@ def _time(
         raise RuntimeError(f"wrong result, not timed: relative error {row.error:.3g}")
     del want
     calls = [lambda layer=layer: layer.call(x) for layer in layers]
-    found = timing.chain(calls, settings.device, settings.repeats, contestant.graphs)
-    row.chain, row.spread, row.eager = *found, not contestant.graphs
+    chain = timing.chain(calls, settings.device, settings.repeats, contestant.graphs)
+    row.chain, row.spread, row.eager = *chain, not contestant.graphs
     row.alone = timing.alone(calls[0], settings.device, settings.repeats, contestant.graphs).median
     row.kernel = first.kernel(row.m)
-    row.bandwidth = first.nbytes / found.median / 1e3
-    row.tflops = 2 * row.m * row.n * row.k / found.median / 1e6
+    row.bandwidth = first.nbytes / chain.median / 1e3
+    row.tflops = 2 * row.m * row.n * row.k / chain.median / 1e6
     row.limit = first.kind
 
 
 def environment() -> dict[str, Any]:
-    """What a result must say about where it was measured."""
+    """The machine and the versions, which every result must state."""
     try:
         import triton
 
         triton_version = triton.__version__
     except ImportError:
         triton_version = None
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -327,31 +355,33 @@ def environment() -> dict[str, Any]:
         "gpu": None,
     }
     if torch.cuda.is_available():
-        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, **_driver()}
-    return found
+        facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, **_driver()}
+    return facts
 
 
 def _driver() -> dict[str, str]:
-    """Driver, clocks and power limit, as nvidia-smi tells them; nothing if it is not there."""
+    """Driver, clocks and power limit from nvidia-smi; empty without it."""
     import subprocess
 
     fields = ("driver_version", "clocks.max.sm", "clocks.max.memory", "power.limit")
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:
-        said = subprocess.run(
+        output = subprocess.run(
             command, capture_output=True, text=True, timeout=20, check=True
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return {}
-    return dict(
-        zip(fields, (part.strip() for part in said.splitlines()[0].split(",")), strict=False)
-    )
+    values = (part.strip() for part in output.splitlines()[0].split(","))
+    return dict(zip(fields, values, strict=False))
 
 
 def report_of(
     rows: list[Row], copy_bandwidth: float | None, measured: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """JSON-able: where (`measured`, or `environment` now), how fast a large copy is, and every row."""
+    """The report for JSON: the environment, GB/s of a large copy, and every row.
+
+    measured: the environment of the rows, if it is not the current one.
+    """
     return {
         "environment": measured or environment(),
         "copy_bandwidth": copy_bandwidth,

@@ -1,10 +1,10 @@
-"""What is multiplied: (N, K) of the linear layers of known models, numbers of rows, formats."""
+"""Cases of the benchmark: shapes of known models' linear layers, numbers of rows, formats."""
 
 from __future__ import annotations
 
 from typing import Any
 
-#: q, k and v together, output, gate and up together, down
+#: model -> (N, K) of q, k and v together, the output projection, gate and up together, down
 MODELS: dict[str, list[tuple[int, int]]] = {
     "square": [(8192, 8192)],
     "llama-3-8b": [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)],
@@ -15,7 +15,7 @@ MODELS: dict[str, list[tuple[int, int]]] = {
 ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096]
 TINY_ROWS = [1, 17]
 
-#: suite -> (format, parameters); formats that are not registered are left out
+#: suite -> (format, parameters)
 SUITES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "weight_only": [
         ("gptq", {"bits": 4, "group_size": 128}),
@@ -48,7 +48,7 @@ SUITES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     ],
     "dense": [("bf16", {})],
 }
-#: what others have, too; a suite of its own, in which nothing is that is not in another
+#: formats that other packages have, too; each is also in another suite
 SUITES["peers"] = [
     ("gptq", {"bits": 4, "group_size": 128}),
     ("nf4", {}),
@@ -64,21 +64,24 @@ SUITES["peers"] = [
 
 
 def shapes_of(names: str) -> list[tuple[int, int]]:
-    """ "llama-3-8b,8192x8192" -> their shapes, each once. ValueError for what is neither."""
-    found: list[tuple[int, int]] = []
+    """ "llama-3-8b,8192x8192" -> their shapes (N, K), each once. ValueError for any other name."""
+    shapes: list[tuple[int, int]] = []
     for name in (part.strip() for part in names.split(",")):
         if name in MODELS:
-            found += MODELS[name]
+            shapes += MODELS[name]
             continue
         n, cross, k = name.partition("x")
         if not cross or not n.isdigit() or not k.isdigit() or int(n) < 1 or int(k) < 1:
             raise ValueError(f"shapes: expected NxK or one of {', '.join(MODELS)}; got {name!r}")
-        found.append((int(n), int(k)))
-    return list(dict.fromkeys(found))
+        shapes.append((int(n), int(k)))
+    return list(dict.fromkeys(shapes))
 
 
 def formats_of(suites: str) -> list[tuple[str, dict[str, Any]]]:
-    """The registered formats of suites, or specs such as "nf4,gptq:bits=3"."""
+    """(format, parameters) of suites, or of specs such as "nf4,gptq:bits=3".
+
+    Formats of a suite that are not registered are left out.
+    """
     from .. import formats
     from ..quantizers.specs import parse_specs
 

@@ -1,4 +1,4 @@
-"""Times calls on the GPU: in CUDA graphs, with weights that are not in the L2 cache."""
+"""Times calls on the GPU: in CUDA graphs, with weights outside the L2 cache."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 import torch
 
 Call = Callable[[], Any]
-#: weights of this many bytes take turns, and this many bytes are written to empty the L2 cache
+#: Bytes that do not fit the L2 cache. The copies of a weight that take turns have at least this
+#: size, and a buffer of this size is written to flush the cache.
 COLD_BYTES = 256 * 2**20
-#: calls of one chain at most: tiny weights would need thousands
+#: largest number of calls in a chain, because tiny weights would need thousands
 MAX_CHAIN = 64
 
 
 class Time(NamedTuple):
-    """Microseconds: median, and the distance between the quartiles."""
+    """A time in microseconds: the median, and the distance between the quartiles."""
 
     median: float
     spread: float
@@ -31,14 +32,12 @@ def of_samples(samples: Sequence[float]) -> Time:
 
 
 def copies_for(weight_bytes: int, device: str) -> int:
-    """How many copies of a weight must take turns so that each call finds its own outside the L2
-    cache.
-    """
+    """Number of copies of a weight that take turns, so that no copy is still in the L2 cache."""
     return 1 if device == "cpu" else min(MAX_CHAIN, max(2, -(-COLD_BYTES // weight_bytes)))
 
 
 def graph_of(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
-    """All calls, one after another, as one CUDA graph; each has run once before."""
+    """All calls, one after another, as one CUDA graph. Each runs once before the capture."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -54,48 +53,49 @@ def graph_of(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
 
 
 def chain(calls: Sequence[Call], device: str, repeats: int, graphs: bool = True) -> Time:
-    """One call out of `calls` that follow each other, as a model's layers do.
+    """Time of one of `calls` that follow each other, as a model's layers do.
 
-    graphs: replayed from a CUDA graph; without, started by the host, whose time is in it if it is
-    the slower.
+    graphs: replay the calls from a CUDA graph. Otherwise the host launches them, and the time is
+    the host's where the host is slower.
     """
     if device == "cpu":
         return _on_cpu(calls[0], repeats)
-    run = _started(calls, graphs)
-    run()
-    return of_samples([_seconds(run) * 1e6 / len(calls) for _ in range(repeats)])
+    start_all = _starter(calls, graphs)
+    start_all()
+    return of_samples([_seconds(start_all) * 1e6 / len(calls) for _ in range(repeats)])
 
 
 def alone(call: Call, device: str, repeats: int, graphs: bool = True) -> Time:
-    """A call that nothing precedes, from a cold L2 cache."""
+    """Time of a single call, with a cold L2 cache."""
     if device == "cpu":
         return _on_cpu(call, repeats)
-    run = _started([call], graphs)
+    start = _starter([call], graphs)
     flush = torch.empty(COLD_BYTES, dtype=torch.uint8, device=device)
     samples = []
     for _ in range(repeats):
         flush.zero_()
-        samples.append(_seconds(run) * 1e6)
+        samples.append(_seconds(start) * 1e6)
     return of_samples(samples)
 
 
-def _started(calls: Sequence[Call], graphs: bool) -> Call:
-    """Starts all of `calls`."""
+def _starter(calls: Sequence[Call], graphs: bool) -> Call:
+    """A function that launches all of `calls`; each has run once before."""
     if graphs:
         return graph_of(calls).replay
 
-    def run() -> None:
+    def start_all() -> None:
         for call in calls:
             call()
 
-    run()
-    return run
+    start_all()
+    return start_all
 
 
-def _seconds(run: Call) -> float:
+def _seconds(call: Call) -> float:
+    """Seconds of a call on the GPU."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    run()
+    call()
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3
@@ -111,14 +111,14 @@ def _on_cpu(call: Call, repeats: int) -> Time:
 
 
 def copy_bandwidth(device: str) -> float | None:
-    """GB/s that a kernel moves which reads and writes a large tensor once; None without a GPU.
+    """GB/s of a kernel that reads and writes a large tensor once; None without a GPU.
 
-    Not `copy_`: on an H200 that moved 4.2 TB/s as kernels do, but in a CUDA graph, where all is
-    timed, 2.8.
+    The kernel is not `copy_`: on an H200 `copy_` moved 4.2 TB/s, as kernels do, but only 2.8 TB/s
+    in a CUDA graph, in which everything is timed.
     """
     if device == "cpu":
         return None
     source = torch.ones(2**28, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    found = chain([lambda: torch.neg(source, out=target)] * 4, device, 10)
-    return 2 * source.nbytes / found.median / 1e3
+    time_of_copy = chain([lambda: torch.neg(source, out=target)] * 4, device, 10)
+    return 2 * source.nbytes / time_of_copy.median / 1e3

@@ -1,4 +1,14 @@
-"""The `qkernels` command: one file per verb. torch and transformers are imported when a verb runs."""
+"""The `qkernels` command, one file per verb.
+
+    info.py inspect.py           formats and kernels of this machine; tensors of a model's files
+    quantize.py convert.py       quantize a model; move it to another format
+    evaluate.py generate.py      `qkernels eval`: perplexity; continue a prompt
+    bench.py                     time the kernels
+    common.py                    shared options, loading of models and texts, progress, tables, JSON
+    samples.py                   a sample model and sample texts, downloaded on first use
+
+torch and transformers are imported only when a verb runs, so that `--help` is quick.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +35,16 @@ for _verb in (info, inspect, quantize, convert, evaluate, generate, bench):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, or 2 with one line on stderr for bad input."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     with warnings.catch_warnings():
         warnings.showwarning = _show
-        return _run(given)
+        return _run(words)
 
 
-def _run(given: list[str]) -> int:
+def _run(words: list[str]) -> int:
+    """Run the verb; errors that the user can mend become one line on stderr and exit code 2."""
     try:
-        code = app(args=given or ["--help"], standalone_mode=False)
+        code = app(args=words or ["--help"], standalone_mode=False)
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", 130)
@@ -46,7 +57,7 @@ def _run(given: list[str]) -> int:
     except (ValueError, OSError, SampleError) as error:
         return _fail(_message(error))
     except Exception as error:
-        # a usage error: typer's click, or the click it carries
+        # Usage errors are click's, or those of the click inside typer, so no class fits both.
         if hasattr(error, "format_message"):
             return _fail(_message(error))
         raise
@@ -60,7 +71,7 @@ def _show(
     file: Any = None,
     line: Any = None,
 ) -> None:
-    """Our own warnings are for the user, one line each; where in the code they come from is not."""
+    """Print a warning to stderr; our own warnings as one line, without file and line number."""
     text = str(message)
     if not text.startswith("qkernels: "):
         text = warnings.formatwarning(message, category, filename, lineno, line).rstrip()
@@ -68,11 +79,13 @@ def _show(
 
 
 def _message(error: BaseException) -> str:
+    """The error's text in one line."""
     format_message = getattr(error, "format_message", None)
     text = format_message() if callable(format_message) else str(error)
     return " ".join(text.split()) or type(error).__name__
 
 
 def _fail(message: str, code: int = 2) -> int:
+    """Print an error line to stderr; returns the exit code."""
     print(f"qkernels: error: {message}", file=sys.stderr)
     return code

@@ -1,4 +1,4 @@
-"""`qkernels bench`: how fast this machine multiplies, format by format."""
+"""`qkernels bench`: times the products of each format on this machine."""
 
 from __future__ import annotations
 
@@ -47,30 +47,29 @@ def bench(
 
     Without a GPU it times the reference on the CPU, which tells nothing about kernels.
 
-    Example: qkernels bench --formats "nf4,gptq:bits=4,group_size=128" --shapes llama-3-8b --rows
-    1,16
+    Example: qkernels bench --formats "nf4,gptq:bits=4,group_size=128" --shapes llama-3-8b --rows 1
     """
     import torch
 
     from ..benchmark import race, timing
-    from ..benchmark import shapes as known
+    from ..benchmark import shapes as cases
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     counts = _rows(rows)
-    contestants = [race.Ours(name, params, backend) for name, params in known.formats_of(formats)]
-    sizes = known.shapes_of(shapes)
+    contestants = [race.Ours(name, params, backend) for name, params in cases.formats_of(formats)]
+    sizes = cases.shapes_of(shapes)
     settings = race.Settings(device, repeats)
     total = len(sizes) * len(counts) * (len(contestants) + 1)
-    found = []
+    results = []
     with common.progress(f"Timing {len(contestants)} formats on {len(sizes)} shapes") as report:
         for row in race.run(contestants, sizes, counts, settings):
-            found.append(row)
-            report(len(found), total)
+            results.append(row)
+            report(len(results), total)
     if json:
-        common.write_json(race.report_of(found, timing.copy_bandwidth(device)))
+        common.write_json(race.report_of(results, timing.copy_bandwidth(device)))
     else:
-        common.write_table(f"on {device}", COLUMNS, [_cells(row) for row in found])
-    failed = [row for row in found if row.failed]
+        common.write_table(f"on {device}", COLUMNS, [_cells(row) for row in results])
+    failed = [row for row in results if row.failed]
     if failed:
         first = failed[0]
         raise ValueError(f"{first.contestant} {first.n}x{first.k} M={first.m}: {first.failed}")

@@ -1,4 +1,4 @@
-"""What several verbs need: finding models and texts, progress on stderr, tables, JSON on stdout."""
+"""Shared by the verbs: options, models and texts, progress on stderr, tables and JSON on stdout."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON to stdout i
 
 
 def model_path(name: str) -> Path:
-    """The path given, or a sample model's, downloaded if need be."""
+    """`name` as a path, or the path of that sample model, downloaded on first use."""
     from . import samples
 
     path = Path(name)
@@ -67,7 +67,7 @@ def model_path(name: str) -> Path:
 
 
 def read_text(name: str) -> str:
-    """The text of a file, or of a sample, downloaded if need be."""
+    """The text of the file `name`, or of that sample, downloaded on first use."""
     from . import samples
 
     path = Path(name)
@@ -91,7 +91,7 @@ def text_ids(tokenizer: Any, text: str, count: int, name: str) -> torch.Tensor:
     """The first `count` token ids of a text, int64 (count). ValueError if it has fewer."""
     import torch
 
-    # A token is seldom more than 16 characters: do not tokenize a whole book for 1,000 tokens.
+    # A token seldom has more than 16 characters, so 1,000 tokens do not need a whole book.
     ids = tokenizer(text[: 64 * count + 1000], verbose=False)["input_ids"][:count]
     if len(ids) < count:
         raise ValueError(
@@ -114,7 +114,7 @@ def calibration_ids(
 
 
 def pick_device(name: str) -> torch.device:
-    """ValueError if the device is unknown or not there."""
+    """The torch device for --device. Raises ValueError if it is unknown or missing."""
     import torch
 
     if name == "auto":
@@ -131,20 +131,23 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str | None) -> torch.dtype | None:
+    """The torch dtype for --dtype, None for none. Raises ValueError for an unknown name."""
     import torch
 
-    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if name is not None and name not in known:
-        raise ValueError(f"--dtype: expected one of {', '.join(known)}; got {name!r}")
-    return None if name is None else known[name]
+    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if name is not None and name not in dtypes:
+        raise ValueError(f"--dtype: expected one of {', '.join(dtypes)}; got {name!r}")
+    return None if name is None else dtypes[name]
 
 
 def load(name: str, device: str, dtype: str | None, *, packed: bool = False) -> tuple[Any, Any]:
-    """(model, tokenizer) of a MODEL argument. packed: tensors of a GGUF file stay as they are.
+    """(model, tokenizer) for a MODEL argument.
 
-    The samples are always dequantized: they stand for unquantized models.
+    packed: keep the tensors of a GGUF file packed. The samples are dequantized anyway, because they
+    stand for unquantized models.
     """
-    where, kind = pick_device(device), pick_dtype(dtype)  # before the slow import and load
+    # Checked before the slow imports and the load.
+    torch_device, torch_dtype = pick_device(device), pick_dtype(dtype)
     path = model_path(name)
     from ..checkpoints import load_tokenizer
     from ..checkpoints.gguf import reader as gguf
@@ -156,13 +159,14 @@ def load(name: str, device: str, dtype: str | None, *, packed: bool = False) -> 
         import torch
 
         if packed and Path(name) == path:
-            return load_model(path, where, kind), load_tokenizer(path)
-        return gguf.load_dequantized(path, where, kind or torch.float32)
-    tokenizer = load_tokenizer(path)  # first: it may be missing, and it is quick
-    return load_model(path, where, kind), tokenizer
+            return load_model(path, torch_device, torch_dtype), load_tokenizer(path)
+        return gguf.load_dequantized(path, torch_device, torch_dtype or torch.float32)
+    tokenizer = load_tokenizer(path)  # first, because it may be missing and is quick to load
+    return load_model(path, torch_device, torch_dtype), tokenizer
 
 
 def quiet_transformers() -> None:
+    """Turn off transformers' log messages and progress bars."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -199,7 +203,7 @@ def status(message: str) -> None:
 
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr (one line if that is no terminal); yields f(done, total)."""
+    """A bar on stderr, or one line if stderr is no terminal; yields a function (done, total)."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -228,7 +232,7 @@ def write_table(
         table.add_column(column, justify="left" if i < left else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    # A pipe has no width: give it room instead of folding at 80 columns.
+    # A pipe has no width; with 200 columns rich does not fold the table at 80.
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 

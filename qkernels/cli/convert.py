@@ -1,6 +1,4 @@
-"""`qkernels convert`: a model's weights into another storage format, without loss where that is
-possible.
-"""
+"""`qkernels convert`: converts a model to another storage format, without loss where possible."""
 
 from __future__ import annotations
 
@@ -98,9 +96,9 @@ def convert(
 
 
 def _load(source: Path, device: str, dtype: str | None, *, packed: bool) -> tuple[Any, Any]:
-    """(model, tokenizer or None): weights are converted whether or not there is a tokenizer.
+    """(model, tokenizer or None); converting weights needs no tokenizer.
 
-    packed: tensors of a GGUF file are kept bit for bit, which a directory of ours can hold.
+    packed: keep the tensors of a GGUF file bit for bit, in a directory with our own config.
     """
     from ..checkpoints import load_tokenizer
     from ..checkpoints.gguf import reader as gguf
@@ -118,6 +116,7 @@ def _load(source: Path, device: str, dtype: str | None, *, packed: bool) -> tupl
 
 
 def _convert(net: Any, format: str, params: dict[str, Any], report: Any) -> list[dict[str, Any]]:
+    """Convert or quantize the model in place; one object for each layer, as in `Conversion`."""
     from dataclasses import asdict
 
     from ..models.convert import convert_model
@@ -125,7 +124,8 @@ def _convert(net: Any, format: str, params: dict[str, Any], report: Any) -> list
     from ..nn.linear import QuantLinear
 
     if any(isinstance(module, QuantLinear) for module in net.modules()):
-        return [asdict(done) for done in convert_model(net, format, report, **params)]
+        conversions = convert_model(net, format, report, **params)
+        return [asdict(conversion) for conversion in conversions]
     quantize_model(net, format, progress=False, **params)
     names = [name for name, module in net.named_modules() if isinstance(module, QuantLinear)]
     plain = {"source": "plain", "target": format, "how": "quantized", "reason": "", "error": None}
@@ -133,7 +133,7 @@ def _convert(net: Any, format: str, params: dict[str, Any], report: Any) -> list
 
 
 def shard_bytes(text: str) -> int:
-    """ "500MB" -> 500_000_000. ValueError for text that is no size."""
+    """ "500MB" -> 500_000_000. Raises ValueError for a text that is no size."""
     number, unit = text.strip()[:-2], text.strip()[-2:].upper()
     try:
         size = int(float(number) * _UNITS[unit])
@@ -150,13 +150,14 @@ def _print(result: dict[str, Any]) -> None:
         print(f"{result['output']}: the same weights, {size} on disk")
         return
     print(f"{result['output']}: {result['layers']} layers in {result['format']}, {size} on disk")
-    for how, words in _EXPLAINED.items():
+    for how, explanation in _EXPLAINED.items():
         if result[how]:
-            print(f"  {result[how]} {words}")
+            print(f"  {result[how]} {explanation}")
     for reason, count in result["reasons"].items():
         print(f"    {count} because {reason}")
     if result["requantized"]:
         print(
-            f"    relative error of a weight: mean {result['mean_error']:.4f}, largest {result['max_error']:.4f}"
+            f"    relative error of a weight: mean {result['mean_error']:.4f}, "
+            f"largest {result['max_error']:.4f}"
         )
     print("lossless" if result["lossless"] else "not lossless")

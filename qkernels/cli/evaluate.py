@@ -21,7 +21,8 @@ def evaluate(
         str | None,
         typer.Option(
             "--formats",
-            help='Quantize to these: all, low-bit, or a list such as "nf4,gptq:bits=3,group_size=32".',
+            help="Quantize to these: all, low-bit, or a list such as "
+            '"nf4,gptq:bits=3,group_size=32".',
         ),
     ] = None,
     calibration: common.CalibrationOption = None,
@@ -105,17 +106,19 @@ def _check_unquantized(net: Any, name: str) -> None:
 
 
 def _describe(net: Any) -> str:
+    """The formats of a model's layers, or "unquantized"."""
     from ..models.quantize import model_summary
 
     return " + ".join(model_summary(net).formats) or "unquantized"
 
 
 def _quantized(spec: Any, net: Any, ids: Any, window: int, calibration: Any) -> dict[str, Any]:
+    """The result of a copy of `net` quantized as `spec` says, compared with `net`."""
     from copy import deepcopy
 
     from ..models.quantize import quantize_model, shared_copy
 
-    if "algorithm" in spec.params:  # these change norms, too
+    if "algorithm" in spec.params:  # algorithms may change norms, so the copy must not share them
         copy = quantize_model(deepcopy(net), spec.name, calibration, **spec.params)
     else:
         copy = quantize_model(shared_copy(net), spec.name, **spec.params)
@@ -123,14 +126,15 @@ def _quantized(spec: Any, net: Any, ids: Any, window: int, calibration: Any) -> 
 
 
 def _measure(label: str, net: Any, ids: Any, window: int, reference: Any = None) -> dict[str, Any]:
+    """The result of one model, with `label` as its format."""
     from dataclasses import asdict
 
     from ..models.evaluate import perplexity
     from ..models.quantize import model_summary
 
     with common.progress(f"Evaluating {label}") as report:
-        found = asdict(perplexity(net, ids, window, reference=reference, progress=report))
-    return {"format": label, "bits_per_weight": model_summary(net).bits_per_weight, **found}
+        evaluation = asdict(perplexity(net, ids, window, reference=reference, progress=report))
+    return {"format": label, "bits_per_weight": model_summary(net).bits_per_weight, **evaluation}
 
 
 def _cells(result: dict[str, Any]) -> list[str]:

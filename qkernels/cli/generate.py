@@ -29,8 +29,7 @@ def generate(
 ) -> None:
     """Continue a prompt, greedily.
 
-    Example: qkernels generate ./my-model-nf4 --prompt "The capital of France is" --max-new-tokens
-    20
+    Example: qkernels generate ./my-nf4 --prompt "The capital of France is" --max-new-tokens 20
     """
     net, tokenizer = common.load(model, device, dtype, packed=True)
     start = time.perf_counter()

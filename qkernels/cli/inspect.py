@@ -1,4 +1,4 @@
-"""`qkernels inspect`: what is in a model's files, read from their headers only."""
+"""`qkernels inspect`: lists the tensors of a model's files, from the files' headers only."""
 
 from __future__ import annotations
 
@@ -12,14 +12,22 @@ import typer
 
 from . import common
 
-#: what a tensor of packed or scaled weights is called, so that float tensors beside it are not
-#: weights
+#: dtypes of unquantized weights, in the files' spelling
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
 class Row:
-    """The tensors of one module. `weights` is None where the files do not say how many it holds."""
+    """The tensors of one module.
+
+    Attributes:
+        module: full name.
+        format: storage format, or the dtype of unquantized weights, or "-" if unknown.
+        tensors: name within the module -> dtype and shape.
+        shape: (N, K) of the weight, or its own shape; None if unknown.
+        weights: number of weights; None if the files do not say it.
+        nbytes: bytes of all tensors.
+    """
 
     module: str
     format: str
@@ -49,13 +57,13 @@ def inspect(
     """
     facts, rows = collect(path)
     total = sum(row.nbytes for row in rows)
-    known = [row for row in rows if row.weights is not None]
-    quantized = [row for row in known if row.format not in (*_FLOATS, "-")]
+    counted = [row for row in rows if row.weights is not None]
+    quantized = [row for row in counted if row.format not in (*_FLOATS, "-")]
     summary = {
         "modules": len(rows),
         "bytes": total,
-        "weights": sum(row.weights or 0 for row in known) if len(known) == len(rows) else None,
-        "bits_per_weight": _bits(known) if len(known) == len(rows) else None,
+        "weights": sum(row.weights or 0 for row in counted) if len(counted) == len(rows) else None,
+        "bits_per_weight": _bits(counted) if len(counted) == len(rows) else None,
         "quantized_modules": len(quantized),
         "quantized_bits_per_weight": _bits(quantized),
         "formats": dict(Counter(row.format for row in rows)),
@@ -93,6 +101,7 @@ def inspect(
 
 
 def _bits(rows: list[Row]) -> float | None:
+    """Bits per weight of several modules together; None without weights."""
     weights = sum(row.weights or 0 for row in rows)
     return 8 * sum(row.nbytes for row in rows) / weights if weights else None
 
@@ -137,27 +146,26 @@ def _safetensors(path: Path) -> tuple[dict[str, Any], list[Row]]:
     kinds: dict[str, quantization.Kinds] = {}
     facts: dict[str, Any] = {"file": str(path)}
     with TensorFiles(path) as files:
-        # A lone file beside no config.json is listed too; only the packed weights' sizes are
-        # unknown.
+        # A file without a config.json beside it is also listed, without sizes of packed weights.
         if path.is_dir() or (directory / model_config.CONFIG).is_file():
             from torch import nn
 
             common.quiet_transformers()
             model, plan = model_config.skeleton(directory, files)
             inventory = layers.Inventory(model, files)
-            for prefix, own in inventory.layers.items():
+            for prefix, stored in inventory.layers.items():
                 layer = model.get_submodule(prefix)
-                kinds[layers.stored_module(own)] = quantization.kinds_of(layer)
+                kinds[layers.stored_module(stored)] = quantization.kinds_of(layer)
                 if isinstance(layer, nn.Linear):
-                    shapes[layers.stored_module(own)] = (layer.out_features, layer.in_features)
+                    shapes[layers.stored_module(stored)] = (layer.out_features, layer.in_features)
                 elif isinstance(weight := getattr(layer, "weight", None), nn.Parameter):
-                    shapes[layers.stored_module(own)] = (weight.shape[0], weight.shape[1])
-            for prefix, weights in inventory.experts.items():
+                    shapes[layers.stored_module(stored)] = (weight.shape[0], weight.shape[1])
+            for prefix, experts in inventory.experts.items():
                 sizes = expert_layers.expert_shapes(model.get_submodule(prefix))
                 shapes |= {
-                    layers.stored_module(own): sizes[r]
-                    for (_, r), own in weights.items()
-                    if r in sizes
+                    layers.stored_module(stored): sizes[role]
+                    for (_, role), stored in experts.items()
+                    if role in sizes
                 }
             schemes = plan.schemes
             facts |= {
@@ -197,7 +205,7 @@ def _row(
 
 
 def _split(name: str, shapes: dict[str, Any]) -> tuple[str, str]:
-    """(module, tensor within it): "a.q_proj.weight.absmax" -> ("a.q_proj", "weight.absmax")."""
+    """Module and tensor within it: "a.q_proj.weight.absmax" -> ("a.q_proj", "weight.absmax")."""
     parts = name.split(".")
     for i in range(1, len(parts)):
         if ".".join(parts[:i]) in shapes or parts[i] == "weight":
@@ -206,5 +214,5 @@ def _split(name: str, shapes: dict[str, Any]) -> tuple[str, str]:
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:
-    """Sort layers.2 before layers.10."""
+    """A sort key that puts layers.2 before layers.10."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]

@@ -1,4 +1,4 @@
-"""`qkernels quantize`: quantize a model, save it, load it back and report what it costs."""
+"""`qkernels quantize`: quantizes a model, saves it, loads it back and reports the loss."""
 
 from __future__ import annotations
 
@@ -75,8 +75,7 @@ def quantize(
     one named; -p gives the algorithm's options, too. Then load it back from disk and report its
     size, bits per weight, perplexity before and after, and how it continues a sentence.
 
-    Example: qkernels quantize smollm2-135m --format gptq -p group_size=64 --calibration kjv
-    --output ./smol
+    Example: qkernels quantize smollm2-135m -f gptq -p group_size=64 --calibration kjv -o ./smol
     """
     from ..checkpoints import directories
     from ..quantizers.specs import FormatSpec, parse_params
@@ -97,7 +96,7 @@ def quantize(
     net, tokenizer = common.load(str(source), device, dtype)
     ids = common.text_ids(tokenizer, contents, tokens, text) if report else None
 
-    if is_file(target):  # now, not when the work is done
+    if is_file(target):  # checked now, before the long work
         from ..checkpoints.gguf import writer as gguf_writer
 
         gguf_writer.check(net, tokenizer, format)
@@ -105,10 +104,7 @@ def quantize(
     from ..models.quantize import model_summary, quantize_model, save_model, shared_copy
     from ..quantizers import ImportanceMatrix
 
-    # With a report the original is needed again at the end, for the divergence from it.
-    base = net
-    # AWQ and SmoothQuant change norms and weights in place, so then a share of the original will
-    # not do.
+    base = net  # the report compares with the original at the end
     data: Any = None
     if calibration is not None:
         evaluated = text if report else None
@@ -116,6 +112,7 @@ def quantize(
     elif imatrix is not None:
         data = ImportanceMatrix.load(imatrix, net)
     if report:
+        # AWQ and SmoothQuant change norms and weights in place, so the copy must not share them.
         net = shared_copy(net) if data is None else deepcopy(net)
     options = {"algorithm": algorithm, **spec.params}
     net = quantize_model(net, format, data, resume=resume, skip=skip, **options)
@@ -142,9 +139,7 @@ def quantize(
 
 
 def is_file(target: Path) -> bool:
-    """Whether a .gguf file is written, not a directory. ValueError if one of that name is in the
-    way.
-    """
+    """Whether `target` is a .gguf file. Raises ValueError if a directory has its name."""
     if target.suffix == ".gguf" and target.is_dir():
         raise ValueError(f"--output: expected a file or nothing at {target}, got a directory")
     return target.suffix == ".gguf"
@@ -153,20 +148,21 @@ def is_file(target: Path) -> bool:
 def _report(
     base: Any, saved: Path, ids: Any, window: int, prompt: str, device: str, dtype: str | None
 ) -> dict[str, Any]:
+    """The part of the result that needs the saved model: its perplexity and a continuation."""
     from ..models.evaluate import perplexity
 
     net, tokenizer = common.load(str(saved), device, dtype, packed=True)
     with common.progress("Evaluating") as report:
-        found = perplexity(net, ids, window, reference=base, progress=report)
-    before = found.reference_perplexity
+        evaluation = perplexity(net, ids, window, reference=base, progress=report)
+    before = evaluation.reference_perplexity
     assert before is not None
     return {
         "tokens": len(ids),
         "perplexity_before": before,
-        "perplexity_after": found.perplexity,
-        "ratio": found.perplexity / before,
-        "kl": found.kl,
-        "agreement": found.agreement,
+        "perplexity_after": evaluation.perplexity,
+        "ratio": evaluation.perplexity / before,
+        "kl": evaluation.kl,
+        "agreement": evaluation.agreement,
         "prompt": prompt,
         "text": common.generate(net, tokenizer, prompt, 24),
     }
@@ -175,13 +171,14 @@ def _report(
 def _print(result: dict[str, Any]) -> None:
     print(
         f"{result['output']}: {result['format']}, {result['quantized_layers']} layers at "
-        f"{result['bits_per_weight']:.3f} bits per weight, {common.human_bytes(result['bytes_on_disk'])} on disk"
+        f"{result['bits_per_weight']:.3f} bits per weight, "
+        f"{common.human_bytes(result['bytes_on_disk'])} on disk"
     )
     if "text" not in result:
         return
     print(
-        f"perplexity {result['perplexity_before']:.3f} before, {result['perplexity_after']:.3f} after "
-        f"(x{result['ratio']:.4f}) on {result['tokens']} tokens; KL {result['kl']:.5f} nats per token; "
-        f"same top token {result['agreement']:.1%}"
+        f"perplexity {result['perplexity_before']:.3f} before, "
+        f"{result['perplexity_after']:.3f} after (x{result['ratio']:.4f}) on {result['tokens']} "
+        f"tokens; KL {result['kl']:.5f} nats per token; same top token {result['agreement']:.1%}"
     )
     print(f"{result['prompt']}{result['text']}")

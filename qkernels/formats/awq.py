@@ -1,9 +1,9 @@
-"""AWQ checkpoints, the "GEMM" layout of AutoAWQ: 4 bits, eight output features to a word.
+"""AWQ checkpoints in the "GEMM" layout of AutoAWQ: 4 bits, eight output features in a word.
 
     qweight int32 (K, N/8)    scales float (G, N)    qzeros int32 (G, N/8)
 
-    word j of a row holds columns 8j + [0 2 4 6 1 3 5 7], lowest nibble first; that is, nibble
-    4*odd + pair holds column 2*pair + odd:
+    word j of a row holds columns 8j + [0 2 4 6 1 3 5 7], lowest nibble first;
+    that is, nibble 4*odd + pair holds column 2*pair + odd:
 
       bits  31..28 27..24 23..20 19..16 15..12 11..8  7..4  3..0
       col     7      5      3      1      6      4     2     0
@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from ..layouts.weight_only import WEIGHT_ONLY, WeightOnlyParts, WeightOnlyTraits
-from . import grid as affine
 from .base import FLOATS, TensorSpec
-from .gptq import left_alone
+from .gptq import skipped_fields
+from .grid import Grid, decode, group_count
 from .grouped import Grouped
 from .types import Params, Shape
 
@@ -54,7 +54,7 @@ class Awq(Grouped):
     summary = "4-bit integers in groups with zeros, the GEMM layout of AutoAWQ"
     algorithms = ("awq", "gptq")
     defaults = {"bits": 4, "group_size": 128, "symmetric": False}
-    short_groups = False  # AutoAWQ has K / group_size groups, and refuses what that does not divide
+    short_groups = False  # AutoAWQ has K / group_size groups and refuses other group sizes
 
     def check_params(self, shape: Shape, params: Params) -> None:
         self.expect("bits", params["bits"], (4,))
@@ -69,7 +69,7 @@ class Awq(Grouped):
 
     def specs(self, shape: Shape, params: Params) -> dict[str, TensorSpec]:
         n, k = shape
-        g = affine.groups(k, params["group_size"])
+        g = group_count(k, params["group_size"])
         return {
             "qweight": TensorSpec((torch.int32,), (k, n // 8)),
             "qzeros": TensorSpec((torch.int32,), (g, n // 8)),
@@ -79,19 +79,17 @@ class Awq(Grouped):
     def check_values(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> None:
         self.check_finite("scales", tensors["scales"])
 
-    def from_grid(self, grid: affine.Grid, params: Params) -> dict[str, Tensor]:
+    def from_grid(self, grid: Grid, params: Params) -> dict[str, Tensor]:
         if not grid.in_order(params["group_size"]):
-            raise ValueError(
-                f"{self.name}: groups: expected runs of neighbouring features, got act-order"
-            )
+            raise ValueError(f"{self.name}: groups: expected neighbouring features, got act-order")
         return {
             "qweight": pack_columns(grid.codes.T.contiguous()),
             "qzeros": pack_columns(grid.zero.T.contiguous()),
             "scales": grid.scale.T.contiguous(),
         }
 
-    def to_grid(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> affine.Grid:
-        return affine.Grid(
+    def to_grid(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> Grid:
+        return Grid(
             codes=unpack_columns(tensors["qweight"]).T.contiguous(),
             scale=tensors["scales"].T.contiguous(),
             zero=unpack_columns(tensors["qzeros"]).T.contiguous(),
@@ -100,7 +98,7 @@ class Awq(Grouped):
 
     def dequantize(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> Tensor:
         zeros = unpack_columns(tensors["qzeros"])
-        return affine.decode(
+        return decode(
             unpack_columns(tensors["qweight"]), tensors["scales"], zeros, params["group_size"]
         )
 
@@ -140,7 +138,7 @@ class Awq(Grouped):
             "group_size": params["group_size"],
             "zero_point": not params["symmetric"],
             "version": "gemm",
-            **left_alone(skipped),
+            **skipped_fields(skipped),
         }
 
     @classmethod

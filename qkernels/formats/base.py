@@ -1,8 +1,8 @@
-"""What a storage format is: its parameters, its tensors, and the pure-torch reference.
+"""The interface of a storage format: its parameters, its tensors, and the pure-torch reference.
 
-A format is one class in one file of this folder. It declares the tensors it stores (`specs`) and
-from that declaration validation, error messages and file readers follow; it never checks shapes by
-hand. N = output features, K = input features, and every weight is (N, K).
+A format is one class in one file of this folder. It declares the tensors it stores (`specs`).
+Validation, error messages and file readers follow from that declaration, so a format never checks
+shapes by hand. N = output features, K = input features, and every weight is (N, K).
 """
 
 from __future__ import annotations
@@ -26,19 +26,18 @@ if TYPE_CHECKING:
     from .grid import Grid
 
 
-#: elements turned to float32 at a time while a tensor is checked, so that loading needs no copy of
-#: it. On the CPU so
-#: few, because glibc's heap may grow by as much for every tensor: with 4 MB a file of 200 MB left
-#: 170 MB behind, with
-#: 128 kB one of 100 MB in 170 tensors still 0 to 45 MB.
+#: Elements converted to float32 at a time while a tensor is checked, so that loading needs no copy
+#: of the tensor. The CPU takes few, because glibc's heap may grow by one chunk for every tensor:
+#: with chunks of 4 MB a file of 200 MB left 170 MB behind; with chunks of 128 kB a file of 100 MB
+#: in 170 tensors still left 0 to 45 MB.
 _CHECKED_AT_ONCE, _CHECKED_AT_ONCE_CPU = 1 << 20, 1 << 12
 
-#: `quant_method` of the config that says any format: qkernels/checkpoints/hf/quantization.py
+#: `quant_method` of our own config, which can hold any format: checkpoints/hf/quantization.py
 OWN_METHOD = "qkernels"
 
-#: numbers of one tensor: a weight's (SpQR's smallest groups have four statistics each), a table's
-#: or a quant state's
-_MOST_A_WEIGHT, _MOST_A_TABLE = 8, 1 << 16
+#: The most numbers a valid tensor has: per weight (SpQR's smallest groups have four statistics
+#: each), and in a table or a quant state.
+_MAX_PER_WEIGHT, _MAX_TABLE = 8, 1 << 16
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -47,13 +46,14 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What one stored tensor must look like. `shape` None leaves the shape to the format."""
+    """Dtypes and shape of one stored tensor. With `shape` None the format checks the shape."""
 
     dtypes: tuple[torch.dtype, ...]
     shape: tuple[int, ...] | None
     required: bool = True
 
     def check(self, where: str, tensor: Any) -> None:
+        """Raise ValueError, which starts with `where`, unless `tensor` has this dtype and shape."""
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{where}: expected a torch.Tensor, got {type(tensor).__name__}")
         check_strided(where, tensor)
@@ -72,13 +72,13 @@ class Format(ABC):
     """One storage format. Instances are stateless; `qkernels.formats.get(name)` returns them."""
 
     name: ClassVar[str]
-    #: parameter name -> default; the only parameters the format knows
+    #: parameter name -> default, for every parameter of the format
     defaults: ClassVar[Mapping[str, Any]] = {}
-    #: what only `qkernels.quantize` takes (a calibrated input scale, say); stored as tensors
+    #: parameters that only `qkernels.quantize` takes (a calibrated input scale, say), because the
+    #: result is stored in tensors
     quantize_only: ClassVar[Mapping[str, Any]] = {}
-    #: what `quantize_model` can do with calibration data, names of qkernels.quantizers.algorithms;
-    #: the
-    #: first is the default
+    #: names in qkernels.quantizers.algorithms that `quantize_model` can use with calibration data;
+    #: the first is the default
     algorithms: ClassVar[tuple[str, ...]] = ()
     #: largest magnitude of a quantized activation, for formats with static activation scales
     activation_top: ClassVar[float] = 127.0
@@ -89,12 +89,12 @@ class Format(ABC):
 
     # ------------------------------------------------------------------ parameters
     def resolve(self, shape: Shape, params: Mapping[str, Any]) -> Params:
-        """Fill in defaults and check every parameter. Raises ValueError naming the parameter."""
+        """All parameters: `params` with defaults filled in. ValueError naming a bad parameter."""
         unknown = sorted(set(params) - set(self.defaults))
         if unknown:
-            known = ", ".join(self.defaults) or "none"
+            allowed = ", ".join(self.defaults) or "none"
             raise ValueError(
-                f"{self.name}: unknown parameter {unknown[0]!r}; expected one of: {known}"
+                f"{self.name}: unknown parameter {unknown[0]!r}; expected one of: {allowed}"
             )
         self.check_shape(shape)
         resolved = {**self.defaults, **params}
@@ -103,37 +103,43 @@ class Format(ABC):
         return resolved
 
     def check_shape(self, shape: Shape) -> None:
-        """ValueError unless it is (N, K) of sizes that kernels can count."""
+        """Raise ValueError unless `shape` is (N, K) with sizes that kernels can count."""
         if len(shape) != 2 or not all(type(s) is int and 0 < s < 2**31 for s in shape):
             raise ValueError(
-                f"{self.name}: shape: expected (N, K) with N, K >= 1, of 31 bits, got {reprlib.repr(shape)}"
+                f"{self.name}: shape: expected (N, K) with N, K >= 1, of 31 bits, "
+                f"got {reprlib.repr(shape)}"
             )
 
     def check_sizes(self, tensors: Mapping[str, Tensor], shape: Shape) -> None:
-        """ValueError for a tensor that no weight of this shape has, whatever the parameters.
+        """Raise ValueError for a tensor too large for a weight of this shape with any parameters.
 
-        For what is read before parameters, and so the exact shapes, are known.
+        Callers use this before the parameters, and so the exact shapes, are known.
         """
-        most = _MOST_A_WEIGHT * shape[0] * shape[1] + _MOST_A_TABLE
+        limit = _MAX_PER_WEIGHT * shape[0] * shape[1] + _MAX_TABLE
         for name, tensor in tensors.items():
-            if tensor.numel() > most:
+            if tensor.numel() > limit:
                 raise ValueError(
-                    f"{self.name}: {name}: expected at most {most} numbers for a weight of shape {shape}, got a tensor "
-                    f"of shape {tuple(tensor.shape)}"
+                    f"{self.name}: {name}: expected at most {limit} numbers for a weight of shape "
+                    f"{shape}, got a tensor of shape {tuple(tensor.shape)}"
                 )
 
     def check_types(self, params: Mapping[str, Any]) -> Params:
-        """`params`, with ints for floats made floats. ValueError naming one of another type, or too
-        large a number.
+        """`params`, with an int converted to float where the default is a float.
 
-        Parameters that the format does not know, or that have no default, are not checked.
+        Parameters that the format does not have, or whose default is None, are not checked.
+
+        Raises:
+            ValueError: naming a parameter of another type than its default, or too large a number.
         """
         defaults = {**self.defaults, **self.quantize_only}
         return {key: self._checked(key, defaults.get(key), value) for key, value in params.items()}
 
     def _checked(self, key: str, default: Any, value: Any) -> Any:
-        """`value`, a float if the default is one. ValueError unless it is of the default's type,
-        and kernels can take it: ints of 32 bits and float32."""
+        """`value`, as a float if the default is one.
+
+        Raises ValueError unless `value` has the default's type and kernels can take it: an int of
+        32 bits or a number of float32's range.
+        """
         if isinstance(default, bool):
             ok, want = isinstance(value, bool), "a bool"
         elif isinstance(default, int):
@@ -158,35 +164,37 @@ class Format(ABC):
     def complete(self, shapes: Mapping[str, Shape], params: Mapping[str, Any]) -> Params:
         """`params` for quantizing weights of these shapes, by name, into this format.
 
-        Where a default does not suit all of them, a value that does is given instead, with a
-        warning that says so. Nothing is checked: `resolve` does that.
+        Where a default does not suit all weights, the result holds a value that does, and a warning
+        says so. Nothing is checked here: `resolve` does that.
         """
         return dict(params)
 
     def check_params(self, shape: Shape, params: Params) -> None:
-        """Check values and their fit to the shape; types are already right."""
+        """Check the values and that they fit the shape; the types are right already."""
 
     def expect(self, key: str, value: Any, allowed: tuple[Any, ...]) -> None:
+        """Raise ValueError naming parameter `key` unless `value` is one of `allowed`."""
         if value not in allowed:
             raise ValueError(f"{self.name}: {key}: expected one of {allowed}, got {value!r}")
 
-    def stated_by(self, names: Collection[str]) -> str:
-        """The format that a weight's tensor names themselves state, if they do; this one otherwise."""
+    def format_from_names(self, names: Collection[str]) -> str:
+        """Name of the format that a weight's tensor `names` imply; this format's if they do not."""
         return self.name
 
     def params_from_tensors(
         self, tensors: Mapping[str, Tensor], params: Mapping[str, Any]
     ) -> Params:
-        """`params` plus those the tensors themselves state (a bitsandbytes quant state, say).
+        """`params` plus the parameters that the tensors state (a bitsandbytes quant state, say).
 
-        Called by `qkernels.pack` before `resolve`. What is stated twice must agree: ValueError.
+        `qkernels.pack` calls this before `resolve`. Raises ValueError if a parameter is given and
+        the tensors state another value.
         """
         return dict(params)
 
     # ------------------------------------------------------------------ tensors
     @abstractmethod
     def specs(self, shape: Shape, params: Params) -> dict[str, TensorSpec]:
-        """Name -> TensorSpec of every tensor stored, in the checkpoint's own names."""
+        """Name -> TensorSpec of every stored tensor, with the checkpoint's own names."""
 
     def validate(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> None:
         """Raise ValueError, naming the tensor, unless `tensors` are a valid packed weight."""
@@ -211,16 +219,14 @@ class Format(ABC):
             self.check_values(tensors, shape, params)
 
     def check_values(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> None:
-        """Value checks (NaN scales, index ranges); runs after dtypes and shapes are known right."""
+        """Check values (NaN scales, index ranges); dtypes and shapes have been checked before."""
 
     def check_finite(self, name: str, tensor: Tensor, *, nonnegative: bool = False) -> None:
+        """Raise ValueError naming the tensor unless its values are finite, and >= 0 if asked."""
         count, value = 0, 0.0
         flat = tensor.reshape(-1)
-        for part in (
-            flat.split(_CHECKED_AT_ONCE_CPU if flat.is_cpu else _CHECKED_AT_ONCE)
-            if len(flat)
-            else ()
-        ):
+        chunk = _CHECKED_AT_ONCE_CPU if flat.is_cpu else _CHECKED_AT_ONCE
+        for part in flat.split(chunk) if len(flat) else ():
             values = part.float()
             low, high = (float(end) for end in values.aminmax())  # NaN if there is one
             if not math.isfinite(high - low) or (nonnegative and low < 0):
@@ -240,7 +246,7 @@ class Format(ABC):
 
     @abstractmethod
     def dequantize(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> Tensor:
-        """Stored tensors -> (N, K) float32. This is the reference all kernels are held to."""
+        """Stored tensors -> (N, K) float32. Tests compare every kernel with this reference."""
 
     def from_grid(self, grid: Grid, params: Params) -> dict[str, Tensor]:
         """A weight on an integer grid (quantizers/gptq.py) -> stored tensors. Integer formats only.
@@ -250,7 +256,7 @@ class Format(ABC):
         raise NotImplementedError(f"{self.name} is no integer grid")
 
     def to_grid(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> Grid | None:
-        """The integer grid that stored tensors lie on, exactly; None if the format is no such grid."""
+        """The integer grid of the stored tensors, exactly; None if the format has no such grid."""
         return None
 
     def matmul(
@@ -264,16 +270,19 @@ class Format(ABC):
         """Reference product of x (M, K) with the (N, K) weight -> (M, N), before bias.
 
         Computes in float64 if x is float64, in float32 otherwise, and returns that dtype. Formats
-        that quantize activations too override this with their own semantics; with `batch_invariant`
-        those may not let a row's result depend on the other rows.
+        that quantize activations override this with their own arithmetic; with `batch_invariant` a
+        row's result must not depend on the other rows there.
         """
         dtype = accumulate_dtype(x.dtype)
         return x.to(dtype) @ self.dequantize(tensors, shape, params).to(dtype).T
 
     # ------------------------------------------------------------------ tensor parallelism
     def cuts(self, shape: Shape, params: Params) -> Shape:
-        """(rows, columns) whose multiples the weight can be cut at without cutting a group, a block
-        or a packed word. As many as the weight has: not at all."""
+        """(rows, columns) at whose multiples the weight can be cut.
+
+        Such a cut divides no group, block or packed word. (N, K) itself means the weight cannot be
+        cut.
+        """
         return 1, 1
 
     def cut(
@@ -285,39 +294,39 @@ class Format(ABC):
         begin: int,
         end: int,
     ) -> tuple[dict[str, Tensor], Params]:
-        """Tensors and parameters of rows (dim 0) or columns (dim 1) begin..end-1, multiples of
-        `cuts`.
+        """Tensors and parameters of rows (dim 0) or columns (dim 1) begin..end-1.
 
-        A dimension that is another for a part of the weight is cut in proportion; what all parts
-        need is shared. Formats whose tensors lie otherwise override this.
+        `begin` and `end` are multiples of `cuts`. A tensor whose shape depends on the number of
+        rows or columns is cut along that dimension; every other tensor is shared by all parts.
+        Formats with another layout override this.
         """
 
-        def sizes(count: int) -> dict[str, TensorSpec]:
+        def specs_of(count: int) -> dict[str, TensorSpec]:
             return self.specs((count, shape[1]) if dim == 0 else (shape[0], count), params)
 
-        whole, part = sizes(shape[dim]), sizes(end - begin)
-        before = sizes(begin) if begin else None
-        found = {}
+        whole, part = specs_of(shape[dim]), specs_of(end - begin)
+        before = specs_of(begin) if begin else None
+        cut_tensors = {}
         for name, tensor in tensors.items():
             if whole[name].shape != part[name].shape:
-                full, wanted = whole[name].shape, part[name].shape
+                full, sizes = whole[name].shape, part[name].shape
                 assert full is not None
-                assert wanted is not None
-                axis = next(i for i in range(len(full)) if full[i] != wanted[i])
+                assert sizes is not None
+                axis = next(i for i in range(len(full)) if full[i] != sizes[i])
                 start = 0
                 if before is not None and (skipped := before[name].shape) is not None:
                     start = skipped[axis]
-                tensor = tensor.narrow(axis, start, wanted[axis]).contiguous()
-            found[name] = tensor
-        return found, params
+                tensor = tensor.narrow(axis, start, sizes[axis]).contiguous()
+            cut_tensors[name] = tensor
+        return cut_tensors, params
 
     def take_rows(
         self, tensors: Mapping[str, Tensor], shape: Shape, params: Params, index: Tensor
     ) -> tuple[dict[str, Tensor], Params]:
-        """Tensors and parameters of the rows that `index`, int64 (R), names, in its order.
+        """Tensors and parameters of the rows in `index`, int64 (R), in its order.
 
-        Formats whose rows lie otherwise than along their tensors' first dimension override this, or
-        cannot be an embedding: ValueError.
+        A format must override this if its tensors do not have rows as their first dimension.
+        Otherwise it cannot be an embedding, and this raises ValueError.
         """
         n, k = shape
         whole, other = self.specs((n, k), params), self.specs((n + 1, k), params)
@@ -331,7 +340,8 @@ class Format(ABC):
                     or (full[0], more[0], full[1:]) != (n, n + 1, more[1:])
                 ):
                     raise ValueError(
-                        f"{self.name}: {name}: expected a tensor that keeps rows apart, got shape {full}"
+                        f"{self.name}: {name}: expected a tensor that keeps rows apart, "
+                        f"got shape {full}"
                     )
                 tensor = tensor[index]
             taken[name] = tensor
@@ -345,9 +355,7 @@ class Format(ABC):
     def weight_only(
         self, tensors: Mapping[str, Tensor], shape: Shape, params: Params
     ) -> WeightOnlyParts:
-        """The weight as `qkernels.layouts` packs it for those kernels. Only in the weight-only
-        family.
-        """
+        """The parts that `qkernels.layouts` packs for weight-only kernels. Only in that family."""
         raise NotImplementedError(f"{self.name} is not in the weight-only kernel family")
 
     def from_weight_only(
@@ -357,13 +365,13 @@ class Format(ABC):
         raise NotImplementedError(f"{self.name} is not in the weight-only kernel family")
 
     def eight_bit_traits(self, shape: Shape, params: Params) -> EightBitTraits:
-        """Kinds of codes and scales. Only in the 8-bit family."""
+        """Kinds of codes and of scales. Only in the 8-bit family."""
         raise NotImplementedError(f"{self.name} is not in the 8-bit kernel family")
 
     def eight_bit(
         self, tensors: Mapping[str, Tensor], shape: Shape, params: Params
     ) -> EightBitParts:
-        """The weight as `qkernels.layouts` packs it for those kernels. Only in the 8-bit family."""
+        """The parts that `qkernels.layouts` packs for 8-bit kernels. Only in that family."""
         raise NotImplementedError(f"{self.name} is not in the 8-bit kernel family")
 
     def from_eight_bit(
@@ -373,11 +381,11 @@ class Format(ABC):
         raise NotImplementedError(f"{self.name} is not in the 8-bit kernel family")
 
     def kernel_layout(self, params: Mapping[str, Any]) -> str | None:
-        """The layout of `qkernels.layouts` that fused kernels take, or None if there are none."""
+        """The layout in `qkernels.layouts` that fused kernels take; None if no kernel fits."""
         return None
 
     def obstacle(self, shape: Shape, params: Params) -> str | None:
-        """What keeps fused kernels from a weight of this shape, or None."""
+        """The reason why fused kernels cannot take a weight of this shape, or None."""
         return None
 
     #: whether the product is a plain dense matmul of a 16-bit weight
@@ -385,26 +393,27 @@ class Format(ABC):
 
     # ------------------------------------------------------------------ checkpoints
     def to_hf_config(self, params: Params, skipped: list[str]) -> dict[str, Any] | None:
-        """`quantization_config` as the ecosystem writes it; None for plain weights.
+        """`quantization_config` as the ecosystem writes it; None for unquantized weights.
 
-        `skipped` are the linear modules left unquantized; each format knows the key they go under.
-        Formats that the ecosystem keeps in no directory (GGUF's types) go by our own config.
+        `skipped` are the linear modules left unquantized; each format knows the config key for
+        them. Formats that the ecosystem never stores in a directory (GGUF's types) use our own
+        config.
         """
         return {"quant_method": OWN_METHOD, "format": self.name, "params": dict(params)}
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any]) -> Params | None:
-        """Parameters if this `quantization_config` is this format's, else None."""
+        """Parameters if this `quantization_config` describes this format, else None."""
         return None
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype references accumulate in: float64 for float64 input, float32 otherwise."""
+    """The dtype in which references accumulate: float64 for float64 input, float32 otherwise."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check_weight(where: str, weight: Any) -> None:
-    """ValueError unless `weight` is a finite, floating, non-empty (N, K) tensor."""
+    """Raise ValueError unless `weight` is a finite, floating, non-empty (N, K) tensor."""
     if not isinstance(weight, Tensor):
         raise ValueError(f"{where}: expected a torch.Tensor, got {type(weight).__name__}")
     check_strided(where, weight)

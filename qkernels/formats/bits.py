@@ -16,12 +16,12 @@ from torch import Tensor
 
 
 def words(count: int, bits: int) -> int:
-    """int32 words that hold `count` codes of `bits` bits."""
+    """Number of int32 words that hold `count` codes of `bits` bits."""
     return -(-count * bits // 32)
 
 
 def _period(bits: int) -> tuple[int, int]:
-    """(codes, words) after which the pattern of codes in words repeats."""
+    """(codes, words) after which the positions of codes within words repeat."""
     codes = 32 // math.gcd(32, bits)
     return codes, codes * bits // 32
 
@@ -44,7 +44,7 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_rows(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Words (W, n) int32 -> the first `count` codes (count, n) uint8. The inverse of `pack_rows`."""
+    """Words (W, n) int32 -> the first `count` codes (count, n) uint8. Inverse of `pack_rows`."""
     n = packed.shape[1]
     period, period_words = _period(bits)
     repeats = -(-count // period)
@@ -55,29 +55,29 @@ def unpack_rows(packed: Tensor, bits: int, count: int) -> Tensor:
     for i in range(period):
         word, offset = divmod(i * bits, 32)
         code = packed[:, word] >> offset
-        if offset + bits > 32:  # the shift is arithmetic: keep the word's own bits only
-            kept = 32 - offset
-            code = (code & ((1 << kept) - 1)) | (packed[:, word + 1] << kept)
+        if offset + bits > 32:  # the shift is arithmetic: drop the sign bits that it shifts in
+            low_bits = 32 - offset
+            code = (code & ((1 << low_bits) - 1)) | (packed[:, word + 1] << low_bits)
         codes[:, i] = code & mask
     return codes.view(-1, n)[:count]
 
 
 def take_rows(packed: Tensor, bits: int, index: Tensor) -> Tensor:
-    """The codes (R, n) uint8 that `index`, int64 (R), names; only their words are read."""
+    """Codes (R, n) uint8 at the positions `index`, int64 (R); reads only the words they lie in."""
     first = index * bits
     word, offset = first // 32, (first % 32)[:, None]
     last = (first + bits - 1) // 32
     low, high = (packed[at].to(torch.int64) & 0xFFFFFFFF for at in (word, last))
-    # Of a code within one word both are that word, and its own bits come to the same places.
-    both = torch.where((word == last)[:, None], low, low | high << 32)
-    return ((both >> offset) & ((1 << bits) - 1)).to(torch.uint8)
+    # A code within one word needs that word alone; a code that straddles needs both, as 64 bits.
+    joined = torch.where((word == last)[:, None], low, low | high << 32)
+    return ((joined >> offset) & ((1 << bits) - 1)).to(torch.uint8)
 
 
 def padding_is_zero(packed: Tensor, bits: int, count: int) -> bool:
-    """Whether the bits behind the first `count` codes are zero."""
+    """Whether all bits after the first `count` codes are zero."""
     return bool((pack_rows(unpack_rows(packed, bits, count), bits) == packed).all())
 
 
 def codes_per_words(bits: int) -> int:
-    """Fewest codes that fill whole words of 32 bits."""
+    """The smallest number of codes that fills whole 32-bit words."""
     return 32 // math.gcd(32, bits)

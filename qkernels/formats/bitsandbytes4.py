@@ -1,15 +1,14 @@
-"""NF4 and FP4 as bitsandbytes stores them: 16-entry tables, absmax per block of the flattened
-weight.
+"""NF4 and FP4 as bitsandbytes stores them: 16-entry tables, and an absmax per block.
 
-    weight            uint8 (ceil(N*K/2), 1)   two codes a byte, the first value in the HIGH nibble; the same
-                                               bytes called floats with another `quant_storage` (for
-                                               FSDP)
+    weight            uint8 (ceil(N*K/2), 1)   two codes a byte, the first value in the HIGH nibble;
+                                               another `quant_storage` (for FSDP) gives the same
+                                               bytes a float dtype
     weight.absmax     float32 (B)              B = ceil(N*K/block_size); uint8 with double_quant
     weight.quant_map  float32 (16)             the table
     weight.nested_absmax float32, weight.nested_quant_map float32 (256)       with double_quant
     weight.quant_state.bitsandbytes__nf4       JSON text as uint8: sizes, dtype, nested_offset
 
-Blocks run over the row-major flattened weight and may straddle rows.
+Blocks divide the row-major flattened weight and may straddle rows.
     W[i] = table[code[i]] * absmax[i // block_size]
     absmax[b] = nested_quant_map[q[b]] * nested_absmax[b // 256] + nested_offset     (double_quant)
 
@@ -48,8 +47,11 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK_SIZE = 256
 _DTYPES = ("float16", "bfloat16", "float32")
 _STORAGES = {
-    "uint8": torch.uint8, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
-}  # fmt: skip
+    "uint8": torch.uint8,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
 _MAX_STATE_BYTES = 64 * 1024
 
 
@@ -62,21 +64,21 @@ def dynamic_map() -> Tensor:
     values = [torch.tensor([0.0, 1.0])]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1.0, 2**exponent + 1, dtype=torch.float32)
-        # all in float32, as they do
+        # in float32 throughout, as in bitsandbytes
         middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)
         values += [middles, -middles]
     return torch.cat(values).sort().values
 
 
 def nearest(values: Tensor, table: Tensor) -> Tensor:
-    """Code uint8 of the table entry nearest each value; a tie takes the lower entry."""
+    """Code uint8 of the table entry nearest to each value; a tie takes the lower entry."""
     ascending, code = table.sort(stable=True)
     middles = (ascending[:-1] + ascending[1:]) / 2
     return code[torch.bucketize(values, middles)].to(torch.uint8)
 
 
 class Bitsandbytes4(Format):
-    """Common to NF4 and FP4, which differ in their table only."""
+    """Base class of NF4 and FP4, which differ only in their table."""
 
     algorithms = ("awq",)
     defaults = {
@@ -90,10 +92,11 @@ class Bitsandbytes4(Format):
 
     @property
     def state_name(self) -> str:
+        """Name of the quant state tensor, which includes the format's name."""
         return f"{_STATE}{self.name}"
 
-    def stated_by(self, names: Collection[str]) -> str:
-        """bitsandbytes' configs may omit the table, or name another: the quant state's name has it."""
+    def format_from_names(self, names: Collection[str]) -> str:
+        """The quant state's name says nf4 or fp4; bitsandbytes' configs may omit it or be wrong."""
         kinds = (name.removeprefix(_STATE) for name in names if name.startswith(_STATE))
         return next((kind for kind in kinds if kind in ("nf4", "fp4")), self.name)
 
@@ -111,7 +114,7 @@ class Bitsandbytes4(Format):
 
     def cuts(self, shape: Shape, params: Params) -> Shape:
         (n, k), block = shape, params["block_size"]
-        # Rows until a block ends with one; columns only where blocks do not reach across rows.
+        # Rows can be cut where a block ends with a row, columns only if no block straddles rows.
         return min(n, block // math.gcd(block, k)), block if k % block == 0 else k
 
     def cut(
@@ -123,38 +126,36 @@ class Bitsandbytes4(Format):
         begin: int,
         end: int,
     ) -> tuple[dict[str, Tensor], Params]:
-        """Double quantization is undone, exactly, where its blocks of 256 would be cut."""
+        """Undoes double quantization, exactly, where a cut would divide a block of 256 absmax."""
         (n, k), block = shape, params["block_size"]
         rows, columns = (
             (slice(begin, end), slice(0, k)) if dim == 0 else (slice(0, n), slice(begin, end))
         )
-        found, nested = dict(tensors), params["double_quant"]
+        part, nested = dict(tensors), params["double_quant"]
         first, last = begin * k // block, -(-end * k // block)
         if nested and (dim == 1 or first % NESTED_BLOCK_SIZE):
-            found["weight.absmax"] = self._absmax(tensors, params)
-            del found["weight.nested_absmax"], found["weight.nested_quant_map"]
+            part["weight.absmax"] = self._absmax(tensors, params)
+            del part["weight.nested_absmax"], part["weight.nested_quant_map"]
             nested = False
         codes = unpack_nibbles(tensors["weight"])[: n * k].view(n, k)[rows, columns].reshape(-1)
         codes = torch.nn.functional.pad(codes, (0, codes.numel() % 2)).view(-1, 2)
-        # plain bytes, whatever they were called
-        found["weight"] = ((codes[:, 0] << 4) | codes[:, 1])[:, None]
-        absmax = found["weight.absmax"]
+        # always uint8, whatever `quant_storage` was
+        part["weight"] = ((codes[:, 0] << 4) | codes[:, 1])[:, None]
+        absmax = part["weight.absmax"]
         if dim == 0:
-            found["weight.absmax"] = absmax[first:last].contiguous()
+            part["weight.absmax"] = absmax[first:last].contiguous()
         else:
-            found["weight.absmax"] = absmax.view(n, -1)[:, begin // block : end // block].reshape(
-                -1
-            )
+            part["weight.absmax"] = absmax.view(n, -1)[:, begin // block : end // block].reshape(-1)
         if nested:
             outer = slice(first // NESTED_BLOCK_SIZE, -(-last // NESTED_BLOCK_SIZE))
-            found["weight.nested_absmax"] = found["weight.nested_absmax"][outer].contiguous()
+            part["weight.nested_absmax"] = part["weight.nested_absmax"][outer].contiguous()
         state = self._state(tensors[self.state_name])
         state["shape"] = [end - begin, k] if dim == 0 else [n, end - begin]
         if not nested:
             state = {key: value for key, value in state.items() if not key.startswith("nested_")}
         text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
-        found[self.state_name] = text.to(absmax.device)
-        return found, {**params, "double_quant": nested, "quant_storage": "uint8"}
+        part[self.state_name] = text.to(absmax.device)
+        return part, {**params, "double_quant": nested, "quant_storage": "uint8"}
 
     def specs(self, shape: Shape, params: Params) -> dict[str, TensorSpec]:
         count = shape[0] * shape[1]
@@ -185,32 +186,35 @@ class Bitsandbytes4(Format):
         if not isinstance(state_tensor, Tensor) or state_tensor.is_meta:
             return params
         state = self._state(tensors[self.state_name])
-        stated = {
+        state_params = {
             "block_size": state.get("blocksize"),
             "double_quant": "nested_offset" in state,
             "dtype": state.get("dtype", "bfloat16"),
             "nested_block_size": state.get("nested_blocksize", NESTED_BLOCK_SIZE),
         }
-        for key, value in stated.items():
+        for key, value in state_params.items():
             if key in params and params[key] != value and key != "dtype":
                 raise ValueError(
-                    f"{self.name}: {self.state_name}: expected {key}={params[key]!r} as given, got {value!r}"
+                    f"{self.name}: {self.state_name}: expected {key}={params[key]!r} as given, "
+                    f"got {value!r}"
                 )
-        return {**params, **stated}
+        return {**params, **state_params}
 
     def check_values(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> None:
         state = self._state(tensors[self.state_name])
         for key, want in (("quant_type", self.name), ("shape", list(shape))):
             if state.get(key) != want:
                 raise ValueError(
-                    f"{self.name}: {self.state_name}: expected {key} {want!r}, got {state.get(key)!r}"
+                    f"{self.name}: {self.state_name}: expected {key} {want!r}, "
+                    f"got {state.get(key)!r}"
                 )
         self.check_finite("weight.quant_map", tensors["weight.quant_map"])
         if params["double_quant"]:
             offset = state.get("nested_offset")
             if not isinstance(offset, (int, float)) or not abs(offset) < 3.4e38:
                 raise ValueError(
-                    f"{self.name}: {self.state_name}: expected a finite nested_offset, got {offset!r}"
+                    f"{self.name}: {self.state_name}: expected a finite nested_offset, "
+                    f"got {offset!r}"
                 )
             self.check_finite(
                 "weight.nested_absmax", tensors["weight.nested_absmax"], nonnegative=True
@@ -220,6 +224,7 @@ class Bitsandbytes4(Format):
             self.check_finite("weight.absmax", tensors["weight.absmax"], nonnegative=True)
 
     def _state(self, tensor: Tensor) -> dict[str, Any]:
+        """The quant state: the JSON object in `tensor`. Raises ValueError if it holds none."""
         where = f"{self.name}: {self.state_name}"
         TensorSpec((torch.uint8,), None).check(where, tensor)
         if tensor.numel() > _MAX_STATE_BYTES:
@@ -272,8 +277,7 @@ class Bitsandbytes4(Format):
     def dequantize(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> Tensor:
         n, k = shape
         table = tensors["weight.quant_map"]
-        # One look-up for both codes of a byte: a table of 256 pairs, a pair read as one 64-bit
-        # item.
+        # One look-up decodes both codes of a byte: 256 pairs of values, each read as one int64.
         pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), dim=1)
         bytes_ = tensors["weight"].reshape(-1).view(torch.uint8).int()
         values = pairs.view(torch.int64).view(-1)[bytes_].view(torch.float32)[: n * k]
@@ -282,6 +286,7 @@ class Bitsandbytes4(Format):
         return blocks.view(absmax.numel(), -1).mul_(absmax[:, None]).view(-1)[: n * k].view(n, k)
 
     def _absmax(self, tensors: Mapping[str, Tensor], params: Params) -> Tensor:
+        """The absmax of each block, float32 (B), with double quantization undone."""
         absmax = tensors["weight.absmax"]
         if not params["double_quant"]:
             return absmax
@@ -300,7 +305,7 @@ class Bitsandbytes4(Format):
 
     def weight_only_traits(self, shape: Shape, params: Params) -> WeightOnlyTraits:
         scaler = "nested" if params["double_quant"] else "scale"
-        if shape[1] % params["block_size"]:  # blocks reach across rows
+        if shape[1] % params["block_size"]:  # blocks straddle rows
             scaler += "_flat"
         return WeightOnlyTraits(4, "lut16", scaler, params["block_size"])
 
@@ -310,7 +315,7 @@ class Bitsandbytes4(Format):
         n, k = shape
         absmax = tensors["weight.absmax"]
         if k % params["block_size"] == 0:
-            absmax = absmax.view(n, -1).T  # (blocks along K, N): neighbouring rows lie together
+            absmax = absmax.view(n, -1).T  # (blocks along K, N): neighbouring rows are adjacent
         scaler_tensors = {"absmax": absmax}
         if params["double_quant"]:
             scaler_tensors["nested_map"] = tensors["weight.nested_quant_map"]
@@ -366,10 +371,10 @@ class Bitsandbytes4(Format):
         storage = config.get("bnb_4bit_quant_storage", "uint8")
         if not isinstance(storage, str) or storage not in _STORAGES:
             raise ValueError(
-                f"quantization_config.bnb_4bit_quant_storage: expected one of {', '.join(_STORAGES)}; "
-                f"got {storage!r:.60}"
+                "quantization_config.bnb_4bit_quant_storage: expected one of "
+                f"{', '.join(_STORAGES)}; got {storage!r:.60}"
             )
-        return {}  # all else is in each weight's dtype and quant state
+        return {}  # each weight's dtype and quant state have the parameters
 
 
 class Nf4(Bitsandbytes4):
@@ -397,7 +402,7 @@ def _as_storage(codes: Tensor, params: Mapping[str, Any]) -> Tensor:
 
 
 def quantize_dynamic(values: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """8-bit blockwise quantization of (B) float32 -> codes uint8 (B), absmax float32 (ceil(B/256))."""
+    """Blockwise 8-bit quantization: float32 (B) -> uint8 (B), absmax float32 (ceil(B/256))."""
     blocks = torch.nn.functional.pad(values, (0, -values.numel() % NESTED_BLOCK_SIZE))
     blocks = blocks.view(-1, NESTED_BLOCK_SIZE)
     absmax = blocks.abs().amax(-1)

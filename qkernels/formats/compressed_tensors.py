@@ -1,7 +1,7 @@
-"""compressed-tensors' `quantization_config`: what one config group says, read and written.
+"""Reads and writes compressed-tensors' `quantization_config` with one config group.
 
-A config holds groups, each a scheme for the modules its `targets` name. A format reads a config
-with one group; qkernels/checkpoints/hf/quantization.py splits and joins those with more.
+A config holds groups; each is a scheme for the modules that its `targets` name. A format reads and
+writes one group; qkernels/checkpoints/hf/quantization.py splits and joins configs with more.
 """
 
 from __future__ import annotations
@@ -11,12 +11,17 @@ from typing import Any, NamedTuple
 
 METHOD = "compressed-tensors"
 _WHERE = "quantization_config"
-#: `format`s that keep a weight's codes in a byte each
+#: values of `format` that store each code in a byte
 _BYTES = ("int-quantized", "float-quantized", "naive-quantized")
 
 
 class Scheme(NamedTuple):
-    """The one group of a config. `storage` is its `format`: "pack-quantized", "int-quantized", ..."""
+    """The one group of a config.
+
+    Attributes:
+        storage: its `format`: "pack-quantized", "int-quantized", ...
+        weights, inputs: how weights and input activations are quantized; inputs None: not at all.
+    """
 
     storage: str
     weights: Mapping[str, Any]
@@ -24,11 +29,11 @@ class Scheme(NamedTuple):
 
     @property
     def kind(self) -> tuple[str, int]:
-        """("int" | "float", bits) of the weights."""
+        """Type ("int" or "float") and bits of the weights."""
         return self.weights.get("type", "int"), self.weights.get("num_bits", 8)
 
     def expect(self, field: str, allowed: tuple[Any, ...]) -> Any:
-        """The value of weights.`field`; ValueError unless it is one of `allowed`."""
+        """The value of `weights[field]`. Raises ValueError unless it is one of `allowed`."""
         value = self.weights.get(field)
         if value not in allowed:
             raise ValueError(f"{_WHERE} weights.{field}: expected one of {allowed}, got {value!r}")
@@ -44,7 +49,7 @@ def arguments(
     symmetric: bool = True,
     **more: Any,
 ) -> dict[str, Any]:
-    """How weights or inputs are quantized, with compressed-tensors' field names."""
+    """The config object that describes how weights or inputs are quantized."""
     return {
         "num_bits": bits,
         "type": kind,
@@ -58,7 +63,7 @@ def arguments(
 def write(
     storage: str, weights: dict[str, Any], inputs: dict[str, Any] | None, skipped: list[str]
 ) -> dict[str, Any]:
-    """A `quantization_config` with one group, for all linears but the `skipped` ones."""
+    """A `quantization_config` with one group, for all linear layers but the `skipped` ones."""
     return {
         "quant_method": METHOD,
         "format": storage,
@@ -78,7 +83,7 @@ def write(
 
 
 def check_dense(config: Mapping[str, Any]) -> None:
-    """ValueError if the config leaves out weights that are zero."""
+    """Raise ValueError if the config has sparse weights, which leave out zeros."""
     sparsity = config.get("sparsity_config")
     if isinstance(sparsity, Mapping) and sparsity.get("format", "dense") != "dense":
         raise ValueError(
@@ -87,10 +92,9 @@ def check_dense(config: Mapping[str, Any]) -> None:
 
 
 def read(config: Mapping[str, Any]) -> Scheme | None:
-    """The scheme of a config with one group; None if its quant_method is another's.
+    """The scheme of a config with one group; None if its quant_method is not compressed-tensors.
 
-    Raises ValueError naming the field that is missing, misstated, or that no format here
-    implements.
+    Raises ValueError naming a field that is missing or wrong, or that no format here implements.
     """
     if config.get("quant_method") != METHOD:
         return None
@@ -127,17 +131,21 @@ def read(config: Mapping[str, Any]) -> Scheme | None:
 
 
 def read_eight_bit(config: Mapping[str, Any], kind: str) -> dict[str, Any] | None:
-    """Parameters of an 8-bit scheme of `kind`, else None.
+    """Parameters of an 8-bit scheme of `kind` ("int" or "float"); None for any other config.
 
-    granularity, activation, symmetric_input, symmetric_weight; of "int" group_size (-1: none), of
-    "float" with granularity "block" block_rows and block_columns, where a group is a block of one
-    row. Raises ValueError naming the field for a scheme of this kind that we do not implement.
+    Returns:
+        granularity, activation, symmetric_input and symmetric_weight; for "int" also group_size
+        (-1: none); for "float" with granularity "block" also block_rows and block_columns, where a
+        group is a block of one row.
+
+    Raises:
+        ValueError: naming the field, for a scheme of this kind that no format here implements.
     """
     scheme = read(config)
     if scheme is None or scheme.kind[0] != kind or scheme.storage not in _BYTES:
         return None
     bits = scheme.kind[1]
-    # Narrower integers lie in bytes, too, where activations are rounded: compressed-tensors' W4A8.
+    # compressed-tensors' W4A8 also stores narrower integers in bytes.
     if type(bits) is not int or bits > 8 or (kind == "float" and bits != 8):
         return None
     strategies = ("tensor", "channel", "group", *(["block"] if kind == "float" else []))
@@ -161,8 +169,9 @@ def read_eight_bit(config: Mapping[str, Any], kind: str) -> dict[str, Any] | Non
 
 
 def _read_inputs(inputs: Mapping[str, Any] | None, kind: str, width: int | None) -> dict[str, Any]:
-    """activation and symmetric_input. width: features that share a scale of float weights, None for
-    whole rows.
+    """The parameters activation and symmetric_input.
+
+    width: input features that share a scale of float weights; None for whole rows.
     """
     if inputs is None:
         return {"activation": "none", "symmetric_input": True}
@@ -174,7 +183,7 @@ def _read_inputs(inputs: Mapping[str, Any] | None, kind: str, width: int | None)
         )
     strategy, dynamic = inputs.get("strategy"), inputs.get("dynamic", False)
     symmetric = inputs.get("symmetric", True) is True
-    asymmetric = kind == "int"  # which has zero points
+    asymmetric = kind == "int"  # only integers may have zero points
     if (
         dynamic is True
         and strategy == ("token" if width is None else "group")
@@ -194,7 +203,8 @@ def _read_inputs(inputs: Mapping[str, Any] | None, kind: str, width: int | None)
         else f"dynamic per group of {width}"
     )
     raise ValueError(
-        f"{_WHERE} input_activations: expected {allowed}{'' if asymmetric else ', and symmetric'}, got "
+        f"{_WHERE} input_activations: expected {allowed}"
+        f"{'' if asymmetric else ', and symmetric'}, got "
         f"dynamic={dynamic!r:.60} strategy={strategy!r:.60} symmetric={symmetric}"
     )
 
@@ -206,7 +216,7 @@ def _size(field: str, value: Any) -> int:
 
 
 def _block(value: Any) -> tuple[int, int]:
-    """[128, 128], or "128x128" as it was written at first."""
+    """(rows, columns) of [128, 128], or of "128x128" as early versions wrote it."""
     sizes = value.split("x") if isinstance(value, str) else value
     try:
         rows, columns = (int(size) if isinstance(value, str) else size for size in sizes)

@@ -1,4 +1,4 @@
-"""fp16 and bf16: no quantization, through the same door. The baseline everything is compared with."""
+"""fp16 and bf16: unquantized weights as formats. They are the baseline of every comparison."""
 
 from __future__ import annotations
 

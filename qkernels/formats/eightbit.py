@@ -1,4 +1,4 @@
-"""What the 8-bit formats share: exact integer products and activation scales."""
+"""Exact int8 products, activation scales and int8 grids for the formats int8 and w8a8."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _EXACT_K = 1024
 
 
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Exact integer product a (M, K) @ b (N, K)^T of int8 matrices -> (M, N) int32, on any device."""
+    """Exact product a (M, K) @ b (N, K)^T of int8 matrices -> int32 (M, N), on any device."""
     total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
     for k in range(0, a.shape[1], _EXACT_K):
         total += (a[:, k : k + _EXACT_K].float() @ b[:, k : k + _EXACT_K].float().T).to(torch.int32)
@@ -25,18 +25,18 @@ def reciprocal_or_zero(x: Tensor) -> Tensor:
 
 
 def per_token_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (M, K) -> int8 codes (M, K) and scales float (M, 1): round half even of x * 127 / absmax."""
+    """x (M, K) -> int8 codes (M, K), scales (M, 1): x * 127 / absmax, rounded half to even."""
     absmax = x.abs().amax(dim=-1, keepdim=True)
     codes = torch.round(x * (127 * reciprocal_or_zero(absmax))).clamp(-127, 127)
     return codes.to(torch.int8), absmax / 127
 
 
-def per_token_affine(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x (..., K) -> int8 codes, scales (..., 1) and int8 zero points (..., 1): x = scale * (code -
-    zero point).
+def per_token_asymmetric(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x (..., K) -> int8 codes, scales (..., 1) and int8 zero points (..., 1).
 
-    As compressed-tensors has it, operation by operation: 0 lies within the range, and the zero
-    point is added before the sum is rounded, half to even. Where all are 0, the scale is 0, too.
+    x = scale * (code - zero point). Each operation is compressed-tensors': the range contains 0,
+    and the zero point is added before the sum is rounded, half to even. Where a whole row is 0, the
+    scale is 0, too.
     """
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     scale = (high - low) / 255
@@ -53,16 +53,16 @@ def one_group(weight: Tensor, scale: Tensor) -> Grid:
 
 
 def check_groups(fmt: str, grid: Grid, count: int = 1) -> None:
-    """ValueError unless each row of the grid has so many groups."""
+    """Raise ValueError unless each row of the grid has `count` groups."""
     if grid.scale.shape[1] != count:
-        wanted = "one" if count == 1 else f"{count}"
+        expected = "one" if count == 1 else f"{count}"
         raise ValueError(
-            f"{fmt}: groups: expected {wanted} for each row, got {grid.scale.shape[1]}"
+            f"{fmt}: groups: expected {expected} for each row, got {grid.scale.shape[1]}"
         )
 
 
 def signed_codes(fmt: str, grid: Grid) -> Tensor:
-    """int8 (N, K), codes less their zero points. ValueError if a step is none that int8 holds."""
+    """code - zero as int8 (N, K). Raises ValueError if a difference does not fit int8."""
     zero = grid.zero.to(torch.int16).repeat_interleave(
         grid.codes.shape[1] // grid.zero.shape[1], dim=1
     )

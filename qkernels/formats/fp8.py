@@ -3,18 +3,19 @@
     weight float8 (N, K)
     weight_scale      () or (1)          granularity "tensor"
     weight_scale      (N, 1)             granularity "channel"
-    weight_scale_inv  float32 (ceil(N/block_rows), ceil(K/block_columns))   granularity "block"; despite its
-                                                           name it multiplies: W = weight * scale
+    weight_scale_inv  float32 (ceil(N/block_rows), ceil(K/block_columns))   granularity "block";
+                                         despite its name it multiplies: W = weight * scale
     input_scale       () or (1)          only with activation "static"
 
-Either scale name goes with every granularity: `scale_name="weight_scale"` is compressed-tensors'
-and vLLM's, "weight_scale_inv" DeepSeek's and transformers', who call the input scale
-`activation_scale`.
+Every granularity may use either scale name. `scale_name="weight_scale"` is the name of
+compressed-tensors and vLLM; "weight_scale_inv" is the name of DeepSeek and transformers, which call
+the input scale `activation_scale`.
 
-Activations are E4M3 whatever the weight is: "none" leaves them alone (weight-only), "dynamic"
-quantizes per token, or per 1 x block_columns group with block scales, "static" per tensor with
-`input_scale`. Groups along a row are blocks of one row. Rounding is half to even and saturates:
-E4M3FN has no infinity and E5M2 must not make one.
+Activations are E4M3 for either weight dtype. Activation "none" does not quantize them
+(weight-only); "dynamic" quantizes per token, or with block scales per group of 1 x block_columns;
+"static" quantizes per tensor with `input_scale`. Groups along a row are blocks of one row. Rounding
+is half to even and saturates, because E4M3FN has no infinity and a weight in E5M2 must not become
+infinite.
 
 Source: Micikevicius et al. 2022 (arXiv 2209.05433); compressed-tensors' `float-quantized` layout;
 DeepSeek-V3 (arXiv 2412.19437) for the 128-blocks.
@@ -34,23 +35,21 @@ from .base import FLOATS, Format, TensorSpec, accumulate_dtype
 from .compressed_tensors import read_eight_bit, write_eight_bit
 from .types import Params, Shape
 
-#: name of the weight's scale -> the name of the input's beside it
+#: name of the weight scale -> name of the input scale in the same checkpoint
 _INPUT_SCALES = {"weight_scale": "input_scale", "weight_scale_inv": "activation_scale"}
 
-#: powers of two, which DeepSeek calls ue8m0, may be stored as such
+#: float8_e8m0fnu (DeepSeek's ue8m0) stores scales that are powers of two
 _SCALES = (*FLOATS, torch.float8_e8m0fnu)
 
 DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 BLOCK = 128
-#: the smallest scales others use: vLLM per token, DeepSeek per group of 128
+#: lower bounds that others use: vLLM for a scale per token, DeepSeek for the absmax of a group
 _TOKEN_FLOOR = 1 / (448 * 512)
 _GROUP_AMAX_FLOOR = 1e-4
 
 
 def to_fp8(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Saturating cast, round half even. NaN stays NaN. (torch before 2.12 does not saturate
-    itself.)
-    """
+    """Saturating cast, round half even; NaN stays NaN. torch's cast saturates only from 2.12 on."""
     top = torch.finfo(dtype).max
     return x.clamp(-top, top).to(dtype)
 
@@ -61,8 +60,8 @@ class Fp8(Format):
         "8-bit float E4M3/E5M2, per tensor, channel, group or block (compressed-tensors, DeepSeek)"
     )
     algorithms = ("ranges", "smoothquant")
-    activation_top = 448.0  # activations are E4M3 whatever the weight is
-    #: scale_name "auto" is weight_scale_inv for blocks and weight_scale for the others
+    activation_top = 448.0  # activations are E4M3 for either weight dtype
+    #: scale_name "auto" is weight_scale_inv for blocks and weight_scale otherwise
     defaults = {
         "granularity": "channel",
         "float_format": "e4m3",
@@ -81,12 +80,9 @@ class Fp8(Format):
         params["scale_name"] = _scale_name(params)
         for key in ("block_rows", "block_columns"):
             if params[key] < 1 or (params["granularity"] != "block" and params[key] != BLOCK):
-                wanted = (
-                    "a positive number"
-                    if params["granularity"] == "block"
-                    else f"{BLOCK} without blocks"
-                )
-                raise ValueError(f"fp8: {key}: expected {wanted}, got {params[key]}")
+                blocks = params["granularity"] == "block"
+                expected = "a positive number" if blocks else f"{BLOCK} without blocks"
+                raise ValueError(f"fp8: {key}: expected {expected}, got {params[key]}")
         if params["granularity"] == "block" and params["activation"] == "static":
             raise ValueError(
                 "fp8: activation: expected 'none' or 'dynamic' with block scales, got 'static'"
@@ -95,15 +91,15 @@ class Fp8(Format):
     def params_from_tensors(
         self, tensors: Mapping[str, Tensor], params: Mapping[str, Any]
     ) -> Params:
-        stated: Params = {}
+        result: Params = {}
         for name in _INPUT_SCALES:
             if name in tensors:
-                stated["scale_name"] = name
+                result["scale_name"] = name
         weight = tensors.get("weight")
         for name, dtype in DTYPES.items():
             if isinstance(weight, Tensor) and weight.dtype == dtype:
-                stated["float_format"] = name
-        return {**stated, **params}
+                result["float_format"] = name
+        return {**result, **params}
 
     def cuts(self, shape: Shape, params: Params) -> Shape:
         return _block(params) if params["granularity"] == "block" else (1, 1)
@@ -153,30 +149,33 @@ class Fp8(Format):
         top = torch.finfo(dtype).max
         granularity = params["granularity"]
         if granularity == "block":
-            absmax = _block_amax(weight, *_block(params))
+            absmax = _block_absmax(weight, *_block(params))
         elif granularity == "channel":
             absmax = weight.abs().amax(dim=1, keepdim=True)
         else:
             absmax = weight.abs().amax().reshape(1)
         scale = torch.where(absmax > 0, absmax / top, torch.ones_like(absmax))
-        spread = _spread(scale, weight.shape, *_block(params)) if granularity == "block" else scale
-        tensors = {"weight": to_fp8(weight / spread, dtype), params["scale_name"]: scale}
-        given = params["input_scale"]
+        divisor = scale
+        if granularity == "block":
+            divisor = _scale_per_weight(scale, weight.shape, *_block(params))
+        tensors = {"weight": to_fp8(weight / divisor, dtype), params["scale_name"]: scale}
+        input_scale = params["input_scale"]
         if params["activation"] == "static":
-            if not isinstance(given, (int, float)) or not given > 0:
+            if not isinstance(input_scale, (int, float)) or not input_scale > 0:
                 raise ValueError(
-                    f"fp8: input_scale: expected a number > 0 with activation='static', got {given!r}"
+                    "fp8: input_scale: expected a number > 0 with activation='static', "
+                    f"got {input_scale!r}"
                 )
             name = _INPUT_SCALES[params["scale_name"]]
-            tensors[name] = torch.tensor([given], dtype=torch.float32, device=weight.device)
-        elif given is not None:
+            tensors[name] = torch.tensor([input_scale], dtype=torch.float32, device=weight.device)
+        elif input_scale is not None:
             raise ValueError("fp8: input_scale: expected none unless activation='static'")
         return tensors
 
     def dequantize(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> Tensor:
         scale = tensors[params["scale_name"]].float()
         if params["granularity"] == "block":
-            scale = _spread(scale, shape, *_block(params))
+            scale = _scale_per_weight(scale, shape, *_block(params))
         return tensors["weight"].float() * scale
 
     # ------------------------------------------------------------------ kernel family
@@ -190,10 +189,16 @@ class Fp8(Format):
         if params["activation"] == "none":
             if columns % SLICE == 0:
                 return None
-            return f"kernels that decode float8 take blocks of a multiple of {SLICE} columns, not of {columns}"
+            return (
+                f"kernels that decode float8 take blocks of a multiple of {SLICE} columns, "
+                f"not of {columns}"
+            )
         if (rows, columns) == (BLOCK, BLOCK):
             return None
-        return f"kernels that multiply 8 bits by 8 bits take scales of 128x128 blocks, not of {rows}x{columns}"
+        return (
+            "kernels that multiply 8 bits by 8 bits take scales of 128x128 blocks, "
+            f"not of {rows}x{columns}"
+        )
 
     def weight_only_traits(self, shape: Shape, params: Params) -> WeightOnlyTraits:
         rows, group = _block(params) if params["granularity"] == "block" else (1, shape[1])
@@ -207,7 +212,7 @@ class Fp8(Format):
         if params["granularity"] == "block":
             absmax = scale.T
         else:
-            absmax = scale.reshape(1, -1).expand(1, shape[0])  # per tensor: one for every row, too
+            absmax = scale.reshape(1, -1).expand(1, shape[0])  # one per row, also if per tensor
         return WeightOnlyParts(
             codes=tensors["weight"].view(torch.uint8),
             scaler_tensors={"absmax": absmax.float()},
@@ -262,7 +267,7 @@ class Fp8(Format):
         return super().matmul(self._round_input(x, tensors, params), tensors, shape, params)
 
     def _round_input(self, x: Tensor, tensors: Mapping[str, Tensor], params: Params) -> Tensor:
-        """x as FP8 activations represent it, in x's dtype."""
+        """x (M, K) rounded to the values that FP8 activations can hold, in x's dtype."""
         dtype, top = torch.float8_e4m3fn, 448.0
         if params["activation"] == "none":
             return x
@@ -282,16 +287,16 @@ class Fp8(Format):
     def to_hf_config(self, params: Params, skipped: list[str]) -> dict[str, Any]:
         if params["scale_name"] == "weight_scale":
             return write_eight_bit("float", params, skipped)
-        # This method knows no weight-only products: what others read is "dynamic", and what we mean
-        # is added.
-        only = {"qkernels_activation": "none"} if params["activation"] == "none" else {}
+        # The ecosystem's fp8 method has no weight-only products: others read "dynamic", and our own
+        # field says "none".
+        weight_only = {"qkernels_activation": "none"} if params["activation"] == "none" else {}
         return {
             "quant_method": "fp8",
             "fmt": params["float_format"],
-            "activation_scheme": "dynamic" if only else params["activation"],
+            "activation_scheme": "dynamic" if weight_only else params["activation"],
             "weight_block_size": list(_block(params)) if params["granularity"] == "block" else None,
             "modules_to_not_convert": skipped,
-            **only,
+            **weight_only,
         }
 
     @classmethod
@@ -306,7 +311,8 @@ class Fp8(Format):
         sizes = list(block) if isinstance(block, (list, tuple)) else []
         if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
             raise ValueError(
-                f"quantization_config.weight_block_size: expected two positive integers, got {block!r:.60}"
+                "quantization_config.weight_block_size: expected two positive integers, "
+                f"got {block!r:.60}"
             )
         rows, columns = sizes
         return {
@@ -318,6 +324,7 @@ class Fp8(Format):
 
 
 def _scale_name(params: Mapping[str, Any]) -> str:
+    """Name of the weight scale, with "auto" resolved."""
     name: str = params["scale_name"]
     if name != "auto":
         return name
@@ -325,19 +332,23 @@ def _scale_name(params: Mapping[str, Any]) -> str:
 
 
 def _block(params: Mapping[str, Any]) -> Shape:
+    """(rows, columns) of a block."""
     return params["block_rows"], params["block_columns"]
 
 
-def _block_amax(weight: Tensor, rows: int, columns: int) -> Tensor:
-    """(N, K) -> absmax of each block, (ceil(N/rows), ceil(K/columns)); edge blocks are smaller."""
+def _block_absmax(weight: Tensor, rows: int, columns: int) -> Tensor:
+    """Absmax of each block of a weight (N, K): (ceil(N/rows), ceil(K/columns)).
+
+    Blocks at the edges may be smaller.
+    """
     n, k = weight.shape
     rows, columns = min(rows, n), min(columns, k)
     padded = torch.nn.functional.pad(weight.abs(), (0, -k % columns, 0, -n % rows))
     return padded.view(padded.shape[0] // rows, rows, -1, columns).amax(dim=(1, 3))
 
 
-def _spread(scale: Tensor, shape: tuple[int, ...], rows: int, columns: int) -> Tensor:
-    """Block scales -> one per weight, (N, K)."""
+def _scale_per_weight(scale: Tensor, shape: tuple[int, ...], rows: int, columns: int) -> Tensor:
+    """Block scales -> one scale per weight, (N, K)."""
     n, k = shape
     rows, columns = min(rows, n), min(columns, k)
     return scale.repeat_interleave(rows, dim=0)[:n].repeat_interleave(columns, dim=1)[:, :k]

@@ -8,10 +8,12 @@
     W[n, k] = scales[g, n] * (code[k, n] - zero[g, n]),  g = g_idx[k]
 
 `checkpoint_format="gptq"` stores zero - 1 in `bits` bits, wrapping; "gptq_v2" stores the zero
-itself. Configs often name the wrong one. A symmetric grid has one possible zero, 2^(bits-1), so its
-tensors tell. They also tell the order of the groups: `g_idx` is what it says, whatever `desc_act`
-is. All zeros, which some tools write for "no order", stand for k // group_size. Source: Frantar et
-al. 2022 (arXiv 2210.17323) and AutoGPTQ's QuantLinear.
+itself. Configs often name the wrong convention. A symmetric grid has only one possible zero,
+2^(bits-1), so there `qzeros` shows which convention is right. The order of the groups is also read
+from the tensors: `g_idx` decides, whatever the config's `desc_act` says. Some tools write a `g_idx`
+of all zeros for "no order"; such a placeholder means k // group_size.
+
+Source: Frantar et al. 2022 (arXiv 2210.17323) and AutoGPTQ's QuantLinear.
 """
 
 from __future__ import annotations
@@ -26,13 +28,13 @@ from torch import Tensor
 
 from ..layouts.weight_only import WEIGHT_ONLY, WeightOnlyParts, WeightOnlyTraits
 from . import bits
-from . import grid as affine
 from .base import FLOATS, TensorSpec
+from .grid import Grid, check_group_index, cut_groups, cut_sizes, decode, group_count
 from .grouped import Grouped
 from .types import Params, Shape
 
 WIDTHS = (2, 3, 4, 8)
-#: checkpoint_format -> what is taken off a zero point when it is stored
+#: checkpoint_format -> what is subtracted from a zero point when it is stored
 _SHIFTS = {"gptq": 1, "gptq_v2": 0}
 
 
@@ -56,23 +58,25 @@ class Gptq(Grouped):
     def params_from_tensors(
         self, tensors: Mapping[str, Tensor], params: Mapping[str, Any]
     ) -> Params:
-        stated = dict(params)
+        result = dict(params)
         qzeros, scales, index = (tensors.get(name) for name in ("qzeros", "scales", "g_idx"))
-        if _is_plain(qzeros, 2) and scales is not None and params.get("symmetric") is not False:
-            stated |= self._convention(qzeros, scales, params)  # type: ignore[arg-type]
-        if _is_plain(index, 1):
+        if _has_int32(qzeros, 2) and scales is not None and params.get("symmetric") is not False:
+            result |= self._params_from_zeros(qzeros, scales, params)  # type: ignore[arg-type]
+        if _has_int32(index, 1):
             assert index is not None
-            if _says_nothing(index, params):
-                stated["act_order"] = False
+            if _is_placeholder(index, params):
+                result["act_order"] = False
             elif "act_order" not in params:
-                stated["act_order"] = not torch.equal(
-                    index.long(), _in_order(index.numel(), params, index)
+                result["act_order"] = not torch.equal(
+                    index.long(), _consecutive_groups(index.numel(), params, index)
                 )
-        return stated
+        return result
 
-    def _convention(self, qzeros: Tensor, scales: Any, params: Mapping[str, Any]) -> Params:
-        """What qzeros (G, words) of a grid that is said to be symmetric, or may be, say of zeros
-        and their storage.
+    def _params_from_zeros(self, qzeros: Tensor, scales: Any, params: Mapping[str, Any]) -> Params:
+        """`symmetric` and `checkpoint_format` as qzeros (G, words) show them.
+
+        Called unless the grid is declared asymmetric. Raises ValueError if it is declared symmetric
+        and qzeros hold anything else than its one zero point.
         """
         b = params.get("bits", self.defaults["bits"])
         n = scales.shape[1] if isinstance(scales, Tensor) and scales.dim() == 2 else 0
@@ -85,22 +89,23 @@ class Gptq(Grouped):
             if (low, high) == (zero - shift, zero - shift):
                 if convention != named:
                     warnings.warn(
-                        f"qkernels: gptq: qzeros hold {low} everywhere, the zero point {zero} of a symmetric grid as "
-                        f"checkpoint_format {convention!r} stores it: read so, although {named!r} is named",
+                        f"qkernels: gptq: qzeros hold {low} everywhere, the zero point {zero} of a "
+                        f"symmetric grid as checkpoint_format {convention!r} stores it: read so, "
+                        f"although {named!r} is named",
                         stacklevel=4,
                     )
                 return {"symmetric": True, "checkpoint_format": convention}
         if params.get("symmetric") is None:
             return {"symmetric": False}
         raise ValueError(
-            f"{self.name}: qzeros: expected {zero - 1} (checkpoint_format 'gptq') or {zero} ('gptq_v2') everywhere, as "
-            f"a symmetric grid has no other zero point than {zero}, got {low}..{high}; pass symmetric=False "
-            "(sym: false in a config) if the grid is none"
+            f"{self.name}: qzeros: expected {zero - 1} (checkpoint_format 'gptq') or {zero} "
+            f"('gptq_v2') everywhere, as a symmetric grid has no other zero point than {zero}, got "
+            f"{low}..{high}; pass symmetric=False (sym: false in a config) if the grid is none"
         )
 
     def specs(self, shape: Shape, params: Params) -> dict[str, TensorSpec]:
         (n, k), b = shape, params["bits"]
-        g = affine.groups(k, params["group_size"])
+        g = group_count(k, params["group_size"])
         return {
             "qweight": TensorSpec((torch.int32,), (bits.words(k, b), n)),
             "qzeros": TensorSpec((torch.int32,), (g, bits.words(n, b))),
@@ -109,7 +114,7 @@ class Gptq(Grouped):
         }
 
     def cuts(self, shape: Shape, params: Params) -> Shape:
-        return affine.cuts(params, bits.codes_per_words(params["bits"]))
+        return cut_sizes(params, bits.codes_per_words(params["bits"]))
 
     def cut(
         self,
@@ -120,28 +125,29 @@ class Gptq(Grouped):
         begin: int,
         end: int,
     ) -> tuple[dict[str, Tensor], Params]:
-        found, params = super().cut(tensors, shape, params, dim, begin, end)
-        if dim == 1 and "g_idx" in found and not _says_nothing(tensors["g_idx"], params):
-            index, kept, size = affine.cut_groups(found["g_idx"], params["group_size"], begin, end)
-            found |= {name: tensors[name][kept] for name in ("scales", "qzeros")} | {"g_idx": index}
+        part, params = super().cut(tensors, shape, params, dim, begin, end)
+        if dim == 1 and "g_idx" in part and not _is_placeholder(tensors["g_idx"], params):
+            index, groups, size = cut_groups(part["g_idx"], params["group_size"], begin, end)
+            part |= {name: tensors[name][groups] for name in ("scales", "qzeros")}
+            part["g_idx"] = index
             params = {**params, "group_size": size}
-        return found, params
+        return part, params
 
     def check_values(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> None:
         (n, k), b = shape, params["bits"]
         self.check_finite("scales", tensors["scales"])
         index = tensors.get("g_idx")
         if index is not None:
-            affine.check_group_index(self.name, "g_idx", index, k, params)
-            in_order = _says_nothing(index, params) or torch.equal(
-                index.long(), _in_order(k, params, index)
+            check_group_index(self.name, "g_idx", index, k, params)
+            in_order = _is_placeholder(index, params) or torch.equal(
+                index.long(), _consecutive_groups(k, params, index)
             )
             if not params["act_order"] and not in_order:
                 raise ValueError(
                     f"{self.name}: g_idx: expected k // group_size because act_order is False, "
                     "got another order; pass act_order=True"
                 )
-        # Only the last word of a stream that does not fill it can hold such bits.
+        # Only a stream that does not fill its last word has bits after its last code.
         for name, stream, count in (
             ("qweight", tensors["qweight"], k),
             ("qzeros", tensors["qzeros"].T, n),
@@ -151,7 +157,7 @@ class Gptq(Grouped):
                     f"{self.name}: {name}: expected zero bits behind the last code, got others"
                 )
 
-    def from_grid(self, grid: affine.Grid, params: Params) -> dict[str, Tensor]:
+    def from_grid(self, grid: Grid, params: Params) -> dict[str, Tensor]:
         return {
             "qweight": bits.pack_rows(grid.codes.T, params["bits"]),
             "qzeros": _pack_zeros(grid.zero.T, params),
@@ -159,8 +165,8 @@ class Gptq(Grouped):
             "g_idx": grid.group_index(),
         }
 
-    def to_grid(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> affine.Grid:
-        return affine.Grid(
+    def to_grid(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> Grid:
+        return Grid(
             codes=bits.unpack_rows(tensors["qweight"], params["bits"], shape[1]).T.contiguous(),
             scale=tensors["scales"].T.contiguous(),
             zero=_unpack_zeros(tensors["qzeros"], shape[0], params).T.contiguous(),
@@ -173,7 +179,7 @@ class Gptq(Grouped):
         codes = bits.unpack_rows(tensors["qweight"], params["bits"], k)
         zeros = _unpack_zeros(tensors["qzeros"], n, params)
         group_of = tensors["g_idx"].long() if params["act_order"] else None
-        return affine.decode(codes, tensors["scales"], zeros, params["group_size"], group_of)
+        return decode(codes, tensors["scales"], zeros, params["group_size"], group_of)
 
     # ------------------------------------------------------------------ kernel family
     def kernel_layout(self, params: Mapping[str, Any]) -> str:
@@ -188,15 +194,15 @@ class Gptq(Grouped):
     ) -> WeightOnlyParts:
         n, k = shape
         index = tensors.get("g_idx")
-        useless = index is not None and _says_nothing(index, params)
+        placeholder = index is not None and _is_placeholder(index, params)
         return WeightOnlyParts(
             codes=bits.unpack_rows(tensors["qweight"], params["bits"], k).T,
             scaler_tensors={
                 "scales": tensors["scales"],
                 "zeros": _unpack_zeros(tensors["qzeros"], n, params),
             },
-            group_index=None if useless else index,
-            extra={"g_idx": index} if useless else {},  # type: ignore[dict-item]
+            group_index=None if placeholder else index,
+            extra={"g_idx": index} if placeholder else {},  # type: ignore[dict-item]
         )
 
     def from_weight_only(
@@ -222,7 +228,7 @@ class Gptq(Grouped):
             "desc_act": params["act_order"],
             "checkpoint_format": params["checkpoint_format"],
             "lm_head": not any(name.rpartition(".")[2] == "lm_head" for name in skipped),
-            **left_alone(skipped),
+            **skipped_fields(skipped),
         }
 
     @classmethod
@@ -234,16 +240,17 @@ class Gptq(Grouped):
             "group_size": config.get("group_size", 128),
             "checkpoint_format": config.get("checkpoint_format") or "gptq",
         }
-        if "sym" in config:  # else the tensors say it
+        if "sym" in config:  # otherwise `params_from_tensors` finds it
             params["symmetric"] = config["sym"]
-        if config.get("desc_act"):  # where it is false the tensors say it, too
+        if config.get("desc_act"):  # where it is false, `params_from_tensors` decides
             params["act_order"] = config["desc_act"]
         return params
 
 
-def left_alone(skipped: list[str]) -> dict[str, Any]:
-    """Config fields for unquantized layers: transformers reads the list, GPTQModel and vLLM
-    `dynamic`.
+def skipped_fields(skipped: list[str]) -> dict[str, Any]:
+    """Config fields that name the unquantized layers.
+
+    transformers reads `modules_to_not_convert`, GPTQModel and vLLM read `dynamic`.
     """
     inside = [name for name in skipped if name.rpartition(".")[2] != "lm_head"]
     fields: dict[str, Any] = {"modules_to_not_convert": skipped}
@@ -252,8 +259,8 @@ def left_alone(skipped: list[str]) -> dict[str, Any]:
     return fields
 
 
-def _is_plain(tensor: Any, dims: int) -> bool:
-    """Whether it is integers as they are stored, of `dims` dimensions, that can be looked at."""
+def _has_int32(tensor: Any, dims: int) -> bool:
+    """Whether `tensor` is a non-empty int32 tensor of `dims` dimensions with readable values."""
     if (
         not isinstance(tensor, Tensor)
         or tensor.dtype != torch.int32
@@ -264,16 +271,18 @@ def _is_plain(tensor: Any, dims: int) -> bool:
 
 
 def _group_size(k: int, params: Mapping[str, Any]) -> int:
+    """The group size in `params`, unchecked; K for one group or a value of another type."""
     size = params.get("group_size", Gptq.defaults["group_size"])
     return size if type(size) is int and size > 0 else k
 
 
-def _in_order(k: int, params: Mapping[str, Any], like: Tensor) -> Tensor:
+def _consecutive_groups(k: int, params: Mapping[str, Any], like: Tensor) -> Tensor:
+    """k // group_size for K features, int64 (K), on the device of `like`."""
     return torch.arange(k, device=like.device) // _group_size(k, params)
 
 
-def _says_nothing(index: Tensor, params: Mapping[str, Any]) -> bool:
-    """Whether g_idx (K) is all zeros, although there are more groups than one."""
+def _is_placeholder(index: Tensor, params: Mapping[str, Any]) -> bool:
+    """Whether g_idx (K) is all zeros, although there is more than one group."""
     return _group_size(index.numel(), params) < index.numel() and not bool(index.any())
 
 

@@ -1,4 +1,4 @@
-"""Formats on an integer grid: their group size, and rounding to nearest."""
+"""Base class of the formats on an integer grid: their group size, and rounding to nearest."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from .types import Params, Shape
 
 
 class Grouped(Format):
-    """What the formats on such grids share: the parameter `group_size`, and rounding to nearest."""
+    """A format with the parameter `group_size` on a grid of grid.py (gptq, awq, pack_quantized)."""
 
-    #: whether group_size need not divide K
+    #: whether the format can store a short last group, so that group_size need not divide K
     short_groups: ClassVar[bool] = True
 
     def check_group_size(self, shape: Shape, params: Params) -> None:
-        """ValueError unless group_size is -1 or a size that the format can store for this K."""
+        """Raise ValueError unless group_size is -1 or a size that the format can store."""
         check_group_size(self.name, shape[1], params["group_size"], self.short_groups)
 
     def complete(self, shapes: Mapping[str, Shape], params: Mapping[str, Any]) -> Params:
-        """A group size that is not given is one for all shapes: the default, or what suits them
-        better.
+        """`params` with one group size for all shapes, if none is given.
+
+        That is the default, or where the default does not divide every K, a size that suits the
+        shapes better, with a warning.
         """
         default = self.defaults["group_size"]
         name = next((name for name, (_, k) in shapes.items() if k % default), None)
@@ -38,8 +40,8 @@ class Grouped(Format):
             else f"{size} instead of {default}"
         )
         warnings.warn(
-            f"qkernels: group_size {instead}, because {default} does not divide the {shapes[name][1]} input "
-            f"features of {name}",
+            f"qkernels: group_size {instead}, because {default} does not divide the "
+            f"{shapes[name][1]} input features of {name}",
             stacklevel=3,
         )
         return {**params, "group_size": size}

@@ -1,16 +1,19 @@
-"""What the algorithms that pass rounding errors on (GPTQ, SpQR) share: H^-1, factored."""
+"""The factored inverse Hessian, for algorithms that propagate rounding errors (GPTQ, SpQR)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-#: columns rounded before the columns behind them are brought up to date in one product
+#: columns rounded before one product updates all columns after them
 BLOCK = 128
 
 
 def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
-    """Upper triangular U with U^T U = (H + damp * mean(diag H) * I)^-1."""
+    """Upper triangular U with U^T U = (H + damp * mean(diag H) * I)^-1.
+
+    damp is raised tenfold, three times at most, until H is positive definite; then ValueError.
+    """
     mean = hessian.diagonal().mean()
     for attempt in range(4):
         damped = hessian.clone()
@@ -22,5 +25,6 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
             if not failed:
                 return upper
     raise ValueError(
-        f"hessian: expected a positive definite matrix, got one that stays singular with damp={damp * 1000}"
+        "hessian: expected a positive definite matrix, got one that stays singular with "
+        f"damp={damp * 1000}"
     )

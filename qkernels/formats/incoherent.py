@@ -1,10 +1,10 @@
-"""What QuIP and QuIP# share: a weight that lies on its grid only between two orthogonal transforms.
+"""Base class of QuIP and QuIP#: formats with their codes between two orthogonal transforms.
 
     W = diag(post) P_out^T T_out  G  T_in P_in diag(pre)          y = W x, from right to left
 
-G (N, K) is what the codes stand for. T are Kronecker products of small matrices (transforms.py)
-divided by their norm, P permutations. On the input side T_in is the transpose of the product, as
-QuIP# has it.
+G (N, K) are the decoded codes. Each T is a Kronecker product of small matrices (transforms.py)
+divided by its transform scale, each P a permutation. T_in is the transpose of the product, as in
+QuIP#. Such transforms make the weight incoherent: they spread its large entries over all others.
 """
 
 from __future__ import annotations
@@ -24,49 +24,54 @@ from .types import Params, Shape
 
 
 class Side(NamedTuple):
-    """One of the transforms. norm: what the factors' product is divided by to be orthogonal.
+    """The transform on the input side or on the output side.
 
-    diagonal: `pre` or `post`, (features). perm: which outer feature each inner one is; None for its
-    own.
+    "Outer" features are those of the layer, "inner" features those of G.
+
+    Attributes:
+        factors: the small matrices of the Kronecker product.
+        scale: the transform scale, which divides the product of the factors to make it orthogonal.
+        diagonal: `pre` or `post`, (features).
+        perm: the outer feature of each inner one; None where they are the same.
     """
 
     factors: list[Tensor]
-    norm: float
+    scale: float
     diagonal: Tensor
     perm: Tensor | None = None
 
     def inner(self, x: Tensor) -> Tensor:
-        """diag(norm) T^T P diag(diagonal) x for each row of x (..., features)."""
+        """T^T P diag(diagonal) x for each row of x (..., features)."""
         x = x * self.diagonal.to(x.dtype)
         if self.perm is not None:
             x = x[..., self.perm]
-        return kronecker(x, self.factors, transposed=True) / self.norm
+        return kronecker(x, self.factors, transposed=True) / self.scale
 
     def outer(self, y: Tensor) -> Tensor:
         """diag(diagonal) P^T T y for each row of y: the transpose of `inner`."""
-        y = kronecker(y, self.factors) / self.norm
+        y = kronecker(y, self.factors) / self.scale
         if self.perm is not None:
             y = torch.empty_like(y).index_copy_(-1, self.perm, y)
         return y * self.diagonal.to(y.dtype)
 
 
 class IncoherentFormat(Format):
-    """A format whose codes are read between two transforms. Not to be cut: its features are mixed."""
+    """A format with codes between two transforms. It cannot be cut, because features are mixed."""
 
     algorithms = ("ldlq",)
-    #: H = mean of x x^T; what the transforms are drawn from; rounds of coordinate descent after
-    #: LDLQ
+    #: hessian: H, the mean of x x^T. seed: of the random transforms. passes: rounds of coordinate
+    #: descent after LDLQ.
     quantize_only = {"hessian": None, "seed": 0, "passes": 2}
 
     @abstractmethod
     def sides(
         self, tensors: Mapping[str, Tensor], shape: Shape, params: Params
     ) -> tuple[Side, Side]:
-        """(input's, output's)."""
+        """The transforms on the input side and on the output side."""
 
     @abstractmethod
     def grid_values(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> Tensor:
-        """G, float32 (N, K)."""
+        """G, the decoded codes, float32 (N, K)."""
 
     def dequantize(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> Tensor:
         before, after = self.sides(tensors, shape, params)
@@ -80,32 +85,34 @@ class IncoherentFormat(Format):
         return WEIGHT_ONLY
 
     def obstacle(self, shape: Shape, params: Params) -> str | None:
-        for orders in self.orders(shape):
-            kept = self.kept(orders)
-            held = math.prod(
-                max(16, 1 << (order - 1).bit_length()) for order in kept[:1] + kept[1:][-1:]
+        for orders in self.factor_orders(shape):
+            loaded = self.loaded_orders(orders)
+            entries = math.prod(
+                max(16, 1 << (order - 1).bit_length()) for order in loaded[:1] + loaded[1:][-1:]
             )
-            if max(kept, default=1) > LARGEST_FACTOR or held > 8192:
+            if max(loaded, default=1) > LARGEST_FACTOR or entries > 8192:
                 return f"its transform has factors of {orders}, too large for one program"
         return None
 
-    def kept(self, orders: tuple[int, ...]) -> tuple[int, ...]:
-        """Those of a side's orders whose factors kernels read; they make the others themselves."""
+    def loaded_orders(self, orders: tuple[int, ...]) -> tuple[int, ...]:
+        """Orders of the factors that kernels load; they compute the factors after those."""
         return orders
 
     @abstractmethod
-    def orders(self, shape: Shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Orders of the factors of the input's and of the output's transform."""
+    def factor_orders(self, shape: Shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Orders of the factors of the input transform, and of the output transform."""
 
     def kernel_sides(
         self, tensors: Mapping[str, Tensor], shape: Shape, params: Params
     ) -> dict[str, Tensor]:
-        """`WeightOnlyParts.sides`."""
-        found = {}
+        """The tensors of both transforms that kernels load: `WeightOnlyParts.sides`."""
+        result = {}
         for name, side in zip(("input", "output"), self.sides(tensors, shape, params), strict=True):
-            found[f"{name}.diagonal"] = side.diagonal
-            kept = side.factors[: len(self.kept(tuple(f.shape[0] for f in side.factors)))]
-            found |= {f"{name}.factor{i}": f.contiguous() for i, f in enumerate(kept)}
+            result[f"{name}.diagonal"] = side.diagonal
+            count = len(self.loaded_orders(tuple(f.shape[0] for f in side.factors)))
+            result |= {
+                f"{name}.factor{i}": f.contiguous() for i, f in enumerate(side.factors[:count])
+            }
             if side.perm is not None:
-                found[f"{name}.perm"] = side.perm.to(torch.int32)
-        return found
+                result[f"{name}.perm"] = side.perm.to(torch.int32)
+        return result

@@ -9,9 +9,11 @@ Matmul (x is (M, K)):
     q                round-half-even(x * 127 / a), outlier columns zeroed
     y                (q @ weight^T) * a * SCB / 127^2  +  x[:, outliers] @ W[:, outliers]^T
 
-A row's result therefore depends on its batch-mates, as in the paper. With one row, outlier columns
-are outlier elements; batch-invariant mode computes every row so, as if it were alone. Source:
-Dettmers et al. 2022 (arXiv 2208.07339); bitsandbytes 0.50.
+A row's result therefore depends on the other rows of the batch, as in the paper. With a single row
+the outlier columns are its outlier elements; batch-invariant mode computes every row as if it were
+alone.
+
+Source: Dettmers et al. 2022 (arXiv 2208.07339); bitsandbytes 0.50.
 """
 
 from __future__ import annotations
@@ -57,8 +59,8 @@ class Int8(Format):
             )
 
     def quantize(self, weight: Tensor, params: Params) -> dict[str, Tensor]:
-        # bitsandbytes quantizes the float16 copy of the weight. No clamp to its range: a weight
-        # beyond 65504 is no float16 and stays what it is.
+        # bitsandbytes quantizes the float16 copy of the weight. Nothing is clamped to the range of
+        # float16: a weight beyond 65504 has no float16 copy and stays unchanged.
         absmax = weight.abs().amax(dim=1)
         codes = torch.round(weight * (127 * reciprocal_or_zero(absmax))[:, None])
         return {

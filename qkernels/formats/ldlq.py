@@ -1,13 +1,13 @@
-"""LDLQ: rounding that passes errors on, inside the transforms of QuIP and QuIP#.
+"""LDLQ, the rounding of QuIP and QuIP#: it propagates rounding errors, between the transforms.
 
-Minimizes tr((W - Q) H (W - Q)^T) as GPTQ does, from the last column to the first: with H = L D L^T,
-L unit lower triangular in blocks, and E = W - Q, it is the sum over blocks k of (E L)_k D_k (E
-L)_k^T, and
+Like GPTQ it minimizes tr((W - Q) H (W - Q)^T), but from the last column to the first. With
+H = L D L^T, L unit lower triangular in blocks, and E = W - Q, that trace is the sum over blocks k
+of (E L)_k D_k (E L)_k^T, and
 
     Q_k = round(W_k + sum over j > k of E_j L_jk)
 
-makes each term as small as rounding can. Blocks are single columns for integer grids, 8 columns for
-codes of eight weights. Coordinate descent afterwards rounds each block again, all others fixed.
+makes each term as small as rounding can. A block is one column for integer grids, and 8 columns for
+codes of eight weights. Coordinate descent then rounds each block again with all others fixed.
 
 Sources: Chee et al. 2023 (arXiv 2307.13304), section 3; Tseng et al. 2024 (arXiv 2402.04396),
 section 4.1.
@@ -24,17 +24,17 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .incoherent import Side
 
-#: columns brought up to date in one product
+#: columns that one product updates
 LAZY = 128
 #: fraction of the mean diagonal added to the diagonal of H
 DAMP = 0.01
 
+#: targets (N, block) -> (codes (N, any), their values (N, block))
 Rounder = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def input_scale(weight: Tensor, hessian: Tensor | None) -> Tensor:
-    """What inputs are multiplied by, (K), so that weights (divided by it) and inputs share their
-    ranges.
+    """Factors of the inputs, (K), that give inputs and weights (divided by them) the same range.
 
     (diag W^T W / diag H)^(1/4), the square root of the ratio of their root mean squares; 1 without
     H.
@@ -48,28 +48,34 @@ def input_scale(weight: Tensor, hessian: Tensor | None) -> Tensor:
     return (scale / scale.log().mean().exp()).clamp(2.0**-10, 2.0**10)
 
 
-def to_inside(
+def inner_weight(
     weight: Tensor, hessian: Tensor | None, before: Side, after: Side
 ) -> tuple[Tensor, Tensor | None]:
-    """W (N, K) and H (K, K) as they are between the transforms, float32."""
+    """W (N, K) and H (K, K) between the transforms, float32."""
     inverse_in = before._replace(diagonal=before.diagonal.float().reciprocal())
     inverse_out = after._replace(diagonal=after.diagonal.float().reciprocal())
-    inside = inverse_out.inner(inverse_in.inner(weight.float()).T).T
+    inner = inverse_out.inner(inverse_in.inner(weight.float()).T).T
     if hessian is None:
-        return inside, None
+        return inner, None
     if hessian.shape != (weight.shape[1],) * 2:
         k = weight.shape[1]
         raise ValueError(f"hessian: expected shape ({k}, {k}), got {tuple(hessian.shape)}")
-    return inside, before.inner(before.inner(hessian.float()).T)
+    return inner, before.inner(before.inner(hessian.float()).T)
 
 
 def ldlq(
     weight: Tensor, hessian: Tensor | None, rounder: Rounder, *, block: int, passes: int = 0
 ) -> Tensor:
-    """Codes of weight (N, K). rounder: (N, block) targets -> codes (N, any) and their values (N,
-    block).
+    """Codes of a weight (N, K), the codes of all blocks side by side.
 
-    Raises ValueError for an H that stays singular.
+    Args:
+        hessian: H (K, K); None rounds each block to nearest.
+        rounder: rounds the targets of one block.
+        block: columns of a block.
+        passes: rounds of coordinate descent afterwards.
+
+    Raises:
+        ValueError: for a singular H.
     """
     _n, k = weight.shape
     if hessian is None:
@@ -91,13 +97,13 @@ def ldlq(
         begin = max(0, end - lazy)
         targets = weight[:, begin:end] + error[:, end:] @ lower[end:, begin:end]
         for i in range(end - block, begin - 1, -block):
-            own = slice(i, i + block)
+            columns = slice(i, i + block)
             target = (
                 targets[:, i - begin : i - begin + block]
-                + error[:, i + block : end] @ lower[i + block : end, own]
+                + error[:, i + block : end] @ lower[i + block : end, columns]
             )
             codes[i // block], value = rounder(target)
-            error[:, own] = weight[:, own] - value
+            error[:, columns] = weight[:, columns] - value
     for _ in range(passes):
         _descend(weight, error, codes, h, rounder, block, lazy)
     return torch.cat(codes, 1)
@@ -112,17 +118,17 @@ def _descend(
     block: int,
     lazy: int,
 ) -> None:
-    """Rounds every block again to what is best if all others stay; changes `error` and `codes`."""
+    """Round every block again to its best codes with all others fixed; changes `error`, `codes`."""
     k = weight.shape[1]
     for begin in range(0, k, lazy):
         end = min(begin + lazy, k)
-        gradient = error @ h[:, begin:end]  # kept up to date within begin..end
+        gradient = error @ h[:, begin:end]  # updated below for the columns begin..end
         for i in range(begin, end, block):
-            own = slice(i, i + block)
-            inside = slice(i - begin, i - begin + block)
-            step = torch.linalg.solve(h[own, own], gradient[:, inside], left=False)
-            value = weight[:, own] - error[:, own]
+            columns = slice(i, i + block)
+            local = slice(i - begin, i - begin + block)
+            step = torch.linalg.solve(h[columns, columns], gradient[:, local], left=False)
+            value = weight[:, columns] - error[:, columns]
             codes[i // block], rounded = rounder(value + step)
             change = value - rounded
-            error[:, own] += change
-            gradient += change @ h[own, begin:end]
+            error[:, columns] += change
+            gradient += change @ h[columns, begin:end]

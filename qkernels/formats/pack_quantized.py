@@ -2,14 +2,16 @@
 
     weight_packed      int32 (N, ceil(K*bits/32))   codes, a bit stream along each row (see bits.py)
     weight_scale       float (N, G)                 G = ceil(K / group_size)
-    weight_zero_point  int32 (ceil(N*bits/32), G)   zero points, a bit stream along N; asymmetric only
+    weight_zero_point  int32 (ceil(N*bits/32), G)   zeros, a bit stream along N; asymmetric only
     weight_g_idx       int32 (K)                    group of each input feature; act-order only
     weight_shape       int (2)                      N, K
 
-    W[n, k] = weight_scale[n, g] * (code[n, k] - zero[n, g]),  g = k // group_size or weight_g_idx[k]
+    W[n, k] = weight_scale[n, g] * (code[n, k] - zero[n, g])
+    g = k // group_size or weight_g_idx[k]
 
-Codes and zeros are the signed integers of their quantizer plus 2^(bits-1), so the zero of a
-symmetric grid, which is not stored, is 2^(bits-1). It is GPTQ's grid in another order of bytes.
+compressed-tensors' quantizer has signed integers; stored codes and zeros are those plus
+2^(bits-1). The zero of a symmetric grid is not stored, and is 2^(bits-1). The grid is GPTQ's; only
+the order of the bytes differs.
 
 Source: vllm-project/compressed-tensors, `PackedQuantizationCompressor`.
 """
@@ -24,15 +26,15 @@ from torch import Tensor
 
 from ..layouts.weight_only import WEIGHT_ONLY, WeightOnlyParts, WeightOnlyTraits
 from . import bits, compressed_tensors
-from . import grid as affine
 from .base import FLOATS, TensorSpec
+from .grid import Grid, check_group_index, cut_groups, cut_sizes, group_count
 from .grouped import Grouped
 from .types import Params, Shape
 
 STORAGE = "pack-quantized"
-#: compressed-tensors' values; only the first three have a weight_g_idx
+#: values of compressed-tensors' `actorder`; only the first three have a weight_g_idx
 _ACT_ORDERS = ("group", "dynamic", True, "weight", "static", False, None)
-#: code widths the fused kernels decode
+#: code widths that fused kernels decode
 _KERNEL_BITS = (2, 3, 4, 8)
 
 
@@ -50,7 +52,7 @@ class PackQuantized(Grouped):
 
     def specs(self, shape: Shape, params: Params) -> dict[str, TensorSpec]:
         (n, k), b = shape, params["bits"]
-        g = affine.groups(k, params["group_size"])
+        g = group_count(k, params["group_size"])
         specs = {
             "weight_packed": TensorSpec((torch.int32,), (n, bits.words(k, b))),
             "weight_scale": TensorSpec(FLOATS, (n, g)),
@@ -63,7 +65,7 @@ class PackQuantized(Grouped):
         return specs
 
     def cuts(self, shape: Shape, params: Params) -> Shape:
-        return affine.cuts(params, bits.codes_per_words(params["bits"]))
+        return cut_sizes(params, bits.codes_per_words(params["bits"]))
 
     def cut(
         self,
@@ -74,19 +76,17 @@ class PackQuantized(Grouped):
         begin: int,
         end: int,
     ) -> tuple[dict[str, Tensor], Params]:
-        found, params = super().cut(tensors, shape, params, dim, begin, end)
-        found["weight_shape"] = found["weight_shape"].clone()
-        found["weight_shape"][dim] = end - begin
-        if dim == 1 and "weight_g_idx" in found:
-            index, kept, size = affine.cut_groups(
-                found["weight_g_idx"], params["group_size"], begin, end
-            )
+        part, params = super().cut(tensors, shape, params, dim, begin, end)
+        part["weight_shape"] = part["weight_shape"].clone()
+        part["weight_shape"][dim] = end - begin
+        if dim == 1 and "weight_g_idx" in part:
+            index, groups, size = cut_groups(part["weight_g_idx"], params["group_size"], begin, end)
             for name in ("weight_scale", "weight_zero_point"):
-                if name in found:
-                    found[name] = tensors[name][:, kept].contiguous()
-            found["weight_g_idx"] = index
+                if name in part:
+                    part[name] = tensors[name][:, groups].contiguous()
+            part["weight_g_idx"] = index
             params = {**params, "group_size": size}
-        return found, params
+        return part, params
 
     def take_rows(
         self, tensors: Mapping[str, Tensor], shape: Shape, params: Params, index: Tensor
@@ -94,8 +94,8 @@ class PackQuantized(Grouped):
         taken = dict(tensors)
         for name in ("weight_packed", "weight_scale"):
             taken[name] = tensors[name][index]
-        taken["weight_shape"] = torch.stack([torch.full_like(tensors["weight_shape"][0], index.numel()),
-                                             tensors["weight_shape"][1]])  # fmt: skip
+        n, k = tensors["weight_shape"]
+        taken["weight_shape"] = torch.stack([torch.full_like(n, index.numel()), k])
         if "weight_zero_point" in tensors:
             zeros = bits.take_rows(tensors["weight_zero_point"], params["bits"], index)
             taken["weight_zero_point"] = bits.pack_rows(zeros, params["bits"])
@@ -106,22 +106,23 @@ class PackQuantized(Grouped):
         self.check_finite("weight_scale", tensors["weight_scale"])
         if tensors["weight_shape"].tolist() != list(shape):
             raise ValueError(
-                f"{self.name}: weight_shape: expected {list(shape)}, got {tensors['weight_shape'].tolist()}"
+                f"{self.name}: weight_shape: expected {list(shape)}, "
+                f"got {tensors['weight_shape'].tolist()}"
             )
         if params["act_order"]:
-            affine.check_group_index(self.name, "weight_g_idx", tensors["weight_g_idx"], k, params)
+            check_group_index(self.name, "weight_g_idx", tensors["weight_g_idx"], k, params)
         streams = {"weight_packed": (tensors["weight_packed"].T, k)}
         if not params["symmetric"]:
             streams["weight_zero_point"] = (tensors["weight_zero_point"], n)
         for name, (stream, count) in streams.items():
-            # Only the last word of a stream that does not fill it can hold such bits.
+            # Only a stream that does not fill its last word has bits after its last code.
             if count * b % 32 and not bits.padding_is_zero(stream, b, count):
                 raise ValueError(
                     f"{self.name}: {name}: expected zero bits behind the last code, got others"
                 )
 
     # ------------------------------------------------------------------ arithmetic
-    def from_grid(self, grid: affine.Grid, params: Params) -> dict[str, Tensor]:
+    def from_grid(self, grid: Grid, params: Params) -> dict[str, Tensor]:
         b = params["bits"]
         (n, k), device = grid.codes.shape, grid.codes.device
         tensors = {
@@ -132,7 +133,8 @@ class PackQuantized(Grouped):
         if params["symmetric"]:
             if not bool((grid.zero == 1 << (b - 1)).all()):
                 raise ValueError(
-                    f"{self.name}: symmetric: expected every zero point to be {1 << (b - 1)}, got others"
+                    f"{self.name}: symmetric: expected every zero point to be {1 << (b - 1)}, "
+                    "got others"
                 )
         else:
             tensors["weight_zero_point"] = bits.pack_rows(grid.zero, b)
@@ -144,10 +146,10 @@ class PackQuantized(Grouped):
             )
         return tensors
 
-    def to_grid(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> affine.Grid:
+    def to_grid(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> Grid:
         codes = bits.unpack_rows(tensors["weight_packed"].T, params["bits"], shape[1]).T
         zeros = self._zeros(tensors, shape, params)
-        return affine.Grid(
+        return Grid(
             codes=codes.contiguous(),
             scale=tensors["weight_scale"],
             zero=zeros,

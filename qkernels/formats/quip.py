@@ -1,15 +1,17 @@
 """QuIP: integers of one uniform grid, between random orthogonal transforms.
 
-    W = P_out^T (out0 (x) out1 ..)  scale * (code - (2^bits - 1) / 2)  (in0 (x) in1 ..)^T P_in diag(in_scale)
+    W = P_out^T (out0 (x) out1 ..)  G  (in0 (x) in1 ..)^T P_in diag(in_scale)
+    G = scale * (code - (2^bits - 1) / 2)
 
     qweight      int32 (K*bits/32, N)   codes, a bit stream along K (see bits.py)
     scale        float32 ()             one step of the grid
-    in_scale     float16 (K)            what inputs are multiplied by before they are mixed
-    in0, in1 ..  float16 (p, p), (q, q) ..   orthogonal, drawn at random; p * q .. = K, transforms.balanced
+    in_scale     float16 (K)            factors of the inputs before they are mixed
+    in0, in1 ..  float16 (p, p), (q, q) ..   random orthogonal; p * q .. = K, transforms.balanced
     out0, out1   float16                the same for N
     perm_seeds   int64 (2)              P_in and P_out are transforms.random_permutation of these
 
-There is no public storage of it to be compatible with: its authors' code keeps dequantized weights.
+There is no public storage format to be compatible with: the authors' code stores dequantized
+weights.
 
 Source: Chee et al. 2023, arXiv 2307.13304.
 """
@@ -29,8 +31,8 @@ from .incoherent import IncoherentFormat, Side
 from .transforms import balanced, random_orthogonal, random_permutation
 from .types import Params, Shape
 
-#: step of the uniform grid of 2^bits values that is nearest to Gaussian weights (Max 1960, table
-#: II)
+#: bits -> step of the uniform grid of 2^bits values that fits Gaussian weights best (Max 1960,
+#: table II)
 GAUSSIAN_STEP = {2: 0.9957, 3: 0.5860, 4: 0.3352}
 
 
@@ -38,9 +40,9 @@ class Quip(IncoherentFormat):
     name = "quip"
     summary = "2/3/4-bit integers between random orthogonal transforms (QuIP)"
     defaults = {"bits": 2}
-    #: rescale: inputs by how large they and their weights are, as the paper does. Calibration then
-    #: counts for
-    #: more, and here too much: SmolLM2 at 4 bits loses with it (bench/results/low-bit.md).
+    #: rescale: scale the inputs by the magnitudes of inputs and weights, as the paper does. It
+    #: gives calibration more weight, and here too much: SmolLM2 at 4 bits loses accuracy with it
+    #: (bench/results/low-bit.md).
     quantize_only = {**IncoherentFormat.quantize_only, "rescale": False}
 
     def check_params(self, shape: Shape, params: Params) -> None:
@@ -87,7 +89,7 @@ class Quip(IncoherentFormat):
         )
         return Side(before, 1.0, tensors["in_scale"], perms[0]), Side(after, 1.0, ones, perms[1])
 
-    def orders(self, shape: Shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def factor_orders(self, shape: Shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return balanced(shape[1]), balanced(shape[0])
 
     def grid_values(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> Tensor:
@@ -101,20 +103,23 @@ class Quip(IncoherentFormat):
         device, top = weight.device, (1 << params["bits"]) - 1
         generator = torch.Generator().manual_seed(params["seed"])
         factors = _factors((n, k)).items()
-        kept = {name: random_orthogonal(order, generator).to(device) for name, order in factors}
+        transform = {
+            name: random_orthogonal(order, generator).to(device) for name, order in factors
+        }
         scale_by = params["hessian"] if params["rescale"] else None
-        kept["in_scale"] = ldlq.input_scale(weight, scale_by).half()
-        kept["perm_seeds"] = torch.randint(0, 1 << 31, (2,), generator=generator).to(device)
-        before, after = self.sides(kept, (n, k), params)
-        inside, hessian = ldlq.to_inside(weight, params["hessian"], before, after)
-        scale = inside.square().mean().sqrt().clamp(min=1e-12) * GAUSSIAN_STEP[params["bits"]]
+        transform["in_scale"] = ldlq.input_scale(weight, scale_by).half()
+        transform["perm_seeds"] = torch.randint(0, 1 << 31, (2,), generator=generator).to(device)
+        before, after = self.sides(transform, (n, k), params)
+        inner, hessian = ldlq.inner_weight(weight, params["hessian"], before, after)
+        scale = inner.square().mean().sqrt().clamp(min=1e-12) * GAUSSIAN_STEP[params["bits"]]
 
         def round_to_codes(target: Tensor) -> tuple[Tensor, Tensor]:
             codes = torch.round(target + top / 2).clamp_(0, top)
             return codes.to(torch.uint8), codes - top / 2
 
-        codes = ldlq.ldlq(inside / scale, hessian, round_to_codes, block=1, passes=params["passes"])
-        return {"qweight": bits.pack_rows(codes.T, params["bits"]), "scale": scale.float(), **kept}
+        codes = ldlq.ldlq(inner / scale, hessian, round_to_codes, block=1, passes=params["passes"])
+        qweight = bits.pack_rows(codes.T, params["bits"])
+        return {"qweight": qweight, "scale": scale.float(), **transform}
 
     # ------------------------------------------------------------------ kernel family
     def weight_only_traits(self, shape: Shape, params: Params) -> WeightOnlyTraits:
@@ -156,7 +161,7 @@ class Quip(IncoherentFormat):
 
 
 def _factors(shape: Shape) -> dict[str, int]:
-    """Names and orders of the orthogonal factors."""
+    """Name -> order of each orthogonal factor."""
     n, k = shape
     inputs = {f"in{i}": order for i, order in enumerate(balanced(k))}
     return inputs | {f"out{i}": order for i, order in enumerate(balanced(n))}

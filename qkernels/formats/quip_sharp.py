@@ -1,16 +1,16 @@
-"""QuIP#: E8P codes of eight weights each, between randomized Hadamard transforms.
+"""QuIP#: E8P codes, each of eight weights, between randomized Hadamard transforms.
 
     W = Wscale * diag(SV) H_N / sqrt(N)  decode(Qidxs)  H_K^T / sqrt(K) diag(SU)
 
     Qidxs        int16 (N, K / 8)     a code for 8 neighbouring columns (e8p.py)
     Qidxs_resid  int16 (N, K / 8), for 3 bits uint8: codes of the residual; only with 3 and 4 bits
-    SU, SV       float16 (K), (N)     signs, or any factors after fine-tuning
+    SU, SV       float16 (K), (N)     signs; any factors after fine-tuning
     Wscale       float32 ()
     codebook_id  int64 ()             7 is E8P alone
 
-`checkpoint_format="quip_sharp"` is what the public release keeps, 2 bits, N a multiple of 16 and K
-of 64: Qidxs int64 (N, K / 32), to be read as (N/16, K/64, 8, 4): word (i, j, g, c) has rows 16i +
-2g, + 1 and columns 64j + 16c .. + 15:
+`checkpoint_format="quip_sharp"` is the format of the public release, for 2 bits, N a multiple of 16
+and K of 64. Qidxs is int64 (N, K / 32), read as (N/16, K/64, 8, 4): word (i, j, g, c) has rows
+16i + 2g and 16i + 2g + 1, and columns 64j + 16c .. 64j + 16c + 15:
 
     bit 0..7           8..15          16..23         24..31         32 + 4s + i
         which of 256:  row 2g | +1  | row 2g, next | +1, next |     sign s of those four, i = 0..3
@@ -61,8 +61,8 @@ class QuipSharp(IncoherentFormat):
             params["bits"] != 2 or n % 16 or k % 64
         ):
             raise ValueError(
-                f"{self.name}: checkpoint_format: expected 'compact' for bits={params['bits']}, shape={shape}; "
-                "'quip_sharp' is for 2 bits, N a multiple of 16 and K of 64"
+                f"{self.name}: checkpoint_format: expected 'compact' for bits={params['bits']}, "
+                f"shape={shape}; 'quip_sharp' is for 2 bits, N a multiple of 16 and K of 64"
             )
 
     def specs(self, shape: Shape, params: Params) -> dict[str, TensorSpec]:
@@ -91,7 +91,7 @@ class QuipSharp(IncoherentFormat):
 
     # ------------------------------------------------------------------ codes
     def _codes(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> Tensor:
-        """int32 (N, K / 8), the residual's in the high 16 bits."""
+        """Codes int32 (N, K / 8), with the residual's in the high 16 bits."""
         stored = tensors["Qidxs"]
         codes = _unpack_public(stored) if stored.dtype == torch.int64 else stored.int() & 0xFFFF
         if "Qidxs_resid" in tensors:
@@ -116,10 +116,10 @@ class QuipSharp(IncoherentFormat):
         after = [f.to(device) for f in hadamard_factors(n)]
         return Side(before, math.sqrt(k), tensors["SU"]), Side(after, math.sqrt(n), tensors["SV"])
 
-    def orders(self, shape: Shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def factor_orders(self, shape: Shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return hadamard_orders(shape[1]), hadamard_orders(shape[0])
 
-    def kept(self, orders: tuple[int, ...]) -> tuple[int, ...]:
+    def loaded_orders(self, orders: tuple[int, ...]) -> tuple[int, ...]:
         return orders[:1] if orders[0] & (orders[0] - 1) else ()
 
     def grid_values(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> Tensor:
@@ -134,15 +134,15 @@ class QuipSharp(IncoherentFormat):
         signs = [torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1 for size in (k, n)]
         su, sv = (s.half().to(weight.device) for s in signs)
         before, after = self.sides({"SU": su, "SV": sv}, (n, k), params)
-        inside, hessian = ldlq.to_inside(weight, params["hessian"], before, after)
+        inner, hessian = ldlq.inner_weight(weight, params["hessian"], before, after)
         bits = params["bits"]
-        scale = inside.square().mean().sqrt().clamp(min=1e-12) / e8p.ROUNDING[bits].rms
+        scale = inner.square().mean().sqrt().clamp(min=1e-12) / e8p.ROUNDING[bits].rms
 
         def round_to_codes(target: Tensor) -> tuple[Tensor, Tensor]:
             codes = e8p.encode(target, bits)
             return codes[:, None], e8p.decode(codes, bits).to(target.dtype)
 
-        codes = ldlq.ldlq(inside / scale, hessian, round_to_codes, block=8, passes=params["passes"])
+        codes = ldlq.ldlq(inner / scale, hessian, round_to_codes, block=8, passes=params["passes"])
         return {
             **self._stored(codes, params),
             "SU": su,
@@ -154,21 +154,21 @@ class QuipSharp(IncoherentFormat):
     # ------------------------------------------------------------------ kernel family
     def weight_only_traits(self, shape: Shape, params: Params) -> WeightOnlyTraits:
         n, k = shape
-        whole, transform_scales = -(-k // 256) * 256, (math.sqrt(k), math.sqrt(n))
+        group, transform_scales = -(-k // 256) * 256, (math.sqrt(k), math.sqrt(n))
         return WeightOnlyTraits(
-            params["bits"], "e8p", "scale", whole, n, transform_scales=transform_scales
+            params["bits"], "e8p", "scale", group, n, transform_scales=transform_scales
         )
 
     def weight_only(
         self, tensors: Mapping[str, Tensor], shape: Shape, params: Params
     ) -> WeightOnlyParts:
-        kept = {name: tensors[name] for name in ("SU", "SV", "codebook_id")}
+        extra = {name: tensors[name] for name in ("SU", "SV", "codebook_id")}
         return WeightOnlyParts(
             codes=self._codes(tensors, shape, params),
             scaler_tensors={"absmax": tensors["Wscale"].view(1, 1) / 2},
             codebook=e8p.table(tensors["Qidxs"].device),
             sides=self.kernel_sides(tensors, shape, params),
-            extra=kept,
+            extra=extra,
         )
 
     def from_weight_only(
@@ -186,12 +186,13 @@ class QuipSharp(IncoherentFormat):
 
 
 def _low_16(codes: Tensor) -> Tensor:
+    """The low 16 bits of each code, as int16."""
     codes = codes & 0xFFFF
     return torch.where(codes >= 1 << 15, codes - (1 << 16), codes).to(torch.int16)
 
 
 def _pack_public(codes: Tensor) -> Tensor:
-    """int32 (N, K / 8) -> int64 (N, K / 32)."""
+    """Codes int32 (N, K / 8) -> Qidxs of the public release, int64 (N, K / 32)."""
     n, count = codes.shape
     box = codes.long().view(n // 16, 8, 2, count // 8, 4, 2)  # i, g, row, j, c, next
     four = box.permute(0, 3, 1, 4, 5, 2).reshape(n // 16, count // 8, 8, 4, 4)  # next, row

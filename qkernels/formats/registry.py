@@ -1,4 +1,4 @@
-"""The list of formats. A new format is a new module in this folder and one line here."""
+"""The list of formats. A new format is a new file in this folder and one line here."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def register(fmt: Format) -> None:
 
 
 def names() -> list[str]:
-    """Names of all storage formats, in the order they are listed in tables."""
+    """Names of all storage formats, in the order of tables."""
     return list(_FORMATS)
 
 
@@ -43,7 +43,7 @@ def get(name: str) -> Format:
         ) from None
 
 
-_OWN = (
+_BUILT_IN = (
     Fp16(),
     Bf16(),
     Gptq(),
@@ -58,5 +58,5 @@ _OWN = (
     Quip(),
     QuipSharp(),
 )
-for _fmt in (*_OWN, *GGUF_TYPES):
-    register(_fmt)
+for _format in (*_BUILT_IN, *GGUF_TYPES):
+    register(_format)

@@ -1,25 +1,24 @@
-"""SpQR: 2 to 4-bit codes in small groups, whose scales and zeros are 3-bit codes, and sparse
-outliers.
+"""SpQR: 2 to 4-bit codes in small groups with quantized scales and zeros, and sparse outliers.
 
     W[n, k] = scale[n, g] * (code[n, k] - zero[n, g]) + outlier[n, k],  g = k // group_size
     scale[n, g] = s_s * (scale_code[n, g] - s_z)        zero[n, g] = z_s * (zero_code[n, g] - z_z)
 
-with s_s, z_s, s_z, z_z in float16 shared by `row_group` neighbouring rows of a group. An outlier is
-added to what its code says, so it holds the difference. With `act_order` all columns are in the
-order of `in_perm`: column j is input feature in_perm[j].
+Scales and zeros are 3-bit codes; `row_group` neighbouring rows of a group share the float16 s_s,
+z_s, s_z and z_z. An outlier is added to the decoded weight, so it holds the difference. With
+`act_order` all columns are in the order of `in_perm`: column j is input feature in_perm[j].
 
-`checkpoint_format="compact"` stores nothing twice and nothing empty, for any bits and group sizes:
+`checkpoint_format="compact"` takes any bits and group sizes, and stores no redundant bytes:
 
     qweight       int32 (K*bits/32, N)   codes, a bit stream along K (see bits.py)
     qstats        int32 (N*6/32, G)      scale_code | zero_code << 3, a bit stream along N
     second_level  float16 (G, N/row_group, 4)   s_s, z_s, s_z, z_z
-    row_offsets   int32 (N + 1)          CSR: outliers of row n are row_offsets[n]..row_offsets[n + 1]
+    row_offsets   int32 (N + 1)          CSR: row n has outliers row_offsets[n]..row_offsets[n + 1]
     col_vals      int32 (outliers)       float16 value << 16 | column
     in_perm       int32 (K / 2)          two 16-bit indices, the first one low; only with act_order
 
-"spqr_quant" is what the public spqr-quant package keeps, 3 bits in tiles of 16 x 16, instead of the
-first three an int64 for each 16 columns of a row, `dense_weights` at (tile_row * G + g) * 16 + row
-% 16:
+"spqr_quant" is the format of the public spqr-quant package: 3 bits in tiles of 16 x 16. Instead of
+the first three tensors it has `dense_weights`, an int64 for each 16 columns of a row, at
+(tile_row * G + g) * 16 + row % 16:
 
     bit 0..2  3..5   6..53         54..61                                                62..63
         w_s | w_z | 16 codes | byte (row % 16) // 2 of the tile's {s_s, z_s, s_z, z_z} | 0
@@ -77,7 +76,8 @@ class Spqr(Format):
             )
         if k > 65536:
             raise ValueError(
-                f"{self.name}: shape: expected K up to 65536, 16-bit columns, got K={k}"
+                f"{self.name}: shape: expected K up to 65536, because outliers have 16-bit "
+                f"columns, got K={k}"
             )
         if params["act_order"] and k % 2:
             raise ValueError(f"{self.name}: act_order: expected an even K, got K={k}")
@@ -85,16 +85,16 @@ class Spqr(Format):
             got = (params["bits"], size, params["row_group"])
             if got != (3, TILE, TILE):
                 raise ValueError(
-                    f"{self.name}: checkpoint_format: expected 'compact' for bits, group_size, row_group = "
-                    f"{got}; 'spqr_quant' is for 3, 16, 16 only"
+                    f"{self.name}: checkpoint_format: expected 'compact' for bits, group_size, "
+                    f"row_group = {got}; 'spqr_quant' is for 3, 16, 16 only"
                 )
 
     # ------------------------------------------------------------------ tensors
     def cuts(self, shape: Shape, params: Params) -> Shape:
-        # In act-order a group's columns lie anywhere, and groups of unequal sizes cannot be said.
-        return min(shape[0], params["row_group"]), shape[1] if params["act_order"] else params[
-            "group_size"
-        ]
+        # In act-order the columns of a group may be anywhere. A cut would leave groups of unequal
+        # sizes, which the format cannot store.
+        columns = shape[1] if params["act_order"] else params["group_size"]
+        return min(shape[0], params["row_group"]), columns
 
     def cut(
         self,
@@ -105,23 +105,21 @@ class Spqr(Format):
         begin: int,
         end: int,
     ) -> tuple[dict[str, Tensor], Params]:
-        """Outliers go with their rows or columns."""
+        """Each part gets the outliers of its rows or columns."""
         grid = self._grid(tensors, shape, params)
-        place = [_rows(grid.row_offsets), outlier_columns(grid.col_vals).long()]
-        kept = (place[dim] >= begin) & (place[dim] < end)
-        place[dim] = place[dim] - begin
+        position = [_outlier_rows(grid.row_offsets), outlier_columns(grid.col_vals).long()]
+        inside = (position[dim] >= begin) & (position[dim] < end)
+        position[dim] = position[dim] - begin
         part = (end - begin, shape[1]) if dim == 0 else (shape[0], end - begin)
-        counts = torch.bincount(place[0][kept], minlength=part[0])
+        counts = torch.bincount(position[0][inside], minlength=part[0])
         offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(grid.row_offsets.dtype)
-        col_vals = pack_outliers(outlier_values(grid.col_vals)[kept], place[1][kept])
+        col_vals = pack_outliers(outlier_values(grid.col_vals)[inside], position[1][inside])
         if dim == 0:
-            rows, levels = (
-                slice(begin, end),
-                slice(begin // params["row_group"], -(-end // params["row_group"])),
-            )
+            rows = slice(begin, end)
+            row_groups = slice(begin // params["row_group"], -(-end // params["row_group"]))
             cut = SpqrGrid(
                 grid.codes[rows], grid.scale_codes[rows], grid.zero_codes[rows],
-                grid.second_level[:, levels].contiguous(), offsets, col_vals, grid.perm,
+                grid.second_level[:, row_groups].contiguous(), offsets, col_vals, grid.perm,
             )  # fmt: skip
         else:
             groups = slice(begin // params["group_size"], end // params["group_size"])
@@ -161,8 +159,8 @@ class Spqr(Format):
             or bool((offsets.diff() < 0).any())
         ):
             raise ValueError(
-                f"{self.name}: row_offsets: expected values rising from 0 to {col_vals.numel()}, the length "
-                f"of col_vals; got {int(offsets[0])}..{int(offsets[-1])}, "
+                f"{self.name}: row_offsets: expected values rising from 0 to {col_vals.numel()}, "
+                f"the length of col_vals; got {int(offsets[0])}..{int(offsets[-1])}, "
                 f"{int((offsets.diff() < 0).sum())} of them falling"
             )
         if col_vals.numel():
@@ -172,9 +170,8 @@ class Spqr(Format):
                     f"{self.name}: col_vals: expected columns below {k}, got {int(columns.max())}"
                 )
             self.check_finite("col_vals", outlier_values(col_vals))
-            rows = _rows(offsets)
-            place = rows * k + columns
-            if bool((place.diff() <= 0).any()):
+            position = _outlier_rows(offsets) * k + columns
+            if bool((position.diff() <= 0).any()):
                 raise ValueError(
                     f"{self.name}: col_vals: expected columns rising within each row, got others"
                 )
@@ -191,15 +188,15 @@ class Spqr(Format):
         grid = self._grid(tensors, shape, params)
         name = "dense_weights" if params["checkpoint_format"] == "spqr_quant" else "second_level"
         self.check_finite(name, grid.second_level)
-        again = self.from_spqr(grid, shape, params)
+        repacked = self.from_spqr(grid, shape, params)
         for key in ("dense_weights", "qweight", "qstats"):
-            if key in tensors and not torch.equal(again[key], tensors[key]):
+            if key in tensors and not torch.equal(repacked[key], tensors[key]):
                 raise ValueError(
                     f"{self.name}: {key}: expected zero bits behind the last code, got others"
                 )
 
     def quantize(self, weight: Tensor, params: Params) -> dict[str, Tensor]:
-        """SpQR without calibration: every input counts the same, and errors are not passed on."""
+        """SpQR without calibration: all inputs count the same, and no error is propagated."""
         from .spqr_search import spqr
 
         grid = spqr(
@@ -214,7 +211,7 @@ class Spqr(Format):
         return self.from_spqr(grid, (weight.shape[0], weight.shape[1]), params)
 
     def from_spqr(self, grid: SpqrGrid, shape: Shape, params: Params) -> dict[str, Tensor]:
-        """Stored tensors of a weight in SpQR's terms (quantizers/spqr.py)."""
+        """A weight in SpQR's terms (spqr_search.py) -> stored tensors."""
         if params["checkpoint_format"] == "spqr_quant":
             tensors = {"dense_weights": _pack_dense(grid)}
         else:
@@ -230,6 +227,7 @@ class Spqr(Format):
         return tensors
 
     def _grid(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> SpqrGrid:
+        """The inverse of `from_spqr`."""
         n, k = shape
         if params["checkpoint_format"] == "spqr_quant":
             codes, scale_codes, zero_codes, second_level = _unpack_dense(
@@ -247,7 +245,7 @@ class Spqr(Format):
     def dequantize(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> Tensor:
         grid = self._grid(tensors, shape, params)
         weight = grid.dense(params["row_group"])
-        rows, columns = _rows(grid.row_offsets), outlier_columns(grid.col_vals)
+        rows, columns = _outlier_rows(grid.row_offsets), outlier_columns(grid.col_vals)
         weight[rows, columns] += outlier_values(grid.col_vals).float()
         if grid.perm is None:
             return weight
@@ -315,7 +313,7 @@ class Spqr(Format):
 
     # ------------------------------------------------------------------ checkpoints
     def to_hf_config(self, params: Params, skipped: list[str]) -> dict[str, Any] | None:
-        """spqr-quant's tensors go by its config, which transformers reads; ours by our own."""
+        """spqr-quant's own config, which transformers reads; our own config for "compact"."""
         if params["checkpoint_format"] != "spqr_quant":
             return super().to_hf_config(params, skipped)
         return {
@@ -341,18 +339,20 @@ class Spqr(Format):
         }
 
 
-def _rows(row_offsets: Tensor) -> Tensor:
+def _outlier_rows(row_offsets: Tensor) -> Tensor:
     """The row of each outlier, int64."""
     rows = torch.arange(row_offsets.numel() - 1, device=row_offsets.device)
     return rows.repeat_interleave(row_offsets.diff().long())
 
 
 def _pack_perm(perm: Tensor) -> Tensor:
+    """int64 (K) -> in_perm, int32 (K / 2)."""
     pairs = perm.view(-1, 2).to(torch.int32)
     return pairs[:, 0] | (pairs[:, 1] << 16)
 
 
 def _unpack_perm(in_perm: Tensor) -> Tensor:
+    """in_perm, int32 (K / 2) -> int64 (K)."""
     return torch.stack([in_perm & 0xFFFF, (in_perm >> 16) & 0xFFFF], 1).flatten().long()
 
 
@@ -361,7 +361,7 @@ _SECOND_LEVEL_BIT = STAT_BITS * (TILE + 2)
 
 
 def _pack_dense(grid: SpqrGrid) -> Tensor:
-    """int64 (tile rows * G * 16)."""
+    """`dense_weights` of a grid, int64 (tile rows * G * 16)."""
     n, g = grid.scale_codes.shape
     rows = grid.second_level.shape[1] * TILE
     device = grid.codes.device
@@ -370,18 +370,18 @@ def _pack_dense(grid: SpqrGrid) -> Tensor:
     fields[:n, :, 2:] = grid.codes.reshape(n, g, TILE).long()
     shifts = torch.arange(TILE + 2, device=device) * STAT_BITS
     words = (fields << shifts).sum(-1).view(-1, TILE, g).transpose(1, 2)  # (tile rows, G, 16)
-    pieces = grid.second_level.contiguous().view(torch.uint8).transpose(0, 1)  # (tile rows, G, 8)
-    words = words | (pieces.repeat_interleave(2, -1).long() << _SECOND_LEVEL_BIT)
+    level_bytes = grid.second_level.contiguous().view(torch.uint8).transpose(0, 1)
+    words = words | (level_bytes.repeat_interleave(2, -1).long() << _SECOND_LEVEL_BIT)
     return words.flatten()
 
 
 def _unpack_dense(words: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The inverse: codes (N, K), scale_codes, zero_codes (N, G), second_level (G, R, 4)."""
+    """`dense_weights` -> codes (N, K), scale_codes, zero_codes (N, G), second_level (G, R, 4)."""
     n, k = shape
     g = k // TILE
     tiles = words.view(-1, g, TILE)
-    pieces = ((tiles[:, :, ::2] >> _SECOND_LEVEL_BIT) & 0xFF).to(torch.uint8)
-    second_level = pieces.transpose(0, 1).contiguous().view(torch.float16)
+    level_bytes = ((tiles[:, :, ::2] >> _SECOND_LEVEL_BIT) & 0xFF).to(torch.uint8)
+    second_level = level_bytes.transpose(0, 1).contiguous().view(torch.float16)
     shifts = torch.arange(TILE + 2, device=words.device) * STAT_BITS
     fields = ((tiles.transpose(1, 2).reshape(-1, g, 1)[:n] >> shifts) & STAT_TOP).to(torch.uint8)
     codes = fields[..., 2:].reshape(n, k)

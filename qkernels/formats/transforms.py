@@ -1,11 +1,11 @@
 """Orthogonal transforms that spread a weight's large entries over all others (QuIP, QuIP#).
 
 All are Kronecker products of small square matrices, A0 (x) A1 (x) ..., applied to the last
-dimension of a tensor: with x seen as an (a0, a1, ...) box, A_i mixes axis i. Cost per element: a0 +
-a1 + ..., instead of their product.
+dimension of a tensor: with x viewed as an (a0, a1, ...) box, A_i mixes axis i. The cost per element
+is a0 + a1 + ..., instead of their product.
 
 Sources: Chee et al. 2023 (arXiv 2307.13304) for random orthogonal factors, Tseng et al. 2024 (arXiv
-2402.04396) for Hadamard ones; Paley 1933 for Hadamard matrices whose order is no power of two.
+2402.04396) for Hadamard factors, Paley 1933 for Hadamard matrices whose order is no power of two.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ LARGEST_FACTOR = 128
 
 
 def kronecker(x: Tensor, factors: list[Tensor], *, transposed: bool = False) -> Tensor:
-    """(A0 (x) A1 (x) ...) x along the last dimension of x (..., n), in x's dtype; or its transpose."""
+    """(A0 (x) A1 (x) ...) x along the last dimension of x (..., n), in x's dtype.
+
+    transposed: apply the transpose of the product instead.
+    """
     shape = x.shape
     box = x.reshape(-1, *(f.shape[0] for f in factors))
     for axis, factor in enumerate(factors, start=1):
@@ -35,9 +38,9 @@ def kronecker(x: Tensor, factors: list[Tensor], *, transposed: bool = False) -> 
 # ---------------------------------------------------------------------- Hadamard
 @lru_cache(maxsize=64)
 def hadamard_orders(n: int) -> tuple[int, ...]:
-    """Orders of the factors of `hadamard_factors(n)`, the one that is no power of two first.
+    """Orders of the factors of `hadamard_factors(n)`; an order that is no power of two is first.
 
-    Raises ValueError if n's odd part is larger than LARGEST_FACTOR.
+    Raises ValueError if that order is larger than LARGEST_FACTOR.
     """
     odd = n // (n & -n)
     two = n // odd
@@ -48,12 +51,13 @@ def hadamard_orders(n: int) -> tuple[int, ...]:
             dense, two = 4 * odd, two // 4
         if dense > LARGEST_FACTOR:
             raise ValueError(
-                f"hadamard: expected a size whose odd part is at most {LARGEST_FACTOR}, got {n} = {odd} * {two}"
+                f"hadamard: expected a size whose odd part is at most {LARGEST_FACTOR}, "
+                f"got {n} = {odd} * {two}"
             )
     orders = [] if dense == 1 else [dense]
     if two > 1:
         bits = two.bit_length() - 1
-        count = max(1, bits // 4)  # orders of 16 to 128, which tensor cores take as they are
+        count = max(1, bits // 4)  # orders of 16 to 128, which tensor cores take without padding
         orders += [1 << (bits * (i + 1) // count - bits * i // count) for i in range(count)]
     return tuple(orders) or (1,)
 
@@ -61,8 +65,8 @@ def hadamard_orders(n: int) -> tuple[int, ...]:
 def hadamard_factors(n: int) -> list[Tensor]:
     """Factors, float16, of an n x n matrix H with H H^T = n I and entries of +-1.
 
-    Where n = 4b * 2^r with b odd has no Paley matrix of order 4b, or one too large, the odd part is
-    a real Fourier matrix (Hartley) instead: entries of at most sqrt(2).
+    n = 4b * 2^r with b odd needs a Paley matrix of order 4b. Where there is none, or it is too
+    large, the odd part is a real Fourier matrix (Hartley) with entries of at most sqrt(2).
     """
     return [_factor(order) for order in hadamard_orders(n)]
 
@@ -77,6 +81,7 @@ def _factor(order: int) -> Tensor:
 
 
 def _sylvester(order: int) -> Tensor:
+    """Sylvester's Hadamard matrix; the order is a power of two."""
     matrix = torch.ones(1, 1)
     while matrix.shape[0] < order:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
@@ -84,20 +89,25 @@ def _sylvester(order: int) -> Tensor:
 
 
 def _hartley(order: int) -> Tensor:
+    """The real Fourier matrix cos + sin."""
     angle = torch.arange(order).outer(torch.arange(order)) % order * (2 * math.pi / order)
     return (angle.double().cos() + angle.double().sin()).float()
 
 
 def _paley_field(order: int) -> tuple[int, int, int] | None:
-    """(construction, p, e) so that the field of p^e elements gives a Hadamard matrix of that order."""
+    """(1 or 2, p, e): which of Paley's constructions gives this order with a field of p^e elements.
+
+    None if neither does.
+    """
     for construction, q in ((1, order - 1), (2, order // 2 - 1)):
-        found = _prime_power(q)
-        if found is not None and q % 4 == (3 if construction == 1 else 1):
-            return (construction, *found)
+        power = _prime_power(q)
+        if power is not None and q % 4 == (3 if construction == 1 else 1):
+            return (construction, *power)
     return None
 
 
 def _prime_power(q: int) -> tuple[int, int] | None:
+    """(p, e) with p prime and q = p^e, or None."""
     for p in range(2, q + 1):
         if q % p == 0:
             e = 0
@@ -123,20 +133,21 @@ def _paley(order: int) -> Tensor:
 
 
 def _jacobsthal(p: int, e: int) -> Tensor:
-    """chi(a - b) for all a, b of the field of p^e elements, chi(x) = 0, 1, -1 for zero, squares,
-    others.
+    """chi(a - b) for all a, b of the field of p^e elements.
+
+    chi(x) is 0 for zero, 1 for squares and -1 for all other elements.
     """
     elements = list(itertools.product(range(p), repeat=e))
     modulus = _irreducible(p, e)
 
     def times(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
-        found = [0] * (2 * e - 1)
+        product = [0] * (2 * e - 1)
         for i, j in itertools.product(range(e), repeat=2):
-            found[i + j] = (found[i + j] + a[i] * b[j]) % p
+            product[i + j] = (product[i + j] + a[i] * b[j]) % p
         for i in range(2 * e - 2, e - 1, -1):  # x^e = -(modulus without its leading term)
             for j in range(e):
-                found[i - e + j] = (found[i - e + j] - found[i] * modulus[j]) % p
-        return tuple(found[:e])
+                product[i - e + j] = (product[i - e + j] - product[i] * modulus[j]) % p
+        return tuple(product[:e])
 
     squares = {times(a, a) for a in elements if any(a)}
     matrix = torch.zeros(len(elements), len(elements))
@@ -159,8 +170,9 @@ def _irreducible(p: int, e: int) -> tuple[int, ...]:
 # ---------------------------------------------------------------------- random
 @lru_cache(maxsize=64)
 def balanced(n: int) -> tuple[int, ...]:
-    """Two factors of n as near to each other as can be, three where one would be over 64: smallest
-    in the middle.
+    """The two factors of n that are nearest to each other.
+
+    If one of them is over 64, three factors, with the smallest in the middle.
     """
 
     def pairs(size: int) -> Iterator[tuple[int, int]]:
@@ -169,21 +181,20 @@ def balanced(n: int) -> tuple[int, ...]:
     two = max(pairs(n))
     if two[1] <= 64:
         return two
-    three = min(
-        (sorted((p, *max(pairs(q)))) for p, q in pairs(n)), key=lambda found: (found[2], sum(found))
-    )
+    three = min((sorted((p, *max(pairs(q)))) for p, q in pairs(n)), key=lambda f: (f[2], sum(f)))
     return three[1], three[0], three[2]
 
 
 def random_orthogonal(n: int, generator: torch.Generator) -> Tensor:
-    """A uniformly (Haar) distributed orthogonal matrix, float16 (n, n)."""
+    """A random orthogonal matrix, uniformly (Haar) distributed, float16 (n, n)."""
     q, r = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
     return (q * r.diagonal().sign()).half().contiguous()
 
 
 def random_permutation(n: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
-    """A permutation of n, int64, the same on every machine and version: indices sorted by their
-    SplitMix64.
+    """A permutation of n, int64: the indices sorted by their SplitMix64 hash.
+
+    It is the same on every machine and with every version of torch.
     """
     x = (
         torch.arange(1, n + 1, dtype=torch.int64) + (torch.tensor(seed) << 32)

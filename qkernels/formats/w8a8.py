@@ -1,15 +1,19 @@
 """SmoothQuant's W8A8: int8 weights and int8 activations, as compressed-tensors stores them.
 
-    weight int8 (N, K)    weight_scale float (N, 1), (N, G) with groups, or (1) with granularity "tensor"
-    weight_zero_point int8, shaped like weight_scale       only with symmetric_weight False
-    input_scale float (1), [input_zero_point int8 (1)]     only with activation "static"
+    weight             int8 (N, K)
+    weight_scale       float (N, 1); (N, G) with groups; (1) with granularity "tensor"
+    weight_zero_point  int8, shaped like weight_scale; only with symmetric_weight False
+    input_scale        float (1), [input_zero_point int8 (1)]; only with activation "static"
 
     W[n, k] = weight_scale[n, g] * (weight[n, k] - weight_zero_point[n, g]),  g = k // group_size
 
-    dynamic  q = round(x * 127 / absmax_row),            y = (q @ weight^T) * absmax_row/127 * weight_scale
-             with symmetric_input False  s = (max - min) / 255, zp = round(-128 - min / s), both with 0 in the range,
-             q = round(clamp(x / s + zp)),               y = (q - zp) * s @ W^T
-    static   q = clamp(round(x / input_scale) + zp),     y = (q @ weight^T - zp * rowsum(weight)) * ...
+    dynamic  q = round(x * 127 / absmax_row)
+             y = (q @ weight^T) * absmax_row/127 * weight_scale
+             with symmetric_input False, and 0 within [min, max]:
+             s = (max - min) / 255,  zp = round(-128 - min / s)
+             q = round(clamp(x / s + zp)),  y = (q - zp) * s @ W^T
+    static   q = clamp(round(x / input_scale) + zp)
+             y = (q @ weight^T - zp * rowsum(weight)) * input_scale * weight_scale
     none     y = x @ W^T
 
 Source: Xiao et al. 2022 (arXiv 2211.10438); compressed-tensors' `int-quantized` layout.
@@ -25,27 +29,28 @@ from torch import Tensor
 
 from ..layouts.eight_bit import EIGHT_BIT, EightBitParts, EightBitTraits
 from ..layouts.weight_only import WEIGHT_ONLY, WeightOnlyParts, WeightOnlyTraits
-from . import grid as affine
 from .base import FLOATS, Format, TensorSpec, accumulate_dtype
 from .compressed_tensors import read_eight_bit, write_eight_bit
 from .eightbit import (
     check_groups,
     int_matmul,
-    per_token_affine,
+    per_token_asymmetric,
     per_token_int8,
     reciprocal_or_zero,
     signed_codes,
 )
-from .grid import Grid
+from .grid import Grid, check_group_size, group_count
 from .types import Params, Shape
 
 
 class W8A8(Format):
     name = "w8a8"
-    summary = "int8 weights x int8 activations, per channel and per token (SmoothQuant, compressed-tensors)"
+    summary = (
+        "int8 weights x int8 activations, per channel and per token "
+        "(SmoothQuant, compressed-tensors)"
+    )
     algorithms = ("smoothquant", "ranges")
-    #: symmetric_input: whether activations have no zero point; symmetric_weight: whether weights
-    #: have none
+    #: symmetric_input, symmetric_weight: True if activations, weights have no zero points
     defaults = {
         "granularity": "channel",
         "activation": "dynamic",
@@ -64,19 +69,20 @@ class W8A8(Format):
             )
         if params["granularity"] == "tensor" and params["group_size"] != -1:
             raise ValueError(
-                f"{self.name}: group_size: expected -1 with granularity 'tensor', got {params['group_size']}"
+                f"{self.name}: group_size: expected -1 with granularity 'tensor', "
+                f"got {params['group_size']}"
             )
-        affine.check_group_size(self.name, shape[1], params["group_size"], short=False)
+        check_group_size(self.name, shape[1], params["group_size"], short=False)
 
     def params_from_tensors(
         self, tensors: Mapping[str, Tensor], params: Mapping[str, Any]
     ) -> Params:
-        # A symmetric checkpoint may hold zero points, all 0.
+        # The tensors decide, because a symmetric checkpoint may hold zero points that are all 0.
         names = {"symmetric_input": "input_zero_point", "symmetric_weight": "weight_zero_point"}
         return {**params, **{key: False for key, name in names.items() if name in tensors}}
 
     def specs(self, shape: Shape, params: Params) -> dict[str, TensorSpec]:
-        groups = (shape[0], affine.groups(shape[1], params["group_size"]))
+        groups = (shape[0], group_count(shape[1], params["group_size"]))
         scale = groups if params["granularity"] == "channel" else (1,)
         specs = {
             "weight": TensorSpec((torch.int8,), shape),
@@ -99,30 +105,32 @@ class W8A8(Format):
             self.check_finite("input_scale", tensors["input_scale"])
             if float(tensors["input_scale"]) <= 0:
                 raise ValueError(
-                    f"{self.name}: input_scale: expected a value > 0, got {float(tensors['input_scale'])}"
+                    f"{self.name}: input_scale: expected a value > 0, "
+                    f"got {float(tensors['input_scale'])}"
                 )
 
     def quantize(self, weight: Tensor, params: Params) -> dict[str, Tensor]:
         n, k = weight.shape
-        channel, groups = params["granularity"] == "channel", affine.groups(k, params["group_size"])
+        channel, groups = params["granularity"] == "channel", group_count(k, params["group_size"])
         grouped = weight.reshape(n, groups, -1) if channel else weight.reshape(1, 1, -1)
-        stored = (n, groups) if channel else (1,)
+        scale_shape = (n, groups) if channel else (1,)
         if params["symmetric_weight"]:
             absmax = grouped.abs().amax(dim=2, keepdim=True)
             codes = torch.round(grouped * (127 * reciprocal_or_zero(absmax))).to(torch.int8)
-            tensors = {"weight": codes.view(n, k), "weight_scale": (absmax / 127).view(stored)}
+            tensors = {"weight": codes.view(n, k), "weight_scale": (absmax / 127).view(scale_shape)}
         else:
-            codes, scale, offset = per_token_affine(grouped)
+            codes, scale, zero_point = per_token_asymmetric(grouped)
             tensors = {
                 "weight": codes.view(n, k),
-                "weight_scale": scale.view(stored),
-                "weight_zero_point": offset.view(stored),
+                "weight_scale": scale.view(scale_shape),
+                "weight_zero_point": zero_point.view(scale_shape),
             }
         scale, zero = params["input_scale"], params["input_zero_point"]
         if params["activation"] == "static":
             if not isinstance(scale, (int, float)) or not scale > 0:
                 raise ValueError(
-                    f"{self.name}: input_scale: expected a number > 0 with activation='static', got {scale!r}"
+                    f"{self.name}: input_scale: expected a number > 0 with activation='static', "
+                    f"got {scale!r}"
                 )
             tensors["input_scale"] = torch.tensor(
                 [scale], dtype=torch.float32, device=weight.device
@@ -130,7 +138,8 @@ class W8A8(Format):
             if zero is not None:
                 if not isinstance(zero, int) or not -128 <= zero <= 127:
                     raise ValueError(
-                        f"{self.name}: input_zero_point: expected an int in [-128, 127], got {zero!r}"
+                        f"{self.name}: input_zero_point: expected an int in [-128, 127], "
+                        f"got {zero!r}"
                     )
                 tensors["input_zero_point"] = torch.tensor(
                     [zero], dtype=torch.int8, device=weight.device
@@ -147,14 +156,14 @@ class W8A8(Format):
             raise ValueError(
                 f"{self.name}: expected granularity channel and no static activation, got {params}"
             )
-        if reason := self.obstacle((1, 1), params):  # who asks for a grid asks for speed, too
+        if reason := self.obstacle((1, 1), params):  # a converted weight must run in fused kernels
             raise ValueError(
                 f"{self.name}: groups: expected one for each row and no zero points: {reason}"
             )
-        check_groups(self.name, grid, affine.groups(grid.codes.shape[1], params["group_size"]))
+        check_groups(self.name, grid, group_count(grid.codes.shape[1], params["group_size"]))
         if not grid.in_order(params["group_size"]):
             raise ValueError(
-                f"{self.name}: groups: expected equal runs of features, got another order"
+                f"{self.name}: groups: expected neighbouring features, got another order"
             )
         scale = grid.scale.contiguous()
         if not params["symmetric_weight"]:
@@ -166,7 +175,7 @@ class W8A8(Format):
 
     def to_grid(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> Grid:
         codes = (tensors["weight"].to(torch.int16) + 128).to(torch.uint8)
-        groups = (shape[0], affine.groups(shape[1], params["group_size"]))
+        groups = (shape[0], group_count(shape[1], params["group_size"]))
         scale, zero = tensors["weight_scale"], self._zeros(tensors)
         if params["granularity"] == "tensor":
             scale, zero = (part.reshape(1, 1).expand(groups) for part in (scale, zero))
@@ -174,19 +183,19 @@ class W8A8(Format):
 
     @staticmethod
     def _zeros(tensors: Mapping[str, Tensor]) -> Tensor:
-        """Zero points of the codes plus 128, uint8, shaped like weight_scale."""
-        stored = tensors.get("weight_zero_point")
-        if stored is None:
+        """Zero points plus 128, as of codes plus 128: uint8, shaped like weight_scale."""
+        zeros = tensors.get("weight_zero_point")
+        if zeros is None:
             return torch.full_like(tensors["weight_scale"], 128, dtype=torch.uint8)
-        return (stored.to(torch.int16) + 128).to(torch.uint8)
+        return (zeros.to(torch.int16) + 128).to(torch.uint8)
 
     def dequantize(self, tensors: Mapping[str, Tensor], shape: Shape, params: Params) -> Tensor:
         n, k = shape
-        scale, offset = tensors["weight_scale"].float(), tensors.get("weight_zero_point")
+        scale, zero = tensors["weight_scale"].float(), tensors.get("weight_zero_point")
         groups = scale.shape[1] if scale.dim() == 2 else 1
         weight = tensors["weight"].float().view(n, groups, k // groups)
-        if offset is not None:
-            weight = weight - offset.float()[..., None]
+        if zero is not None:
+            weight = weight - zero.float()[..., None]
         return (weight * scale[..., None]).view(n, k)
 
     def matmul(
@@ -209,9 +218,9 @@ class W8A8(Format):
         elif params["symmetric_input"]:
             q, scale = per_token_int8(x)
         else:
-            q, scale, zero = per_token_affine(x)
+            q, scale, zero = per_token_asymmetric(x)
         if not params["symmetric_weight"] or params["group_size"] != -1:
-            # Codes less their zero points are whole numbers in any float dtype.
+            # code - zero is a small integer, which any float dtype holds exactly.
             steps = q.to(dtype) if zero is None else q.to(dtype) - zero.to(dtype)
             return super().matmul(steps, tensors, shape, params) * scale
         acc = int_matmul(q, weight).to(dtype)
@@ -231,7 +240,10 @@ class W8A8(Format):
         if not params["symmetric_weight"]:
             return "kernels that multiply int8 by int8 take no zero points of weights"
         if params["group_size"] != -1:
-            return "kernels that multiply int8 by int8 take one scale for each row of the weight, not groups"
+            return (
+                "kernels that multiply int8 by int8 take one scale for each row of the weight, "
+                "not groups"
+            )
         if params["activation"] == "dynamic" and not params["symmetric_input"]:
             return "kernels that quantize each token take no zero points of activations"
         return None
@@ -249,7 +261,7 @@ class W8A8(Format):
         }
         scalers = {"scales": grid.scale.T, "zeros": grid.zero.T}
         if params["granularity"] == "channel":
-            extra = {}  # the very numbers
+            extra = {}  # the scalers hold the stored numbers
         return WeightOnlyParts(codes=grid.codes, scaler_tensors=scalers, extra=extra)
 
     def from_weight_only(

@@ -1,4 +1,4 @@
-"""Which linear layers of a model are quantized, which stay plain, and why."""
+"""Chooses the linear layers of a model to quantize; warns of those that must stay unquantized."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from ..nn.embedding import output_embeddings
 from ..nn.linear import QuantLinear, computes_otherwise, is_linear, linear_of
 from .weight_readers import layers_read_by
 
-#: what the output projection is called in models that do not say (`get_output_embeddings`)
+#: names of the output projection in models without `get_output_embeddings`
 _OUTPUT_NAMES = ("lm_head", "output")
 
 
 def linears(model: nn.Module, skip: Iterable[str] | None) -> list[tuple[list[str], nn.Linear]]:
-    """(every name, module) of the linears to quantize. ValueError if there are none.
+    """(all names, module) of the linear layers to quantize. Raises ValueError if there are none.
 
-    Warns of those that cannot be: a packed layer in their place would not be computed with, or not
-    rightly.
+    Warns of layers that cannot be quantized, because the model would not call a packed layer in
+    their place, or would compute something else with it.
     """
     if is_linear(model):
         raise ValueError(
-            f"model: expected a module with linear layers in it, which are replaced there, got a bare "
-            f"{type(model).__name__}; qkernels.QuantLinear.from_linear makes a packed layer of one"
+            "model: expected a module with linear layers in it, which are replaced there, got a "
+            f"bare {type(model).__name__}; qkernels.QuantLinear.from_linear makes a packed layer "
+            "of one"
         )
     patterns = [skip] if isinstance(skip, str) else list(skip or ())
     unmatched = set(patterns)
@@ -52,18 +53,19 @@ def linears(model: nn.Module, skip: Iterable[str] | None) -> list[tuple[list[str
     skipped |= _unfit(
         model, {key: names[0] for key, (names, _) in layers.items() if key not in skipped}
     )
-    places = [(names, linear_of(m)) for key, (names, m) in layers.items() if key not in skipped]
-    if not places:
+    chosen = [(names, linear_of(m)) for key, (names, m) in layers.items() if key not in skipped]
+    if not chosen:
         raise ValueError(
             "model: expected at least one nn.Linear to quantize, got none "
             f"({len(skipped)} skipped, {_count_quantized(model)} quantized already)"
         )
-    return places
+    return chosen
 
 
 def _heads(model: nn.Module) -> set[int]:
-    """id of the linears that make a model's output: its output projection, or what a classifier has
-    behind its base.
+    """ids of the linear layers that compute a model's output.
+
+    That is the output projection, or all layers outside the base model, as in a classifier.
     """
     output = output_embeddings(model)
     if output is not None:
@@ -74,16 +76,14 @@ def _heads(model: nn.Module) -> set[int]:
         return heads
     inside = {id(m) for m in base.modules() if is_linear(m) or isinstance(m, QuantLinear)}
     outside = [m for m in model.modules() if is_linear(m) and id(m) not in inside]
-    # Where what is called the base is the smaller part, the rest is no head.
+    # Where the base model is the smaller part, the rest is no head.
     return heads | {id(m) for m in outside} if len(outside) < len(inside) else heads
 
 
 def _unfit(model: nn.Module, names: dict[int, str]) -> set[int]:
-    """id of the linears, of those in `names`, that only plain weights can serve; says which and
-    why.
-    """
+    """ids of the layers in `names` (id -> name) that cannot be packed; warns of them."""
     reasons: dict[str, list[int]] = {}
-    # as transformers' own quantizers do
+    # transformers' own quantizers also skip these layers.
     for entry in getattr(model, "_keep_in_fp32_modules", None) or ():
         pattern = re.compile(rf"(^|\.){entry}($|\.)")
         keys = [key for key, name in names.items() if pattern.search(name)]
@@ -102,11 +102,11 @@ def _unfit(model: nn.Module, names: dict[int, str]) -> set[int]:
             except AttributeError:
                 continue
             if id(layer) in names:
-                why = f"{type(module).__name__} computes with {path}.weight itself"
-                reasons.setdefault(why, []).append(id(layer))
-    for why, keys in reasons.items():
+                reason = f"{type(module).__name__} computes with {path}.weight itself"
+                reasons.setdefault(reason, []).append(id(layer))
+    for reason, keys in reasons.items():
         count = f" and {len(keys) - 1} more like it" if len(keys) > 1 else ""
-        warnings.warn(f"qkernels: {names[keys[0]]}{count} stays as it is: {why}", stacklevel=4)
+        warnings.warn(f"qkernels: {names[keys[0]]}{count} stays as it is: {reason}", stacklevel=4)
     return {key for keys in reasons.values() for key in keys}
 
 

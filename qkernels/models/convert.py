@@ -1,8 +1,8 @@
-"""Moving weights from one storage format to another: exactly where both hold the same integers.
+"""Converts weights from one storage format to another, exactly where both hold the same integers.
 
-Formats that are integer grids (codes, scales, zero points, groups: `Format.to_grid`) pass the grid
-on, and what comes out is checked to be the same grid. Where that cannot be, the weight is
-dequantized and rounded again, which costs accuracy, and the report says so and why.
+Where both formats are integer grids (codes, scales, zero points, groups: `Format.to_grid`) the grid
+is carried over, and the result is checked to have the same grid. Otherwise the weight is
+dequantized and rounded again, which costs accuracy; the report says so and gives the reason.
 """
 
 from __future__ import annotations
@@ -23,21 +23,25 @@ from ..nn.linear import QuantLinear
 from ..weights.experts import PackedExperts
 from ..weights.packed import PackedWeight, pack, quantize
 
-#: parameters that say where a grid's points lie, so that they go with it
+#: parameters that determine a grid, so a conversion keeps the source's where it can
 _GRID_PARAMS = ("bits", "group_size", "act_order")
+#: parameters taken from the source, as (name, value) pairs
 Guess = tuple[tuple[str, Any], ...]
 EXACT, REQUANTIZED, DEQUANTIZED, KEPT = "exact", "requantized", "dequantized", "kept"
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What became of one layer.
+    """The conversion of one layer.
 
-    how: "exact" (same codes, scales and zero points), "requantized" (dequantized and rounded
-    again),
-        "dequantized" (to plain 16-bit weights) or "kept" (it was what was asked for).
-    reason: why not exact, "" if it is.
-    error: norm(new - old) / norm(old) of the dequantized weights.
+    Attributes:
+        name: full name of the layer.
+        source, target: the formats.
+        how: "exact" (same codes, scales and zero points), "requantized" (dequantized and rounded
+            again), "dequantized" (to unquantized 16-bit weights) or "kept" (it had the target
+            format and parameters already).
+        reason: why the conversion is not exact; "" if it is.
+        error: norm(new - old) / norm(old) of the dequantized weights.
     """
 
     name: str
@@ -49,10 +53,10 @@ class Conversion:
 
 
 def convert_weight(p: PackedWeight, format: str, **params: Any) -> tuple[PackedWeight, str, str]:
-    """(weight in `format`, how, reason): see `Conversion`.
+    """Convert one weight; returns (weight in `format`, how, reason), the latter as in `Conversion`.
 
-    `params` are the target's; of those not given, bits, group size and act-order are the source's.
-    Raises ValueError if the weight does not fit `format` with these parameters.
+    `params` are the target's parameters. Where they are not given, bits, group size and act-order
+    are the source's. Raises ValueError if the weight does not fit `format` with these parameters.
     """
     fmt = formats.get(format)
     return _convert_weight(
@@ -69,8 +73,9 @@ def _convert_weight(
     params: dict[str, Any],
     completed: Callable[[Guess], dict[str, Any]],
 ) -> tuple[PackedWeight, str, str]:
-    """completed: `params` with those guessed where none are given, and all others that rounding
-    needs.
+    """`convert_weight` with `completed`: a guess -> all parameters that rounding needs.
+
+    `completed` gives `params` precedence over the guess.
     """
     format = fmt.name
     if fmt.dense:
@@ -80,13 +85,13 @@ def _convert_weight(
         resolved = fmt.resolve(p.shape, {**p.params, **params})
         if resolved == p.params:
             return p, KEPT, ""
-        try:  # parameters that only say what happens to activations, or how tensors are called
+        try:  # maybe only parameters of activations or tensor names differ
             names = zip(fmt.specs(p.shape, p.params), fmt.specs(p.shape, resolved), strict=True)
             tensors = p.tensors
             renamed = {new: tensors[old] for old, new in names if old in tensors}
-            same = pack(format, renamed, p.shape, **resolved)
-            if torch.equal(same.dequantize(), p.dequantize()):
-                return same, EXACT, ""
+            repacked = pack(format, renamed, p.shape, **resolved)
+            if torch.equal(repacked.dequantize(), p.dequantize()):
+                return repacked, EXACT, ""
         except ValueError as error:
             reason = str(error)
     grid = formats.get(p.format).to_grid(p.tensors, p.shape, p.params)
@@ -114,24 +119,21 @@ def _convert_weight(
 
 
 def _carry(p: PackedWeight, grid: Grid, fmt: Format, params: dict[str, Any]) -> PackedWeight | str:
-    """`grid` in `fmt`, checked to be the same there, or why it does not go there."""
+    """`grid` packed in `fmt`, checked to be the same grid; or the reason why it does not fit."""
     bits = p.params.get("bits", 8)
     needed = max(int(grid.codes.max()), int(grid.zero.max())).bit_length()
     reason = ""
-    # codes fit a wider format, too
-    for width in [
-        bits,
-        *(w for w in (4, 8) if w != bits and w >= needed),
-    ]:
-        own = {
+    # Codes also fit a format with more bits.
+    for width in [bits, *(w for w in (4, 8) if w != bits and w >= needed)]:
+        grid_params = {
             "bits": width,
             "group_size": grid.group_size,
             "act_order": not grid.in_order(grid.group_size),
             "symmetric": bool((grid.zero == 1 << (width - 1)).all()),
         }
         try:
-            given = {**{key: value for key, value in own.items() if key in fmt.defaults}, **params}
-            resolved = fmt.resolve(p.shape, given)
+            kept_params = {key: grid_params[key] for key in grid_params if key in fmt.defaults}
+            resolved = fmt.resolve(p.shape, {**kept_params, **params})
             if needed > resolved.get("bits", 8):
                 return f"codes of {needed} bits do not fit {resolved['bits']}"
             packed = pack(fmt.name, fmt.from_grid(grid, resolved), p.shape, **resolved)
@@ -140,17 +142,15 @@ def _carry(p: PackedWeight, grid: Grid, fmt: Format, params: dict[str, Any]) -> 
         except ValueError as error:
             reason = reason or str(error)
             continue
-        again = fmt.to_grid(packed.tensors, packed.shape, packed.params)
-        if again is not None and _same(again, grid):
+        packed_grid = fmt.to_grid(packed.tensors, packed.shape, packed.params)
+        if packed_grid is not None and _same(packed_grid, grid):
             return packed
         reason = "its scales round to other numbers there"
     return reason
 
 
 def _same(a: Grid, b: Grid) -> bool:
-    """Whether each weight has the same scale and the same distance from its zero point, bit for
-    bit.
-    """
+    """Whether each weight has the same scale and the same code - zero, bit for bit."""
     return (
         a.scale.shape == b.scale.shape
         and torch.equal(a.group_index(), b.group_index())
@@ -167,18 +167,17 @@ def _steps(grid: Grid) -> torch.Tensor:
 def convert_model(
     model: nn.Module, format: str, progress: Callable[[int, int], None] | None = None, **params: Any
 ) -> list[Conversion]:
-    """Convert every QuantLinear and QuantExperts of `model` in place; plain layers stay. `progress`
-    gets (done, total).
+    """Convert every QuantLinear and QuantExperts of `model` in place; other layers stay.
 
-    To a 16-bit format linears become plain nn.Linear, experts stay QuantExperts, with a weight in
-    16 bits. Raises ValueError naming the layer that does not fit; layers before it are converted
-    already.
+    With a 16-bit format a QuantLinear becomes nn.Linear, and QuantExperts stay QuantExperts with
+    16-bit weights. `progress` is called with (layers done, layers). Raises ValueError naming a
+    layer that does not fit; the layers before it are converted then.
     """
     kinds = (QuantLinear, QuantExperts)
     if isinstance(model, kinds):
         raise ValueError(
-            f"model: expected a module with quantized layers in it, which are replaced there, got a bare "
-            f"{type(model).__name__}; convert_weight converts one's weight"
+            "model: expected a module with quantized layers in it, which are replaced there, got a "
+            f"bare {type(model).__name__}; convert_weight converts one's weight"
         )
     layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     if not layers:
@@ -194,7 +193,7 @@ def convert_model(
             name if len(parts) == 1 else f"{name}[{i}]": part.shape for i, part in enumerate(parts)
         }
 
-    @cache  # one choice for all layers, and one warning
+    @cache  # so that all layers get the same choice, with one warning
     def completed(guess: Guess) -> dict[str, Any]:
         return fmt.complete(shapes, {**dict(guess), **params})
 
@@ -211,9 +210,9 @@ def convert_model(
         if isinstance(layer, QuantExperts):
             done += _convert_experts(model, name, layer, converted)
         else:
-            new, found = converted(name, layer.packed)
-            done.append(found)
-            if found.how != KEPT:
+            new, conversion = converted(name, layer.packed)
+            done.append(conversion)
+            if conversion.how != KEPT:
                 model.set_submodule(name, _layer(new, layer))
         if progress is not None:
             progress(i + 1, len(layers))
@@ -231,24 +230,23 @@ def _convert_experts(
     stacks: dict[str, list[PackedWeight]] = {role: [] for role in ROLES}
     for e in range(old.parts.count):
         for role, packed in old.parts.expert(e).items():
-            new, found = converted(f"{name}.{e}.{old.leaves[role]}", packed)
+            new, conversion = converted(f"{name}.{e}.{old.leaves[role]}", packed)
             stacks[role].append(new)
-            done.append(found)
-    if any(found.how != KEPT for found in done):
+            done.append(conversion)
+    if any(conversion.how != KEPT for conversion in done):
+        gate, up, down = stacks[GATE], stacks[UP], stacks[DOWN]
         try:
-            made = QuantExperts.from_experts(stacks[GATE], stacks[UP], stacks[DOWN], old.activation)
+            experts = QuantExperts.from_experts(gate, up, down, old.activation)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        made.leaves, made.backend, made.batch_invariant = (
-            old.leaves,
-            old.backend,
-            old.batch_invariant,
-        )
-        model.set_submodule(name, made.train(old.training))
+        experts.leaves, experts.backend = old.leaves, old.backend
+        experts.batch_invariant = old.batch_invariant
+        model.set_submodule(name, experts.train(old.training))
     return done
 
 
 def _layer(packed: PackedWeight, old: QuantLinear) -> nn.Module:
+    """The layer that replaces `old`: nn.Linear for a 16-bit format, QuantLinear otherwise."""
     if not formats.get(packed.format).dense:
         return QuantLinear(packed, old.bias, old.backend, old.batch_invariant, old.dtype).train(
             old.training
@@ -262,6 +260,7 @@ def _layer(packed: PackedWeight, old: QuantLinear) -> nn.Module:
 
 
 def _relative_error(old: PackedWeight, new: PackedWeight) -> float:
+    """norm(new - old) / norm(old) of the dequantized weights; norm(new) if the old one is 0."""
     before, after = old.dequantize(), new.dequantize()
     norm = float(before.norm())
     return float((after - before).norm()) / norm if norm else float(after.norm())

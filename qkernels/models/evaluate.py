@@ -17,16 +17,18 @@ CHUNK_ROWS = 128
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `perplexity` measured.
+    """The results of `perplexity`.
 
     Attributes:
         perplexity: exp(nll).
         nll: mean negative log-likelihood of the predicted tokens, in nats.
-        tokens: predicted tokens; the first of each window is given, not predicted.
-        windows, window: how many windows, and the tokens in each (the last may be shorter).
+        tokens: number of predicted tokens; the first token of each window is not predicted.
+        windows: number of windows.
+        window: tokens in each window (the last may be shorter).
         kl: mean KL(reference || model) per predicted token in nats; None without a reference.
-        agreement: fraction of tokens at which both models rank the same token first; None without.
-        reference_perplexity: the reference's own; None without.
+        agreement: fraction of tokens for which both models rank the same token first; None without
+            a reference.
+        reference_perplexity: perplexity of the reference; None without a reference.
         seconds: wall time.
     """
 
@@ -50,17 +52,21 @@ def perplexity(
     reference: nn.Module | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Evaluate `model` on token ids in windows that do not overlap, each with no context before it.
-
-    model, reference: called as `model(ids (1, T))`, answering logits (1, T, vocabulary), as an
-    object
-        with `.logits` or as a tensor. Put in eval mode for the duration.
-    ids: int64 (tokens), on any device; the first `max_tokens` of them are used.
-    progress: called with (windows done, windows) after each.
+    """Evaluate `model` on token ids in windows that do not overlap, each without context before it.
 
     Log-probabilities are computed in float32, a bounded number of rows at a time, and summed in
-    float64. Raises ValueError for too few ids, ids outside the vocabulary, or a reference with
-    another vocabulary.
+    float64.
+
+    Args:
+        model, reference: called as `model(ids (1, T))`; the result is logits (1, T, vocabulary), as
+            a tensor or as an object with `.logits`. Both are in eval mode during the call.
+        ids: int64 (tokens), on any device; the first `max_tokens` of them are used.
+        window: tokens of a window.
+        progress: called with (windows done, windows) after each window.
+
+    Raises:
+        ValueError: for too few ids, ids outside the vocabulary, or a reference with another
+            vocabulary.
     """
     tokens = _checked_ids(ids, window, max_tokens)
     chunks = [chunk for chunk in tokens.split(window) if chunk.numel() > 1]
@@ -85,11 +91,11 @@ def perplexity(
                 end = min(begin + CHUNK_ROWS, chunk.numel() - 1)
                 labels = chunk[begin + 1 : end + 1].to(logits.device)
                 log_p = logits[begin:end].float().log_softmax(-1)
-                nll += _picked(log_p, labels)
+                nll += _nll(log_p, labels)
                 if other is None:
                     continue
                 log_q = other[begin:end].to(log_p.device).float().log_softmax(-1)
-                reference_nll += _picked(log_q, labels)
+                reference_nll += _nll(log_q, labels)
                 divergence = torch.nn.functional.kl_div(
                     log_p, log_q, reduction="none", log_target=True
                 )
@@ -99,8 +105,8 @@ def perplexity(
             if progress is not None:
                 progress(done, len(chunks))
     finally:
-        for m, was in zip(models, training, strict=True):
-            m.train(was)
+        for m, mode in zip(models, training, strict=True):
+            m.train(mode)
     mean = float(nll) / count
     return Evaluation(
         perplexity=_exp(mean),
@@ -116,12 +122,14 @@ def perplexity(
 
 
 def _checked_ids(ids: Tensor | Sequence[int], window: int, max_tokens: int | None) -> Tensor:
+    """The ids to use, int64 (tokens). Raises ValueError for a bad argument."""
     tokens = ids if isinstance(ids, Tensor) else torch.tensor(list(ids), dtype=torch.int64)
     if tokens.dim() == 2 and tokens.shape[0] == 1:
         tokens = tokens[0]
     if tokens.dim() != 1 or tokens.is_floating_point():
         raise ValueError(
-            f"ids: expected integers of shape (tokens,), got {tokens.dtype} of shape {tuple(tokens.shape)}"
+            f"ids: expected integers of shape (tokens,), got {tokens.dtype} of shape "
+            f"{tuple(tokens.shape)}"
         )
     if window < 2:
         raise ValueError(f"window: expected at least 2 tokens, got {window}")
@@ -134,7 +142,7 @@ def _checked_ids(ids: Tensor | Sequence[int], window: int, max_tokens: int | Non
 
 
 def _logits(model: nn.Module, chunk: Tensor) -> Tensor:
-    """(T, vocabulary) for one window."""
+    """The logits of one window, (T, vocabulary)."""
     first = next(iter([*model.parameters(), *model.buffers()]), None)
     device = torch.device("cpu") if first is None else first.device
     getter = getattr(model, "get_input_embeddings", None)
@@ -153,7 +161,8 @@ def _check_range(chunk: Tensor, vocabulary: int) -> None:
         raise ValueError(f"ids: expected values in [0, {vocabulary}), got {low}..{high}")
 
 
-def _picked(log_p: Tensor, labels: Tensor) -> Tensor:
+def _nll(log_p: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood of the labels, summed, float64 on the CPU."""
     return -log_p.gather(-1, labels[:, None]).double().sum().cpu()
 
 

@@ -1,10 +1,10 @@
-"""Which layers a model's own code reads the weight of, instead of calling them.
+"""Finds layers that a model never calls, because its own code reads their weight.
 
 Mamba multiplies with `self.dt_proj.weight`, torch's MultiheadAttention with `self.out_proj.weight`.
-Such a layer cannot be packed. The code is looked at, not run: attribute chains `self.<path>.weight`
-in the methods of each class. Not counted are questions (`.weight.dtype`), and code that does not
-run in inference by what is known beforehand (`if self.training and ...`, `if self.pretraining_tp >
-1`).
+Such a layer cannot be packed. They are found in the source code, which is not run: attribute chains
+`self.<path>.weight` in the methods of each class. Queries (`.weight.dtype`) do not count. Code
+under a condition that is false in inference does not count either (`if self.training and ...`,
+`if self.pretraining_tp > 1`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-#: what a StandIn answers
-_QUESTIONS = {
+#: attributes of a weight that a StandIn (nn/stand_in.py) also has
+_QUERIES = {
     "dtype",
     "device",
     "shape",
@@ -31,9 +31,10 @@ _QUESTIONS = {
     "is_cuda",
     "requires_grad",
 }
-_QUESTIONS |= {"is_floating_point", "is_complex"}
-_ASKING = {"isinstance", "hasattr", "getattr", "type", "id"}
-#: methods that run before the weights are there
+_QUERIES |= {"is_floating_point", "is_complex"}
+#: functions that only query their argument
+_QUERY_FUNCTIONS = {"isinstance", "hasattr", "getattr", "type", "id"}
+#: methods that run before the weights are loaded
 _SETUP = {
     "__init__",
     "reset_parameters",
@@ -42,14 +43,17 @@ _SETUP = {
     "init_weights",
     "tie_weights",
 }
-#: its fast path reads weights, but steps aside for one with a __torch_function__, which a StandIn
-#: has
-_STEPS_ASIDE = (nn.TransformerEncoderLayer,)
+#: modules with a fast path that reads weights, which is not taken for a weight with a
+#: __torch_function__, as a StandIn has
+_SAFE_MODULES = (nn.TransformerEncoderLayer,)
 
 
 class _Read(NamedTuple):
-    """path: the layer, from the module that reads. conditions: what must hold for it: (test, its
-    outcome).
+    """One place where code reads a weight.
+
+    Attributes:
+        path: name of the layer, relative to the module that reads.
+        conditions: (test, outcome that it must have) of every branch around the place.
     """
 
     path: str
@@ -57,8 +61,8 @@ class _Read(NamedTuple):
 
 
 def layers_read_by(module: nn.Module) -> set[str]:
-    """Paths, from `module`, of the layers whose weight its own methods compute with."""
-    if isinstance(module, _STEPS_ASIDE):
+    """Names, relative to `module`, of the layers whose weight its own methods compute with."""
+    if isinstance(module, _SAFE_MODULES):
         return set()
     return {
         read.path
@@ -69,7 +73,8 @@ def layers_read_by(module: nn.Module) -> set[str]:
 
 @lru_cache(maxsize=4096)
 def _reads(kind: type) -> tuple[_Read, ...]:
-    found: list[_Read] = []
+    """All reads in the methods of a class, except those that run before the weights are loaded."""
+    reads: list[_Read] = []
     names = {
         name for base in kind.__mro__ if base not in (nn.Module, object) for name in vars(base)
     }
@@ -79,13 +84,14 @@ def _reads(kind: type) -> tuple[_Read, ...]:
             continue
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
-        except (OSError, TypeError, SyntaxError):  # there is no source to read
+        except (OSError, TypeError, SyntaxError):  # no source code
             continue
-        found += _reads_in(tree, ())
-    return tuple(found)
+        reads += _reads_in(tree, ())
+    return tuple(reads)
 
 
 def _reads_in(node: ast.AST, conditions: tuple[tuple[ast.expr, bool], ...]) -> Iterator[_Read]:
+    """The reads in a syntax tree; `conditions` are those of the branches around it."""
     if isinstance(node, (ast.If, ast.IfExp)):
         yield from _reads_in(node.test, conditions)
         branches: Any = ((node.body, True), (node.orelse, False))
@@ -93,9 +99,10 @@ def _reads_in(node: ast.AST, conditions: tuple[tuple[ast.expr, bool], ...]) -> I
             for child in branch if isinstance(branch, list) else [branch]:
                 yield from _reads_in(child, (*conditions, (node.test, outcome)))
         return
-    if isinstance(node, ast.Attribute) and node.attr in _QUESTIONS and _path(node.value):
+    if isinstance(node, ast.Attribute) and node.attr in _QUERIES and _path(node.value):
         return
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _ASKING:
+    function = node.func if isinstance(node, ast.Call) else None
+    if isinstance(function, ast.Name) and function.id in _QUERY_FUNCTIONS:
         return
     if isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.Is, ast.IsNot)):
         return
@@ -107,7 +114,7 @@ def _reads_in(node: ast.AST, conditions: tuple[tuple[ast.expr, bool], ...]) -> I
 
 
 def _path(node: ast.AST) -> str | None:
-    """ "a.b" of the expression self.a.b.weight, None for any other."""
+    """ "a.b" for the expression self.a.b.weight, None for any other expression."""
     names: list[str] = []
     while isinstance(node, ast.Attribute):
         names.append(node.attr)
@@ -123,7 +130,7 @@ def _path(node: ast.AST) -> str | None:
 
 
 def _value(test: ast.AST, module: nn.Module) -> bool | None:
-    """Whether a condition holds for `module` in inference; None if only a call can tell."""
+    """Whether a condition holds for `module` in inference; None if that is known only in a call."""
     value = _evaluated(test, module)
     return None if value is _UNKNOWN else bool(value)
 
@@ -137,6 +144,7 @@ _COMPARISONS: dict[type, Any] = {
 
 
 def _evaluated(node: ast.AST, module: nn.Module) -> Any:
+    """The value of an expression over attributes of `module`, or _UNKNOWN."""
     if isinstance(node, ast.Constant):
         return node.value
     if isinstance(node, ast.Name) and node.id == "self":
@@ -152,7 +160,7 @@ def _evaluated(node: ast.AST, module: nn.Module) -> Any:
         return _UNKNOWN if value is _UNKNOWN else not value
     if isinstance(node, ast.BoolOp):
         values = [_evaluated(value, module) for value in node.values]
-        decides = isinstance(node.op, ast.Or)  # one such value settles it
+        decides = isinstance(node.op, ast.Or)  # True decides an "or", False an "and"
         if any(value is not _UNKNOWN and bool(value) == decides for value in values):
             return decides
         return _UNKNOWN if _UNKNOWN in values else not decides

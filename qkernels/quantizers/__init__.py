@@ -1,12 +1,14 @@
-"""Algorithms that choose the codes: GPTQ, AWQ, SmoothQuant, SpQR, LDLQ, ranges, importance.
+"""Algorithms that choose the codes from calibration data: GPTQ, AWQ, SmoothQuant, SpQR, LDLQ, ...
 
-gptq.py awq.py smoothquant.py   the mathematics, one layer at a time; that of SpQR and QuIP# is in formats/,
-                                because those formats cannot be written without it
+driver.py                       quantizes a model block by block, and can resume
+algorithms.py                   one class per algorithm: what it does with one block
+gptq.py awq.py smoothquant.py   the mathematics, for one layer; SpQR's and QuIP#'s are in
+                                formats/, because those formats cannot be written without them
+calibration.py                  calibration tokens, and the layers' inputs for them
 importance.py                   llama.cpp's importance matrix and its file
-specs.py                        "gptq:bits=4,group_size=128", a format with parameters, as text
-calibration.py                  what layers see of calibration text
-architectures.py                which operator feeds which layers, model by model
-algorithms.py driver.py         block by block through a model
+architectures.py                which operator feeds which layers, per model type
+digest.py                       hashes of models and tensors, to resume only the same job
+specs.py                        a format with parameters as text: "gptq:bits=4,group_size=128"
 """
 
 from .calibration import calibration_ids

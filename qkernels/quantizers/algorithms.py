@@ -1,6 +1,4 @@
-"""The algorithms `quantize_model` runs when it is given calibration data, one decoder block at a
-time.
-"""
+"""The algorithms that `quantize_model` runs with calibration data, one decoder block at a time."""
 
 from __future__ import annotations
 
@@ -21,12 +19,13 @@ from .calibration import BlockInputs
 
 
 class Algorithm(ABC):
-    """Quantizes the wanted linear layers of a block; may change norms and linears of the block,
-    too.
+    """Quantizes linear layers of one block at a time.
+
+    It may also change norms and other weights of the block, as AWQ and SmoothQuant do.
     """
 
     name: ClassVar[str]
-    #: option -> default; given to quantize_model beside the format's parameters
+    #: option -> default; quantize_model takes options beside the format's parameters
     options: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(
@@ -34,37 +33,41 @@ class Algorithm(ABC):
     ) -> None:
         self.model, self.fmt, self.params = model, fmt, params
         self.settings = {**self.options, **options}
-        #: formats of single layers, by name, where they are not all `fmt` (recipes.py)
+        #: full name -> format of a layer, where recipes.py chose one instead of `fmt`
         self.formats: dict[str, str] = {}
 
     @abstractmethod
     def run(
-        self, block: nn.Module, wanted: dict[str, nn.Linear], inputs: BlockInputs
+        self, block: nn.Module, linears: dict[str, nn.Linear], inputs: BlockInputs
     ) -> dict[str, PackedWeight]:
-        """`inputs` are the block's. Returns the packed weight of each wanted layer."""
+        """The packed weight of each layer in `linears` (name within `block` -> layer).
+
+        inputs: the inputs of `block`.
+        """
 
     def rounded(self, weight: Tensor, name: str | None = None, **more: Any) -> PackedWeight:
-        """`weight`, of the layer of this full name, rounded to nearest."""
+        """`weight` rounded to nearest, in the format of the layer with this full name."""
         format = self.formats.get(name, self.fmt.name) if name else self.fmt.name
         return quantize(weight, format, **{**self.params, **more})
 
 
 class Gptq(Algorithm):
-    """Layers that share an input together, in order of execution, each seeing the rounded ones
-    before it.
+    """GPTQ in order of execution, so that each layer sees the rounded layers before it.
+
+    Layers that share an input are rounded together.
     """
 
     name = "gptq"
     options = {"damp": 0.01, "static_groups": False, "clip_search": False}
 
     def run(
-        self, block: nn.Module, wanted: dict[str, nn.Linear], inputs: BlockInputs
+        self, block: nn.Module, linears: dict[str, nn.Linear], inputs: BlockInputs
     ) -> dict[str, PackedWeight]:
         packed = {}
-        for names in inputs.groups(block, wanted):
-            first = {names[0]: wanted[names[0]]}
+        for names in inputs.groups(block, linears):
+            first = {names[0]: linears[names[0]]}
             hessian = inputs.collect(block, first, hessian=True, stop=True)[names[0]].hessian
-            weights = [wanted[name].weight.detach().float() for name in names]
+            weights = [linears[name].weight.detach().float() for name in names]
             resolved = [self.fmt.resolve((w.shape[0], w.shape[1]), self.params) for w in weights]
             grid = gptq.gptq(
                 torch.cat(weights),
@@ -88,54 +91,55 @@ class Gptq(Algorithm):
                 tensors = self.fmt.from_grid(part, params)
                 self.fmt.validate(tensors, shape, params)
                 packed[name] = PackedWeight(self.fmt.name, shape, tensors, params)
-                wanted[name].weight.copy_(packed[name].dequantize())
+                linears[name].weight.copy_(packed[name].dequantize())
         return packed
 
 
 class Awq(Algorithm):
+    """AWQ: searches scales of input features for each rule of the architecture, then clips."""
+
     name = "awq"
     options = {"clip": True}
 
     def run(
-        self, block: nn.Module, wanted: dict[str, nn.Linear], inputs: BlockInputs
+        self, block: nn.Module, linears: dict[str, nn.Linear], inputs: BlockInputs
     ) -> dict[str, PackedWeight]:
-        found = inputs.collect(block, wanted, hessian=True, stop=False)
+        statistics = inputs.collect(block, linears, hessian=True, stop=False)
         for rule in architectures.of(self.model).rules:
-            names = [name for name in rule.layers if name in wanted]
+            names = [name for name in rule.layers if name in linears]
             if len(names) < len(rule.layers):
-                # another reader of the same output stays as it is, and must not be scaled alone
+                # Another layer with the same input is not quantized, so the input cannot be scaled.
                 continue
-            layers = [wanted[name] for name in names]
+            layers = [linears[name] for name in names]
             stacked = torch.cat([layer.weight.detach().float() for layer in layers])
-            seen = found[names[0]]
-            scale, _, _ = awq.search_scale(stacked, seen.hessian, seen.mean_abs, self._round_trip)
+            shared = statistics[names[0]]
+            scale, _, _ = awq.search_scale(
+                stacked, shared.hessian, shared.mean_abs, self._round_trip
+            )
             if architectures.fold(block.get_submodule(rule.before), scale, layers):
                 for name in names:
-                    found[name].rescale(scale)
+                    statistics[name].rescale(scale)
         packed = {}
-        for name, layer in wanted.items():
+        for name, layer in linears.items():
             weight = layer.weight.detach().float()
-            # The product of queries and keys feels clipping more than these errors tell.
+            # Clipping harms the product of queries and keys more than these errors show.
             if self.settings["clip"] and not name.endswith(("q_proj", "k_proj")):
-                size = self.params.get("group_size", self.params.get("block_size", -1))
-                default = self.fmt.defaults.get(
-                    "group_size", self.fmt.defaults.get("block_size", -1)
-                )
-                size = (
-                    size if "group_size" in self.params or "block_size" in self.params else default
-                )
-                weight = awq.search_clip(weight, found[name].hessian, size, self._round_trip)
+                params = {**self.fmt.defaults, **self.params}
+                size = params.get("group_size", params.get("block_size", -1))
+                weight = awq.search_clip(weight, statistics[name].hessian, size, self._round_trip)
             packed[name] = self.rounded(weight)
             layer.weight.copy_(packed[name].dequantize())
         return packed
 
     def _round_trip(self, weight: Tensor) -> Tensor:
+        """`weight`, quantized and dequantized."""
         return self.rounded(weight).dequantize()
 
 
 class SmoothQuant(Algorithm):
-    """Smooths what norms feed, as the paper's code does; then rounds, with static scales if asked
-    for.
+    """Smooths layers that a norm feeds, as the paper's code does, then rounds to nearest.
+
+    With activation "static" it also sets the input scales.
     """
 
     name = "smoothquant"
@@ -143,33 +147,33 @@ class SmoothQuant(Algorithm):
     smooth = True
 
     def run(
-        self, block: nn.Module, wanted: dict[str, nn.Linear], inputs: BlockInputs
+        self, block: nn.Module, linears: dict[str, nn.Linear], inputs: BlockInputs
     ) -> dict[str, PackedWeight]:
-        found = inputs.collect(block, wanted, hessian=False, stop=False)
+        statistics = inputs.collect(block, linears, hessian=False, stop=False)
         for rule in architectures.of(self.model).rules if self.smooth else ():
             before = block.get_submodule(rule.before)
-            if isinstance(before, nn.Linear) or any(name not in wanted for name in rule.layers):
+            if isinstance(before, nn.Linear) or any(name not in linears for name in rule.layers):
                 continue
-            layers = [wanted[name] for name in rule.layers]
+            layers = [linears[name] for name in rule.layers]
             weights = [layer.weight.detach() for layer in layers]
             scale = smoothquant.smoothing_scale(
-                found[rule.layers[0]].max_abs, weights, self.settings["alpha"]
+                statistics[rule.layers[0]].max_abs, weights, self.settings["alpha"]
             )
             if architectures.fold(before, scale, layers):
                 for name in rule.layers:
-                    found[name].rescale(scale)
+                    statistics[name].rescale(scale)
         packed = {}
-        for name, layer in wanted.items():
+        for name, layer in linears.items():
             more: dict[str, Any] = {}
             if self.params.get("activation") == "static" and "input_scale" not in self.params:
-                largest = float(found[name].max_abs.max())
+                largest = float(statistics[name].max_abs.max())
                 more["input_scale"] = max(largest, 1e-12) / self.fmt.activation_top
             packed[name] = self.rounded(layer.weight, **more)
         return packed
 
 
 class Ranges(SmoothQuant):
-    """Static activation scales from the largest |x| seen, nothing else."""
+    """Static activation scales from the largest |x|; weights are rounded to nearest."""
 
     name = "ranges"
     options = {}
@@ -177,70 +181,69 @@ class Ranges(SmoothQuant):
 
 
 class Imatrix(Algorithm):
-    """llama.cpp's importance matrix: each error's square counts by the mean square of its input
-    feature.
-    """
+    """llama.cpp's importance matrix: squared errors weighted by the input feature's mean square."""
 
     name = "imatrix"
 
     def run(
-        self, block: nn.Module, wanted: dict[str, nn.Linear], inputs: BlockInputs
+        self, block: nn.Module, linears: dict[str, nn.Linear], inputs: BlockInputs
     ) -> dict[str, PackedWeight]:
-        found = inputs.collect(block, wanted, hessian=False, stop=False)
-        full = {id(module): name for name, module in self.model.named_modules()}
+        statistics = inputs.collect(block, linears, hessian=False, stop=False)
+        full_names = {id(module): name for name, module in self.model.named_modules()}
         packed = {}
-        for name, layer in wanted.items():
-            own = full[id(layer)]
-            weighted = (
-                "importance" in formats.get(self.formats.get(own, self.fmt.name)).quantize_only
-            )
-            more = {"importance": found[name].mean_square} if weighted else {}
-            packed[name] = self.rounded(layer.weight.detach(), own, **more)
+        for name, layer in linears.items():
+            full_name = full_names[id(layer)]
+            fmt = formats.get(self.formats.get(full_name, self.fmt.name))
+            weighted = "importance" in fmt.quantize_only
+            more = {"importance": statistics[name].mean_square} if weighted else {}
+            packed[name] = self.rounded(layer.weight.detach(), full_name, **more)
         return packed
 
 
 class Spqr(Algorithm):
-    """As GPTQ; layers with the same input one by one, because groups of rows must not span two."""
+    """SpQR, as GPTQ, but layers one by one, because a group of rows must not span two layers."""
 
     name = "spqr"
     options = {"damp": 0.01, "threshold": 0.2}
 
     def run(
-        self, block: nn.Module, wanted: dict[str, nn.Linear], inputs: BlockInputs
+        self, block: nn.Module, linears: dict[str, nn.Linear], inputs: BlockInputs
     ) -> dict[str, PackedWeight]:
         assert isinstance(self.fmt, SpqrFormat)
         packed = {}
-        for names in inputs.groups(block, wanted):
-            first = {names[0]: wanted[names[0]]}
+        for names in inputs.groups(block, linears):
+            first = {names[0]: linears[names[0]]}
             hessian = inputs.collect(block, first, hessian=True, stop=True)[names[0]].hessian
             for name in names:
-                weight = wanted[name].weight.detach().float()
+                weight = linears[name].weight.detach().float()
                 shape = (weight.shape[0], weight.shape[1])
                 params = self.fmt.resolve(shape, self.params)
-                own = {k: params[k] for k in ("bits", "group_size", "row_group", "act_order")}
-                grid = spqr_search.spqr(weight, hessian, **own, **self.settings)
+                options = {
+                    key: params[key] for key in ("bits", "group_size", "row_group", "act_order")
+                }
+                grid = spqr_search.spqr(weight, hessian, **options, **self.settings)
                 tensors = self.fmt.from_spqr(grid, shape, params)
                 self.fmt.validate(tensors, shape, params)
                 packed[name] = PackedWeight(self.fmt.name, shape, tensors, params)
-                wanted[name].weight.copy_(packed[name].dequantize())
+                linears[name].weight.copy_(packed[name].dequantize())
         return packed
 
 
 class Ldlq(Algorithm):
-    """QuIP's rounding; layers that share an input together, each seeing the rounded ones before it."""
+    """LDLQ, the rounding of QuIP and QuIP#; each layer sees the rounded layers before it."""
 
     name = "ldlq"
 
     def run(
-        self, block: nn.Module, wanted: dict[str, nn.Linear], inputs: BlockInputs
+        self, block: nn.Module, linears: dict[str, nn.Linear], inputs: BlockInputs
     ) -> dict[str, PackedWeight]:
         packed = {}
-        for names in inputs.groups(block, wanted):
-            first = {names[0]: wanted[names[0]]}
+        for names in inputs.groups(block, linears):
+            first = {names[0]: linears[names[0]]}
             hessian = inputs.collect(block, first, hessian=True, stop=True)[names[0]].hessian
             for name in names:
-                packed[name] = self.rounded(wanted[name].weight, hessian=hessian)
-                wanted[name].weight.copy_(packed[name].dequantize())
+                packed[name] = self.rounded(linears[name].weight, hessian=hessian)
+                linears[name].weight.copy_(packed[name].dequantize())
         return packed
 
 
@@ -249,7 +252,7 @@ BY_NAME: dict[str, type[Algorithm]] = {a.name: a for a in _ALL}
 
 
 def choose(fmt: Format, name: str | None) -> type[Algorithm]:
-    """The algorithm of that name, or the format's first. ValueError if the format has no such one."""
+    """The algorithm `name`, or the format's first. Raises ValueError if the format lacks it."""
     if not fmt.algorithms:
         raise ValueError(
             f"calibration: expected None, because {fmt.name} is made by rounding to nearest only, "

@@ -1,8 +1,8 @@
-"""What reads what in the models we know: the one place with names of modules.
+"""Which operator feeds which layers in the models we know: the one place with names of modules.
 
-AWQ and SmoothQuant divide the input features of linear layers by scales and must multiply the
-scales back out of the operator before. Each rule names that operator and the layers that read its
-output, relative to a decoder block. A rule applies if all its modules are there.
+AWQ and SmoothQuant multiply the columns of a linear layer's weight by scales, so the operator
+before must divide its output by them. Each rule names that operator and the layers that read its
+output, relative to a decoder block. A rule applies if all its modules exist.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from torch import nn
 
 
 class Rule(NamedTuple):
-    """before: a norm, or a linear layer with nothing but multiplications between. layers: its
-    readers.
+    """An operator and the layers that read its output.
+
+    Attributes:
+        before: a norm, or a linear layer with only multiplications between it and its readers.
+        layers: the readers.
     """
 
     before: str
@@ -22,9 +25,7 @@ class Rule(NamedTuple):
 
 
 class Gated(NamedTuple):
-    """A feed-forward module of a block that computes down(activation(gate(x)) * up(x)), by its
-    children's names.
-    """
+    """Names of a block's feed-forward, down(activation(gate(x)) * up(x)), and of its children."""
 
     module: str
     gate: str
@@ -34,8 +35,12 @@ class Gated(NamedTuple):
 
 
 class Architecture(NamedTuple):
-    """blocks: the nn.ModuleList of decoder blocks. rules: in order of execution. gated: where there
-    is one.
+    """The modules of one model type.
+
+    Attributes:
+        blocks: name of the nn.ModuleList of decoder blocks.
+        rules: rules in order of execution.
+        gated: the gated feed-forward module, if the model has one.
     """
 
     blocks: str
@@ -78,7 +83,7 @@ BY_MODEL_TYPE = {
 
 
 def of(model: nn.Module) -> Architecture:
-    """ValueError, naming those we know, for a model of another type."""
+    """The architecture of `model`. Raises ValueError, naming the known types, for another type."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in BY_MODEL_TYPE:
         raise ValueError(
@@ -89,8 +94,9 @@ def of(model: nn.Module) -> Architecture:
 
 
 def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(name, module) of the decoder blocks: those of a known type, else the longest list with
-    linears.
+    """(name, module) of each decoder block.
+
+    A model of an unknown type has them in its longest nn.ModuleList with linear layers.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind in BY_MODEL_TYPE:
@@ -106,16 +112,15 @@ def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
     if not lists:
         raise ValueError("model: expected decoder blocks in an nn.ModuleList, found none")
-    path, found = max(lists, key=lambda item: len(item[1]))
-    return [(f"{path}.{i}", block) for i, block in enumerate(found)]
+    path, blocks = max(lists, key=lambda item: len(item[1]))
+    return [(f"{path}.{i}", block) for i, block in enumerate(blocks)]
 
 
 def fold(before: nn.Module, scale: object, layers: list[nn.Linear]) -> bool:
-    """Divide the output of `before` by scale (K), multiply the layers' inputs. False if it does not
-    fit.
+    """Divide the output of `before` by scale (K), and multiply the columns of the layers' weights.
 
-    A linear layer `before` must have exactly K outputs: with grouped-query attention v_proj has
-    fewer.
+    Returns False, and changes nothing, unless `before` has exactly K outputs: with grouped-query
+    attention v_proj has fewer.
     """
     import torch
 
@@ -140,5 +145,5 @@ def fold(before: nn.Module, scale: object, layers: list[nn.Linear]) -> bool:
 
 
 def _adds_one(norm: nn.Module) -> bool:
-    """Gemma's norms multiply by 1 + weight."""
+    """Whether the norm multiplies by 1 + weight, as Gemma's do."""
     return "Gemma" in type(norm).__name__

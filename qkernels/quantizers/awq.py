@@ -1,11 +1,11 @@
-"""AWQ: scale up the input features that matter before rounding, and clip what hurts less than it
-helps.
+"""AWQ: scales up important input features before rounding, and clips ranges where that helps.
 
-Multiplying a feature's weights by s and dividing its activations by s leaves the layer as it was,
-and the rounding error of those weights shrinks by s. s = mean|x|^ratio, the ratio searched for the
-least error of the layers' output; the division is folded into the operator before. Then each
-group's range is narrowed as far as its share of the output error falls. Source: Lin et al. 2023
-(arXiv 2306.00978).
+Multiplying a feature's weights by s and dividing its activations by s does not change the layer's
+output, and the rounding error of those weights shrinks by s. s = mean|x|^ratio, with the ratio that
+gives the least error of the layers' output; the division is folded into the operator before. Then
+each group's range is narrowed to where the group's part of the output error is least.
+
+Source: Lin et al. 2023 (arXiv 2306.00978).
 
 Errors are those of the linear layers' outputs, tr((W - Q) H (W - Q)^T) with H the mean of x x^T.
 """
@@ -17,10 +17,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..formats.grid import in_groups
+from ..formats.grid import split_groups
 
 RATIOS = 20
-#: narrowest range tried, as a fraction of a group's largest magnitude, and how many between
+#: the narrowest range tried, as a fraction of a group's largest magnitude, and the number of ranges
 CLIP_LOWEST = 0.5
 CLIP_STEPS = 10
 
@@ -52,18 +52,19 @@ def search_scale(
 def search_clip(
     weight: Tensor, hessian: Tensor, group_size: int, round_trip: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """W (N, K) with each group's range narrowed to where its own share of the output error is
-    least.
+    """W (N, K) clipped: each group gets the range with the least error of the output.
+
+    round_trip: quantizes and dequantizes an (N, K) weight.
     """
     n, k = weight.shape
-    grouped = in_groups(weight, group_size)
+    grouped = split_groups(weight, group_size)
     size = grouped.shape[2]
     blocks = [hessian[i : i + size, i : i + size] for i in range(0, k, size)]
     blocks[-1] = torch.nn.functional.pad(blocks[-1], (0, -k % size, 0, -k % size))
     stacked = torch.stack(blocks)
 
     def errors(rounded: Tensor) -> Tensor:
-        difference = in_groups(weight - rounded, group_size).transpose(0, 1)  # (G, N, g)
+        difference = split_groups(weight - rounded, group_size).transpose(0, 1)  # (G, N, g)
         return ((difference @ stacked) * difference).sum(-1).T  # (N, G)
 
     largest = grouped.abs().amax(-1, keepdim=True)

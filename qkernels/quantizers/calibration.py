@@ -1,4 +1,4 @@
-"""Calibration data, and what layers see of it: the inputs of one decoder block at a time."""
+"""Calibration data: token ids, and the layers' inputs for them, one decoder block at a time."""
 
 from __future__ import annotations
 
@@ -26,13 +26,17 @@ def calibration_ids(
 
 
 def batches_of(calibration: Any, vocabulary: int | None) -> list[Tensor]:
-    """`calibration` as a list of int64 (1, T) batches. ValueError naming what is wrong with it."""
+    """`calibration` as a list of int64 (1, T) batches. Raises ValueError unless it holds token ids.
+
+    vocabulary: number of ids that the model knows, None if unknown.
+    """
     if isinstance(calibration, Tensor):
         calibration = list(calibration if calibration.dim() == 2 else calibration[None])
     if not isinstance(calibration, Sequence) or isinstance(calibration, str) or not calibration:
         raise ValueError(
-            "calibration: expected token ids, a tensor (samples, tokens) or a list of tensors (tokens,), got "
-            f"{type(calibration).__name__}; qkernels.calibration_ids makes them from a text"
+            "calibration: expected token ids, a tensor (samples, tokens) or a list of tensors "
+            f"(tokens,), got {type(calibration).__name__}; qkernels.calibration_ids makes them "
+            "from a text"
         )
     batches = []
     for i, ids in enumerate(calibration):
@@ -58,14 +62,17 @@ def batches_of(calibration: Any, vocabulary: int | None) -> list[Tensor]:
 
 
 class _Stop(Exception):  # noqa: N818 - nothing failed
-    """Ends a forward pass once all that was wanted is known."""
+    """Ends a forward pass early, once every needed input was seen."""
 
 
 class Statistics:
-    """Of the inputs x (T, K) of layers that read the same thing, over all calibration tokens.
+    """Statistics of one layer input x (T, K) over all calibration tokens.
 
-    hessian: mean of x x^T, float32 (K, K). mean_abs, max_abs: of |x|, mean_square: of x^2, float32
-    (K). tokens: how many.
+    Attributes:
+        hessian: mean of x x^T, float32 (K, K); only if asked for.
+        mean_abs, max_abs: mean and maximum of |x|, float32 (K).
+        mean_square: mean of x^2, float32 (K).
+        tokens: number of tokens.
     """
 
     def __init__(self, features: int, device: torch.device, *, hessian: bool) -> None:
@@ -76,6 +83,7 @@ class Statistics:
         self._sum = torch.zeros(features, features, device=device) if hessian else None
 
     def add(self, x: Tensor) -> None:
+        """Count the inputs x (..., K)."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
         self.tokens += x.shape[0]
         magnitude = x.abs()
@@ -99,7 +107,7 @@ class Statistics:
         return self._sum / self.tokens
 
     def rescale(self, scale: Tensor) -> None:
-        """As if x had been divided by scale (K)."""
+        """Change the statistics as if x had been divided by scale (K)."""
         self.max_abs = self.max_abs / scale
         self._sum_abs = self._sum_abs / scale
         self._sum_square = self._sum_square / scale.double().square()
@@ -108,10 +116,10 @@ class Statistics:
 
 
 class BlockInputs:
-    """What a model's decoder blocks are called with, for all batches; one block's activations at a
-    time.
+    """The arguments of one decoder block's calls, for all batches.
 
-    `advance` replaces them by the block's outputs, which are the inputs of the next block.
+    At first they are those of the first block. `advance` replaces them by the outputs of a block,
+    which are the inputs of the next block, so memory holds one block's activations at a time.
     """
 
     def __init__(self, model: nn.Module, first: nn.Module, batches: Iterable[Tensor]) -> None:
@@ -134,6 +142,7 @@ class BlockInputs:
             hook.remove()
 
     def advance(self, block: nn.Module) -> None:
+        """Call `block`, the current one, for all batches; keep its outputs as the next inputs."""
         for i, (args, kwargs) in enumerate(self._calls):
             out = block(*args, **kwargs)
             hidden = out[0] if isinstance(out, tuple) else out
@@ -142,8 +151,8 @@ class BlockInputs:
             else:
                 self._calls[i] = (args, {**kwargs, "hidden_states": hidden})
 
-    def groups(self, block: nn.Module, wanted: dict[str, nn.Linear]) -> list[list[str]]:
-        """Names in `wanted` in order of execution, those with one and the same input together."""
+    def groups(self, block: nn.Module, layers: dict[str, nn.Linear]) -> list[list[str]]:
+        """Names of `layers` in order of execution; names of layers with the same input together."""
         seen: list[tuple[Tensor, list[str]]] = []
         hooks = []
 
@@ -157,7 +166,7 @@ class BlockInputs:
 
             return hook
 
-        for name, linear in wanted.items():
+        for name, linear in layers.items():
             hooks.append(linear.register_forward_pre_hook(note(name)))
         try:
             args, kwargs = self._calls[0]
@@ -166,7 +175,7 @@ class BlockInputs:
             for hook in hooks:
                 hook.remove()
         called = {name for _, names in seen for name in names}
-        missing = sorted(set(wanted) - called)
+        missing = sorted(set(layers) - called)
         if missing:
             raise ValueError(
                 f"{missing[0]}: expected to be called in a forward pass of its block, was not"
@@ -176,16 +185,17 @@ class BlockInputs:
     def collect(
         self, block: nn.Module, layers: dict[str, nn.Linear], *, hessian: bool, stop: bool
     ) -> dict[str, Statistics]:
-        """Statistics of each layer's input. `stop`: skip the rest of the block once all were
-        called.
+        """Statistics of each layer's input.
+
+        hessian: whether to collect it. stop: skip the rest of the block once all were called.
         """
-        found: dict[str, Statistics] = {}
+        statistics: dict[str, Statistics] = {}
         left: set[str] = set()
         hooks = []
 
         def note(name: str) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-                found[name].add(args[0])
+                statistics[name].add(args[0])
                 left.discard(name)
                 if stop and not left:
                     raise _Stop
@@ -194,7 +204,7 @@ class BlockInputs:
 
         for name, linear in layers.items():
             device = linear.weight.device
-            found[name] = Statistics(linear.in_features, device, hessian=hessian)
+            statistics[name] = Statistics(linear.in_features, device, hessian=hessian)
             hooks.append(linear.register_forward_pre_hook(note(name)))
         try:
             for args, kwargs in self._calls:
@@ -206,9 +216,9 @@ class BlockInputs:
         finally:
             for hook in hooks:
                 hook.remove()
-        return found
+        return statistics
 
 
 def _without_cache(model: nn.Module) -> dict[str, bool]:
-    """No key-value cache: every block would keep its own copy of the keys of all batches."""
+    """Arguments that turn off the key-value cache, which would keep the keys of all batches."""
     return {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}

@@ -1,6 +1,4 @@
-"""Runs an algorithm over a model block by block, with bounded memory, and can go on where it
-stopped.
-"""
+"""Runs an algorithm over a model block by block, with bounded memory, and can resume."""
 
 from __future__ import annotations
 
@@ -25,16 +23,14 @@ from . import algorithms, architectures, digest
 from .calibration import BlockInputs, batches_of
 
 MANIFEST = "resume.json"
-#: version of what the files of finished blocks hold
+#: version of the files of finished blocks
 _FILES = 2
 
 
 def split_options(
     fmt: Format, algorithm: type[algorithms.Algorithm], params: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What was given beside the format's name -> (parameters of the format, options of the
-    algorithm).
-    """
+    """Split `params` into (parameters of the format, options of the algorithm)."""
     options = {k: v for k, v in params.items() if k in algorithm.options and k not in fmt.defaults}
     for key, value in options.items():
         kind = type(algorithm.options[key])
@@ -49,17 +45,23 @@ def split_options(
 def quantize_calibrated(
     model: nn.Module,
     fmt: Format,
-    wanted: dict[str, nn.Linear],
+    linears: dict[str, nn.Linear],
     calibration: Any,
     algorithm: algorithms.Algorithm,
     resume: str | os.PathLike[str] | None,
     advance: Callable[[int, int], None],
 ) -> None:
-    """Replace each `wanted` linear (full name -> module) by a QuantLinear.
+    """Replace linear layers by QuantLinear, block by block.
 
-    Blocks see what the quantized blocks before them put out. Linears outside the blocks are rounded
-    to nearest. `resume`: a directory that keeps every finished block; if it holds some of the same
-    job they are taken from there. `advance(done, total)` is called after each block.
+    Each block sees the outputs of the quantized blocks before it. Layers outside the blocks are
+    rounded to nearest.
+
+    Args:
+        linears: full name -> layer to replace; emptied on the way.
+        calibration: token ids, as `calibration.batches_of` takes them.
+        resume: directory for finished blocks; blocks of the same job that it holds are loaded
+            instead of quantized.
+        advance: called with (blocks done, blocks) after each block.
     """
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     batches = batches_of(calibration, vocabulary)
@@ -67,7 +69,7 @@ def quantize_calibrated(
     store = (
         None
         if resume is None
-        else _Store(Path(resume), _job(model, algorithm, wanted, batches), fmt)
+        else _Store(Path(resume), _job(model, algorithm, linears, batches), fmt)
     )
     training = model.training
     model.eval()
@@ -75,28 +77,28 @@ def quantize_calibrated(
         inputs = BlockInputs(model, blocks[0][1], batches)
         for number, (path, block) in enumerate(blocks):
             prefix = path + "."
-            inside = {n.removeprefix(prefix): m for n, m in wanted.items() if n.startswith(prefix)}
-            packed = store.load(number, block, inside) if store else None
+            layers = {n.removeprefix(prefix): m for n, m in linears.items() if n.startswith(prefix)}
+            packed = store.load(number, block, layers) if store else None
             if packed is None:
-                packed = algorithm.run(block, inside, inputs) if inside else {}
+                packed = algorithm.run(block, layers, inputs) if layers else {}
                 if store:
                     store.save(number, block, packed)
             for name, weight in packed.items():
-                inside[name].weight.copy_(weight.dequantize())
+                layers[name].weight.copy_(weight.dequantize())
             if number + 1 < len(blocks):
                 inputs.advance(block)
             for name, weight in packed.items():
-                replace(block, name, inside[name], weight)
-                del wanted[prefix + name]
+                replace(block, name, layers[name], weight)
+                del linears[prefix + name]
             advance(number + 1, len(blocks))
-        for name, linear in wanted.items():
+        for name, linear in linears.items():
             replace(model, name, linear, algorithm.rounded(linear.weight.detach(), name))
     finally:
         model.train(training)
 
 
 def replace(root: nn.Module, name: str, linear: nn.Linear, packed: PackedWeight) -> None:
-    """Put a QuantLinear with `packed` in the place of `linear`."""
+    """Replace `linear`, the module `name` of `root`, by a QuantLinear with `packed`."""
     parent, _, leaf = name.rpartition(".")
     bias = None if linear.bias is None else linear.bias.detach().clone()
     layer = QuantLinear(packed, bias, dtype=linear.weight.dtype)
@@ -107,14 +109,14 @@ def replace(root: nn.Module, name: str, linear: nn.Linear, packed: PackedWeight)
 def _job(
     model: nn.Module,
     algorithm: algorithms.Algorithm,
-    wanted: dict[str, nn.Linear],
+    linears: dict[str, nn.Linear],
     batches: list[Tensor],
 ) -> dict[str, Any]:
-    """What must be the same for finished blocks to be of use.
+    """Everything that must be equal before finished blocks can be used.
 
-    Not torch's version, nor the device: they round sums in another order, and a block made
-    elsewhere is as good a block of this model. Only where they are the same, too, is the result
-    that of an uninterrupted run bit for bit.
+    torch's version and the device are left out: they add in another order, but a block quantized
+    elsewhere is as good. Only with the same version and device is the result equal to that of an
+    uninterrupted run bit for bit.
     """
     job = {
         "version": f"{__version__}, files {_FILES}",
@@ -122,7 +124,7 @@ def _job(
         "params": algorithm.params,
         "algorithm": algorithm.name,
         "settings": algorithm.settings,
-        "layers": sorted(wanted),
+        "layers": sorted(linears),
         "calibration": digest.of_tensors((str(i), batch) for i, batch in enumerate(batches)),
         "model": digest.of_model(model),
     }
@@ -134,21 +136,21 @@ class _Store:
 
     def __init__(self, path: Path, job: dict[str, Any], fmt: Format) -> None:
         self.path, self.fmt = path, fmt
-        #: says of each file which job it belongs to
+        #: stored in each file, to tell which job the file belongs to
         self.job = hashlib.sha256(digest.as_json(job).encode()).hexdigest()
         path.mkdir(parents=True, exist_ok=True)
         manifest = path / MANIFEST
         if manifest.exists():
             try:
-                found = json.loads(manifest.read_text())
+                stored = json.loads(manifest.read_text())
             except (ValueError, OSError):
                 raise ValueError(f"{manifest}: expected JSON, got something else") from None
             for key, value in job.items():
-                if not isinstance(found, dict) or found.get(key) != value:
-                    got = found.get(key) if isinstance(found, dict) else found
+                if not isinstance(stored, dict) or stored.get(key) != value:
+                    got = stored.get(key) if isinstance(stored, dict) else stored
                     raise ValueError(
-                        f"resume: expected finished blocks of the same job in {path}, but {key} was "
-                        f"{got!r:.200} there and is {value!r:.200} now"
+                        f"resume: expected finished blocks of the same job in {path}, but {key} "
+                        f"was {got!r:.200} there and is {value!r:.200} now"
                     )
         elif any(not file.name.startswith(atomic.PREFIX) for file in path.iterdir()):
             raise ValueError(
@@ -162,75 +164,77 @@ class _Store:
         return self.path / f"block-{number}.safetensors"
 
     def save(self, number: int, block: nn.Module, packed: dict[str, PackedWeight]) -> None:
+        """Write the block's packed weights and its other parameters."""
         tensors = {
             f"packed.{n}/{k}": t.contiguous()
             for n, p in packed.items()
             for k, t in p.tensors.items()
         }
-        for name, parameter in _plain(block, packed).items():
+        for name, parameter in _unpacked_parameters(block, packed).items():
             tensors[f"plain.{name}"] = parameter.detach().contiguous()
         params = json.dumps({name: p.params for name, p in packed.items()})
         tensors = {k: t.clone() for k, t in tensors.items()}
-        said = {"params": params, "job": self.job, "block": str(number)}
+        metadata = {"params": params, "job": self.job, "block": str(number)}
         with atomic.replacing_file(self._file(number)) as fresh:
-            write_tensors(tensors, fresh, said)
+            write_tensors(tensors, fresh, metadata)
 
     def load(
-        self, number: int, block: nn.Module, wanted: dict[str, nn.Linear]
+        self, number: int, block: nn.Module, layers: dict[str, nn.Linear]
     ) -> dict[str, PackedWeight] | None:
-        """The block's packed weights, None if it is not there; sets its other parameters.
+        """The block's packed weights; also sets its other parameters. None if there is no file.
 
-        ValueError, before anything is set, naming the file, unless it is this block of this job,
-        whole.
+        Raises ValueError naming the file, before anything is set, unless the file holds this block
+        of this job completely.
         """
         file = self._file(number)
         if not file.exists():
             return None
         try:
             with safe_open(file, "pt") as opened:
-                said = opened.metadata() or {}
+                metadata = opened.metadata() or {}
                 tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-            return self._take(number, said, tensors, block, wanted)
+            return self._restore(number, metadata, tensors, block, layers)
         except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(
                 f"{file}: expected a finished block, got {error}; delete it to redo it"
             ) from None
 
-    def _take(
+    def _restore(
         self,
         number: int,
-        said: dict[str, str],
+        metadata: dict[str, str],
         tensors: dict[str, Tensor],
         block: nn.Module,
-        wanted: dict[str, nn.Linear],
+        layers: dict[str, nn.Linear],
     ) -> dict[str, PackedWeight]:
+        """Packed weights from a file's metadata and tensors; sets the block's other parameters."""
         for key, value in {"job": self.job, "block": str(number)}.items():
-            if said.get(key) != value:
+            if metadata.get(key) != value:
                 raise ValueError(
-                    f"one of another {key}: expected {value}, got {said.get(key, 'none')}"
+                    f"one of another {key}: expected {value}, got {metadata.get(key, 'none')}"
                 )
-        params = json.loads(said.get("params", "null"))
+        params = json.loads(metadata.get("params", "null"))
         if not isinstance(params, dict) or not all(
-            isinstance(own, dict) for own in params.values()
+            isinstance(layer_params, dict) for layer_params in params.values()
         ):
             raise ValueError(f"params: expected an object of objects, got {params!r:.80}")
-        if set(params) != set(wanted):
-            raise ValueError(f"layers {sorted(params)}, expected {sorted(wanted)}")
+        if set(params) != set(layers):
+            raise ValueError(f"layers {sorted(params)}, expected {sorted(layers)}")
         packed = {}
-        for name, linear in wanted.items():
-            prefix = f"packed.{name}/"
+        for name, linear in layers.items():
+            prefix, device = f"packed.{name}/", linear.weight.device
             keys = [key for key in tensors if key.startswith(prefix)]
-            mine = {k.removeprefix(prefix): tensors.pop(k).to(linear.weight.device) for k in keys}
+            layer_tensors = {k.removeprefix(prefix): tensors.pop(k).to(device) for k in keys}
             shape = (linear.out_features, linear.in_features)
             try:
-                packed[name] = pack(self.fmt.name, mine, shape, **params[name])
+                packed[name] = pack(self.fmt.name, layer_tensors, shape, **params[name])
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-        plain = _plain(block, packed)
+        plain = _unpacked_parameters(block, packed)
         differing = sorted(set(tensors) ^ {f"plain.{name}" for name in plain})
         if differing:
-            there = "one that the block has not" if differing[0] in tensors else "none"
-            raise ValueError(f"{differing[0]}: expected the block's own tensors, got {there}")
+            got = "one that the block has not" if differing[0] in tensors else "none"
+            raise ValueError(f"{differing[0]}: expected the block's own tensors, got {got}")
         for name, parameter in plain.items():
             tensor = tensors[f"plain.{name}"]
             if (tensor.dtype, tensor.shape) != (parameter.dtype, parameter.shape):
@@ -243,6 +247,8 @@ class _Store:
         return packed
 
 
-def _plain(block: nn.Module, packed: Mapping[str, PackedWeight]) -> dict[str, nn.Parameter]:
-    """A block's parameters but for the weights that are packed."""
+def _unpacked_parameters(
+    block: nn.Module, packed: Mapping[str, PackedWeight]
+) -> dict[str, nn.Parameter]:
+    """The block's parameters, except the weights in `packed`."""
     return {n: p for n, p in block.named_parameters() if n.removesuffix(".weight") not in packed}

@@ -1,8 +1,9 @@
-"""llama.cpp's importance matrix: for each linear layer the mean square of each input feature.
+"""llama.cpp's importance matrix: the mean square of each input feature of each linear layer.
 
-In a file, a GGUF with `general.type` "imatrix", tensor `t` of the model has two tensors:
-`t.in_sum2`, float32 (experts, K), the sum of squares, and `t.counts`, float32 (experts, 1), of how
-many inputs. ggml leaves out outer dimensions of 1, so those of a plain layer are (K) and (1).
+Its file is a GGUF with `general.type` "imatrix". Tensor `t` of the model has two tensors in it:
+`t.in_sum2`, float32 (experts, K), the sums of squares, and `t.counts`, float32 (experts, 1), the
+numbers of inputs. ggml leaves out outer dimensions of 1, so layers without experts have (K) and
+(1).
 
 Source: llama.cpp's tools/imatrix, the format it writes since 2025.
 """
@@ -23,15 +24,16 @@ from ..nn.linear import is_linear, linear_of
 from .calibration import batches_of
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
-#: no calibration is of more tokens than this
-_MOST_INPUTS = 1 << 40
+#: more inputs than any calibration has
+_MAX_INPUTS = 1 << 40
 
 
 class ImportanceMatrix:
-    """`qkernels.quantize_model` takes one for its calibration data, for GGUF's types.
+    """The calibration data that `qkernels.quantize_model` may take for GGUF's types.
 
-    means: module's full name -> float32 (K), mean square of its inputs. tokens: how many it was
-    taken from.
+    Attributes:
+        means: full name of a module -> mean square of its inputs, float32 (K).
+        tokens: number of tokens behind the means.
     """
 
     def __init__(self, means: Mapping[str, Tensor], tokens: int) -> None:
@@ -40,7 +42,7 @@ class ImportanceMatrix:
     @classmethod
     @torch.no_grad()
     def collect(cls, model: nn.Module, calibration: Any) -> ImportanceMatrix:
-        """Of every linear layer of `model` as it is, over token ids (samples, tokens)."""
+        """The matrix of all linear layers of `model`, over token ids (samples, tokens)."""
         sums: dict[str, Tensor] = {}
         vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
         batches = batches_of(calibration, vocabulary)
@@ -52,8 +54,8 @@ class ImportanceMatrix:
 
             return hook
 
-        found = [(name, module) for name, module in model.named_modules() if is_linear(module)]
-        hooks = [module.register_forward_pre_hook(watch(name)) for name, module in found]
+        layers = [(name, module) for name, module in model.named_modules() if is_linear(module)]
+        hooks = [module.register_forward_pre_hook(watch(name)) for name, module in layers]
         training, device = model.training, next(model.parameters()).device
         model.eval()
         try:
@@ -67,21 +69,23 @@ class ImportanceMatrix:
         return cls({name: (total / tokens).float() for name, total in sums.items()}, tokens)
 
     def of(self, name: str, features: int) -> Tensor:
-        """Of the layer of that name. ValueError if there is none or it has not so many input
-        features.
+        """The means of the layer `name`, float32 (features).
+
+        Raises ValueError if there are none, or not one for each input feature.
         """
         if name not in self.means:
             raise ValueError(f"importance matrix: expected an entry for {name}, got none")
-        found = self.means[name]
-        if found.shape != (features,):
+        mean = self.means[name]
+        if mean.shape != (features,):
             raise ValueError(
-                f"importance matrix: {name}: expected {features} values, got {tuple(found.shape)}"
+                f"importance matrix: {name}: expected {features} values, got {tuple(mean.shape)}"
             )
-        return found
+        return mean
 
     def save(self, path: str | os.PathLike[str], model: nn.Module, chunk: int = 512) -> None:
-        """Write the file llama.cpp's `--imatrix` options take, whole or not at all. `chunk`: tokens
-        of one.
+        """Write a file for llama.cpp's `--imatrix` options, completely or not at all.
+
+        chunk: tokens of a chunk, as the file states it.
         """
         import gguf
 
@@ -105,11 +109,12 @@ class ImportanceMatrix:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module) -> ImportanceMatrix:
-        """Read such a file for `model`. ValueError naming file and tensor if it is none, or
-        damaged.
+        """Read an importance matrix file for `model`.
 
-        Entries of mixtures of experts are not taken; an entry of a layer has one row, which
+        Entries of mixtures of experts are ignored. The entry of a layer has one row, which
         llama.cpp writes with or without a dimension for it.
+
+        Raises ValueError naming file and tensor if the file is damaged or no importance matrix.
         """
         from ..checkpoints.files import open_regular, read_part
         from ..checkpoints.gguf.header import read_header
@@ -132,10 +137,10 @@ class ImportanceMatrix:
                     f"{path}: {name}: expected float32 of shape (1, {columns}), got {got}"
                 )
             raw = read_part(file, f"{path}: {name}", tensor.offset, tensor.nbytes)
-            found = torch.frombuffer(raw, dtype=torch.float32)
-            if not bool(torch.isfinite(found).all()) or bool((found < 0).any()):
+            numbers = torch.frombuffer(raw, dtype=torch.float32)
+            if not bool(torch.isfinite(numbers).all()) or bool((numbers < 0).any()):
                 raise ValueError(f"{path}: {name}: expected finite values >= 0, got others")
-            return found
+            return numbers
 
         means, tokens = {}, 0
         with open_regular(path) as file:
@@ -144,9 +149,10 @@ class ImportanceMatrix:
                     continue
                 features = linear_of(model.get_submodule(module)).in_features
                 sums, count = values(file, name + _SUMS, features), values(file, name + _COUNTS, 1)
-                if not 1 <= float(count) <= _MOST_INPUTS:
+                if not 1 <= float(count) <= _MAX_INPUTS:
                     raise ValueError(
-                        f"{path}: {name}{_COUNTS}: expected 1 to {_MOST_INPUTS} inputs, got {float(count):g}"
+                        f"{path}: {name}{_COUNTS}: expected 1 to {_MAX_INPUTS} inputs, "
+                        f"got {float(count):g}"
                     )
                 means[module], tokens = sums / count, max(tokens, int(count))
         if not means:
@@ -157,7 +163,7 @@ class ImportanceMatrix:
 
 
 def _stored_names(model: nn.Module) -> dict[str, str]:
-    """Full name of each linear -> the tensor's name in GGUF."""
+    """Full name of each linear layer -> name of its weight in GGUF."""
     import gguf
 
     from ..checkpoints.gguf.writer import kind_of
@@ -165,9 +171,9 @@ def _stored_names(model: nn.Module) -> dict[str, str]:
     kinds = {str(name): kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     config: Any = model.config
     table = gguf.get_tensor_name_map(kinds[kind_of(model)], config.num_hidden_layers)
-    found = {}
+    names = {}
     for name, module in model.named_modules():
         stored = table.get_name(name) if is_linear(module) else None
         if stored is not None:
-            found[name] = stored + ".weight"
-    return found
+            names[name] = stored + ".weight"
+    return names

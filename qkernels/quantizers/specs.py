@@ -11,7 +11,7 @@ from .. import formats
 
 @dataclass(frozen=True)
 class FormatSpec:
-    """A format and the parameters to quantize to it with; `str()` of it parses back."""
+    """A format and the parameters to quantize with. `parse_specs` reads its `str()` back."""
 
     name: str
     params: dict[str, Any] = field(default_factory=dict)
@@ -21,9 +21,9 @@ class FormatSpec:
         return f"{self.name}:{shown}" if shown else self.name
 
 
-#: `qkernels eval --formats all`. Groups of 64, because not every model's sizes are multiples of
-#: 128; for the
-#: same reason without GGUF's blocks of 256, which recipes (q4_k_m) use where they fit.
+#: `qkernels eval --formats all`. Groups have 64 features, because not every model's sizes are
+#: multiples of 128. GGUF's blocks of 256 are left out for the same reason; recipes (q4_k_m) use
+#: them where they fit.
 PRESETS = (
     FormatSpec("fp16"),
     FormatSpec("bf16"),
@@ -55,7 +55,7 @@ PRESETS = (
 
 _GPTQ = {"symmetric": False, "act_order": True, "clip_search": True, "algorithm": "gptq"}
 _SPQR = {"act_order": True, "damp": 1, "threshold": 0.4, "algorithm": "spqr"}
-#: `--formats low-bit`: the table of bench/results/low-bit.md, in its order; needs a calibration
+#: `--formats low-bit`: the table of bench/results/low-bit.md, in its order; it needs a calibration
 #: text
 LOW_BIT = (
     FormatSpec("quip_sharp", {"bits": 2, "algorithm": "ldlq"}),
@@ -75,15 +75,15 @@ LOW_BIT = (
     FormatSpec("spqr", {"bits": 4, "group_size": 32, **_SPQR}),
     FormatSpec("gptq", {"bits": 4, "group_size": 32, **_GPTQ}),
 )
-#: lists of specs that go by a name
+#: name -> list of specs
 LISTS = {"all": PRESETS, "low-bit": LOW_BIT}
 
 
 def parse_specs(text: str) -> list[FormatSpec]:
     """ "all", "low-bit", or specs separated by commas: "nf4,gptq:bits=3,group_size=32,awq".
 
-    A piece with "=" and no ":" before it continues the parameters of the spec it follows. Raises
-    ValueError for an unknown format or parameter, or text that is no spec.
+    A piece with "=" and no ":" adds a parameter to the spec before it. Raises ValueError for an
+    unknown format or parameter, or a text that is no spec.
     """
     if text.strip() in LISTS:
         return list(LISTS[text.strip()])
@@ -102,29 +102,28 @@ def parse_specs(text: str) -> list[FormatSpec]:
 
 
 def parse_params(format: str, pairs: Iterable[str]) -> dict[str, Any]:
-    """["bits=3", "symmetric=false"] -> {"bits": 3, "symmetric": False}, for `format`'s parameters.
+    """["bits=3", "symmetric=false"] -> {"bits": 3, "symmetric": False}.
 
-    Its algorithms' names and options count among them: "algorithm=gptq". Raises ValueError for a
-    pair without "=", a parameter the format lacks, or one given twice.
+    Parameters are those of `format`, the options of its algorithms, and "algorithm". Raises
+    ValueError for a pair without "=", an unknown parameter, or one given twice.
     """
     from ..formats.gguf.recipes import RECIPES
     from .algorithms import BY_NAME
 
     fmt = formats.get(RECIPES.get(format, format))
-    known = {**fmt.defaults, **fmt.quantize_only}
+    allowed = {**fmt.defaults, **fmt.quantize_only}
     if fmt.algorithms:
-        known["algorithm"] = fmt.algorithms[0]
+        allowed["algorithm"] = fmt.algorithms[0]
         for algorithm in fmt.algorithms:
-            known |= BY_NAME[algorithm].options
+            allowed |= BY_NAME[algorithm].options
     params: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = (part.strip() for part in pair.partition("="))
         if not equals or not key or not value:
             raise ValueError(f"{format}: parameter: expected key=value, got {pair!r}")
-        if key not in known:
-            raise ValueError(
-                f"{format}: unknown parameter {key!r}; expected one of: {', '.join(known) or 'none'}"
-            )
+        if key not in allowed:
+            names = ", ".join(allowed) or "none"
+            raise ValueError(f"{format}: unknown parameter {key!r}; expected one of: {names}")
         if key in params:
             raise ValueError(f"{format}: {key}: expected once, got it twice")
         params[key] = _value(value)

@@ -84,8 +84,10 @@ def test_the_command_line_module_exits_with_the_code() -> None:
 
 
 def test_help_needs_no_transformers() -> None:
-    code = "import sys; from qkernels.cli import main; main(['--help']); "
-    code += "sys.exit('transformers' in sys.modules)"
+    code = (
+        "import sys; from qkernels.cli import main; main(['--help']); "
+        "sys.exit('transformers' in sys.modules)"
+    )
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120).returncode
         == 0
@@ -123,8 +125,8 @@ def test_quantize_saves_reloads_and_reports(
     options = [item for param in params for item in ("-p", param)]
     output = tmp_path / "out"
     found = _json(
-        capsys, "quantize", base, "-f", format, "-o", output, *options,
-        "--text", text, "--tokens", 300, "--window", 100, "--prompt", "It is",
+        capsys, "quantize", base, "-f", format, "-o", output, *options, "--text", text,
+        "--tokens", 300, "--window", 100, "--prompt", "It is",
     )  # fmt: skip
     assert found["quantized_layers"] == 14
     assert bits[0] <= found["bits_per_weight"] <= bits[1]
@@ -254,9 +256,10 @@ def test_eval_formats_all_on_markdown(
     from qkernels.quantizers import specs
 
     # The tiny model's sizes have no divisor 64 in common.
-    small = [specs.FormatSpec(s.name,
-                              {k: 32 if k == "group_size" else v for k, v in s.params.items()})
-             for s in specs.PRESETS]  # fmt: skip
+    small = [
+        specs.FormatSpec(s.name, {k: 32 if k == "group_size" else v for k, v in s.params.items()})
+        for s in specs.PRESETS
+    ]
     monkeypatch.setitem(specs.LISTS, "all", small)
     command = [
         "eval",
@@ -414,10 +417,8 @@ def test_what_no_gguf_file_holds_is_refused_before_the_work(
     format: str, message: str, base: Path, text: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     monkeypatch.setattr("qkernels.models.quantize.quantize_model", None)
-    error = _error(
-        capsys, "quantize", base, "-f", format, "-o", tmp_path / "x.gguf",
-        "--text", text, "--tokens", 64, "--window", 32,
-    )  # fmt: skip
+    error = _error(capsys, "quantize", base, "-f", format, "-o", tmp_path / "x.gguf",
+                   "--text", text, "--tokens", 64, "--window", 32)  # fmt: skip
     assert re.search(message, error)
     assert not (tmp_path / "x.gguf").exists()
 

@@ -106,8 +106,10 @@ def test_one_that_is_given_is_kept_and_comes_back(
 
 def test_one_that_awq_cannot_store_names_the_layer_and_changes_nothing() -> None:
     model = tiny_model(**SMOLLM2)
-    message = "q_proj: awq: group_size: expected -1 or a divisor of K=192, "
-    message += "because awq stores no short last group"
+    message = (
+        "q_proj: awq: group_size: expected -1 or a divisor of K=192, "
+        "because awq stores no short last group"
+    )
     with pytest.raises(ValueError, match=message):
         qk.quantize_model(model, "awq", group_size=128, progress=False)
     assert not sizes_of(model)

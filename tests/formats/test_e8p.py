@@ -30,15 +30,15 @@ def test_table_is_the_public_one() -> None:
 
 
 def test_every_entry() -> None:
-    absolute = e8p.absolute().double()
-    assert absolute.unique(dim=0).shape == (256, 8)
-    assert bool((absolute % 1 == 0.5).all())
-    assert bool((absolute > 0).all())
-    norms = absolute.square().sum(1).tolist()
+    magnitudes = e8p.magnitudes().double()
+    assert magnitudes.unique(dim=0).shape == (256, 8)
+    assert bool((magnitudes % 1 == 0.5).all())
+    assert bool((magnitudes > 0).all())
+    norms = magnitudes.square().sum(1).tolist()
     assert norms.count(12) == 29
     assert sum(n <= 10 for n in norms) == 227
     every = {v for v in itertools.product((0.5, 1.5, 2.5), repeat=8) if sum(x * x for x in v) <= 10}
-    assert {tuple(v) for v in absolute[:227].tolist()} == every
+    assert {tuple(v) for v in magnitudes[:227].tolist()} == every
     points = e8p.points()
     for code in [*range(0, 1 << 16, 37), 0xFFFF]:
         assert points[code].tolist() == decode_by_hand(code), code

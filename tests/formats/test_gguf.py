@@ -156,8 +156,8 @@ def test_bad_input(fmt: GgufFormat) -> None:
             qk.quantize(size * torch.linspace(-1, 1, 256)[None], fmt.name)
 
 
-def test_positive_never_leaves_its_range() -> None:
-    unit, steps = search.positive(torch.rand(100, 8), torch.rand(100, 8), 63)
+def test_nonnegative_never_leaves_its_range() -> None:
+    unit, steps = search.nonnegative(torch.rand(100, 8), torch.rand(100, 8), 63)
     assert int(steps.min()) >= 0
     assert int(steps.max()) <= 63
     assert bool((unit > 0).all())

@@ -121,7 +121,7 @@ def test_grids_that_do_not_fit_are_refused() -> None:
     )
     grid = qk.formats.get("gptq").to_grid(ordered.tensors, ordered.shape, ordered.params)
     for name, params, message in [
-        ("awq", {}, "awq: groups: expected runs of neighbouring features, got act-order"),
+        ("awq", {}, "awq: groups: expected neighbouring features, got act-order"),
         ("pack_quantized", {"symmetric": False}, "act_order: expected True"),
         ("pack_quantized", {"act_order": True}, "symmetric: expected every zero point to be 8"),
     ]:

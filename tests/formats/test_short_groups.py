@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import qkernels as qk
-from qkernels.formats import grid as affine
+from qkernels.formats.grid import default_group_size
 from qkernels.models.convert import convert_weight
 from qkernels.weights.sharding import COLUMNS, ROWS, narrow, shard
 
@@ -96,7 +96,7 @@ def test_gptq_says_how_many_scales_there_are_to_be() -> None:
         )
 
 
-# --------------------------------------------------------------- compressed-tensors, against itself
+# ---------------------------------------------------------------------- against compressed-tensors
 @pytest.mark.parametrize(("k", "size"), [(shape[1], shape[2]) for shape in SHAPES])
 @pytest.mark.parametrize(
     ("bits", "symmetric"), [(4, True), (4, False), (3, False), (5, False), (8, True)]
@@ -164,8 +164,10 @@ def test_groups_in_act_order(name: str, n: int, k: int, size: int) -> None:
 
 
 def test_awq_has_no_short_groups() -> None:
-    message = "awq: group_size: expected -1 or a divisor of K=576, "
-    message += "because awq stores no short last group, got 128"
+    message = (
+        "awq: group_size: expected -1 or a divisor of K=576, "
+        "because awq stores no short last group, got 128"
+    )
     with pytest.raises(ValueError, match=message):
         qk.quantize(torch.randn(8, 576), "awq", group_size=128)
     for name in ("gptq", "pack_quantized"):
@@ -176,7 +178,7 @@ def test_awq_has_no_short_groups() -> None:
                 qk.quantize(torch.randn(8, 64), name, group_size=size)
 
 
-# ------------------------------------------------------------------- what is done with such weights
+# ---------------------------------------------------------------------- use of such weights
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("name", ["gptq", "pack_quantized"])
 def test_cut(name: str, act_order: bool) -> None:
@@ -232,19 +234,21 @@ def test_another_size_with_as_many_groups_is_another_grid() -> None:
 # ---------------------------------------------------------------------- the default
 @pytest.mark.parametrize(("sizes", "short", "divisor"), [
     ([576], 64, 64), ([576, 1536], 64, 64), ([96], 32, 32), ([64, 128], 64, 64),
-    ([192, 320], 64, 64), ([80], 128, 80), ([100], 128, 100), ([17 * 16], 128, 68),
-    ([40, 128], 128, -1), ([9], 128, -1), ([127 * 4], 128, 127), ([131], 128, -1),
-    ([256 * 3 + 16, 256], 128, 16),
+    ([192, 320], 64, 64),
+    ([80], 128, 80), ([100], 128, 100), ([17 * 16], 128, 68), ([40, 128], 128, -1), ([9], 128, -1),
+    ([127 * 4], 128, 127), ([131], 128, -1), ([256 * 3 + 16, 256], 128, 16),
 ])  # fmt: skip
 def test_default_group_sizes(sizes: list[int], short: int, divisor: int) -> None:
-    assert affine.default_group_size(sizes, 128, True) == short
-    assert affine.default_group_size(sizes, 128, False) == divisor
+    assert default_group_size(sizes, 128, True) == short
+    assert default_group_size(sizes, 128, False) == divisor
 
 
 @pytest.mark.parametrize("name", ["gptq", "awq", "pack_quantized"])
 def test_a_group_size_that_is_not_given(name: str) -> None:
-    words = "^qkernels: group_size 64 instead of 128, "
-    words += "because 128 does not divide the 576 input features of the weight$"
+    words = (
+        "^qkernels: group_size 64 instead of 128, because 128 does not divide the 576 input "
+        "features of the weight$"
+    )
     with pytest.warns(UserWarning, match=words) as said:
         p = qk.quantize(torch.randn(64, 576), name)
     assert len(said) == 1

@@ -53,7 +53,7 @@ INEXACT: list[tuple[str, dict[str, Any], str, dict[str, Any], str]] = [
         {"group_size": 32, "act_order": True},
         "awq",
         {},
-        "awq: groups: expected runs of neighbouring",
+        "awq: groups: expected neighbouring",
     ),
     ("gptq", {"bits": 8, "group_size": 32}, "awq", {}, "awq: bits: expected one of (4,), got 8"),
     ("gptq", {"bits": 8, "group_size": 32}, "gptq", {"bits": 4}, "codes of 8 bits do not fit 4"),
@@ -233,7 +233,8 @@ def test_shard_sizes() -> None:
     ("source", "params", "target", "how"),
     [
         ("gptq", {"group_size": 64, "symmetric": False}, "awq", "exact"),
-        ("nf4", {}, "gptq", "requantized"), ("gptq", {"group_size": 64}, "bf16", "dequantized"),
+        ("nf4", {}, "gptq", "requantized"),
+        ("gptq", {"group_size": 64}, "bf16", "dequantized"),
         ("awq", {"group_size": 64}, "awq", "kept"),
     ],
 )  # fmt: skip

@@ -81,8 +81,10 @@ def test_such_layers_stay_plain_and_are_named() -> None:
     plain = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert plain == {f"{top}.inner.{name}" for top in ("one", "two") for name in "aefhi"}
     texts = [str(warning.message) for warning in caught]
-    message = "qkernels: one.inner.a and 1 more like it stays as it is: "
-    assert f"{message}_Reads computes with inner.a.weight itself" in texts
+    assert (
+        "qkernels: one.inner.a and 1 more like it stays as it is: "
+        "_Reads computes with inner.a.weight itself"
+    ) in texts
 
 
 def test_a_linear_that_computes_something_else_stays_plain() -> None:
@@ -206,7 +208,7 @@ def test_torchs_transformer_from_quantize_to_load() -> None:
         assert torch.equal(again(x), want)
 
 
-# ----------------------------------------------------------------- families of transformers' models
+# ---------------------------------------------------------------------- families of models
 def _gemma3() -> transformers.PreTrainedModel:
     config = transformers.Gemma3Config(
         text_config=dict(TEXT), vision_config=VISION, mm_tokens_per_image=4, image_token_index=100,

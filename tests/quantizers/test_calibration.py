@@ -74,7 +74,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Two blocks whose inputs and outputs are integers, correlated, and larger in some features."""
+    """Two blocks that read and write correlated integers, some features larger than others."""
 
     def __init__(self, k: int = 32, inside: int = 64) -> None:
         super().__init__()
@@ -305,7 +305,7 @@ def searched(weight: Array, x: Array, round_trip: Any) -> Array:
 
 
 def clipped(weight: Array, x: Array, size: int, round_trip: Any) -> Array:
-    """W (N, K) with each group's range narrowed to the least error of its part of the output."""
+    """W (N, K) with each group's range narrowed to where its part of the output errs least."""
     groups = [slice(begin, begin + size) for begin in range(0, weight.shape[1], size)]
     best, least = weight.copy(), np.full((len(weight), len(groups)), np.inf)
     for step in range(11):

@@ -1,4 +1,4 @@
-"""Calibrated quantization of whole models: the function stays where it must, resume, bad input."""
+"""Calibrated quantization of whole models: the function is preserved, resume, bad input."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qkernels.formats import grid as affine
+from qkernels.formats import grid as integer_grid
 from qkernels.quantizers import gptq
 
 
@@ -37,7 +37,7 @@ def naive(
     result = torch.empty_like(w)
     for j in range(k):
         if j % size == 0:
-            scale, zero = affine.fit(w[:, None, j : j + size], bits, symmetric)
+            scale, zero = integer_grid.fit(w[:, None, j : j + size], bits, symmetric)
         s, z = scale[:, 0].double(), zero[:, 0].double()
         code = (torch.round(w[:, j] / s) + z).clamp(0, 2**bits - 1)
         result[:, j] = (code - z) * s
@@ -93,8 +93,8 @@ def test_beats_rounding_to_nearest(options: dict[str, bool], bits: int, size: in
     nearest = torch.empty(32, 256)
     for begin in range(0, 256, size):
         group = weight[:, None, begin : begin + size].float()
-        scale, zero = affine.fit(group, bits, False)
-        codes = affine.encode(group, scale, zero, bits)[:, 0].float()
+        scale, zero = integer_grid.fit(group, bits, False)
+        codes = integer_grid.encode(group, scale, zero, bits)[:, 0].float()
         nearest[:, begin : begin + size] = (codes - zero.float()) * scale.float()
     assert objective(grid.dequantize() - weight, hessian) < 0.9 * objective(
         nearest - weight, hessian
@@ -126,7 +126,7 @@ def test_a_short_last_group_in_either_order() -> None:
 def test_clip_search_never_fits_worse() -> None:
     grouped = torch.randn(8, 4, 64) ** 3
     for symmetric in (False, True):
-        full = gptq._error(grouped, *affine.fit(grouped, 3, symmetric), 3)
+        full = gptq._error(grouped, *integer_grid.fit(grouped, 3, symmetric), 3)
         found = gptq._error(grouped, *gptq.fit(grouped, 3, symmetric, True), 3)
         assert bool((found <= full).all())
         assert found.sum() < 0.95 * full.sum()

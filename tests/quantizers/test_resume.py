@@ -227,9 +227,11 @@ def test_a_digest_covers_values_dtypes_shapes_names_and_who_is_tied() -> None:
     x, y = torch.arange(6.0), torch.ones(6)
     several = [
         [("a", x)], [("b", x)], [("a", x.view(2, 3))], [("a", x.half())],
-        [("a", x.view(torch.int32))], [("a", x), ("b", x)], [("a", x), ("b", x.clone())],
-        [("a", x), ("b", y), ("c", x)], [("a", x), ("b", y), ("c", y)], [("a", -x)], [("a", x[:5])],
-        [], [("a", torch.tensor(0.0))], [("a", torch.zeros(1))], [("a", torch.zeros(0))],
+        [("a", x.view(torch.int32))],
+        [("a", x), ("b", x)], [("a", x), ("b", x.clone())],
+        [("a", x), ("b", y), ("c", x)], [("a", x), ("b", y), ("c", y)], [("a", -x)],
+        [("a", x[:5])], [],
+        [("a", torch.tensor(0.0))], [("a", torch.zeros(1))], [("a", torch.zeros(0))],
         [("a", torch.zeros(0, 2))],
     ]  # fmt: skip
     assert len({digest.of_tensors(tensors) for tensors in several}) == len(several)

@@ -127,7 +127,7 @@ def scheme_of(
             f"{files.infos[names[packed[0]]].file}: {module}: expected a plain weight, because "
             f"{QUANTIZATION} leaves this module unquantized, got {packed[0]}"
         )
-    return scheme._replace(format=formats.get(scheme.format).stated_by(names))
+    return scheme._replace(format=formats.get(scheme.format).format_from_names(names))
 
 
 def embedding_dtype(model: PreTrainedModel, inventory: Inventory, files: TensorFiles) -> str | None:

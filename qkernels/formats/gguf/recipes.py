@@ -1,12 +1,12 @@
-"""llama.cpp's mixtures of block types: which linear layer gets which.
+"""llama.cpp's mixtures of block types: the type of each linear layer.
 
-q4_k_m and q5_k_m give Q6_K to the layers that feel rounding most, the values and the feed-forward's
-way back in the first and last eighth of the blocks and in every third between. Rows that are no
-multiple of 256 fall back to a type with blocks of 32, and those that are no multiple of 32 stay
+q4_k_m and q5_k_m give Q6_K to the layers that are most sensitive to rounding: v_proj and down_proj
+in the first and last eighth of the decoder blocks and in every third block between. Rows that are
+no multiple of 256 fall back to a type with blocks of 32, and rows that are no multiple of 32 to
 float16.
 
-Source: what llama.cpp's `llama-quantize` decides (release b11434). Its mixtures of experts are not
-covered.
+Source: the decisions of llama.cpp's `llama-quantize` (release b11434). Its rules for mixtures of
+experts are not implemented.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ _LLAMA_70B_LAYERS = 80
 
 
 def assign(recipe: str, model: nn.Module, linears: dict[str, nn.Linear]) -> dict[str, str]:
-    """Name of each linear (full names) -> format. ValueError if a name does not tell its block."""
+    """Full name of each linear layer -> format.
+
+    Raises ValueError if a name that needs it has no block number.
+    """
     config: Any = getattr(model, "config", None)
     layers = getattr(config, "num_hidden_layers", None)
     if not isinstance(layers, int):
@@ -36,15 +39,16 @@ def assign(recipe: str, model: nn.Module, linears: dict[str, nn.Linear]) -> dict
 
 
 def _type_of(recipe: str, name: str, k: int, layers: int) -> str:
+    """Type of the layer `name` with k input features, in a model with `layers` blocks."""
     kind = RECIPES[recipe]
-    found = re.search(r"layers\.(\d+)\.", name)
+    number = re.search(r"layers\.(\d+)\.", name)
     if name.endswith(("v_proj", "down_proj")):
-        if found is None:
+        if number is None:
             raise ValueError(f"{name}: {recipe}: expected its block's number in the name")
-        if more_bits(int(found[1]), layers):
+        if more_bits(int(number[1]), layers):
             kind = "q6_k"
         elif name.endswith("v_proj") and kind == "q4_k" and layers == _LLAMA_70B_LAYERS:
-            kind = "q5_k"  # eight heads share these values, and they are few
+            kind = "q5_k"  # eight heads share these few weights
     if k % 256:
         kind = _FALLBACK[kind] if k % 32 == 0 else "fp16"
     return kind

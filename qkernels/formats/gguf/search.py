@@ -1,15 +1,15 @@
-"""How scales of GGUF blocks are searched for, many blocks at once: ggml's weighted objectives.
+"""Searches the scales of many GGUF blocks at once: ggml's weighted objectives.
 
-x (..., n) float32 are the weights that share a scale, w (..., n) how much the square of each one's
-error counts; results have a last dimension of 1. Each search tries a few scales near the one that
-just spans the range, rounds, and takes the closed-form least-squares scale of those codes:
+x (..., n) float32 are the weights that share a scale; w (..., n) are the weights of their squared
+errors. Results have a last dimension of 1. Each search tries a few scales near the one that just
+spans the range, rounds, and takes the closed-form least-squares scale of those codes:
 
-    symmetric   min sum w (x - s q)^2 over s;             q in [-half, half - 1]
-    affine      min sum w (x - (s q - minus))^2 over s, minus >= 0;   q in [0, top]
-    positive    as symmetric with q in [0, top], then single codes are changed while that helps
+    symmetric     minimize sum w (x - s q)^2 over s;                    q in [-half, half - 1]
+    asymmetric    minimize sum w (x - (s q - min))^2 over s, min >= 0;  q in [0, top]
+    nonnegative   as symmetric with q in [0, top]; then single codes change while that helps
 
-Source: what llama.cpp's quantize functions minimize (ggml-quants.c, release b11434); rounding is
-half to even throughout.
+Rounding is half to even throughout. Source: the objectives of llama.cpp's quantize functions
+(ggml-quants.c, release b11434).
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: ggml's GROUP_MAX_EPS: smaller groups count as zero
+#: ggml's GROUP_MAX_EPS: a group with smaller weights counts as zero
 EPSILON = 1e-15
 HALF_MAX = 65504.0
 
 
 class Scan(NamedTuple):
-    """Inverse scales (top + first + step * i) / range, i = 0..steps; absolute: minimize |error|."""
+    """The inverse scales to try: (top + first + step * i) / range for i = 0..steps.
+
+    absolute: minimize the weighted |error| instead of its square.
+    """
 
     first: float
     step: float
@@ -33,16 +36,16 @@ class Scan(NamedTuple):
     absolute: bool = False
 
 
-#: without and with importance; with it, heavier weights inside may deserve a range much below the
-#: full
+#: Scans without and with importance. With importance the best range may be much below the full
+#: range, because important weights inside it may count for more than those at its ends.
 COARSE = Scan(-1.0, 0.1, 20)
 FINE = Scan(-0.9, 0.1, 60)
-#: codes rounded anew with the best scale (and minimum), after the scan
+#: how often codes are rounded again with the best scale (and minimum) after the scan
 REFITS = 4
 
 
 def half(x: Tensor) -> Tensor:
-    """To float16. ValueError if a scale does not fit."""
+    """x as float16. Raises ValueError if a scale does not fit."""
     if bool((x.abs() > HALF_MAX).any()):
         raise ValueError(
             f"weight: expected scales up to 65504 (float16), got {x.abs().max().item():.6g}"
@@ -51,42 +54,44 @@ def half(x: Tensor) -> Tensor:
 
 
 def inverse(x: Tensor) -> Tensor:
-    """1 / x, 0 where that is no finite number."""
-    found = 1 / x
-    return torch.where(torch.isfinite(found), found, torch.zeros_like(found))
+    """1 / x, and 0 where that is not finite."""
+    result = 1 / x
+    return torch.where(torch.isfinite(result), result, torch.zeros_like(result))
 
 
-def spread(importance: Tensor, x: Tensor, sigma2: Tensor) -> Tensor:
-    """importance * sqrt(sigma2 + x^2): small weights count, too."""
+def error_weights(importance: Tensor, x: Tensor, sigma2: Tensor) -> Tensor:
+    """importance * sqrt(sigma2 + x^2); sigma2 makes small weights count, too."""
     return importance * (sigma2 + x.square()).sqrt()
 
 
 def largest(x: Tensor) -> Tensor:
-    """The entry of largest magnitude, with its sign; (..., 1)."""
+    """The entry of largest magnitude, with its sign, (..., 1)."""
     return x.gather(-1, x.abs().argmax(-1, keepdim=True))
 
 
-def by_largest(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
-    """(scale, codes in [-half, half - 1]): the largest weight becomes -half."""
+# ---------------------------------------------------------------------- without a search
+def symmetric_from_largest(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
+    """(scale, codes in [-half, half - 1]): the weight of largest magnitude gets the code -half."""
     scale = largest(x) / -half
     codes = (x * inverse(scale) + (half + 0.5)).trunc().clamp(0, 2 * half - 1) - half
     return scale, codes
 
 
-def by_range(x: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(scale, minus, codes in [0, top]): from the least weight to the largest."""
+def asymmetric_from_range(x: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(scale, min, codes in [0, top]): the smallest weight gets 0, the largest `top`."""
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     scale = (high - low) / top
     codes = ((x - low) * inverse(scale) + 0.5).trunc().clamp(0, top)
     return scale, -low, codes
 
 
-def by_top(x: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """(unit, steps in [0, top]) of x >= 0: the largest is `top` steps."""
+def nonnegative_from_largest(x: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """(scale, codes in [0, top]) of x >= 0: the largest gets `top`."""
     high = x.amax(-1, keepdim=True)
     return high / top, torch.round(x * (top * inverse(high))).clamp(0, top)
 
 
+# ---------------------------------------------------------------------- searches
 def symmetric(x: Tensor, w: Tensor, half: int) -> tuple[Tensor, Tensor]:
     """(scale, codes in [-half, half - 1])."""
     high = largest(x)
@@ -100,15 +105,15 @@ def symmetric(x: Tensor, w: Tensor, half: int) -> tuple[Tensor, Tensor]:
         wq = w * q
         sum_xq, sum_qq = (wq * x).sum(-1, keepdim=True), (wq * q).sum(-1, keepdim=True)
         better = (sum_qq > 0) & (sum_xq * sum_xq > best * sum_qq) & live
-        found = sum_xq * inverse(sum_qq)
-        scale = torch.where(better, found, scale)
-        best = torch.where(better, found * sum_xq, best)
+        fitted = sum_xq * inverse(sum_qq)
+        scale = torch.where(better, fitted, scale)
+        best = torch.where(better, fitted * sum_xq, best)
         codes = torch.where(better, q, codes)
     return scale, codes
 
 
-def affine(x: Tensor, w: Tensor, top: int, scan: Scan) -> tuple[Tensor, Tensor, Tensor]:
-    """(scale, minus, codes in [0, top])."""
+def asymmetric(x: Tensor, w: Tensor, top: int, scan: Scan) -> tuple[Tensor, Tensor, Tensor]:
+    """(scale, min, codes in [0, top])."""
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True)
     width = high - low
     over = inverse(width)
@@ -119,7 +124,7 @@ def affine(x: Tensor, w: Tensor, top: int, scan: Scan) -> tuple[Tensor, Tensor, 
         return (w * (error.abs() if scan.absolute else error.square())).sum(-1, keepdim=True)
 
     def fitted(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Least-squares scale and base of codes, and their error; infinite where there is none."""
+        """Least-squares scale and base (= -min) of codes, and their error; infinite if singular."""
         wq = w * q
         sum_q, sum_qq = wq.sum(-1, keepdim=True), (wq * q).sum(-1, keepdim=True)
         sum_xq = (wq * x).sum(-1, keepdim=True)
@@ -129,7 +134,7 @@ def affine(x: Tensor, w: Tensor, top: int, scan: Scan) -> tuple[Tensor, Tensor, 
             (sum_w * sum_xq - sum_x * sum_q) * over_det,
             (sum_qq * sum_x - sum_q * sum_xq) * over_det,
         )
-        above = b > 0  # the file has no sign for it
+        above = b > 0  # a base above 0 is a negative min, which the file cannot store
         s, b = torch.where(above, sum_xq * inverse(sum_qq), s), torch.where(above, 0, b)
         return s, b, torch.where(det > 0, error_of(q, s, b), torch.inf)
 
@@ -139,7 +144,7 @@ def affine(x: Tensor, w: Tensor, top: int, scan: Scan) -> tuple[Tensor, Tensor, 
     for i in range(scan.steps + 1 + REFITS):
         if i <= scan.steps:
             q = torch.round((x - low) * ((scan.first + scan.step * i + top) * over)).clamp_(0, top)
-        else:  # once more from where the best one ended
+        else:  # refit: round with the best scale and base
             q = torch.round((x - base) * inverse(scale)).clamp_(0, top)
         s, b, error = fitted(q)
         better = error < best
@@ -148,65 +153,67 @@ def affine(x: Tensor, w: Tensor, top: int, scan: Scan) -> tuple[Tensor, Tensor, 
     return scale.clamp(min=0), -base, codes
 
 
-def positive(x: Tensor, w: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """(unit (B, 1), steps in [0, top]) of x (B, n) >= 0, at most five passes over single steps."""
+def nonnegative(x: Tensor, w: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """(scale (B, 1), codes in [0, top]) of x (B, n) >= 0; at most five passes over single codes."""
     over = inverse(x.amax(-1, keepdim=True))
 
-    def steps_of(i: float) -> Tensor:
+    def codes_of(i: float) -> Tensor:
         return torch.round(x * ((0.1 * i + top) * over)).clamp_(max=top)
 
-    def error_of(i: float, steps: Tensor) -> Tensor:
-        unit = inverse((0.1 * i + top) * over)
-        return (w * (x - unit * steps).square()).sum(-1, keepdim=True)
+    def error_of(i: float, codes: Tensor) -> Tensor:
+        scale = inverse((0.1 * i + top) * over)
+        return (w * (x - scale * codes).square()).sum(-1, keepdim=True)
 
-    steps = steps_of(0)
-    best = error_of(0, steps)
+    codes = codes_of(0)
+    best = error_of(0, codes)
     for i in (-4, -3, -2, -1, 1, 2, 3, 4):
-        tried = steps_of(i)
+        tried = codes_of(i)
         error = error_of(i, tried)
-        steps, best = torch.where(error < best, tried, steps), torch.minimum(error, best)
+        codes, best = torch.where(error < best, tried, codes), torch.minimum(error, best)
     wx = w * x
-    sum_xq, sum_qq = (wx * steps).sum(-1), (w * steps.square()).sum(-1)
+    sum_xq, sum_qq = (wx * codes).sum(-1), (w * codes.square()).sum(-1)
     for _ in range(5):
         changed = torch.zeros_like(sum_xq, dtype=torch.bool)
         for j in range(x.shape[-1]):
-            old = steps[:, j]
+            old = codes[:, j]
             rest_xq, rest_qq = sum_xq - wx[:, j] * old, sum_qq - w[:, j] * old.square()
             new = torch.round(x[:, j] * rest_qq * inverse(rest_xq)).clamp(0, top)
             new_xq, new_qq = rest_xq + wx[:, j] * new, rest_qq + w[:, j] * new.square()
             take = (rest_xq > 0) & (rest_qq > 0) & (new != old)
             take &= new_xq.square() * sum_qq > sum_xq.square() * new_qq
-            steps[:, j] = torch.where(take, new, old)
+            codes[:, j] = torch.where(take, new, old)
             sum_xq, sum_qq = torch.where(take, new_xq, sum_xq), torch.where(take, new_qq, sum_qq)
             changed |= take
         if not bool(changed.any()):
             break
-    unit = (sum_xq * inverse(sum_qq))[:, None]
-    return unit, steps
+    scale = (sum_xq * inverse(sum_qq))[:, None]
+    return scale, codes
 
 
 # ---------------------------------------------------------------------- tables
 def nearest(x: Tensor, table: tuple[float, ...]) -> Tensor:
-    """uint8: the index of the nearest entry of an ascending table."""
+    """Index of the nearest entry of an ascending table, uint8."""
     values = torch.tensor(table, dtype=torch.float32, device=x.device)
     return torch.bucketize(x, (values[1:] + values[:-1]) / 2, right=True).to(torch.uint8)
 
 
 def table_scale(x: Tensor, w: Tensor, table: tuple[float, ...]) -> Tensor:
-    """(..., 1): the scale that maximizes (sum w x t)^2 / sum w t^2 over 15 around each spanning
-    one.
+    """The best of the tried scales for a table t, (..., 1).
+
+    It maximizes (sum w x t)^2 / sum w t^2. 15 scales are tried around each scale that maps the
+    largest weight to an end of the table.
     """
     values = torch.tensor(table, dtype=torch.float32, device=x.device)
     high = largest(x)
     live = high.abs() >= EPSILON
     over = inverse(high)
     scale, best = torch.zeros_like(high), torch.zeros_like(high)
-    # The table is uneven: either of its ends may be the one for the largest weight.
+    # The table is uneven, so the largest weight may belong to either of its ends.
     for end in [e + i for e in (table[0], table[-1]) for i in range(-7, 8)]:
         q = values[nearest(x * (end * over), table).int()]
         wq = w * q
         sum_xq, sum_qq = (wq * x).sum(-1, keepdim=True), (wq * q).sum(-1, keepdim=True)
         better = (sum_qq > 0) & (sum_xq * sum_xq > best * sum_qq) & live
-        found = sum_xq * inverse(sum_qq)
-        scale, best = torch.where(better, found, scale), torch.where(better, found * sum_xq, best)
+        fitted = sum_xq * inverse(sum_qq)
+        scale, best = torch.where(better, fitted, scale), torch.where(better, fitted * sum_xq, best)
     return scale

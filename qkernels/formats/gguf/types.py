@@ -1,10 +1,10 @@
 """The table of GGUF block types. B = blocks; scales are float32 (B, groups of the block).
 
-K-quants keep two levels of scales: float16 for the block of 256, and 4 to 8 bits for each 16 or 32:
+K-quants have two levels of scales: float16 for the block of 256, 4 to 8 bits for each 16 or 32:
 
-    q2_k  scale = d * (s & 15), minus = dmin * (s >> 4)           s: a byte for 16 weights
+    q2_k  scale = d * (s & 15), min = dmin * (s >> 4)             s: a byte for 16 weights
     q3_k  scale = d * (s - 32)                                    s: 6 bits for 16, 12 bytes
-    q4_k  scale = d * s, minus = dmin * m        (q5_k as well)   s, m: 6 bits for 32, 12 bytes
+    q4_k  scale = d * s, min = dmin * m          (q5_k as well)   s, m: 6 bits for 32, 12 bytes
     q6_k  scale = d * s                                           s: int8 for 16
     iq4_xs scale = d * (s - 32)                                   s: 6 bits for 32, 2 + 4 bytes
 """
@@ -26,10 +26,12 @@ IQ4_TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89
 
 
 # ---------------------------------------------------------------------- blocks of 32, one scale
-class _Signed(GgufFormat):
+class _Scale(GgufFormat):
+    """Signed codes times one scale."""
+
     block = group = 32
     scaler = "scale"
-    centered = True
+    signed = True
 
     def scales(self, fields: Fields) -> tuple[Tensor, None]:
         return fields["d"].float(), None
@@ -37,13 +39,15 @@ class _Signed(GgufFormat):
     def encode(self, x: Tensor, importance: Tensor | None, sigma2: Tensor) -> Fields:
         half = 1 << (self.bits - 1)
         if importance is None:
-            scale, codes = search.by_largest(x, half)
+            scale, codes = search.symmetric_from_largest(x, half)
         else:
-            scale, codes = search.symmetric(x, search.spread(importance, x, sigma2), half)
+            scale, codes = search.symmetric(x, search.error_weights(importance, x, sigma2), half)
         return {"d": search.half(scale), "codes": (codes + half).to(U8)}
 
 
-class _Affine(GgufFormat):
+class _ScaleMin(GgufFormat):
+    """Unsigned codes times a scale, less a minimum. The file has the negative minimum, "m"."""
+
     block = group = 32
     scaler = "scale_min"
 
@@ -53,50 +57,50 @@ class _Affine(GgufFormat):
     def encode(self, x: Tensor, importance: Tensor | None, sigma2: Tensor) -> Fields:
         top = (1 << self.bits) - 1
         if importance is None:
-            scale, minus, codes = search.by_range(x, top)
+            scale, minimum, codes = search.asymmetric_from_range(x, top)
         else:
-            weights = search.spread(importance, x, sigma2)
-            scale, minus, codes = search.affine(x, weights, top, search.FINE)
-        return {"d": search.half(scale), "m": search.half(-minus), "codes": codes.to(U8)}
+            weights = search.error_weights(importance, x, sigma2)
+            scale, minimum, codes = search.asymmetric(x, weights, top, search.FINE)
+        return {"d": search.half(scale), "m": search.half(-minimum), "codes": codes.to(U8)}
 
 
-class Q80(_Signed):
+class Q80(_Scale):
     name = "q8_0"
     summary = "8-bit integers, blocks of 32 (GGUF)"
-    signed = True
+    int8_codes = True
     fields = (Field("d", F16, 1), Field("qs", I8, 32))
     planes = (Plane("qs", 8, 32),)
 
     def encode(self, x: Tensor, importance: Tensor | None, sigma2: Tensor) -> Fields:
         scale = x.abs().amax(-1, keepdim=True) / 127
         steps = x * search.inverse(scale)
-        # half away from zero
+        # rounded half away from zero
         codes = torch.where(steps < 0, (steps - 0.5).ceil(), (steps + 0.5).floor())
         return {"d": search.half(scale), "codes": (codes + 128).to(U8)}
 
 
-class Q40(_Signed):
+class Q40(_Scale):
     name = "q4_0"
     summary = "4-bit integers, blocks of 32 (GGUF)"
     fields = (Field("d", F16, 1), Field("qs", U8, 16))
     planes = (Plane("qs", 4, 16),)
 
 
-class Q41(_Affine):
+class Q41(_ScaleMin):
     name = "q4_1"
     summary = "4-bit integers with a minimum, blocks of 32 (GGUF)"
     fields = (Field("d", F16, 1), Field("m", F16, 1), Field("qs", U8, 16))
     planes = (Plane("qs", 4, 16),)
 
 
-class Q50(_Signed):
+class Q50(_Scale):
     name = "q5_0"
     summary = "5-bit integers, blocks of 32 (GGUF)"
     fields = (Field("d", F16, 1), Field("qh", U8, 4), Field("qs", U8, 16))
     planes = (Plane("qs", 4, 16), Plane("qh", 1, 1, shift=4))
 
 
-class Q51(_Affine):
+class Q51(_ScaleMin):
     name = "q5_1"
     summary = "5-bit integers with a minimum, blocks of 32 (GGUF)"
     fields = (Field("d", F16, 1), Field("m", F16, 1), Field("qh", U8, 4), Field("qs", U8, 16))
@@ -118,7 +122,7 @@ class Iq4Nl(GgufFormat):
     def encode(self, x: Tensor, importance: Tensor | None, sigma2: Tensor) -> Fields:
         weights = x.square()
         if importance is not None:
-            weights = search.spread(importance, x, 2 * x.square().mean(-1, keepdim=True))
+            weights = search.error_weights(importance, x, 2 * x.square().mean(-1, keepdim=True))
         scale = search.table_scale(x, weights, IQ4_TABLE)
         return {
             "d": search.half(scale),
@@ -128,27 +132,30 @@ class Iq4Nl(GgufFormat):
 
 # ---------------------------------------------------------------------- blocks of 256, two levels
 class _SuperBlock(GgufFormat):
+    """A block of 256 with a float16 scale, and integer scales of its groups."""
+
     block = 256
 
     def weights(self, x: Tensor, importance: Tensor | None) -> Tensor | None:
-        """importance * sqrt(2 * mean(x^2) + x^2), in groups (B, groups, group)."""
+        """importance * sqrt(2 * mean(x^2) + x^2), by group: (B, groups, group)."""
         if importance is None:
             return None
-        weights = search.spread(importance, x, 2 * x.square().mean(-1, keepdim=True))
+        weights = search.error_weights(importance, x, 2 * x.square().mean(-1, keepdim=True))
         return weights.view(x.shape[0], -1, self.group)
 
 
-class _AffineK(_SuperBlock):
-    """Scales and minima of a group, `top` at most, times d and dmin."""
+class _ScaleMinK(_SuperBlock):
+    """Each group has a scale and a minimum: integers up to `top`, times d and dmin."""
 
     top = 63
     search = search.COARSE
 
-    def own_weights(self, groups: Tensor) -> Tensor:
-        """Of the search without importance."""
+    def default_weights(self, groups: Tensor) -> Tensor:
+        """Weights of the errors in the search without importance."""
         return groups.square().mean(-1, keepdim=True).sqrt() + groups.abs()
 
-    def pack_scales(self, scale: Tensor, minus: Tensor) -> Tensor:
+    def pack_scales(self, scale: Tensor, minimum: Tensor) -> Tensor:
+        """Integer scales and minima, uint8 (B, groups) -> the field "scales"."""
         raise NotImplementedError
 
     def encode(self, x: Tensor, importance: Tensor | None, sigma2: Tensor) -> Fields:
@@ -156,15 +163,15 @@ class _AffineK(_SuperBlock):
         weights = self.weights(x, importance)
         top = (1 << self.bits) - 1
         if weights is None:
-            scale, minus, _ = search.affine(groups, self.own_weights(groups), top, self.search)
-            scale, minus = scale[..., 0], minus[..., 0]
-            d, s = search.by_top(scale, self.top)
-            dmin, m = search.by_top(minus, self.top)
+            default_weights = self.default_weights(groups)
+            scale, minimum, _ = search.asymmetric(groups, default_weights, top, self.search)
+            d, s = search.nonnegative_from_largest(scale[..., 0], self.top)
+            dmin, m = search.nonnegative_from_largest(minimum[..., 0], self.top)
         else:
-            scale, minus, _ = search.affine(groups, weights, top, search.FINE)
+            scale, minimum, _ = search.asymmetric(groups, weights, top, search.FINE)
             total = weights.sum(-1)
-            d, s = search.positive(scale[..., 0], total, self.top)
-            dmin, m = search.positive(minus[..., 0], total, self.top)
+            d, s = search.nonnegative(scale[..., 0], total, self.top)
+            dmin, m = search.nonnegative(minimum[..., 0], total, self.top)
         d, dmin = search.half(d), search.half(dmin)
         fields = {"d": d, "dmin": dmin, "scales": self.pack_scales(s.to(U8), m.to(U8))}
         step, low = (d.float() * s)[..., None], (dmin.float() * m)[..., None]
@@ -172,7 +179,7 @@ class _AffineK(_SuperBlock):
         return fields | {"codes": codes.to(U8).view(x.shape)}
 
 
-class Q2K(_AffineK):
+class Q2K(_ScaleMinK):
     name = "q2_k"
     summary = "2-bit integers, two levels of scales (GGUF)"
     group = 16
@@ -187,20 +194,18 @@ class Q2K(_AffineK):
     )
     planes = (Plane("qs", 2, 32),)
 
-    def own_weights(self, groups: Tensor) -> Tensor:
+    def default_weights(self, groups: Tensor) -> Tensor:
         return groups.abs()
 
-    def pack_scales(self, scale: Tensor, minus: Tensor) -> Tensor:
-        return scale | (minus << 4)
+    def pack_scales(self, scale: Tensor, minimum: Tensor) -> Tensor:
+        return scale | (minimum << 4)
 
     def scales(self, fields: Fields) -> tuple[Tensor, Tensor]:
-        both = fields["scales"]
-        return fields["d"].float() * (both & 15).float(), fields["dmin"].float() * (
-            both >> 4
-        ).float()
+        scale, minimum = fields["scales"] & 15, fields["scales"] >> 4
+        return fields["d"].float() * scale.float(), fields["dmin"].float() * minimum.float()
 
 
-class Q4K(_AffineK):
+class Q4K(_ScaleMinK):
     name = "q4_k"
     summary = "4-bit integers, two levels of scales (GGUF)"
     group = 32
@@ -211,15 +216,19 @@ class Q4K(_AffineK):
     planes: ClassVar[tuple[Plane, ...]] = (Plane("qs", 4, 32),)
 
     def scales(self, fields: Fields) -> tuple[Tensor, Tensor]:
-        """Bytes 0-3 and 4-7: scales and minima 0-3 in the low six bits, the top two bits of those
-        4-7 above; bytes 8-11: the low four bits of scales (low nibble) and minima 4-7."""
+        """Scales and minima from 12 bytes.
+
+        Bytes 0-3 have scales 0-3 and bytes 4-7 minima 0-3 in their low six bits; their high two
+        bits are the high bits of scales and minima 4-7. Bytes 8-11 have the low four bits of scales
+        4-7 (low nibble) and of minima 4-7 (high nibble).
+        """
         a, b, c = fields["scales"].view(U8).view(-1, 3, 4).unbind(1)
         scale = torch.cat([a & 63, (c & 15) | ((a >> 6) << 4)], dim=1)
-        minus = torch.cat([b & 63, (c >> 4) | ((b >> 6) << 4)], dim=1)
-        return fields["d"].float() * scale.float(), fields["dmin"].float() * minus.float()
+        minimum = torch.cat([b & 63, (c >> 4) | ((b >> 6) << 4)], dim=1)
+        return fields["d"].float() * scale.float(), fields["dmin"].float() * minimum.float()
 
-    def pack_scales(self, scale: Tensor, minus: Tensor) -> Tensor:
-        (s0, s1), (m0, m1) = scale.split(4, dim=1), minus.split(4, dim=1)
+    def pack_scales(self, scale: Tensor, minimum: Tensor) -> Tensor:
+        (s0, s1), (m0, m1) = scale.split(4, dim=1), minimum.split(4, dim=1)
         parts = [s0 | ((s1 >> 4) << 6), m0 | ((m1 >> 4) << 6), (s1 & 15) | ((m1 & 15) << 4)]
         return torch.cat(parts, dim=1).view(I32)
 
@@ -232,24 +241,29 @@ class Q5K(Q4K):
     planes = (Plane("qs", 4, 32), Plane("qh", 1, 32, shift=4))
 
 
-class _SignedK(_SuperBlock):
-    """A signed scale for each 16 weights, in `scale_half` steps either way of d."""
+class _ScaleK(_SuperBlock):
+    """Each group of 16 has a scale, an integer in [-scale_half, scale_half - 1], times d."""
 
     group = 16
-    centered = True
+    signed = True
     scale_half: int
 
     def group_weights(self, x: Tensor, importance: Tensor | None) -> Tensor:
+        """Weights of the errors in the search, (B, groups, 16)."""
         raise NotImplementedError
 
     def block_scale(self, scale: Tensor, total: Tensor, fitted: bool) -> tuple[Tensor, Tensor]:
-        """(d, steps) of the groups' scales (B, groups): the largest becomes -scale_half steps."""
+        """(d, integer scales) of the groups' scales (B, groups): the largest becomes -scale_half.
+
+        total: sum of the weights of each group. fitted: whether to search, as with importance.
+        """
         largest = search.largest(scale)
         factor = -self.scale_half * search.inverse(largest)
         steps = torch.round(factor * scale).clamp(-self.scale_half, self.scale_half - 1)
         return search.inverse(factor), steps
 
     def pack_scales(self, steps: Tensor) -> Tensor:
+        """Integer scales (B, groups) -> the field "scales"."""
         raise NotImplementedError
 
     def encode(self, x: Tensor, importance: Tensor | None, sigma2: Tensor) -> Fields:
@@ -264,7 +278,7 @@ class _SignedK(_SuperBlock):
         return {"d": d, "scales": self.pack_scales(steps), "codes": codes.to(U8).view(x.shape)}
 
 
-class Q3K(_SignedK):
+class Q3K(_ScaleK):
     name = "q3_k"
     summary = "3-bit integers, two levels of scales (GGUF)"
     scaler = "q3_k"
@@ -288,8 +302,10 @@ class Q3K(_SignedK):
         return d, steps
 
     def scales(self, fields: Fields) -> tuple[Tensor, None]:
-        """Bytes 0-7: the low nibbles of scales 0-7 and 8-15; bytes 8-11: the top two bits, four by
-        four.
+        """Scales from 12 bytes.
+
+        Bytes 0-7 have the low four bits of scales 0-7 (low nibble) and 8-15 (high nibble). Bytes
+        8-11 have the high two bits: of scales 0-3 in bits 0-1, of scales 4-7 in bits 2-3, ...
         """
         raw = fields["scales"].view(U8)
         low, high = raw[:, :8], raw[:, 8:]
@@ -306,7 +322,7 @@ class Q3K(_SignedK):
         return torch.cat([low[:, :8] | (low[:, 8:] << 4), top], dim=1).view(I32)
 
 
-class Q6K(_SignedK):
+class Q6K(_ScaleK):
     name = "q6_k"
     summary = "6-bit integers, two levels of scales (GGUF)"
     scaler = "q6_k"
