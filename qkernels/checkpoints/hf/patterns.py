@@ -210,7 +210,7 @@ class Skipped:
         return self._patterns.first(name) is not None
 
     def _begins(self, name: str, end: int) -> bool:
-        """Whether a plain entry matches exactly the first `end` characters, whole components."""
+        """Whether an entry matches the first `end` characters, and a component ends there."""
         groups = self._plain.get(end)
         if groups is None or not (end == len(name) or "." in name[end - 1 : end + 1]):
             return False
