@@ -62,7 +62,7 @@ def traits_of(side: Side, n: int, vectors: bool) -> layout.WeightOnlyTraits:
         "scale",
         whole,
         n,
-        transform_scales=(side.norm,) * 2,
+        transform_scales=(side.scale,) * 2,
     )
 
 

@@ -58,7 +58,7 @@ def test_transforms(make: object, n: int, m: int, dtype: torch.dtype) -> None:
     side, storage = make(n)
     u = ROUNDOFF[dtype]
     x = torch.randn(m, n).to(dtype)
-    found = launcher.before(x.to(DEVICE), on_device(storage, "input"), side.norm, False, m <= 16)
+    found = launcher.before(x.to(DEVICE), on_device(storage, "input"), side.scale, False, m <= 16)
     want = side.inner(x.double())
     # what bounds every output
     size = (x.double() * side.diagonal.double()).norm(dim=1, keepdim=True)
@@ -69,7 +69,7 @@ def test_transforms(make: object, n: int, m: int, dtype: torch.dtype) -> None:
     y, bias = torch.randn(m, n), torch.randn(n).to(dtype)
     out = torch.full((m, n), float("nan"), dtype=dtype, device=DEVICE)
     launcher.after(
-        y.to(DEVICE), out, on_device(storage, "output"), side.norm, bias.to(DEVICE), m <= 16
+        y.to(DEVICE), out, on_device(storage, "output"), side.scale, bias.to(DEVICE), m <= 16
     )
     want = side.outer(y.double()) + bias.double()
     size = y.double().norm(dim=1, keepdim=True) * side.diagonal.double().abs()
@@ -88,8 +88,8 @@ def test_rows_do_not_depend_on_their_company() -> None:
     side, storage = of_hadamard(192)
     x = torch.randn(40, 192).half().to(DEVICE)
     storage = on_device(storage, "input")
-    many = launcher.before(x, storage, side.norm, False, True)
-    assert torch.equal(launcher.before(x[7:8], storage, side.norm, False, True)[0], many[7])
+    many = launcher.before(x, storage, side.scale, False, True)
+    assert torch.equal(launcher.before(x[7:8], storage, side.scale, False, True)[0], many[7])
 
 
 ODD = [
