@@ -83,7 +83,7 @@ def layout_of(name: str, params: dict[str, object]) -> str | None:
 
 
 def k_of(name: str, k: int) -> int:
-    """k, or the next multiple that the format takes."""
+    """k, rounded up to a multiple that the format takes."""
     multiple = formats.get(name).k_multiple
     return -(-k // multiple) * multiple
 

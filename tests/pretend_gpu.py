@@ -136,7 +136,7 @@ def _held(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Graph:
-    """torch.cuda.CUDAGraph: what was done while it was captured, to be done again."""
+    """A stand-in for torch.cuda.CUDAGraph: a replay repeats what was done during the capture."""
 
     capturing: Graph | None = None
 
@@ -224,7 +224,7 @@ def _record(step: Callable[[], Any]) -> None:
 
 
 class _Everywhere(TorchDispatchMode):
-    """Where no tensor tells: factories with device="cuda"."""
+    """Handles calls without a tensor on the GPU: factories with device="cuda"."""
 
     def __torch_dispatch__(self, func: Any, types_: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _dispatch(func, args, kwargs or {})
@@ -291,7 +291,7 @@ def _size_of(name: str) -> int:
 
 
 class _Extension:
-    """The compiled kernels, in the emulator."""
+    """The compiled kernels, by the emulator."""
 
     def run(self, name: str, address: int) -> str:
         from tests.cuda import host
@@ -309,7 +309,7 @@ class _Extension:
 
 @contextmanager
 def visible() -> Iterator[None]:
-    """torch sees a GPU."""
+    """Within the context, torch sees a GPU."""
     from triton.runtime import interpreter
 
     from qkernels.backends import cuda
@@ -338,7 +338,7 @@ def visible() -> Iterator[None]:
         return called(self, *args, **kwargs)
 
     def moved(make: Any) -> Any:
-        """These fill C++ memory themselves, past every mode."""
+        """For functions that fill C++ memory themselves, which no dispatch mode sees."""
 
         def made(*args: Any, device: Any = None, **kwargs: Any) -> Any:
             found = make(*args, **kwargs)
@@ -368,7 +368,7 @@ def visible() -> Iterator[None]:
         return Pretended(found.detach().clone())
 
     def where_of(condition: Any, *values: Any) -> Any:
-        """C++ would make meta tensors of numbers."""
+        """torch.where with numbers as tensors, because C++ would make them meta tensors."""
         return where(
             condition, *(v if isinstance(v, torch.Tensor) else torch.tensor(v) for v in values)
         )

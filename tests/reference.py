@@ -1,4 +1,4 @@
-"""The float64 oracle, and error bounds that come from the arithmetic."""
+"""The float64 oracle, and error bounds derived from the arithmetic."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def oracle(x: Tensor, p: qk.PackedWeight, bias: Tensor | None = None) -> Tensor:
 
 
 def static_scale(p: qk.PackedWeight) -> Tensor | None:
-    """The scale of static activations, under either of its names."""
+    """The scale of static activations, by either of its names."""
     tensors = p.tensors
     return tensors.get("input_scale", tensors.get("activation_scale"))
 

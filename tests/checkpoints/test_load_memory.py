@@ -51,7 +51,7 @@ SHARD = 20_000_000
 
 
 def model_of(format: str | None) -> LlamaForCausalLM:
-    """About 100 MB when packed; all blocks have the same values."""
+    """A model of about 100 MB when packed; all blocks have the same values."""
     config = LlamaConfig(
         vocab_size=8192, hidden_size=512, intermediate_size=1536, num_hidden_layers=1,
         num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=False,
@@ -68,7 +68,7 @@ def model_of(format: str | None) -> LlamaForCausalLM:
 
 
 def file_bytes(path: Path) -> tuple[int, int]:
-    """(of all weights, of the largest file)."""
+    """(bytes of all weight files, bytes of the largest)."""
     sizes = [f.stat().st_size for f in ([path] if path.is_file() else path.glob("*.safetensors"))]
     return sum(sizes), max(sizes)
 

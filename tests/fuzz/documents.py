@@ -54,11 +54,11 @@ Tree = dict[str, Any]
 
 
 class Special(str):
-    """What lies in a file's place, one of KINDS."""
+    """Something that lies in a file's place, one of KINDS."""
 
 
 def parse(data: bytes) -> dict[str, Any] | None:
-    """The case in `data`; None if it is none."""
+    """The case in `data`; None if it holds none."""
     try:
         case = json.loads(data)
     except (ValueError, RecursionError):
@@ -77,7 +77,7 @@ def text_of(case: Mapping[str, Any]) -> bytes:
 
 # ---------------------------------------------------------------------- edits of trees
 def edited(seed: Tree, edits: list[list[Any]]) -> Tree:
-    """A copy of the tree with the edits that are no bytes'."""
+    """A copy of the tree after all edits of the tree (not those of bytes)."""
     tree: Tree = copy.deepcopy(seed)
     for edit in edits:
         if edit[0] not in _BYTES:
@@ -112,7 +112,7 @@ def _apply(tree: Tree, edit: list[Any]) -> None:
 
 
 def expanded(value: Any) -> Any:
-    """`value` with what stands for long values replaced by these."""
+    """`value` with the long values in place of their abbreviations."""
     if isinstance(value, list):
         return [expanded(item) for item in value]
     if not isinstance(value, dict):
@@ -145,7 +145,7 @@ def _deep(given: Any) -> Any:
 
 # ---------------------------------------------------------------------- trees as files
 def files_of(tree: Tree, edits: list[list[Any]]) -> dict[str, bytes | Special]:
-    """File name -> its bytes, with the edits that are of bytes."""
+    """File name -> its bytes, after the edits of bytes."""
     files: dict[str, bytes | Special] = {
         name: _encoded(name, value) for name, value in tree.items()
     }
@@ -189,7 +189,7 @@ def _json(value: Any) -> bytes:
 
 
 class _Encoder(json.JSONEncoder):
-    """JSON in which {"$raw": text} is that text."""
+    """Writes JSON in which {"$raw": text} becomes the text itself."""
 
     def default(self, o: Any) -> Any:
         return None  # a file's data, copied to where JSON is
@@ -213,7 +213,7 @@ class _Encoder(json.JSONEncoder):
 
 # ---------------------------------------------------------------------- GGUF
 def gguf_tree(content: bytes, path: str) -> Tree:
-    """The tree of a sound GGUF file with these bytes, which also lie at `path`."""
+    """The tree of a sound GGUF file with these bytes, which is also at `path`."""
     import gguf
 
     reader = gguf.GGUFReader(path)
@@ -239,7 +239,7 @@ def gguf_tree(content: bytes, path: str) -> Tree:
 
 
 def _gguf(tree: Tree) -> bytes:
-    """Whatever the tree says, as the format would have it."""
+    """The bytes of a GGUF file with anything that the tree says."""
     metadata, tensors = _items(tree.get("metadata")), _items(tree.get("tensors"))
     out = [
         b"GGUF",

