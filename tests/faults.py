@@ -1,11 +1,11 @@
-"""Breaks saving at every step: what is then under the target's name, and what the next save finds.
+"""Break saving at every step, and look at what is left, at once and after the next save.
 
     python -m tests.faults
 
-prints a table: what is saved x where directories can be exchanged x what goes wrong -> how often
-the old, the new or nothing was there, first at once and then when the next save has cleaned up. A
-step is a call of the operating system (for errors) or a line of qkernels/checkpoints/atomic.py (for
-Ctrl-C and for a lost process).
+prints a table. Its rows are the kind of file, whether directories can be exchanged, and the fault;
+its columns say how often the old file, the new one or nothing was there: first at once, then after
+the next save had cleaned up. A step is a call of the operating system (for errors) or a line of
+qkernels/checkpoints/atomic.py (for Ctrl-C and for a killed process).
 """
 
 from __future__ import annotations

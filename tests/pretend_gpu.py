@@ -1,13 +1,13 @@
-"""A GPU that is none: tensors that say they are on "cuda" and lie in the CPU's memory.
+"""A pretended GPU: tensors that claim to be on "cuda" and lie in the CPU's memory.
 
     with pretend_gpu.visible(): ...
     QKERNELS_PRETEND_GPU=1 python -m pytest -p tests.pretend_gpu ...
 
-torch believes that it sees an H100. What mixes devices fails as it would there, and so does what
-waits for the GPU while a CUDA graph is captured; a graph replays what was captured. Triton's
-kernels run in its interpreter, CUDA's in the emulator of csrc. Nothing here says how fast anything
-is, or that a kernel is right on a real GPU: it walks the code around the kernels which no machine
-without a GPU would otherwise execute.
+torch believes that it sees an H100. Code that mixes devices fails as it would on a GPU, and so does
+code that waits for the GPU while a CUDA graph is captured. A graph replays what was captured.
+Triton kernels run in triton's interpreter, CUDA kernels in the emulator of csrc. A test on the
+pretended GPU says nothing about speed, nor whether a kernel is right on a real GPU. It runs the
+code around the kernels, which no machine without a GPU would execute otherwise.
 """
 
 from __future__ import annotations
@@ -319,7 +319,7 @@ def visible() -> Iterator[None]:
     started = cuda.run
 
     def run(name: str, address: int, index: int) -> None:
-        # whoever gave it writes into it for the next call
+        # because the caller writes into it for the next call
         kept = ctypes.string_at(address, _size_of(name))
 
         def step() -> None:
@@ -401,7 +401,7 @@ def visible() -> Iterator[None]:
         mock.patch.object(torch.Tensor, "to", to_device_of),
         mock.patch.object(torch.Tensor, "cuda", lambda self, *_, **__: to_device_of(self, CUDA)),
         mock.patch.object(executor, "__call__", call),
-        # As if no mode were on: the way that eager calls take.
+        # As if no mode were on, like eager calls.
         mock.patch.object(ops, "_watched", return_value=False),
         mock.patch.dict(
             _OURS,
@@ -410,7 +410,7 @@ def visible() -> Iterator[None]:
             grouped_matmul=moe._grouped_impl,
             fused_moe=moe._fused_impl,
         ),
-        # What starts a kernel early is no code for the interpreter.
+        # The interpreter cannot run the instructions of PDL.
         mock.patch.dict(os.environ, QKERNELS_PDL="0"),
         mock.patch.object(cuda, "run", run),
         mock.patch.object(cuda.build, "extension", _Extension),

@@ -1,9 +1,8 @@
-"""What loading a model takes of memory, at its highest, and what is left when there is not enough.
+"""The peak memory of loading a model, against the size of its files.
 
-Unsigned is all that is resident: what the process has allocated, and the pages of files that it has
-mapped. Tensors that stay backed by their file for life are the model, so those pages count as
-allocated ones do, though the system can drop them; pages that were only read on the way to a copy
-count, too, for as long as they are mapped.
+All resident memory counts: allocations of the process, and pages of the files that it maps. Tensors
+that stay backed by their file are the model, so their pages count like allocations, though the
+system can drop them. Pages that are only read for a copy count for as long as they are mapped.
 """
 
 from __future__ import annotations

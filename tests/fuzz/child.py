@@ -1,10 +1,9 @@
-"""One process that fuzzes one target until its time is over, or until it dies: `__main__.py`
-watches it.
+"""One process that fuzzes one target until its time is over, or until it dies.
 
     python -m tests.fuzz.child TARGET SECONDS CORPUS FINDINGS STATE SCRATCH
 
-STATE is a file mapped by both: executions, and the input at work, which outlives a crash. SCRATCH
-is a folder in memory.
+`__main__.py` starts and watches it. STATE is a file that both processes map: the number of
+executions, and the current input, which survives a crash. SCRATCH is a folder in memory.
 """
 
 from __future__ import annotations

@@ -1,26 +1,25 @@
-"""Fuzzed inputs as edits of sound files, in JSON: short, readable, and they outlive a change of the
-seeds.
+"""Fuzzed inputs as edits of sound files, in JSON: they are short, readable, and survive new seeds.
 
     {"seed": "gptq", "edits": [["set", ["config.json", "quantization_config", "bits"], 1e30], ...]}
 
-A seed is a tree: file name -> what is in it. config.json is its JSON; a safetensors file is
-{"header": JSON, "data": bytes}; a GGUF file {"version", "metadata": {key: {"type", "item",
-"value"}}, "tensors": {name: {"type", "shape", "offset"}}, "data": bytes}. Edits of the tree come
-first, in their order, then those of the files' bytes:
+A seed is a tree: file name -> content. config.json is its JSON; a safetensors file is {"header":
+JSON, "data": bytes}; a GGUF file is {"version", "metadata": {key: {"type", "item", "value"}},
+"tensors": {name: {"type", "shape", "offset"}}, "data": bytes}. Edits of the tree come first, in
+their order, then edits of the files' bytes:
 
-    ["set", path, value]        whatever was there; a key that is not there is added
-    ["copy", path, path]        the value at the second path to the first
-    ["rename", path, key]       another key, at the same place
+    ["set", path, value]        replace a value, or add a key
+    ["copy", path, path]        copy the value at the second path to the first
+    ["rename", path, key]       give a value another key, at the same place
     ["drop", path]
-    ["patch", file, at, hex]    bytes over those from `at` on (from the end if negative)
+    ["patch", file, at, hex]    overwrite bytes from `at` on (from the end if negative)
     ["insert", file, at, hex]
     ["cut", file, length]
     ["kind", file, kind]        not a file: "fifo", "folder", "zero" (a link to /dev/zero), "loop",
                                 "broken"
 
-An edit of what is not there does nothing. Some values stand for long ones: {"$list": [count,
-item]}, {"$text": [count, text]}, {"$deep": depth}, and {"$raw": text} for text that is put into
-JSON as it is.
+An edit of something that does not exist does nothing. Some values abbreviate long ones: {"$list":
+[count, item]}, {"$text": [count, text]}, {"$deep": depth}. {"$raw": text} puts the text itself into
+the JSON.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""The mutator: adds, changes and removes edits (see documents.py) so that most inputs stay nearly
-sound.
+"""The mutator: adds, changes and removes edits (see documents.py); inputs stay nearly sound.
 
-What is put in is a number at some border, a text that means something to the code (every name that
-stands in its source), a value from elsewhere in the same seed or from the same place of another, or
-the old value a little changed.
+An edit puts in a number at a limit, a text that means something to the code (any name in its
+source), a value from elsewhere in the same seed or from the same place in another, or a slightly
+changed old value.
 """
 
 from __future__ import annotations

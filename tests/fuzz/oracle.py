@@ -1,8 +1,7 @@
-"""What a run must keep to: which errors may leave, what they must say, how long and how large it
-may be.
+"""The rules for a run: which errors it may raise, what they must say, its time and its memory.
 
-A finding is anything else. It goes by its cause, the place in the code, so that one fault is told
-once.
+Everything else is a finding. A finding is identified by its cause, a place in the code, so that one
+fault is reported once.
 """
 
 from __future__ import annotations

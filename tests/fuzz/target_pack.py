@@ -1,10 +1,9 @@
-"""`qkernels.pack` of every format with tensors of another dtype, shape, stride, device or value, or
-of other parameters.
+"""`qkernels.pack` of every format with tensors or parameters that have been changed.
 
-A seed's tree has one file, "weight": {"format", "shape", "params", "tensors": {name: entry}}; an
-entry says what to make of the sound tensor `of` the same seed: {"of", "dtype", "shape", "view",
-"put": [[index, value], ...]}. What is accepted must dequantize, multiply, and keep its bytes in the
-kernel's layout.
+A tensor may have another dtype, shape, stride, device or value. The tree of a seed has one file,
+"weight": {"format", "shape", "params", "tensors": {name: entry}}. An entry says how to change the
+sound tensor `of` the same seed: {"of", "dtype", "shape", "view", "put": [[index, value], ...]}. An
+accepted weight must dequantize, multiply, and keep its bytes in the kernel layout.
 """
 
 from __future__ import annotations

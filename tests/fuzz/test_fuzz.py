@@ -1,6 +1,6 @@
-"""Inputs that once broke something do so no more, and some seconds of fuzzing find nothing new.
+"""Inputs that once broke something are handled, and some seconds of fuzzing find nothing new.
 
-For hours of it see the package's docstring.
+The docstring of the package says how to fuzz for hours.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""What `quantize_model` makes of calibration data, for every algorithm, against what the test
-itself sees and computes.
+"""How `quantize_model` uses calibration data, for every algorithm, against an independent judge.
 
-The judge runs the plain model with the weights of everything that was quantized before put in,
-records what each layer reads, and sums over tokens in float64 with numpy. In a model whose layers
-read small integers those sums are exact in float32, too, in any order: there the algorithm, called
-with them, must give the very same weights. AWQ and SmoothQuant, which change norms, are written out
-here for a Llama.
+The judge runs the plain model with the quantized values of all earlier layers put in, records the
+inputs of each layer, and sums over tokens in float64 with numpy. In a model whose layers read small
+integers these sums are exact in float32, too, in any order: there the algorithm, called with them,
+must give exactly the same weights. AWQ and SmoothQuant, which change norms, are written out here
+for a Llama.
 """
 
 from __future__ import annotations

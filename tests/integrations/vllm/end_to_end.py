@@ -1,14 +1,13 @@
-"""Real vLLM on the CPU with our plugin against our own `load_model`: run.sh makes the environment
-and runs this.
-
-Each case quantizes a model, writes the directory, and asks both for greedy tokens of the same
-prompts in the same dtype; a float32 case passes if they are equal token by token. In bfloat16 two
-programs round differently, plain weights included (the control), so there the first token that
-differs must be a near-tie in our own logits. Also counted are the bytes that vLLM's model holds:
-packed weights must be the only copy. Then bad input must be refused before weights load, and one
-HTTP request goes to `vllm serve`.
+"""Real vLLM on the CPU with our plugin, against our own `load_model`.
 
     python -m tests.integrations.vllm.end_to_end [--cases NAME,...] [--skip-real] [--skip-server]
+
+run.sh makes the environment and runs this. Each case quantizes a model, writes the directory, and
+asks both programs for greedy tokens of the same prompts in the same dtype. A float32 case passes if
+all tokens are equal. In bfloat16 two programs round differently, plain weights included (the
+control), so there the first token that differs must be a near-tie in our own logits. The bytes of
+vLLM's model are counted, too: packed weights must be the only copy. Then bad input must be refused
+before weights load, and one HTTP request goes to `vllm serve`.
 """
 
 from __future__ import annotations
