@@ -319,7 +319,7 @@ def visible() -> Iterator[None]:
     started = cuda.run
 
     def run(name: str, address: int, index: int) -> None:
-        # because the caller writes into it for the next call
+        # a copy, because the caller writes into the struct for the next call
         kept = ctypes.string_at(address, _size_of(name))
 
         def step() -> None:
