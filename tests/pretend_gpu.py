@@ -401,7 +401,7 @@ def visible() -> Iterator[None]:
         mock.patch.object(torch.Tensor, "to", to_device_of),
         mock.patch.object(torch.Tensor, "cuda", lambda self, *_, **__: to_device_of(self, CUDA)),
         mock.patch.object(executor, "__call__", call),
-        # As if no mode were on, like eager calls.
+        # As if no mode were on: the way that eager calls take.
         mock.patch.object(ops, "_watched", return_value=False),
         mock.patch.dict(
             _OURS,

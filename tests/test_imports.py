@@ -1,7 +1,7 @@
-"""Imports run downwards through the packages, in no circle, and no backend imports another.
+"""The house has floors: imports run downwards, in no circle, and no backend imports another.
 
 Every import counts: those inside functions and those for type checkers, too. `python -m
-tests.test_imports` prints which package imports from which.
+tests.test_imports` prints which room imports from which.
 """
 
 from __future__ import annotations

@@ -76,10 +76,12 @@ def run(kind: str, folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["load", "quantize"])
 def test_it_is_said_nothing_is_half_done_and_then_it_works(kind: str, tmp_path: Path) -> None:
-    """In a process of its own, because memory that earlier tests freed would be enough."""
-    code = "import json, sys; from pathlib import Path; "
-    code += "from tests.checkpoints.test_out_of_memory import run; "
-    code += "print(json.dumps(run(sys.argv[1], Path(sys.argv[2]))))"
+    """In a process of its own: what earlier tests have freed would be enough."""
+    code = (
+        "import json, sys; from pathlib import Path; "
+        "from tests.checkpoints.test_out_of_memory import run; "
+        "print(json.dumps(run(sys.argv[1], Path(sys.argv[2]))))"
+    )
     command = [sys.executable, "-c", code, kind, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

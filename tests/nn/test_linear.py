@@ -181,7 +181,7 @@ def test_layers_that_share_a_weight_move_it_each_for_itself() -> None:
 
 
 def test_replaced_buffers_are_seen() -> None:
-    """Offloading hooks replace buffers."""
+    """As offloading hooks do it."""
     layer = qk.QuantLinear(qk.quantize(torch.randn(16, 64), "w8a8"), backend="reference")
     x = torch.randn(2, 64)
     want = layer(x)

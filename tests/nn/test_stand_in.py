@@ -1,4 +1,4 @@
-"""`layer.weight` of a packed layer has its shape and dtype, and refuses to compute."""
+"""`layer.weight` of a packed layer: it says what it is like, and refuses to be computed with."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_an_embeddings() -> None:
 
 
 def test_torchs_fast_path_of_an_encoder_layer_steps_aside() -> None:
-    """It multiplies with the weights of `linear1` and `linear2` without calling the layers."""
+    """It multiplies with the weights of `linear1` and `linear2` behind the layers' backs."""
     torch.manual_seed(0)
     encoder = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True).eval()
     plain = copy.deepcopy(encoder)

@@ -15,7 +15,7 @@ from ..conftest import CASES, case_id, k_of, layout_of
 
 
 def oracle(x: Tensor, experts: qk.PackedExperts, ids: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The product in float64, slot by slot; it shares only `dequantize` with the tested code."""
+    """float64, slot after slot; nothing shared with what it checks but `dequantize`."""
     y = torch.zeros(*ids.shape, experts.shape[0], dtype=torch.float64)
     weights = [experts.expert(e).dequantize(torch.float64) for e in range(experts.count)]
     for t in range(ids.shape[0]):

@@ -1,4 +1,4 @@
-"""Norms and gates fused with 8-bit products: float64 reference, every backend, whole models."""
+"""Norms and gates fused with 8-bit products: the float64 reference, every backend, whole models."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def quantizations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The list of kernels that quantize activations with something fused, as they are called."""
+    """Kernels that quantize activations, as they are called with something fused."""
     seen: list[str] = []
     for name, kernel in list(registry._KERNELS.items()):
         if kernel.quantized is None:
@@ -69,7 +69,7 @@ def close_to(found: Tensor, exact: Tensor, factor: Tensor) -> None:
 
 
 def normed(x: Tensor, norm: Tensor, eps: float, backend: str) -> Tensor:
-    """The RMSNorm that `backend` computes before it quantizes, checked against float64."""
+    """RMSNorm as `backend` makes it before it quantizes, checked against float64."""
     wide = x.double()
     exact = wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * norm.double()
     found = (
@@ -82,14 +82,14 @@ def normed(x: Tensor, norm: Tensor, eps: float, backend: str) -> Tensor:
 
 
 def gated(gate: Tensor, up: Tensor, backend: str) -> Tensor:
-    """silu(gate) * up as `backend` computes it, checked against float64."""
+    """silu(gate) * up as `backend` makes it, checked against float64."""
     found = fused.silu_mul(gate, up) if backend == "reference" else kept(gate, backend, up=up)
     close_to(found, nn.functional.silu(gate.double()) * up.double(), up)
     return found
 
 
 def kept(x: Tensor, backend: str, **before: object) -> Tensor:
-    """The values that the kernel quantizes, which LLM.int8() stores in 16 bits."""
+    """What the kernel quantizes: LLM.int8() keeps it in 16 bits."""
     p = (
         qk.quantize(torch.randn(4, x.shape[1]), "int8", threshold=2.0)
         .to(DEVICE)
@@ -108,7 +108,7 @@ def kept(x: Tensor, backend: str, **before: object) -> Tensor:
 def test_norm_and_products(
     name: str, params: dict[str, object], dtype: torch.dtype, backend: str
 ) -> None:
-    """The products equal those of the norm's result bit for bit; the norm is close to float64."""
+    """Bit for bit the products of the norm's result, and that within its roundings of float64."""
     q, k = weights(name, params, 24, 17)
     x = (torch.randn(3, K) * torch.tensor([[1.0], [1e-2], [50.0]])).to(dtype).to(DEVICE)
     norm, bias = ((1 + 0.1 * torch.randn(n)).to(dtype).to(DEVICE) for n in (K, 17))

@@ -30,7 +30,7 @@ moving = pytest.mark.parametrize(("name", "params"), MOVING, ids=map(case_id, MO
 
 
 def _together(work: Callable[[int], Any]) -> list[Any]:
-    """Run work(0), work(1), ... in threads that start at the same moment; raise the first error."""
+    """work(0), work(1), ... in threads that start at the same moment; raises the first error."""
     start, results = threading.Barrier(THREADS), [None] * THREADS
     errors: list[BaseException] = []
 
@@ -53,7 +53,7 @@ def _together(work: Callable[[int], Any]) -> list[Any]:
 
 @pytest.fixture(autouse=True)
 def _switch_often() -> Iterator[None]:
-    """Threads switch after every few instructions, so that races show."""
+    """Threads give way after every few instructions, so that what can go wrong does."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -125,7 +125,7 @@ def test_the_first_calls_of_a_layer(name: str, params: dict[str, Any]) -> None:
 
 
 def test_a_models_prepack() -> None:
-    """Real kernels are chosen, but only their prepack runs."""
+    """With the real kernels' choice; nothing but the move to their layout."""
     pytest.importorskip("triton")
     base = qk.quantize(torch.randn(32, 64), "gptq", group_size=32)
     want = base.dequantize()
@@ -170,7 +170,7 @@ def test_experts() -> None:
 
 @pytest.mark.usefixtures("_any_kernel")
 def test_a_model_with_fused_norms() -> None:
-    """A norm's results for its readers go to the readers of the same thread."""
+    """What a norm has computed for its readers goes to the readers of the same thread."""
     model = tiny_model()
     qk.quantize_model(model, "w8a8", progress=False)
     tokens = [ids(9, seed)[None] for seed in range(THREADS)]

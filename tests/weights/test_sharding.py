@@ -118,7 +118,7 @@ def test_columns_in_act_order_keep_every_group_they_have(name: str, count: int) 
 
 
 def _alone(name: str, params: dict[str, object]) -> bool:
-    """Whether two random weights differ in a tensor or parameter that a whole weight has once."""
+    """Whether two weights of random values have something that one weight has once."""
     if name in ("nf4", "fp4", "pack_quantized", "spqr", "quip", "quip_sharp"):
         return True  # state their shape, or have signs of their own
     return bool(params.get("act_order")) or params.get("granularity") == "tensor"

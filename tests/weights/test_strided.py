@@ -18,7 +18,7 @@ FUSED = [case for case in CASES if layout_of(*case) is not None]
 
 
 def sliced(t: Tensor) -> Tensor:
-    """A view with every second number in each dimension; other numbers lie in between."""
+    """Every second number in each dimension; between them lie others."""
     between = torch.full(
         [2 * size + 1 for size in t.shape], 77, dtype=torch.float32, device=t.device
     )
@@ -31,12 +31,12 @@ def transposed(t: Tensor) -> Tensor:
 
 
 def behind(t: Tensor) -> Tensor:
-    """A copy at an address that is a multiple of its element's size, and of no more."""
+    """At an address that is a multiple of its element's size, and of no more."""
     return torch.cat([t.new_zeros(1), t.reshape(-1)])[1:].view(t.shape)
 
 
 def expanded(t: Tensor) -> Tensor:
-    """A tensor of equal numbers, which is one number in memory."""
+    """Of a tensor of equal numbers: one of them, which is there once."""
     return t.reshape(-1)[:1].clone().view([1] * t.dim()).expand(t.shape)
 
 
@@ -84,7 +84,7 @@ def test_stored_tensors(name: str, params: dict[str, object]) -> None:
 
 @all_cases
 def test_expanded_stored_tensors(name: str, params: dict[str, object]) -> None:
-    """All tensors that may consist of equal numbers in a valid weight, expanded at once."""
+    """Each tensor that a valid weight can have of equal numbers, all of them at once."""
     p = qk.quantize(torch.randn(16, k_of(name, 256)) * 0.1, name, **params)
     tensors, once = dict(p.tensors), {}
     for key, tensor in p.tensors.items():
@@ -124,7 +124,7 @@ KERNELS = [
 
 @pytest.mark.parametrize(("name", "params"), KERNELS, ids=map(case_id, KERNELS))
 def test_kernels(name: str, params: dict[str, object]) -> None:
-    """Each tensor by itself is sliced."""
+    """Each tensor by itself, sliced."""
     p = qk.quantize(torch.randn(16, 256) * 0.1, name, **params)
     tensors, x = p.tensors, torch.randn(2, 256).half()
     want = qk.matmul(x, p, backend="triton")
@@ -188,7 +188,7 @@ def test_x_and_bias(name: str, params: dict[str, object], lay: str) -> None:
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("lay", [*LAYS])
 def test_experts(backend: str, lay: str) -> None:
-    """Operands, tensors of each expert, and tensors of a stack."""
+    """Operands, each expert's tensors, and the tensors of a stack."""
     parts = [qk.quantize(torch.randn(32, 64) * 0.1, "awq", group_size=32) for _ in range(3)]
     experts = PackedExperts(parts)
     down = qk.quantize_experts(torch.randn(3, 64, 16), "gptq", group_size=16)
@@ -224,7 +224,7 @@ def test_experts(backend: str, lay: str) -> None:
 
 
 def test_operators_keep_nothing_of_copies() -> None:
-    """An operator computes with copies of strided tensors, which are freed after the call."""
+    """An operator given strided tensors computes with copies, which are gone after the call."""
     from qkernels.ops import matmul as ops
 
     p = qk.quantize(torch.randn(16, 256) * 0.1, "quip_sharp").prepack_("weight_only")

@@ -1,4 +1,4 @@
-"""Tensors that are not plain dense ones: refused by name, or read by their values."""
+"""Tensors that are no plain dense ones: refused by name, or what they stand for."""
 
 from __future__ import annotations
 
