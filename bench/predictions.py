@@ -255,7 +255,7 @@ def main(
 
 def _print_beside(last: dict[str, Any], reports: list[dict[str, Any]]) -> None:
     """Print each result beside its prediction for the same GPU, the largest miss first."""
-    lines = []
+    lines: list[tuple[float, str]] = []
     for report in reports:
         gpu = roofline.find(str(report["environment"]["gpu"]))
         if gpu is None:

@@ -1,4 +1,4 @@
-"""Shared by all tests. Without a GPU, Triton kernels run in triton's interpreter."""
+"""Fixtures and cases of all tests. Without a GPU, Triton kernels run in triton's interpreter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 #: bench/gpu/plan.py
 FAILURES = os.environ.get("QKERNELS_FAILURES")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-collect_ignore = [] if DEVICE == "cuda" else ["gpu"]  # what only a GPU can do
+collect_ignore = [] if DEVICE == "cuda" else ["gpu"]  # tests that need a GPU
 
 #: every storage format with the parameter sets that change its layout or arithmetic
 CASES = [
@@ -83,7 +83,7 @@ def layout_of(name: str, params: dict[str, object]) -> str | None:
 
 
 def k_of(name: str, k: int) -> int:
-    """k, or the next multiple that the format takes."""
+    """k, rounded up to a multiple that the format takes."""
     multiple = formats.get(name).k_multiple
     return -(-k // multiple) * multiple
 

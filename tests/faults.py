@@ -1,11 +1,11 @@
-"""Breaks saving at every step: what is then under the target's name, and what the next save finds.
+"""Break saving at every step, and look at what is left, at once and after the next save.
 
     python -m tests.faults
 
-prints a table: what is saved x where directories can be exchanged x what goes wrong -> how often
-the old, the new or nothing was there, first at once and then when the next save has cleaned up. A
-step is a call of the operating system (for errors) or a line of qkernels/checkpoints/atomic.py (for
-Ctrl-C and for a lost process).
+prints a table. Its rows are the kind of file, whether directories can be exchanged, and the fault;
+its columns say how often the old file, the new one or nothing was there: first at once, then after
+the next save had cleaned up. A step is a call of the operating system (for errors) or a line of
+qkernels/checkpoints/atomic.py (for Ctrl-C and for a killed process).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Directory:
 
     @staticmethod
     def read(path: Path) -> str | None:
-        """What was written there whole, None if nothing is there."""
+        """The content of a file that was written as a whole; None if nothing is there."""
         if not path.exists():
             return None
         parts = {file.name: file.read_text() for file in path.iterdir()}
@@ -109,7 +109,7 @@ class Steps:
 
 @contextmanager
 def calls(steps: Steps) -> Iterator[None]:
-    """Every call of the operating system is a step, before it is made."""
+    """Within the context, each call of the operating system is a step, before it is made."""
 
     def counted(function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -182,7 +182,10 @@ def _interrupt(kind: Any, path: Path, at: int) -> int:
 
 
 def _kill(kind: Any, path: Path, at: int) -> int:
-    """In a child process, which is killed. Its files are closed then, and its locks free."""
+    """Save in a child process that is killed at a step.
+
+    Its files are then closed, and its locks free.
+    """
     steps = Steps(at, lambda: os.kill(os.getpid(), signal.SIGKILL))
     if at > 1 << 30:
         return _interrupt(kind, path, at)  # only counts
@@ -206,7 +209,7 @@ FAULTS: dict[str, Callable[[Any, Path, int], int]] = {
 # ---------------------------------------------------------------------- all of them
 @contextmanager
 def exchanging(possible: bool) -> Iterator[None]:
-    """As on a system that can exchange two directories, if this one can, or on one that cannot."""
+    """Within the context, the system can exchange two directories (if this one can), or cannot."""
     real = atomic._renameat2
     if not possible:
         atomic._renameat2 = lambda: None  # type: ignore[assignment]

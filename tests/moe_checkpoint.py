@@ -90,7 +90,7 @@ def save_moe(
 
 
 def edit(directory: Path, drop: str = "", **changes: Any) -> None:
-    """Drop a tensor, set others."""
+    """Drop a tensor of a checkpoint and set others."""
     path = directory / "model.safetensors"
     tensors = {name: tensor for name, tensor in load_file(path).items() if name != drop}
     save_file({**tensors, **changes}, path, metadata={"format": "pt"})

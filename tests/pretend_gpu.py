@@ -1,13 +1,13 @@
-"""A GPU that is none: tensors that say they are on "cuda" and lie in the CPU's memory.
+"""A pretended GPU: tensors that claim to be on "cuda" and lie in the CPU's memory.
 
     with pretend_gpu.visible(): ...
     QKERNELS_PRETEND_GPU=1 python -m pytest -p tests.pretend_gpu ...
 
-torch believes that it sees an H100. What mixes devices fails as it would there, and so does what
-waits for the GPU while a CUDA graph is captured; a graph replays what was captured. Triton's
-kernels run in its interpreter, CUDA's in the emulator of csrc. Nothing here says how fast anything
-is, or that a kernel is right on a real GPU: it walks the code around the kernels which no machine
-without a GPU would otherwise execute.
+torch believes that it sees an H100. Code that mixes devices fails as it would on a GPU, and so does
+code that waits for the GPU while a CUDA graph is captured. A graph replays what was captured.
+Triton kernels run in triton's interpreter, CUDA kernels in the emulator of csrc. A test on the
+pretended GPU says nothing about speed, nor whether a kernel is right on a real GPU. It runs the
+code around the kernels, which no machine without a GPU would execute otherwise.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _held(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Graph:
-    """torch.cuda.CUDAGraph: what was done while it was captured, to be done again."""
+    """A stand-in for torch.cuda.CUDAGraph: a replay repeats what was done during the capture."""
 
     capturing: Graph | None = None
 
@@ -224,7 +224,7 @@ def _record(step: Callable[[], Any]) -> None:
 
 
 class _Everywhere(TorchDispatchMode):
-    """Where no tensor tells: factories with device="cuda"."""
+    """Handles calls without a tensor on the GPU: factories with device="cuda"."""
 
     def __torch_dispatch__(self, func: Any, types_: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _dispatch(func, args, kwargs or {})
@@ -291,7 +291,7 @@ def _size_of(name: str) -> int:
 
 
 class _Extension:
-    """The compiled kernels, in the emulator."""
+    """The compiled kernels, by the emulator."""
 
     def run(self, name: str, address: int) -> str:
         from tests.cuda import host
@@ -309,7 +309,7 @@ class _Extension:
 
 @contextmanager
 def visible() -> Iterator[None]:
-    """torch sees a GPU."""
+    """Within the context, torch sees a GPU."""
     from triton.runtime import interpreter
 
     from qkernels.backends import cuda
@@ -319,7 +319,7 @@ def visible() -> Iterator[None]:
     started = cuda.run
 
     def run(name: str, address: int, index: int) -> None:
-        # whoever gave it writes into it for the next call
+        # a copy, because the caller writes into the struct for the next call
         kept = ctypes.string_at(address, _size_of(name))
 
         def step() -> None:
@@ -338,7 +338,7 @@ def visible() -> Iterator[None]:
         return called(self, *args, **kwargs)
 
     def moved(make: Any) -> Any:
-        """These fill C++ memory themselves, past every mode."""
+        """For functions that fill C++ memory themselves, which no dispatch mode sees."""
 
         def made(*args: Any, device: Any = None, **kwargs: Any) -> Any:
             found = make(*args, **kwargs)
@@ -368,7 +368,7 @@ def visible() -> Iterator[None]:
         return Pretended(found.detach().clone())
 
     def where_of(condition: Any, *values: Any) -> Any:
-        """C++ would make meta tensors of numbers."""
+        """torch.where with numbers as tensors, because C++ would make them meta tensors."""
         return where(
             condition, *(v if isinstance(v, torch.Tensor) else torch.tensor(v) for v in values)
         )
@@ -410,7 +410,7 @@ def visible() -> Iterator[None]:
             grouped_matmul=moe._grouped_impl,
             fused_moe=moe._fused_impl,
         ),
-        # What starts a kernel early is no code for the interpreter.
+        # The interpreter cannot run the instructions of PDL.
         mock.patch.dict(os.environ, QKERNELS_PDL="0"),
         mock.patch.object(cuda, "run", run),
         mock.patch.object(cuda.build, "extension", _Extension),

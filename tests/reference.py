@@ -1,4 +1,4 @@
-"""The float64 oracle, and error bounds that come from the arithmetic."""
+"""The float64 oracle, and error bounds derived from the arithmetic."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import qkernels as qk
 from qkernels import formats
 from qkernels.formats.incoherent import IncoherentFormat
 
-#: Unit roundoff. Triton's interpreter truncates float32 -> bfloat16 where hardware rounds: twice
-#: that.
+#: Unit roundoff. Triton's interpreter truncates float32 -> bfloat16 where hardware rounds, so it has
+#: twice that.
 ROUNDOFF = {
     torch.float16: 2.0**-11,
     torch.bfloat16: 2.0**-7 if os.environ.get("TRITON_INTERPRET") == "1" else 2.0**-8,
@@ -26,7 +26,7 @@ def oracle(x: Tensor, p: qk.PackedWeight, bias: Tensor | None = None) -> Tensor:
 
 
 def static_scale(p: qk.PackedWeight) -> Tensor | None:
-    """The scale of static activations, under either of its names."""
+    """The scale of static activations, by either of its names."""
     tensors = p.tensors
     return tensors.get("input_scale", tensors.get("activation_scale"))
 

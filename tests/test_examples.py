@@ -1,4 +1,4 @@
-"""What the examples start."""
+"""The commands that the examples start."""
 
 from __future__ import annotations
 

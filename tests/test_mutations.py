@@ -20,7 +20,7 @@ def test_what_is_broken_is_there() -> None:
 
 @pytest.mark.parametrize("link", ["", "../triton_kernels", "absolute"])
 def test_the_kernels_that_are_broken_are_those_that_run(tmp_path: Path, link: str) -> None:
-    """Whatever link to the kernels lies in the repository."""
+    """Whether the repository has no link to the kernels, a relative or an absolute one."""
     (root := tmp_path / "root").mkdir()
     for folder in ("qkernels", "triton_kernels"):
         (root / folder).mkdir()

@@ -234,10 +234,10 @@ def main(
     kernels = cached = 0
     for process in processes:
         assert process.stdout is not None
-        counts = [int(word) for word in process.stdout.read().split()]
+        numbers = [int(word) for word in process.stdout.read().split()]
         if process.wait() != 0:
             raise typer.Exit(1)
-        kernels, cached = kernels + counts[0], cached + counts[1]
+        kernels, cached = kernels + numbers[0], cached + numbers[1]
     for file in folder.rglob("*"):
         if file.suffix in PRINTED:
             file.unlink()

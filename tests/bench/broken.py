@@ -24,7 +24,7 @@ class _Product(nn.Module):
 
 
 class Broken(race.Dense):
-    """Falls at M = 1, or always."""
+    """Breaks its process at M = 1, or at every M."""
 
     group = "bf16"
 

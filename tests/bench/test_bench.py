@@ -1,4 +1,4 @@
-"""The benchmark's own arithmetic, and that it refuses to time what is wrong."""
+"""The benchmark's arithmetic, and that it refuses to time wrong results."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_every_peer_says_why_it_is_not_there() -> None:
 
 
 def test_named_peers_race_in_the_order_of_their_names() -> None:
-    """Who comes first is timed even where time is short."""
+    """The first peer is timed even if the time is short."""
     names = [peer.name for peer in peers.contestants(["humming", "bitsandbytes"])]
     assert names == sorted(names, reverse=True)
     assert set(names) == {"humming", "bitsandbytes"}
@@ -182,8 +182,8 @@ def test_host_overhead_is_measured_with_a_kernel_that_does_nothing() -> None:
     before = dict(registry._KERNELS)
     found = host.measure()
     assert all(0 < value < 1e4 for value in found.values())
-    # The direct path must stay well below the operator's: by count of Python calls, not by this
-    # machine's mood.
+    # The direct path makes far fewer Python calls than the operator, so it is faster on any
+    # machine.
     assert found["qkernels.matmul"] < found["torch.ops.qkernels.matmul"]
     assert registry._KERNELS == before
 
@@ -222,7 +222,7 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
 def synthetic(
     spec: str, m: int, chain: float, dense: float, backend: str = "triton", n: int = 8192
 ) -> dict:
-    """A row as a race makes it, of round numbers that nobody measured."""
+    """A row as a race makes it, with round numbers that nobody measured."""
     group = race.GROUPS.get(spec, spec)
     made = race.Row(
         f"qkernels {backend} {spec}", group, n, 8192, m, "kernel", n * 4096, 1e-3, chain, 0.1, chain
@@ -248,7 +248,7 @@ def test_what_falls_short_of_the_targets_worst_first() -> None:
     rows.append({**synthetic(four, 1, 10, 100), "contestant": "marlin"})
     made = {"environment": {"gpu": "synthetic"}, "copy_bandwidth": copy, "results": rows}
     found = targets.findings(made)
-    # Who has no peer is there without a ratio, last.
+    # A format without a peer is last, without a ratio.
     assert [one.format for one in found if one.measured is None] == ["quip_sharp:bits=4"]
     found = found[:-1]
     assert [(str(one.target), round(one.measured, 3), one.where) for one in found] == [
@@ -297,7 +297,7 @@ def test_what_falls_short_of_the_targets_worst_first() -> None:
 
 
 def test_ratios_are_within_one_report() -> None:
-    """Two machines, the second twice as fast: its peers are not what the first is held to."""
+    """A machine's rows are not compared with peers of another, twice as fast machine."""
     slow, fast = ([synthetic("nf4", 1, chain, 60)] for chain in (40, 20))
     fast.append({**synthetic("nf4", 1, 20, 60), "contestant": "bitsandbytes"})
     reports = [
@@ -343,7 +343,7 @@ def test_every_target_belongs_to_a_format_that_is_raced() -> None:
 def test_a_peer_that_is_not_what_its_adapter_expects_is_listed_as_failed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its package is there, and empty: nothing is dropped, and the reason is told."""
+    """A peer with an empty package is listed, and the reason is told."""
     for peer in peers.contestants(["gptqmodel", "spqr_quant", "deep_gemm", "fast_hadamard"]):
         if not isinstance(peer, peers.Peer):
             continue

@@ -38,7 +38,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize("words", COMMANDS)
 def test_every_command_parses(words: str, tmp_path: Path) -> None:
-    """A typo would show on the GPU alone."""
+    """Otherwise a typo would show on the GPU only."""
     module, *options = [w.format(out=tmp_path, seconds="9", jobs="1") for w in words.split()[1:]]
     if module == "pytest":
         files = [option for option in options if option.startswith("tests/")]
@@ -106,7 +106,7 @@ def test_wrong_arguments_are_named(
 
 
 def pretended(tmp_path: Path) -> dict[str, str]:
-    """An environment in which an nvidia-smi is found."""
+    """An environment in which nvidia-smi exists."""
     program = tmp_path / "bin" / "nvidia-smi"
     program.parent.mkdir()
     program.write_text("#!/bin/sh\necho NVIDIA Pretend\n")
@@ -132,7 +132,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 
 
 def test_a_part_is_walked_without_a_gpu(tmp_path: Path) -> None:
-    """A race stands for all; CI walks the plan's calls."""
+    """One race stands for all parts, because CI runs the plan's calls."""
     (tmp_path / "README.md").write_text("somebody's")
     done = run(str(tmp_path), "--tiny", "--part", "build", "--part", "gguf", "--formats", "nf4")
     assert done.returncode == 0, done.stdout[-2000:]
@@ -317,7 +317,7 @@ def pack(parcel: Path, name: str, files: dict[str, str]) -> None:
 
 @pytest.fixture
 def parcel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A parcel of archives with nothing of use in them, and a place for it to be unpacked to."""
+    """A parcel of archives without useful content, and a folder to unpack it to."""
     monkeypatch.setattr(install, "ROOT", tmp_path / "root")
     folder = tmp_path / "parcel"
     folder.mkdir()
@@ -446,7 +446,7 @@ def test_a_prebuilt_marlin_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_what_is_compiled_beforehand_is_found(tmp_path: Path) -> None:
-    """Without a GPU: the same launches ask for the same keys in another process."""
+    """Without a GPU: the same launches ask for the same cache keys in another process."""
     pytest.importorskip("triton")
     environment = {
         k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "QKERNELS_PRETEND_GPU")
@@ -523,7 +523,7 @@ def test_linear_shapes_are_the_models() -> None:
 
 
 def test_the_runner_does_not_import_torch() -> None:
-    """It takes seconds, which a call has better use for."""
+    """Importing torch takes seconds, which a call needs for its parts."""
     began = time.monotonic()
     code = "import sys, bench.gpu.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""bench.static.hazards on loops of a few instructions, and on what triton 3.6 made of ours."""
+"""bench.static.hazards on loops of a few instructions, and on code that triton 3.6 made of ours."""
 
 from __future__ import annotations
 

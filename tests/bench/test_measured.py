@@ -1,4 +1,4 @@
-"""backend="auto" goes by what was measured: from a race's rows to the kernel that is chosen."""
+"""backend="auto" chooses by measurements: from the rows of a race to the chosen kernel."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_auto_takes_the_faster_one() -> None:
 
 @pytest.mark.parametrize(("name", "params"), CASES, ids=map(case_id, CASES))
 def test_every_format_can_be_looked_up(name: str, params: dict[str, Any]) -> None:
-    """On the GPU that was measured, every call of every format asks."""
+    """On the measured GPU every call of every format looks into the table."""
     fmt = formats.get(name)
     shape = (72, k_of(name, 192))
     known = {key: value for key, value in params.items() if key not in fmt.quantize_only}

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def walk() -> None:
-    """In a process of its own: what is cached about a GPU must not outlive it."""
+    """Run in a process of its own, because caches about a GPU must not outlive the test."""
     timing.MAX_CHAIN, timing.COLD_BYTES = 2, 2**12
     field = [
         race.Ours("gptq", {"bits": 4, "group_size": 128}, "triton"),
@@ -33,7 +33,7 @@ def walk() -> None:
 
 
 class Waiting(race.Dense):
-    """As bitsandbytes' LLM.int8(): it asks the GPU, which a CUDA graph cannot."""
+    """Asks the GPU like LLM.int8() of bitsandbytes, which a CUDA graph cannot capture."""
 
     name = "waiting"
 

@@ -1,4 +1,4 @@
-"""bench.smoke notices each kind of fault it is there for, and survives a process that dies."""
+"""bench.smoke notices each kind of fault, and survives a process that dies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RIGHT = qk.matmul
 
 
 def checks(monkeypatch: pytest.MonkeyPatch, fault: Any) -> list[smoke.Check]:
-    """Those of NF4 where a kernel's result goes through `fault`; the reference's does not."""
+    """The checks of NF4 if `fault` changes the kernel's result, but not the reference's."""
 
     def matmul(x: Tensor, p: qk.PackedWeight, backend: str = "auto", **kwargs: Any) -> Tensor:
         y = RIGHT(x, p, backend="reference")
@@ -35,7 +35,7 @@ def test_a_right_kernel_passes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def one_wrong(y: Tensor) -> Tensor:
-    """A single output is off by a tenth of their usual size."""
+    """Change a single output by a tenth of the outputs' usual size."""
     y = y.clone()
     y.view(-1)[7] += 0.1 * y.float().pow(2).mean().sqrt().to(y.dtype)
     return y
@@ -71,7 +71,7 @@ def test_poisoned_memory_is_poisoned() -> None:
 
 
 def test_a_process_that_dies_takes_its_own_case_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is left of its share goes on in another one."""
+    """Another process does the remaining cases."""
     started: list[list[tuple[str, str]]] = []
 
     class Worker:
@@ -116,7 +116,7 @@ def test_a_process_that_dies_takes_its_own_case_only(monkeypatch: pytest.MonkeyP
 
 
 def test_nodes_of_a_graph_are_counted_by_kind(tmp_path: Path) -> None:
-    """By the driver's own calls; here a library that answers as libcuda does."""
+    """The driver's own calls count them; here a library answers in the place of libcuda."""
     source = """
     #include <stddef.h>
     static int kinds[3] = {0, 2, 0};

@@ -1,4 +1,4 @@
-"""A race goes on when what it times crashes, hangs or runs out of time, and keeps what it had."""
+"""A race goes on, with its earlier results, if a contestant crashes, hangs or runs out of time."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from ..tiny import save_tiny
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """Its files: name -> bytes."""
+    """The files of the saved model: name -> bytes."""
     path = tmp_path_factory.mktemp("saved") / "m"
     save_tiny(path)
     return {file.name: file.read_bytes() for file in path.iterdir()}
@@ -19,7 +19,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @pytest.fixture
 def directory(saved: dict[str, bytes], tmp_path: Path) -> Path:
-    """A directory of its own with them."""
+    """A directory of the test's own with these files."""
     path = tmp_path / "m"
     path.mkdir()
     for name, data in saved.items():

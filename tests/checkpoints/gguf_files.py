@@ -1,4 +1,4 @@
-"""Small GGUF files with metadata of one's choice."""
+"""Small GGUF files with any metadata."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TYPE = gguf.GGUFValueType
 
 
 class _Writer(gguf.GGUFWriter):
-    """Writes empty arrays, too."""
+    """gguf's writer, which can also write empty arrays."""
 
     def _pack_val(self, val: Any, vtype: Any, add_vtype: bool, sub_type: Any = None) -> bytes:
         if vtype == TYPE.ARRAY and len(val) == 0:

@@ -1,4 +1,4 @@
-"""What tests of hostile files share."""
+"""Helpers for tests of hostile files."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ def change(directory: Path, changes: dict[str, Any], name: str = "config.json") 
 
 @contextmanager
 def quick(seconds: float) -> Iterator[None]:
-    """What is inside takes at most so much of this thread's time."""
+    """Assert that the context takes at most so many seconds of this thread's time."""
     begin = time.thread_time()
     yield
     assert time.thread_time() - begin < seconds
 
 
 def said_by(call: Callable[[], object]) -> str | None:
-    """What the ValueError says that a call raises, if it does; others go on."""
+    """The message of the ValueError that the call raises; None if it raises none.
+
+    Other errors propagate.
+    """
     try:
         call()
     except ValueError as error:

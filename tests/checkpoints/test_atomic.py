@@ -44,7 +44,7 @@ SAVER = textwrap.dedent(
 def start_saving(
     path: Path, content: str, count: int, how: str = "exchange"
 ) -> subprocess.Popen[str]:
-    """A process that saves `count` times, once it has begun."""
+    """Start a process that saves `count` times. Returns once it has begun."""
     arguments = [atomic.__file__, str(path), content, str(count), how]
     process = subprocess.Popen(
         [sys.executable, "-c", SAVER, *arguments], stdout=subprocess.PIPE, text=True
@@ -118,7 +118,7 @@ def test_sigterm_does_not_wait_for_the_end(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_two_processes_save_to_one_place(tmp_path: Path) -> None:
-    """Both get there, and whoever looks sees one of the two, whole."""
+    """Both succeed, and a reader always sees one of the two files as a whole."""
     path = tmp_path / "model"
     able = can_exchange(tmp_path)
     Directory.write(path, "a")
@@ -147,7 +147,7 @@ def test_two_processes_save_to_one_place(tmp_path: Path) -> None:
 def test_another_process_gets_in_between(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """A directory appears, or goes, after we looked and before we act."""
+    """A directory appears or vanishes between our look and our action."""
     path, module = tmp_path / "model", os if name == "rename" else atomic
     if name == "_exchange":
         Directory.write(path, faults.OLD)
@@ -190,7 +190,7 @@ def test_sigterm_handlers_of_the_program_are_left_alone(tmp_path: Path) -> None:
 def test_bytes_are_on_the_disk_before_their_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
 ) -> None:
-    """After a power cut a name must not stand for a file whose bytes had not been written."""
+    """After a power cut, no name may stand for a file whose bytes had not been written."""
     events: list[int | str] = []
 
     def told(function: Any, event: Any) -> Any:
@@ -320,7 +320,7 @@ def test_a_forked_process_that_ends_the_block_leaves_it_too(tmp_path: Path) -> N
 
 
 def test_a_handler_set_in_c_is_left_alone(tmp_path: Path) -> None:
-    """faulthandler's, or the one of torch's data loaders: Python does not know of them."""
+    """Python does not know of handlers set by faulthandler or torch's data loaders."""
     code = (
         "import faulthandler, os, signal, sys; from pathlib import Path; from qkernels.checkpoints "
         "import atomic\nfaulthandler.register(signal.SIGTERM)\nwith "

@@ -1,4 +1,4 @@
-"""Checkpoints of mixtures of experts that are not what they should be: an error that names what."""
+"""Bad checkpoints of mixtures of experts: an error that names the fault."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_a_bad_packed_tensor(saved: Path) -> None:
 
 
 def test_experts_in_different_formats(saved: Path) -> None:
-    """The config may say so for each module."""
+    """The config may give each module its own format."""
     config = json.loads((saved / "config.json").read_text())
     config["quantization_config"]["dynamic"] = {rf"+:^{EXPERT}$": {"bits": 8}}
     (saved / "config.json").write_text(json.dumps(config))
@@ -202,7 +202,7 @@ def test_all_plain_experts_of_a_dtype_that_is_none(saved: Path) -> None:
 
 
 def test_experts_bigger_than_memory_are_not_made(saved: Path) -> None:
-    """Half a terabyte a layer, each size of which might be true."""
+    """The sizes claim half a terabyte a layer; each of them alone could be true."""
     path = saved / "config.json"
     sizes = {"intermediate_size": 65536, "moe_intermediate_size": 65536, "num_local_experts": 4096}
     path.write_text(json.dumps({**json.loads(path.read_text()), **sizes}))

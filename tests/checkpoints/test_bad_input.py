@@ -38,7 +38,7 @@ def _entry(begin: int, end: int, shape: list[Any], dtype: Any = "F32") -> dict[s
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
-    """Files of small sound checkpoints: one file of GPTQ, shards of NF4."""
+    """The files of small, sound checkpoints: GPTQ in one file, NF4 in shards."""
     found = {}
     for name, params, limit in (
         ("gptq", {"group_size": 32}, 10**9),
@@ -290,7 +290,7 @@ def test_fuzzed_checkpoints_fail_cleanly(
     originals: dict[str, dict[str, bytes]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """Bytes of any file changed: the model loads, or one error says why not."""
+    """With changed bytes in any file, the model loads, or one error says why not."""
     files = dict(originals[data.draw(st.sampled_from(["gptq", "nf4"]))])
     name = data.draw(st.sampled_from(sorted(files)))
     raw = bytearray(files[name])

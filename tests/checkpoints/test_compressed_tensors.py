@@ -24,7 +24,7 @@ Groups = dict[str, dict[str, Any]]
 
 
 def weights(**changes: Any) -> dict[str, Any]:
-    """QuantizationArgs; by default of int4 in groups of 32."""
+    """QuantizationArgs for weights; int4 in groups of 32 by default."""
     return {
         "num_bits": 4,
         "type": "int",
@@ -44,12 +44,12 @@ def fp8(**changes: Any) -> dict[str, Any]:
 
 
 def tokens(**changes: Any) -> dict[str, Any]:
-    """Activations: int8 a token."""
+    """QuantizationArgs for activations: int8 with a scale per token."""
     return int8(strategy="token", dynamic=True, **changes)
 
 
 def _qparams(weight: Tensor, args: Any) -> tuple[Tensor, Tensor]:
-    """Scales and zero points as their own functions choose them."""
+    """Scales and zero points, chosen by compressed-tensors' own functions."""
     from compressed_tensors.quantization.utils import calculate_qparams
 
     n, k = weight.shape
@@ -126,7 +126,7 @@ def quantization(path: Path) -> dict[str, Any]:
 
 
 def assert_same_tensors(one: Path, other: Path) -> None:
-    """Bit for bit, whatever the dtype."""
+    """Assert equal bits, for any dtype."""
     ours, theirs = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
     assert set(ours) == set(theirs)
     for name, tensor in theirs.items():
@@ -199,7 +199,7 @@ TARGETS = [
 def test_targets_agree_with_compressed_tensors(
     targets: dict[str, list[str]], ignore: list[str]
 ) -> None:
-    """What their own functions apply to each linear and embedding of a model."""
+    """Each linear layer and embedding gets the scheme that compressed-tensors applies to it."""
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 
     bits = dict(zip(targets, (4, 8, 2), strict=False))
@@ -248,7 +248,7 @@ def test_packed_embedding(kind: str, tied: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["int4-asymmetric", "fp8"])
 def test_head_tied_to_a_packed_embedding(kind: str, tmp_path: Path) -> None:
-    """Where the files hold no head of its own, it multiplies by the embedding's bytes."""
+    """If the files hold no tensors of the head, the head multiplies by the embedding's bytes."""
     from safetensors.torch import save_file
 
     groups = {"a": {"targets": ["Embedding"], "weights": EMBEDDINGS[kind]}}
@@ -283,7 +283,7 @@ def test_head_tied_to_a_packed_embedding(kind: str, tmp_path: Path) -> None:
 
 
 def test_linear_is_no_embedding(tmp_path: Path) -> None:
-    """A packed embedding that the config says nothing of is refused."""
+    """A packed embedding that the config does not mention is refused."""
     write(tmp_path / "q", {"a": {"targets": ["Linear", "Embedding"], "weights": weights()}})
     config = quantization(tmp_path / "q")
     config["config_groups"]["group_0"]["targets"] = ["Linear"]
@@ -297,7 +297,7 @@ def test_linear_is_no_embedding(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- the older key
 @pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
 def test_compression_config(nested: bool, tmp_path: Path) -> None:
-    """As llm-compressor wrote it in 2024, and SparseML before."""
+    """Configs as llm-compressor wrote them in 2024, and SparseML before."""
     rounded, _ = write(tmp_path / "q", {"a": {"targets": ["Linear"], "weights": weights()}})
     old = quantization(tmp_path / "q")
     if nested:
@@ -429,7 +429,7 @@ def test_eight_bits(kind: str, tmp_path: Path) -> None:
 def test_schemes_that_are_refused(
     weight: dict[str, Any], inputs: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    """What compressed-tensors takes, and no format here computes: one sentence at the config."""
+    """Schemes of compressed-tensors that no format here computes: one sentence names the field."""
     from compressed_tensors.quantization import QuantizationConfig
 
     groups = {"a": {"targets": ["Linear"], "weights": weight, "input_activations": inputs}}

@@ -18,7 +18,7 @@ from .test_expert_layers import assert_same, ids, tensors_of
     "kind", ["OlmoeConfig", "DeepseekV3Config", "PhimoeConfig", "MiniMaxM2Config"]
 )
 def test_other_architectures(kind: str, tmp_path: Path) -> None:
-    """Names of their own for routers, shared experts and biases of routers."""
+    """Routers, shared experts and biases of routers have other names in each architecture."""
     import transformers
 
     sizes = {**SIZES, "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4,
@@ -52,7 +52,7 @@ def test_other_architectures(kind: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def kimi() -> nn.Module:
-    """A convolution of three in the files, q's, k's and v's, beside experts."""
+    """Kimi Linear: its files have convolutions for q, k and v; the model has one."""
     import transformers
 
     if not hasattr(transformers, "KimiLinearConfig"):

@@ -95,7 +95,7 @@ def test_computes_what_the_dequantized_model_does(
 def test_formats_that_round_activations(
     kind: str, name: str, params: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Each expert is held to the product of its own three weights, as they lie in the file."""
+    """Each expert agrees with the product of its own three weights in the file."""
     save_moe(kind, name, params, tmp_path / "q", tmp_path / "p")
     model, tensors = qk.load_model(tmp_path / "q"), tensors_of(tmp_path / "q")
     x = torch.randn(6, 256)
@@ -172,7 +172,7 @@ def test_a_plain_down_projection_beside_packed_ones(kind: str, tmp_path: Path) -
 def test_experts_that_are_plain_stay_so(
     kind: str, dtype: torch.dtype | None, tmp_path: Path
 ) -> None:
-    """And their files are those that transformers writes."""
+    """Their files are those that transformers writes."""
     model = tiny_moe(kind).half()
     with pytest.warns(UserWarning, match="experts of 2 layers .* stay as they are"):
         qk.quantize_model(model, "gptq", group_size=64, progress=False)
@@ -217,7 +217,7 @@ def test_plain_experts_in_another_dtype_than_what_comes_in(kind: str, tmp_path: 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_plain_models(kind: str, tmp_path: Path) -> None:
-    """transformers is the judge, both ways."""
+    """Files go from transformers to us, and from us to transformers."""
     from transformers import AutoModelForCausalLM
 
     model, tokens = tiny_moe(kind), ids()
@@ -232,7 +232,7 @@ def test_plain_models(kind: str, tmp_path: Path) -> None:
 
 
 def test_files_with_one_tensor_for_all_plain_experts(tmp_path: Path) -> None:
-    """As transformers' modules have them, and as we wrote them before."""
+    """One tensor for all experts, as in transformers' modules and in our earlier files."""
     model = tiny_moe("mixtral")
     model.save_pretrained(tmp_path / "m")
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -342,7 +342,7 @@ def test_experts_in_another_method_than_linears_are_refused(tmp_path: Path) -> N
 
 
 def test_nested_scales_of_one_weight_that_is_cut(tmp_path: Path) -> None:
-    """A stack made by hand, whose halves need another double quantization than the whole."""
+    """A hand-made stack whose halves need another double quantization than the whole."""
     model = tiny_moe("qwen3_moe")
     for name, module in list(expert_modules(model)):
         gate_up = qk.quantize_experts(module.gate_up_proj.detach(), "nf4", double_quant=True)

@@ -19,7 +19,7 @@ GPL3 = Path("/usr/share/common-licenses/GPL-3")
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """Written by the gguf package: two tensors and metadata of several types."""
+    """A file by the gguf package: two tensors, and metadata of several types."""
     path = tmp_path / "tiny.gguf"
     writer = package.GGUFWriter(path, "llama")
     writer.add_name("tiny")

@@ -33,7 +33,7 @@ KINDS: dict[str, tuple[str, Any, dict[str, Any]]] = {
 
 
 def blocks(values: torch.Tensor, name: str) -> tuple[Any, torch.Tensor]:
-    """(what the file holds for a matrix, or one for each expert, what that is worth)."""
+    """(blocks in the file for a matrix or for one per expert, their values)."""
     if name == "f32":
         return values.numpy(), values
     packed = [qk.quantize(part, name) for part in values.reshape(-1, *values.shape[-2:])]
@@ -53,7 +53,9 @@ def mixture(
     sizes: tuple[int, int] = (INNER, 32),
     **changes: Any,
 ) -> tuple[Path, nn.Module]:
-    """A file, made of a dense one, and transformers' model of the values in it.
+    """A GGUF file of experts, made from one without, and transformers' model with its values.
+
+    sizes: of each expert, and of a shared one.
 
     sizes: of each expert, and of a shared one.
     """

@@ -93,7 +93,7 @@ def test_absurd_counts_allocate_nothing(path: Path, at: int) -> None:
 # ---------------------------------------------------------------------- whole models
 @pytest.fixture(scope="module")
 def model_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, int]:
-    """(where to put a damaged copy, a good model's bytes, where its tensors begin)."""
+    """(path for a damaged copy, bytes of a good model, offset of its tensors)."""
     folder = tmp_path_factory.mktemp("models")
     model = tiny_model(num_hidden_layers=1, hidden_size=32, intermediate_size=32)
     qk.quantize_model(model, "q8_0", progress=False)
@@ -139,7 +139,7 @@ VALUES = st.one_of(
 def test_odd_metadata_is_an_error_or_loads(
     data: st.DataObject, model_file: tuple[Path, bytes, int]
 ) -> None:
-    """Any value under any key that there is, or that matters and is not there."""
+    """Any value under any key that the file has, or that it lacks and a reader looks for."""
     path = model_file[0]
     source = path.with_name("good.gguf")
     more = [f"llama.{key}" for key in (*metadata.RULES, *metadata._NEUTRAL)]

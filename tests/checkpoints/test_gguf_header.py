@@ -1,4 +1,4 @@
-"""GGUF headers written byte by byte: what no writer of ours or of others would write."""
+"""GGUF headers written byte by byte, which no writer would write."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def aligned(alignment: int) -> list[bytes]:
 )
 @pytest.mark.parametrize("swapped", [False, True])
 def test_tensors_that_overlap(tmp_path: Path, alignment: int, second: int, swapped: bool) -> None:
-    """By as little as the alignment allows, by all, in whichever order they are named."""
+    """Overlaps by the alignment or by everything, in either order of the names."""
     path = tmp_path / "x.gguf"
     tensors = [("a", 32, 0), ("b", 32, second)]
     write(path, aligned(alignment), tensors[::-1] if swapped else tensors, 512, alignment)
@@ -73,7 +73,7 @@ def test_a_small_tensor_inside_another(tmp_path: Path) -> None:
 
 
 def test_no_tensor_lies_in_the_header(tmp_path: Path) -> None:
-    """Offsets count from the end of the header, and none wraps around to before it."""
+    """Offsets count from the end of the header, and none wraps around to a place before it."""
     path = write(tmp_path / "x.gguf", [], [("a", 1, 0)], 4)
     header = path.stat().st_size - 4
     assert gguf_header.read_header(path).tensors[0].offset == header
@@ -84,7 +84,7 @@ def test_no_tensor_lies_in_the_header(tmp_path: Path) -> None:
 
 
 def test_the_end_of_the_file(tmp_path: Path) -> None:
-    """Its last byte is a tensor's, and one byte less is too few; also of tensors of 2^64 bytes."""
+    """The last byte is a tensor's, so one byte less is too few, also for tensors of 2^64 bytes."""
     path = write(tmp_path / "x.gguf", [], [("a", 8, 0)], 32)
     assert gguf_header.read_header(path).tensors[0].nbytes == 32
     for count, data in ((8, 31), (9, 32), (2**62, 32), (2**64 - 1, 32), (0, 32)):

@@ -1,4 +1,4 @@
-"""Metadata of GGUF files: what it says is done or refused, and what is wrong with it is named."""
+"""Metadata of GGUF files is obeyed or refused, and an error names the key."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ BAD_TOKENIZERS: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
 
 
 def test_bad_models(good: Path, tmp_path: Path) -> None:
-    """One test for all, under a limit of memory that a size taken at its word would break."""
+    """One test for all cases, under a memory limit that believing a size would exceed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 30), hard))
@@ -203,7 +203,7 @@ def test_the_command_says_it_in_one_line(
     [("attention.causal", 1), ("logit_scale", False), ("expert_count", False)],
 )
 def test_a_bool_is_no_number(good: Path, tmp_path: Path, key: str, value: object) -> None:
-    """Nor the other way round, even where they are equal."""
+    """A number is no bool either, even where they are equal."""
     path = rewrite(good, tmp_path / "bad.gguf", {f"llama.{key}": value})
     with pytest.raises(ValueError, match=rf"llama\.{re.escape(key)}: expected"):
         qk.load_model(path)
@@ -275,7 +275,7 @@ def test_yarn(good: Path, tmp_path: Path) -> None:
 
 
 def test_llama_3_table(good: Path, tmp_path: Path) -> None:
-    """As llama.cpp's converter makes it: frequencies are divided by it."""
+    """The table as llama.cpp's converter makes it: frequencies are divided by it."""
     size, theta, factor = 16, 10000.0, 8.0
     table = []
     for i in range(size // 2):

@@ -1,4 +1,4 @@
-"""Whole models as GGUF files: loaded as they are packed, written, and read by others."""
+"""Whole models as GGUF files: loaded packed, written, and read by other programs."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def test_types_and_tensors_that_are_not_known(tmp_path: Path) -> None:
 def test_a_file_that_is_cut_while_it_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its bytes are mapped: to read those that are gone would end the process."""
+    """Its bytes are mapped, so reading the lost ones would end the process."""
     model = tiny_model()
     path = tmp_path / "cut.gguf"
     qk.save_model(model, path, bpe_tokenizer())
@@ -268,7 +268,7 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
 @pytest.mark.skipif(not GPL3.is_file(), reason=f"{GPL3} is not on this machine")
 @pytest.mark.slow
 def test_real_model_packed() -> None:
-    """The very logits of the dequantized load, in the file's own size."""
+    """The logits of the dequantized load, in the memory of the file's size."""
     path = samples.model_path("smollm2-135m")
     model = qk.load_model(path)
     tokenizer = gguf.load_tokenizer(path)

@@ -1,4 +1,4 @@
-"""Tokenizers on their way into GGUF files: known for certain, or refused."""
+"""Tokenizers written to GGUF files: exactly, or refused."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def byte_level(
 def sentencepiece(
     normalizer: Any = LEGACY, pre: Any = None, drop: int | None = None, **options: Any
 ) -> Any:
-    """As Llama 2's: bytes, letters, and the merges that its scores imply."""
+    """A tokenizer like Llama 2's: bytes, letters, and the merges that its scores imply."""
     tokens = [
         "<unk>",
         "<s>",
@@ -120,7 +120,7 @@ def plain() -> Any:
 
 
 def save(path: Path, tokenizer: Any) -> dict[str, Any]:
-    """Metadata of the file written."""
+    """Save a model with this tokenizer. Returns the metadata of the file."""
     qk.save_model(tiny_model(vocab_size=320, num_hidden_layers=1), path, tokenizer)
     return {key: field.contents() for key, field in package.GGUFReader(path).fields.items()}
 

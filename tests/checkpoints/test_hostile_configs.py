@@ -172,7 +172,7 @@ def test_the_tokenizer_s_door_checks_the_config_too(directory: Path) -> None:
 # ---------------------------------------------------------------------- code that a file chooses
 @pytest.fixture
 def hosts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names that were looked up."""
+    """The list of host names that were looked up."""
     asked: list[str] = []
 
     def spy(host: Any, *args: Any, **kwargs: Any) -> Any:
@@ -301,7 +301,7 @@ def test_indexes_that_name_what_no_file_is_called(name: str, directory: Path) ->
 def test_values_of_the_wrong_kind(
     changes: dict[str, Any], message: str | None, directory: Path
 ) -> None:
-    """What loads computes; what would not is refused, and the error names the file."""
+    """If the model loads, it computes; otherwise the error names the file."""
     change(directory, changes)
     if message is None:
         assert torch.isfinite(qk.load_model(directory)(ids(4)[None]).logits).all()

@@ -69,7 +69,7 @@ def test_gguf_files_that_are_none(load: Callable[[Path], object], tmp_path: Path
 
 
 def test_links_to_regular_files_work(directory: Path, tmp_path: Path) -> None:
-    """As in Hugging Face's cache."""
+    """Hugging Face's cache has such links."""
     cache = tmp_path / "snapshot"
     cache.mkdir()
     for i, file in enumerate(directory.iterdir()):
@@ -140,7 +140,7 @@ def test_shapes_of_many_dimensions(count: int, tmp_path: Path) -> None:
     {"dtype": "U8", "shape": [2**62] * 64, "data_offsets": [0, 1]},
 ])  # fmt: skip
 def test_sizes_beyond_any_file(entry: dict[str, Any], tmp_path: Path) -> None:
-    """Numbers of more digits than Python prints are named with the file, too."""
+    """Numbers with more digits than Python prints are named with the file, too."""
     path = _safetensors(tmp_path / "x.safetensors", json.dumps({"t" * 500: entry}).encode(), b"1")
     with pytest.raises(ValueError, match="x.safetensors: tensor 'ttt.*expected") as caught:
         read_header(path)
@@ -148,7 +148,7 @@ def test_sizes_beyond_any_file(entry: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_names_of_many_components(directory: Path) -> None:
-    """Whose a tensor is, is looked up dot by dot."""
+    """The module of a tensor is looked up component by component."""
     for name in ("." * 501, "model." * 1_000_000):
         header = json.dumps({name: {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}).encode()
         _safetensors(directory / "model.safetensors", header)
@@ -171,7 +171,7 @@ def test_headers_of_many_items(item: str, tmp_path: Path) -> None:
 
 
 def test_real_headers_are_far_below(tmp_path: Path) -> None:
-    """50,000 tensors in one file."""
+    """A header of 50,000 tensors in one file."""
     entry = (
         '"model.layers.{0}.mlp.experts.{0}.w.weight_packed":'
         '{{"dtype":"I32","shape":[0,8],"data_offsets":[0,0]}}'
@@ -235,7 +235,7 @@ def test_a_file_replaced_while_its_header_is_read(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, None])
 def test_tensors_that_are_converted(tmp_path: Path, dtype: torch.dtype | None) -> None:
-    """Read without a map, each from its own place; others are as they are."""
+    """Each tensor is read from its own place without a map; the others stay as they are."""
     tensors = {"a": torch.randn(3, 5), "b": torch.randn(7).half(), "c": torch.randn(2, 0),
      "d": torch.arange(4),
                "e": torch.tensor(2.5), "f": torch.randn(2, 3).bfloat16()}  # fmt: skip

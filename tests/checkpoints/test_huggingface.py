@@ -337,7 +337,7 @@ def test_an_earlier_save_is_replaced_whole(tmp_path: Path) -> None:
 
 
 def test_a_model_can_be_saved_over_its_own_files(tmp_path: Path) -> None:
-    """Its tensors are mapped from the files that go."""
+    """Its tensors are mapped from the files that the save replaces."""
     save_tiny(tmp_path / "m")
     model = huggingface.load(tmp_path / "m")
     before = {k: v.clone() for k, v in model.state_dict().items()}

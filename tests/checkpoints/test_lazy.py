@@ -36,7 +36,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _held(reset: bool = False) -> dict[str, int]:
-    """Bytes of the process's VmRSS and of its peak since the last reset."""
+    """(VmRSS of this process, its peak since the last reset), in bytes."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
@@ -44,7 +44,7 @@ def _held(reset: bool = False) -> dict[str, int]:
 
 
 def test_peak_memory_is_the_model_and_one_shard(sharded: Path) -> None:
-    """dtype converts the embeddings, so that mapped and copied tensors are there side by side."""
+    """dtype converts the embeddings, so mapped and copied tensors exist side by side."""
     shards = list(sharded.glob("*.safetensors"))
     total = sum(f.stat().st_size for f in shards)
     largest = max(f.stat().st_size for f in shards)
@@ -94,7 +94,7 @@ def test_no_more_than_two_files_are_open_and_no_tensor_outlives_its_use(
 
 
 def test_a_layer_may_straddle_shards_in_any_order(tmp_path: Path) -> None:
-    """Each tensor in a shard of its own, dealt out like cards."""
+    """Consecutive tensors lie in different shards."""
     model = qk.quantize_model(tiny_model(), "nf4", progress=False, double_quant=True)
     huggingface.save(model, tmp_path / "m")
     single = tmp_path / "m/model.safetensors"

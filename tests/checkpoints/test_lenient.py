@@ -58,7 +58,7 @@ def _gpt2() -> transformers.PreTrainedModel:
 
 @pytest.mark.parametrize(("format", "params"), KINDS, ids=str)
 def test_gpt2(format: str, params: dict[str, Any], tmp_path: Path) -> None:
-    """From quantize to save to load, with one of its layers left plain."""
+    """Quantize, save and load, with one layer left plain."""
     model = qk.quantize_model(_gpt2(), format, skip=["*.0.mlp.c_fc"], progress=False, **params)
     qk.save_model(model, tmp_path / "m")
     loaded = qk.load_model(tmp_path / "m")
@@ -144,7 +144,7 @@ def test_an_index_of_zeros(said: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("format", ["nf4", "fp4"])
 @pytest.mark.parametrize("said", [None, "nf4", "fp4"])
 def test_the_table_is_in_the_quant_state(format: str, said: str | None, tmp_path: Path) -> None:
-    """bitsandbytes' default is fp4, where the config is silent; its reader believes the state."""
+    """The config may be silent or wrong; like bitsandbytes, we believe the quant state."""
     model = qk.quantize_model(tiny_model(), format, progress=False)
     qk.save_model(model, tmp_path / "m")
     _edit(tmp_path / "m", bnb_4bit_quant_type=said)
@@ -154,7 +154,7 @@ def test_the_table_is_in_the_quant_state(format: str, said: str | None, tmp_path
 
 
 def test_a_stale_index_beside_one_file(tmp_path: Path) -> None:
-    """transformers takes model.safetensors."""
+    """transformers reads model.safetensors."""
     qk.save_model(tiny_model(seed=1), tmp_path / "old", max_shard_bytes=20_000)
     model = tiny_model()
     qk.save_model(model, tmp_path / "m")
@@ -236,7 +236,7 @@ def _gemma(**changes: Any) -> transformers.PreTrainedModel:
 
 @pytest.mark.parametrize("format", ["bf16", "fp16"])
 def test_16_bit_layers_beside_embeddings_that_scale(format: str, tmp_path: Path) -> None:
-    """Layers in another dtype than what comes in stay QuantLinear, which takes both."""
+    """A layer in another dtype than its input stays a QuantLinear, which accepts both."""
     model = qk.quantize_model(_gemma(), format, progress=False)
     qk.save_model(model, tmp_path / "m")
     loaded = qk.load_model(tmp_path / "m")
@@ -245,7 +245,7 @@ def test_16_bit_layers_beside_embeddings_that_scale(format: str, tmp_path: Path)
 
 
 def test_a_packed_head_gives_such_an_embedding_its_values(tmp_path: Path) -> None:
-    """Gemma's embedding multiplies its rows, which no QuantEmbedding does."""
+    """Gemma's embedding multiplies its rows, which a QuantEmbedding does not."""
     model = _gemma()
     qk.quantize_model(model, "gptq", group_size=32, progress=False)
     head = qk.QuantLinear.from_linear(model.lm_head, "gptq", group_size=32)

@@ -1,9 +1,8 @@
-"""What loading a model takes of memory, at its highest, and what is left when there is not enough.
+"""The peak memory of loading a model, against the size of its files.
 
-Unsigned is all that is resident: what the process has allocated, and the pages of files that it has
-mapped. Tensors that stay backed by their file for life are the model, so those pages count as
-allocated ones do, though the system can drop them; pages that were only read on the way to a copy
-count, too, for as long as they are mapped.
+All resident memory counts: allocations of the process, and pages of the files that it maps. Tensors
+that stay backed by their file are the model, so their pages count like allocations, though the
+system can drop them. Pages that are only read for a copy count for as long as they are mapped.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ SHARD = 20_000_000
 
 
 def model_of(format: str | None) -> LlamaForCausalLM:
-    """About 100 MB when packed; all blocks have the same values."""
+    """A model of about 100 MB when packed; all blocks have the same values."""
     config = LlamaConfig(
         vocab_size=8192, hidden_size=512, intermediate_size=1536, num_hidden_layers=1,
         num_attention_heads=8,
@@ -68,7 +67,7 @@ def model_of(format: str | None) -> LlamaForCausalLM:
 
 
 def file_bytes(path: Path) -> tuple[int, int]:
-    """(of all weights, of the largest file)."""
+    """(bytes of all weight files, bytes of the largest)."""
     sizes = [f.stat().st_size for f in ([path] if path.is_file() else path.glob("*.safetensors"))]
     return sum(sizes), max(sizes)
 

@@ -1,4 +1,4 @@
-"""transformers' names of tensors and those of files: there and back."""
+"""transformers' names of tensors and those in files, in both directions."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_names_of_models_without_experts_stay() -> None:
 
 
 class _Renaming:
-    """Like transformers' own, of which the model below has none so contrary."""
+    """A renaming like transformers' own, more contrary than any of the model below."""
 
     def __init__(self, old: str, new: str) -> None:
         self.old, self.new = old, new
@@ -75,7 +75,7 @@ def test_names_that_would_not_come_back_stay() -> None:
     ],
 )
 def test_names_are_those_that_transformers_writes(kind: str) -> None:
-    """Of models of the usual size, without weights."""
+    """For models of the usual size, without weights."""
     from transformers import AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -107,7 +107,7 @@ def test_names_are_those_that_transformers_writes(kind: str) -> None:
 
 
 def test_experts_that_are_not_all_alike_stay_in_one_tensor() -> None:
-    """Those of LongCat that change nothing have no down projection."""
+    """LongCat has experts that change nothing and have no down projection."""
     model = tiny_moe("mixtral")
     names, prefix = Names(model), "model.layers.0.mlp.experts"
     module = model.get_submodule(prefix)

@@ -20,7 +20,7 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 
 
 def _close(ours: torch.Tensor, theirs: torch.Tensor, roundoff: float) -> None:
-    """Two layers of some ten roundings each, of unit roundoff `roundoff`, which grow at random."""
+    """Assert the error of two layers with about ten roundings each, of this unit roundoff."""
     error = (ours.float() - theirs.float()).norm() / theirs.float().norm()
     assert error <= 10 * roundoff, f"{error:.2e} > {10 * roundoff:.2e}"
 
@@ -146,7 +146,7 @@ def _ct_scheme(kind: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["int4", "int4-asymmetric", "int8", "fp8", "fp8-block"])
 def test_compressed_tensors(kind: str, tmp_path: Path) -> None:
-    """Their own compressor on a model whose scales their own functions chose."""
+    """compressed-tensors' compressor, on a model whose scales its own functions chose."""
     scheme = _ct_scheme(kind)
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import (

@@ -27,7 +27,7 @@ LEFT = (1, 2, 4, 8, 16, 32, 64)
 
 
 def model() -> torch.nn.Module:
-    """18 MB of float32."""
+    """A model of 18 MB in float32."""
     return tiny_model(
         hidden_size=512, intermediate_size=1536, num_hidden_layers=1, num_attention_heads=8
     )
@@ -38,7 +38,7 @@ def taken() -> int:
 
 
 def limited(work: Callable[[], object], left: int) -> str:
-    """How `work` ended with `left` MB more than there is: "" or what was raised."""
+    """Run `work` with `left` MB more than is in use. Returns the name of the error, or ""."""
     ctypes.CDLL(None).malloc_trim(0)
     resource.setrlimit(resource.RLIMIT_AS, (taken() + left * MB, -1))
     try:
@@ -51,7 +51,7 @@ def limited(work: Callable[[], object], left: int) -> str:
 
 
 def run(kind: str, folder: Path) -> list[str]:
-    """Each of LEFT in turn; after each the same again without a limit must do what it should."""
+    """Run with each limit of LEFT; after each, a run without a limit must succeed."""
     torch.set_num_threads(1)
     want = qk.quantize_model(model(), "q4_1", progress=False)
     tokens = ids(8)[None]
@@ -98,7 +98,7 @@ def test_it_is_said_nothing_is_half_done_and_then_it_works(kind: str, tmp_path: 
 def test_a_save_without_memory_leaves_the_old_model(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Saving copies little, so that the n-th copy fails whatever there is."""
+    """Saving allocates little, so the n-th copy fails instead."""
     (folder := tmp_path / "folder").mkdir()
     old, new = tiny_model(), qk.quantize_model(tiny_model(seed=1), "q4_1", progress=False)
     tokens, target, real = ids(8)[None], folder / name, torch.Tensor.contiguous

@@ -104,7 +104,7 @@ def test_an_embedding_that_no_config_speaks_of_is_dequantized(
 
 
 def test_converted_gguf_files_can_be_saved(tmp_path: Path) -> None:
-    """As users do it: 16-bit and packed files, plain and after a conversion."""
+    """16-bit and packed files, as loaded and after a conversion."""
     model = tiny_model().half()
     qk.save_model(model, tmp_path / "x.gguf", bpe_tokenizer())
     loaded = qk.load_model(tmp_path / "x.gguf")

@@ -111,7 +111,7 @@ def test_a_packed_router_of_another_shape(tmp_path: Path) -> None:
 
 
 def test_a_scaled_embedding(tmp_path: Path) -> None:
-    """Gemma's multiplies by a number of its own: packed rows alone would leave that out."""
+    """Gemma's embedding multiplies its rows by a number, which packed rows would leave out."""
     pytest.importorskip("compressed_tensors")
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
@@ -135,7 +135,7 @@ def test_a_scaled_embedding(tmp_path: Path) -> None:
 
 
 def test_a_linear_that_computes_in_a_way_of_its_own(tmp_path: Path) -> None:
-    """Phi's is a linear layer, but what is called is more than its product."""
+    """Phi's router is a linear layer, but its forward is more than the product."""
     from transformers import AutoModelForCausalLM, PhimoeConfig
 
     model = AutoModelForCausalLM.from_config(

@@ -56,7 +56,7 @@ def _with(field: str, pattern: str) -> dict[str, Any]:
 )
 @pytest.mark.parametrize("pattern", _ENDLESS, ids=range(len(_ENDLESS)))
 def test_patterns_that_backtrack(field: str, pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All names of a model together take at most the limit; the error names field and pattern."""
+    """All names of a model together stay within the limit; the error names field and pattern."""
     monkeypatch.setattr(patterns.Patterns.__init__, "__defaults__", (0.2,))
     plan = Plan("here", _with(field, pattern))
 
@@ -128,7 +128,7 @@ _NAMES += ["lm_head", "model.embed_tokens", "model", ""]
 
 
 def test_regex_agrees_with_re() -> None:
-    """Random patterns of what is in use, and GPTQModel's own examples."""
+    """Random patterns from the parts that people use, and GPTQModel's own examples."""
     generator = random.Random(1)
     texts = [
         r"-:.*\.mlp\.(?!down).*"[2:],
@@ -234,7 +234,7 @@ def test_lists_agree_with_transformers_s_matcher() -> None:
 
 
 def test_long_lists_of_names_are_quick() -> None:
-    """18,000 modules, half of them left alone: a mixture of which only some experts are packed."""
+    """18,000 modules, half of them skipped: a mixture in which only some experts are packed."""
     names = [
         f"model.layers.{i}.mlp.experts.{e}.{w}_proj"
         for i in range(60)
@@ -260,7 +260,7 @@ def test_long_lists_of_names_are_quick() -> None:
 
 
 def test_rules_keep_their_order() -> None:
-    """An exact name behind a pattern that fits does not come first, and the other way round."""
+    """An exact name does not overtake an earlier pattern that matches, nor the other way round."""
     rules = patterns.Rules(patterns.Patterns())
     for place, text in enumerate([r".*\.1\..*", r"^a\.1\.b$", r"^a\.2\.b$", r".*\.2\..*"]):
         rules.add_pattern("f", text, place)

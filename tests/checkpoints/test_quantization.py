@@ -1,4 +1,4 @@
-"""Which linear is quantized how: the exceptions every quantization method has, read and written."""
+"""Which linear layer is quantized how: the exceptions of each method, read and written."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_config_groups_most_specific_target_wins() -> None:
 
 
 def test_config_groups_agree_with_compressed_tensors() -> None:
-    """Their own matcher on the same model; every module's scheme must be the one they apply."""
+    """compressed-tensors' own matcher gives each module of the same model the same scheme."""
     quantization = pytest.importorskip("compressed_tensors.quantization")
     config = _ct({
         "a": _group(4, [r"re:.*self_attn.*"]),
@@ -162,7 +162,7 @@ def test_rules_that_are_none(config: dict[str, Any], message: str) -> None:
 
 # ------------------------------------------------------------------- models with layers that differ
 def _mixed(*kinds: tuple[str, dict[str, Any], list[str]]) -> nn.Module:
-    """Each (format, parameters, patterns of layers to leave for the next)."""
+    """Quantize with each (format, parameters, patterns of layers to leave for the next)."""
     model = tiny_model()
     for format, params, skip in kinds:
         qk.quantize_model(model, format, skip=skip, progress=False, **params)
@@ -263,7 +263,7 @@ def test_quantized_lm_head(tmp_path: Path) -> None:
     ("name", "method"), [("quantize_config.json", "gptq"), ("quant_config.json", "awq")]
 )
 def test_configs_in_files_of_their_own(name: str, method: str, tmp_path: Path) -> None:
-    """As AutoGPTQ and AutoAWQ wrote them before config.json held them."""
+    """Files as AutoGPTQ and AutoAWQ wrote them before config.json held the config."""
     model = _mixed((method, {"group_size": 32}, []))
     huggingface.save(model, tmp_path / "m")
     path = tmp_path / "m/config.json"

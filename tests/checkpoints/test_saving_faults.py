@@ -26,7 +26,7 @@ Save = Callable[[Path, int], None]
 
 
 def digest(path: Path) -> str | None:
-    """Of a file, or of all files of a directory; None if nothing is there."""
+    """A digest of a file, or of all files of a directory; None if nothing is there."""
     if not path.exists():
         return None
     files = sorted(path.iterdir()) if path.is_dir() else [path]
@@ -65,7 +65,7 @@ KINDS = {"model": directory, "model.gguf": gguf_file, "imatrix.gguf": importance
 
 @pytest.fixture(params=KINDS)
 def place(request: pytest.FixtureRequest) -> Iterator[tuple[Path, Save, list[str | None]]]:
-    """(where to save, how, the digests of the old and the new)."""
+    """(path to save to, function that saves, digests of the old and of the new files)."""
     import tempfile
 
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
@@ -112,7 +112,7 @@ def test_a_call_that_fails(
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """No file of this process can grow beyond `size`, as if the disk were full then."""
+    """Within the context no file of this process can grow beyond `size`, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -123,7 +123,7 @@ def largest_file(size: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("size", [0, 1, 100, 1000, 6000, 16000])
 def test_a_full_disk(place: tuple[Path, Save, list[str | None]], size: int) -> None:
-    """Where Rust writes safetensors and numpy GGUF's tensors, no call of Python's fails."""
+    """Rust writes safetensors and numpy GGUF's tensors, so no call of Python's own fails."""
     path, save, (old, new) = place
     files = path.iterdir() if path.is_dir() else [path]
     if max(file.stat().st_size for file in files) > size:
@@ -159,7 +159,7 @@ def test_the_current_directory_is_not_replaced(
 
 
 def test_what_came_to_the_directory_meanwhile_is_not_lost(tmp_path: Path) -> None:
-    """Saving takes minutes; somebody may have put notes beside the old model since it began."""
+    """Saving takes minutes; somebody may have put notes beside the old model meanwhile."""
     net = models("nf4")[0]
     qk.save_model(net, tmp_path / "model")
     tokenizer = tiny_tokenizer()

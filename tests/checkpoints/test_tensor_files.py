@@ -1,4 +1,4 @@
-"""safetensors headers and indexes that lie, and shards."""
+"""False safetensors headers and indexes, and shards."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def test_another_head_in_a_tied_model(
 
 
 def test_saving_a_model_untied_by_hand(tmp_path: Path) -> None:
-    """Its config still says that it is tied."""
+    """The config still says that the model is tied."""
     model = tiny_model()
     model.lm_head.weight = nn.Parameter(torch.randn(128, 64))
     assert model.config.tie_word_embeddings
@@ -114,7 +114,7 @@ def test_a_packed_head_beside_a_plain_embedding(tied: bool, tmp_path: Path) -> N
 
 
 def test_a_plain_head_beside_a_packed_embedding(tmp_path: Path) -> None:
-    """It used to be replaced by the embedding's bytes."""
+    """The embedding's bytes once replaced the head."""
     model = _untied("q8_0", {})
     model.set_input_embeddings(
         QuantEmbedding(qk.quantize(model.get_input_embeddings().weight, "q8_0"))
@@ -129,7 +129,7 @@ def test_a_plain_head_beside_a_packed_embedding(tmp_path: Path) -> None:
 
 
 def test_weights_of_which_some_are_tied(tmp_path: Path) -> None:
-    """T5's encoder and decoder share the embeddings, its head has another weight in the file."""
+    """T5's encoder and decoder share the embeddings; the head has another weight in the file."""
     torch.manual_seed(0)
     config = T5Config(vocab_size=128, d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4)
     model = T5ForConditionalGeneration(config).eval()

@@ -1,4 +1,4 @@
-"""The command as a user runs it: `main([...])` in this process, its output, and its exit codes."""
+"""The command as a user runs it, by `main([...])` in this process: output and exit codes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VERBS = ["info", "inspect", "quantize", "eval", "generate"]
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny unquantized model with tokenizer, saved once; nothing here writes to it."""
+    """A tiny unquantized model with its tokenizer, saved once; no test writes to it."""
     path = tmp_path_factory.mktemp("base") / "m"
     save_tiny(path)
     return path
@@ -40,7 +40,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def _json(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
-    """Run with --json, expect success, and parse the whole of stdout."""
+    """Run a command with --json, expect success, and parse all of stdout."""
     assert main([*map(str, arguments), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 

@@ -45,7 +45,7 @@ def _sdist(members: dict[str, bytes]) -> bytes:
 def _pip(
     monkeypatch: pytest.MonkeyPatch, name: str = "", data: bytes = b"", code: int = 0
 ) -> list[Any]:
-    """Replace pip by one that leaves a file `name`; returns the list of its calls."""
+    """Replace pip by a function that leaves a file `name`. Returns the list of its calls."""
     calls: list[list[str]] = []
 
     def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:

@@ -46,7 +46,7 @@ ROUNDED = [("w8a8", p) for p in INT8 if p.get("activation") != "none"] + [
 
 
 def _arguments(p: qk.PackedWeight) -> tuple[Any, Any]:
-    """QuantizationArgs of weights and inputs, as the config we write says them."""
+    """QuantizationArgs of weights and inputs, from the config that we write."""
     from qkernels import formats
 
     config = formats.get(p.format).to_hf_config(p.params, [])
@@ -56,7 +56,7 @@ def _arguments(p: qk.PackedWeight) -> tuple[Any, Any]:
 
 
 def _theirs(x: Tensor, p: qk.PackedWeight) -> Tensor:
-    """The product of what their functions make of x and of the stored weight, in float64."""
+    """The product in float64, after compressed-tensors' functions have rounded x and the weight."""
     from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 
     weights, inputs = _arguments(p)
@@ -114,7 +114,7 @@ def test_the_product_is_theirs(name: str, params: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("name", "params"), ONLY + ROUNDED, ids=str)
 def test_rounding_keeps_within_half_a_step(name: str, params: dict[str, Any]) -> None:
-    """`quantize` itself, whose ranges may lie on one side of 0."""
+    """`quantize` itself, also for ranges on one side of 0."""
     weight = torch.randn(80, 96)
     weight[3], weight[4], weight[5] = weight[3].abs() + 1, -weight[4].abs() - 1, 0
     p = qk.quantize(weight, name, **params)
@@ -180,7 +180,7 @@ def test_explain_says_what_stops_the_kernels(name: str, params: dict[str, Any]) 
     ("pack_quantized", {"group_size": 32, "act_order": True}),
 ], ids=str)  # fmt: skip
 def test_rows_of_an_embedding(name: str, params: dict[str, Any], index: list[int]) -> None:
-    """Any rows, in any order and more than once, are the same values."""
+    """Any rows, in any order and repeated, have the values of the whole."""
     from qkernels.weights.sharding import take_rows
 
     p = qk.quantize(torch.randn(80, 96), name, **params)

@@ -37,7 +37,7 @@ WORDS = (
 
 @contextmanager
 def said_once(words: str) -> Iterator[None]:
-    """One warning of ours, with these words."""
+    """Assert that the context gives one warning of ours, with these words."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         yield
@@ -53,7 +53,7 @@ def sizes_of(model: nn.Module) -> set[int]:
 
 
 def assert_comes_back(model: nn.Module, path: Path, size: int) -> None:
-    """One group size in the config, and the same values from disk."""
+    """Assert one group size in the config, and the same values from disk."""
     qk.save_model(model, path)
     config = json.loads((path / "config.json").read_text())["quantization_config"]
     config = config.get("config_groups", {}).get("group_0", {"weights": config})["weights"]
@@ -75,7 +75,7 @@ def test_one_for_all_layers(name: str, calibrated: bool, tmp_path: Path) -> None
 
 
 def test_only_layers_that_are_quantized_count() -> None:
-    """down_proj has 512 features, all others 192."""
+    """down_proj has 512 features; all other layers have 192."""
     model = tiny_model(**SMOLLM2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -116,7 +116,7 @@ def test_one_that_awq_cannot_store_names_the_layer_and_changes_nothing() -> None
 
 
 def test_experts_count_like_layers() -> None:
-    """256 features everywhere but in the experts' way back, which have 128 or 96."""
+    """All layers have 256 features, but for the experts' down projections, which have 128 or 96."""
     model = tiny_moe("mixtral")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

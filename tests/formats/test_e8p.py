@@ -22,7 +22,7 @@ def decode_by_hand(code: int) -> list[float]:
 
 
 def test_table_is_the_public_one() -> None:
-    """The first words, and the SHA-256, of the table in the public release."""
+    """Compare the first words and the SHA-256 with the table in the public release."""
     words = e8p.table(torch.device("cpu"))[:256]
     first = [w & 0xFFFFFFFF for w in words[:4].tolist()]
     assert first == [0x99999999, 0x59999999, 0xD9999999, 0x7999B999]

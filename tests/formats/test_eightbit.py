@@ -119,7 +119,7 @@ def test_w8a8_bad_params(params: dict[str, object], message: str) -> None:
 
 # ---------------------------------------------------------------------- FP8
 def decode_fp8(bits: int, exponent_bits: int, mantissa_bits: int) -> float:
-    """An FP8 pattern by the definition of the format; NaN and infinity as float('nan')."""
+    """The value of an FP8 pattern, by the format's definition; NaN and infinity are nan."""
     bias = (1 << exponent_bits - 1) - 1
     sign = -1.0 if bits >> 7 else 1.0
     exponent = (bits >> mantissa_bits) & ((1 << exponent_bits) - 1)

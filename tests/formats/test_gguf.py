@@ -19,7 +19,7 @@ types = pytest.mark.parametrize("fmt", TYPES, ids=lambda fmt: fmt.name)
 
 
 def random_blocks(fmt: GgufFormat, n: int, k: int) -> torch.Tensor:
-    """Every bit random, but for the exponents of float16 scales, which stay below infinity's."""
+    """Random bits, but float16 scales have exponents below that of infinity."""
     data = torch.randint(0, 256, (n, fmt.row_bytes(k)), dtype=torch.uint8)
     fields = fmt.split(data)
     for name, tensor in fields.items():
@@ -90,7 +90,7 @@ def test_prepack_restores_every_bit(fmt: GgufFormat) -> None:
 @pytest.mark.parametrize("weighted", [False, True])
 @types
 def test_error_is_no_worse_than_llama_cpp_s(fmt: GgufFormat, weighted: bool) -> None:
-    """Relative squared error, rows alike whatever their magnitude, at most 1% above llama.cpp's."""
+    """The relative squared error, all rows weighted alike, is at most 1% above llama.cpp's."""
     golden = load_file(GOLDEN)
     weight, importance = golden["weight"].float(), golden["importance"] if weighted else None
     bytes_ = golden[fmt.name + (".importance" if weighted else "")]

@@ -1,4 +1,4 @@
-"""What GPTQ's tensors say themselves, where configs are silent or wrong. The judge is numpy."""
+"""Conventions that GPTQ's tensors show if configs are silent or wrong, judged by numpy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WIDTHS = (2, 3, 4, 8)
 
 
 def _stream(codes: np.ndarray, bits: int) -> Tensor:
-    """(count, n) -> int32 (count * bits / 32, n), lowest bit first, by Python's integers."""
+    """Pack codes (count, n) into int32 (count * bits / 32, n), lowest bit first, in Python."""
     count, n = codes.shape
     words = np.zeros((-(-count * bits // 32), n), np.uint32)
     for column in range(n):
@@ -31,7 +31,7 @@ def _stream(codes: np.ndarray, bits: int) -> Tensor:
 def _tensors(
     bits: int, zeros: np.ndarray, shift: int, index: np.ndarray | None = None
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """(tensors, weight) with zero points `zeros` (G, N) stored less `shift`."""
+    """(tensors, weight) with zero points `zeros` (G, N), which are stored less `shift`."""
     rng = np.random.default_rng()
     codes = rng.integers(0, 2**bits, (K, N))
     scales = (rng.random(zeros.shape) * 0.4 + 0.1).astype(np.float16)
@@ -94,7 +94,7 @@ def test_the_one_zero_of_a_symmetric_grid(
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize(("named", "shift"), [("gptq", 1), ("gptq_v2", 0)])
 def test_zeros_that_vary(bits: int, named: str, shift: int) -> None:
-    """Taken as the config says, unless it says that there is only one."""
+    """They are read as the config says; symmetric=True refuses them."""
     tensors, weight = _tensors(bits, _varied(bits), shift)
     params = {"bits": bits, "group_size": SIZE, "checkpoint_format": named}
     for said in ({"symmetric": False}, {}):
@@ -165,7 +165,7 @@ def test_one_group_of_zeros_is_an_order() -> None:
     ({"g_idx": torch.zeros(K, dtype=torch.int64)}, "g_idx: expected dtype int32, got int64"),
 ])  # fmt: skip
 def test_tensors_that_say_nothing_are_named(change: dict[str, Any], message: str) -> None:
-    """Looking at what they say must not crash before they are checked."""
+    """The look at the convention must not crash on tensors that are not checked yet."""
     tensors, _ = _tensors(4, _symmetric(4), 1)
     with pytest.raises(ValueError, match=f"gptq: {message}"):
         qk.pack("gptq", {**tensors, **change}, (N, K), group_size=SIZE)

@@ -21,7 +21,7 @@ CASES = [
 def _theirs(
     weight: torch.Tensor, bits: int, group_size: int, symmetric: bool
 ) -> tuple[Any, Any, Any]:
-    """(compressor, scheme, their tensors) of their round-to-nearest."""
+    """(compressor, scheme, tensors) of compressed-tensors' round-to-nearest."""
     quantization = pytest.importorskip("compressed_tensors.quantization")
     from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
     from compressed_tensors.quantization.utils import calculate_qparams

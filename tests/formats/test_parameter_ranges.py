@@ -1,6 +1,4 @@
-"""Parameters that no kernel can take are refused by name; what is a number of another type is
-taken.
-"""
+"""Parameters that no kernel takes are refused by name; numbers of other types are accepted."""
 
 from __future__ import annotations
 
@@ -54,7 +52,7 @@ def test_thresholds_are_floats(threshold: float) -> None:
 
 
 def test_negative_thresholds() -> None:
-    """Of LLM.int8() there is none; of SpQR it says that no weight is an outlier."""
+    """LLM.int8() refuses them; for SpQR they mean that no weight is an outlier."""
     with pytest.raises(ValueError, match=r"int8: threshold: expected a number >= 0, got -0.5"):
         qk.quantize(torch.randn(16, 64), "int8", threshold=-0.5)
     assert qk.quantize(torch.randn(16, 64), "spqr", threshold=-1).tensors["col_vals"].numel() == 0
@@ -79,7 +77,7 @@ BLOCKS = [
 def test_blocks_larger_than_the_weight(
     name: str, params: dict[str, object], same: dict[str, object], large: dict[str, object]
 ) -> None:
-    """They take no memory for what is not there, and no kernel's integers overflow."""
+    """They take no memory for missing columns, and no integer of a kernel overflows."""
     weight, x = torch.randn(16, 64), torch.randn(3, 64).half()
     want, p = (qk.quantize(weight, name, **params, **more) for more in (same, large))
     for a, b in zip(p.tensors.values(), want.tensors.values(), strict=True):

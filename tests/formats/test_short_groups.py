@@ -140,7 +140,7 @@ def test_pack_quantized_reads_what_compressed_tensors_packs(
 def test_each_group_is_rounded_by_itself(
     name: str, n: int, k: int, size: int, symmetric: bool
 ) -> None:
-    """As its columns are alone, one group a row: the short one is like any other."""
+    """Each group has the codes of its columns alone, one group a row; the short one, too."""
     weight = torch.randn(n, k) * torch.linspace(1, 8, k) + 0.3
     p = qk.quantize(weight, name, group_size=size, symmetric=symmetric)
     alone = [
@@ -153,7 +153,7 @@ def test_each_group_is_rounded_by_itself(
 @pytest.mark.parametrize("name", ["gptq", "pack_quantized"])
 @pytest.mark.parametrize(("n", "k", "size"), SHAPES)
 def test_groups_in_act_order(name: str, n: int, k: int, size: int) -> None:
-    """Columns of falling norm, `size` of them to a group and the rest to the last."""
+    """Columns by falling norm: `size` columns to a group, and the rest to the last."""
     weight = torch.randn(n, k)[:, torch.randperm(k)] * torch.rand(k)
     p = qk.quantize(weight, name, group_size=size, act_order=True, symmetric=False)
     g_idx = p.tensors["g_idx" if name == "gptq" else "weight_g_idx"]
@@ -200,7 +200,7 @@ def test_cut(name: str, act_order: bool) -> None:
 
 
 def test_cut_of_static_groups_keeps_the_short_one() -> None:
-    """Columns in act-order whose groups lie together: a part has its own groups and no more."""
+    """In act-order with adjacent groups, a part has its own groups and no others."""
     tensors, want = checkpoint(32, 576, 128, 4, 1, False)
     p = qk.pack("gptq", tensors, (32, 576), group_size=128, symmetric=False, act_order=True)
     part = narrow(p, COLUMNS, 256, 576)
@@ -223,7 +223,7 @@ def test_convert(act_order: bool) -> None:
 
 
 def test_another_size_with_as_many_groups_is_another_grid() -> None:
-    """128 and 120 both make five groups of 576 features: only one of them is the weight."""
+    """128 and 120 both make five groups of 576 features, but only one of them is right."""
     p = qk.quantize(torch.randn(32, 576), "gptq", group_size=128)
     for target in ("gptq", "pack_quantized"):
         other, how, _ = convert_weight(p, target, group_size=120)
@@ -270,7 +270,7 @@ def test_a_group_size_that_is_not_given(name: str) -> None:
 
 
 def test_pack_guesses_nothing() -> None:
-    """A checkpoint that does not say has 128: what the tensors are must fit it."""
+    """A checkpoint without a group size has 128, and its tensors must fit that."""
     tensors = qk.quantize(torch.randn(64, 576), "gptq", group_size=64).tensors
     with pytest.raises(
         ValueError, match=r"scales: expected shape \(5, 64\), got \(9, 64\)|qzeros: expected"
@@ -280,7 +280,7 @@ def test_pack_guesses_nothing() -> None:
 
 @pytest.mark.parametrize("name", qk.formats.names())
 def test_every_format_by_default_takes_576_features_or_says_why_not(name: str) -> None:
-    """SmolLM2's hidden size. Only GGUF's blocks of 256 cannot."""
+    """576 is SmolLM2's hidden size; only GGUF's blocks of 256 do not divide it."""
     weight = torch.randn(64, 576)
     if qk.formats.get(name).k_multiple == 256:
         with pytest.raises(ValueError, match="multiple of 256"):

@@ -54,7 +54,7 @@ def test_compact_words_by_hand() -> None:
 def read_public(
     words: list[int], row_offsets: list[int], col_vals: list[int], perm: list[int], n: int, k: int
 ):
-    """spqr-quant's storage, element by element in Python's own numbers, as its kernel reads it."""
+    """Read spqr-quant's storage as its kernel does, element by element with Python numbers."""
     weight = [[0.0] * k for _ in range(n)]
     for r in range(n):
         for g in range(k // 16):

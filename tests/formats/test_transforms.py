@@ -89,7 +89,7 @@ def splitmix64(x: int) -> int:
 
 @pytest.mark.parametrize("seed", [0, 5, 2**31 - 1])
 def test_permutations_by_hand(seed: int) -> None:
-    """Stored files depend on it, so it must stay what it is."""
+    """Stored files depend on the permutations, so they must never change."""
 
     def key(i: int) -> int:
         hashed = splitmix64((i + 1 + (seed << 32)) * 0x9E3779B97F4A7C15 & (1 << 64) - 1)

@@ -25,7 +25,10 @@ _PROGRESS = re.compile(r"cov: (\d+) ft: (\d+) corp: (\d+)/")
 
 @dataclass
 class Result:
-    """What a run of a target came to. coverage: edges of qkernels, none without atheris."""
+    """The outcome of fuzzing one target.
+
+    coverage: edges in qkernels; none without atheris.
+    """
 
     target: str
     executions: int = 0
@@ -121,7 +124,7 @@ def _save_death(findings: Path, code: int, data: bytes, log: str) -> None:
 
 
 def replay(target: str, paths: list[Path]) -> int:
-    """Run saved inputs; how many are findings."""
+    """Run saved inputs. Returns how many are findings."""
     with tempfile.TemporaryDirectory(prefix="qkernels-fuzz-", dir=child.memory()) as scratch:
         session, bad = child.Session(target, Path(scratch), guided=False), 0
         session.oracle.limit_memory()

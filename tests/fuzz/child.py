@@ -1,10 +1,9 @@
-"""One process that fuzzes one target until its time is over, or until it dies: `__main__.py`
-watches it.
+"""One process that fuzzes one target until its time is over, or until it dies.
 
     python -m tests.fuzz.child TARGET SECONDS CORPUS FINDINGS STATE SCRATCH
 
-STATE is a file mapped by both: executions, and the input at work, which outlives a crash. SCRATCH
-is a folder in memory.
+`__main__.py` starts and watches it. STATE is a file that both processes map: the number of
+executions, and the current input, which survives a crash. SCRATCH is a folder in memory.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ class Session:
         self.folder = self.scratch / "model"
 
     def run(self, case: dict[str, Any]) -> Any:
-        """The oracle's Finding, or None."""
+        """The oracle's Finding for an input, or None."""
         from . import documents
 
         if case["seed"] not in self.seeds:
@@ -63,7 +62,7 @@ class Session:
         return self.oracle.checked(lambda: self.target.run(tree, edits, self.folder))
 
     def shrunk(self, case: dict[str, Any], cause: str) -> dict[str, Any]:
-        """Without the edits that the finding does not need."""
+        """The input without the edits that the finding does not need."""
         for i in reversed(range(len(case["edits"]))):
             fewer = {**case, "edits": case["edits"][:i] + case["edits"][i + 1 :]}
             found = self.run(fewer)
@@ -77,7 +76,10 @@ def memory() -> str | None:
 
 
 def _imported(name: str, guided: bool) -> ModuleType:
-    """The target's module; qkernels is instrumented while it is imported for the first time."""
+    """The module of a target.
+
+    qkernels is instrumented when it is imported for the first time.
+    """
     import torch
     import transformers
 
@@ -136,7 +138,7 @@ class Recorder:
 
 
 def save(folder: Path, cause: str, detail: str, data: bytes) -> Path:
-    """Write a finding, unless there is one of the same cause, and say so."""
+    """Write a finding and print it, unless there is one with the same cause."""
     slug = re.sub(r"\W+", "-", cause)[:80].strip("-")
     path = folder / f"{slug}-{hashlib.sha256(cause.encode()).hexdigest()[:6]}.json"
     if not path.exists():
@@ -147,7 +149,7 @@ def save(folder: Path, cause: str, detail: str, data: bytes) -> Path:
 
 
 def read_state(path: Path) -> tuple[int, bytes]:
-    """(executions, the input that was being run, empty between two)."""
+    """(executions, the input that was running; empty between two inputs)."""
     content = path.read_bytes()
     count, length = _HEAD.unpack_from(content)
     return count, content[_HEAD.size : _HEAD.size + length]
@@ -190,12 +192,12 @@ def _fuzz(recorder: Recorder, seconds: int, corpus: Path) -> None:
 
 
 def _seed() -> int:
-    """$QKERNELS_FUZZ_SEED, or another at each start."""
+    """$QKERNELS_FUZZ_SEED, or a new random seed."""
     return int(os.environ.get("QKERNELS_FUZZ_SEED") or time.time_ns() % 2**31)
 
 
 def _blind(recorder: Recorder, mutator: Any, seconds: int) -> None:
-    """Without coverage: mutations of seeds and of their mutations."""
+    """Fuzz without coverage, by mutations of the seeds and of their mutations."""
     rng, end = random.Random(_seed()), time.monotonic() + seconds
     while time.monotonic() < end:
         data = b""

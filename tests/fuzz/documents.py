@@ -1,26 +1,25 @@
-"""Fuzzed inputs as edits of sound files, in JSON: short, readable, and they outlive a change of the
-seeds.
+"""Fuzzed inputs as edits of sound files, in JSON: they are short, readable, and survive new seeds.
 
     {"seed": "gptq", "edits": [["set", ["config.json", "quantization_config", "bits"], 1e30], ...]}
 
-A seed is a tree: file name -> what is in it. config.json is its JSON; a safetensors file is
-{"header": JSON, "data": bytes}; a GGUF file {"version", "metadata": {key: {"type", "item",
-"value"}}, "tensors": {name: {"type", "shape", "offset"}}, "data": bytes}. Edits of the tree come
-first, in their order, then those of the files' bytes:
+A seed is a tree: file name -> content. config.json is its JSON; a safetensors file is {"header":
+JSON, "data": bytes}; a GGUF file is {"version", "metadata": {key: {"type", "item", "value"}},
+"tensors": {name: {"type", "shape", "offset"}}, "data": bytes}. Edits of the tree come first, in
+their order, then edits of the files' bytes:
 
-    ["set", path, value]        whatever was there; a key that is not there is added
-    ["copy", path, path]        the value at the second path to the first
-    ["rename", path, key]       another key, at the same place
+    ["set", path, value]        replace a value, or add a key
+    ["copy", path, path]        copy the value at the second path to the first
+    ["rename", path, key]       give a value another key, at the same place
     ["drop", path]
-    ["patch", file, at, hex]    bytes over those from `at` on (from the end if negative)
+    ["patch", file, at, hex]    overwrite bytes from `at` on (from the end if negative)
     ["insert", file, at, hex]
     ["cut", file, length]
     ["kind", file, kind]        not a file: "fifo", "folder", "zero" (a link to /dev/zero), "loop",
                                 "broken"
 
-An edit of what is not there does nothing. Some values stand for long ones: {"$list": [count,
-item]}, {"$text": [count, text]}, {"$deep": depth}, and {"$raw": text} for text that is put into
-JSON as it is.
+An edit of something that does not exist does nothing. Some values abbreviate long ones: {"$list":
+[count, item]}, {"$text": [count, text]}, {"$deep": depth}. {"$raw": text} puts the text itself into
+the JSON.
 """
 
 from __future__ import annotations
@@ -54,11 +53,11 @@ Tree = dict[str, Any]
 
 
 class Special(str):
-    """What lies in a file's place, one of KINDS."""
+    """Something that lies in a file's place, one of KINDS."""
 
 
 def parse(data: bytes) -> dict[str, Any] | None:
-    """The case in `data`; None if it is none."""
+    """The case in `data`; None if it holds none."""
     try:
         case = json.loads(data)
     except (ValueError, RecursionError):
@@ -77,7 +76,7 @@ def text_of(case: Mapping[str, Any]) -> bytes:
 
 # ---------------------------------------------------------------------- edits of trees
 def edited(seed: Tree, edits: list[list[Any]]) -> Tree:
-    """A copy of the tree with the edits that are no bytes'."""
+    """A copy of the tree after all edits of the tree (not those of bytes)."""
     tree: Tree = copy.deepcopy(seed)
     for edit in edits:
         if edit[0] not in _BYTES:
@@ -112,7 +111,7 @@ def _apply(tree: Tree, edit: list[Any]) -> None:
 
 
 def expanded(value: Any) -> Any:
-    """`value` with what stands for long values replaced by these."""
+    """`value` with the long values in place of their abbreviations."""
     if isinstance(value, list):
         return [expanded(item) for item in value]
     if not isinstance(value, dict):
@@ -145,7 +144,7 @@ def _deep(given: Any) -> Any:
 
 # ---------------------------------------------------------------------- trees as files
 def files_of(tree: Tree, edits: list[list[Any]]) -> dict[str, bytes | Special]:
-    """File name -> its bytes, with the edits that are of bytes."""
+    """File name -> its bytes, after the edits of bytes."""
     files: dict[str, bytes | Special] = {
         name: _encoded(name, value) for name, value in tree.items()
     }
@@ -189,7 +188,7 @@ def _json(value: Any) -> bytes:
 
 
 class _Encoder(json.JSONEncoder):
-    """JSON in which {"$raw": text} is that text."""
+    """Writes JSON in which {"$raw": text} becomes the text itself."""
 
     def default(self, o: Any) -> Any:
         return None  # a file's data, copied to where JSON is
@@ -213,7 +212,7 @@ class _Encoder(json.JSONEncoder):
 
 # ---------------------------------------------------------------------- GGUF
 def gguf_tree(content: bytes, path: str) -> Tree:
-    """The tree of a sound GGUF file with these bytes, which also lie at `path`."""
+    """The tree of a sound GGUF file with these bytes, which is also at `path`."""
     import gguf
 
     reader = gguf.GGUFReader(path)
@@ -239,7 +238,7 @@ def gguf_tree(content: bytes, path: str) -> Tree:
 
 
 def _gguf(tree: Tree) -> bytes:
-    """Whatever the tree says, as the format would have it."""
+    """The bytes of a GGUF file with anything that the tree says."""
     metadata, tensors = _items(tree.get("metadata")), _items(tree.get("tensors"))
     out = [
         b"GGUF",

@@ -1,9 +1,8 @@
-"""The mutator: adds, changes and removes edits (see documents.py) so that most inputs stay nearly
-sound.
+"""The mutator: adds, changes and removes edits (see documents.py); inputs stay nearly sound.
 
-What is put in is a number at some border, a text that means something to the code (every name that
-stands in its source), a value from elsewhere in the same seed or from the same place of another, or
-the old value a little changed.
+An edit puts in a number at a limit, a text that means something to the code (any name in its
+source), a value from elsewhere in the same seed or from the same place in another, or a slightly
+changed old value.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ _ODD: list[Any] = [
 
 @cache
 def words() -> list[str]:
-    """Every text that looks like a name in the source of what reads files."""
+    """All texts that look like names in the sources that read files."""
     root, found = Path(__file__).parents[2] / "qkernels", set()
     for path in sorted(
         [
@@ -93,7 +92,7 @@ class Mutator:
         return text
 
     def cross(self, one: bytes, other: bytes, most: int, seed: int) -> bytes:
-        """Edits of both."""
+        """A case with edits of both."""
         rng = random.Random(seed)
         first, second = documents.parse(one), documents.parse(other)
         if first is None or second is None:
@@ -200,7 +199,7 @@ class Mutator:
 
     @cache  # noqa: B019  # a mutator lives as long as its process
     def _elsewhere(self, key: Any) -> list[Any]:
-        """The values that stand under this key in any seed."""
+        """The values under this key in all seeds."""
         found: list[Any] = []
 
         def visit(node: Any) -> None:
@@ -229,7 +228,7 @@ def _keys(node: Any) -> set[str]:
 
 
 def _sizes(tree: Tree) -> dict[str, tuple[int, int]]:
-    """File -> (bytes, how many of them come before the tensors' data)."""
+    """File -> (bytes, bytes before the tensors' data)."""
     found = {}
     for name, content in documents.files_of(tree, []).items():
         value = tree[name]
@@ -243,7 +242,7 @@ def _sizes(tree: Tree) -> dict[str, tuple[int, int]]:
 
 
 def _descend(rng: random.Random, tree: Tree) -> list[Any]:
-    """A path to any node but the whole; a file's own name at least."""
+    """A path to any node but the root; at the least, the name of a file."""
     path: list[Any] = [rng.choice(sorted(tree))]
     node = tree[path[0]]
     while isinstance(node, (dict, list)) and node and rng.random() < 0.87:

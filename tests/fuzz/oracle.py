@@ -1,8 +1,7 @@
-"""What a run must keep to: which errors may leave, what they must say, how long and how large it
-may be.
+"""The rules for a run: which errors it may raise, what they must say, its time and its memory.
 
-A finding is anything else. It goes by its cause, the place in the code, so that one fault is told
-once.
+Everything else is a finding. A finding is identified by its cause, a place in the code, so that one
+fault is reported once.
 """
 
 from __future__ import annotations
@@ -30,7 +29,10 @@ _SHOWN = (str(_PROJECT / "qkernels") + os.sep,)
 
 
 class Finding(Exception):  # noqa: N818
-    """A run that broke a rule: `cause`, the same for the same fault, and what to print."""
+    """A run that broke a rule.
+
+    cause: the same for the same fault.
+    """
 
     def __init__(self, cause: str, detail: str = "") -> None:
         super().__init__(cause)
@@ -45,7 +47,7 @@ class Overtime(BaseException):
 
 
 class Outside(BaseException):
-    """Raised inside of a run that reaches for what is none of a reader's business."""
+    """Raised inside a run that accesses what a reader of files must not access."""
 
 
 def attempt(what: str, names: tuple[str, ...], call: Callable[[], Any]) -> Any:
@@ -65,7 +67,7 @@ def attempt(what: str, names: tuple[str, ...], call: Callable[[], Any]) -> Any:
 
 
 def checked(run: Callable[[], object]) -> Finding | None:
-    """What is wrong with a run, None if nothing is."""
+    """The fault of a run; None without one."""
     before = _high_water(reset=True)
     found: Finding | None = None
     try:
@@ -88,7 +90,7 @@ def checked(run: Callable[[], object]) -> Finding | None:
 
 
 def limit_memory() -> None:
-    """Make this process fail to allocate rather than take the machine's memory."""
+    """Make allocations of this process fail before they take the machine's memory."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     space = pages * resource.getpagesize() + _SPACE
     resource.setrlimit(resource.RLIMIT_AS, (space, space))
@@ -144,7 +146,7 @@ def _watched() -> Iterator[None]:
 
 
 def _high_water(reset: bool = False) -> int:
-    """The resident set's highest since it was reset, in bytes."""
+    """The peak of the resident set since its reset, in bytes."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -155,7 +157,7 @@ def _high_water(reset: bool = False) -> int:
 
 # ---------------------------------------------------------------------- causes
 def _frames(error: BaseException) -> list[traceback.FrameSummary]:
-    """From the outermost to the innermost, through the errors that this one was raised from."""
+    """Frames of an error and of its causes, from the outermost to the innermost."""
     chain = [error]
     while (before := chain[0].__cause__) is not None:
         chain.insert(0, before)
@@ -163,7 +165,7 @@ def _frames(error: BaseException) -> list[traceback.FrameSummary]:
 
 
 def _place(error: BaseException) -> str:
-    """Where it was raised: the last line of ours, and beyond it the last of others."""
+    """Where an error was raised: the last line of ours, and the last of others behind it."""
     frames = list(traceback.extract_tb(error.__traceback__))
     ours = [i for i, frame in enumerate(frames) if frame.filename.startswith(_SHOWN)]
     if not ours:

@@ -94,7 +94,7 @@ def _seed(folder: Path, model: Any, shard: int) -> Tree:
 
 
 def run(tree: Tree, edits: list[list[Any]], folder: Path) -> None:
-    """Read the tensors, load the model and run it; its tokenizer if an edit is of that."""
+    """Read the tensors, load the model and run it; load the tokenizer if an edit concerns it."""
     place(folder, documents.files_of(tree, edits))
     names = (str(folder),)
     attempt("TensorFiles", names, lambda: _read_all(folder))

@@ -69,7 +69,7 @@ def _seed(scratch: Path, model: Any) -> Tree:
 
 
 def _renamed(seed: Tree, architecture: str) -> Tree:
-    """Of an architecture that transformers reads and we dequantize."""
+    """A file of an architecture that transformers reads and we dequantize."""
     tree = documents.edited(
         seed, [["set", [FILE, "metadata", "general.architecture", "value"], architecture]]
     )
@@ -81,7 +81,7 @@ def _renamed(seed: Tree, architecture: str) -> Tree:
 
 
 def _sentencepiece(seed: Tree) -> Tree:
-    """With a tokenizer of scores instead of merges."""
+    """A file with a tokenizer that has scores instead of merges."""
     tree = documents.edited(seed, [["drop", [FILE, "metadata", "tokenizer.ggml.merges"]]])
     metadata = tree[FILE]["metadata"]
     count = len(metadata["tokenizer.ggml.tokens"]["value"])

@@ -1,4 +1,4 @@
-"""Importance matrices: `ImportanceMatrix.load` for a model, and rounding with what it read."""
+"""Importance matrices: `ImportanceMatrix.load` for a model, and rounding with the result."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _model() -> Any:
 
 
 def seeds(scratch: Path) -> dict[str, Tree]:
-    """A file of ours."""
+    """One file that we write."""
     path = scratch / FILE
     qk.ImportanceMatrix.collect(_model(), ids(60).view(3, 20)).save(path, _model())
     return {"plain": {FILE: documents.gguf_tree(path.read_bytes(), str(path))}}
@@ -67,7 +67,7 @@ def run(tree: Tree, edits: list[list[Any]], folder: Path) -> None:
 
 
 def _compare(path: Path, matrix: qk.ImportanceMatrix, model: Any) -> None:
-    """With what the file holds: sums over one count."""
+    """Compare with the sums in the file, divided by the count."""
     content = path.read_bytes()
     stored = {tensor.name: tensor for tensor in read_header(path).tensors}
     names = _stored_names(model)

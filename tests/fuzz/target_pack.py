@@ -1,10 +1,9 @@
-"""`qkernels.pack` of every format with tensors of another dtype, shape, stride, device or value, or
-of other parameters.
+"""`qkernels.pack` of every format with tensors or parameters that have been changed.
 
-A seed's tree has one file, "weight": {"format", "shape", "params", "tensors": {name: entry}}; an
-entry says what to make of the sound tensor `of` the same seed: {"of", "dtype", "shape", "view",
-"put": [[index, value], ...]}. What is accepted must dequantize, multiply, and keep its bytes in the
-kernel's layout.
+A tensor may have another dtype, shape, stride, device or value. The tree of a seed has one file,
+"weight": {"format", "shape", "params", "tensors": {name: entry}}. An entry says how to change the
+sound tensor `of` the same seed: {"of", "dtype", "shape", "view", "put": [[index, value], ...]}. An
+accepted weight must dequantize, multiply, and keep its bytes in the kernel layout.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ def _sound() -> dict[str, qk.PackedWeight]:
 
 
 def seeds(scratch: Path) -> dict[str, Tree]:
-    """One of each case of conftest's."""
+    """One tree for each case of tests/conftest.py."""
     trees = {}
     for case, packed in _sound().items():
         entries = {
@@ -75,7 +74,7 @@ def seeds(scratch: Path) -> dict[str, Tree]:
 
 
 def run(tree: Tree, edits: list[list[Any]], folder: Path) -> None:
-    """Pack it and use it."""
+    """Pack the weight and use it."""
     weight = tree.get("weight")
     if not isinstance(weight, dict) or not isinstance(weight.get("tensors"), dict):
         return
@@ -95,7 +94,7 @@ def run(tree: Tree, edits: list[list[Any]], folder: Path) -> None:
 
 
 def _tensor(case: str, entry: Any) -> Any:
-    """What an entry says; anything at all if it says nonsense."""
+    """The tensor that an entry describes; any object if the entry is nonsense."""
     if not isinstance(entry, dict) or case not in _sound():
         return entry
     tensors = _sound()[case].tensors
@@ -128,7 +127,7 @@ def _reshaped(tensor: Tensor, shape: list[Any]) -> Tensor:
 
 
 def _put(tensor: Tensor, pair: Any) -> None:
-    """A value at an index of the flattened tensor."""
+    """Put a value at an index of the flattened tensor."""
     try:
         index, value = pair
         tensor.view(-1)[int(index) % tensor.numel()] = value
@@ -161,7 +160,7 @@ def _viewed(tensor: Tensor, view: Any) -> Any:
 
 
 def _use(packed: qk.PackedWeight, fused: bool) -> None:
-    """Dequantize, multiply, and go through the kernel's layout; `fused` through the kernel, too."""
+    """Dequantize, multiply, and prepack; with `fused`, multiply by the kernel, too."""
     n, k = packed.shape
     if n * k > _MOST:
         return

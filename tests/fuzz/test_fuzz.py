@@ -1,6 +1,6 @@
-"""Inputs that once broke something do so no more, and some seconds of fuzzing find nothing new.
+"""Inputs that once broke something are handled, and some seconds of fuzzing find nothing new.
 
-For hours of it see the package's docstring.
+The docstring of the package says how to fuzz for hours.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SECONDS = float(os.environ.get("QKERNELS_FUZZ_SECONDS", "15"))
 
 @pytest.mark.parametrize("target", child.TARGETS)
 def test_what_once_broke(target: str) -> None:
-    """In a process of its own, as it may die."""
+    """In a process of its own, because it may die."""
     cases = sorted((CORPUS / target).glob("*.json"))
     assert cases
     done = subprocess.run(
@@ -37,7 +37,7 @@ def test_what_once_broke(target: str) -> None:
 
 @pytest.mark.parametrize("target", child.TARGETS)
 def test_some_seconds(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From one seed, so that what it finds comes of a change; longer runs start from others."""
+    """The seed is fixed, so a finding comes from a change; longer runs start from others."""
     monkeypatch.setenv("QKERNELS_FUZZ_SEED", "17")
     result = fuzz(target, SECONDS, None, tmp_path / "findings")
     details = [path.read_text() + path.with_suffix(".txt").read_text() for path in result.findings]
@@ -87,7 +87,7 @@ def test_what_the_oracle_sees(
     "import pickle; pickle.loads(pickle.dumps(print))",
 ])  # fmt: skip
 def test_what_is_forbidden(code: str, tmp_path: Path) -> None:
-    """Audit hooks stay, so in a process of its own."""
+    """In a process of its own, because audit hooks cannot be removed."""
     start = "from pathlib import Path; from tests.fuzz import oracle; "
     start += f"oracle.forbid((Path({str(tmp_path)!r}),))"
     inside = f"open({str(tmp_path / 'x')!r}, 'w').close()"
@@ -126,7 +126,7 @@ recorder(b'{"seed":"plain","edits":[["drop",["x"]]]}')
 def test_a_death_is_a_finding(
     body: str, cause: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the input that it died of, and the rest of the time goes on in another process."""
+    """The finding has the input, and another process goes on with the rest of the time."""
     script = tmp_path / "dying.py"
     script.write_text(DYING % body)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # the script lies elsewhere

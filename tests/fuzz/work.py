@@ -1,4 +1,4 @@
-"""What several targets do: put files in their place, run a loaded model."""
+"""Code that several targets share: write files, run a loaded model."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Makes gguf.safetensors with llama.cpp's own quantizers, from the PyPI wheel xllamacpp.
+"""Make gguf.safetensors with llama.cpp's own quantizers, from the PyPI wheel xllamacpp.
 
     pip install --no-deps xllamacpp==2026.10.11549      (llama.cpp release b11549)
     python tests/golden/make_gguf.py
 
-Holds `weight` float16 (24, 512), `importance` float32 (512), and for each type its bytes with and
-without importance, as `ggml_quantize_chunk` gives them: "q4_k", "q4_k.importance", ...
+The file has `weight` float16 (24, 512), `importance` float32 (512), and for each type the bytes of
+`ggml_quantize_chunk` with and without importance: "q4_k", "q4_k.importance", ...
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ KINDS = {
 
 
 def check() -> None:
-    """GPTQModel loads checkpoints that qkernels wrote; its logits against ours, both in float16."""
+    """GPTQModel loads checkpoints of qkernels; compare its logits with ours, both float16."""
     from gptqmodel import BACKEND, GPTQModel
 
     import qkernels as qk

@@ -39,7 +39,7 @@ def test_cuda_graph_replay(name: str, params: dict[str, object], m: int) -> None
 )
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_cuda_graph_of_experts(case: tuple[str, dict[str, object]], tokens: int) -> None:
-    """Wherever tokens go: the graph is captured with one routing and replayed with others."""
+    """The graph is captured with one routing and replayed with others."""
     gate_up, down = (
         qk.quantize_experts(torch.randn(8, *shape), case[0], **case[1]).to(DEVICE)
         for shape in ((1024, 512), (512, 512))

@@ -23,7 +23,10 @@ def bases(
     skip: list[str] | None = None,
     **changes: Any,
 ) -> tuple[Any, Any]:
-    """(a quantized model, the same with plain layers); `changes` are those of `tiny_model`."""
+    """(a quantized model, the same with plain layers).
+
+    changes: arguments of `tiny_model`.
+    """
     model = tiny_model(**changes)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -62,7 +65,7 @@ def pair(
 
 
 def same_adapters(ours: Any, theirs: Any, seed: int = 1) -> None:
-    """Random weights, the same in both; they must have the same adapters in the first place."""
+    """Give both models the same random adapter weights; they must have the same adapters."""
     generator = torch.Generator().manual_seed(seed)
     mine = {n: p for n, p in ours.named_parameters() if "lora_" in n}
     judge = {n: p for n, p in theirs.named_parameters() if "lora_" in n}

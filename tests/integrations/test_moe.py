@@ -67,7 +67,7 @@ def test_experts_that_are_parameters(kind: str) -> None:
 
 
 class Mixture(nn.Module):
-    """A router over experts that are linear layers, as older models have them."""
+    """A router over experts that are linear layers, as in older models."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ OTHERS = [
 def test_experts_that_compute_something_else_are_refused(
     model: str, name: str, message: str
 ) -> None:
-    """Most look the same but for their forward."""
+    """Most of these modules look like usual experts, but for their forward."""
     file = f"transformers.models.{model}.modeling_{model}"
     kind = getattr(pytest.importorskip(file), name)
     sizes = {"hidden_size": 32, "moe_intermediate_size": 16, "intermediate_size": 16,
@@ -160,7 +160,7 @@ def test_a_router_that_is_a_linear_with_a_forward_of_its_own() -> None:
 
 
 def test_halves_are_of_one_weight_where_that_can_be_joined() -> None:
-    """Gate and up of one scale stay one product; nested scales that would be cut do not."""
+    """Gate and up with one scale stay one weight; nested scales that would be cut do not."""
     for _, module in expert_modules(model_of("mixtral")):
         one = qk.QuantExperts.from_module(module, "fp8", granularity="tensor")
         assert isinstance(one.gate_up, qk.PackedExperts)
@@ -177,7 +177,7 @@ def test_halves_are_of_one_weight_where_that_can_be_joined() -> None:
 
 
 def test_what_is_a_router() -> None:
-    """Not the gate of a shared expert, a linear layer beside the experts like any."""
+    """The gate of a shared expert is no router, but a linear layer like any other."""
     config = transformers.Qwen2MoeConfig(
         **SIZES,
         moe_intermediate_size=32,

@@ -63,7 +63,7 @@ def test_adapters_learn_and_the_base_stays(name: str, params: dict[str, Any]) ->
 
 
 def test_gradients_are_those_of_the_dequantized_model() -> None:
-    """Autograd through plain matmuls as the judge: float32 sums in another order, no more."""
+    """Against autograd through plain matmuls: only the order of float32 sums differs."""
     torch.manual_seed(0)
     model = _with_adapters("nf4", {"block_size": 32})
     for name, parameter in model.named_parameters():

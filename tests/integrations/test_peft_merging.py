@@ -35,7 +35,7 @@ def logits(model: Any, x: torch.Tensor = X, **options: Any) -> torch.Tensor:
 
 
 def same_layers(ours: nn.Module, theirs: nn.Module, tolerance: float = 1e-6) -> None:
-    """The plain layers of two models are the same ones and hold the same numbers."""
+    """Assert that two models have the same plain layers, with the same numbers."""
     mine, judge = plain_layers(ours), plain_layers(theirs)
     assert mine.keys() == judge.keys()
     for name, layer in judge.items():
@@ -182,7 +182,7 @@ def test_the_dtype_is_the_one_the_model_has_when_it_is_merged() -> None:
 
 
 def test_a_model_whose_first_parameters_are_adapters() -> None:
-    """Its adapters are float32, and say nothing of it."""
+    """The adapters are float32, which says nothing about the model's dtype."""
     from qkernels.integrations.peft import with_quant_linear
 
     torch.manual_seed(0)

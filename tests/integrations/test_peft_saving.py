@@ -32,7 +32,7 @@ CHANGES = {
 
 
 def quantized(source: str, folder: Path, dtype: torch.dtype) -> Any:
-    """The same model by each of the ways to a quantized one."""
+    """The same quantized model, by each of the ways to make one."""
     auto = transformers.AutoModelForCausalLM
     save_tiny(folder / "plain", **CHANGES)
     if source == "from_pretrained":
@@ -69,7 +69,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def save(model: Any, how: str, path: Path) -> dict[str, Any]:
-    """Save it; returns what config.json says."""
+    """Save the model. Returns the parsed config.json."""
     if how == "save_model":
         qk.save_model(model, path)
     else:
@@ -178,7 +178,7 @@ def test_adapters_that_are_taken_off_leave_the_quantized_model(source: str, tmp_
 def test_layers_that_were_not_told_their_model_are_saved_as_plain_ones(
     source: str, how: str, tmp_path: Path
 ) -> None:
-    """They merge into QuantLinear of format fp16, which files know as plain weights."""
+    """They merge into QuantLinear of format fp16, which files store as plain weights."""
     wrapped = tuned(
         quantized(source, tmp_path, torch.float32),
         told=False,

@@ -81,7 +81,7 @@ def logits(model: Any, x: torch.Tensor = X) -> torch.Tensor:
 
 
 def test_each_field_is_decided_on() -> None:
-    """A field, or a variant, that PEFT adds has no test here and fails this one."""
+    """A field or variant that PEFT adds has no test here, so it fails this one."""
     known = {f.name for f in fields(peft.LoraConfig)}
     assert known == {name for name in SAME if " " not in name} | REFUSED.keys() | OTHER
     variants = {f.name for f in fields(peft.LoraConfig) if f.metadata.get("is_lora_variant")}
@@ -131,7 +131,7 @@ def test_a_variant_is_refused_as_a_second_adapter() -> None:
 
 
 def test_a_variant_that_peft_adds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a kind that `update_layer` knows nothing of: PEFT's own look-up says no."""
+    """`update_layer` does not know its kind: PEFT's own look-up refuses it."""
     field = peft.LoraConfig.__dataclass_fields__["init_lora_weights"]
     monkeypatch.setattr(field, "metadata", {"lora_variants": ["gaussian"]})
     model, _ = bases()

@@ -72,7 +72,7 @@ def test_save_pretrained_writes_what_save_model_writes(
 def test_transformers_reads_what_save_pretrained_writes(
     format: str, params: dict[str, Any], tmp_path: Path
 ) -> None:
-    """On random weights it would differ by as much as there is."""
+    """With random weights the logits would differ entirely."""
     model = _model(format, params)
     model.save_pretrained(tmp_path / "s")
     theirs = AutoModelForCausalLM.from_pretrained(
@@ -154,7 +154,7 @@ def test_resized_embeddings(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------------- plain from_pretrained
 def _own(path: Path) -> dict[str, torch.Tensor]:
-    """Directories that only we read -> the logits of what is in them."""
+    """Write directories that only we read. Returns their names -> logits of the models."""
     models = {format: _model(format, params) for format, params in OURS}
     model = models["embedding"] = _model("q8_0", {}, tie_word_embeddings=False)
     model.set_input_embeddings(
@@ -211,7 +211,7 @@ def test_our_own_directories(tmp_path: Path) -> None:
 
 
 def test_the_note_goes_with_the_formats(tmp_path: Path) -> None:
-    """A directory of ours that becomes one of others' no longer keeps them out."""
+    """A directory of ours that gets another library's format loses the note that refuses it."""
     qk.save_model(_model("q8_0", {}), tmp_path / "m")
     for model in (
         qk.load_model(tmp_path / "m"),
@@ -242,7 +242,7 @@ def test_a_head_of_its_own_in_a_tied_config(tmp_path: Path) -> None:
 
 
 def test_models_that_initialize_layers_by_name(tmp_path: Path) -> None:
-    """T5's `_init_weights` fills `wo.weight` of what is a placeholder while the model is loaded."""
+    """T5's `_init_weights` fills `wo.weight`, which is a placeholder during loading."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     from qkernels.integrations.transformers import QKernelsConfig
@@ -296,7 +296,7 @@ def test_layers_that_the_saved_model_does_not_know_of(tmp_path: Path) -> None:
 
 
 def test_a_model_without_its_head_and_with_it(tmp_path: Path) -> None:
-    """transformers finds the names of one in a directory of the other; so do packed layers."""
+    """transformers loads one from a directory of the other; so do we, with packed layers."""
     from transformers import AutoModel, LlamaModel
 
     from qkernels.integrations.transformers import checkpoint_config
@@ -355,7 +355,7 @@ def test_a_tied_packed_embedding_of_our_own(tmp_path: Path) -> None:
 
 
 def test_a_packed_router_through_transformers(tmp_path: Path) -> None:
-    """It computes with its weight itself, so its values are put there, and not random ones."""
+    """The router computes with its weight, so loading puts the values there, not random ones."""
     from safetensors.torch import load_file, save_file
 
     from qkernels.integrations.transformers import checkpoint_config

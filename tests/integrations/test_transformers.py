@@ -39,7 +39,7 @@ def _quantized_layers(model: nn.Module) -> dict[str, qk.QuantLinear]:
 def test_quantize_on_load_save_and_load_again(
     name: str, params: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The same layers as quantize_model makes; what save_pretrained writes, every reader reads."""
+    """The layers are those of quantize_model, and every reader reads the saved files."""
     save_tiny(tmp_path / "m", attention_bias=True)
     config = QKernelsConfig(name, **params)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", quantization_config=config)
@@ -154,7 +154,7 @@ def test_bad_use(tmp_path: Path) -> None:
     [("gptq", {"group_size": 64}), ("nf4", {}), ("fp8", {}), ("int8", {}), ("q8_0", {})],
 )
 def test_a_mixture_of_experts(kind: str, name: str, params: dict[str, Any], tmp_path: Path) -> None:
-    """Each expert's tensors become one stack, and are saved by themselves again."""
+    """The tensors of all experts become one stack, and are saved as separate tensors again."""
     save_moe(kind, name, params, tmp_path / "q", tmp_path / "p")
     config = checkpoint_config(tmp_path / "q")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "q", config=config, dtype=torch.float32)

@@ -22,7 +22,7 @@ E, K, INNER, TOKENS, TOP = 3, 128, 64, 5, 2
 
 
 def stacks(name: str, params: dict[str, Any], k: int, inner: int) -> list[list[qk.PackedWeight]]:
-    """Gate, up and down of E experts."""
+    """Gate, up and down weights of E experts."""
     shapes = [(inner, k), (inner, k), (k, inner)]
     return [[qk.quantize(torch.randn(s) / 8, name, **params) for _ in range(E)] for s in shapes]
 

@@ -1,7 +1,6 @@
-"""The vLLM plugin's parts that need no vLLM: what a checkpoint says, and which part of it a process
-holds.
+"""The parts of the vLLM plugin that need no vLLM: the checkpoint's config, and each process's part.
 
-tests/integrations/vllm/run.sh runs the rest with the real vLLM.
+tests/integrations/vllm/run.sh tests the rest with the real vLLM.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Conversion between formats: exact where both hold the same integers, plainly said where not."""
+"""Conversion between formats: exact if both hold the same integers; otherwise it says so."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def test_shard_sizes() -> None:
 def test_experts(
     source: str, params: dict[str, Any], target: str, how: str, tmp_path: Path
 ) -> None:
-    """Expert by expert, and what is saved says so."""
+    """Experts are converted one by one, and the saved config says so."""
     save_moe("mixtral", source, params, tmp_path / "q", tmp_path / "p")
     model, tokens = qk.load_model(tmp_path / "q"), ids(9)[None]
     with torch.no_grad():

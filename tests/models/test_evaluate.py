@@ -1,4 +1,4 @@
-"""Perplexity and KL divergence against a plain computation of the same."""
+"""Perplexity and KL divergence against a plain computation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""quantize_model, shared_copy, model_summary, and load_model/save_model through the public door."""
+"""quantize_model, shared_copy, model_summary, load_model and save_model by their public names."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def test_hooks_stay_and_a_replaced_forward_too() -> None:
     (transformers.pytorch_utils.Conv1D(64, 64), "got a bare Conv1D"),
 ])  # fmt: skip
 def test_a_bare_layer_is_refused(model: nn.Module, message: str) -> None:
-    """In place there is no place to put a packed one in; it used to come back as it was."""
+    """A bare layer has no parent in which to replace it; it once came back unchanged."""
     with pytest.raises(ValueError, match=message):
         qk.quantize_model(model, "nf4", progress=False)
     assert not list(model.children())
@@ -307,7 +307,7 @@ def _answer(model: nn.Module, name: str) -> torch.Tensor:
 def test_a_family_from_quantize_to_save_to_load(
     name: str, format: str, params: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The judge is the same model with the dequantized weights in plain layers."""
+    """Against the same model with the dequantized weights in plain layers."""
     torch.manual_seed(0)
     model = FAMILIES[name]().eval()
     for parameter in model.parameters():

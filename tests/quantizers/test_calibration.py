@@ -1,11 +1,10 @@
-"""What `quantize_model` makes of calibration data, for every algorithm, against what the test
-itself sees and computes.
+"""How `quantize_model` uses calibration data, for every algorithm, against an independent judge.
 
-The judge runs the plain model with the weights of everything that was quantized before put in,
-records what each layer reads, and sums over tokens in float64 with numpy. In a model whose layers
-read small integers those sums are exact in float32, too, in any order: there the algorithm, called
-with them, must give the very same weights. AWQ and SmoothQuant, which change norms, are written out
-here for a Llama.
+The judge runs the plain model with the quantized values of all earlier layers put in, records the
+inputs of each layer, and sums over tokens in float64 with numpy. In a model whose layers read small
+integers these sums are exact in float32, too, in any order: there the algorithm, called with them,
+must give exactly the same weights. AWQ and SmoothQuant, which change norms, are written out here
+for a Llama.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ Array = np.ndarray[Any, Any]
 
 
 def tokens(seed: int = 0) -> list[Tensor]:
-    """Of different lengths, so that a mean of means is another mean."""
+    """Token ids of different lengths, so that a mean of means is not the mean."""
     generator = torch.Generator().manual_seed(seed)
     return [
         torch.randint(0, VOCABULARY, (count,), generator=generator) for count in (40, 90, 11, 60)
@@ -37,7 +36,7 @@ def tokens(seed: int = 0) -> list[Tensor]:
 
 
 def seen_by(model: nn.Module, names: list[str]) -> dict[str, Array]:
-    """What the layers of these names read, float64 (tokens, K), over all calibration data."""
+    """The inputs of the layers with these names, float64 (tokens, K), over all calibration data."""
     seen: dict[str, list[Array]] = {name: [] for name in names}
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(
@@ -265,7 +264,7 @@ LLAMA = [*ATTENTION, "self_attn.o_proj", *FEED_FORWARD, "mlp.down_proj"]
 
 
 def put_in(judge: nn.Module, quantized: nn.Module, number: int) -> None:
-    """Block `number` of the quantized model, dequantized, into the judge."""
+    """Copy block `number` of the quantized model, dequantized, into the judge."""
     ours, theirs = (m.get_submodule(f"model.layers.{number}") for m in (judge, quantized))
     for name in LLAMA:
         ours.get_submodule(name).weight.data.copy_(theirs.get_submodule(name).packed.dequantize())

@@ -142,7 +142,7 @@ def test_gpt2_whose_linears_are_transposed(algorithm: str | None) -> None:
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_folding_scales_preserves_the_function(kind: str) -> None:
-    """Every rule of every architecture: divide by scales before, multiply after, same logits."""
+    """Each rule of each architecture: divide by scales before, multiply after, same logits."""
     model = MODELS[kind]().double().eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, 1 if parameter.dim() == 1 else 0, 0.1)

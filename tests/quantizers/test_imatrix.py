@@ -36,7 +36,7 @@ def test_importance_is_the_mean_square_of_each_layer_s_inputs() -> None:
 
 
 def test_file_of_llama_cpp(tmp_path: Path) -> None:
-    """Written, read by the package gguf under llama.cpp's names, read back, and put to use."""
+    """Written, read by the package gguf with llama.cpp's names, read back, and used."""
     import gguf
 
     model, tokens = tiny_model(hidden_size=256, intermediate_size=96), ids(60).view(3, 20)

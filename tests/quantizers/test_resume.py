@@ -48,7 +48,7 @@ def bits(of: nn.Module) -> dict[str, Tensor]:
 
 
 def test_configs_with_any_keys() -> None:
-    """Integers and tuples; where a part of a config came from does not count."""
+    """Keys may be integers and tuples; versions of transformers do not count."""
     one = digest.as_json({1: {"a": 2, "transformers_version": "5.1"}, "b": (1, 2), (3, 4): None})
     assert one == digest.as_json(
         {1: {"a": 2, "transformers_version": "5.2"}, "b": [1, 2], (3, 4): None}
@@ -71,7 +71,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(finished: Path, tmp_path: Path) -> Path:
-    """Of a job whose blocks are all finished, to do harm to."""
+    """The folder of a job whose blocks are all finished, for a test to damage."""
     return Path(shutil.copytree(finished, tmp_path / "r"))
 
 
@@ -92,7 +92,7 @@ def test_finished_blocks_are_taken_as_they_are(
     ids=str,
 )
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, job: dict[str, object]) -> None:
-    """Killed at a random moment after each block, by a signal that no process sees coming."""
+    """The process is killed at a random moment after each block, by a signal it cannot catch."""
     folder, threads = tmp_path / "r", torch.get_num_threads()
     torch.set_num_threads(1)  # a forked process has none of its parent's threads
     try:
@@ -134,7 +134,7 @@ def test_a_manifest_that_was_not_written_to_its_end_is_no_stranger(tmp_path: Pat
 
 # ---------------------------------------------------------------------- another job
 def changed(name: str, at: int = -1) -> nn.Module:
-    """The model with the last bit of one value of one parameter flipped."""
+    """A copy of the model with the last bit of one value of one parameter flipped."""
     of = model()
     flat = of.get_parameter(name).data.view(torch.int32).view(-1)
     flat[at] ^= 1

