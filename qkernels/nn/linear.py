@@ -179,7 +179,7 @@ class QuantLinear(Holder):
         storage = [self._buffers[key] for key in self._keys]
         ops.check_operands(x, shape, storage[0].device, bias)
         invariant = resolve_batch_invariant(self.batch_invariant)
-        return ops.call(x, storage, bias, self._spec, self.backend, shape, invariant)
+        return ops.call_operator(x, storage, bias, self._spec, self.backend, shape, invariant)
 
     def extra_repr(self) -> str:
         format, _, params, layout = self._meta

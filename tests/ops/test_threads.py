@@ -18,8 +18,6 @@ from qkernels import layouts
 from qkernels.backends import registry
 from qkernels.backends.problem import Problem
 from qkernels.backends.reference import run_reference
-from qkernels.ops import matmul as ops
-from qkernels.ops import moe
 from qkernels.weights.experts import PackedExperts
 
 from ..conftest import CASES, case_id, k_of, layout_of
@@ -81,16 +79,14 @@ def _any_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = [kernel(layouts.WEIGHT_ONLY), kernel(layouts.EIGHT_BIT)]
     kinds.append(registry._KERNELS["reference.dequantize"])
     monkeypatch.setattr(registry, "_KERNELS", {kind.name: kind for kind in kinds})
-    for cache in (registry.choose, ops._kernel):
-        cache.cache_clear()
-        monkeypatch.setattr(registry.measured, "faster", lambda problem: None)
+    registry.choose.cache_clear()
+    monkeypatch.setattr(registry.measured, "faster", lambda problem: None)
 
 
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
     yield
-    for cache in (registry.choose, ops._kernel, moe._kernel):
-        cache.cache_clear()
+    registry.choose.cache_clear()
 
 
 @moving

@@ -229,16 +229,17 @@ def test_experts(backend: str, lay: str) -> None:
 def test_operators_keep_nothing_of_copies() -> None:
     """An operator given strided tensors computes with copies, which are gone after the call."""
     from qkernels.ops import matmul as ops
+    from qkernels.ops import operator_plans
 
     p = qk.quantize(torch.randn(16, 256) * 0.1, "quip_sharp").prepack_("weight_only")
     x = torch.randn(5, 256).half()
     want = qk.matmul(x, p, backend="triton")
     storage = [sliced(t) for t in p.storage.values()]
-    before = len(ops._BOUND)
+    before = len(operator_plans._PLANS)
     for _ in range(3):
         y = torch.ops.qkernels.matmul(x, storage, None, ops.spec_of(p), "triton", False)
         assert torch.equal(y, want)
-    assert len(ops._BOUND) == before
+    assert len(operator_plans._PLANS) == before
 
 
 def test_layers_whose_buffers_are_replaced() -> None:
