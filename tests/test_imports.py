@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 #: rooms of the package, each on top of those before it; a file beside the folders is a room by
 #: itself
 FLOORS = (
-    "version", "tensors", "layouts", "formats", "weights", "backends", "ops", "nn", "checkpoints", "quantizers",
-    "models", "benchmark", "integrations", "cli", "__init__", "__main__",
+    "version", "tensors", "layouts", "formats", "weights", "backends", "ops", "nn", "checkpoints",
+    "quantizers", "models", "benchmark", "integrations", "cli", "__init__", "__main__",
 )  # fmt: skip
 
 

@@ -60,13 +60,14 @@ def explain(
     For experts the product is `grouped_matmul`, of m pairs of a token and an expert. `device`
     defaults to the weight's. Raises ValueError if `backend` has no kernel for the product.
     """
-    device = p.device if device is None else torch.device(device)
-    problem = problem_of(p, m, dtype, device, batch_invariant)
+    target = p.device if device is None else torch.device(device)
+    problem = problem_of(p, m, dtype, target, batch_invariant)
     kernel = (select_experts if problem.experts else select)(problem, backend)
     _, rejected = choose(problem, resolve_backend(backend))
     if kernel.backend == "reference":
         reason = (
-            "plain torch operations; dequantizes the whole weight into temporary memory at each call"
+            "plain torch operations; dequantizes the whole weight into temporary memory "
+            "at each call"
             if kernel.name.startswith("reference.")
             else "torch's own dense matmul"
         )
@@ -77,8 +78,8 @@ def explain(
         if configuration := kernel.configuration(problem):
             reason += f"\n  configuration: {configuration}"
     # For experts only the ids say how many bytes are read.
-    if device.type == "cuda" and not problem.experts:
-        reason += at_best(problem, p.nbytes, torch.cuda.get_device_name(device))
+    if target.type == "cuda" and not problem.experts:
+        reason += at_best(problem, p.nbytes, torch.cuda.get_device_name(target))
     return Explanation(problem, kernel.name, kernel.backend, reason, rejected)
 
 

@@ -239,7 +239,7 @@ class Memory:
 
 
 def view(memory: list[Tensor | None], tensor: Moving | Tensor) -> Tensor:
-    """A tensor of `Recording.moving`, in the memory of a call: the bases as `Memory.take` has them."""
+    """A tensor of `Recording.moving` in a call's memory, the tensors of `Memory.take`."""
     if isinstance(tensor, Tensor):
         return tensor
     (base, offset), dtype, shape = tensor

@@ -1,4 +1,4 @@
-"""The one place that chooses a kernel: (format, parameters, shape, M, dtype, device, ...) -> Kernel.
+"""The one place that chooses a kernel: (format, parameters, shape, M, dtype, ...) -> Kernel.
 
 Kernels register themselves here in order of preference. `select` takes the first one that is
 available and accepts the problem; `explain` puts the same choice into words. backend="auto" first

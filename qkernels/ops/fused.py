@@ -131,7 +131,7 @@ def explain(
     backend: str = "auto",
     batch_invariant: bool | None = None,
 ) -> str:
-    """How `rms_norm_matmul` and `silu_mul_matmul` compute these products, in a line for each weight.
+    """How `rms_norm_matmul` and `silu_mul_matmul` compute these products: a line a weight.
 
     m: rows of x. device: defaults to the weights'. Raises ValueError if `backend` has no kernel for
     one of the weights.
@@ -139,8 +139,8 @@ def explain(
     lines = []
     codes: dict[Any, int] = {}
     for i, p in enumerate(weights):
-        on = p.device if device is None else torch.device(device)
-        problem = problem_of(p, m, dtype, on, batch_invariant)
+        target = p.device if device is None else torch.device(device)
+        problem = problem_of(p, m, dtype, target, batch_invariant)
         kernel = registry.select(problem, backend)
         name = f"weights[{i}], {p.format} {p.shape}"
         if (why := _why_separate(problem, kernel)) is not None:
@@ -160,7 +160,7 @@ def explain(
 
 # ---------------------------------------------------------------------- how
 class _Prologue(NamedTuple):
-    """The step before the products, in x's dtype: silu(x) * up if `up` is given, else RMSNorm(x)."""
+    """The step before the products, in x's dtype: silu(x) * up with an `up`, else RMSNorm(x)."""
 
     x: Tensor
     up: Tensor | None = None

@@ -2,7 +2,7 @@
 
     experts = qk.quantize_experts(weight, "awq", group_size=128)  weight (E, N, K)
     y = qk.grouped_matmul(x, experts, topk_ids)                   (T, K) -> (T, top_k, N)
-    y = qk.fused_moe(x, gate_up, down, topk_weights, topk_ids)    a whole layer, (T, K) -> (T, hidden)
+    y = qk.fused_moe(x, gate_up, down, topk_weights, topk_ids)    a whole layer, (T, K) -> (T, N)
 
 An expert id outside of 0..E-1, for example -1, means "not here": an expert of another process
 (expert parallelism). Its row of y is zeros, so that the processes' results add up.

@@ -121,7 +121,7 @@ class PackedWeight(Prepackable):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the checkpoint's tensors, everything counted (scales, zeros, tables, metadata)."""
+        """Bytes of all tensors of the checkpoint: codes, scales, zeros, tables, metadata."""
         if self._nbytes is None:
             self._nbytes = sum(t.numel() * t.element_size() for t in self.tensors.values())
         return self._nbytes

@@ -15,8 +15,8 @@ import qkernels as qk
 from qkernels.nn.embedding import QuantEmbedding
 
 SENTENCE = (
-    r"weight: expected a tensor to compute with, got a packed nf4 weight of shape \(16, 64\), which only its "
-    r"layer multiplies with; layer.packed.dequantize\(\) makes a tensor of it"
+    r"weight: expected a tensor to compute with, got a packed nf4 weight of shape \(16, 64\), "
+    r"which only its layer multiplies with; layer.packed.dequantize\(\) makes a tensor of it"
 )
 
 
@@ -50,10 +50,11 @@ def test_its_dtype_and_device_follow_the_model() -> None:
 
 
 @pytest.mark.parametrize("compute", [
-    lambda w: w + 1, lambda w: 2 * w, lambda w: -w, lambda w: w @ torch.ones(64), lambda w: torch.ones(16) @ w,
-    lambda w: w[0], lambda w: w == w.T if hasattr(w, "T") else w > 0, lambda w: list(w), lambda w: bool(w),
-    lambda w: torch.nn.functional.linear(torch.ones(64), w), lambda w: torch.cat([w, w]),
-    lambda w: torch.ones(3, 64).matmul(w), lambda w: torch.nn.init.normal_(w), lambda w: w.requires_grad_(),
+    lambda w: w + 1, lambda w: 2 * w, lambda w: -w, lambda w: w @ torch.ones(64),
+    lambda w: torch.ones(16) @ w, lambda w: w[0], lambda w: w == w.T if hasattr(w, "T") else w > 0,
+    lambda w: list(w), lambda w: bool(w), lambda w: torch.nn.functional.linear(torch.ones(64), w),
+    lambda w: torch.cat([w, w]), lambda w: torch.ones(3, 64).matmul(w),
+    lambda w: torch.nn.init.normal_(w), lambda w: w.requires_grad_(),
     lambda w: torch.empty(16, 64).copy_(w), lambda w: torch.allclose(torch.ones(16, 64), other=w),
 ])  # fmt: skip
 def test_it_refuses_arithmetic(compute: Callable[[Any], Any]) -> None:

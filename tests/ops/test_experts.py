@@ -219,6 +219,9 @@ def test_opcheck(name: str, backend: str) -> None:
 
 
 # ---------------------------------------------------------------------- bad input
+ONE_MATRIX = qk.quantize(torch.randn(16, 64), "nf4")
+
+
 def _bad(**changed: Any) -> dict[str, Any]:
     good = {
         "x": torch.randn(5, 64),
@@ -231,20 +234,20 @@ def _bad(**changed: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"x": torch.randn(5, 63)}, r"x: expected shape \(5, 64\) or \(5, 2, 64\) .* got \(5, 63\)"),
+        ({"x": torch.randn(5, 63)}, r"x: expected shape \(5, 64\) or \(5, 2, 64\) .* \(5, 63\)"),
         ({"x": torch.randn(4, 64)}, r"x: expected shape .* got \(4, 64\)"),
         ({"x": torch.randn(5, 3, 64)}, r"x: expected shape .* got \(5, 3, 64\)"),
         ({"x": torch.randn(64)}, r"x: expected shape .* got \(64,\)"),
         ({"x": torch.ones(5, 64, dtype=torch.int32)}, "x: expected a float16, .* got torch.int32"),
         ({"x": "x"}, "x: expected .* got str"),
-        ({"x": torch.randn(5, 64, device="meta")}, "x: expected device cpu, the experts', got meta"),
-        ({"experts": qk.quantize(torch.randn(16, 64), "nf4")}, "experts: expected PackedExperts, got PackedWeight"),
-        ({"expert_ids": IDS.float()}, "expert_ids: expected an int32 or int64 tensor .* got torch.float32"),
-        ({"expert_ids": IDS[:, 0]}, r"expert_ids: expected .* \(T, top_k\), got torch.int64 \(5,\)"),
-        ({"expert_ids": IDS.to("meta")}, "expert_ids: expected device cpu, the experts', got meta"),
-        ({"weights": torch.rand(5)}, r"weights: expected a floating tensor of shape \(T, top_k\) = \(5, 2\), got"),
+        ({"x": torch.randn(5, 64, device="meta")}, "x: expected device cpu, .* got meta"),
+        ({"experts": ONE_MATRIX}, "experts: expected PackedExperts, got PackedWeight"),
+        ({"expert_ids": IDS.float()}, "expert_ids: expected an int32 or int64 .* torch.float32"),
+        ({"expert_ids": IDS[:, 0]}, r"expert_ids: .* \(T, top_k\), got torch.int64 \(5,\)"),
+        ({"expert_ids": IDS.to("meta")}, "expert_ids: expected device cpu, .* got meta"),
+        ({"weights": torch.rand(5)}, r"weights: expected a .* \(T, top_k\) = \(5, 2\), got"),
         ({"weights": torch.ones(5, 2, dtype=torch.int32)}, "weights: expected a floating tensor"),
-        ({"bias": torch.randn(16)}, r"bias: expected a floating tensor of shape \(E, N\) = \(3, 16\), got"),
+        ({"bias": torch.randn(16)}, r"bias: expected a floating .* \(E, N\) = \(3, 16\), got"),
         ({"backend": "tpu"}, "backend: expected one of auto, reference, triton, cuda; got 'tpu'"),
         ({"backend": "cuda"}, "backend: expected one that runs nf4"),
     ],

@@ -273,8 +273,10 @@ def test_a_fused_llama_computes_what_it_did(
     said = qk.fuse_norms(model)
     assert not said.left
     assert [name for name, _ in said.fused] == [
-        "model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm", "model.layers.0.mlp",
-    ]  # fmt: skip
+        "model.layers.0.input_layernorm",
+        "model.layers.0.post_attention_layernorm",
+        "model.layers.0.mlp",
+    ]
     assert "fused model.layers.0.input_layernorm with self_attn.q_proj, self_attn.k_proj" in str(
         said
     )
@@ -304,8 +306,10 @@ def test_what_is_not_fused_is_said() -> None:
     said = qk.fuse_norms(model)
     assert not said.fused
     assert [name for name, _ in said.left] == [
-        "model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm", "model.layers.0.mlp",
-    ]  # fmt: skip
+        "model.layers.0.input_layernorm",
+        "model.layers.0.post_attention_layernorm",
+        "model.layers.0.mlp",
+    ]
     assert (
         "self_attn.q_proj: nf4 is weight-only, so no activations are quantized: plain norm"
         in str(said)

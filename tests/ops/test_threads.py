@@ -127,10 +127,8 @@ def test_a_models_prepack() -> None:
     pytest.importorskip("triton")
     base = qk.quantize(torch.randn(32, 64), "gptq", group_size=32)
     want = base.dequantize()
-    model = nn.ModuleList([
-        qk.QuantLinear(qk.pack("gptq", dict(base.tensors), base.shape, **base.params), backend="triton")
-        for _ in range(100)
-    ])  # fmt: skip
+    weights = [qk.pack("gptq", dict(base.tensors), base.shape, **base.params) for _ in range(100)]
+    model = nn.ModuleList([qk.QuantLinear(p, backend="triton") for p in weights])
     x = torch.randn(4, 64).half()
     _together(lambda i: [layer.prepack(x) for layer in model])
     for layer in model:
