@@ -15,7 +15,7 @@ from ..conftest import CASES, case_id, k_of, layout_of
 
 
 def oracle(x: Tensor, experts: qk.PackedExperts, ids: Tensor, bias: Tensor | None = None) -> Tensor:
-    """float64, slot after slot; nothing shared with what it checks but `dequantize`."""
+    """float64, slot after slot; it shares only `dequantize` with the code that it checks."""
     y = torch.zeros(*ids.shape, experts.shape[0], dtype=torch.float64)
     weights = [experts.expert(e).dequantize(torch.float64) for e in range(experts.count)]
     for t in range(ids.shape[0]):
@@ -42,7 +42,7 @@ def reloaded(experts: qk.PackedExperts) -> qk.PackedExperts:
     return torch.load(file, weights_only=False)
 
 
-#: QuIP's codebooks are slow to search, and their bits all one to a stack of experts
+#: QuIP's codebooks are slow to search, and the number of bits does not matter to a stack
 STACKED = [case for case in CASES if case[0] not in ("quip", "quip_sharp") or case[1]["bits"] == 2]
 
 
@@ -86,8 +86,9 @@ def test_stacked_experts_are_the_experts(name: str, params: dict[str, Any]) -> N
 
 
 def check_products(experts: qk.PackedExperts) -> None:
-    """The reference is the format's own, row by row, and float64's where activations are not
-    quantized.
+    """grouped_matmul is the format's own reference, row by row.
+
+    It is also float64's product where activations are not quantized.
     """
     x = torch.randn(5, experts.shape[1], dtype=torch.float64)
     bias = torch.randn(3, 8, dtype=torch.float64)
@@ -184,7 +185,7 @@ def test_a_row_for_each_slot_and_weights() -> None:
     y = qk.grouped_matmul(x, experts, IDS, weights, bias)
     want = oracle(x, experts, IDS, bias) * weights[..., None]
     torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-10)
-    weights[IDS < 0] = float("nan")  # of experts that are not here
+    weights[IDS < 0] = float("nan")  # weights of experts of other processes
     assert bool(torch.isfinite(qk.grouped_matmul(x, experts, IDS, weights, bias)[IDS != 3]).all())
 
 

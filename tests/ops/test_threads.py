@@ -1,6 +1,4 @@
-"""Layers shared by threads: the first call moves the weight to a kernel's layout while others
-compute with it.
-"""
+"""Layers shared by threads: one thread moves the weight to a kernel's layout, others compute."""
 
 from __future__ import annotations
 
@@ -53,7 +51,7 @@ def _together(work: Callable[[int], Any]) -> list[Any]:
 
 @pytest.fixture(autouse=True)
 def _switch_often() -> Iterator[None]:
-    """Threads give way after every few instructions, so that what can go wrong does."""
+    """Threads switch after every few instructions, so that races happen."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -62,13 +60,15 @@ def _switch_often() -> Iterator[None]:
 
 @pytest.fixture
 def _any_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Instead of the kernels, one for each layout that takes the weight from there. Triton's
-    interpreter, which the real ones need here, runs one kernel at a time."""
+    """One kernel for each layout, instead of the real kernels.
+
+    The real ones would need Triton's interpreter, which runs one kernel at a time.
+    """
 
     def kernel(layout: str) -> registry.Kernel:
         def rejects(problem: Problem) -> str | None:
-            own = qk.formats.get(problem.format).kernel_layout(dict(problem.params))
-            return None if own == layout else "another layout"
+            expected = qk.formats.get(problem.format).kernel_layout(dict(problem.params))
+            return None if expected == layout else "another layout"
 
         def run(x: Tensor, p: qk.PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
             assert p.layout == layout
@@ -92,9 +92,7 @@ def _forget() -> Iterator[None]:
 @moving
 @pytest.mark.usefixtures("_any_kernel")
 def test_the_first_calls_of_a_layer(name: str, params: dict[str, Any]) -> None:
-    """All threads go through the same fresh layers, with and without autograd's operator, and get
-    the same.
-    """
+    """All threads go through the same fresh layers, with and without autograd: equal results."""
     k = k_of(name, 64)
     p = qk.quantize(torch.randn(16, k), name, **params)
     x, bias = torch.randn(3, k), torch.randn(16)
@@ -123,7 +121,7 @@ def test_the_first_calls_of_a_layer(name: str, params: dict[str, Any]) -> None:
 
 
 def test_a_models_prepack() -> None:
-    """With the real kernels' choice; nothing but the move to their layout."""
+    """Only the move to the layout of the real kernels; nothing is computed."""
     pytest.importorskip("triton")
     base = qk.quantize(torch.randn(32, 64), "gptq", group_size=32)
     want = base.dequantize()
@@ -165,7 +163,7 @@ def test_experts() -> None:
 
 @pytest.mark.usefixtures("_any_kernel")
 def test_a_model_with_fused_norms() -> None:
-    """What a norm has computed for its readers goes to the readers of the same thread."""
+    """A norm delivers its products to the readers of the same thread."""
     model = tiny_model()
     qk.quantize_model(model, "w8a8", progress=False)
     tokens = [ids(9, seed)[None] for seed in range(THREADS)]
