@@ -203,12 +203,13 @@ def _select(problem: Problem, backend: str) -> KernelBase:
 def choose(problem: Problem, backend: str) -> tuple[KernelBase | None, list[tuple[str, str]]]:
     """The kernel for `problem`, and (name, reason) of every kernel that was not chosen.
 
-    Without a kernel the result is None and the reasons of the kernels of `backend`. This cache is
-    the only one of the choice; `backend` is resolved already, so no environment variable matters.
+    If there is no kernel, the result is None, with the reasons of the kernels of `backend` alone.
+    `backend` is resolved already, so the cached result depends on no environment variable. It does
+    depend on the registered kernels and on what is compiled: tests that change them clear it.
     """
     chosen: KernelBase | None = None
     rejected: list[tuple[str, str]] = []
-    candidates: list[Any] = [*(experts_kernels() if problem.experts else kernels())]
+    candidates: list[KernelBase] = [*(experts_kernels() if problem.experts else kernels())]
     faster = measured.faster(problem) if backend == "auto" else None
     # Kernels of the faster backend come first; the sort keeps the order of registration otherwise.
     candidates.sort(key=lambda kernel: kernel.backend != faster)

@@ -1,10 +1,11 @@
 """Layers with a norm or a gate fused into the quantization of activations: `qkernels.fused`.
 
-    FusedNormLinear       a norm and the layers that read it, as one module: for models written here
-    FusedNorm, NormReader  the same as two kinds of modules, in the places of a model's own modules
-    FusedGate             a gated feed-forward, in the place of a model's own
+    FusedNormLinear   a norm and the layers that read it in one module, for your own model code
+    FusedNorm         replaces an RMSNorm of an existing model
+    NormReader        replaces a layer that reads this norm
+    FusedGate         replaces a gated feed-forward
 
-`qkernels.fuse_norms` (models/fuse.py) puts the last two into a model. ops/fused.py has the
+`qkernels.fuse_norms` (models/fuse.py) puts the last three into a model. ops/fused.py has the
 operators, and explains what is fused and when.
 """
 

@@ -28,7 +28,7 @@ class Prepackable:
 
     Attributes:
         snapshot: a named tuple with at least `layout` and `storage`.
-        plans: what `qkernels.ops` works out at first calls, by operands; for its use alone.
+        plans: results of first calls that later calls reuse; for qkernels.ops and the backends.
     """
 
     __slots__ = ("_lock", "plans", "snapshot")

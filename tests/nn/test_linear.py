@@ -57,7 +57,7 @@ def test_load_state_dict_reports_missing_and_bad() -> None:
 
 @all_cases
 def test_loading_from_the_meta_device(name: str, params: dict[str, object]) -> None:
-    """As nn.Linear: assign=True takes the state dict's tensors, else there is no memory for them."""
+    """As nn.Linear: assign=True takes the state dict's tensors, else there is no memory to fill."""
     k = k_of(name, 192)
 
     def layer() -> nn.Module:
