@@ -27,7 +27,6 @@ import typer
 import qkernels as qk
 from qkernels.backends import cuda, registry, triton
 from qkernels.backends.problem import Problem, problem_of
-from qkernels.ops import moe
 from qkernels.quantizers.specs import FormatSpec
 
 #: formats whose launchers are measured, with their parameters
@@ -68,19 +67,12 @@ def microseconds(call: Callable[[], object], calls: int = 200, rounds: int = 40)
 def only(kernel: registry.Kernel) -> Iterator[None]:
     """Within the context, dispatch knows `kernel` alone, on every device."""
     kernels, registry._KERNELS = registry._KERNELS, {kernel.name: kernel}
-    _forget()
+    registry.choose.cache_clear()
     try:
         yield
     finally:
         registry._KERNELS = kernels
-        _forget()
-
-
-def _forget() -> None:
-    """Clear the caches of chosen kernels."""
-    registry.choose.cache_clear()
-    qk.ops.matmul._kernel.cache_clear()
-    moe._kernel.cache_clear()
+        registry.choose.cache_clear()
 
 
 class NullDriver:
@@ -296,7 +288,7 @@ def layers() -> dict[str, float]:
         )
         layout = qk.formats.get(name).kernel_layout(gate_up.params)
         kernel = next(
-            k for k in registry.kernels(grouped=True) if (k.backend, k.layout) == ("triton", layout)
+            k for k in registry.experts_kernels() if (k.backend, k.layout) == ("triton", layout)
         )
         x, ids, weights = torch.randn(1, 256).half(), torch.tensor([[0, 1]]), torch.rand(1, 2)
         operands = (x, gate_up, down, weights, ids)

@@ -1,4 +1,4 @@
-"""What a tensor must be before its numbers are read: dense and plain, and for kernels whole."""
+"""Checks of tensors before their numbers are read: dense, plain, and contiguous for kernels."""
 
 from __future__ import annotations
 
@@ -10,28 +10,25 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 def check_strided(where: str, tensor: Tensor) -> None:
-    """ValueError unless the tensor has one number for each place of its shape: none that is sparse
-    or nested.
-    """
+    """ValueError for a sparse or nested tensor: one without a number at each place of its shape."""
     if tensor.layout is not torch.strided or tensor.is_nested:
         got = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
         raise ValueError(f"{where}: expected a dense tensor of layout torch.strided, got {got}")
 
 
 def plain(where: str, tensor: Any) -> Tensor:
-    """`tensor`, not copied, as a torch.Tensor without gradient, whose shape and dtype no subclass
-    can misstate.
+    """`tensor`, not copied, as a plain torch.Tensor without gradient.
 
-    ValueError for what is no dense tensor, and for a subclass whose numbers are elsewhere, as
-    torchao's and DTensor are.
+    So no subclass can misstate its shape and dtype. ValueError if it is not a dense tensor, or is
+    of a subclass that keeps its numbers elsewhere, as torchao's subclasses and DTensor do.
     """
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{where}: expected a torch.Tensor, got {type(tensor).__name__}")
-    kind = type(tensor)
-    if kind is not Tensor and not isinstance(tensor, FakeTensor):
-        if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    cls = type(tensor)
+    if cls is not Tensor and not isinstance(tensor, FakeTensor):
+        if cls.__torch_dispatch__ is not Tensor.__torch_dispatch__:
             raise ValueError(
-                f"{where}: expected a torch.Tensor that holds its own numbers, got {kind.__name__}"
+                f"{where}: expected a torch.Tensor that holds its own numbers, got {cls.__name__}"
             )
         with torch._C.DisableTorchFunctionSubclass():
             tensor = tensor.as_subclass(Tensor)
@@ -40,17 +37,18 @@ def plain(where: str, tensor: Any) -> Tensor:
     return tensor.detach() if tensor.requires_grad else tensor
 
 
-#: kernels read so many bytes at once
+#: bytes that a kernel's widest load reads at once
 _ALIGNMENT = 16
 
 
 def whole(where: str, tensor: Tensor, *, aligned: bool) -> Tensor:
-    """`tensor` as kernels read it, which are given an address and no strides: its numbers one after
-    another.
+    """`tensor` with its numbers one after another in memory, because kernels take no strides.
 
-    Itself if it is so already, else a copy. ValueError if its memory is smaller than its shape
-    says. aligned: where whole loads begin, as tensors of a kernel layout must. Files lay them
-    anywhere.
+    Returns the tensor itself if it is contiguous already, else a copy. ValueError if its memory is
+    smaller than its shape requires.
+
+    aligned: whether it must begin at a multiple of 16 bytes, as tensors of a kernel layout must. A
+    tensor in a file can begin anywhere.
     """
     _check_memory(where, tensor)
     if tensor.is_neg():
@@ -58,7 +56,7 @@ def whole(where: str, tensor: Tensor, *, aligned: bool) -> Tensor:
     if not tensor.is_contiguous():
         tensor = tensor.contiguous()
     elif tensor.dim() and tensor.stride(-1) != 1:
-        # Where there is one number any stride is called contiguous, but its bytes cannot be viewed.
+        # torch calls one number contiguous whatever its stride, but cannot view its bytes then
         tensor = tensor.clone(memory_format=torch.contiguous_format)
     if aligned and not isinstance(tensor, FakeTensor) and tensor.data_ptr() % _ALIGNMENT:
         tensor = tensor.clone()
@@ -66,9 +64,7 @@ def whole(where: str, tensor: Tensor, *, aligned: bool) -> Tensor:
 
 
 def _check_memory(where: str, tensor: Tensor) -> None:
-    """ValueError unless there is memory for every number, as there is not once somebody has freed
-    it.
-    """
+    """ValueError unless every number has memory. A tensor whose memory was freed has none."""
     memory, last = tensor.untyped_storage().nbytes(), tensor.numel() - 1
     if last > 0 and not tensor.is_contiguous():
         last = sum(

@@ -402,7 +402,7 @@ def visible() -> Iterator[None]:
         mock.patch.object(torch.Tensor, "cuda", lambda self, *_, **__: to_device_of(self, CUDA)),
         mock.patch.object(executor, "__call__", call),
         # As if no mode were on: the way that eager calls take.
-        mock.patch.object(ops, "_watched", return_value=False),
+        mock.patch.object(ops, "needs_operator", return_value=False),
         mock.patch.dict(
             _OURS,
             matmul=ops._matmul_impl,

@@ -1,6 +1,6 @@
-"""The house has floors: imports run downwards, in no circle, and no backend imports another.
+"""Imports run downwards and in no circle, and no backend imports another.
 
-Every import counts: those inside functions and those for type checkers, too. `python -m
+Every import counts, also one inside a function and one for type checkers. `python -m
 tests.test_imports` prints which room imports from which.
 """
 
@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-#: rooms of the package, each on top of those before it; a file beside the folders is a room by
-#: itself
+#: rooms of the package; each may import from those before it. A room is a folder of qkernels/, or a
+#: file directly in it
 FLOORS = (
     "version", "tensors", "layouts", "formats", "weights", "backends", "ops", "nn", "checkpoints",
     "quantizers", "models", "benchmark", "integrations", "cli", "__init__", "__main__",
@@ -23,7 +23,7 @@ FLOORS = (
 
 
 def modules() -> dict[str, Path]:
-    """Dotted name of each module of the package and of bench/ -> its file."""
+    """Dotted name -> file of each module of the package and of bench/."""
     files = [path for top in ("qkernels", "bench") for path in (ROOT / top).rglob("*.py")]
     return {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -33,7 +33,7 @@ def modules() -> dict[str, Path]:
 
 
 def imported(name: str, path: Path, known: dict[str, Path]) -> set[str]:
-    """The modules that a module imports, wherever in it."""
+    """The modules of `known` that a module imports, at its top or inside functions."""
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     targets: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -44,7 +44,7 @@ def imported(name: str, path: Path, known: dict[str, Path]) -> set[str]:
             module = ".".join([*base, *([node.module] if node.module else [])])
             for alias in node.names:
                 target = f"{module}.{alias.name}"
-                # the Triton kernels are a folder of their own, which imports nothing of the package
+                # the Triton kernels are outside the package and import nothing from it
                 if alias.name != "triton_kernels":
                     targets.add(target if target in known else module)
     return (targets & known.keys()) - {name}

@@ -83,13 +83,13 @@ WEIGHT_ONLY = [
 REPLAY = [
     (WORK, "place.offset + address - start", "place.offset"),
     (WORK, "self._sizes[base] = offset + t.numel()", "self._sizes[base] = t.numel()"),
-    (WORK, "a[1] > b[0] and", "False and"),
-    (WORK, "self._counts = True", "self._counts = False"),
+    (WORK, "low.end > high.start and", "False and"),
+    (WORK, "self._uses_counters = True", "self._uses_counters = False"),
     (WORK, "pattern |= (address & 15 != 0) << i", "pattern |= 0"),
-    (WORK, "self.made(self._y)", "pass"),
+    (WORK, "self._give_up()\n        return parts", "pass\n        return parts"),
     ("qkernels/backends/cuda/launch.py", "bases[base] + offset", "bases[base]"),
     ("qkernels/backends/cuda/launch.py", "words[word] = stream", "words[word] = 0"),
-    ("qkernels/ops/matmul.py", "weakref.ref(first, lambda _: forget())", "weakref.ref(first)"),
+    ("qkernels/ops/operator_plans.py", "weakref.ref(first, lambda _: forget())", "weakref.ref(first)"),
 ]  # fmt: skip
 
 EIGHT_BIT = [

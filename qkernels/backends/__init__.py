@@ -1,12 +1,16 @@
-"""How a product runs: which kernel is chosen, what it allocates and launches, one folder a
-language.
+"""How a product runs: which kernel is chosen, and what it allocates and launches.
 
-    problem.py      what kernels are chosen by: format, shape, M, dtype, device
+    problem.py      Problem: the product that a kernel is chosen for (format, shape, M, dtype, ...)
     registry.py     the kernels in order of preference, and the choice
-    explain.py      the choice in words                  measured.py   which language measured faster
-    reference.py    plain torch                          roofline.py   the least time a GPU could take
-    plan.py         what a product allocates and launches, recorded once and replayed
-    workspace.py    scratch memory                       triton/ cuda/ launchers of the fused kernels
+    measured.py     which language measured faster, for the choice
+    explain.py      the choice in words
+    plan.py         a product's scratch memory and launches, recorded once and replayed
+    workspace.py    scratch memory
+    device.py       facts about the GPU
+    eight_bit.py    shared by both languages' launchers of the 8-bit family
+    roofline.py     the least time a GPU could take
+    reference.py    the kernels in plain torch
+    triton/ cuda/   the launchers of the fused kernels, one folder a language
 
 Importing this package registers all kernels, the most preferred first.
 """

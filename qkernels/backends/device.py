@@ -1,4 +1,4 @@
-"""What launchers ask of a GPU."""
+"""Facts about a GPU that launchers of both languages ask for."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 
 @lru_cache(maxsize=64)
 def sm_count(device: torch.device) -> int:
-    """Streaming multiprocessors; a few without a GPU, so that the interpreter and the emulator meet
-    split K.
+    """Streaming multiprocessors (SMs) of a GPU; 8 for other devices.
+
+    8 is small enough that the interpreter and the emulator split K in small tests, too.
     """
     if device.type != "cuda":
         return 8

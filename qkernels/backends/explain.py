@@ -9,7 +9,7 @@ import torch
 
 from . import roofline
 from .problem import Problem, problem_of
-from .registry import choose, resolve_backend, select
+from .registry import choose, resolve_backend, select, select_experts
 
 if TYPE_CHECKING:
     from ..weights.experts import PackedExperts
@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found. `str()` of it is meant to be read."""
+    """The kernel of a product, and the reasons. `str()` of it is meant to be read.
+
+    Attributes:
+        problem: the product.
+        kernel, backend: the kernel's name and backend.
+        reason: why it runs, with its configuration.
+        rejected: (name, reason) of every other kernel.
+    """
 
     problem: Problem
     kernel: str
@@ -50,16 +57,17 @@ def explain(
 ) -> Explanation:
     """Which kernel `matmul` runs for x of shape (m, K) and `dtype`, why, and why not the others.
 
-    For experts it is `grouped_matmul` of m pairs of a token and an expert. `device` defaults to the
-    weight's. Raises ValueError if `backend` has no kernel for it.
+    For experts the product is `grouped_matmul`, of m pairs of a token and an expert. `device`
+    defaults to the weight's. Raises ValueError if `backend` has no kernel for the product.
     """
-    where = p.device if device is None else torch.device(device)
-    problem = problem_of(p, m, dtype, where, batch_invariant)
-    kernel = select(problem, backend)
+    target = p.device if device is None else torch.device(device)
+    problem = problem_of(p, m, dtype, target, batch_invariant)
+    kernel = (select_experts if problem.experts else select)(problem, backend)
     _, rejected = choose(problem, resolve_backend(backend))
     if kernel.backend == "reference":
         reason = (
-            "plain torch operations; dequantizes the whole weight into temporary memory at each call"
+            "plain torch operations; dequantizes the whole weight into temporary memory "
+            "at each call"
             if kernel.name.startswith("reference.")
             else "torch's own dense matmul"
         )
@@ -69,17 +77,17 @@ def explain(
             reason += f"; the first call moves the weight to the {kernel.layout!r} layout, once"
         if configuration := kernel.configuration(problem):
             reason += f"\n  configuration: {configuration}"
-    # which experts' bytes are read, only the data says
-    if where.type == "cuda" and not problem.experts:
-        reason += at_best(problem, p.nbytes, torch.cuda.get_device_name(where))
+    # For experts only the ids say how many bytes are read.
+    if target.type == "cuda" and not problem.experts:
+        reason += at_best(problem, p.nbytes, torch.cuda.get_device_name(target))
     return Explanation(problem, kernel.name, kernel.backend, reason, rejected)
 
 
 def at_best(problem: Problem, nbytes: int, gpu_name: str) -> str:
-    """A line with the least time the product could take on that GPU; nothing for a GPU not known."""
+    """A line with the least time that the product could take on that GPU; "" for an unknown GPU."""
     gpu = roofline.find(gpu_name)
     if gpu is None:
         return ""
     kind = roofline.operands(problem.format, problem.shape, dict(problem.params))
-    found = roofline.estimate(gpu, problem.shape, problem.m, nbytes, kind=kind)
-    return f"\n  at best {found.seconds * 1e6:.1f} us on an {gpu.name}, limited by {found.limit}"
+    least = roofline.estimate(gpu, problem.shape, problem.m, nbytes, kind=kind)
+    return f"\n  at best {least.seconds * 1e6:.1f} us on an {gpu.name}, limited by {least.limit}"

@@ -1,15 +1,20 @@
-"""What a product takes from the host: scratch memory, and kernels started. Recorded once, it is
-only replayed.
+"""A product's scratch memory and kernel launches: recorded once, then replayed.
 
-A launcher does the same at every call but for where its operands, y and scratch memory lie. So it
-runs once with a `Recording`, which notes the kernels it starts and each address they are given as
-(base, offset):
+A launcher does the same at every call, except that its operands, y and scratch memory have other
+addresses. So it runs once with a `Recording`, which notes the kernels it starts and writes down
+each of their addresses as (base, offset):
 
     bases of a call   Y   COUNTERS   SCRATCH   ZEROS   OPERANDS: x, bias
                                      | codes | scale | partial |  parts, one after another
 
-From then on a call allocates y and the scratch memory in one piece each, puts the addresses in, and
-starts the kernels.
+From then on a call allocates y and the scratch memory in one piece each, fills in the addresses,
+and starts the kernels.
+
+    Work        the scratch memory and the launches of a call; NOW is the one that records nothing
+    Recording   a Work that also notes them
+    Replay      the launches of one recording, as each language starts them
+    Replays     the recordings of one product, by alignment of the operands
+    Recorded    `Replays` as a `registry.Bound`: run, then record, then replay
 """
 
 from __future__ import annotations
@@ -34,14 +39,14 @@ _ALIGNMENT = 512
 
 
 class Place(NamedTuple):
-    """An address of a call: that of a base, plus bytes."""
+    """An address in a call's memory: the base's address plus `offset` bytes."""
 
     base: int
     offset: int
 
 
 class Moving(NamedTuple):
-    """A tensor of a call."""
+    """A tensor whose address changes from call to call."""
 
     place: Place
     dtype: torch.dtype
@@ -49,8 +54,10 @@ class Moving(NamedTuple):
 
 
 class Work:
-    """Scratch memory from torch's allocator, safe on every stream and in graphs; kernels started at
-    once.
+    """Scratch memory and kernel launches of a call.
+
+    Memory comes from torch's allocator, so it is safe on every stream and in CUDA graphs. Kernels
+    start at once.
     """
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -59,18 +66,16 @@ class Work:
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
-    def made(self, t: Tensor) -> Tensor:
-        """`t`, which has come from an operation of torch's, or is computed in pieces: none of it
-        can be replayed.
-        """
+    def by_torch(self, t: Tensor) -> Tensor:
+        """`t`, a tensor that torch computed, so that the call cannot be replayed."""
         return t
 
-    def slices(self, rows: int, row_bytes: int, held: int = 0) -> list[slice]:
+    def slices(self, rows: int, row_bytes: int, fixed_bytes: int = 0) -> list[slice]:
         """`workspace.slices`."""
-        return list(workspace.slices(rows, row_bytes, held))
+        return list(workspace.slices(rows, row_bytes, fixed_bytes))
 
     def start(self, launch: Any, *tensors: Tensor) -> None:
-        """`launch` is called with the tensors: triton/launch.py, cuda/launch.py."""
+        """Call `launch` (of triton/launch.py or cuda/launch.py) with the tensors."""
         launch(*tensors)
 
     def transposed(self, x: Tensor) -> Tensor:
@@ -80,28 +85,37 @@ class Work:
         return y
 
 
-#: for who records nothing
+#: for a call that is not recorded
 NOW = Work()
 
 
-class Recording(Work):
-    """Notes what is done, too.
+class _Span(NamedTuple):
+    """Bytes start..end-1 of memory; place is None for tensors that keep their address."""
 
-    steps: in order, (launch, its tensors, what it returned), or (None, (x, its transpose), None).
+    start: int
+    end: int
+    place: Place | None
+
+
+class Recording(Work):
+    """A `Work` that notes the launches.
+
+    Attributes:
+        steps: in order, (launch, its tensors, its result), or (None, (x, its transpose), None).
     """
 
     def __init__(
-        self, operands: Sequence[Tensor | None], y: Tensor, kept: Iterable[Tensor]
+        self, operands: Sequence[Tensor | None], y: Tensor, constants: Iterable[Tensor]
     ) -> None:
-        """kept: tensors that stay alive and in place from call to call: the weight's."""
+        """constants: the weight's tensors, which keep their addresses from call to call."""
         self.steps: list[Any] = []
         self._sizes = {SCRATCH: 0, ZEROS: 0}
-        self._counts, self._possible, self._y = False, True, y
-        #: all memory there is, so that none is used twice while this runs: start, end, place or
-        #: None if kept
-        self._spans: list[tuple[int, int, Place | None]] = []
-        self._held: list[Any] = [operands, y, *kept]
-        for t in self._held[2:]:
+        self._uses_counters, self._possible, self._y = False, True, y
+        #: all memory of the call, sorted
+        self._spans: list[_Span] = []
+        #: keeps all that memory alive, so that no address is given out twice during the recording
+        self._alive: list[Any] = [operands, y, *constants]
+        for t in self._alive[2:]:
             self._add(t, None)
         for i, operand in enumerate(operands):
             if operand is not None:
@@ -116,20 +130,19 @@ class Recording(Work):
         return self._part(super().zeros(shape, dtype, device), ZEROS)
 
     def start(self, launch: Any, *tensors: Tensor) -> None:
-        found = launch(*tensors)
+        result = launch(*tensors)
         if self._possible:
-            self.steps.append((launch, tensors, found))
+            self.steps.append((launch, tensors, result))
 
-    def made(self, t: Tensor) -> Tensor:
-        self._possible = False
-        self._held.clear()  # nothing more is noted
+    def by_torch(self, t: Tensor) -> Tensor:
+        self._give_up()
         return t
 
-    def slices(self, rows: int, row_bytes: int, held: int = 0) -> list[slice]:
-        found = super().slices(rows, row_bytes, held)
-        if len(found) > 1:  # they would all have memory of their own
-            self.made(self._y)
-        return found
+    def slices(self, rows: int, row_bytes: int, fixed_bytes: int = 0) -> list[slice]:
+        parts = super().slices(rows, row_bytes, fixed_bytes)
+        if len(parts) > 1:  # a replay would allocate the scratch memory of all slices at once
+            self._give_up()
+        return parts
 
     def transposed(self, x: Tensor) -> Tensor:
         y = super().transposed(x)
@@ -138,61 +151,74 @@ class Recording(Work):
         return y
 
     def replayable(self) -> bool:
-        """Whether addresses tell all: not if memory that moves from call to call overlaps other
-        memory.
+        """Whether an address alone says which tensor a kernel was given.
+
+        It does not if memory that moves from call to call overlaps other memory.
         """
         return self._possible and not any(
-            a[1] > b[0] and not (a[2] is None and b[2] is None) for a, b in pairwise(self._spans)
+            low.end > high.start and not (low.place is None and high.place is None)
+            for low, high in pairwise(self._spans)
         )
 
     def place(self, address: int) -> Place | None:
-        """Where in a call's memory that is; None if it is kept memory. ValueError if it is neither."""
-        at = bisect_right(self._spans, (address, float("inf"))) - 1
-        if at < 0 or address >= self._spans[at][1]:
+        """Where an address lies in a call's memory; None in a tensor that keeps its address.
+
+        ValueError if it is in neither.
+        """
+        i = bisect_right(self._spans, (address, float("inf"))) - 1
+        if i < 0 or address >= self._spans[i].end:
             raise ValueError(f"address {address:#x} is in no memory that a call has")
-        start, _, place = self._spans[at]
+        start, _, place = self._spans[i]
         if place is None:
             return None
         if place.base == COUNTERS:
-            self._counts = True
+            self._uses_counters = True
         return Place(place.base, place.offset + address - start)
 
     def moving(self, t: Tensor) -> Moving | Tensor:
-        """`t` as a call has it: itself if it is kept."""
+        """How a replay finds `t`; `t` itself if it keeps its address."""
         place = self.place(t.data_ptr())
         return t if place is None else Moving(place, t.dtype, tuple(t.shape))
 
     def memory(self) -> Memory:
-        """What a call allocates; of what has been placed."""
-        return Memory(self._y, self._sizes[SCRATCH], self._sizes[ZEROS], self._counts)
+        """What a replay allocates. Call it when `place` has seen every address."""
+        return Memory(self._y, self._sizes[SCRATCH], self._sizes[ZEROS], self._uses_counters)
+
+    def _give_up(self) -> None:
+        """The call cannot be replayed: note nothing more, and keep nothing alive."""
+        self._possible = False
+        self._alive.clear()
 
     def _part(self, t: Tensor, base: int) -> Tensor:
+        """`t`, noted as the next part of `base`."""
         if not self._possible:
             return t
         offset = -(-self._sizes[base] // _ALIGNMENT) * _ALIGNMENT
         self._sizes[base] = offset + t.numel() * t.element_size()
-        self._held.append(t)
+        self._alive.append(t)
         self._add(t, Place(base, offset))
         return t
 
     def _add(self, t: Tensor, place: Place | None) -> None:
         if t.numel():
-            self._spans.append((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), place))
+            end = t.data_ptr() + t.numel() * t.element_size()
+            self._spans.append(_Span(t.data_ptr(), end, place))
             self._spans.sort(key=lambda span: span[:2])
 
 
 class Memory:
-    """All that a call allocates: y, and its scratch memory in one piece."""
+    """All that a replay allocates: y, and the scratch memory in one piece."""
 
-    def __init__(self, y: Tensor, scratch: int, zeros: int, counts: bool) -> None:
+    def __init__(self, y: Tensor, scratch: int, zeros: int, uses_counters: bool) -> None:
         self._shape, self._dtype, self._device = tuple(y.shape), y.dtype, y.device
-        self._scratch, self._zeros, self._counts = scratch, zeros, counts
+        self._scratch, self._zeros, self._uses_counters = scratch, zeros, uses_counters
 
     def take(
         self, operands: tuple[Tensor | None, ...], addresses: list[int]
     ) -> tuple[list[Tensor | None], list[int]]:
-        """The bases as tensors, which hold the memory, and as addresses. What there is none of is
-        not used.
+        """The bases as tensors, which own the memory, and as addresses.
+
+        A base that the call does not use is None and 0.
         """
         device = self._device
         y = torch.empty(self._shape, dtype=self._dtype, device=device)
@@ -206,17 +232,17 @@ class Memory:
         if self._zeros:
             tensors[ZEROS] = zeros = torch.zeros(self._zeros, dtype=torch.uint8, device=device)
             bases[ZEROS] = zeros.data_ptr()
-        if self._counts:
+        if self._uses_counters:
             tensors[COUNTERS] = counters = workspace.counters(device)
             bases[COUNTERS] = counters.data_ptr()
         return tensors, bases
 
 
-def view(memory: list[Tensor | None], wanted: Moving | Tensor) -> Tensor:
-    """That tensor, of a call with these bases."""
-    if isinstance(wanted, Tensor):
-        return wanted
-    (base, offset), dtype, shape = wanted
+def view(memory: list[Tensor | None], tensor: Moving | Tensor) -> Tensor:
+    """A tensor of `Recording.moving` in a call's memory, the tensors of `Memory.take`."""
+    if isinstance(tensor, Tensor):
+        return tensor
+    (base, offset), dtype, shape = tensor
     whole = memory[base]
     assert whole is not None
     if base not in (SCRATCH, ZEROS):
@@ -229,7 +255,7 @@ def view(memory: list[Tensor | None], wanted: Moving | Tensor) -> Tensor:
 
 
 class Replay(Protocol):
-    """What a recording has noted, for operands of the same shapes, dtypes, device and alignment."""
+    """A recording's launches, for operands of the same shapes, dtypes, device and alignment."""
 
     def __init__(self, recording: Recording, y: Tensor) -> None: ...
 
@@ -237,11 +263,11 @@ class Replay(Protocol):
 
 
 class Replays:
-    """Recordings of what is done with some weight, for operands of certain shapes, dtypes and
-    device.
+    """The recordings of one product, for operands of certain shapes, dtypes and device.
 
-    Kernels depend on which pointers are divisible by 16: there is one recording a pattern of that,
-    or None where it could not be replayed.
+    Triton compiles a kernel for the pointers that are divisible by 16, so there is one recording
+    for each pattern of those; it is None where a call could not be replayed. The pattern is not
+    part of the key of a plan (ops/matmul.py), because addresses are read only here.
     """
 
     def __init__(self, replay: type[Replay]) -> None:
@@ -249,7 +275,7 @@ class Replays:
         self._replays: dict[int, Replay | None] = {}
 
     def replay(self, *operands: Tensor | None) -> Tensor | None:
-        """y of these operands, contiguous; None if there is no recording of such."""
+        """y of these contiguous operands; None if no recording fits them."""
         addresses = [0 if t is None else t.data_ptr() for t in operands]
         together = 0
         for address in addresses:
@@ -261,13 +287,20 @@ class Replays:
         self,
         operands: tuple[Tensor | None, ...],
         shape: tuple[int, ...],
-        kept: Iterable[Tensor],
+        constants: Iterable[Tensor],
         run: Callable[[], Tensor],
         compute: Callable[[Tensor, Work], object],
     ) -> Tensor:
-        """A call that cannot be replayed. The first is `run`, which tunes and compiles; the second,
-        `compute` into a new y of `shape`, is recorded; operands whose second call could not be are
-        always run. kept: as in `Recording`."""
+        """A call that no recording fits.
+
+        Args:
+            operands: x first.
+            shape: of y.
+            constants: as in `Recording`.
+            run: () -> y. The first call is `run`, because it tunes and compiles.
+            compute: (y, work). The second call is `compute` into a new y, and is recorded. Operands
+                whose second call could not be recorded always take `run`.
+        """
         pattern = _pattern([0 if t is None else t.data_ptr() for t in operands])
         if not self._tuned or pattern in self._replays:
             y = run()
@@ -276,30 +309,29 @@ class Replays:
         x = operands[0]
         assert x is not None
         y = torch.empty(shape, dtype=x.dtype, device=x.device)
-        recording = Recording(operands, y, kept)
+        recording = Recording(operands, y, constants)
         compute(y, recording)
         self._replays[pattern] = self._replay(recording, y) if recording.replayable() else None
         return y
 
 
 def _pattern(addresses: list[int]) -> int:
-    """Which of them are not divisible by 16."""
+    """Bit i is set if address i is not divisible by 16."""
     pattern = 0
     for i, address in enumerate(addresses):
         pattern |= (address & 15 != 0) << i
     return pattern
 
 
-#: (x, weight, bias, problem, y, work): a product into y, with scratch memory and kernel starts by
-#: `work`
+#: (x, weight, bias, problem, y, work): a product into y, with the scratch memory and the launches
+#: of `work`
 Compute = Callable[[Tensor, "PackedWeight", "Tensor | None", "Problem", Tensor, Work], None]
 
 
 class Recorded(Replays):
-    """A product for one weight and problem: its first call tunes and compiles, the second is
-    recorded, the others are replayed.
+    """A product for one weight and problem, a `registry.Bound`.
 
-    cast_bias: kernels want it in x's dtype.
+    Its first call tunes and compiles, the second is recorded, and all later ones are replayed.
     """
 
     def __init__(
@@ -309,6 +341,7 @@ class Recorded(Replays):
         replay: type[Replay],
         cast_bias: bool = False,
     ) -> None:
+        """cast_bias: whether the kernels take the bias in x's dtype."""
         super().__init__(replay)
         self._run, self._compute, self._cast_bias = run, compute, cast_bias
 
@@ -324,10 +357,11 @@ class Recorded(Replays):
         )  # fmt: skip
 
     def replay(self, x: Tensor, bias: Tensor | None) -> Tensor | None:  # type: ignore[override]
-        """The product without the weight; None if there is no recording of such operands."""
+        """The product without the weight; None if no recording fits these operands."""
         return Replays.replay(self, x, None if bias is None else self._operand(bias, x))
 
     def _operand(self, bias: Tensor | None, x: Tensor) -> Tensor | None:
+        """The bias as the kernels take it."""
         if bias is None:
             return None
         return (bias.to(x.dtype) if self._cast_bias else bias).contiguous()

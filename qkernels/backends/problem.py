@@ -1,4 +1,4 @@
-"""One product to compute, as kernels are chosen by it, and the variables that change the choice."""
+"""One product to compute, by which a kernel is chosen, and the variables that change the choice."""
 
 from __future__ import annotations
 
@@ -16,9 +16,16 @@ if TYPE_CHECKING:
 class Problem(NamedTuple):
     """One product to compute, hashable.
 
-    params: sorted items of the format's parameters. batch_invariant: whether a row's result must be
-    bitwise the same whatever M it is computed with. experts: 0 for one matrix; else how many of
-    them there are, m rows each going through one (ops/moe.py).
+    Attributes:
+        format: the weight's format.
+        params: the format's parameters, sorted items.
+        shape: (N, K) of the weight, or of each expert.
+        m: rows of x; for experts the number of pairs (token, expert), each one row.
+        dtype: of x.
+        device: "cpu", "cuda", ...
+        capability: the GPU's compute capability, (9, 0) for an H100; None without a GPU.
+        batch_invariant: whether a row's result must be bitwise the same whatever M it comes with.
+        experts: the number of experts; 0 for one matrix.
     """
 
     format: str
@@ -32,8 +39,8 @@ class Problem(NamedTuple):
     experts: int = 0
 
 
-#: what os.environ wraps: a look-up in it costs a twentieth of one in os.environ, and every call
-#: makes two
+#: the dict inside os.environ: a look-up in it takes a twentieth of the time of one in os.environ,
+#: and every call makes two
 _VARIABLES: Any = getattr(os.environ, "_data", os.environ)
 
 
@@ -44,13 +51,14 @@ _ENCODED: dict[str, Any] = {
 
 
 def environment(name: str, default: str) -> str:
+    """The environment variable `name`, one of _ENCODED; `default` if it is not set."""
     return os.environ[name] if _ENCODED[name] in _VARIABLES else default
 
 
-def resolve_batch_invariant(wanted: bool | None) -> bool:
-    """`wanted`, or what QKERNELS_BATCH_INVARIANT says if it is None."""
-    if wanted is not None:
-        return bool(wanted)
+def resolve_batch_invariant(batch_invariant: bool | None) -> bool:
+    """`batch_invariant`, or the value of QKERNELS_BATCH_INVARIANT if it is None."""
+    if batch_invariant is not None:
+        return bool(batch_invariant)
     text = environment("QKERNELS_BATCH_INVARIANT", "0")
     if text not in ("0", "1"):
         raise ValueError(f"QKERNELS_BATCH_INVARIANT: expected 0 or 1, got {text!r}")
@@ -64,6 +72,7 @@ def problem_of(
     device: torch.device,
     batch_invariant: bool | None = None,
 ) -> Problem:
+    """The product of m rows of `dtype` on `device` with the weight or the experts `p`."""
     params = tuple(sorted(p.params.items()))
     invariant = resolve_batch_invariant(batch_invariant)
     return Problem(

@@ -1,4 +1,4 @@
-"""The kernels of plain torch: what every fused kernel is held to, and unquantized weights."""
+"""The kernels in plain torch: the reference for every fused kernel, and unquantized weights."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ def _run_dense(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem
     )
 
 
-#: rows the reference computes at a time when it must not depend on M; a matmul of one shape sums in
-#: one order, and 64 is a multiple of every BLAS's tile
+#: rows that the reference computes at a time when a row must not depend on M: matmuls of one shape
+#: sum in one order, and 64 is a multiple of every BLAS's tile
 _INVARIANT_ROWS = 64
 
 
 def run_reference(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
+    """x (M, K) @ W^T + bias (N) -> y (M, N) in x's dtype, as `Kernel.run`."""
     y = reference(x, p, problem.batch_invariant)
     if bias is not None:
         y = y + bias.to(y.dtype)
@@ -48,7 +49,7 @@ def run_reference(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Prob
 
 
 def reference(x: Tensor, p: PackedWeight, batch_invariant: bool) -> Tensor:
-    """x (M, K) @ W^T by the format's own reference, in the dtype it accumulates in."""
+    """x (M, K) @ W^T by the format's own reference, in the dtype in which that accumulates."""
     fmt, tensors = formats.get(p.format), p.tensors
     if batch_invariant:
         padded = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[0] % _INVARIANT_ROWS))
@@ -60,7 +61,7 @@ def reference(x: Tensor, p: PackedWeight, batch_invariant: bool) -> Tensor:
 
 
 def register_kernels() -> None:
-    """Both kernels; they come last, because every fused kernel is preferred."""
+    """Register both kernels. They come last, because every fused kernel is preferred."""
     register(
         Kernel(
             "torch.linear",

@@ -1,9 +1,8 @@
-"""The one place that chooses a kernel: (format, parameters, shape, M, dtype, device, ...) ->
-Kernel.
+"""The one place that chooses a kernel: (format, parameters, shape, M, dtype, ...) -> Kernel.
 
-Kernels register themselves here in order of preference; `select` takes the first that is available
-and does not reject the problem, and `explain` reports the same walk in words. backend="auto" first
-asks which backend measured faster on such a GPU (backends/measured.py).
+Kernels register themselves here in order of preference. `select` takes the first one that is
+available and accepts the problem; `explain` puts the same choice into words. backend="auto" first
+asks which backend measured faster on this GPU (backends/measured.py).
 """
 
 from __future__ import annotations
@@ -19,44 +18,59 @@ from . import measured
 from .problem import Problem, environment
 
 if TYPE_CHECKING:
+    from ..weights.experts import PackedExperts
     from ..weights.packed import PackedWeight
 
 BACKENDS = ("auto", "reference", "triton", "cuda")
+#: `KernelBase.layout` of a kernel that takes weights in every layout
 ANY_LAYOUT = "any"
 
 
 #: (x (M, K) contiguous, weight, bias (N) or None, problem) -> y (M, N) in x's dtype
 Run: TypeAlias = "Callable[[Tensor, PackedWeight, Tensor | None, Problem], Tensor]"
+#: (x (T, K) or (T, top_k, K), experts, ids (T, top_k), weights (T, top_k) or None, bias (E, N) or
+#: None, problem) -> y (T, top_k, N) in x's dtype
+RunExperts: TypeAlias = (
+    "Callable[[Tensor, PackedExperts, Tensor, Tensor | None, Tensor | None, Problem], Tensor]"
+)
 
 
 class Bound(Protocol):
-    """A `run` for one weight and problem, which finds out once what every such call has in common."""
+    """A `Kernel.run` for one weight and problem, which works out once what its calls share."""
 
     def __call__(
         self, x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem
     ) -> Tensor: ...
 
     def replay(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
-        """The same from what was found out, without the weight; None if that is not all known yet."""
+        """y (M, N) from a recorded call, without the weight; None if no recording fits these."""
+
+
+class BoundLayer(Protocol):
+    """An `ExpertsKernel.run_layer` for one layer, which works out once what its calls share."""
+
+    def __call__(
+        self, x: Tensor, gate_up: PackedExperts, down: PackedExperts, weights: Tensor, ids: Tensor
+    ) -> Tensor: ...
+
+    def replay(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor | None:
+        """y (T, N) from a recorded call, without the experts; None if no recording fits these."""
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """A way to compute y = x @ W^T + bias, or with `grouped` that of rows with the expert each is
-    sent to.
+class KernelBase:
+    """What the registry knows of every kernel: `Kernel` and `ExpertsKernel` add how it is called.
 
-    name: "backend.kernel", unique. backend: "reference", "triton" or "cuda". layout: the layout its
-    weight must be in; ANY_LAYOUT if it takes all. unavailable: why this machine cannot run it at
-    all, or None. rejects: why it does not take this problem, or None. run: (x (M, K) contiguous,
-    weight, bias (N) or None, problem) -> y (M, N) in x's dtype. With `grouped`
-        what qkernels/ops/moe.py says.
-    configuration: words for `explain`: tile sizes and where they come from, cost of the first call.
-    automatic: whether backend="auto" may choose it for this problem's device. grouped: whether it
-    takes problems with experts, instead of those without. fused, layer: with `grouped`, run a whole
-    layer of experts; see qkernels/ops/moe.py. bind: a `run` for one weight and problem; None where
-    there is no such thing. The weight is in `layout`
-        and its tensors stay.
-    quantized: for kernels that multiply codes of activations: the two halves of `run`; else None.
+    Attributes:
+        name: "backend.kernel", unique.
+        backend: "reference", "triton" or "cuda".
+        layout: the layout that the weight must be in, or ANY_LAYOUT.
+        unavailable: () -> why this machine cannot run the kernel at all, or None.
+        rejects: (problem) -> why the kernel does not take this problem, or None.
+        run: the product; its operands are those of the subclass.
+        automatic: (problem) -> why backend="auto" must not choose the kernel here, or None.
+        configuration: (problem) -> words for `explain`: tile sizes, where they come from, and what
+            the first call costs.
     """
 
     name: str
@@ -67,26 +81,57 @@ class Kernel:
     run: Callable[..., Tensor]
     automatic: Callable[[Problem], str | None] = lambda problem: None
     configuration: Callable[[Problem], str] = lambda problem: ""
-    grouped: bool = False
-    fused: Callable[..., Tensor] | None = None
-    layer: Callable[..., Any] | None = None
+
+
+@dataclass(frozen=True)
+class Kernel(KernelBase):
+    """A kernel for one matrix: y = x @ W^T + bias.
+
+    Attributes:
+        run: (x (M, K) contiguous, weight, bias (N) or None, problem) -> y (M, N) in x's dtype.
+        bind: (weight, problem) -> a faster `run` for this weight and problem, or None if the kernel
+            has none. The weight is in `layout`, and its tensors stay in place.
+        quantized: the two halves of `run`, if the kernel quantizes activations; else None.
+    """
+
+    run: Run
     bind: Callable[[PackedWeight, Problem], Bound | None] = lambda p, problem: None
     quantized: Quantized | None = None
 
 
 @dataclass(frozen=True)
-class Quantized:
-    """The halves of a kernel that quantizes activations, for what lies before it to be fused with
-    them.
+class ExpertsKernel(KernelBase):
+    """A kernel for products of experts: row t of x times the matrix of expert ids[t, j].
 
-    quantize: (x (M, K), weight, problem, up=, norm=, eps=) -> codes, of x, silu(x) * up or RMSNorm
-    of x. With
-        columns=, where `columns` was asked before.
-    multiply: (codes, weight, bias or None, problem, out=) -> y, into `out` (M, N) if it is given.
-    scratch_bytes: (problem) -> memory a row of x takes meanwhile; 0 if rows cannot be taken by
-    slices. columns: as `quantize`, of all rows before they are taken by slices -> what `quantize`
-    must know of them, the
-        outlier columns of LLM.int8(), or None.
+    An id outside of 0..E-1 gives a row of zeros. Operands are contiguous.
+
+    Attributes:
+        run: (x, experts, ids (T, top_k), weights (T, top_k) or None, bias (E, N) or None, problem)
+            -> y (T, top_k, N) in x's dtype. x is (T, K), or (T, top_k, K) with a row for each slot.
+        run_layer: (x (T, K), gate_up, down, weights, ids, activation, (problem of gate_up, problem
+            of down)) -> y (T, N of down) in x's dtype: a whole layer of experts, as
+            `qkernels.fused_moe` defines it. None if the kernel has no such call.
+        bind_layer: (activation, (problem of gate_up, problem of down)) -> a faster `run_layer` for
+            one layer: (x, gate_up, down, weights, ids) -> y. None if the kernel has none.
+    """
+
+    run: RunExperts
+    run_layer: Callable[..., Tensor] | None = None
+    bind_layer: Callable[[str, tuple[Problem, Problem]], BoundLayer] | None = None
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The two halves of a kernel that quantizes activations, so that a norm can be fused with them.
+
+    Attributes:
+        quantize: (x (M, K), weight, problem, up=, norm=, eps=) -> codes of x, of silu(x) * up or of
+            RMSNorm(x). `columns=` passes the result of `columns`, if that was called before.
+        multiply: (codes, weight, bias or None, problem, out=) -> y, written into `out` (M, N) if
+            that is given.
+        scratch_bytes: (problem) -> scratch memory of a row of x; 0 if rows cannot be sliced.
+        columns: the operands of `quantize`, all rows -> the outlier columns of LLM.int8(), which
+            `quantize` must know before the rows are sliced; None for other formats.
     """
 
     quantize: Callable[..., Any]
@@ -95,10 +140,10 @@ class Quantized:
     columns: Callable[..., Tensor | None] = lambda *args, **kwargs: None
 
 
-_KERNELS: dict[str, Kernel] = {}
+_KERNELS: dict[str, KernelBase] = {}
 
 
-def register(kernel: Kernel) -> None:
+def register(kernel: KernelBase) -> None:
     """Add a kernel after those registered so far. Raises ValueError if its name is taken."""
     if kernel.name in _KERNELS:
         raise ValueError(f"kernel {kernel.name!r} is registered already")
@@ -106,13 +151,18 @@ def register(kernel: Kernel) -> None:
     choose.cache_clear()
 
 
-def kernels(*, grouped: bool = False) -> list[Kernel]:
-    """All registered kernels for one matrix, or for experts, most preferred first."""
-    return [kernel for kernel in _KERNELS.values() if kernel.grouped == grouped]
+def kernels() -> list[Kernel]:
+    """All registered kernels for one matrix, most preferred first."""
+    return [kernel for kernel in _KERNELS.values() if isinstance(kernel, Kernel)]
+
+
+def experts_kernels() -> list[ExpertsKernel]:
+    """All registered kernels for products of experts, most preferred first."""
+    return [kernel for kernel in _KERNELS.values() if isinstance(kernel, ExpertsKernel)]
 
 
 def resolve_backend(backend: str) -> str:
-    """Apply QKERNELS_BACKEND to "auto". ValueError for a name that is no backend."""
+    """`backend`, or QKERNELS_BACKEND if it is "auto". ValueError for an unknown name."""
     if backend == "auto":
         backend = environment("QKERNELS_BACKEND", "auto")
         where = "QKERNELS_BACKEND"
@@ -124,24 +174,44 @@ def resolve_backend(backend: str) -> str:
 
 
 def select(problem: Problem, backend: str = "auto") -> Kernel:
-    """The kernel that runs `problem`. ValueError, with every reason, if `backend` has none for it."""
+    """The kernel for a product with one matrix. ValueError, with every reason, if there is none."""
+    kernel = _select(problem, backend)
+    assert isinstance(kernel, Kernel)
+    return kernel
+
+
+def select_experts(problem: Problem, backend: str = "auto") -> ExpertsKernel:
+    """The kernel for a product of experts. ValueError, with every reason, if there is none."""
+    kernel = _select(problem, backend)
+    assert isinstance(kernel, ExpertsKernel)
+    return kernel
+
+
+def _select(problem: Problem, backend: str) -> KernelBase:
     kernel, rejected = choose(problem, resolve_backend(backend))
     if kernel is None:
         reasons = "; ".join(f"{name}: {why}" for name, why in rejected) or "it has no kernels yet"
+        dtype = str(problem.dtype).removeprefix("torch.")
         raise ValueError(
             f"backend: expected one that runs {problem.format} {problem.shape} with M={problem.m}, "
-            f"{str(problem.dtype).removeprefix('torch.')} on {problem.device}; got {backend!r}: {reasons}"
+            f"{dtype} on {problem.device}; got {backend!r}: {reasons}"
         )
     return kernel
 
 
 @lru_cache(maxsize=4096)
-def choose(problem: Problem, backend: str) -> tuple[Kernel | None, list[tuple[str, str]]]:
-    chosen: Kernel | None = None
+def choose(problem: Problem, backend: str) -> tuple[KernelBase | None, list[tuple[str, str]]]:
+    """The kernel for `problem`, and (name, reason) of every kernel that was not chosen.
+
+    If there is no kernel, the result is None, with the reasons of the kernels of `backend` alone.
+    `backend` is resolved already, so the cached result depends on no environment variable. It does
+    depend on the registered kernels and on what is compiled: tests that change them clear it.
+    """
+    chosen: KernelBase | None = None
     rejected: list[tuple[str, str]] = []
-    candidates = kernels(grouped=problem.experts > 0)
+    candidates: list[KernelBase] = [*(experts_kernels() if problem.experts else kernels())]
     faster = measured.faster(problem) if backend == "auto" else None
-    # in order of registration otherwise
+    # Kernels of the faster backend come first; the sort keeps the order of registration otherwise.
     candidates.sort(key=lambda kernel: kernel.backend != faster)
     for kernel in candidates:
         why = None
@@ -159,8 +229,5 @@ def choose(problem: Problem, backend: str) -> tuple[Kernel | None, list[tuple[st
         else:
             rejected.append((kernel.name, why))
     if chosen is None:
-        rejected = [(n, w) for n, w in rejected if _KERNELS[n].backend == backend]
+        rejected = [(name, why) for name, why in rejected if _KERNELS[name].backend == backend]
     return chosen, rejected
-
-
-# ---------------------------------------------------------------------- kernels of plain torch

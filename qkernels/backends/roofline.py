@@ -1,9 +1,9 @@
-"""How fast a GPU could do a product at best: bytes over bandwidth, operations over tensor cores, a
-launch.
+"""The least time a product could take: bytes over bandwidth, operations over peak, and a launch.
 
 Peaks are the vendors' (H100, H200, B200 and RTX 5090 data sheets and architecture papers; dense, no
-sparsity). What a long copy reaches of the bandwidth, and a large matmul of the peak, are the
-fractions below: an H200 copies at 4.3 of 4.8 TB/s and multiplies bf16 at 790 of 989 TFLOP/s.
+sparsity). A long copy reaches COPY_FRACTION of the bandwidth, and a large matmul reaches
+MATMUL_FRACTION of the peak: an H200 copies at 4.3 of 4.8 TB/s and multiplies bf16 at 790 of 989
+TFLOP/s.
 """
 
 from __future__ import annotations
@@ -17,8 +17,12 @@ MATMUL_FRACTION = 0.8
 
 
 class Gpu(NamedTuple):
-    """bandwidth in GB/s, tensor-core peaks in TFLOP/s, launch: seconds a kernel takes that does
-    nothing.
+    """A GPU's peaks.
+
+    Attributes:
+        bandwidth: of memory, in GB/s.
+        bf16, fp8, int8: of the tensor cores, in TFLOP/s.
+        launch: seconds that a kernel takes which does nothing.
     """
 
     name: str
@@ -40,20 +44,21 @@ GPUS = (
 
 
 class Estimate(NamedTuple):
-    """seconds, and what they are spent on: "memory", "tensor cores" or "launch"."""
+    """The least seconds, and what they are spent on: "memory", "tensor cores" or "launch"."""
 
     seconds: float
     limit: str
 
 
 def find(name: str) -> Gpu | None:
-    """The GPU whose name is part of `name`, as the driver says it; None if it is not one of GPUS."""
+    """The GPU of GPUS whose name is part of `name`, the driver's name for it; None if none is."""
     return next((gpu for gpu in GPUS if gpu.name.lower() in name.lower()), None)
 
 
 def operands(format: str, shape: tuple[int, int], params: dict[str, Any]) -> str:
-    """What tensor cores multiply in a product with a weight of this format, `estimate`'s kind.
-    params: all of them.
+    """The operands of the tensor cores for a weight of this format, as `estimate` takes its `kind`.
+
+    params: all parameters of the format.
     """
     fmt = formats.get(format)
     if fmt.kernel_layout(params) != layouts.EIGHT_BIT:
@@ -70,14 +75,19 @@ def estimate(
     kind: str = "bf16",
     launches: int = 1,
 ) -> Estimate:
-    """Least time of y (M, N) = x (M, K) @ W^T with 16-bit x and y and a weight of `weight_bytes`.
+    """Least time of y (M, N) = x (M, K) @ W^T, with x and y in 16 bits.
 
-    kind: operands of the tensor cores, "bf16", "fp8" or "int8". launches: kernels one after
-    another.
+    Args:
+        gpu: the GPU.
+        shape: (N, K).
+        m: rows of x.
+        weight_bytes: of the packed weight.
+        kind: operands of the tensor cores, "bf16", "fp8" or "int8".
+        launches: kernels that run one after another.
     """
     n, k = shape
-    moved = weight_bytes + 2 * m * (n + k)
-    memory = moved / (gpu.bandwidth * 1e9 * COPY_FRACTION)
+    nbytes = weight_bytes + 2 * m * (n + k)
+    memory = nbytes / (gpu.bandwidth * 1e9 * COPY_FRACTION)
     compute = 2 * m * n * k / (getattr(gpu, kind) * 1e12 * MATMUL_FRACTION)
     work, limit = max((memory, "memory"), (compute, "tensor cores"))
     start = launches * gpu.launch

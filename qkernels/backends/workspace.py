@@ -1,6 +1,4 @@
-"""Scratch memory of a call: partial sums and counters of kernels that split K, copies of x; how
-much of it.
-"""
+"""Scratch memory of a call, and its limit: partial sums and counters of split K, copies of x."""
 
 from __future__ import annotations
 
@@ -9,32 +7,35 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-#: blocks of one launch that may count their shares
+#: blocks of one launch that may have a counter of finished K slices
 MAX_BLOCKS = 65536
-#: what one call may allocate beside its output: partial sums and copies of x together
+#: scratch memory that one call may allocate: partial sums and copies of x together
 BYTES = 32 * 2**20
 
 _counters: dict[tuple[str, int | None, int], Tensor] = {}
 
 
-def fits(rows: int, row_bytes: int, held: int = 0) -> bool:
-    """Whether `slices` of these is one."""
-    return rows <= 1 or held + rows * row_bytes <= BYTES or not row_bytes
+def fits(rows: int, row_bytes: int, fixed_bytes: int = 0) -> bool:
+    """Whether `slices` gives one slice for these arguments."""
+    return rows <= 1 or fixed_bytes + rows * row_bytes <= BYTES or not row_bytes
 
 
-def slices(rows: int, row_bytes: int, held: int = 0) -> Iterator[slice]:
-    """Slices of `rows` rows, in order, that need at most BYTES of scratch at `row_bytes` a row, or
-    one row.
+def slices(rows: int, row_bytes: int, fixed_bytes: int = 0) -> Iterator[slice]:
+    """Slices of `rows` rows, in order, each within BYTES of scratch memory, or of one row.
 
-    held: bytes of scratch that every slice takes, whatever its rows. All are of about one size, and
-    of whole tiles of 128 rows as long as that many fit. The slices' kernels decode the weight anew,
-    which costs little where a slice has hundreds of rows.
+    The slices have about one size, and whole tiles of 128 rows as long as that many fit. Each
+    slice's kernel decodes the weight again, which costs little where a slice has hundreds of rows.
+
+    Args:
+        rows: of x.
+        row_bytes: scratch memory of one row.
+        fixed_bytes: scratch memory of every slice, whatever its number of rows.
     """
-    if fits(rows, row_bytes, held):
+    if fits(rows, row_bytes, fixed_bytes):
         if rows:
             yield slice(0, rows)
         return
-    most = max(1, (BYTES - held) // row_bytes)
+    most = max(1, (BYTES - fixed_bytes) // row_bytes)
     unit = 128 if most >= 128 else 16 if most >= 16 else 1
     most = most // unit * unit
     count = -(-rows // most)
@@ -44,17 +45,18 @@ def slices(rows: int, row_bytes: int, held: int = 0) -> Iterator[slice]:
 
 
 def counters(device: torch.device) -> Tensor:
-    """Zeroed int32 counters of this device and stream. Every launch leaves them zero.
+    """Zeroed int32 counters, one tensor for each device and stream. Every launch leaves them zero.
 
-    Launches on one stream follow one another and share them. A CUDA graph uses those of the stream
-    it is captured on: replay graphs captured on one stream one after another, as torch does.
+    Launches on one stream run one after another, so they can share the counters. A CUDA graph uses
+    the counters of the stream it is captured on: replay the graphs captured on one stream one after
+    another, as torch does.
     """
     stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
     key = (device.type, device.index, stream)
-    found = _counters.get(key)
-    if found is None:
-        found = torch.zeros(MAX_BLOCKS, dtype=torch.int32, device=device)
+    tensor = _counters.get(key)
+    if tensor is None:
+        tensor = torch.zeros(MAX_BLOCKS, dtype=torch.int32, device=device)
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return found  # belongs to the graph's memory, and is zeroed by the graph at each replay
-        _counters[key] = found
-    return found
+            return tensor  # belongs to the graph's memory; each replay of the graph zeroes it
+        _counters[key] = tensor
+    return tensor

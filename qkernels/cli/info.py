@@ -121,7 +121,7 @@ def collect() -> dict:  # type: ignore[type-arg]
         ],
         "kernels": [
             {"name": k.name, "backend": k.backend, "unavailable": k.unavailable()}
-            for k in [*registry.kernels(), *registry.kernels(grouped=True)]
+            for k in [*registry.kernels(), *registry.experts_kernels()]
         ],
     }
 

@@ -1,6 +1,4 @@
-"""What modules with a packed weight have in common: buffers that keep their dtypes, the
-checkpoint's state dict.
-"""
+"""Base of the modules with a packed weight: buffers that keep their dtypes, and the state dict."""
 
 from __future__ import annotations
 
@@ -24,23 +22,22 @@ if TYPE_CHECKING:
 class Holder(nn.Module):
     """A module with one packed weight, whose tensors are non-persistent buffers.
 
-    They follow `.to(device)` but keep their dtypes whatever `.half()` or `.to(dtype)` says;
-    `state_dict()` holds the checkpoint's own tensors, bit for bit, in whichever layout the weight
-    is kept.
+    The buffers follow `.to(device)`, but `.half()` and `.to(dtype)` do not change their dtypes.
+    `state_dict()` has the checkpoint's own tensors, bit for bit, whatever layout the weight is in.
 
     Attributes:
-        dtype: what the model around computes in. It follows `.half()` and `.to(dtype)`.
+        dtype: the dtype in which the model computes. It follows `.half()` and `.to(dtype)`.
     """
 
     dtype: torch.dtype
-    #: format, shape and parameters of the weight, and what else a module keeps of it
+    #: the weight's format, shape and parameters; QuantLinear adds the layout
     _meta: tuple[Any, ...]
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self._names: list[str] = []
         self.dtype = dtype
-        #: taken by whoever replaces the buffers
+        #: held while the buffers are replaced
         self._lock = threading.RLock()
 
     @property
@@ -49,11 +46,11 @@ class Holder(nn.Module):
         raise NotImplementedError
 
     def _hold(self, packed: PackedWeight) -> None:
-        """Take `packed` for the weight: `_keep` its tensors and set `_meta`."""
+        """Make `packed` the weight: `_keep` its tensors and set `_meta`."""
         raise NotImplementedError
 
     def _keep(self, tensors: Mapping[str, Tensor]) -> None:
-        """These tensors as buffers, instead of those kept so far."""
+        """Replace the buffers by these tensors."""
         for name in self._names:
             del self._buffers[mangled(name)]
             self._non_persistent_buffers_set.discard(mangled(name))
@@ -61,10 +58,10 @@ class Holder(nn.Module):
         for name, tensor in tensors.items():
             self.register_buffer(mangled(name), tensor, persistent=False)
 
-    # ------------------------------------------------------------------ for code that reads `layer.weight`
+    # ------------------------------------------------------------------ reads of `layer.weight`
     @property
     def weight(self) -> StandIn:
-        """Shape, dtype and device of the matrix, as model code asks for them; no tensor."""
+        """Shape, dtype and device of the matrix, for model code that asks; it is no tensor."""
         packed = self.packed
         return StandIn(packed.format, packed.shape, self.dtype, packed.device)
 
@@ -79,9 +76,9 @@ class Holder(nn.Module):
 
     def _refuse_weight(self, value: Any) -> NoReturn:
         raise ValueError(
-            f"weight: expected nothing to be assigned, because it is packed ({self.packed.format}), got a "
-            f"{type(value).__name__}; put another layer in this one's place (to tie a packed head, "
-            "make it of the embedding's packed weight)"
+            "weight: expected nothing to be assigned, because it is packed "
+            f"({self.packed.format}), got a {type(value).__name__}; put another layer in this "
+            "one's place (to tie a packed head, make it of the embedding's packed weight)"
         )
 
     # ------------------------------------------------------------------ nn.Module's protocol
@@ -137,10 +134,10 @@ class Holder(nn.Module):
             self._hold(
                 pack(format, {name: t.to(device) for name, t in tensors.items()}, shape, **params)
             )
-        else:  # as torch does
+        else:  # torch does the same for parameters on the meta device
             warnings.warn(
-                f"{prefix or 'state_dict'}: the packed weight stays without data on the meta device; "
-                "assign=True takes the tensors, to_empty(device=...) makes room for them",
+                f"{prefix or 'state_dict'}: the packed weight stays without data on the meta "
+                "device; assign=True takes the tensors, to_empty(device=...) makes room for them",
                 stacklevel=2,
             )
         rest = {k: v for k, v in state_dict.items() if k.removeprefix(prefix) not in tensors}
@@ -150,25 +147,27 @@ class Holder(nn.Module):
 
 
 def refuse_save_pretrained() -> None:
-    """ValueError if transformers' `save_pretrained` is the caller, of a model that it does not know
-    to hold packed layers.
+    """ValueError if transformers' `save_pretrained` is the caller, for a model with packed layers.
 
-    It would write their tensors without a `quantization_config`, and load random weights in their
-    place. Models that are quantized or loaded as a whole tell it (checkpoints/save_pretrained.py);
-    layers put in by hand cannot, as they do not know their model. So the caller is looked for.
+    `save_pretrained` would write their tensors without a `quantization_config`, and loading would
+    put random weights in their place. A model that qkernels has quantized or loaded as a whole has
+    told transformers (checkpoints/hf/save_pretrained.py), so it does not come here. A layer put in
+    by hand does not know its model, so this function searches the call stack for the caller.
     """
-    kind = getattr(sys.modules.get("transformers"), "PreTrainedModel", None)
-    frame = None if kind is None else sys._getframe(1)
+    model_class = getattr(sys.modules.get("transformers"), "PreTrainedModel", None)
+    frame = None if model_class is None else sys._getframe(1)
     while frame is not None:
         model = frame.f_locals.get("self") if frame.f_code.co_name == "save_pretrained" else None
-        if kind and isinstance(model, kind) and not getattr(model, "_hf_peft_config_loaded", False):
+        is_model = model_class is not None and isinstance(model, model_class)
+        if is_model and not getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError(
-                "save_pretrained: expected a model that qkernels has quantized or loaded as a whole, got one with "
-                "packed layers put in by hand; qkernels.save_model(model, path) saves it"
+                "save_pretrained: expected a model that qkernels has quantized or loaded as a "
+                "whole, got one with packed layers put in by hand; "
+                "qkernels.save_model(model, path) saves it"
             )
         frame = frame.f_back
 
 
 def mangled(name: str) -> str:
-    """A tensor's name as a buffer name, which may hold no dot and must not hide an attribute."""
+    """The buffer's name for a tensor: buffer names have no dots and must not hide an attribute."""
     return "packed_" + name.replace(".", "__")

@@ -1,4 +1,4 @@
-"""QuantExperts: what transformers calls `experts` in a mixture of experts, with packed weights."""
+"""QuantExperts: the `experts` module of a mixture of experts in transformers, packed."""
 
 from __future__ import annotations
 
@@ -10,44 +10,50 @@ from torch import Tensor, nn
 
 from .. import formats
 from ..formats.base import accumulate_dtype, check_weight
-from ..ops.moe import ACTIVATIONS, fused_moe, grouped_matmul
+from ..ops.moe import ACTIVATIONS, fused_moe, grouped_matmul, weighted_sum
 from ..weights.experts import PackedExperts
 from ..weights.packed import PackedWeight, quantize
 from ..weights.sharding import ROWS, join_rows, narrow
 from .base import refuse_save_pretrained
 
-#: the weights of an expert
+#: the three weights of an expert
 GATE, UP, DOWN = ROLES = ("gate", "up", "down")
-#: what they are called where nobody says otherwise
+#: their default names in a checkpoint
 LEAVES = {role: f"{role}_proj" for role in ROLES}
 
 
 class ExpertParts:
     """E experts with gate (I, K), up (I, K) and down (N, I), stacked once.
 
-    Gate and up are one weight, rows of the gate first, where one weight can hold both bit for bit
-    (`join_rows`). Where it cannot (scales of whole tensors, act-order, bitsandbytes' quant states)
-    they are two products.
+    Gate and up are one weight with the gate's rows first, if one weight can hold both bit for bit
+    (`join_rows`). It cannot with scales of whole tensors, act-order or bitsandbytes' quant states;
+    then gate and up are two weights, and two products.
+
+    Attributes:
+        first: the stacks of the first product: [gate above up], or [gate, up].
+        down: the stack of the second product.
     """
 
     def __init__(
         self, gate: Sequence[PackedWeight], up: Sequence[PackedWeight], down: Sequence[PackedWeight]
     ) -> None:
-        """ValueError, naming the expert, if experts differ in format, parameters or shape."""
+        """From each expert's weights.
+
+        ValueError, naming the expert, if experts differ in format, parameters or shape.
+        """
         joined = []
         for pair in zip(gate, up, strict=True):
             whole = join_rows(pair)
             if whole is None:
                 break
             joined.append(whole)
-        #: [gate above up] or [gate, up]
         stacks = [joined] if len(joined) == len(gate) else [list(gate), list(up)]
         self.first = [PackedExperts(stack) for stack in stacks]
         self.down = PackedExperts(down)
 
     @classmethod
     def of(cls, first: Sequence[PackedExperts], down: PackedExperts) -> ExpertParts:
-        """From stacks that are there already."""
+        """From stacks, without stacking again."""
         self = cls.__new__(cls)
         self.first, self.down = list(first), down
         return self
@@ -70,25 +76,24 @@ class ExpertParts:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of the tensors held, in whatever layout."""
+        """Bytes of the tensors in their current layout."""
         return sum(t.nbytes for part in self.stacks for t in part.storage.values())
 
     def expert(self, e: int) -> dict[str, PackedWeight]:
-        """Gate, up and down of expert e, 0..E-1, in checkpoints' own tensors; none shares memory
-        with another.
+        """Gate, up and down of expert e, 0..E-1, in the checkpoint layout.
 
-        ValueError if gate and up are one weight that cannot be cut, as those of nested
-        quantization.
+        No two of them share memory. ValueError if gate and up are one weight that cannot be cut, as
+        with nested quantization.
         """
-        first = [part.expert(e) for part in self.first]
+        first = [stack.expert(e) for stack in self.first]
         if len(first) == 1:
             rows = first[0].shape[0]
-            # One copy back from a kernel layout for both.
+            # `tensors` rebuilds the checkpoint's tensors from a kernel layout: once for both halves
             whole = PackedWeight(first[0].format, first[0].shape, first[0].tensors, first[0].params)
             gate, up = narrow(whole, ROWS, 0, rows // 2), narrow(whole, ROWS, rows // 2, rows)
-            taken = {tensor.data_ptr() for tensor in gate.storage.values()}
-            owned = {k: t.clone() if t.data_ptr() in taken else t for k, t in up.storage.items()}
-            first = [gate, PackedWeight(up.format, up.shape, owned, up.params, up.layout)]
+            shared = {tensor.data_ptr() for tensor in gate.storage.values()}
+            tensors = {k: t.clone() if t.data_ptr() in shared else t for k, t in up.storage.items()}
+            first = [gate, PackedWeight(up.format, up.shape, tensors, up.params, up.layout)]
         return dict(zip(ROLES, (*first, self.down.expert(e)), strict=True))
 
     def to(self, device: torch.device | str) -> ExpertParts:
@@ -103,22 +108,20 @@ class ExpertParts:
         batch_invariant: bool | None = None,
         backend: str = "auto",
     ) -> Tensor:
-        """As `qkernels.fused_moe`: x (T, K), weights and ids (T, top_k) -> (T, N)."""
-        more: dict[str, Any] = {"batch_invariant": batch_invariant, "backend": backend}
+        """x (T, K), weights and ids (T, top_k) -> (T, N), as `qkernels.fused_moe`."""
+        options: dict[str, Any] = {"batch_invariant": batch_invariant, "backend": backend}
         if len(self.first) == 1:
-            return fused_moe(x, self.first[0], self.down, weights, ids, activation, **more)
-        gate, up = (grouped_matmul(x, part, ids, **more) for part in self.first)
+            return fused_moe(x, self.first[0], self.down, weights, ids, activation, **options)
+        gate, up = (grouped_matmul(x, stack, ids, **options) for stack in self.first)
         dtype = accumulate_dtype(x.dtype)
         h = (ACTIVATIONS[activation](gate.to(dtype)) * up.to(dtype)).to(x.dtype)
-        y = grouped_matmul(h, self.down, ids, **more)
-        total = torch.zeros(y.shape[0], y.shape[2], dtype=dtype, device=x.device)
-        for choice in range(ids.shape[1]):  # in order, whatever the number of tokens
-            total += y[:, choice].to(dtype) * weights[:, choice, None].to(dtype)
-        return total.to(x.dtype)
+        y = grouped_matmul(h, self.down, ids, **options)
+        return weighted_sum(y, weights, dtype).to(x.dtype)
 
     def prepack(self, dtype: torch.dtype, activation: str, batch_invariant: bool | None) -> None:
-        """Move the bytes to the kernels' layout, once: a product of one token does it, which is
-        sent nowhere.
+        """Move the bytes to the kernels' layout, once.
+
+        A call with one token does it, whose only expert id means "not here".
         """
         device, k = self.down.device, self.first[0].shape[1]
         nowhere = torch.full((1, 1), -1, dtype=torch.int32, device=device)
@@ -135,10 +138,10 @@ class ExpertParts:
 class QuantExperts(nn.Module):
     """y = sum over a token's experts of weight * down(act(gate(x)) * up(x)), weights packed.
 
-    Takes the place of transformers' modules that hold `gate_up_proj` (E, 2 * I, K) and `down_proj`
-    (E, N, I) as parameters, and is called as they are. `state_dict()` holds the checkpoint's own
-    tensors of each expert, called "3.gate_proj.qweight" and so on (`leaves` has the names);
-    `load_state_dict` does not take them, `qkernels.load_model` does.
+    Replaces transformers' modules with parameters `gate_up_proj` (E, 2 * I, K) and `down_proj`
+    (E, N, I), and is called as they are. `state_dict()` has the checkpoint's own tensors of each
+    expert, named "3.gate_proj.qweight" and so on (`leaves` has the names). `load_state_dict` does
+    not take them; `qkernels.load_model` does.
     """
 
     leaves: Mapping[str, str] = LEAVES
@@ -151,7 +154,9 @@ class QuantExperts(nn.Module):
         backend: str = "auto",
         batch_invariant: bool | None = None,
     ) -> None:
-        """Everything as in `qkernels.fused_moe`. gate_up: one stack, or a gate's and an up's."""
+        """The arguments of `qkernels.fused_moe`. gate_up: one stack, or a stack of gates and a
+        stack of ups.
+        """
         super().__init__()
         first = [gate_up] if isinstance(gate_up, PackedExperts) else list(gate_up)
         self.parts = ExpertParts.of(first, down)
@@ -171,10 +176,10 @@ class QuantExperts(nn.Module):
 
     @classmethod
     def from_module(cls, module: nn.Module, format: str, **params: Any) -> QuantExperts:
-        """Quantize such a module by round-to-nearest; it is left as it was.
+        """Quantize a module of experts by round-to-nearest; the module is not changed.
 
-        Raises ValueError if it is none (weights transposed, biases, another activation), or as
-        `qkernels.quantize`.
+        Raises ValueError as `qkernels.quantize` does, and for a module that computes anything else
+        (transposed weights, biases, another activation).
         """
         gate_up, down, activation = expert_weights(module)
         params = formats.get(format).complete(shapes(module), params)
@@ -185,7 +190,7 @@ class QuantExperts(nn.Module):
 
     @property
     def gate_up(self) -> PackedExperts | tuple[PackedExperts, PackedExperts]:
-        """Gate above up in one stack where one weight can hold both, else a stack of each."""
+        """One stack with gate above up if one weight can hold both, else a stack of each."""
         first = self.parts.first
         return first[0] if len(first) == 1 else (first[0], first[1])
 
@@ -223,8 +228,8 @@ class QuantExperts(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for e in range(self.parts.count):
             for role, packed in self.parts.expert(e).items():
-                for key, tensor in packed.tensors.items():
-                    destination[f"{prefix}{e}.{self.leaves[role]}.{key}"] = tensor
+                for name, tensor in packed.tensors.items():
+                    destination[f"{prefix}{e}.{self.leaves[role]}.{name}"] = tensor
 
     def extra_repr(self) -> str:
         return f"gate_up={self.gate_up!r}, down={self.down!r}, activation={self.activation!r}"
@@ -233,8 +238,9 @@ class QuantExperts(nn.Module):
 def _halves(
     weight: Tensor, format: str, params: dict[str, Any]
 ) -> tuple[PackedWeight, PackedWeight]:
-    """Gate and up of gate_up (2 * I, K): parts of one weight where they can be joined again, so
-    that they will be.
+    """Gate and up of gate_up (2 * I, K), quantized.
+
+    Quantized together and cut in two, if the halves can be joined again; else one by one.
     """
     rows = weight.shape[0]
     try:
@@ -242,7 +248,7 @@ def _halves(
         halves = narrow(whole, ROWS, 0, rows // 2), narrow(whole, ROWS, rows // 2, rows)
         if join_rows(halves) is not None:
             return halves
-    except ValueError:  # of a block or a group across both
+    except ValueError:  # a block or a group has rows of both halves
         pass
     return quantize(weight[: rows // 2], format, **params), quantize(
         weight[rows // 2 :], format, **params
@@ -250,19 +256,22 @@ def _halves(
 
 
 def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of modules whose own parameters are weights of experts, (E, ., .)."""
+    """(name, module) of the modules that have experts' weights (E, ., .) as direct parameters."""
     for name, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        if any(key in own and own[key].dim() == 3 for key in ("gate_up_proj", "down_proj")):
+        parameters = dict(module.named_parameters(recurse=False))
+        stacks = [parameters.get(key) for key in ("gate_up_proj", "down_proj")]
+        if any(stack is not None and stack.dim() == 3 for stack in stacks):
             yield name, module
 
 
 def routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of the routers: modules beside experts with a matrix `weight` and a forward of
-    their own.
+    """(name, module) of the routers of a model, packed or not.
+
+    A router is a sibling of a module of experts; it has a `weight` of two dimensions, and its class
+    has another forward than nn.Linear.
     """
-    stacks = [name for name, module in model.named_modules() if isinstance(module, QuantExperts)]
-    for name in (*(name for name, _ in expert_modules(model)), *stacks):
+    packed = [name for name, module in model.named_modules() if isinstance(module, QuantExperts)]
+    for name in (*(name for name, _ in expert_modules(model)), *packed):
         parent = name.rpartition(".")[0]
         for child, module in model.get_submodule(parent).named_children():
             weight = module._parameters.get("weight")
@@ -275,7 +284,7 @@ def routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def check(module: nn.Module, format: str, params: dict[str, Any]) -> None:
-    """ValueError unless `QuantExperts.from_module` can quantize the module with these parameters."""
+    """ValueError unless `QuantExperts.from_module` can quantize the module like this."""
     gate_up, down, _ = expert_weights(module)
     for stack, rows in ((gate_up, gate_up.shape[1] // 2), (down, down.shape[1])):
         formats.get(format).resolve((rows, stack.shape[2]), params)
@@ -283,8 +292,9 @@ def check(module: nn.Module, format: str, params: dict[str, Any]) -> None:
 
 
 def shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """Name -> (N, K) of the weights that `QuantExperts.from_module` quantizes; ValueError as from
-    `expert_weights`.
+    """Name -> (N, K) of the weights that `QuantExperts.from_module` quantizes.
+
+    ValueError as `expert_weights`.
     """
     gate_up, down, _ = expert_weights(module)
     rows, k = gate_up.shape[1:]
@@ -294,43 +304,52 @@ def shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
 def expert_weights(module: nn.Module) -> tuple[Tensor, Tensor, str]:
     """gate_up (E, 2 * I, K), down (E, N, I) and the activation of a module of experts.
 
-    ValueError if it computes anything else than `QuantExperts` does.
+    ValueError if the module computes anything else than `QuantExperts` does.
     """
-    own = dict(module.named_parameters(recurse=False))
-    if set(own) != {"gate_up_proj", "down_proj"}:
+    parameters = dict(module.named_parameters(recurse=False))
+    if set(parameters) != {"gate_up_proj", "down_proj"}:
         raise ValueError(
-            f"experts: expected parameters gate_up_proj and down_proj alone, got {sorted(own)}"
+            "experts: expected parameters gate_up_proj and down_proj alone, "
+            f"got {sorted(parameters)}"
         )
-    gate_up, down = own["gate_up_proj"], own["down_proj"]
-    if getattr(module, "is_transposed", False) or gate_up.shape[1] != 2 * down.shape[2]:
+    gate_up, down = parameters["gate_up_proj"], parameters["down_proj"]
+    transposed = getattr(module, "is_transposed", False)
+    if transposed or gate_up.shape[1] != 2 * down.shape[2]:
         raise ValueError(
-            f"experts: expected gate_up_proj (E, 2 * I, K) and down_proj (E, N, I), got {tuple(gate_up.shape)} and "
-            f"{tuple(down.shape)}"
-            + (", transposed" if getattr(module, "is_transposed", False) else "")
+            "experts: expected gate_up_proj (E, 2 * I, K) and down_proj (E, N, I), "
+            f"got {tuple(gate_up.shape)} and {tuple(down.shape)}"
+            + (", transposed" if transposed else "")
         )
     others = sorted({name for name, _ in module.named_children()} - {"act_fn"})
-    if others:  # a norm behind each expert, say, or experts that change nothing
+    if others:  # for example a norm after each expert, or experts that return their input
         raise ValueError(f"experts: expected no module but act_fn, got {others[0]}")
     return gate_up, down, _activation(module)
 
 
 def _activation(module: nn.Module) -> str:
-    """Which of ACTIVATIONS stands between gate and up. ValueError if none does, or more than that."""
+    """The name in ACTIVATIONS of the activation that multiplies gate and up.
+
+    ValueError if it is another one, or if the module computes more than the product. The module's
+    functions are tried out on numbers.
+    """
     act, gated = getattr(module, "act_fn", None), getattr(module, "_apply_gate", None)
-    # Far out, too, where some clamp. Not where a model without weights is being made.
+    # Large values, too, because some activations clamp. On the CPU, even if torch's default device
+    # is meta, as it is while a model without weights is built.
     values = [i / 8 for i in range(-48, 49)] + [-1e6, -1e3, -40, 40, 1e3, 1e6]
     gate = torch.tensor(values, dtype=torch.float64, device="cpu")
     up = gate.flip(0).roll(3)
-    for name, known in ACTIVATIONS.items():
+    for name, function in ACTIVATIONS.items():
         try:
-            if not torch.allclose(act(gate), known(gate)):  # type: ignore[misc]
+            if not torch.allclose(act(gate), function(gate)):  # type: ignore[misc]
                 continue
-            product = act(gate) * up if gated is None else gated(torch.cat([gate, up], -1)[None])[0]  # type: ignore[misc]
+            joined = torch.cat([gate, up], -1)[None]
+            product = act(gate) * up if gated is None else gated(joined)[0]  # type: ignore[misc]
         except Exception:  # a module's own code can break in any way
             break
-        if not torch.allclose(product.double(), known(gate) * up, rtol=1e-4, atol=1e-4):
+        if not torch.allclose(product.double(), function(gate) * up, rtol=1e-4, atol=1e-4):
             raise ValueError(
-                f"experts: expected {name}(gate) * up, got something more from {type(module).__name__}"
+                f"experts: expected {name}(gate) * up, "
+                f"got something more from {type(module).__name__}"
             )
         return name
     raise ValueError(f"experts: act_fn: expected SiLU or GELU, got {act}")

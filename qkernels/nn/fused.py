@@ -1,6 +1,12 @@
-"""Layers whose norm, or gate, is fused with the quantization of activations; `qkernels.fused`.
+"""Layers with a norm or a gate fused into the quantization of activations: `qkernels.fused`.
 
-ops/fused.py has the operators, without layers; models/fuse.py puts these layers into a model.
+    FusedNormLinear   a norm and the layers that read it in one module, for your own model code
+    FusedNorm         replaces an RMSNorm of an existing model
+    NormReader        replaces a layer that reads this norm
+    FusedGate         replaces a gated feed-forward
+
+`qkernels.fuse_norms` (models/fuse.py) puts the last three into a model. ops/fused.py has the
+operators, and explains what is fused and when.
 """
 
 from __future__ import annotations
@@ -25,40 +31,34 @@ __all__ = [
 
 
 class FusedNormLinear(nn.Module):
-    """RMSNorm and the quantized layers that read it: forward(x (..., K)) -> a tuple, (..., N) of
-    each layer.
-    """
+    """RMSNorm and the quantized layers that read it: x (..., K) -> (..., N) of each layer."""
 
     def __init__(self, norm_weight: Tensor, eps: float, layers: Sequence[QuantLinear]) -> None:
-        """norm_weight (K). The layers are kept, not copied; ValueError if they differ in K or in
-        backend.
-        """
+        """norm_weight: (K). layers: not copied. ValueError if they differ in K or in backend."""
         super().__init__()
         check_layers(layers)
         if tuple(norm_weight.shape) != (layers[0].in_features,):
             raise ValueError(
-                f"norm_weight: expected shape ({layers[0].in_features},), got {tuple(norm_weight.shape)}"
+                f"norm_weight: expected shape ({layers[0].in_features},), "
+                f"got {tuple(norm_weight.shape)}"
             )
-        held = (
-            norm_weight
-            if isinstance(norm_weight, nn.Parameter)
-            else nn.Parameter(norm_weight.detach())
-        )
-        self.weight, self.eps = held, eps
+        is_parameter = isinstance(norm_weight, nn.Parameter)
+        self.weight = norm_weight if is_parameter else nn.Parameter(norm_weight.detach())
+        self.eps = eps
         self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return tuple(norm_and_layers(x, self.weight, self.eps, list(self.layers)))  # type: ignore[arg-type]
 
     def explain(self, m: int = 1, dtype: torch.dtype = torch.float16) -> str:
-        """As `qkernels.ops.fused.explain`, of this module's layers."""
+        """How the layers' products run, as `qkernels.fused.explain` says it."""
         first: QuantLinear = self.layers[0]  # type: ignore[assignment]
         packed = [layer.packed for layer in self.layers]
         return explain(packed, m, dtype, None, first.backend, first.batch_invariant)  # type: ignore[arg-type]
 
 
 def check_layers(layers: Sequence[QuantLinear]) -> None:
-    """ValueError unless there are some, of one K, backend and batch invariance."""
+    """ValueError unless there is a layer, and all have one K, backend and batch invariance."""
     if not layers:
         raise ValueError("layers: expected at least one, got none")
     for name in ("in_features", "backend", "batch_invariant"):
@@ -81,19 +81,20 @@ def norm_and_layers(
 
 
 class FusedNorm(nn.Module):
-    """Stands in an RMSNorm's place: computes what all its readers answer, and passes x on for its
-    shape.
+    """Replaces an RMSNorm: computes the products of all its readers, and delivers them.
+
+    Its own output is x without the norm; the readers use nothing of it but the shape.
     """
 
     def __init__(self, norm: nn.Module, readers: Sequence[NormReader]) -> None:
         super().__init__()
         self.weight = norm.weight
         self.eps = norm_eps(norm)
-        self._readers = tuple(readers)  # no submodules: they keep their own places in the model
+        self._readers = tuple(readers)  # a tuple, because they are submodules of other modules
 
     def forward(self, x: Tensor) -> Tensor:
-        found = norm_and_layers(x, self.weight, self.eps, self._readers)  # type: ignore[arg-type]
-        for reader, y in zip(self._readers, found, strict=True):
+        ys = norm_and_layers(x, self.weight, self.eps, self._readers)  # type: ignore[arg-type]
+        for reader, y in zip(self._readers, ys, strict=True):
             reader.deliver(y)
         return x
 
@@ -102,18 +103,18 @@ class FusedNorm(nn.Module):
 
 
 class NormReader(QuantLinear):
-    """A QuantLinear whose product the norm before it has computed already."""
+    """A QuantLinear that returns the product which its `FusedNorm` has computed for it."""
 
     def __init__(self, layer: QuantLinear) -> None:
         super().__init__(
             layer.packed, layer.bias, layer.backend, layer.batch_invariant, layer.dtype
         )
         self.train(layer.training)
-        #: by thread: several may be at different places of one model
+        #: thread -> product; threads can be at different places of one model
         self._delivered: dict[int, Tensor] = {}
 
     def deliver(self, y: Tensor) -> None:
-        """The product of this thread's next call."""
+        """Give it the product that this thread's next call returns."""
         self._delivered[_thread()] = y
 
     def forward(self, x: Tensor) -> Tensor:
@@ -127,8 +128,9 @@ class NormReader(QuantLinear):
 
 
 class FusedGate(nn.Module):
-    """down(silu(gate(x)) * up(x)), the gated feed-forward of Llama-like models, under the same
-    names.
+    """down(silu(gate(x)) * up(x)): the gated feed-forward of Llama-like models.
+
+    Its submodules have the names that they had in the model's own module.
     """
 
     def __init__(self, mlp: nn.Module, gate: str, up: str, down: str) -> None:
@@ -149,11 +151,11 @@ class FusedGate(nn.Module):
 
 
 def _thread() -> int:
-    """This thread's number; a compiled graph, which cannot ask for it, belongs to one."""
+    """This thread's number; 0 in a compiled graph, which cannot ask for it."""
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def norm_eps(norm: nn.Module) -> float | None:
-    """Transformers' norms call it variance_epsilon."""
+    """The norm's epsilon, which transformers' norms call variance_epsilon; None if it has none."""
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     return eps if isinstance(eps, float) else None

@@ -14,22 +14,23 @@ from ..ops import matmul as ops
 from ..weights.packed import PackedWeight, quantize
 from .base import Holder, mangled
 
-#: where nn.Module keeps the hooks of its calls
+#: attributes of nn.Module with the hooks of its calls
 _HOOKS = (
-    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks",
+    "_backward_pre_hooks",
 )  # fmt: skip
 
 
 class _View(NamedTuple):
-    """A layer's weight, and the buffers (names and tensors) that it had when it was last looked at."""
+    """A layer's weight, and the buffers (names and tensors) from which it was made."""
 
     packed: PackedWeight
     keys: tuple[str, ...]
     tensors: tuple[Tensor | None, ...]
 
     def agrees(self, buffers: dict[str, Tensor | None]) -> bool:
-        """Whether those are the buffers still."""
+        """Whether these are still the buffers."""
         return all(
             buffers.get(key) is tensor for key, tensor in zip(self.keys, self.tensors, strict=True)
         )
@@ -38,10 +39,10 @@ class _View(NamedTuple):
 class QuantLinear(Holder):
     """y = x @ W^T + bias with a packed (N, K) weight.
 
-    The packed tensors are non-persistent buffers, so they follow `.to(device)` but keep their
-    dtypes whatever `.half()` or `.to(dtype)` says; `state_dict()` holds the checkpoint's own
-    tensors, bit for bit, in whichever layout the weight is kept. x may have any leading dimensions
-    and any float dtype. Threads may share a layer, its first call included.
+    The packed tensors are non-persistent buffers: they follow `.to(device)`, but `.half()` and
+    `.to(dtype)` do not change their dtypes. `state_dict()` has the checkpoint's own tensors, bit
+    for bit, whatever layout the weight is in. x may have any leading dimensions and any float
+    dtype. Threads may share a layer, and make its first call at the same time.
     """
 
     bias: Tensor | None
@@ -54,10 +55,13 @@ class QuantLinear(Holder):
         batch_invariant: bool | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """`bias`: (N) float or None. `dtype`: what `weight.dtype` says, None for the bias's or
-        torch's default.
+        """A layer that shares the packed weight's tensors. ValueError if the bias does not fit.
 
-        The rest is as in `qkernels.matmul`. ValueError if the bias does not fit.
+        Args:
+            packed: the weight (N, K).
+            bias: (N) float or None.
+            backend, batch_invariant: as in `qkernels.matmul`.
+            dtype: the value of `weight.dtype`; None for the bias's dtype, or else torch's default.
         """
         if bias is not None:
             ops.check_bias(bias, packed.shape[0])
@@ -68,17 +72,17 @@ class QuantLinear(Holder):
         if bias is not None:
             bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach())
         self.register_parameter("bias", bias)
-        # An object of its own: other layers may share the tensors, and each moves its weight by
-        # itself.
+        # A PackedWeight for this layer alone: other layers may share the tensors, and each layer
+        # moves its weight to a kernel layout by itself.
         self._hold(
             PackedWeight(packed.format, packed.shape, packed.storage, packed.params, packed.layout)
         )
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, format: str, **params: Any) -> QuantLinear:
-        """Quantize an nn.Linear by round-to-nearest; it is left as it was, and shares its hooks.
+        """A QuantLinear with an nn.Linear's weight, rounded to nearest, and with its hooks.
 
-        ValueError as `quantize`.
+        The nn.Linear is not changed. Raises ValueError as `quantize` does.
         """
         bias = None if linear.bias is None else linear.bias.detach().clone()
         layer = cls(quantize(linear.weight, format, **params), bias, dtype=linear.weight.dtype)
@@ -87,11 +91,10 @@ class QuantLinear(Holder):
         return layer.stand_in_for(linear)
 
     def stand_in_for(self, linear: nn.Module) -> QuantLinear:
-        """Take over the hooks of the layer whose place this one takes, and whether it trains.
-        Returns self.
+        """Take over the hooks and the training mode of the layer that this one replaces.
 
-        Without those of torch.nn.utils that compute a weight anew before each call, as weight_norm
-        does.
+        Hooks of torch.nn.utils are left out, because they compute the weight anew before each call,
+        as weight_norm does. Returns self.
         """
         for name in _HOOKS:
             setattr(self, name, getattr(linear, name))
@@ -100,17 +103,21 @@ class QuantLinear(Holder):
             i for i, hook in hooks.items() if type(hook).__module__.startswith("torch.nn.utils")
         }
         if computing:
-            kept = OrderedDict((i, hook) for i, hook in hooks.items() if i not in computing)
-            self._forward_pre_hooks = kept
+            others = OrderedDict((i, hook) for i, hook in hooks.items() if i not in computing)
+            self._forward_pre_hooks = others
         return self.train(linear.training)
 
     # ------------------------------------------------------------------ the weight
     #
-    # The weight is an object, and its tensors are this module's buffers. Two parties change them: a
-    # first call moves the object to a kernel's layout, after which `_settle` makes its new tensors
-    # the buffers; and others replace buffers, to move or to offload them, after which `packed`
-    # makes a new object of those. `_view` tells the two apart: the object, and the buffers as they
-    # were when the two last agreed.
+    # The weight is a PackedWeight, and its tensors are this module's buffers. Either can change:
+    #
+    # - A first call moves the PackedWeight to a kernel's layout. Then `_settle` makes its new
+    #   tensors the buffers.
+    # - torch and other libraries replace buffers, to move or to offload them. Then `packed` makes a
+    #   new PackedWeight of the buffers.
+    #
+    # `_view` tells which of the two has changed: it has the PackedWeight, and the buffers as they
+    # were when both last agreed.
     def _hold(self, packed: PackedWeight) -> None:
         with self._lock:
             snapshot = packed.snapshot
@@ -128,7 +135,7 @@ class QuantLinear(Holder):
         view = self._view
         if view is not None and view.agrees(self._buffers):
             return view.packed
-        with self._lock:  # another thread may be at work on the buffers
+        with self._lock:  # another thread may be replacing the buffers
             view = self._view
             if view is None or not view.agrees(self._buffers):
                 format, shape, params, layout = self._meta
@@ -139,7 +146,7 @@ class QuantLinear(Holder):
             return view.packed
 
     def _settle(self, packed: PackedWeight) -> None:
-        """Follow the weight to the layout that a call has moved it to."""
+        """Make the weight's tensors the buffers, after a call has moved it to another layout."""
         with self._lock:
             view = self._view
             if view is not None and view.packed is packed and packed.layout != self._meta[3]:
@@ -150,14 +157,14 @@ class QuantLinear(Holder):
 
     @property
     def qweight(self) -> Tensor:
-        """The codes as held now. Other libraries (PEFT) learn the layer's device from it."""
+        """The codes in the current layout. Other libraries (PEFT) read the layer's device here."""
         tensors = self.packed.storage.values()
         return max(tensors, key=lambda tensor: tensor.numel() * tensor.element_size())
 
     def prepack(self, x: Tensor) -> QuantLinear:
         """Move the weight to the layout that the kernel for inputs like `x` takes. Returns self.
 
-        Eager calls do this by themselves; call it before torch.compile or CUDA graph capture.
+        Eager calls do this by themselves. Call it before torch.compile or CUDA graph capture.
         """
         packed = self.packed
         ops.prepack_for(packed, x, self.backend, resolve_batch_invariant(self.batch_invariant))
@@ -168,18 +175,18 @@ class QuantLinear(Holder):
         return self.multiply(x, self._parameters["bias"])
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x @ W^T + bias, with a bias (N) that is not the layer's own."""
+        """x @ W^T + bias, with this bias (N) instead of the layer's."""
         if not torch.compiler.is_compiling():
             packed = self.packed
             y = ops.matmul(x, packed, bias, self.backend, self.batch_invariant)
-            if packed.layout != self._meta[3]:  # the first call moved it
+            if packed.layout != self._meta[3]:  # this call moved it
                 self._settle(packed)
             return y
         shape = (self.out_features, self.in_features)
         storage = [self._buffers[key] for key in self._keys]
         ops.check_operands(x, shape, storage[0].device, bias)
         invariant = resolve_batch_invariant(self.batch_invariant)
-        return ops.call(x, storage, bias, self._spec, self.backend, shape, invariant)
+        return ops.call_operator(x, storage, bias, self._spec, self.backend, shape, invariant)
 
     def extra_repr(self) -> str:
         format, _, params, layout = self._meta
@@ -191,9 +198,7 @@ class QuantLinear(Holder):
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it is an nn.Linear, or what GPT-2 has instead: transformers' Conv1D, a transposed
-    one.
-    """
+    """Whether it is an nn.Linear, or transformers' Conv1D: GPT-2's linear layer, transposed."""
     return isinstance(module, nn.Linear) or (
         type(module).__name__ == "Conv1D"
         and hasattr(module, "nf")
@@ -202,8 +207,9 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def computes_otherwise(module: nn.Linear) -> bool:
-    """Whether a subclass has a forward that is no x @ W^T + bias. It is tried with small numbers:
-    Falcon's is one.
+    """Whether the forward of a subclass of nn.Linear computes something else than x @ W^T + bias.
+
+    It is tried out with small numbers. Falcon has a subclass that computes the same.
     """
     if type(module).forward is nn.Linear.forward:
         return False
@@ -224,8 +230,9 @@ def computes_otherwise(module: nn.Linear) -> bool:
 
 
 def linear_of(module: nn.Module) -> nn.Linear:
-    """`module`, for which `is_linear` holds, as an nn.Linear: itself, or one around its weight's
-    transpose.
+    """`module`, for which `is_linear` holds, as an nn.Linear.
+
+    That is the module itself, or for a Conv1D a new nn.Linear whose weight is a transposed view.
     """
     if isinstance(module, nn.Linear):
         return module

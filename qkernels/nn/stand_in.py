@@ -1,9 +1,8 @@
-"""StandIn: what `QuantLinear.weight` is. It says what the weight is like, and refuses to compute
-with it.
+"""StandIn: the value of `QuantLinear.weight`, with the weight's shape, dtype and device only.
 
-Model code reads `layer.weight` for two reasons. Some asks for its dtype, shape or device: that
-works. Some multiplies with it behind the layer's back, which packed bytes cannot do: that gets a
-sentence.
+Model code reads `layer.weight` for two reasons. Some code asks for its dtype, shape or device: that
+works. Some code multiplies with it instead of calling the layer: packed bytes cannot do that, so
+the StandIn raises an error that says so.
 """
 
 from __future__ import annotations
@@ -12,29 +11,30 @@ from typing import Any, NoReturn
 
 import torch
 
-#: operators that Python looks up on the type alone
+#: operators, which Python looks up on the type and not on the object
 _OPERATORS = """
-add radd sub rsub mul rmul matmul rmatmul truediv rtruediv floordiv rfloordiv pow rpow mod rmod neg pos abs
-iadd isub imul itruediv imatmul lt le gt ge getitem setitem len iter array float int bool index
+add radd sub rsub mul rmul matmul rmatmul truediv rtruediv floordiv rfloordiv pow rpow mod rmod
+neg pos abs iadd isub imul itruediv imatmul lt le gt ge getitem setitem len iter array float int
+bool index
 """.split()  # noqa: SIM905
 
 
 class StandIn:
-    """What a packed layer has for a `weight`.
+    """The `weight` of a packed layer; not a torch.Tensor.
+
+    torch's functions and Python's operators raise ValueError. All other attributes of a tensor
+    raise AttributeError, so that `hasattr` works.
 
     Attributes:
         shape, ndim: (N, K) and 2.
-        dtype: what the model around the layer computes in.
-        device: where the packed bytes are.
-
-    torch's functions and Python's operators raise ValueError; so does all else that a tensor has,
-    as AttributeError, for `hasattr` asks that way. It is no torch.Tensor.
+        dtype: the dtype in which the model computes.
+        device: the device of the packed bytes.
     """
 
     requires_grad = False
     grad = None
     ndim = 2
-    #: transformers initializes no parameter that says so
+    #: tells transformers not to initialize it as a parameter
     _is_hf_initialized = True
 
     def __init__(
@@ -78,25 +78,24 @@ class StandIn:
         return self
 
     def __repr__(self) -> str:
-        return f"StandIn({self._what()}, dtype={self.dtype}, device={str(self.device)!r})"
+        return f"StandIn({self._description()}, dtype={self.dtype}, device={str(self.device)!r})"
 
-    def _what(self) -> str:
+    def _description(self) -> str:
         return f"packed {self.format} weight of shape {tuple(self.shape)}"
 
-    def _sentence(self) -> str:
+    def _message(self) -> str:
         return (
-            f"weight: expected a tensor to compute with, got a {self._what()}, which only its layer multiplies "
-            "with; layer.packed.dequantize() makes a tensor of it, and quantize_model's skip leaves a layer plain"
+            f"weight: expected a tensor to compute with, got a {self._description()}, which only "
+            "its layer multiplies with; layer.packed.dequantize() makes a tensor of it, and "
+            "quantize_model's skip leaves a layer plain"
         )
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise ValueError(self._sentence())
+        raise ValueError(self._message())
 
     def __getattr__(self, name: str) -> NoReturn:
-        # Copying and pickling ask for methods that no tensor has, of an object without attributes
-        # yet.
-        what = name if name.startswith("__") else f"{name}: {self._sentence()}"
-        raise AttributeError(what)
+        # copy and pickle ask for methods that no tensor has, before the object has attributes
+        raise AttributeError(name if name.startswith("__") else f"{name}: {self._message()}")
 
     @classmethod
     def __torch_function__(

@@ -1,21 +1,13 @@
-"""grouped_matmul and fused_moe: the operators of mixtures of experts (experts.py) and their
-reference.
+"""grouped_matmul and fused_moe: the operators of mixtures of experts, and their reference.
 
-A *slot* is a pair (token, choice). A grouped kernel of the registry (backends/registry.py) has
-
-    run(x, experts, ids, weights, bias, problem)       x (T, K), or (T, top_k, K) with a row a slot; ids (T, top_k)
-                                                       -> y (T, top_k, N) in x's dtype
-    fused(x, gate_up, down, weights, ids, activation, problems)        -> y (T, N of down) in x's dtype
-    layer(activation, problems)                        a `fused` for one layer, which finds out once what its
-                                                       calls have in common: (x, gate_up, down,
-                                                       weights, ids) -> y
+weights/experts.py has the experts. A *slot* is a pair (token, choice of an expert). `ExpertsKernel`
+(backends/registry.py) says how a kernel for experts is called.
 """
 
 from __future__ import annotations
 
 import warnings
-from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,132 +17,21 @@ from ..backends.problem import Problem, problem_of, resolve_batch_invariant
 from ..backends.reference import reference
 from ..formats.base import accumulate_dtype
 from ..weights.experts import PackedExperts, parsed
-from .matmul import X_DTYPES, bound, keep_bound, kept
+from . import operator_plans
+from .matmul import X_DTYPES
 
 _LIB = torch.library.Library("qkernels", "FRAGMENT")
 _LIB.define(
-    "grouped_matmul(Tensor x, Tensor[] storage, Tensor ids, Tensor? weights, Tensor? bias, str spec, "
-    "str backend, bool batch_invariant) -> Tensor"
+    "grouped_matmul(Tensor x, Tensor[] storage, Tensor ids, Tensor? weights, Tensor? bias, "
+    "str spec, str backend, bool batch_invariant) -> Tensor"
 )
 _LIB.define(
-    "fused_moe(Tensor x, Tensor[] gate_up, Tensor[] down, Tensor weights, Tensor ids, str gate_up_spec, "
-    "str down_spec, str activation, str backend, bool batch_invariant) -> Tensor"
+    "fused_moe(Tensor x, Tensor[] gate_up, Tensor[] down, Tensor weights, Tensor ids, "
+    "str gate_up_spec, str down_spec, str activation, str backend, bool batch_invariant) -> Tensor"
 )
 
-#: what `fused_moe` can do to the gate
+#: the activations that `fused_moe` can apply to the gate
 ACTIVATIONS = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu}
-
-
-@lru_cache(maxsize=4096)
-def _kernel(
-    spec: str,
-    slots: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    backend: str,
-    batch_invariant: bool,
-) -> tuple[registry.Kernel, Problem]:
-    problem = problem_of(
-        PackedExperts._restored(spec, (), 0), slots, dtype, device, batch_invariant
-    )
-    kernel = registry.select(problem, backend)
-    if backend == "auto" and device.type == "cuda" and kernel.backend == "reference":
-        why = "; ".join(f"{n}: {w}" for n, w in registry.choose(problem, "auto")[1])
-        warnings.warn(
-            f"qkernels: experts of {problem.format} {problem.shape} run unfused on the GPU, which also waits "
-            f"for the host (each expert dequantized at each call): {why}",
-            stacklevel=2,
-        )
-    return kernel, problem
-
-
-def _chosen(
-    x: Tensor, ids: Tensor, experts: PackedExperts, spec: str, backend: str, batch_invariant: bool
-) -> tuple[registry.Kernel, Problem]:
-    """The kernel for these operands; `experts` are moved to its layout if they are not there yet."""
-    backend = registry.resolve_backend(backend)
-    kernel, problem = _kernel(spec, ids.numel(), x.dtype, x.device, backend, batch_invariant)
-    if kernel.layout not in (registry.ANY_LAYOUT, experts.layout):
-        # Only a traced call gets here: eager ones prepack the experts themselves, once.
-        warnings.warn(
-            f"qkernels: {experts!r} are repacked at every call; call .prepack() before compiling",
-            stacklevel=2,
-        )
-        experts.prepack(kernel.layout)
-    return kernel, problem
-
-
-def _grouped_impl(
-    x: Tensor, storage: list[Tensor], ids: Tensor, weights: Tensor | None, bias: Tensor | None, spec: str,
-    backend: str, batch_invariant: bool,
-) -> Tensor:  # fmt: skip
-    experts = PackedExperts._restored(spec, storage, 0)
-    if ids.numel() == 0:
-        return x.new_empty(*ids.shape, experts.shape[0])
-    kernel, problem = _chosen(x, ids, experts, spec, backend, batch_invariant)
-    weights = None if weights is None else weights.contiguous()
-    return kernel.run(x.contiguous(), experts, ids.contiguous(), weights, bias, problem)
-
-
-def _grouped_fake(
-    x: Tensor, storage: list[Tensor], ids: Tensor, weights: Tensor | None, bias: Tensor | None, spec: str,
-    backend: str, batch_invariant: bool,
-) -> Tensor:  # fmt: skip
-    return x.new_empty(*ids.shape, parsed(spec)["shape"][0])
-
-
-def _fused_impl(
-    x: Tensor, gate_up: list[Tensor], down: list[Tensor], weights: Tensor, ids: Tensor, gate_up_spec: str,
-    down_spec: str, activation: str, backend: str, batch_invariant: bool,
-) -> Tensor:  # fmt: skip
-    x, weights, ids = x.contiguous(), weights.contiguous(), ids.contiguous()
-    key = (
-        gate_up_spec, down_spec, activation, x.shape, x.dtype, x.device, weights.dtype, ids.shape, ids.dtype,
-        registry.resolve_backend(backend), batch_invariant, *[t.data_ptr() for t in (*gate_up, *down)],
-    )  # fmt: skip
-    known = bound(key, [*gate_up, *down])
-    if known is not None and (y := known.replay(x, weights, ids)) is not None:
-        found: Tensor = y
-        return found
-    first = PackedExperts._restored(gate_up_spec, gate_up, 0)
-    second = PackedExperts._restored(down_spec, down, 0)
-    if ids.numel() == 0:
-        return x.new_zeros(x.shape[0], second.shape[0])
-    kernel, problem = _chosen(x, ids, first, gate_up_spec, backend, batch_invariant)
-    other, down_problem = _chosen(x, ids, second, down_spec, backend, batch_invariant)
-    if kernel.fused is not None and kernel.fused is other.fused:
-        problems = (problem, down_problem)
-        if kernel.layer is None or not (
-            kept(first.storage, gate_up) and kept(second.storage, down)
-        ):
-            return kernel.fused(x, first, second, weights, ids, activation, problems)
-        layer = known or kernel.layer(activation, problems)
-        keep_bound(key, gate_up[0], layer)
-        result: Tensor = layer(x, first, second, weights, ids)
-        return result
-    h = kernel.run(x, first, ids, None, None, problem)
-    dtype = accumulate_dtype(x.dtype)
-    gate, up = h.to(dtype).chunk(2, -1)
-    h = (ACTIVATIONS[activation](gate) * up).to(x.dtype)
-    h = other.run(h.contiguous(), second, ids, None, None, down_problem)
-    total = torch.zeros(x.shape[0], second.shape[0], dtype=dtype, device=x.device)
-    for choice in range(ids.shape[1]):  # in order, whatever the number of tokens
-        total += h[:, choice].to(dtype) * weights[:, choice, None].to(dtype)
-    return total.to(x.dtype)
-
-
-def _fused_fake(
-    x: Tensor, gate_up: list[Tensor], down: list[Tensor], weights: Tensor, ids: Tensor, gate_up_spec: str,
-    down_spec: str, activation: str, backend: str, batch_invariant: bool,
-) -> Tensor:  # fmt: skip
-    return x.new_empty(x.shape[0], parsed(down_spec)["shape"][0])
-
-
-for _device in ("CPU", "CUDA"):
-    _LIB.impl("grouped_matmul", _grouped_impl, _device)
-    _LIB.impl("fused_moe", _fused_impl, _device)
-torch.library.register_fake("qkernels::grouped_matmul", _grouped_fake, lib=_LIB)
-torch.library.register_fake("qkernels::fused_moe", _fused_fake, lib=_LIB)
 
 
 # ---------------------------------------------------------------------- public functions
@@ -166,21 +47,22 @@ def grouped_matmul(
     """y[t, j] = weights[t, j] * (x[t] @ W[expert_ids[t, j]]^T + bias[expert_ids[t, j]]).
 
     Args:
-        x: (T, K), or (T, top_k, K) where each slot has a row of its own; float16, bfloat16, float32
-        or float64, on
-            the experts' device. T may be 0.
+        x: (T, K), or (T, top_k, K) with a row for each slot; float16, bfloat16, float32 or float64,
+            on the experts' device. T may be 0.
         experts: E weights (N, K). A fused backend moves them, once and in place, to its kernel
-        layout. expert_ids: int32 or int64 (T, top_k). Those outside of 0..E-1 are experts of
-        another process: zeros. weights: (T, top_k), any float dtype; multiplied before the result
-        is rounded to x's dtype. bias: (E, N), any float dtype. backend, batch_invariant: as in
-        `qkernels.matmul`. A row's result depends in batch-invariant mode
-            neither on the other tokens nor on where they are sent.
+            layout.
+        expert_ids: int32 or int64 (T, top_k). An id outside of 0..E-1 is an expert of another
+            process: its row of y is zeros.
+        weights: (T, top_k), any float dtype; multiplied before the result is rounded to x's dtype.
+        bias: (E, N), any float dtype.
+        backend, batch_invariant: as in `qkernels.matmul`. In batch-invariant mode a row's result
+            depends neither on the other tokens nor on their experts.
 
     Returns:
         (T, top_k, N) in x's dtype. Not differentiable: experts are for inference.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came, or why `backend` cannot.
+        ValueError: naming the argument, what was expected and what came; or why `backend` cannot.
     """
     invariant = resolve_batch_invariant(batch_invariant)
     _check_experts("experts", experts)
@@ -190,17 +72,11 @@ def grouped_matmul(
     _check_floats("bias", bias, (experts.count, experts.shape[0]), "(E, N)", experts.device)
     _prepack_for(experts, x, expert_ids, backend, invariant)
     snapshot = experts.snapshot
-    found: Tensor = torch.ops.qkernels.grouped_matmul(
-        x,
-        list(snapshot.storage.values()),
-        expert_ids,
-        weights,
-        bias,
-        snapshot.spec,
-        backend,
-        invariant,
+    storage = list(snapshot.storage.values())
+    y: Tensor = torch.ops.qkernels.grouped_matmul(
+        x, storage, expert_ids, weights, bias, snapshot.spec, backend, invariant
     )
-    return found
+    return y
 
 
 def fused_moe(
@@ -213,35 +89,39 @@ def fused_moe(
     backend: str = "auto",
     batch_invariant: bool | None = None,
 ) -> Tensor:
-    """A layer of experts: y[t] = sum over j of topk_weights[t, j] * down(act(gate(x[t])) *
-    up(x[t])), each of expert topk_ids[t, j].
+    """A layer of experts: a weighted sum of the outputs of each token's experts.
+
+    y[t] = sum over j of topk_weights[t, j] * down(act(gate(x[t])) * up(x[t])), with gate, up and
+    down of expert topk_ids[t, j].
 
     Args:
-        x: (T, K). gate_up: experts (2 * I, K), rows of the gate first. down: experts (N, I).
-        topk_weights: (T, top_k), any float dtype. topk_ids: int32 or int64 (T, top_k); those
-        outside of 0..E-1
-            add nothing, so that processes with an expert or more each add up their results.
+        x: (T, K).
+        gate_up: experts (2 * I, K), rows of the gate first.
+        down: experts (N, I).
+        topk_weights: (T, top_k), any float dtype.
+        topk_ids: int32 or int64 (T, top_k). An id outside of 0..E-1 adds nothing, so that processes
+            which hold some of the experts each can add up their results.
         activation: "silu" or "gelu" (the exact one).
         backend, batch_invariant: as in `grouped_matmul`.
 
     Returns:
-        (T, N) in x's dtype; what comes out of gate_up, the activation and down is rounded to it in
-        between.
+        (T, N) in x's dtype. The outputs of gate_up, the activation and down are rounded to it, too.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came, or why `backend` cannot.
+        ValueError: naming the argument, what was expected and what came; or why `backend` cannot.
     """
     invariant = resolve_batch_invariant(batch_invariant)
     _check_experts("gate_up", gate_up)
     _check_experts("down", down)
     if gate_up.shape[0] != 2 * down.shape[1]:
         raise ValueError(
-            f"gate_up: expected {2 * down.shape[1]} rows, twice the features that down takes, got {gate_up.shape[0]}"
+            f"gate_up: expected {2 * down.shape[1]} rows, twice the features that down takes, "
+            f"got {gate_up.shape[0]}"
         )
-    for what in ("count", "device"):
-        want, got = getattr(gate_up, what), getattr(down, what)
+    for name in ("count", "device"):
+        want, got = getattr(gate_up, name), getattr(down, name)
         if want != got:
-            raise ValueError(f"down: expected {what} {want}, that of gate_up, got {got}")
+            raise ValueError(f"down: expected {name} {want}, that of gate_up, got {got}")
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"activation: expected one of {', '.join(ACTIVATIONS)}; got {activation!r}"
@@ -253,11 +133,11 @@ def fused_moe(
     _prepack_for(gate_up, x, topk_ids, backend, invariant)
     _prepack_for(down, x, topk_ids, backend, invariant)
     first, second = gate_up.snapshot, down.snapshot
-    found: Tensor = torch.ops.qkernels.fused_moe(
-        x, list(first.storage.values()), list(second.storage.values()), topk_weights, topk_ids, first.spec,
-        second.spec, activation, backend, invariant,
+    y: Tensor = torch.ops.qkernels.fused_moe(
+        x, list(first.storage.values()), list(second.storage.values()), topk_weights, topk_ids,
+        first.spec, second.spec, activation, backend, invariant,
     )  # fmt: skip
-    return found
+    return y
 
 
 def _prepack_for(
@@ -267,9 +147,174 @@ def _prepack_for(
     if torch.compiler.is_compiling():
         return
     backend = registry.resolve_backend(backend)
-    kernel, _ = _kernel(experts.spec, ids.numel(), x.dtype, x.device, backend, batch_invariant)
+    key = (ids.numel(), x.dtype, x.device, backend, batch_invariant)
+    if key in experts.plans:
+        return
+    problem = problem_of(experts, ids.numel(), x.dtype, x.device, batch_invariant)
+    kernel = registry.select_experts(problem, backend)
     if kernel.layout not in (registry.ANY_LAYOUT, experts.layout):
         experts.prepack(kernel.layout)
+    operator_plans.add(experts.plans, key, kernel.layout)
+
+
+# ---------------------------------------------------------------------- operators
+class _Selection(NamedTuple):
+    """The kernel of a product of experts."""
+
+    kernel: registry.ExpertsKernel
+    problem: Problem
+
+
+class _LayerPlan(NamedTuple):
+    """The kernels of a layer; bound: the first one's `bind_layer`, None if it has none."""
+
+    gate_up: _Selection
+    down: _Selection
+    bound: registry.BoundLayer | None
+
+
+def _selected(
+    x: Tensor, ids: Tensor, experts: PackedExperts, backend: str, batch_invariant: bool
+) -> _Selection:
+    """The kernel for these operands; moves `experts` to its layout if they are in another one."""
+    problem = problem_of(experts, ids.numel(), x.dtype, x.device, batch_invariant)
+    kernel = registry.select_experts(problem, backend)
+    if backend == "auto" and problem.device == "cuda" and kernel.backend == "reference":
+        why = "; ".join(f"{n}: {w}" for n, w in registry.choose(problem, "auto")[1])
+        warnings.warn(
+            f"qkernels: experts of {problem.format} {problem.shape} run unfused on the GPU, "
+            f"which also waits for the host (each expert dequantized at each call): {why}",
+            stacklevel=2,
+        )
+    if kernel.layout not in (registry.ANY_LAYOUT, experts.layout):
+        # Only a traced call gets here: an eager call prepacks the experts itself, once.
+        warnings.warn(
+            f"qkernels: {experts!r} are repacked at every call; call .prepack() before compiling",
+            stacklevel=2,
+        )
+        experts.prepack(kernel.layout)
+    return _Selection(kernel, problem)
+
+
+def _grouped_impl(
+    x: Tensor, storage: list[Tensor], ids: Tensor, weights: Tensor | None, bias: Tensor | None,
+    spec: str, backend: str, batch_invariant: bool,
+) -> Tensor:  # fmt: skip
+    experts = PackedExperts._restored(spec, storage, 0)
+    if ids.numel() == 0:
+        return x.new_empty(*ids.shape, experts.shape[0])
+    backend = registry.resolve_backend(backend)
+    key = (spec, ids.numel(), x.dtype, x.device, backend, batch_invariant)
+    plan: _Selection | None = operator_plans.find(storage, key)
+    if plan is None:
+        plan = _selected(x, ids, experts, backend, batch_invariant)
+        if operator_plans.holds(experts.storage, storage):
+            operator_plans.remember(storage, key, plan)
+    weights = None if weights is None else weights.contiguous()
+    return plan.kernel.run(x.contiguous(), experts, ids.contiguous(), weights, bias, plan.problem)
+
+
+def _grouped_fake(
+    x: Tensor, storage: list[Tensor], ids: Tensor, weights: Tensor | None, bias: Tensor | None,
+    spec: str, backend: str, batch_invariant: bool,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(*ids.shape, parsed(spec)["shape"][0])
+
+
+def _fused_impl(
+    x: Tensor, gate_up: list[Tensor], down: list[Tensor], weights: Tensor, ids: Tensor,
+    gate_up_spec: str, down_spec: str, activation: str, backend: str, batch_invariant: bool,
+) -> Tensor:  # fmt: skip
+    x, weights, ids = x.contiguous(), weights.contiguous(), ids.contiguous()
+    storage, backend = [*gate_up, *down], registry.resolve_backend(backend)
+    key = (
+        gate_up_spec, down_spec, activation, x.shape, x.dtype, x.device, weights.dtype, ids.shape,
+        ids.dtype, backend, batch_invariant,
+    )  # fmt: skip
+    plan: _LayerPlan | None = operator_plans.find(storage, key)
+    if plan is not None and plan.bound is not None:
+        y = plan.bound.replay(x, weights, ids)
+        if y is not None:
+            return y
+    first = PackedExperts._restored(gate_up_spec, gate_up, 0)
+    second = PackedExperts._restored(down_spec, down, 0)
+    if ids.numel() == 0:
+        return x.new_zeros(x.shape[0], second.shape[0])
+    if plan is None:
+        plan = _LayerPlan(
+            _selected(x, ids, first, backend, batch_invariant),
+            _selected(x, ids, second, backend, batch_invariant),
+            None,
+        )
+        if operator_plans.holds(first.storage, gate_up) and operator_plans.holds(
+            second.storage, down
+        ):
+            plan = plan._replace(bound=_bound_layer(plan, activation))
+            operator_plans.remember(storage, key, plan)
+    if plan.bound is not None:
+        return plan.bound(x, first, second, weights, ids)
+    return _run_layer(x, first, second, weights, ids, activation, plan)
+
+
+def _one_kernel(plan: _LayerPlan) -> bool:
+    """Whether one kernel runs the whole layer."""
+    run_layer = plan.gate_up.kernel.run_layer
+    return run_layer is not None and run_layer is plan.down.kernel.run_layer
+
+
+def _bound_layer(plan: _LayerPlan, activation: str) -> registry.BoundLayer | None:
+    """`bind_layer` of the kernel that runs the whole layer; None if there is none."""
+    bind = plan.gate_up.kernel.bind_layer if _one_kernel(plan) else None
+    return None if bind is None else bind(activation, (plan.gate_up.problem, plan.down.problem))
+
+
+def _run_layer(
+    x: Tensor,
+    gate_up: PackedExperts,
+    down: PackedExperts,
+    weights: Tensor,
+    ids: Tensor,
+    activation: str,
+    plan: _LayerPlan,
+) -> Tensor:
+    """A layer by one kernel, or by two products and plain torch between and after them."""
+    (kernel, problem), (down_kernel, down_problem), _ = plan
+    if _one_kernel(plan):
+        assert kernel.run_layer is not None
+        problems = (problem, down_problem)
+        return kernel.run_layer(x, gate_up, down, weights, ids, activation, problems)
+    h = kernel.run(x, gate_up, ids, None, None, problem)
+    dtype = accumulate_dtype(x.dtype)
+    gate, up = h.to(dtype).chunk(2, -1)
+    h = (ACTIVATIONS[activation](gate) * up).to(x.dtype)
+    h = down_kernel.run(h.contiguous(), down, ids, None, None, down_problem)
+    return weighted_sum(h, weights, dtype).to(x.dtype)
+
+
+def weighted_sum(y: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over a token's experts of weight * output, in `dtype`.
+
+    y is (T, top_k, N), weights (T, top_k) and the result (T, N). The order of the sum does not
+    depend on the number of tokens.
+    """
+    total = torch.zeros(y.shape[0], y.shape[2], dtype=dtype, device=y.device)
+    for choice in range(y.shape[1]):
+        total += y[:, choice].to(dtype) * weights[:, choice, None].to(dtype)
+    return total
+
+
+def _fused_fake(
+    x: Tensor, gate_up: list[Tensor], down: list[Tensor], weights: Tensor, ids: Tensor,
+    gate_up_spec: str, down_spec: str, activation: str, backend: str, batch_invariant: bool,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], parsed(down_spec)["shape"][0])
+
+
+for _device in ("CPU", "CUDA"):
+    _LIB.impl("grouped_matmul", _grouped_impl, _device)
+    _LIB.impl("fused_moe", _fused_impl, _device)
+torch.library.register_fake("qkernels::grouped_matmul", _grouped_fake, lib=_LIB)
+torch.library.register_fake("qkernels::fused_moe", _fused_fake, lib=_LIB)
 
 
 # ---------------------------------------------------------------------- operand checks
@@ -281,7 +326,10 @@ def _check_experts(where: str, experts: Any) -> None:
 def _check_slots(
     x: Any, experts: PackedExperts, ids: Any, where: str, dims: tuple[int, ...]
 ) -> None:
-    """ValueError unless x and the expert ids fit each other and the experts."""
+    """ValueError unless x and the ids (called `where`) fit each other and the experts.
+
+    dims: the numbers of dimensions that x may have, 2 or 3.
+    """
     k, device = experts.shape[1], experts.device
     if not isinstance(x, Tensor) or x.dtype not in X_DTYPES:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
@@ -291,12 +339,12 @@ def _check_slots(
         raise ValueError(
             f"{where}: expected an int32 or int64 tensor of shape (T, top_k), got {got}"
         )
-    wanted = {2: (ids.shape[0], k), 3: (*ids.shape, k)}
-    if x.dim() not in dims or tuple(x.shape) != wanted[x.dim()]:
-        shapes = " or ".join(str(tuple(wanted[d])) for d in dims)
+    shapes = {2: (ids.shape[0], k), 3: (*ids.shape, k)}
+    if x.dim() not in dims or tuple(x.shape) != shapes[x.dim()]:
+        allowed = " or ".join(str(tuple(shapes[d])) for d in dims)
         raise ValueError(
-            f"x: expected shape {shapes} for {where} {tuple(ids.shape)} and experts {experts.shape}, "
-            f"got {tuple(x.shape)}"
+            f"x: expected shape {allowed} for {where} {tuple(ids.shape)} "
+            f"and experts {experts.shape}, got {tuple(x.shape)}"
         )
     for name, tensor in (("x", x), (where, ids)):
         if tensor.device != device:
@@ -306,6 +354,7 @@ def _check_slots(
 def _check_floats(
     where: str, tensor: Any, shape: tuple[int, ...], meaning: str, device: torch.device
 ) -> None:
+    """ValueError unless `tensor` is None or floating, of `shape` (in words: `meaning`)."""
     if tensor is None:
         return
     if (
@@ -334,7 +383,7 @@ def _run_reference(
     bias: Tensor | None,
     problem: Problem,
 ) -> Tensor:
-    """Expert after expert: the rows sent to it, by the format's own reference."""
+    """`ExpertsKernel.run`: expert after expert, its rows by the format's own reference."""
     dtype = accumulate_dtype(x.dtype)
     n, k = experts.shape
     rows = x.reshape(-1, k)
@@ -344,8 +393,8 @@ def _run_reference(
     for e in range(experts.count):
         slots = (flat == e).nonzero()[:, 0]
         if slots.numel():
-            found = reference(rows[slots // per_row], experts.expert(e), problem.batch_invariant)
-            y[slots] = found if bias is None else found + bias[e].to(dtype)
+            part = reference(rows[slots // per_row], experts.expert(e), problem.batch_invariant)
+            y[slots] = part if bias is None else part + bias[e].to(dtype)
     if weights is not None:
         here = ((flat >= 0) & (flat < experts.count))[:, None]
         y = torch.where(here, y * weights.reshape(-1, 1).to(dtype), 0)
@@ -353,13 +402,12 @@ def _run_reference(
 
 
 registry.register(
-    registry.Kernel(
+    registry.ExpertsKernel(
         "reference.experts",
         "reference",
         registry.ANY_LAYOUT,
         lambda: None,
         lambda problem: None,
         _run_reference,
-        grouped=True,
     )
 )

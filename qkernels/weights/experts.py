@@ -1,12 +1,11 @@
-"""Mixtures of experts: E quantized weights of one shape, and products in which each row goes to
-some of them.
+"""PackedExperts: E quantized weights of one shape, for mixtures of experts.
 
-    experts = qk.quantize_experts(weight, "awq", group_size=128)        weight (E, N, K)
-    y = qk.grouped_matmul(x, experts, topk_ids)                         (T, K) -> (T, top_k, N)
-    y = qk.fused_moe(x, gate_up, down, topk_weights, topk_ids)          a whole layer, (T, K) -> (T, hidden)
+    experts = qk.quantize_experts(weight, "awq", group_size=128)  weight (E, N, K)
+    y = qk.grouped_matmul(x, experts, topk_ids)                   (T, K) -> (T, top_k, N)
+    y = qk.fused_moe(x, gate_up, down, topk_weights, topk_ids)    a whole layer, (T, K) -> (T, N)
 
-An expert id outside of 0..E-1, -1 say, means "not here": an expert of another process (expert
-parallelism). Its row of y is zeros, so that the processes' results add up.
+An expert id outside of 0..E-1, for example -1, means "not here": an expert of another process
+(expert parallelism). Its row of y is zeros, so that the processes' results add up.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from .packed import PackedWeight, Prepackable, quantize
 
 @lru_cache(maxsize=4096)
 def parsed(spec: str) -> dict[str, Any]:
-    """What `PackedExperts.spec` says. Not to be changed."""
-    found: dict[str, Any] = json.loads(spec)
-    return found
+    """`PackedExperts.spec` as a dict. Callers share it, so it must not be changed."""
+    fields: dict[str, Any] = json.loads(spec)
+    return fields
 
 
 class Snapshot(NamedTuple):
-    """A stack's layout, tensors, their lengths and spec: they only ever change together."""
+    """A stack's layout, tensors, lengths and spec, which only ever change together."""
 
     layout: str
     storage: dict[str, Tensor]
@@ -41,16 +40,19 @@ class Snapshot(NamedTuple):
 
 
 class PackedExperts(Prepackable):
-    """E quantized weights of one format, shape (N, K) and parameters, stacked once. Threads may
-    share them.
+    """E quantized weights of one format, shape (N, K) and parameters, stacked once.
+
+    Threads may share them.
 
     Attributes:
-        format, shape, params, layout: those of each expert, as in PackedWeight; shape is (N, K).
-        count: E. storage: name -> the experts' tensors in `layout`, stacked to (E, ...). Those
-        whose length differs from
-            expert to expert lie one after another instead, and `sizes` has name -> lengths.
-        spec: everything but the tensors, as JSON. snapshot: the four above in one look, for readers
-        that need several while another thread prepacks.
+        format, shape, params, layout: of each expert, as in PackedWeight; shape is (N, K).
+        count: E.
+        storage: name -> the experts' tensors in `layout`, stacked to (E, ...). Tensors whose length
+            differs from expert to expert are concatenated instead.
+        sizes: name -> lengths of the concatenated tensors.
+        spec: everything but the tensors, as JSON.
+        snapshot: layout, storage, sizes and spec together, for readers that need several while
+            another thread prepacks.
 
     Raises ValueError, naming the expert, if the experts do not agree.
     """
@@ -64,11 +66,11 @@ class PackedExperts(Prepackable):
         for e, p in enumerate(experts):
             if not isinstance(p, PackedWeight):
                 raise ValueError(f"experts[{e}]: expected a PackedWeight, got {type(p).__name__}")
-            for what in ("format", "shape", "params", "device"):
-                want, got = getattr(experts[0], what), getattr(p, what)
+            for name in ("format", "shape", "params", "device"):
+                want, got = getattr(experts[0], name), getattr(p, name)
                 if got != want:
                     raise ValueError(
-                        f"experts[{e}]: expected {what} {want}, that of experts[0], got {got}"
+                        f"experts[{e}]: expected {name} {want}, that of experts[0], got {got}"
                     )
         first = experts[0]
         self._nbytes = sum(p.nbytes for p in experts)
@@ -130,20 +132,21 @@ class PackedExperts(Prepackable):
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """ "{expert}.{name}" -> the checkpoint's tensors, bit for bit. From a kernel layout they are
-        rebuilt.
+        """Name "{expert}.{tensor}" -> the checkpoint's tensors, bit for bit.
+
+        From a kernel layout they are rebuilt at every access.
         """
         return {f"{e}.{k}": t for e in range(self.count) for k, t in self.expert(e).tensors.items()}
 
     def expert(self, e: int) -> PackedWeight:
-        """Expert e, 0..E-1, as a weight of its own whose tensors are views of the stacked ones."""
+        """Expert e, 0..E-1, as a PackedWeight whose tensors are views of the stacked ones."""
         if not 0 <= e < self.count:
             raise ValueError(f"expert: expected 0..{self.count - 1}, got {e}")
-        part, snapshot = {}, self.snapshot
+        tensors, snapshot = {}, self.snapshot
         for name, tensor in snapshot.storage.items():
             lengths = snapshot.sizes.get(name)
-            part[name] = tensor[e] if lengths is None else tensor.split(lengths)[e]
-        return PackedWeight(self.format, self.shape, part, self.params, snapshot.layout)
+            tensors[name] = tensor[e] if lengths is None else tensor.split(lengths)[e]
+        return PackedWeight(self.format, self.shape, tensors, self.params, snapshot.layout)
 
     def __len__(self) -> int:
         return self.count
@@ -158,14 +161,14 @@ class PackedExperts(Prepackable):
         return self._restored(snapshot.spec, moved, self.nbytes)
 
     def prepack(self, layout: str | None = None) -> PackedExperts:
-        """Move the bytes to a kernel layout (the format's own), in place, freeing the checkpoint's.
-        Returns self.
+        """Move the bytes to a kernel layout, in place, freeing the checkpoint's. Returns self.
+
+        layout: defaults to the format's kernel layout.
 
         Raises ValueError if the format has no kernel layout, or if a tensor that kernels read is
         not of the same size in all experts, as with the groups of irregular act-order.
         """
-        own = formats.get(self.format).kernel_layout(self.params)
-        layout = layout or own
+        layout = layout or formats.get(self.format).kernel_layout(self.params)
         if layout is None:
             raise ValueError(
                 f"experts: {self.format} has no kernel layout: its only backend is 'reference'"
@@ -181,8 +184,8 @@ class PackedExperts(Prepackable):
         for name in sizes:
             if not name.startswith("extra."):
                 raise ValueError(
-                    f"experts: {name}: expected one size in all experts for fused kernels, got {sizes[name]}; "
-                    "backend='reference' takes such experts"
+                    f"experts: {name}: expected one size in all experts for fused kernels, "
+                    f"got {sizes[name]}; backend='reference' takes such experts"
                 )
         return self._snapshot(layout, storage, sizes)
 
@@ -196,12 +199,14 @@ class PackedExperts(Prepackable):
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{k}={v!r}" for k, v in self.params.items())
-        return f"PackedExperts({self.count} x {self.format!r}, shape={self.shape}, {shown}, device={str(self.device)!r})"
+        return (
+            f"PackedExperts({self.count} x {self.format!r}, shape={self.shape}, {shown}, "
+            f"device={str(self.device)!r})"
+        )
 
 
 def quantize_experts(weight: Tensor, format: str, **params: Any) -> PackedExperts:
-    """Quantize `weight` (E, N, K), any float dtype, to `format` by round-to-nearest, expert by
-    expert.
+    """Quantize `weight` (E, N, K), any float dtype, expert by expert, by round-to-nearest.
 
     Raises ValueError as `qkernels.quantize` does, and for a weight that is not (E, N, K).
     """
@@ -217,11 +222,11 @@ def quantize_experts(weight: Tensor, format: str, **params: Any) -> PackedExpert
 def _stack(
     experts: Iterator[Mapping[str, Tensor]] | Any, count: int
 ) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-    """Tensors of each expert -> (stacked or, where lengths differ, concatenated tensors; those
-    lengths).
+    """Stack the experts' tensors; concatenate those whose length differs from expert to expert.
 
-    Takes one expert after another, so that no two copies of all of them exist beside what they come
-    from.
+    Returns (name -> stacked or concatenated tensor, name -> lengths of the concatenated ones).
+    Takes one expert after another, so that at most one copy of all of them exists beside their
+    source.
     """
     stacked: dict[str, Tensor] = {}
     ragged: dict[str, list[Tensor]] = {}
@@ -238,8 +243,8 @@ def _stack(
             like = ragged[name][0] if name in ragged else stacked[name][0]
             if tensor.dtype != like.dtype or tensor.shape[1:] != like.shape[1:]:
                 raise ValueError(
-                    f"experts[{e}]: {name}: expected {like.dtype} {tuple(like.shape)}, that of experts[0], "
-                    f"got {tensor.dtype} {tuple(tensor.shape)}"
+                    f"experts[{e}]: {name}: expected {like.dtype} {tuple(like.shape)}, "
+                    f"that of experts[0], got {tensor.dtype} {tuple(tensor.shape)}"
                 )
             if name not in ragged and tensor.shape != like.shape:
                 ragged[name] = [stacked[name][i] for i in range(e)]

@@ -15,24 +15,28 @@ from ..tensors import plain, whole
 
 
 class Snapshot(NamedTuple):
-    """The layout a weight's bytes are in, and the tensors that hold them: they only ever change
-    together.
-    """
+    """A weight's layout and the tensors in that layout, which only ever change together."""
 
     layout: str
     storage: dict[str, Tensor]
 
 
 class Prepackable:
-    """What keeps a layout and its tensors in one `snapshot`, which is replaced whole. Threads may
-    share it.
+    """Base of packed weights: the layout and its tensors are one `snapshot`, replaced as a whole.
+
+    Threads may share it.
+
+    Attributes:
+        snapshot: a named tuple with at least `layout` and `storage`.
+        plans: results of first calls that later calls reuse; for qkernels.ops and the backends.
     """
 
-    __slots__ = ("_lock", "snapshot")
+    __slots__ = ("_lock", "plans", "snapshot")
     snapshot: Any
 
     def __init__(self, snapshot: Any) -> None:
         self.snapshot = snapshot
+        self.plans: dict[Any, Any] = {}
         self._lock = threading.Lock()
 
     @property
@@ -48,8 +52,9 @@ class Prepackable:
         return next(iter(self.storage.values())).device
 
     def _move(self, layout: str) -> bool:
-        """Replace the snapshot by `_packed(layout)`; whether this call did. Of several threads the
-        others wait.
+        """Replace the snapshot by `_packed(layout)`. Returns whether this call did.
+
+        Of several threads one does it, and the others wait.
         """
         if layout == self.layout:
             return False
@@ -57,9 +62,11 @@ class Prepackable:
             if layout == self.layout:
                 return False
             self.snapshot = self._packed(layout)
+            self.plans.clear()
             return True
 
     def _packed(self, layout: str) -> Any:
+        """The snapshot in another layout."""
         raise NotImplementedError
 
 
@@ -70,18 +77,18 @@ class PackedWeight(Prepackable):
         format: name of the storage format, one of `qkernels.formats.names()`.
         shape: (N, K), output and input features.
         params: the format's parameters, defaults filled in.
-        layout: "checkpoint", or the kernel layout the bytes are held in now. There is only ever one
+        layout: "checkpoint", or the kernel layout that the bytes are in now. There is only ever one
             copy: `prepack_` moves the bytes to a kernel layout and `tensors` restores them.
-        storage: the tensors held now, in `layout`, each contiguous: a strided one is copied.
-        snapshot: layout and storage in one look, for readers that need both while another thread
-        prepacks.
+        storage: the tensors in `layout`, each contiguous: a strided one is copied.
+        snapshot: layout and storage together, for readers that need both while another thread
+            prepacks.
 
     Make one with `qkernels.quantize` or `qkernels.pack`, which validate.
     """
 
-    __slots__ = ("_nbytes", "format", "params", "plans", "shape")
+    __slots__ = ("_nbytes", "format", "params", "shape")
     snapshot: Snapshot
-    #: experts in it; see experts.PackedExperts
+    #: the number of experts, as `PackedExperts.count`: this is one matrix
     count: ClassVar[int] = 0
 
     def __init__(
@@ -101,21 +108,20 @@ class PackedWeight(Prepackable):
         }
         super().__init__(Snapshot(layout, storage))
         self._nbytes: int | None = None
-        #: what `qkernels.matmul` found out about operands it has seen; nobody else's business
-        self.plans: dict[Any, Any] = {}
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The checkpoint's tensors under the checkpoint's names, bit for bit.
 
-        Free in the checkpoint layout; from a kernel layout they are rebuilt on every access.
+        In the checkpoint layout this costs nothing; from a kernel layout they are rebuilt at every
+        access.
         """
         layout, storage = self.snapshot
         return layouts.unpack(formats.get(self.format), self.shape, self.params, storage, layout)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the checkpoint's tensors, everything counted (scales, zeros, tables, metadata)."""
+        """Bytes of all tensors of the checkpoint: codes, scales, zeros, tables, metadata."""
         if self._nbytes is None:
             self._nbytes = sum(t.numel() * t.element_size() for t in self.tensors.values())
         return self._nbytes
@@ -143,12 +149,11 @@ class PackedWeight(Prepackable):
 
     def prepack_(self, layout: str) -> PackedWeight:
         """Move the bytes to a kernel layout, in place, freeing the checkpoint's. Returns self."""
-        if self._move(layout):
-            self.plans.clear()
+        self._move(layout)
         return self
 
     def _packed(self, layout: str) -> Snapshot:
-        _ = self.nbytes  # counts the checkpoint's tensors, so take it before they go
+        _ = self.nbytes  # counts the checkpoint's tensors, so before they are gone
         return Snapshot(
             layout,
             layouts.pack(formats.get(self.format), self.shape, self.params, self.tensors, layout),
@@ -169,22 +174,24 @@ class PackedWeight(Prepackable):
 def quantize(weight: Tensor, format: str, **params: Any) -> PackedWeight:
     """Quantize `weight` (N, K), any float dtype, to `format` by round-to-nearest.
 
-    A group size that is not given is 128, or with a warning one that suits this K better. Raises
-    ValueError for an unknown format or parameter, a group size that does not fit, or a weight with
-    NaN or infinite entries. The result lies on the weight's device.
+    The default group size is 128, or with a warning another one that suits this K better. The
+    result is on the weight's device. Raises ValueError for an unknown format or parameter, a group
+    size that does not fit, or a weight with NaN or infinite entries.
     """
     fmt = formats.get(format)
     check_weight(f"{format}: weight", weight)
     if weight.is_meta:
         raise ValueError(
-            f"{format}: weight: expected data, got a tensor on the meta device; is the model offloaded?"
+            f"{format}: weight: expected data, got a tensor on the meta device; "
+            "is the model offloaded?"
         )
     shape = (weight.shape[0], weight.shape[1])
-    only = fmt.check_types({k: params.pop(k) for k in fmt.quantize_only if k in params})
+    only_now = {k: params.pop(k) for k in fmt.quantize_only if k in params}
+    only_now = fmt.check_types(only_now)  # parameters of the algorithm, which no weight keeps
     resolved = fmt.resolve(shape, fmt.complete({"the weight": shape}, params))
     with torch.no_grad():
         tensors = fmt.quantize(
-            weight.detach().float().contiguous(), {**resolved, **fmt.quantize_only, **only}
+            weight.detach().float().contiguous(), {**resolved, **fmt.quantize_only, **only_now}
         )
     resolved = fmt.resolve(shape, fmt.params_from_tensors(tensors, resolved))
     fmt.validate(tensors, shape, resolved)
@@ -196,8 +203,8 @@ def pack(
 ) -> PackedWeight:
     """Wrap a checkpoint's tensors (copied only if strided) as a weight of shape (N, K).
 
-    Raises ValueError, naming the tensor, what was expected and what came, on a wrong dtype or
-    shape, a missing or unknown tensor, a NaN scale or an index out of range.
+    Raises ValueError for a wrong dtype or shape, a missing or unknown tensor, a NaN scale or an
+    index out of range; it names the tensor, what was expected and what came.
     """
     fmt = formats.get(format)
     if not isinstance(tensors, Mapping):

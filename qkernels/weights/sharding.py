@@ -1,8 +1,8 @@
-"""Parts of a packed weight: some of its rows or columns, as a packed weight of its own.
+"""Cut packed weights by rows or columns, and join them again, without requantization.
 
-For tensor parallelism: a column-parallel layer holds a range of output features (rows of W), a
-row-parallel one a range of input features (columns of W). Nothing is requantized: a part's values
-are the whole's.
+For tensor parallelism: a column-parallel layer has a range of the output features (rows of W), a
+row-parallel layer a range of the input features (columns of W). A part has the same values as the
+whole weight.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ _WORDS = ("rows", "columns")
 
 
 def shard(p: PackedWeight, dim: int, index: int, count: int) -> PackedWeight:
-    """Part `index` of `count` equal parts of p (N, K): N / count rows (dim 0) or K / count columns
-    (dim 1).
+    """Part `index` of `count` equal parts of p (N, K).
 
-    Raises ValueError, naming the counts that work, if a part would cut a group, a block or a packed
-    word.
+    A part has N / count rows (dim 0) or K / count columns (dim 1). Raises ValueError, naming the
+    counts that work, if a part would cut a group, a block or a packed word.
     """
     if not 0 <= index < count:
         raise ValueError(f"index: expected 0 <= index < {count}, got {index}")
@@ -38,9 +37,7 @@ def shard(p: PackedWeight, dim: int, index: int, count: int) -> PackedWeight:
 def check_shard(
     format: str, shape: tuple[int, int], params: Mapping[str, Any], dim: int, count: int
 ) -> None:
-    """ValueError, naming the counts that work, if `shard` could not cut such a weight into `count`
-    parts.
-    """
+    """ValueError, naming the counts that work, if `shard` cannot cut `count` parts."""
     size = shape[dim]
     unit = formats.get(format).cuts(shape, dict(params))[dim]
     if size % (count * unit) and count > 1:
@@ -50,15 +47,16 @@ def check_shard(
             if c == 1 or size % (c * unit) == 0
         ]
         raise ValueError(
-            f"{format}: {_WORDS[dim]}: expected {size} to be a multiple of {count} parts times {unit}, so "
-            f"that no group, block or word is cut; counts that work: {', '.join(works)}"
+            f"{format}: {_WORDS[dim]}: expected {size} to be a multiple of {count} parts times "
+            f"{unit}, so that no group, block or word is cut; "
+            f"counts that work: {', '.join(works)}"
         )
 
 
 def check_cut(
     format: str, shape: tuple[int, int], params: Mapping[str, Any], dim: int, begin: int, end: int
 ) -> None:
-    """ValueError if `narrow` could not cut rows or columns begin..end-1 out of such a weight."""
+    """ValueError if `narrow` cannot cut rows or columns begin..end-1 out of the weight."""
     size = shape[dim]
     if dim not in (ROWS, COLUMNS) or not 0 <= begin < end <= size:
         raise ValueError(
@@ -69,13 +67,15 @@ def check_cut(
     unit = formats.get(format).cuts(shape, dict(params))[dim]
     if begin % unit or (end % unit and end != size):
         raise ValueError(
-            f"{format}: {_WORDS[dim]}: expected to be cut at multiples of {unit}, got {begin}..{end - 1} of {size}"
+            f"{format}: {_WORDS[dim]}: expected to be cut at multiples of {unit}, "
+            f"got {begin}..{end - 1} of {size}"
         )
 
 
 def narrow(p: PackedWeight, dim: int, begin: int, end: int) -> PackedWeight:
-    """Rows (dim 0) or columns (dim 1) begin..end-1 of p, as stored. ValueError if they cannot be
-    cut out.
+    """Rows (dim 0) or columns (dim 1) begin..end-1 of p, in the checkpoint layout.
+
+    ValueError if they cannot be cut out.
     """
     check_cut(p.format, p.shape, p.params, dim, begin, end)
     if (begin, end) == (0, p.shape[dim]):
@@ -87,12 +87,11 @@ def narrow(p: PackedWeight, dim: int, begin: int, end: int) -> PackedWeight:
 
 
 def join_rows(parts: Sequence[PackedWeight]) -> PackedWeight | None:
-    """The parts, weights of one format, K and parameters, one below the other: the inverse of
-    cutting rows.
+    """One weight with the rows of all parts, one part below the other: the inverse of cutting rows.
 
-    None where they are no such weights, or where one weight cannot hold them bit for bit: their
-    scales of a whole tensor, orders of columns or tables differ, or their rows do not end where a
-    block or word does.
+    None if the parts differ in format, K or parameters, or if one weight cannot hold them bit for
+    bit: because their tensor-wide scales, column orders or tables differ, or because a part's rows
+    do not end where a block or word does.
     """
     first = parts[0]
     n, k = sum(p.shape[0] for p in parts), first.shape[1]
@@ -103,39 +102,36 @@ def join_rows(parts: Sequence[PackedWeight]) -> PackedWeight | None:
     specs = [fmt.specs(p.shape, p.params) for p in parts]
     joined = {}
     try:
-        whole = fmt.specs((n, k), first.params)
+        whole_specs = fmt.specs((n, k), first.params)
         for name, tensor in tensors[0].items():
             pieces = [t[name] for t in tensors]
-            shape = whole[name].shape
-            grown = (
-                []
-                if shape is None
-                else [d for d, size in enumerate(shape) if size != tensor.shape[d]]
-            )
+            shape = whole_specs[name].shape or ()
+            # the dimensions that are larger in the whole weight
+            grown = [d for d, size in enumerate(shape) if size != tensor.shape[d]]
             if grown:
                 joined[name] = torch.cat(pieces, grown[0])
             elif all(torch.equal(tensor, piece) for piece in pieces[1:]):
                 joined[name] = tensor
             else:
                 return None
-        found = pack(first.format, joined, (n, k), **first.params)
+        whole = pack(first.format, joined, (n, k), **first.params)
         begin = 0
-        for p, own, spec in zip(parts, tensors, specs, strict=True):
-            again = narrow(found, ROWS, begin, begin + p.shape[0]).tensors
-            if set(again) != set(own) or not all(
-                torch.equal(again[name], own[name]) for name in spec if name in own
+        for p, expected, spec in zip(parts, tensors, specs, strict=True):
+            cut = narrow(whole, ROWS, begin, begin + p.shape[0]).tensors
+            if set(cut) != set(expected) or not all(
+                torch.equal(cut[name], expected[name]) for name in spec if name in expected
             ):
                 return None
             begin += p.shape[0]
-    except (ValueError, KeyError, RuntimeError):  # what no whole weight of the format looks like
+    except (ValueError, KeyError, RuntimeError):  # `joined` is no weight of the format
         return None
-    return found
+    return whole
 
 
 def take_rows(p: PackedWeight, index: Tensor) -> PackedWeight:
-    """The rows of p (N, K) that `index`, int64 (R), names, in its order, as a packed weight (R, K).
+    """The rows index[0], index[1], ... of p (N, K) as a packed weight (R, K); index is int64 (R).
 
-    ValueError for a format whose tensors do not keep rows apart.
+    ValueError for a format that does not store each row separately.
     """
     tensors, params = formats.get(p.format).take_rows(p.tensors, p.shape, p.params, index)
     return PackedWeight(p.format, (index.numel(), p.shape[1]), tensors, params)

@@ -101,7 +101,7 @@ def test_info_tells_why_a_kernel_is_not_usable(capsys: pytest.CaptureFixture[str
     assert [f["name"] for f in facts["formats"]] == qk.formats.names()
     assert all(f["summary"] for f in facts["formats"])
     reasons = {k["name"]: k["unavailable"] for k in facts["kernels"]}
-    registered = [*registry.kernels(), *registry.kernels(grouped=True)]
+    registered = [*registry.kernels(), *registry.experts_kernels()]
     assert reasons == {k.name: k.unavailable() for k in registered}
     assert main(["info"]) == 0
     out = capsys.readouterr().out

@@ -23,6 +23,7 @@ from bench import host
 from qkernels.backends import registry
 from qkernels.backends.plan import Recorded, Recording
 from qkernels.backends.problem import problem_of
+from qkernels.ops import operator_plans
 
 from ..conftest import DEVICE
 from .test_graphs import fused_cases, k_of
@@ -121,12 +122,12 @@ def freed() -> None:
             torch.ops.qkernels.matmul(x, list(p.storage.values()), None, spec, "auto", False)
         kept = driver.launches[-1][2]
         assert not any(isinstance(v, torch.Tensor) for v in flat(kept)), "this was no kept launch"
-        assert len(qk.ops.matmul._BOUND) == 1
+        assert len(operator_plans._PLANS) == 1
         gone = [weakref.ref(t) for t in p.storage.values()]
         del p
         gc.collect()
         assert [t() for t in gone] == [None] * len(gone)
-        assert not qk.ops.matmul._BOUND
+        assert not operator_plans._PLANS
 
 
 @pytest.mark.parametrize(
@@ -184,6 +185,16 @@ def recorded(p: qk.PackedWeight) -> Recorded:
     return run
 
 
+def kept_runs(storage: dict[str, torch.Tensor]) -> list[Any]:
+    """The recorded products that operators keep for a weight of these tensors."""
+    return [
+        plan.bound
+        for weight, plans in operator_plans._PLANS.values()
+        if weight() is next(iter(storage.values()))
+        for plan in plans.values()
+    ]
+
+
 def replays(
     name: str,
     params: dict[str, object],
@@ -213,9 +224,7 @@ def replays(
             x, list(p.storage.values()), bias, qk.ops.matmul.spec_of(p), "triton", False
         )
         assert torch.equal(as_operator, want), f"call {call}"
-    (operator,) = [
-        run for first, run in qk.ops.matmul._BOUND.values() if first() in set(p.storage.values())
-    ]
+    (operator,) = kept_runs(p.storage)
     for run in (recorded(p), operator):
         assert list(run._replays) == [0]
         assert run._replays[0] is not None
@@ -296,8 +305,6 @@ def test_memory_of_nobody_is_found() -> None:
 )
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_layers_of_experts_are_replayed(case: tuple[str, dict[str, Any]], tokens: int) -> None:
-    from qkernels.ops import moe
-
     name, params = case
     gate_up, down = (
         qk.quantize_experts(torch.randn(4, *shape), name, **params).to(DEVICE)
@@ -310,18 +317,12 @@ def test_layers_of_experts_are_replayed(case: tuple[str, dict[str, Any]], tokens
             torch.rand(tokens, 2).to(DEVICE),
         )
         y = qk.fused_moe(x, gate_up, down, weights, ids, backend="triton")
-        (kernel, first), (_, second) = (
-            moe._kernel(p.spec, ids.numel(), x.dtype, x.device, "triton", False)
-            for p in (gate_up, down)
-        )
-        assert kernel.fused is not None
-        want = kernel.fused(x, gate_up, down, weights, ids, "silu", (first, second))
+        first, second = (problem_of(p, ids.numel(), x.dtype, x.device) for p in (gate_up, down))
+        kernel = registry.select_experts(first, "triton")
+        assert kernel.run_layer is not None
+        want = kernel.run_layer(x, gate_up, down, weights, ids, "silu", (first, second))
         assert bool(want.isfinite().all())
         assert torch.equal(y, want), f"call {call}"
-    (layer,) = [
-        made
-        for first, made in qk.ops.matmul._BOUND.values()
-        if first() is next(iter(gate_up.storage.values()))
-    ]
+    (layer,) = kept_runs(gate_up.storage)
     assert list(layer._replays) == [0]
     assert layer._replays[0] is not None

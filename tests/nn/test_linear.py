@@ -57,7 +57,7 @@ def test_load_state_dict_reports_missing_and_bad() -> None:
 
 @all_cases
 def test_loading_from_the_meta_device(name: str, params: dict[str, object]) -> None:
-    """As in nn.Linear: assign=True takes the state dict's tensors; otherwise all stay meta."""
+    """As nn.Linear: assign=True takes the state dict's tensors, else there is no memory to fill."""
     k = k_of(name, 192)
 
     def layer() -> nn.Module:
@@ -123,8 +123,8 @@ def test_deepcopy_and_memory_stay_packed() -> None:
     copied = copy.deepcopy(layer)
     x = torch.randn(2, 256)
     assert torch.equal(copied(x), layer(x))
-    held = sum(b.numel() * b.element_size() for b in layer.buffers())
-    assert held == layer.packed.nbytes
+    nbytes = sum(b.numel() * b.element_size() for b in layer.buffers())
+    assert nbytes == layer.packed.nbytes
 
 
 def test_prepack_keeps_one_copy() -> None:
@@ -135,8 +135,8 @@ def test_prepack_keeps_one_copy() -> None:
     x = torch.randn(2, 256).half()
     layer.prepack(x)
     assert "layout='weight_only'" in repr(layer)
-    held = sum(b.numel() * b.element_size() for b in layer.buffers())
-    assert held <= 1.02 * layer.packed.nbytes  # zero points take a byte each, not four bits
+    nbytes = sum(b.numel() * b.element_size() for b in layer.buffers())
+    assert nbytes <= 1.02 * layer.packed.nbytes  # zero points take a byte each, not four bits
     assert_fused_close(layer(x), x, layer.packed)
 
 
@@ -181,7 +181,7 @@ def test_layers_that_share_a_weight_move_it_each_for_itself() -> None:
 
 
 def test_replaced_buffers_are_seen() -> None:
-    """As offloading hooks do it."""
+    """Offloading hooks replace buffers."""
     layer = qk.QuantLinear(qk.quantize(torch.randn(16, 64), "w8a8"), backend="reference")
     x = torch.randn(2, 64)
     want = layer(x)
@@ -206,7 +206,7 @@ def test_modes_and_transforms_see_an_operator() -> None:
     with Watch():
         layer(x)
     assert "qkernels.matmul.default" in seen
-    # refused by the operator, not computed wrongly
+    # the operator refuses; an eager call would give wrong gradients
     with pytest.raises(RuntimeError, match="functorch"):
         torch.func.jacrev(lambda v: layer(v))(x[0])
 

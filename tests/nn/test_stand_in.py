@@ -1,4 +1,4 @@
-"""`layer.weight` of a packed layer: it says what it is like, and refuses to be computed with."""
+"""`layer.weight` of a packed layer: it has a shape, dtype and device, and refuses arithmetic."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _layer(**kwargs: Any) -> qk.QuantLinear:
     return qk.QuantLinear.from_linear(nn.Linear(64, 16, **kwargs), "nf4")
 
 
-def test_it_says_what_the_linear_says() -> None:
+def test_it_answers_as_the_linears_weight() -> None:
     linear = nn.Linear(64, 16, dtype=torch.bfloat16)
     weight, want = qk.QuantLinear.from_linear(linear, "nf4").weight, linear.weight
     for name in ("shape", "dtype", "device", "ndim", "is_meta", "is_cuda"):
@@ -51,12 +51,10 @@ def test_its_dtype_and_device_follow_the_model() -> None:
 
 @pytest.mark.parametrize("compute", [
     lambda w: w + 1, lambda w: 2 * w, lambda w: -w, lambda w: w @ torch.ones(64),
-    lambda w: torch.ones(16) @ w,
-    lambda w: w[0], lambda w: w == w.T if hasattr(w, "T") else w > 0, lambda w: list(w),
-    lambda w: bool(w),
-    lambda w: torch.nn.functional.linear(torch.ones(64), w), lambda w: torch.cat([w, w]),
-    lambda w: torch.ones(3, 64).matmul(w), lambda w: torch.nn.init.normal_(w),
-    lambda w: w.requires_grad_(),
+    lambda w: torch.ones(16) @ w, lambda w: w[0], lambda w: w == w.T if hasattr(w, "T") else w > 0,
+    lambda w: list(w), lambda w: bool(w), lambda w: torch.nn.functional.linear(torch.ones(64), w),
+    lambda w: torch.cat([w, w]), lambda w: torch.ones(3, 64).matmul(w),
+    lambda w: torch.nn.init.normal_(w), lambda w: w.requires_grad_(),
     lambda w: torch.empty(16, 64).copy_(w), lambda w: torch.allclose(torch.ones(16, 64), other=w),
 ])  # fmt: skip
 def test_it_refuses_arithmetic(compute: Callable[[Any], Any]) -> None:
@@ -65,7 +63,7 @@ def test_it_refuses_arithmetic(compute: Callable[[Any], Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["T", "t", "float", "clone", "to", "numpy", "copy_", "data_ptr"])
-def test_what_else_a_tensor_has_it_has_not(name: str) -> None:
+def test_it_has_no_other_attribute_of_a_tensor(name: str) -> None:
     weight = _layer().weight
     assert not hasattr(weight, name)
     with pytest.raises(AttributeError, match=f"{name}: {SENTENCE}"):
@@ -73,7 +71,7 @@ def test_what_else_a_tensor_has_it_has_not(name: str) -> None:
 
 
 def test_it_cannot_be_assigned() -> None:
-    """Tying assigns a weight; a head that computes with packed bytes must not accept it."""
+    """Tying assigns a weight; a head that computes with packed bytes must not seem to take it."""
     layer = _layer()
     for value in (nn.Parameter(torch.ones(16, 64)), torch.ones(16, 64), None):
         with pytest.raises(
@@ -98,7 +96,7 @@ def test_an_embeddings() -> None:
 
 
 def test_torchs_fast_path_of_an_encoder_layer_steps_aside() -> None:
-    """It multiplies with the weights of `linear1` and `linear2` behind the layers' backs."""
+    """It multiplies with the weights of `linear1` and `linear2` without calling those layers."""
     torch.manual_seed(0)
     encoder = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True).eval()
     plain = copy.deepcopy(encoder)

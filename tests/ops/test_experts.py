@@ -15,7 +15,7 @@ from ..conftest import CASES, case_id, k_of, layout_of
 
 
 def oracle(x: Tensor, experts: qk.PackedExperts, ids: Tensor, bias: Tensor | None = None) -> Tensor:
-    """float64, slot after slot; nothing shared with what it checks but `dequantize`."""
+    """float64, slot after slot; it shares only `dequantize` with the code that it checks."""
     y = torch.zeros(*ids.shape, experts.shape[0], dtype=torch.float64)
     weights = [experts.expert(e).dequantize(torch.float64) for e in range(experts.count)]
     for t in range(ids.shape[0]):
@@ -42,7 +42,7 @@ def reloaded(experts: qk.PackedExperts) -> qk.PackedExperts:
     return torch.load(file, weights_only=False)
 
 
-#: QuIP's codebooks are slow to search, and their bits all one to a stack of experts
+#: QuIP's codebooks are slow to search, and the number of bits does not matter to a stack
 STACKED = [case for case in CASES if case[0] not in ("quip", "quip_sharp") or case[1]["bits"] == 2]
 
 
@@ -86,9 +86,9 @@ def test_stacked_experts_are_the_experts(name: str, params: dict[str, Any]) -> N
 
 
 def check_products(experts: qk.PackedExperts) -> None:
-    """Compare with the format's own reference, row by row.
+    """grouped_matmul is the format's own reference, row by row.
 
-    Where activations are not quantized, also with float64.
+    It is also float64's product where activations are not quantized.
     """
     x = torch.randn(5, experts.shape[1], dtype=torch.float64)
     bias = torch.randn(3, 8, dtype=torch.float64)
@@ -185,7 +185,7 @@ def test_a_row_for_each_slot_and_weights() -> None:
     y = qk.grouped_matmul(x, experts, IDS, weights, bias)
     want = oracle(x, experts, IDS, bias) * weights[..., None]
     torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-10)
-    weights[IDS < 0] = float("nan")  # of experts that are not here
+    weights[IDS < 0] = float("nan")  # weights of experts of other processes
     assert bool(torch.isfinite(qk.grouped_matmul(x, experts, IDS, weights, bias)[IDS != 3]).all())
 
 
@@ -220,6 +220,9 @@ def test_opcheck(name: str, backend: str) -> None:
 
 
 # ---------------------------------------------------------------------- bad input
+ONE_MATRIX = qk.quantize(torch.randn(16, 64), "nf4")
+
+
 def _bad(**changed: Any) -> dict[str, Any]:
     good = {
         "x": torch.randn(5, 64),
@@ -232,27 +235,20 @@ def _bad(**changed: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"x": torch.randn(5, 63)},
-         r"x: expected shape \(5, 64\) or \(5, 2, 64\) .* got \(5, 63\)"),
+        ({"x": torch.randn(5, 63)}, r"x: expected shape \(5, 64\) or \(5, 2, 64\) .* \(5, 63\)"),
         ({"x": torch.randn(4, 64)}, r"x: expected shape .* got \(4, 64\)"),
         ({"x": torch.randn(5, 3, 64)}, r"x: expected shape .* got \(5, 3, 64\)"),
         ({"x": torch.randn(64)}, r"x: expected shape .* got \(64,\)"),
         ({"x": torch.ones(5, 64, dtype=torch.int32)}, "x: expected a float16, .* got torch.int32"),
         ({"x": "x"}, "x: expected .* got str"),
-        ({"x": torch.randn(5, 64, device="meta")},
-         "x: expected device cpu, the experts', got meta"),
-        ({"experts": qk.quantize(torch.randn(16, 64), "nf4")},
-         "experts: expected PackedExperts, got PackedWeight"),
-        ({"expert_ids": IDS.float()},
-         "expert_ids: expected an int32 or int64 tensor .* got torch.float32"),
-        ({"expert_ids": IDS[:, 0]},
-         r"expert_ids: expected .* \(T, top_k\), got torch.int64 \(5,\)"),
-        ({"expert_ids": IDS.to("meta")}, "expert_ids: expected device cpu, the experts', got meta"),
-        ({"weights": torch.rand(5)},
-         r"weights: expected a floating tensor of shape \(T, top_k\) = \(5, 2\), got"),
+        ({"x": torch.randn(5, 64, device="meta")}, "x: expected device cpu, .* got meta"),
+        ({"experts": ONE_MATRIX}, "experts: expected PackedExperts, got PackedWeight"),
+        ({"expert_ids": IDS.float()}, "expert_ids: expected an int32 or int64 .* torch.float32"),
+        ({"expert_ids": IDS[:, 0]}, r"expert_ids: .* \(T, top_k\), got torch.int64 \(5,\)"),
+        ({"expert_ids": IDS.to("meta")}, "expert_ids: expected device cpu, .* got meta"),
+        ({"weights": torch.rand(5)}, r"weights: expected a .* \(T, top_k\) = \(5, 2\), got"),
         ({"weights": torch.ones(5, 2, dtype=torch.int32)}, "weights: expected a floating tensor"),
-        ({"bias": torch.randn(16)},
-         r"bias: expected a floating tensor of shape \(E, N\) = \(3, 16\), got"),
+        ({"bias": torch.randn(16)}, r"bias: expected a floating .* \(E, N\) = \(3, 16\), got"),
         ({"backend": "tpu"}, "backend: expected one of auto, reference, triton, cuda; got 'tpu'"),
         ({"backend": "cuda"}, "backend: expected one that runs nf4"),
     ],

@@ -36,9 +36,9 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def quantizations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Kernels that quantize activations, as they are called with something fused."""
+    """The names of the kernels whose `Quantized.quantize` is called, call by call."""
     seen: list[str] = []
-    for name, kernel in list(registry._KERNELS.items()):
+    for kernel in registry.kernels():
         if kernel.quantized is None:
             continue
 
@@ -48,7 +48,7 @@ def quantizations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
         halves = dataclasses.replace(kernel.quantized, quantize=quantize)
         changed = {**kernel.__dict__, "quantized": halves}
-        monkeypatch.setitem(registry._KERNELS, name, registry.Kernel(**changed))
+        monkeypatch.setitem(registry._KERNELS, kernel.name, registry.Kernel(**changed))
     registry.choose.cache_clear()
     yield seen
     registry.choose.cache_clear()
@@ -58,38 +58,42 @@ def weights(name: str, params: dict[str, object], *sizes: int) -> list[qk.Packed
     return [qk.quantize(torch.randn(n, K), name, **params).to(DEVICE) for n in sizes]
 
 
-def close_to(found: Tensor, exact: Tensor, factor: Tensor) -> None:
-    """Assert two roundings to the dtype after float32.
+def close_to(result: Tensor, exact: Tensor, factor: Tensor) -> None:
+    """The result of float32 arithmetic, rounded twice to its dtype.
 
-    Below float16's normal range the error is 2^-24 times |factor|.
+    2^-24, times |factor|, is the rounding of float16 below its normal range.
     """
-    u = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[found.dtype]
-    error = (found.double() - exact).abs()
+    u = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[result.dtype]
+    error = (result.double() - exact).abs()
     assert bool((error <= 2.01 * u * exact.abs() + 2.0**-24 * (1 + factor.abs())).all())
 
 
 def normed(x: Tensor, norm: Tensor, eps: float, backend: str) -> Tensor:
-    """RMSNorm as `backend` makes it before it quantizes, checked against float64."""
+    """RMSNorm as `backend` computes it before it quantizes, checked against float64."""
     wide = x.double()
     exact = wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * norm.double()
-    found = (
+    result = (
         fused.rms_norm(x, norm, eps)
         if backend == "reference"
-        else kept(x, backend, norm=norm, eps=eps)
+        else before_quantization(x, backend, norm=norm, eps=eps)
     )
-    close_to(found, exact, norm)
-    return found
+    close_to(result, exact, norm)
+    return result
 
 
 def gated(gate: Tensor, up: Tensor, backend: str) -> Tensor:
-    """silu(gate) * up as `backend` makes it, checked against float64."""
-    found = fused.silu_mul(gate, up) if backend == "reference" else kept(gate, backend, up=up)
-    close_to(found, nn.functional.silu(gate.double()) * up.double(), up)
-    return found
+    """silu(gate) * up as `backend` computes it, checked against float64."""
+    result = (
+        fused.silu_mul(gate, up)
+        if backend == "reference"
+        else before_quantization(gate, backend, up=up)
+    )
+    close_to(result, nn.functional.silu(gate.double()) * up.double(), up)
+    return result
 
 
-def kept(x: Tensor, backend: str, **before: object) -> Tensor:
-    """What the kernel quantizes: LLM.int8() keeps it in 16 bits."""
+def before_quantization(x: Tensor, backend: str, **prologue: object) -> Tensor:
+    """The values that the kernel quantizes, which LLM.int8() keeps in 16 bits."""
     p = (
         qk.quantize(torch.randn(4, x.shape[1]), "int8", threshold=2.0)
         .to(DEVICE)
@@ -98,9 +102,9 @@ def kept(x: Tensor, backend: str, **before: object) -> Tensor:
     problem = problem_of(p, x.shape[0], x.dtype, x.device)
     halves = registry.select(problem, backend).quantized
     assert halves is not None
-    found = halves.quantize(x, p, problem, **before).x
-    assert found.data_ptr() != x.data_ptr()
-    return found
+    values = halves.quantize(x, p, problem, **prologue).x
+    assert values.data_ptr() != x.data_ptr()
+    return values
 
 
 @eight_bit_cases
@@ -108,7 +112,7 @@ def kept(x: Tensor, backend: str, **before: object) -> Tensor:
 def test_norm_and_products(
     name: str, params: dict[str, object], dtype: torch.dtype, backend: str
 ) -> None:
-    """Bit for bit the products of the norm's result, and that within its roundings of float64."""
+    """The same bits as products with the norm's result, which is float64's but for rounding."""
     q, k = weights(name, params, 24, 17)
     x = (torch.randn(3, K) * torch.tensor([[1.0], [1e-2], [50.0]])).to(dtype).to(DEVICE)
     norm, bias = ((1 + 0.1 * torch.randn(n)).to(dtype).to(DEVICE) for n in (K, 17))
@@ -194,7 +198,7 @@ def test_slices_know_the_outlier_columns_of_all_rows(
     quantizations: list[str],
     emulated: None,  # noqa: F811
 ) -> None:
-    """LLM.int8() in CUDA: an outlier in one slice of rows makes its column 16-bit in all."""
+    """LLM.int8() in the CUDA kernels: an outlier column of one slice is one in all slices."""
     from qkernels.backends import workspace
 
     (p,) = weights("int8", {}, 24)
@@ -215,7 +219,7 @@ def test_slices_know_the_outlier_columns_of_all_rows(
     assert all(torch.equal(a, b) for a, b in zip(sliced, whole, strict=True))
 
 
-def test_who_watches_gets_plain_operators_and_no_rows_none(quantizations: list[str]) -> None:
+def test_autograd_gets_plain_operators_and_no_rows_work(quantizations: list[str]) -> None:
     (p,) = weights("w8a8", {}, 8)
     x, norm = torch.randn(4, K).half().to(DEVICE), torch.ones(K).half().to(DEVICE)
     (y,) = fused.rms_norm_matmul(x.requires_grad_(), norm, 1e-6, [p], backend="triton")
@@ -272,9 +276,10 @@ def test_a_fused_llama_computes_what_it_did(
     said = qk.fuse_norms(model)
     assert not said.left
     assert [name for name, _ in said.fused] == [
-        "model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm",
+        "model.layers.0.input_layernorm",
+        "model.layers.0.post_attention_layernorm",
         "model.layers.0.mlp",
-    ]  # fmt: skip
+    ]
     assert "fused model.layers.0.input_layernorm with self_attn.q_proj, self_attn.k_proj" in str(
         said
     )
@@ -287,7 +292,7 @@ def test_a_fused_llama_computes_what_it_did(
     assert old.keys() == new.keys()
     for name in old:
         assert torch.equal(old[name], new[name]), name
-    with torch.no_grad():  # a copy has readers of its own
+    with torch.no_grad():  # a copied norm delivers to the copied readers
         assert torch.equal(copy.deepcopy(model)(tokens).logits.float(), found)
     again = qk.fuse_norms(model)
     assert not again.fused
@@ -304,9 +309,10 @@ def test_what_is_not_fused_is_said() -> None:
     said = qk.fuse_norms(model)
     assert not said.fused
     assert [name for name, _ in said.left] == [
-        "model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm",
+        "model.layers.0.input_layernorm",
+        "model.layers.0.post_attention_layernorm",
         "model.layers.0.mlp",
-    ]  # fmt: skip
+    ]
     assert (
         "self_attn.q_proj: nf4 is weight-only, so no activations are quantized: plain norm"
         in str(said)

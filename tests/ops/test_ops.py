@@ -64,7 +64,7 @@ def test_reference_is_the_oracle(name: str, params: dict[str, object]) -> None:
     want = oracle(x, p, bias)
     magnitude = x.double().abs() @ p.dequantize(torch.float64).abs().T + bias.double().abs()
     error = (qk.matmul(x, p, bias).double() - want).abs()
-    # K products summed in float32
+    # the rounding of a sum of K products in float32
     assert bool((error <= 200 * ROUNDOFF[torch.float32] * magnitude).all())
     exact = qk.matmul(x.double(), p, bias.double(), backend="reference")
     torch.testing.assert_close(exact, want, rtol=1e-12, atol=1e-12)

@@ -1,4 +1,4 @@
-"""Layers shared by threads: the first call prepacks the weight while others compute with it."""
+"""Layers shared by threads: one thread moves the weight to a kernel's layout, others compute."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from qkernels import layouts
 from qkernels.backends import registry
 from qkernels.backends.problem import Problem
 from qkernels.backends.reference import run_reference
-from qkernels.ops import matmul as ops
-from qkernels.ops import moe
 from qkernels.weights.experts import PackedExperts
 
 from ..conftest import CASES, case_id, k_of, layout_of
@@ -53,7 +51,7 @@ def _together(work: Callable[[int], Any]) -> list[Any]:
 
 @pytest.fixture(autouse=True)
 def _switch_often() -> Iterator[None]:
-    """Threads give way after every few instructions, so that what can go wrong does."""
+    """Threads switch after every few instructions, so that races happen."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -62,15 +60,15 @@ def _switch_often() -> Iterator[None]:
 
 @pytest.fixture
 def _any_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand-ins for the kernels, one for each layout, that take the weight from the kernel layout.
+    """One kernel for each layout, instead of the real kernels.
 
-    The real kernels need Triton's interpreter here, which runs one kernel at a time.
+    The real ones would need Triton's interpreter, which runs one kernel at a time.
     """
 
     def kernel(layout: str) -> registry.Kernel:
         def rejects(problem: Problem) -> str | None:
-            own = qk.formats.get(problem.format).kernel_layout(dict(problem.params))
-            return None if own == layout else "another layout"
+            expected = qk.formats.get(problem.format).kernel_layout(dict(problem.params))
+            return None if expected == layout else "another layout"
 
         def run(x: Tensor, p: qk.PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
             assert p.layout == layout
@@ -81,22 +79,20 @@ def _any_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = [kernel(layouts.WEIGHT_ONLY), kernel(layouts.EIGHT_BIT)]
     kinds.append(registry._KERNELS["reference.dequantize"])
     monkeypatch.setattr(registry, "_KERNELS", {kind.name: kind for kind in kinds})
-    for cache in (registry.choose, ops._kernel):
-        cache.cache_clear()
-        monkeypatch.setattr(registry.measured, "faster", lambda problem: None)
+    registry.choose.cache_clear()
+    monkeypatch.setattr(registry.measured, "faster", lambda problem: None)
 
 
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
     yield
-    for cache in (registry.choose, ops._kernel, moe._kernel):
-        cache.cache_clear()
+    registry.choose.cache_clear()
 
 
 @moving
 @pytest.mark.usefixtures("_any_kernel")
 def test_the_first_calls_of_a_layer(name: str, params: dict[str, Any]) -> None:
-    """All threads use the same new layers, with and without autograd's operator; results agree."""
+    """All threads go through the same fresh layers, with and without autograd: equal results."""
     k = k_of(name, 64)
     p = qk.quantize(torch.randn(16, k), name, **params)
     x, bias = torch.randn(3, k), torch.randn(16)
@@ -125,15 +121,12 @@ def test_the_first_calls_of_a_layer(name: str, params: dict[str, Any]) -> None:
 
 
 def test_a_models_prepack() -> None:
-    """With the real kernels' choice; nothing but the move to their layout."""
+    """Only the move to the layout of the real kernels; nothing is computed."""
     pytest.importorskip("triton")
     base = qk.quantize(torch.randn(32, 64), "gptq", group_size=32)
     want = base.dequantize()
-    model = nn.ModuleList([
-        qk.QuantLinear(qk.pack("gptq", dict(base.tensors), base.shape, **base.params),
-                       backend="triton")
-        for _ in range(100)
-    ])  # fmt: skip
+    weights = [qk.pack("gptq", dict(base.tensors), base.shape, **base.params) for _ in range(100)]
+    model = nn.ModuleList([qk.QuantLinear(p, backend="triton") for p in weights])
     x = torch.randn(4, 64).half()
     _together(lambda i: [layer.prepack(x) for layer in model])
     for layer in model:
@@ -170,7 +163,7 @@ def test_experts() -> None:
 
 @pytest.mark.usefixtures("_any_kernel")
 def test_a_model_with_fused_norms() -> None:
-    """What a norm has computed for its readers goes to the readers of the same thread."""
+    """A norm delivers its products to the readers of the same thread."""
     model = tiny_model()
     qk.quantize_model(model, "w8a8", progress=False)
     tokens = [ids(9, seed)[None] for seed in range(THREADS)]

@@ -1,4 +1,4 @@
-"""Parts of packed weights have the values of the whole; a cut that would break them is an error."""
+"""Parts of packed weights: the whole's values, and an error if a cut would break a group."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..conftest import DEVICE, all_cases
 def test_parts_are_the_whole(
     name: str, params: dict[str, object], dim: int, prepacked: bool
 ) -> None:
-    # multiples of every group, block and word there is, times three parts
+    # multiples of every group, block and word of the formats, times three parts
     p = qk.quantize(
         torch.randn(384, 768 if params.get("block_size") != 4096 else 12288), name, **params
     )
@@ -32,17 +32,17 @@ def test_parts_are_the_whole(
     parts = [shard(p, dim, i, 3) for i in range(3)]
     assert torch.equal(torch.cat([part.dequantize(torch.float64) for part in parts], dim), whole)
     assert all(part.format == name for part in parts)
-    # Only what all parts need is held more than once.
+    # Only tensors that every part needs are stored more than once.
     more = 1.25 if params.get("double_quant") else 1.1  # its second level is undone
     if params.get("act_order") and dim == COLUMNS:
-        more = 1.6  # columns of one group lie in several parts, and each has the group's scales
+        more = 1.6  # several parts have columns of one group, and each has the group's scales
     assert sum(part.nbytes for part in parts) < p.nbytes * more + 3 * 2000
     x = torch.randn(3, parts[1].shape[1]).to(DEVICE)
     y = qk.matmul(x, parts[1].to(DEVICE), backend="reference")
     if qk.formats.get(name).kernel_layout(p.params) != "eight_bit":
-        # Sums of K products in float32, in whatever order: K * 2^-24 of the sum of their sizes. A
-        # second product in float32 is no judge: another memory layout of the same weight moves it
-        # by three times assert_close's limits.
+        # The bound of a sum of K products in float32, in any order: K * 2^-24 of the sum of their
+        # absolute values. A second product in float32 is no judge, because another memory layout of
+        # the same weight moves it by three times assert_close's limits.
         weight = parts[1].to(DEVICE).dequantize(torch.float64).T
         bound = parts[1].shape[1] * 2.0**-24 * (x.double().abs() @ weight.abs())
         assert bool(((y.double() - x.double() @ weight).abs() <= bound).all())

@@ -1,4 +1,4 @@
-"""Tensors with unusual strides: each product is that of their contiguous copies."""
+"""Tensors that are not contiguous in memory: products depend on their numbers alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FUSED = [case for case in CASES if layout_of(*case) is not None]
 
 
 def sliced(t: Tensor) -> Tensor:
-    """Every second number in each dimension; between them lie others."""
+    """A view of every second number in each dimension of a larger tensor."""
     between = torch.full(
         [2 * size + 1 for size in t.shape], 77, dtype=torch.float32, device=t.device
     )
@@ -31,12 +31,12 @@ def transposed(t: Tensor) -> Tensor:
 
 
 def behind(t: Tensor) -> Tensor:
-    """At an address that is a multiple of its element's size, and of no more."""
+    """A copy whose address is a multiple of its element's size and of nothing larger."""
     return torch.cat([t.new_zeros(1), t.reshape(-1)])[1:].view(t.shape)
 
 
 def expanded(t: Tensor) -> Tensor:
-    """Of a tensor of equal numbers: one of them, which is there once."""
+    """A tensor of equal numbers as one number in memory, expanded."""
     return t.reshape(-1)[:1].clone().view([1] * t.dim()).expand(t.shape)
 
 
@@ -49,9 +49,10 @@ def bits_of(tensors: dict[str, Tensor]) -> dict[str, list[int]]:
 
 
 def check(p: qk.PackedWeight, *others: qk.PackedWeight) -> None:
-    """Assert that products of `others`, which are p with other strides, have the bits of p's.
+    """`others` are p with other strides: products, storage and tensors have the same bits.
 
-    Kernels are slow here, so what they would read is compared; `test_kernels` runs some.
+    Kernels are slow here, so only the tensors that they would read are compared; `test_kernels`
+    runs some.
     """
     x = torch.randn(5, p.shape[1]).half()
     want = qk.matmul(x, p, backend="reference")
@@ -90,8 +91,8 @@ def test_expanded_stored_tensors(name: str, params: dict[str, object]) -> None:
     for key, tensor in p.tensors.items():
         if tensor.numel() < 2:
             continue
-        # Bytes that are a small number where they are a float16; or no sparse weight, or order of
-        # columns.
+        # 0x1a bytes are a small number as float16; 1 and 0 are for tensors where those would be an
+        # invalid sparse weight or order of columns
         alike = int.from_bytes(b"\x1a" * tensor.element_size(), "little")
         for value in [0.01] if tensor.is_floating_point() else [alike, 1, 0]:
             filled = {
@@ -202,12 +203,12 @@ def test_experts(backend: str, lay: str) -> None:
     assert torch.equal(qk.fused_moe(x, experts, down, weights, ids, backend=backend), want)
     again_experts = PackedExperts([again(p, sliced) for p in parts])
     assert torch.equal(qk.fused_moe(x, again_experts, down, weights, ids, backend=backend), want)
-    for stack in (experts, down):  # in whichever layout they are by now
+    for stack in (experts, down):  # in their current layout
         lain = [sliced(t) for t in stack.storage.values()]
         stack = PackedExperts._restored(stack.spec, lain, 0)
         assert all(t.is_contiguous() for t in stack.storage.values())
     spec, storage = down.spec, [sliced(t) for t in down.storage.values()]
-    for _ in range(3):  # what is recorded of a call must not be addresses of its copies
+    for _ in range(3):  # a recording must not have the addresses of a call's copies
         y = torch.ops.qkernels.fused_moe(
             x,
             list(experts.storage.values()),
@@ -226,16 +227,17 @@ def test_experts(backend: str, lay: str) -> None:
 def test_operators_keep_nothing_of_copies() -> None:
     """An operator given strided tensors computes with copies, which are gone after the call."""
     from qkernels.ops import matmul as ops
+    from qkernels.ops import operator_plans
 
     p = qk.quantize(torch.randn(16, 256) * 0.1, "quip_sharp").prepack_("weight_only")
     x = torch.randn(5, 256).half()
     want = qk.matmul(x, p, backend="triton")
     storage = [sliced(t) for t in p.storage.values()]
-    before = len(ops._BOUND)
+    before = len(operator_plans._PLANS)
     for _ in range(3):
         y = torch.ops.qkernels.matmul(x, storage, None, ops.spec_of(p), "triton", False)
         assert torch.equal(y, want)
-    assert len(ops._BOUND) == before
+    assert len(operator_plans._PLANS) == before
 
 
 def test_layers_whose_buffers_are_replaced() -> None:

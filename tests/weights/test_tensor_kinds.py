@@ -1,4 +1,4 @@
-"""Tensors that are no plain dense ones: refused by name, or what they stand for."""
+"""Tensors that are not plain dense ones: refused by name, or taken for their numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("kind", [k for k in ODD if k != "none"])
-def test_what_cannot_be(kind: str) -> None:
+def test_odd_tensors_are_refused(kind: str) -> None:
     odd, p = ODD[kind], qk.quantize(DENSE, "awq", group_size=32)
     for make, where in (
         (
@@ -37,7 +37,7 @@ def test_what_cannot_be(kind: str) -> None:
             make()
 
 
-def test_a_plan_for_dense_operands_is_none_for_sparse_ones() -> None:
+def test_a_plan_for_dense_operands_does_not_take_sparse_ones() -> None:
     p = qk.quantize(DENSE, "awq", group_size=32)
     x, bias = torch.randn(3, 256), torch.randn(16)
     qk.matmul(x, p, bias)

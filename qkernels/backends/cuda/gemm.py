@@ -117,11 +117,11 @@ def start(
     args = call.args
     reads = [*p.storage.values(), *([] if bias is None else [bias])]
     if traits.outliers:
-        columns_x = work.made(by_columns(x))
+        columns_x = work.by_torch(by_columns(x))
         args.x_columns, args.x_rows = columns_x.data_ptr(), columns_x.shape[1]
         reads.append(columns_x)
     chunks = in_chunks(x, p.storage.get("perm"))
-    x = chunks if chunks is x else work.made(chunks)
+    x = chunks if chunks is x else work.by_torch(chunks)
     args.m, args.x, args.y, args.x_stride = y.shape[0], x.data_ptr(), y.data_ptr(), x.shape[1]
     args.bias = None if bias is None else bias.data_ptr()
     launch.start(gemv.kernel_of(traits), call, [x, *reads], [y, *held], work)

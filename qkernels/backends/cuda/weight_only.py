@@ -120,7 +120,7 @@ def _multiply(
         rows = slice(first, first + MAX_ROWS)
         part, into = (x, y) if x.shape[0] <= MAX_ROWS else (x[rows], y[rows])
         if part.data_ptr() % 4:  # the kernel reads two features at a time
-            part = work.made(part.clone())
+            part = work.by_torch(part.clone())
         _launch(part, p, bias, into, call, traits, work)
 
 

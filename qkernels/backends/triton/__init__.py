@@ -75,7 +75,7 @@ def _module(name: str) -> ModuleType:
 _quantized = registry.Quantized(
     lambda *args, **kwargs: _module(layouts.EIGHT_BIT).quantize(*args, **kwargs),
     lambda *args, **kwargs: _module(layouts.EIGHT_BIT).multiply(*args, **kwargs),
-    lambda problem: int(_module(layouts.EIGHT_BIT).row_bytes(problem, made=True)),
+    lambda problem: int(_module(layouts.EIGHT_BIT).row_bytes(problem, fused=True)),
     lambda *args, **kwargs: _module(layouts.EIGHT_BIT).columns_of(*args, **kwargs),
 )
 
@@ -104,7 +104,7 @@ def _register_experts(name: str, layout: str) -> None:
 
     rejects = partial(_rejects_experts, layout=layout)
     registry.register(
-        registry.Kernel(
+        registry.ExpertsKernel(
             name,
             "triton",
             layout,
@@ -113,7 +113,6 @@ def _register_experts(name: str, layout: str) -> None:
             run,
             _automatic,
             configuration,
-            True,
             _fused,
             _layer,
         )
