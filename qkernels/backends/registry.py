@@ -161,6 +161,11 @@ def experts_kernels() -> list[ExpertsKernel]:
     return [kernel for kernel in _KERNELS.values() if isinstance(kernel, ExpertsKernel)]
 
 
+def kernels_for(problem: Problem) -> list[KernelBase]:
+    """The kernels that could run `problem`: those for experts, or those for one matrix."""
+    return [*(experts_kernels() if problem.experts else kernels())]
+
+
 def resolve_backend(backend: str) -> str:
     """`backend`, or QKERNELS_BACKEND if it is "auto". ValueError for an unknown name."""
     if backend == "auto":
@@ -209,7 +214,7 @@ def choose(problem: Problem, backend: str) -> tuple[KernelBase | None, list[tupl
     """
     chosen: KernelBase | None = None
     rejected: list[tuple[str, str]] = []
-    candidates: list[KernelBase] = [*(experts_kernels() if problem.experts else kernels())]
+    candidates = kernels_for(problem)
     faster = measured.faster(problem) if backend == "auto" else None
     # Kernels of the faster backend come first; the sort keeps the order of registration otherwise.
     candidates.sort(key=lambda kernel: kernel.backend != faster)

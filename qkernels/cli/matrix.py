@@ -62,8 +62,10 @@ def _row(fmt: Format) -> dict[str, Any]:
 
 def _runs(problem: Problem, backend: str) -> bool:
     """Whether a kernel of `backend` takes the problem, on a machine that has all it needs."""
-    kernels = registry.kernels(grouped=problem.experts > 0)
-    return any(kernel.backend == backend and kernel.rejects(problem) is None for kernel in kernels)
+    return any(
+        kernel.backend == backend and kernel.rejects(problem) is None
+        for kernel in registry.kernels_for(problem)
+    )
 
 
 def _checkpoint(fmt: Format, params: dict[str, Any]) -> str:
