@@ -208,7 +208,7 @@ BY_NAME = {f.__name__: f for f in _ALL}
 #: those whose second result is subtracted after scaling
 HAS_MIN = frozenset({"scale_min", "q2_k", "q4_k"})
 #: those whose second result is a zero point: weight = scale * (value - zero)
-ZERO = frozenset({"group", "two_level"})
+HAS_ZERO = frozenset({"group", "two_level"})
 
 #: the tensors each scaler reads, as qkernels/layouts/weight_only.py names them
 _NESTED = ("scaler.absmax", "scaler.nested_map", "scaler.nested_absmax", "scaler.offset")

@@ -41,15 +41,15 @@ def test_every_table_entry_fits_its_architecture(
 ) -> None:
     traits = weight_only.layout.WeightOnlyTraits(bits, "linear", "group", 64)
     sizes = weight_only.sizes(traits)
-    config = configs.choose(weight_only.family(traits), arch, m, invariant, *sizes)
+    config = configs.choose(weight_only.family(traits), arch, m, invariant, sizes)
     limit = configs.SHARED_KIB.get(arch, 99) * 1024
-    assert configs.shared_bytes(config, *sizes) < limit
+    assert configs.shared_bytes(config, sizes) < limit
     assert config.num_stages >= 2
 
 
 def test_what_cannot_fit_is_an_error() -> None:
     with pytest.raises(ValueError, match="no configuration fits sm_89"):
-        configs.fitted(configs.GemmConfig(128, 128, 8, 4), 89, 4096, 4096)
+        configs.fitted(configs.GemmConfig(128, 128, 8, 4), 89, configs.StepSizes(4096, 4096))
 
 
 @pytest.mark.parametrize("tiles", [1, 2, 3, 5, 31, 32, 64, 1000])
@@ -65,7 +65,9 @@ def test_no_share_is_empty(tiles: int, blocks: int) -> None:
 def test_batch_invariant_configurations_differ_in_block_m_only() -> None:
     for arch in ARCHITECTURES:
         found = {
-            configs.choose("weight_only", arch, m, True, 128, 64)._replace(block_m=0)
+            configs.choose("weight_only", arch, m, True, configs.StepSizes(128, 64))._replace(
+                block_m=0
+            )
             for m in range(1, 300)
         }
         assert len(found) == 1

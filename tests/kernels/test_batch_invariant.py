@@ -90,9 +90,12 @@ def test_only_the_rows_of_a_tile_depend_on_m_on_any_gpu(family: str, arch: int) 
 
     Stages only say how far ahead loads are; the width of a tile and the shares decide how K is cut.
     """
-    sizes = {"eight_bit": (64, 128, 0), "weight_only": (256, 96, 160)}[family.split(".")[0]]
+    sizes = {
+        "eight_bit": configs.StepSizes(64, 128),
+        "weight_only": configs.StepSizes(256, 96, 160),
+    }[family.split(".")[0]]
     found = {
-        configs.choose(family, arch, m, True, *sizes)._replace(block_m=0, num_stages=0)
+        configs.choose(family, arch, m, True, sizes)._replace(block_m=0, num_stages=0)
         for m in range(1, MOST + 1)
     }
     assert len(found) == 1

@@ -52,7 +52,7 @@ def compiled_bytes() -> list[int]:
 
 def estimates(traits: list[weight_only.layout.WeightOnlyTraits]) -> list[int]:
     return [
-        configs.shared_bytes(configs.GemmConfig(*sizes), *weight_only.sizes(of))
+        configs.shared_bytes(configs.GemmConfig(*sizes), weight_only.sizes(of))
         for (_, _, sizes), of in zip(JOBS, traits, strict=True)
     ]
 
@@ -89,8 +89,8 @@ def test_three_bits_of_experts_lose_the_stage_that_does_not_fit() -> None:
     """104 KiB with three stages and 84 with two, where a block may have 99."""
     (three, *_) = traits()
     three_stages = configs.GemmConfig(16, 128, 8, 3)
-    assert configs.fitted(three_stages, ARCH, *weight_only.sizes(three)).num_stages == 2
-    assert configs.fitted(three_stages, 80, *weight_only.sizes(three)).num_stages == 3
+    assert configs.fitted(three_stages, ARCH, weight_only.sizes(three)).num_stages == 2
+    assert configs.fitted(three_stages, 80, weight_only.sizes(three)).num_stages == 3
 
 
 if __name__ == "__main__":

@@ -47,20 +47,18 @@ def test_every_format(name: str, params: dict[str, object]) -> None:
 
 
 @dtypes
-def test_each_run_of_a_tile_has_its_own_sums(
+def test_each_scale_group_of_a_tile_has_its_own_sums(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two dots a tile, each scaled by itself: scales and zero points of one run must not serve the
-    other.
-    """
+    """Two dots a tile, each with its own scale: one group must not use the other's scale or zero."""
     from qkernels.backends.triton import weight_only
 
     p, bias = packed("gptq", {"bits": 4, "group_size": 64, "symmetric": False}, 72, 640, dtype)
-    seen, real = [], weight_only.scaled_after
+    seen, real = [], weight_only.post_scale
     monkeypatch.setattr(
         weight_only,
-        "scaled_after",
-        lambda *a: seen.append((weight_only._runs(a[0]), real(*a))) or seen[-1][1],
+        "post_scale",
+        lambda *a: seen.append((weight_only._scale_groups(a[0]), real(*a))) or seen[-1][1],
     )
     for m in (9, 16):
         assert_right(p, bias, m, dtype)
@@ -87,7 +85,7 @@ def test_each_run_of_a_tile_has_its_own_sums(
     ids=lambda value: value if isinstance(value, str) else None,
 )
 @dtypes
-def test_runs_in_columns_of_their_own(
+def test_unused_columns_hold_other_scale_groups(
     name: str,
     params: dict[str, object],
     rows: int,

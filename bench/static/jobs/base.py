@@ -14,7 +14,8 @@ class CompileJob:
     capability as an integer, 90 for sm_90. fn: the @triton.jit function. types: argument name ->
     triton type ("*bf16", "i32"; a tuple for a tuple argument); the rest of its
         arguments are in `constants`.
-    aligned: arguments divisible by 16, as launches with aligned pointers and sizes see them.
+    aligned: arguments divisible by 16, as launches with aligned pointers and sizes see them;
+        "name[1]" is part 1 of a tuple argument.
     weights: packed weights one program decodes in one step of its loop; 0 where it decodes none.
     tensor_core: whether the architecture's tensor-core instruction must appear.
     """

@@ -37,10 +37,14 @@ def family(traits: layout.EightBitTraits) -> str:
 @lru_cache(maxsize=4096)
 def tabled(problem: Problem) -> configs.GemmConfig:
     """The table's entry for problem.m rows; of each expert where the problem has experts."""
-    own = (family(traits_of(problem)), configs.architecture(problem.capability), problem.m)
-    # STEP // 2: `fitted` counts 2 bytes a feature of x, and codes have one
     return configs.choose(
-        *own, problem.batch_invariant, STEP // 2, STEP, experts=problem.experts > 0
+        family(traits_of(problem)),
+        configs.architecture(problem.capability),
+        problem.m,
+        problem.batch_invariant,
+        # STEP // 2, because configs.py counts 2 bytes for a feature of x, and codes have one.
+        configs.StepSizes(features=STEP // 2, row_bytes=STEP),
+        experts=problem.experts > 0,
     )
 
 

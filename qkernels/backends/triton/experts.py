@@ -23,6 +23,7 @@ from . import autotune, configs, eight_bit, interpreted, weight_only
 from .launch import Launch, Replay, overtakes, pdl
 
 if TYPE_CHECKING:
+    from ...triton_kernels.weight_only import Method
     from ...weights.experts import PackedExperts
     from ..problem import Problem
 
@@ -244,27 +245,26 @@ def _product(
     blocks = found.experts.numel()
     is_codes = experts.layout == layouts.EIGHT_BIT
     if is_codes:
-        own = _eight_bit_arguments(x, experts, problem, work)
+        arguments = _eight_bit_arguments(x, experts, problem, work)
     else:
-        own = _weight_only_arguments(experts, problem)
-        own |= {
+        upcast = x.dtype == torch.bfloat16 and interpreted()
+        permuted = "perm" in experts.storage
+        arguments = _weight_only_arguments(experts, problem) | {
             "x_ptr": x,
-            "POST_SCALE": config.post_scale,
-            "UPCAST": x.dtype == torch.bfloat16 and interpreted(),
-            "WAIT": overtakes(configs.architecture(problem.capability)),
+            "METHOD": method(config, problem, permuted=permuted, upcast=upcast),
             "WARPS": config.num_warps,
         }
     calls = {
-        "x_ptr": own["x_ptr"],
+        "x_ptr": arguments["x_ptr"],
         "bias_ptr": x if bias is None else bias.contiguous(),
         "weights_ptr": x if weights is None else weights,
         "y_ptr": y,
         "slots_ptr": found.slots,
         "experts_ptr": found.experts,
-        **({"x_scale_ptr": own["x_scale_ptr"]} if is_codes else {}),
+        **({"x_scale_ptr": arguments["x_scale_ptr"]} if is_codes else {}),
     }
     fixed = {
-        **{name: value for name, value in own.items() if name not in calls},
+        **{name: value for name, value in arguments.items() if name not in calls},
         "S": ids.numel(),
         "EXPERTS": experts.count,
         "BLOCKS": blocks,
@@ -290,26 +290,28 @@ def _stride(tensor: Tensor) -> int:
     return tensor.stride(0)
 
 
+def method(config: configs.GemmConfig, problem: Problem, *, permuted: bool, upcast: bool) -> Method:
+    """The kernel's argument METHOD. permuted, upcast: as in `Method`."""
+    from ...triton_kernels.weight_only import Method
+
+    wait = overtakes(configs.architecture(problem.capability))
+    return Method(False, config.post_scale, permuted, upcast, wait)
+
+
 def _weight_only_arguments(experts: PackedExperts, problem: Problem) -> dict[str, Any]:
-    """Those that depend on the weights alone: the one-matrix kernel's, and a stride for each
-    tensor.
+    """The kernel's arguments that depend on the weights alone.
+
+    They are those of the kernel for one matrix, and a stride for each tensor.
     """
     assert experts.layout == layouts.WEIGHT_ONLY
     traits = weight_only.traits_of(problem)
-    found = weight_only.arguments(experts.expert(0), traits)
-    storage = experts.storage
-    # A pointer that is never read still has to be one: qdata stands in, as in
-    # `weight_only.arguments`.
-    for argument, name in (
-        ("qdata", "qdata"),
-        ("qhigh", "qhigh"),
-        ("perm", "perm"),
-        ("table", "lut"),
-    ):
-        tensor = storage.get(name, storage["qdata"])
-        found |= {f"{argument}_ptr": tensor, f"{argument}_stride": _stride(tensor)}
-    scalers = [storage.get(name, storage["qdata"]) for name in weight_only.scaler_tensors(traits)]
-    return found | {"scaler_args": tuple(scalers), "scaler_strides": tuple(map(_stride, scalers))}
+    weight, scalers = weight_only.pointers(experts.storage, traits)
+    return weight_only.arguments(experts.expert(0), traits) | {
+        "weight_args": weight,
+        "weight_strides": tuple(map(_stride, weight)),
+        "scaler_args": scalers,
+        "scaler_strides": tuple(map(_stride, scalers)),
+    }
 
 
 def _eight_bit_arguments(
