@@ -16,7 +16,8 @@ at once.
 
 Two things need PTX, because triton has no operation for them: taking a register for two 16-bit
 floats, and looking up bytes in registers. Triton's interpreter cannot run PTX, so it runs the same
-arithmetic in triton operations. The tests run the PTX in a small interpreter (tests/kernels/ptx.py).
+arithmetic in triton operations. The tests run the PTX in a small interpreter
+(tests/kernels/ptx.py).
 """
 
 from typing import NamedTuple
@@ -71,7 +72,10 @@ prmt.b32 $3, lo, hi, 0x7362;
 
 @triton.jit
 def _shifts(word, WIDTH: tl.constexpr):
-    """word >> s*WIDTH for s in 0..16/WIDTH-1. The bits of s are trailing dimensions, lowest first."""
+    """word >> s*WIDTH for s in 0..16/WIDTH-1.
+
+    The bits of s are the trailing dimensions, the lowest bit first.
+    """
     if WIDTH == 8:
         return tl.join(word, word >> 8)
     elif WIDTH == 4:

@@ -150,8 +150,8 @@ def _outliers(
 
 @kernel
 def eight_bit_gemm(
-    x_ptr, weight_ptr, x_scale_ptr, w_scale_ptr, zero_ptr, row_sum_ptr, bias_ptr, x16_ptr, columns_ptr,
-    y_ptr, partial_ptr, counter_ptr,
+    x_ptr, weight_ptr, x_scale_ptr, w_scale_ptr, zero_ptr, row_sum_ptr, bias_ptr, x16_ptr,
+    columns_ptr, y_ptr, partial_ptr, counter_ptr,
     threshold, M, N, K, KP,
     KIND: tl.constexpr, BLOCKS: tl.constexpr, ONE_SCALE: tl.constexpr, HAS_ZERO: tl.constexpr,
     HAS_BIAS: tl.constexpr, OUTLIERS: tl.constexpr, BY_ELEMENT: tl.constexpr,
@@ -219,7 +219,8 @@ def eight_bit_gemm(
             if OUTLIERS:
                 x16_rows = x16_ptr + m.to(tl.int64)[None, :] * K
                 y = _outliers(
-                    y, scale, w_rows, x_rows, x16_rows, columns_ptr, threshold, K, BY_ELEMENT, UPCAST
+                    y, scale, w_rows, x_rows, x16_rows, columns_ptr, threshold, K,
+                    BY_ELEMENT, UPCAST,
                 )  # fmt: skip
             y *= tl.load(w_scale_ptr + n)[:, None]
         if HAS_BIAS:

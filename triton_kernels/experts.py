@@ -13,7 +13,7 @@ The products call the same functions for each tile as weight_only.py and eight_b
 differ: which rows of x a block reads, where the tensors of its expert begin (layouts stack experts
 in a leading dimension, so there is one stride per tensor), and where the rows of y are stored. K is
 never split, because experts give blocks enough.
-"""
+"""  # noqa: E501
 
 import triton
 import triton.language as tl
@@ -149,8 +149,8 @@ def experts_weight_only(
 
 @kernel
 def experts_eight_bit(
-    x_ptr, weight_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, weights_ptr, y_ptr, slots_ptr, experts_ptr,
-    weight_stride, w_scale_stride, S, EXPERTS, BLOCKS, M, PER_ROW, N, KP,
+    x_ptr, weight_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, weights_ptr, y_ptr, slots_ptr,
+    experts_ptr, weight_stride, w_scale_stride, S, EXPERTS, BLOCKS, M, PER_ROW, N, KP,
     KIND: tl.constexpr, BLOCK_SCALES: tl.constexpr, WIDEN: tl.constexpr, EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_N: tl.constexpr, PDL: tl.constexpr,
