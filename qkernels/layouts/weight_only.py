@@ -240,12 +240,12 @@ def unpack(
         codes = ordered
     parts = WeightOnlyParts(
         codes=codes,
-        scaler_tensors=_section(storage, "scaler."),
+        scaler_tensors=section(storage, "scaler."),
         group_index=storage.get("g_idx"),
         table=storage.get("table"),
-        outliers=_section(storage, "outlier."),
+        outliers=section(storage, "outlier."),
         sides={k: v for k, v in storage.items() if k.startswith(("input.", "output."))},
-        extra=_section(storage, "extra."),
+        extra=section(storage, "extra."),
     )
     return fmt.from_weight_only(parts, shape, params)
 
@@ -355,7 +355,8 @@ def codebook_order(count: int, device: torch.device | str = "cpu") -> Tensor:
     return k // 256 * 256 + (c * 4 + half) * 32 + p * 16 + h * 8 + j * 2 + b
 
 
-def _section(storage: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def section(storage: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, under the rest of their names."""
     return {k.removeprefix(prefix): v for k, v in storage.items() if k.startswith(prefix)}
 
 

@@ -23,7 +23,7 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 103, 120, 0)
 def tuning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("QKERNELS_AUTOTUNE", "1")
     monkeypatch.setenv("QKERNELS_CACHE", str(tmp_path))
-    monkeypatch.setattr(autotune, "_found", {})
+    monkeypatch.setattr(autotune, "_tuned", {})
     return tmp_path / "tune"
 
 
@@ -85,7 +85,7 @@ def test_tuning_keeps_the_fastest(tuning: Path) -> None:
     assert autotune.tune("weight_only", problem(), tabled, launched.append, seconds) == wanted
     assert autotune.tuned("weight_only", problem()) == wanted
     assert "tuned on this GPU" in autotune.words("weight_only", problem(), tabled)
-    autotune._found.clear()  # as another process would: from disk
+    autotune._tuned.clear()  # as another process would: from disk
     assert autotune.tuned("weight_only", problem()) == wanted
     assert autotune.tuned("weight_only", problem(m=100)) is None
     (file,) = tuning.iterdir()
@@ -115,7 +115,7 @@ def test_a_file_that_makes_no_sense_is_ignored(tuning: Path, text: str) -> None:
     autotune.tune("weight_only", problem(), tabled, lambda config: None, lambda call: 1.0)
     (file,) = tuning.iterdir()
     file.write_text(text)
-    autotune._found.clear()
+    autotune._tuned.clear()
     assert autotune.tuned("weight_only", problem()) is None
 
 

@@ -1,4 +1,4 @@
-"""The kernels of experts: the product in each format of the other families' jobs, and the sort."""
+"""Compile jobs of experts: the product in each format of the other families' jobs, and the sort."""
 
 from __future__ import annotations
 

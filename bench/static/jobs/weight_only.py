@@ -1,4 +1,4 @@
-"""The weight-only kernel: every format and configuration that is compiled ahead of time."""
+"""Compile jobs of the weight-only kernel: every format and configuration."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .base import CompileJob
 
 #: types of the kernel's weight_args: qdata, qhigh, perm and the table
 WEIGHT_ARGS = ("*i32",) * 4
-#: those of them that `aligned` names: in compiled jobs, kernels may load them 16 bytes at a time
+#: those of them that are read 16 bytes at a time
 ALIGNED_WEIGHT_ARGS = tuple(f"weight_args[{i}]" for i in range(3))
 #: format, parameters and the types of its scaler's tensors
 JOBS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
@@ -82,7 +82,9 @@ def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
                 pointer = "*" + dtype
                 yield CompileJob(
                     kernel="weight_only_gemm",
-                    label=" ".join([name, *(f"{k}={v}" for k, v in params.items()), dtype, f"M={m}"]),
+                    label=" ".join(
+                        [name, *(f"{k}={v}" for k, v in params.items()), dtype, f"M={m}"]
+                    ),
                     arch=arch,
                     fn=weight_only_gemm,
                     types={

@@ -359,9 +359,10 @@ def _scale_groups(traits: KernelTraits) -> int:
 
 
 def split_of(k_slices: int, blocks: int, config: configs.GemmConfig, scratch: int = 0) -> int:
-    """SPLIT_K: one program per K slice, or one for all if the workspace or the counters are too few.
+    """SPLIT_K: one program per K slice, or one for all slices.
 
-    scratch: bytes of the workspace that are already in use.
+    The latter if the workspace or the number of counters does not suffice. scratch: bytes of the
+    workspace that are already in use.
     """
     needed = scratch + k_slices * blocks * config.block_m * config.block_n * 4
     return k_slices if needed <= workspace.BYTES and blocks <= workspace.MAX_BLOCKS else 1
