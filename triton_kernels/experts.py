@@ -2,18 +2,18 @@
 
 A *slot* is a pair (token, choice), numbered token * TOP_K + choice. Each slot has one expert and
 one row of y. `sort_slots` lists the slots expert by expert, pads the slots of each expert to whole
-blocks of BLOCK_M, and writes the expert of each block. Its outputs have fixed sizes, so the host
-waits for nothing:
+blocks of BLOCK_M, and writes the expert of each block. The rows of y of slots that are not here
+become zeros. The outputs have fixed sizes, so the host waits for nothing:
 
     expert ids of slots   2 0 | 0 9 | 2 0            9: expert of another process ("not here")
     slots   (BLOCK_M 2)   1 2 | 5 - | 0 4 | 3 - | unwritten       -: padding, the number of slots
-    experts               0     0     2     3     -1              3: EXPERTS, not here: zeros; -1: no block
+    experts               0     0     2     3     -1              3: EXPERTS, not here; -1: no block
 
 The products call the same functions for each tile as weight_only.py and eight_bit.py. Three things
 differ: which rows of x a block reads, where the tensors of its expert begin (layouts stack experts
 in a leading dimension, so there is one stride per tensor), and where the rows of y are stored. K is
 never split, because experts give blocks enough.
-"""  # noqa: E501
+"""
 
 import triton
 import triton.language as tl

@@ -5,12 +5,13 @@ A row of x is taken as a box with the axes (a0, c, a1, a2). The axis c is multip
 loaded: each program computes one index of c for ROWS rows. The other axes are padded to powers of
 two. One after another is permuted to the end, where a dot multiplies it:
 
-    (.., b0, b1, b2) . A2^T  ->  turn  ->  (.., b2, b0, b1) . A1^T  ->  turn  ->  (.., b1, b2, b0) . A0^T  ->  turn
+    (.., b0, b1, b2) . A2^T  ->  turn  ->  (.., b2, b0, b1) . A1^T  ->  turn
+                                       ->  (.., b1, b2, b0) . A0^T  ->  turn
 
 The factors are exact in tf32. x is split into two tf32 numbers, which keep 22 bits, so each dot is
 two products. In effect only the loads and the store round. ROWS is chosen so that each dot has its
 smallest size. The other rows of a program do not change the result of a row.
-"""  # noqa: E501
+"""
 
 import triton
 import triton.language as tl
