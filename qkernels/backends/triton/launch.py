@@ -193,4 +193,5 @@ def _address(value: Any) -> Any:
     """Tensors as addresses: triton's launcher takes both, and need not ask a tensor for its own."""
     if isinstance(value, Tensor):
         return value.data_ptr()
-    return tuple(_address(part) for part in value) if isinstance(value, tuple) else value
+    # Only plain tuples hold tensors: NamedTuples are compile-time arguments.
+    return tuple(_address(part) for part in value) if type(value) is tuple else value
