@@ -394,7 +394,7 @@ BEYOND = [
     (SCALING, "kk = tl.minimum(kk, K - 1)", "kk = tl.minimum(kk, K)"),
     (SCALING, "kk = tl.minimum(kk, KP - 1)", "kk = tl.minimum(kk, KP)"),
     (SCALING, "tl.minimum(kk, KP - 1) // 256", "tl.minimum(kk, KP) // 256"),
-    (KERNEL, "row_mask = (memory_rows < N)", "row_mask = (memory_rows <= N)"),
+    (KERNEL, "at[:, None] * 16 + i[None, :], mask=(memory_rows < N)", "at[:, None] * 16 + i[None, :], mask=(memory_rows <= N)"),
     (KERNEL, "tl.load(bias_ptr + rows, mask=rows < N", "tl.load(bias_ptr + rows, mask=rows <= N"),
     (KERNEL, "        live = kk < K", "        live = kk <= K"),
     (KERNEL, "offsets_ptr + rows + 1, mask=rows < N", "offsets_ptr + rows + 1, mask=rows <= N"),

@@ -178,6 +178,9 @@ def accumulate(
     SCALE_GROUP: tl.constexpr = TRAITS.scale_group
     SCALE_GROUPS: tl.constexpr = TILE // SCALE_GROUP
     LAST_SCALE: tl.constexpr = TRAITS.last_scale
+    GROUP: tl.constexpr = TRAITS.group_size
+    ROW_GROUP: tl.constexpr = TRAITS.row_group
+    GROUP_LOOKUP: tl.constexpr = TRAITS.group_lookup
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
 
     memory_rows = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -193,27 +196,38 @@ def accumulate(
     CARRIED: tl.constexpr = not LAST_SCALE and BLOCK_N * SCALE_GROUPS <= 4 * 32 * WARPS
     if CARRIED:
         groups = begin * TILE + tl.arange(0, SCALE_GROUPS) * SCALE_GROUP
-        next_scale, next_zero = _scales(scaler_args, rows, groups, N, K, KP, TRAITS)
+        next_scale, next_zero = TRAITS.scaler(
+            scaler_args, rows, rows < N, groups, N, K, KP, GROUP, ROW_GROUP, GROUP_LOOKUP
+        )
     for tile in range(begin, end):
         if CARRIED:
             scale, zero = next_scale, next_zero
             # Past the last tile, scalers read the scales of the last tile again.
             groups = (tile + 1) * TILE + tl.arange(0, SCALE_GROUPS) * SCALE_GROUP
-            next_scale, next_zero = _scales(scaler_args, rows, groups, N, K, KP, TRAITS)
+            next_scale, next_zero = TRAITS.scaler(
+                scaler_args, rows, rows < N, groups, N, K, KP, GROUP, ROW_GROUP, GROUP_LOOKUP
+            )
         at = tile * N + memory_rows  # in words this fits int32 up to 2^34 weights of 4 bits
-        row_mask = (memory_rows < N)[:, None]
-        words = tl.load(qdata_ptr + at[:, None] * 16 + i[None, :], mask=row_mask, other=0)
+        words = tl.load(
+            qdata_ptr + at[:, None] * 16 + i[None, :], mask=(memory_rows < N)[:, None], other=0
+        )
         words = _in_row_order(words, BLOCK_N, 16, WARPS).reshape(BLOCK_N, 4, 2, 2)
         high = words
         if TRAITS.high_words == 16:
-            high = tl.load(qhigh_ptr + at[:, None] * 16 + i[None, :], mask=row_mask, other=0)
+            high = tl.load(
+                qhigh_ptr + at[:, None] * 16 + i[None, :], mask=(memory_rows < N)[:, None], other=0
+            )
             high = _in_row_order(high, BLOCK_N, 16, WARPS).reshape(BLOCK_N, 4, 2, 2)
         elif TRAITS.high_words == 8:
-            high = tl.load(qhigh_ptr + at[:, None] * 8 + i8[None, :], mask=row_mask, other=0)
+            high = tl.load(
+                qhigh_ptr + at[:, None] * 8 + i8[None, :], mask=(memory_rows < N)[:, None], other=0
+            )
             high = _in_row_order(high, BLOCK_N, 8, WARPS).reshape(BLOCK_N, 4, 2)
             high = tl.join(high, high >> TRAITS.high_step).permute(0, 1, 3, 2)  # (BLOCK_N, j, p, h)
         elif TRAITS.high_words == 4:
-            high = tl.load(qhigh_ptr + at[:, None] * 4 + i4[None, :], mask=row_mask, other=0)
+            high = tl.load(
+                qhigh_ptr + at[:, None] * 4 + i4[None, :], mask=(memory_rows < N)[:, None], other=0
+            )
             high = _in_row_order(high, BLOCK_N, 4, WARPS)
             high = tl.join(high, high >> 1)  # (BLOCK_N, j, h)
             high = tl.join(high, high >> 2).permute(0, 1, 3, 2)  # (BLOCK_N, j, p, h)
@@ -223,7 +237,9 @@ def accumulate(
         first = tile * TILE
         if not CARRIED and not LAST_SCALE:
             groups = first + tl.arange(0, SCALE_GROUPS) * SCALE_GROUP
-            scale, zero = _scales(scaler_args, rows, groups, N, K, KP, TRAITS)
+            scale, zero = TRAITS.scaler(
+                scaler_args, rows, rows < N, groups, N, K, KP, GROUP, ROW_GROUP, GROUP_LOOKUP
+            )
         if LAST_SCALE:
             kk = first + tl.arange(0, TILE)
             x = _columns(x_rows, perm_ptr, kk, (m < M)[None, :], K, KP, METHOD.permuted)
@@ -281,7 +297,9 @@ def accumulate(
             value = value.reshape(BLOCK_N, TILE).to(x.dtype)
             acc = _finished(tl.dot(value, x, acc, input_precision="ieee"), METHOD.wait)
     if LAST_SCALE:
-        scale, zero = _scales(scaler_args, rows, tl.arange(0, 1), N, K, KP, TRAITS)
+        scale, zero = TRAITS.scaler(
+            scaler_args, rows, rows < N, tl.arange(0, 1), N, K, KP, GROUP, ROW_GROUP, GROUP_LOOKUP
+        )
         acc *= scale.to(tl.float32)
     if TRAITS.outliers:
         if METHOD.folded:  # only the columns of scale group 0 add them, so each row of x does once
@@ -291,14 +309,6 @@ def accumulate(
             METHOD.upcast, BLOCK_M, BLOCK_N, K_SLICES,
         )  # fmt: skip
     return acc
-
-
-@triton.jit
-def _scales(args, rows, kk, N, K, KP, TRAITS: tl.constexpr):
-    """(scale, zero) of the rows for the scale groups that begin at features kk."""
-    return TRAITS.scaler(
-        args, rows, rows < N, kk, N, K, KP, TRAITS.group_size, TRAITS.row_group, TRAITS.group_lookup
-    )
 
 
 @triton.jit
