@@ -1,33 +1,30 @@
-"""Activations to 8 bits: one program quantizes one row of x, optionally after RMSNorm or SiLU.
+"""Activations to 8-bit codes: one program quantizes one row of x, optionally after RMSNorm or SiLU.
 
     SHARED   what shares a scale           codes
     token    a row                         int8 round(x * 127 / absmax), e4m3 x / scale
     group    128 features of a row         e4m3
     tensor   everything, scale is given    int8 round(x / scale) + zero point, e4m3
 
-The arithmetic is that of qkernels/formats (eightbit.py, fp8.py), operation by operation in float32,
-so that codes agree bit for bit: divisions are IEEE's, rounding is half to even, fp8 saturates and
-keeps NaN.
+The arithmetic equals that of qkernels/formats (eightbit.py, fp8.py), operation by operation in
+float32, so the codes agree bit for bit: divisions are IEEE divisions, rounding is half to even, fp8
+saturates and keeps NaN.
 
-LLM.int8(): elements from `threshold` on count neither for the absmax nor in the codes, where they
-are 0, and flag their column. The program that finishes last, as a counter tells, writes the flagged
-columns in order, and how many they are, for the matrix product to read; it leaves flags and counter
-zero. Where rows are quantized by slices, `outlier_columns` makes that list for all of them first.
+LLM.int8(): an element of at least `threshold` does not count for the absmax, gets code 0, and flags
+its column. The program that finishes last, as a counter tells, writes the list of flagged columns
+and their number, which the matrix product reads. It leaves flags and counter zero. If rows are
+quantized in slices, `outlier_columns` writes that list for all rows first.
 """
-
-import os
 
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from .blocks import INTERPRETED
 from .launchable import kernel
 from .pdl import launch_dependents, wait_for_previous
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-
 GROUP = tl.constexpr(128)
-#: the smallest scale of a token and absmax of a group, as formats/fp8.py has them
+#: the smallest scale of a token and the smallest absmax of a group (formats/fp8.py)
 TOKEN_FLOOR = tl.constexpr(1 / (448 * 512))
 GROUP_AMAX_FLOOR = tl.constexpr(1e-4)
 
@@ -38,14 +35,15 @@ def _rounded(value):
     if INTERPRETED:
         return (value + 12582912.0) - 12582912.0  # 1.5 * 2^23, where floats are integers
     else:
-        # not the sum above: a multiplication before it would fuse into it
+        # Not the sum above, because a multiplication before it would fuse with it.
         return libdevice.rint(value)
 
 
 @triton.jit
 def _as(value, DTYPE: tl.constexpr):
-    """float32 -> its nearest DTYPE, as float32. Triton's interpreter truncates to bfloat16, so by
-    bits.
+    """float32 -> its nearest DTYPE, as float32.
+
+    bfloat16 is rounded by its bits, because triton's interpreter truncates.
     """
     if DTYPE == tl.bfloat16:
         bits = value.to(tl.int32, bitcast=True)
@@ -57,7 +55,7 @@ def _as(value, DTYPE: tl.constexpr):
 
 @triton.jit
 def e4m3_bits(value):
-    """float32 -> E4M3FN codes, uint8: nearest, half to even, saturating, NaN stays NaN. On any GPU."""
+    """float32 -> E4M3FN codes, uint8, on any GPU: half to even, saturating, NaN stays NaN."""
     bits = value.to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
     # Normal numbers: round to 3 bits of mantissa, then change the exponent's bias from 127 to 7.
@@ -71,7 +69,7 @@ def e4m3_bits(value):
 
 @triton.jit
 def _e4m3(value, NATIVE: tl.constexpr):
-    """float32 -> E4M3FN codes, uint8. NATIVE: the GPU has an instruction for it."""
+    """float32 -> E4M3FN codes, uint8. NATIVE: whether the GPU has an instruction for it."""
     if NATIVE:
         value = tl.clamp(value, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
         return value.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
@@ -81,7 +79,7 @@ def _e4m3(value, NATIVE: tl.constexpr):
 
 @triton.jit
 def _load(x_row, up_row, k, K, DTYPE: tl.constexpr, GATED: tl.constexpr):
-    """A chunk of a row as float32: x, or with GATED silu(x) * up, rounded to DTYPE after each step."""
+    """A chunk of a row as float32: x, or with GATED silu(x) * up. Each step rounds to DTYPE."""
     x = tl.load(x_row + k, mask=k < K, other=0).to(tl.float32)
     if GATED:
         up = tl.load(up_row + k, mask=k < K, other=0).to(tl.float32)
@@ -91,7 +89,7 @@ def _load(x_row, up_row, k, K, DTYPE: tl.constexpr, GATED: tl.constexpr):
 
 @triton.jit
 def _normed(x, inverse, norm_ptr, k, K, DTYPE: tl.constexpr, NORM: tl.constexpr):
-    """x / rms(x) * weight, rounded to DTYPE after each step, as models do; x itself without NORM."""
+    """With NORM x / rms(x) * weight, where each step rounds to DTYPE, as in models; else x."""
     if NORM:
         weight = tl.load(norm_ptr + k, mask=k < K, other=0).to(tl.float32)
         x = _as(_as(x * inverse, DTYPE) * weight, DTYPE)
@@ -100,7 +98,7 @@ def _normed(x, inverse, norm_ptr, k, K, DTYPE: tl.constexpr, NORM: tl.constexpr)
 
 @triton.jit
 def _size(x, threshold, OUTLIERS: tl.constexpr):
-    """|x| as integers that order like it, NaN above all; outliers are 0."""
+    """|x| as integers in the same order, NaN the largest; outliers are 0."""
     size = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     if OUTLIERS:
         size = tl.where(tl.abs(x) >= threshold, 0, size)
@@ -110,7 +108,7 @@ def _size(x, threshold, OUTLIERS: tl.constexpr):
 @triton.jit
 def _codes(x, k, scale, zero, threshold, K, INT8: tl.constexpr, SHARED: tl.constexpr,
            HAS_ZERO: tl.constexpr, OUTLIERS: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
-    """Codes of a chunk of a row; `scale` multiplies in int8 per token, and divides in all else."""
+    """Codes of a chunk of a row. x is multiplied by `scale` for int8 per token, else divided."""
     if INT8:
         if SHARED == "token":
             value = _rounded(tl.clamp(x * scale, -127.0, 127.0))
@@ -130,7 +128,7 @@ def _codes(x, k, scale, zero, threshold, K, INT8: tl.constexpr, SHARED: tl.const
 def _inverse_rms(
     first, x_row, up_row, K, eps, DTYPE: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """1 / rms of a row; `first`: its first chunk."""
+    """1 / rms of a row. first: the first chunk of the row."""
     total = tl.sum(first * first, 0)
     for start in range(BLOCK, K, BLOCK):
         more = _load(x_row, up_row, start + tl.arange(0, BLOCK), K, DTYPE, GATED)
@@ -140,19 +138,19 @@ def _inverse_rms(
 
 @triton.jit
 def _flag_columns(x, k, counter_ptr, threshold, K):
-    """Columns of a chunk of a row that have an outlier. Rows that flag the same one store the same
-    value: no race that could be seen."""
-    found = (tl.abs(x) >= threshold) & (k < K)
-    tl.store(counter_ptr + 1 + k, found.to(tl.int32), mask=found, cache_modifier=".cg")
+    """Flag the columns of a chunk of a row that have an outlier.
+
+    Rows that flag the same column store the same value, so their race does no harm.
+    """
+    outlier = (tl.abs(x) >= threshold) & (k < K)
+    tl.store(counter_ptr + 1 + k, outlier.to(tl.int32), mask=outlier, cache_modifier=".cg")
 
 
 @triton.jit
 def _list_columns(columns_ptr, counter_ptr, M, K, BLOCK: tl.constexpr):
-    """The last of M programs writes the flagged columns and their number; flags and counter become
-    zero.
-    """
-    CHUNK: tl.constexpr = min(BLOCK, 2048)  # flags summed up at a time
-    tl.debug_barrier()  # all of this program's flags, before one thread says so
+    """The last of M programs writes the flagged columns and their number, and clears the flags."""
+    CHUNK: tl.constexpr = min(BLOCK, 2048)  # flags that are summed at a time
+    tl.debug_barrier()  # all threads have stored their flags before one thread counts the program
     if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == M - 1:
         tl.store(counter_ptr, 0)
         count = 0
@@ -170,7 +168,7 @@ def outlier_columns(
     x_ptr, up_ptr, norm_ptr, columns_ptr, counter_ptr, eps, threshold, M, K,
     NORM: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The `columns` of quantize_rows alone, of the same operands. Grid: (M)."""
+    """Write only the `columns` of `quantize_rows`, for the same operands. Grid: (M)."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     launch_dependents(PDL)
     wait_for_previous(PDL)
@@ -197,14 +195,21 @@ def quantize_rows(
     NORM: tl.constexpr, GATED: tl.constexpr, NATIVE: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """x (M, K) -> codes q (M, KP), int8 or uint8 of E4M3, zeros beyond K, and their scales.
+    """x (M, K) -> codes q (M, KP), zeros beyond K, and their scales. Grid: (M).
 
-    scale: float32, (M) per token, (groups, M) per group: written; (1) per tensor: read. zero: int8
-    (1). NORM: RMSNorm with weight `norm` (K) comes first. GATED: silu(x) * up, with up like x. With
-    OUTLIERS the result of either is written to `normed`. columns: int32 (K + 1), the outlier
-    columns, and at K their number. counter: int32 (1 + K), zeros: of finished programs, and flags
-    of columns. Both of them with OUTLIERS 1 alone; 2: somebody knows the columns. Grid: (M). A row
-    is worked on in chunks of BLOCK, of which the first stays in registers.
+    A program works on its row in chunks of BLOCK, of which the first stays in registers.
+
+    q: int8, or uint8 with the bits of E4M3.
+    scale: float32; (M) per token and (groups, M) per group are written, (1) per tensor is read.
+    zero: int8 (1), with HAS_ZERO.
+    NORM: RMSNorm with weight `norm` (K) comes first.
+    GATED: silu(x) * up is quantized; up is (M, K).
+    normed: (M, K), the result of either, written if OUTLIERS > 0.
+    columns: int32 (K + 1), written if OUTLIERS is 1: the outlier columns, and at K their number.
+    counter: int32 (1 + K), zeros, used if OUTLIERS is 1: the finished programs, and a flag per
+        column.
+    OUTLIERS: 0: no outliers. 1: outliers, whose columns the kernel lists. 2: outliers, and the
+        caller already has the list.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     launch_dependents(PDL)

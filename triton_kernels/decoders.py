@@ -1,29 +1,32 @@
 """Decoders: packed words -> values, exact in float16 and bfloat16, before scaling.
 
-A decoder is two small functions, passed to the kernel as compile-time arguments:
+A decoder is two small functions, which the kernel gets at compile time:
 
-    split(words, high, table, BITS, DTYPE)   words of qkernels/layouts/weight_only.py (and the plane of
-                                    high bits, for 3, 5 and 6 bits); returns the values of features
-                                    2i and of features 2i+1 as DTYPE, with the bits of s as trailing
-                                    dimensions of 2, lowest first; values may be off by a constant
-    finish(value, zero, BITS, DTYPE)      takes that constant and the zero point off
+    split(words, high, table, BITS, DTYPE)
+        words, high   words of qkernels/layouts/weight_only.py; `high` is the plane of high bits,
+                      for 3, 5 and 6 bits
+        Returns the values of features 2i and those of features 2i+1 as DTYPE, with the bits of s as
+        trailing dimensions of 2, lowest bit first. The values may be off by a constant.
+    finish(value, zero, BITS, DTYPE)
+        Subtracts that constant and the zero point.
 
-Integer codes become floats without a conversion: OR-ing a code into the low mantissa bits of 2^m
-(m = 10 in float16, 7 in bfloat16) makes the float 2^m + code, and both halves of a word at once.
+Integer codes become floats without a conversion instruction. OR-ing a code into the low mantissa
+bits of 2^m (m = 10 in float16, 7 in bfloat16) gives the float 2^m + code, in both halves of a word
+at once.
 
-PTX is used where triton has no words for an instruction: taking a register for two 16-bit floats,
-and looking up bytes in registers. Triton's interpreter runs the same arithmetic spelled out; the
-tests run the PTX itself in a small interpreter of their own.
+Two things need PTX, because triton has no operation for them: taking a register for two 16-bit
+floats, and looking up bytes in registers. Triton's interpreter cannot run PTX, so it runs the same
+arithmetic in triton operations. The tests run the PTX in a small interpreter
+(tests/kernels/ptx.py).
 """
 
-import os
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+from .blocks import INTERPRETED, widened
 
 
 class Decoder(NamedTuple):
@@ -31,14 +34,13 @@ class Decoder(NamedTuple):
     finish: JITFunction
 
 
-#: $0, $1 = the halves of $2
+#: PTX: $0, $1 = the halves of $2
 HALVES = tl.constexpr("mov.b32 {$0, $1}, $2;")
 
-#: A word's nibbles, in pairs, to four pairs of 16-bit entries of a table of 16. $5..$8 hold the low
-#: bytes of entries 0-3, 4-7, 8-11, 12-15, $9..$12 the high bytes. prmt picks four bytes out of
-#: eight by
-#: the low three bits of four nibbles; a second prmt picks between entries 0-7 and 8-15 by the
-#: fourth.
+#: PTX: the eight nibbles of $4 -> eight 16-bit entries of a table of 16, in four pairs. $5..$8 hold
+#: the low bytes of entries 0-3, 4-7, 8-11, 12-15, and $9..$12 the high bytes. The low three bits of
+#: four nibbles select four bytes out of eight (prmt). The fourth bit then selects between entries
+#: 0-7 and 8-15 (a second prmt).
 LOOKUP16 = tl.constexpr("""
 {
 .reg .b32 low3, bit3, a, b, lo, hi;
@@ -70,7 +72,10 @@ prmt.b32 $3, lo, hi, 0x7362;
 
 @triton.jit
 def _shifts(word, WIDTH: tl.constexpr):
-    """word >> s*WIDTH for s in 0..16/WIDTH-1, as trailing dimensions of 2: lowest bit of s first."""
+    """word >> s*WIDTH for s in 0..16/WIDTH-1.
+
+    The bits of s are the trailing dimensions, the lowest bit first.
+    """
     if WIDTH == 8:
         return tl.join(word, word >> 8)
     elif WIDTH == 4:
@@ -121,17 +126,16 @@ def _finish_linear(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _finish_real(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """Zero points that are no integers: float32, or the small differences of both would lose their
-    bits.
-    """
+    """In float32: zero points are no integers, and small differences would lose their bits."""
     OFFSET: tl.constexpr = 1024.0 if DTYPE == tl.float16 else 128.0
     return (value - OFFSET).to(tl.float32) - zero.to(tl.float32)
 
 
 @triton.jit
 def _split_byte(words, high, table, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """8-bit codes, in bfloat16 less 128: its mantissa has 7 bits, so the top bit of a code comes as
-    another number to take off,
+    """8-bit codes plus 1024 in float16, minus 128 in bfloat16.
+
+    bfloat16 has 7 bits of mantissa, so the top bit of a code selects the number to subtract:
 
         code < 128:  (128 + code)       - 256        code >= 128:  (128 + code - 128) - 128
     """
@@ -141,17 +145,11 @@ def _split_byte(words, high, table, BITS: tl.constexpr, DTYPE: tl.constexpr):
         pair = _pairs(words, high, BITS)
         low, odd = _halves((pair & 0x007F007F) | 0x43004300, DTYPE)
         from_low, from_odd = _halves((pair & 0x00800080) ^ 0x43804380, DTYPE)  # 256 or 128
-        if INTERPRETED:  # it takes bfloat16 for integers
-            low, odd = _widened(low) - _widened(from_low), _widened(odd) - _widened(from_odd)
+        if INTERPRETED:  # triton's interpreter takes bfloat16 for integers
+            low, odd = widened(low) - widened(from_low), widened(odd) - widened(from_odd)
             return low.to(DTYPE), odd.to(DTYPE)
         else:
             return low - from_low, odd - from_odd
-
-
-@triton.jit
-def _widened(value):
-    """bfloat16 -> float32 by its bits."""
-    return (value.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -162,31 +160,31 @@ def _finish_byte(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _finish_signed(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """Takes off the middle of the codes, whatever `zero` is."""
+    """Signed codes: code - 2^(BITS-1)."""
     MAGIC: tl.constexpr = 1024.0 if DTYPE == tl.float16 else (-128.0 if BITS == 8 else 128.0)
     return value - (MAGIC + (1 << (BITS - 1)))
 
 
 @triton.jit
 def _finish_unsigned(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """The code itself."""
-    MAGIC: tl.constexpr = 1024.0 if DTYPE == tl.float16 else 128.0  # of 5 bits at most
+    """Unsigned codes, of at most 5 bits: the code itself."""
+    MAGIC: tl.constexpr = 1024.0 if DTYPE == tl.float16 else 128.0
     return value - MAGIC
 
 
 @triton.jit
 def _finish_half_integer(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """Takes off half of the largest code, in two steps that are exact."""
+    """Half-integer codes: code - (2^BITS - 1) / 2, in two exact steps."""
     MAGIC: tl.constexpr = 1024.0 if DTYPE == tl.float16 else 128.0
     return (value - MAGIC) - ((1 << BITS) - 1) * 0.5
 
 
 @triton.jit
 def _lookup16(words, table, DTYPE: tl.constexpr):
-    """words -> four tiles of pairs of table entries; `table` as WeightOnlyParts.lut lays it out."""
+    """words -> four tiles of pairs of table entries. table: as `lut` of the layout packs it."""
     at = table if DTYPE == tl.float16 else table + 8
     if INTERPRETED:
-        found = ()
+        pairs = ()
         for s in tl.static_range(4):
             bits = words * 0
             for b in tl.static_range(2):
@@ -194,8 +192,8 @@ def _lookup16(words, table, DTYPE: tl.constexpr):
                 low = (tl.load(at + code // 4) >> (code % 4 * 8)) & 255
                 top = (tl.load(at + 4 + code // 4) >> (code % 4 * 8)) & 255
                 bits |= (low | (top << 8)) << (b * 16)
-            found = (*found, bits)
-        return found
+            pairs = (*pairs, bits)
+        return pairs
     else:
         return tl.inline_asm_elementwise(
             LOOKUP16,
@@ -219,12 +217,13 @@ def _finish_nothing(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _e8p(code, table):
-    """16-bit codes of QuIP#'s E8P -> eight nibbles q, the weights being (q - 7.5) / 2.
+    """16-bit codes of QuIP#'s E8P -> eight nibbles q; the weights are (q - 7.5) / 2.
 
-    The high byte picks a vector of the codebook, eight odd nibbles o for o/2 - 4. The low byte
-    holds signs, o -> 16 - o, that of nibble 0 being flipped if their number p is odd: the flips are
-    even in number, and p decides instead whether 1/4 is added or taken off, which makes the odd
-    nibbles even.
+    The high byte is the index of a codebook entry: eight odd nibbles o, each for the value o/2 - 4.
+    The low byte holds their signs; a negative sign replaces o by 16 - o. Let p be 1 if the number
+    of signs is odd. If so, the sign of nibble 0 is flipped, which makes the number of sign changes
+    even. p also selects whether 1/4 is added to or subtracted from the weights, which turns odd
+    nibbles into even ones.
     """
     signs = code & 255
     p = signs ^ (signs >> 4)
@@ -241,8 +240,9 @@ def _e8p(code, table):
 
 @triton.jit
 def _nibble_floats(nibbles, DTYPE: tl.constexpr):
-    """Nibbles k and k + 4 of a word, neighbours along K: floats too large by 1024 or 128, k
-    trailing.
+    """Nibbles k and k + 4 of a word, neighbours along K -> floats, too large by 1024 or 128.
+
+    k is the trailing dimensions.
     """
     MAGIC: tl.constexpr = 0x64006400 if DTYPE == tl.float16 else 0x43004300
     return _halves((_shifts(nibbles, 4) & 0x000F000F) | MAGIC, DTYPE)
@@ -250,8 +250,10 @@ def _nibble_floats(nibbles, DTYPE: tl.constexpr):
 
 @triton.jit
 def _split_e8p(words, high, table, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """Both codes of each word, in units of half a weight: with `finish` only for 2 bits, whole
-    otherwise.
+    """Both codes of each word, in units of half a weight.
+
+    2 bits a weight: too large by a constant, which `finish` subtracts. 3 and 4 bits: final values,
+    the residual's code included.
     """
     even0, odd0 = _nibble_floats(_e8p(words, table), DTYPE)
     even1, odd1 = _nibble_floats(_e8p(words >> 16, table), DTYPE)
@@ -261,24 +263,24 @@ def _split_e8p(words, high, table, BITS: tl.constexpr, DTYPE: tl.constexpr):
     else:
         OFFSET: tl.constexpr = 1024.0 if DTYPE == tl.float16 else 128.0
         if BITS == 4:
-            more0, more1 = _e8p(high, table), _e8p(high >> 16, table)
-            SHARE: tl.constexpr = 1 / 3.45  # qkernels/formats/quip_sharp.py
+            residual0, residual1 = _e8p(high, table), _e8p(high >> 16, table)
+            RESIDUAL: tl.constexpr = 1 / 3.45  # qkernels/formats/quip_sharp.py
             MIDDLE: tl.constexpr = OFFSET + 7.5
         else:
-            more0, more1 = (
+            residual0, residual1 = (
                 tl.load(table + 256 + (high & 255)),
                 tl.load(table + 256 + ((high >> 8) & 255)),
             )
-            SHARE: tl.constexpr = 1 / 2.04
+            RESIDUAL: tl.constexpr = 1 / 2.04
             MIDDLE: tl.constexpr = OFFSET + 8
-        even0, odd0 = _nibble_floats(more0, DTYPE)
-        even1, odd1 = _nibble_floats(more1, DTYPE)
+        even0, odd0 = _nibble_floats(residual0, DTYPE)
+        even1, odd1 = _nibble_floats(residual1, DTYPE)
         even = (even.to(tl.float32) - (OFFSET + 7.5)) + (
             tl.join(even0, even1).to(tl.float32) - MIDDLE
-        ) * SHARE
+        ) * RESIDUAL
         odd = (odd.to(tl.float32) - (OFFSET + 7.5)) + (
             tl.join(odd0, odd1).to(tl.float32) - MIDDLE
-        ) * SHARE
+        ) * RESIDUAL
         return even.to(DTYPE), odd.to(DTYPE)
 
 
@@ -290,7 +292,7 @@ def _finish_e8p(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _split_e4m3(words, high, table, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """Sign, exponent and mantissa moved into place; the exponent's bias is left for `finish`."""
+    """Sign, exponent and mantissa, moved into place. `finish` corrects the exponent's bias."""
     SHIFT: tl.constexpr = 7 if DTYPE == tl.float16 else 4
     pair = _pairs(words, high, BITS)
     return _halves(((pair & 0x00800080) << 8) | ((pair & 0x007F007F) << SHIFT), DTYPE)
@@ -317,7 +319,7 @@ def _finish_e5m2(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
     return value * FACTOR
 
 
-#: (decoder, bits) -> functions; `linear` differs by width
+#: (decoder of WeightOnlyTraits, bits) -> its functions
 _LINEAR = Decoder(_split_linear, _finish_linear)
 BY_NAME = {
     ("linear", 2): _LINEAR,

@@ -1,45 +1,44 @@
-"""y = x @ W^T + bias with 8-bit codes of both: int8 by int8 in int32, fp8 by fp8 in float32.
+"""y = x @ W^T + bias, with 8-bit codes of x and W: int8 by int8 in int32, fp8 by fp8 in float32.
 
-One program computes a (BLOCK_N, BLOCK_M) tile of y^T = W @ x^T, or one of SPLIT_K shares of it: W
-comes first because its rows fill the tensor core's 64 or 128 rows when x has few. Both operands lie
-K innermost (qkernels/layouts/eight_bit.py; triton_kernels/activations.py makes the codes of x), 128
-bytes a step.
+One program computes a (BLOCK_N, BLOCK_M) block of y^T = W @ x^T, or the part of it that one K slice
+contributes. W is the first operand, because its rows fill the 64 or 128 rows of the tensor core
+even if x has few rows. Both operands have K innermost (qkernels/layouts/eight_bit.py;
+triton_kernels/activations.py computes the codes of x). A step is 128 bytes of K.
 
-    int8   exact in int32, so the order of the sum over K is of no consequence
-    fp8    each step of 128 is a sum of its own, added to float32: sm_90 keeps about 14 bits within one
-           (DeepSeek-V3, arXiv 2412.19437). Scales of 128-blocks multiply it there, all others the
-           total
+    int8   exact in int32, so the order of the sum over K does not matter
+    fp8    each step of 128 is summed separately and added to a float32 total, because sm_90 keeps
+           only about 14 bits within a sum (DeepSeek-V3, arXiv 2412.19437). Scales of 128-blocks
+           multiply the sum of a step, all other scales the total.
 
     y = (acc - zero * row_sum) * x_scale * weight_scale + bias
 
-LLM.int8(): before the scales of W, the total takes in the outlier columns in 16 bits, gathered
-through the list that the quantizing kernel left on the device: x where |x| >= threshold, whose code
-is 0, else what its code leaves of x. The sum is the reference's, x in 16 bits for all of an outlier
-column, without a second pass over x to clear codes. BY_ELEMENT (batch-invariant): only the
-elements, so that the columns of other rows add zeros.
+LLM.int8(): the outlier columns are multiplied in 16 bits and added to the total before it is scaled
+by weight_scale. The quantizing kernel has left a list of those columns on the device. An element of
+such a column with |x| >= threshold has code 0, so x itself is multiplied; of any other element, the
+difference between x and its code. The sum equals that of the reference, which multiplies whole
+outlier columns in 16 bits, and x needs no second pass that clears codes. BY_ELEMENT
+(batch-invariant): only elements with |x| >= threshold are multiplied in 16 bits, so that outliers
+of other rows add zeros.
 
-K is split as in weight_only.py: K_SLICES runs of steps, summed in order of the shares, whoever does
-them.
+K is split as in weight_only.py: K_SLICES slices of whole steps, summed in order, whether one
+program or several compute them.
 """
-
-import os
 
 import triton
 import triton.language as tl
 
-from .blocks import all_k_slices, grouped
+from .blocks import INTERPRETED, all_k_slices, grouped
 from .launchable import kernel
 from .pdl import fetch, launch_dependents, wait_for_previous
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 STEP = tl.constexpr(128)
 #: outlier columns of one 16-bit product
 COLUMNS = tl.constexpr(32)
 
 
-#: Four codes in $2 to two pairs of halves: each code to the upper byte of a half. That is its value
-#: for
-#: E5M2; E4M3's exponent and mantissa go down one bit more, and leave a value 2^-8 of their own.
+#: PTX: four codes in $2 -> two pairs of 16-bit floats, each code in the upper byte of a float. For
+#: E5M2 that is the value. For E4M3, exponent and mantissa are shifted down by one bit, and the
+#: result is 2^-8 of the value.
 E5M2_HALVES = tl.constexpr("""
 prmt.b32 $0, $2, 0, 0x1404;
 prmt.b32 $1, $2, 0, 0x3424;
@@ -63,10 +62,8 @@ or.b32 $1, low, sign;
 
 @triton.jit
 def _half(codes, E4M3: tl.constexpr, FINITE: tl.constexpr):
-    """fp8 codes (uint8) -> their values, exact in float16. FINITE: there is no NaN among E4M3
-    codes.
-    """
-    if INTERPRETED:  # which runs no PTX
+    """fp8 codes (uint8) -> their values, exact in float16. FINITE: no E4M3 code is a NaN."""
+    if INTERPRETED:  # triton's interpreter runs no PTX
         bits = codes.to(tl.int16)
         moved = ((bits & 0x80) << 8 | (bits & 0x7F) << 7) if E4M3 else bits << 8
         value = moved.to(tl.float16, bitcast=True)
@@ -87,7 +84,7 @@ def _half(codes, E4M3: tl.constexpr, FINITE: tl.constexpr):
 
 
 @triton.jit
-def _accumulate(
+def accumulate_codes(
     begin, end, w_rows, x_rows, w_scale_ptr, x_scale_ptr, first_n, n, m, M, KP,
     KIND: tl.constexpr, BLOCKS: tl.constexpr, WIDEN: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -127,11 +124,11 @@ def _outliers(
     acc, scale, w_rows, x_rows, x16_rows, columns_ptr, threshold, K,
     BY_ELEMENT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """acc + W's codes times what the codes of x leave of x in the outlier columns."""
+    """acc + W's codes times the difference between x and its codes, over the outlier columns."""
     count = tl.load(columns_ptr + K)
     if BY_ELEMENT:
-        # One column at a time: where a column stands in the list depends on the other rows, and a
-        # dot of many would group its sum by that. Products of 8 by 16 bits are exact, and zeros
+        # One column at a time, because the place of a column in the list depends on the other rows,
+        # and so would the order of the sum of a dot. Products of 8 by 16 bits are exact, and zeros
         # change nothing.
         for i in range(0, count):
             k = tl.load(columns_ptr + i)
@@ -153,8 +150,8 @@ def _outliers(
 
 @kernel
 def eight_bit_gemm(
-    x_ptr, weight_ptr, x_scale_ptr, w_scale_ptr, zero_ptr, row_sum_ptr, bias_ptr, x16_ptr, columns_ptr,
-    y_ptr, partial_ptr, counter_ptr,
+    x_ptr, weight_ptr, x_scale_ptr, w_scale_ptr, zero_ptr, row_sum_ptr, bias_ptr, x16_ptr,
+    columns_ptr, y_ptr, partial_ptr, counter_ptr,
     threshold, M, N, K, KP,
     KIND: tl.constexpr, BLOCKS: tl.constexpr, ONE_SCALE: tl.constexpr, HAS_ZERO: tl.constexpr,
     HAS_BIAS: tl.constexpr, OUTLIERS: tl.constexpr, BY_ELEMENT: tl.constexpr,
@@ -162,13 +159,17 @@ def eight_bit_gemm(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, K_SLICES: tl.constexpr, SPLIT_K: tl.constexpr,
     GROUP_N: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """x (M, KP) and weight (N, KP) codes, x16 (M, K) what x was, y (M, N); all row-major.
+    """y (M, N) of codes x (M, KP) and weight (N, KP), all row-major. Grid: (blocks of N x of M,
+    SPLIT_K).
 
-    KIND: of the weight's codes. BLOCKS: scales of 128-blocks, x_scale (groups, M). ONE_SCALE:
-    x_scale is one number instead of (M). WIDEN: fp8 codes come as uint8 and are multiplied as
-    float16, for GPUs without fp8. UPCAST: outliers in float32, for triton's interpreter, which
-    takes bfloat16 for integers. PREFETCH: steps of W fetched before x is waited for (early.py).
-    Grid: (blocks of N x blocks of M, SPLIT_K).
+    x16: (M, K), the unquantized x, for outliers. columns: the list that `quantize_rows` writes.
+    KIND: type of the weight's codes. BLOCKS: whether scales are those of 128-blocks; x_scale is
+    then (groups, M). ONE_SCALE: whether x_scale is one number instead of (M).
+    WIDEN: fp8 codes are passed as uint8 and multiplied as float16, for GPUs without fp8.
+    UPCAST: outliers in float32, because triton's interpreter takes bfloat16 for integers.
+    EVEN_K: whether KP is a multiple of STEP.
+    PREFETCH: steps of W that a program fetches before it waits for x (pdl.py).
+    The other arguments are those of `weight_only_gemm`.
     """
     launch_dependents(PDL)
     blocks_n = tl.cdiv(N, BLOCK_N)
@@ -179,29 +180,30 @@ def eight_bit_gemm(
 
     r = tl.arange(0, BLOCK_N)
     c = tl.arange(0, BLOCK_M)
-    # Rows past the end are the last one again; what comes of them is not stored.
+    # Rows past the end repeat the last row; their results are not stored.
     n = tl.minimum(first_n + r, N - 1)
     m = tl.minimum(first_m + c, M - 1)
     w_rows = weight_ptr + n.to(tl.int64)[:, None] * KP
     x_rows = x_ptr + m.to(tl.int64)[None, :] * KP
     steps = tl.cdiv(KP, STEP)
-    k_slice = tl.cdiv(steps, K_SLICES)
+    slice_steps = tl.cdiv(steps, K_SLICES)
     if PDL and PREFETCH > 0:
-        ahead = tl.minimum(tl.program_id(1) * k_slice + tl.arange(0, PREFETCH), steps - 1)
-        fetch(w_rows + ahead[None, :] * STEP)
+        step = tl.minimum(tl.program_id(1) * slice_steps + tl.arange(0, PREFETCH), steps - 1)
+        fetch(w_rows + step[None, :] * STEP)
     wait_for_previous(PDL)
     if K_SLICES == SPLIT_K:
-        begin = tl.program_id(1) * k_slice
-        acc = _accumulate(
-            begin, tl.minimum(begin + k_slice, steps), w_rows, x_rows, w_scale_ptr, x_scale_ptr, first_n, n, m,
-            M, KP, KIND, BLOCKS, WIDEN, EVEN_K, BLOCK_M, BLOCK_N,
+        begin = tl.program_id(1) * slice_steps
+        acc = accumulate_codes(
+            begin, tl.minimum(begin + slice_steps, steps), w_rows, x_rows, w_scale_ptr, x_scale_ptr,
+            first_n, n, m, M, KP, KIND, BLOCKS, WIDEN, EVEN_K, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     else:
         acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32 if KIND == "int8" else tl.float32)
         for s in range(K_SLICES):
-            acc += _accumulate(
-                s * k_slice, tl.minimum(s * k_slice + k_slice, steps), w_rows, x_rows, w_scale_ptr, x_scale_ptr,
-                first_n, n, m, M, KP, KIND, BLOCKS, WIDEN, EVEN_K, BLOCK_M, BLOCK_N,
+            begin = s * slice_steps
+            acc += accumulate_codes(
+                begin, tl.minimum(begin + slice_steps, steps), w_rows, x_rows, w_scale_ptr,
+                x_scale_ptr, first_n, n, m, M, KP, KIND, BLOCKS, WIDEN, EVEN_K, BLOCK_M, BLOCK_N,
             )  # fmt: skip
 
     last = True
@@ -217,17 +219,9 @@ def eight_bit_gemm(
             if OUTLIERS:
                 x16_rows = x16_ptr + m.to(tl.int64)[None, :] * K
                 y = _outliers(
-                    y,
-                    scale,
-                    w_rows,
-                    x_rows,
-                    x16_rows,
-                    columns_ptr,
-                    threshold,
-                    K,
-                    BY_ELEMENT,
-                    UPCAST,
-                )
+                    y, scale, w_rows, x_rows, x16_rows, columns_ptr, threshold, K,
+                    BY_ELEMENT, UPCAST,
+                )  # fmt: skip
             y *= tl.load(w_scale_ptr + n)[:, None]
         if HAS_BIAS:
             y += tl.load(bias_ptr + n).to(tl.float32)[:, None]

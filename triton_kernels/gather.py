@@ -8,7 +8,10 @@ from .pdl import launch_dependents, wait_for_previous
 
 @kernel
 def gather_columns(x_ptr, perm_ptr, y_ptr, K, KP, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """y[m, kk] = x[m, perm[kk]], 0 where perm is -1. x (M, K), y (M, KP). Grid: (M, blocks of KP)."""
+    """y[m, kk] = x[m, perm[kk]], 0 where perm is -1. x (M, K), y (M, KP).
+
+    Grid: (M, blocks of KP).
+    """
     launch_dependents(PDL)
     wait_for_previous(PDL)
     kk = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

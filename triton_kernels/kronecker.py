@@ -1,15 +1,16 @@
-"""y = post * (A0 (x) C (x) A1 (x) A2) (pre * x) for each row: the orthogonal transforms around
-QuIP's weights.
+"""y = post * (A0 (x) C (x) A1 (x) A2) (pre * x) for each row: the orthogonal transforms around the
+weights of QuIP and QuIP#.
 
-A row of x is seen as a box (a0, c, a1, a2). The axis c is mixed while x is loaded: each program
-computes one index of it for ROWS rows. What it holds, padded to powers of two, is turned so that
-one axis after the other is the last, which a dot then multiplies:
+A row of x is taken as a box with the axes (a0, c, a1, a2). The axis c is multiplied while x is
+loaded: each program computes one index of c for ROWS rows. The other axes are padded to powers of
+two. One after another is permuted to the end, where a dot multiplies it:
 
-    (.., b0, b1, b2) . A2^T  ->  turn  ->  (.., b2, b0, b1) . A1^T  ->  turn  ->  (.., b1, b2, b0) . A0^T  ->  turn
+    (.., b0, b1, b2) . A2^T  ->  turn  ->  (.., b2, b0, b1) . A1^T  ->  turn
+                                       ->  (.., b1, b2, b0) . A0^T  ->  turn
 
-Factors are exact in tf32, and x is the sum of two tf32 numbers to 22 bits: two products each. So
-only loads and the store round, in effect. ROWS is so large that each dot has its least size; which
-rows are with it does not change a row's result.
+The factors are exact in tf32. x is split into two tf32 numbers, which keep 22 bits, so each dot is
+two products. In effect only the loads and the store round. ROWS is chosen so that each dot has its
+smallest size. The other rows of a program do not change the result of a row.
 """
 
 import triton
@@ -21,8 +22,9 @@ from .pdl import launch_dependents, wait_for_previous
 
 @triton.jit
 def _odd_bits(i):
-    """1 where the number of ones in i < 2^16 is odd, else 0: a Sylvester matrix is 1 - 2 * that of
-    i & j.
+    """1 if the number of one bits of i < 2^16 is odd, else 0.
+
+    Element (i, j) of Sylvester's Hadamard matrix is 1 - 2 * _odd_bits(i & j).
     """
     i = i ^ (i >> 8)
     i = i ^ (i >> 4)
@@ -31,12 +33,14 @@ def _odd_bits(i):
 
 
 @triton.jit
-def _mixed(box, factor_ptr, A: tl.constexpr, B: tl.constexpr, NEXT: tl.constexpr, TOTAL: tl.constexpr,
-           ROWS: tl.constexpr, SYLVESTER: tl.constexpr, TRANSPOSED: tl.constexpr):  # fmt: skip
-    """Multiplies the last axis (B, of which A exist) and turns the one before it, NEXT wide, to the
-    end.
+def _multiplied(box, factor_ptr, A: tl.constexpr, B: tl.constexpr, NEXT: tl.constexpr,
+                TOTAL: tl.constexpr, ROWS: tl.constexpr, SYLVESTER: tl.constexpr,
+                TRANSPOSED: tl.constexpr):  # fmt: skip
+    """Multiply the last axis by a factor, and permute the axis before it to the end.
 
-    A dense factor of order 1 is +-1; a SYLVESTER one has nothing to read.
+    A: order of the factor. B: length of the last axis, A padded. NEXT: length of the axis before.
+    TOTAL: elements of a row. SYLVESTER: the factor is a Hadamard matrix, which is computed instead
+    of loaded. A dense factor of order 1 is +-1.
     """
     if A > 1:
         i, j = tl.arange(0, B), tl.arange(0, B)
@@ -61,36 +65,38 @@ def _mixed(box, factor_ptr, A: tl.constexpr, B: tl.constexpr, NEXT: tl.constexpr
 
 @kernel
 def kronecker_rows(
-    x_ptr, y_ptr, pre_ptr, post_ptr, bias_ptr, gather_ptr, scatter_ptr, factor0_ptr, factor1_ptr, factor2_ptr,
-    scale, M, STRIDE,
+    x_ptr, y_ptr, pre_ptr, post_ptr, bias_ptr, gather_ptr, scatter_ptr,
+    factor0_ptr, factor1_ptr, factor2_ptr, scale, M, STRIDE,
     A0: tl.constexpr, C: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr,
-    B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, ROWS: tl.constexpr, SYLVESTER: tl.constexpr,
-    HAS_PRE: tl.constexpr, HAS_POST: tl.constexpr, HAS_BIAS: tl.constexpr,
-    GATHERED: tl.constexpr, SCATTERED: tl.constexpr, CODEBOOK_ORDER: tl.constexpr, TRANSPOSED: tl.constexpr,
-    MIDDLE: tl.constexpr, PDL: tl.constexpr,
+    B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, ROWS: tl.constexpr,
+    SYLVESTER: tl.constexpr, HAS_PRE: tl.constexpr, HAS_POST: tl.constexpr, HAS_BIAS: tl.constexpr,
+    GATHERED: tl.constexpr, SCATTERED: tl.constexpr, CODEBOOK_ORDER: tl.constexpr,
+    TRANSPOSED: tl.constexpr, MIDDLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """x (M, n) and y (M, STRIDE) row-major, n = A0*C*A1*A2; pre, post, bias (n). Grid: (blocks of
-    rows, C).
+    """The transform of each row, times `scale`. Grid: (blocks of rows, C).
 
-    y is also multiplied by `scale`. SYLVESTER: all but A0 are Hadamard matrices of powers of two,
-    and only factor0 is read, if A0 > 1; otherwise factor0, with MIDDLE factor1, and factor2 are
-    those of A0, C and A2, and A1 is 1. GATHERED: inner feature i is outer feature gather[i] of x;
-    pre is in x's order. SCATTERED: y's feature scatter[i] is inner feature i; post and bias are in
-    y's order. CODEBOOK_ORDER: y in the kernel order of codes of eight weights. TRANSPOSED: with the
-    factors' transposes.
+    x (M, n) and y (M, STRIDE) row-major, n = A0*C*A1*A2. pre, post, bias: (n).
+    A0, C, A1, A2: orders of the factors. B0, B1, B2: A0, A1, A2 padded.
+    SYLVESTER: all factors but A0 are Hadamard matrices of powers of two; factor0 is read if A0 > 1.
+        Otherwise factor0 and factor2 are the factors of A0 and A2, A1 is 1, and the factor of C is
+        factor1 with MIDDLE, else 1.
+    GATHERED: inner feature i is outer feature gather[i] of x; pre is in the order of x.
+    SCATTERED: inner feature i is feature scatter[i] of y; post and bias are in the order of y.
+    CODEBOOK_ORDER: y is in the kernel order of codebook codes.
+    TRANSPOSED: the factors are transposed.
     """
     N: tl.constexpr = A0 * C * A1 * A2
     TOTAL: tl.constexpr = B0 * B1 * B2
     launch_dependents(PDL)
     wait_for_previous(PDL)
-    # (ROWS * B0 * B1, B2): the box as it lies in memory, without the axis c
+    # (ROWS * B0 * B1, B2): the box in the order of memory, without the axis c
     r = tl.arange(0, ROWS * B0 * B1)
     i0, i1, i2 = r // B1 % B0, r % B1, tl.arange(0, B2)
     m = tl.program_id(0) * ROWS + r // (B0 * B1)
     inside = ((i0 < A0) & (i1 < A1))[:, None] & (i2 < A2)[None, :]
     live = inside & (m < M)[:, None]
     rest = i1[:, None] * A2 + i2[None, :]
-    own = tl.program_id(1)
+    program_c = tl.program_id(1)
 
     box = tl.zeros((ROWS * B0 * B1, B2), dtype=tl.float32)
     for c in tl.static_range(C):
@@ -103,18 +109,18 @@ def kronecker_rows(
         if HAS_PRE:
             part *= tl.load(pre_ptr + source, mask=inside, other=0).to(tl.float32)
         if SYLVESTER:
-            box += part * (1.0 - 2.0 * _odd_bits(own & c).to(tl.float32))
+            box += part * (1.0 - 2.0 * _odd_bits(program_c & c).to(tl.float32))
         elif not MIDDLE:
             box += part
         else:
-            at = c * C + own if TRANSPOSED else own * C + c
+            at = c * C + program_c if TRANSPOSED else program_c * C + c
             box += part * tl.load(factor1_ptr + at).to(tl.float32)
-    box = _mixed(box, factor2_ptr, A2, B2, B1, TOTAL, ROWS, SYLVESTER, TRANSPOSED)
-    box = _mixed(box, factor1_ptr, A1, B1, B0, TOTAL, ROWS, True, TRANSPOSED)
-    box = _mixed(box, factor0_ptr, A0, B0, B2, TOTAL, ROWS, SYLVESTER and A0 == 1, TRANSPOSED)
+    box = _multiplied(box, factor2_ptr, A2, B2, B1, TOTAL, ROWS, SYLVESTER, TRANSPOSED)
+    box = _multiplied(box, factor1_ptr, A1, B1, B0, TOTAL, ROWS, True, TRANSPOSED)
+    box = _multiplied(box, factor0_ptr, A0, B0, B2, TOTAL, ROWS, SYLVESTER and A0 == 1, TRANSPOSED)
     box = box.reshape(ROWS * B0 * B1, B2) * scale
 
-    target = (i0 * C + own)[:, None] * (A1 * A2) + rest
+    target = (i0 * C + program_c)[:, None] * (A1 * A2) + rest
     if SCATTERED:
         target = tl.load(scatter_ptr + target, mask=inside, other=0)
     if HAS_POST:

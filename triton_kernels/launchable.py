@@ -1,24 +1,23 @@
-"""The decorator of kernels that are launched, and what they want of the compiler."""
+"""The decorator of launched kernels, and the compiler options that it sets."""
 
 from collections.abc import Callable
 from typing import Any
 
 import triton
 
-#: Multiplications fuse with additions. Said at each launch, for triton 3.10 will do so no more by
-#: itself, and
-#: triton 3.9 warns whoever does not say. Where it would do harm a kernel rounds by instructions of
-#: its own.
+#: Multiplications fuse with additions. Each launch says so, because triton 3.10 no longer does it
+#: by default and triton 3.9 warns if a launch says nothing. A kernel that must not fuse rounds with
+#: explicit instructions.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
 
 def kernel(fn: Callable[..., Any]) -> Any:
-    """@triton.jit, with OPTIONS at each launch that does not say otherwise."""
-    made = triton.jit(fn)
-    run = made.run
+    """@triton.jit, with OPTIONS at each launch that gives no other values."""
+    jit_function = triton.jit(fn)
+    run = jit_function.run
 
     def with_options(*args: Any, **kwargs: Any) -> Any:
         return run(*args, **{**OPTIONS, **kwargs})
 
-    made.run = with_options
-    return made
+    jit_function.run = with_options
+    return jit_function

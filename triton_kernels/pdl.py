@@ -1,14 +1,14 @@
-"""Programmatic dependent launch: a kernel starts while the one before it on the stream still runs
-(sm_90 on).
+"""Programmatic dependent launch (PDL): a kernel starts while the kernel before it on the stream
+still runs. From sm_90 on.
 
     kernel before   |======== programs ========| tail |
     this kernel            | set up, fetch W into L2 ..| x is there: the rest |
                            ^ all programs of the one before have begun and said so
 
-Weights depend on no kernel before, so what a program multiplies first is on its way when x comes.
-It is fetched into the L2 cache only: should somebody have just written the weight, L2 has what was
-written. Everything else, reads and writes, comes after the wait, so kernels of any kind before and
-after see each other's results as ever.
+Weights depend on no earlier kernel, so a program fetches its first tiles of W while x is still
+being computed. It fetches them into the L2 cache only: if a kernel has just written the weight, L2
+has the new bytes. All other reads and writes come after the wait, so kernels of any kind before and
+after see each other's results as they do without PDL.
 """
 
 import triton
@@ -18,14 +18,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def launch_dependents(PDL: tl.constexpr):
-    """The next kernel may begin as soon as all programs of this one have said so."""
+    """Allow the next kernel to start, once every program of this kernel has called this."""
     if PDL:
         gdc_launch_dependents()
 
 
 @triton.jit
 def wait_for_previous(PDL: tl.constexpr):
-    """Until the kernel before is done and all it wrote is there."""
+    """Wait until the kernel before is done and everything it wrote is visible."""
     if PDL:
         gdc_wait()
 

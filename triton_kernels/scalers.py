@@ -1,18 +1,20 @@
-"""Scalers: where a tile's scales and zero points come from. One small function each.
+"""Scalers: functions that load the scales and zero points of a tile. One function per scheme.
 
-A *run* is SCALE_GROUP neighbouring features in kernel order that share a scale; a tile has
+A *scale group* is SCALE_GROUP neighbouring features in kernel order that share a scale; a tile has
 SCALE_GROUPS of them. A scaler takes
-    args      tuple of pointers, in the order SCALER_TENSORS names them
-    rows      int32 (BLOCK_N), output features; row_mask says which exist
-    kk        int32 (SCALE_GROUPS), first feature of each run
-    N, K, KP  sizes; KP counts features in kernel order, padding included
-    GROUP     constexpr, features (flat: flattened weights) per scale
-    ROW_GROUP   constexpr, neighbouring rows per scale
-    GROUP_LOOKUP    constexpr, whether groups are looked up in `slice_group` (act-order, odd groups)
-and returns (scale, zero), each (BLOCK_N, SCALE_GROUPS) in any float or integer dtype; zero is
-ignored by decoders that have none. The scalers in HAS_MIN return (scale, minus) instead: weight =
-scale * value - minus. The last tile may reach past the last feature: indices are clamped there, and
-the kernel multiplies whatever finite weight results with x = 0.
+    args          tuple of pointers, in the order of SCALER_TENSORS
+    rows          int32 (BLOCK_N), output features; row_mask says which exist
+    kk            int32 (SCALE_GROUPS), first feature of each scale group
+    N, K, KP      sizes; KP counts features in kernel order, padding included
+    GROUP         constexpr, features per scale (flat scalers: weights of the flattened matrix)
+    ROW_GROUP     constexpr, neighbouring rows per scale
+    GROUP_LOOKUP  constexpr, whether groups are looked up in `slice_group` (act-order, odd groups)
+and returns (scale, zero), each (BLOCK_N, SCALE_GROUPS) in any float or integer dtype. Decoders
+without zero points ignore zero. The scalers in HAS_MIN return (scale, min) instead, for weight =
+scale * value - min.
+
+The last tile may reach past the last feature. Scalers clamp their indices there, and the kernel
+multiplies the resulting weight, which is finite, by x = 0.
 """
 
 import triton
@@ -22,7 +24,7 @@ import triton.language as tl
 @triton.jit
 def _along_k(group_ptr, rows, row_mask, kk, N, KP, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
              GROUP_LOOKUP: tl.constexpr):  # fmt: skip
-    """Offsets into a (groups, N / ROW_GROUP) tensor, and which exist."""
+    """(offsets, mask) in a tensor of shape (groups, N / ROW_GROUP)."""
     kk = tl.minimum(kk, KP - 1)
     if GROUP_LOOKUP:
         g = tl.load(group_ptr + kk // 16)
@@ -34,7 +36,7 @@ def _along_k(group_ptr, rows, row_mask, kk, N, KP, GROUP: tl.constexpr, ROW_GROU
 
 @triton.jit
 def _flattened(rows, row_mask, kk, K, GROUP: tl.constexpr):
-    """Block number in the flattened (N, K) matrix, and which exist."""
+    """(block number, mask) in the flattened (N, K) matrix."""
     kk = tl.minimum(kk, K - 1)
     first = rows.to(tl.int64)[:, None] * K + kk[None, :]
     return first // GROUP, row_mask[:, None] & (kk >= 0)[None, :]
@@ -43,7 +45,7 @@ def _flattened(rows, row_mask, kk, K, GROUP: tl.constexpr):
 @triton.jit
 def group(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
           GROUP_LOOKUP: tl.constexpr):  # fmt: skip
-    """scales and zeros (G, N): GPTQ, AWQ."""
+    """scales and zeros (G, N): GPTQ and AWQ."""
     scales_ptr, zeros_ptr, group_ptr = args
     at, live = _along_k(group_ptr, rows, row_mask, kk, N, KP, GROUP, ROW_GROUP, GROUP_LOOKUP)
     return tl.load(scales_ptr + at, mask=live, other=0), tl.load(zeros_ptr + at, mask=live, other=0)
@@ -52,10 +54,10 @@ def group(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP: tl
 @triton.jit
 def scale(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
           GROUP_LOOKUP: tl.constexpr):  # fmt: skip
-    """absmax (G, N / ROW_GROUP): NF4 and FP4 with blocks along K, FP8."""
+    """absmax (G, N / ROW_GROUP): NF4 and FP4 with blocks along K, and FP8."""
     at, live = _along_k(args[0], rows, row_mask, kk, N, KP, GROUP, ROW_GROUP, GROUP_LOOKUP)
-    found = tl.load(args[0] + at, mask=live, other=0)
-    return found, found
+    absmax = tl.load(args[0] + at, mask=live, other=0)
+    return absmax, absmax
 
 
 @triton.jit
@@ -63,13 +65,13 @@ def scale_flat(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROU
                GROUP_LOOKUP: tl.constexpr):  # fmt: skip
     """absmax (blocks of the flattened weight)."""
     block, live = _flattened(rows, row_mask, kk, K, GROUP)
-    found = tl.load(args[0] + block, mask=live, other=0)
-    return found, found
+    absmax = tl.load(args[0] + block, mask=live, other=0)
+    return absmax, absmax
 
 
 @triton.jit
 def _nested(args, at, block, live):
-    """map[absmax8] * outer[block / 256] + offset: double quantization."""
+    """map[absmax] * outer[block / 256] + offset, with absmax uint8: double quantization."""
     absmax_ptr, map_ptr, outer_ptr, offset_ptr = args
     code = tl.load(absmax_ptr + at, mask=live, other=0).to(tl.int32)
     inner = tl.load(map_ptr + code) * tl.load(outer_ptr + block // 256, mask=live, other=0)
@@ -79,13 +81,11 @@ def _nested(args, at, block, live):
 @triton.jit
 def nested(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
            GROUP_LOOKUP: tl.constexpr):  # fmt: skip
-    """absmax uint8 (G, N), in turn quantized in blocks of 256 as bitsandbytes counts them, row by
-    row.
-    """
+    """absmax uint8 (G, N), quantized in turn in blocks of 256. bitsandbytes counts row by row."""
     at, live = _along_k(args[0], rows, row_mask, kk, N, KP, GROUP, ROW_GROUP, GROUP_LOOKUP)
     block, _ = _flattened(rows, row_mask, kk, K, GROUP)
-    found = _nested(args, at, block, live)
-    return found, found
+    absmax = _nested(args, at, block, live)
+    return absmax, absmax
 
 
 @triton.jit
@@ -93,8 +93,8 @@ def nested_flat(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GRO
                 GROUP_LOOKUP: tl.constexpr):  # fmt: skip
     """absmax uint8 (blocks of the flattened weight)."""
     block, live = _flattened(rows, row_mask, kk, K, GROUP)
-    found = _nested(args, block, block, live)
-    return found, found
+    absmax = _nested(args, block, block, live)
+    return absmax, absmax
 
 
 @triton.jit
@@ -107,9 +107,10 @@ def scale_min(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP
 
 
 @triton.jit
-def _of_block(ptr, rows, row_mask, kk, N, KP, COUNT: tl.constexpr, item):
-    """Item `item` of the COUNT items of each K-quant's block of 256 features, (256-blocks * COUNT,
-    N).
+def _block_item(ptr, rows, row_mask, kk, N, KP, COUNT: tl.constexpr, item):
+    """Item `item` of the COUNT items of each K-quant block of 256 features.
+
+    The tensor is (blocks of 256 * COUNT, N).
     """
     block = tl.minimum(kk, KP - 1) // 256
     at = (block * COUNT + item)[None, :] * N + rows[:, None]
@@ -119,76 +120,76 @@ def _of_block(ptr, rows, row_mask, kk, N, KP, COUNT: tl.constexpr, item):
 @triton.jit
 def q2_k(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
          GROUP_LOOKUP: tl.constexpr):  # fmt: skip
-    """A byte for 16 features: scale in the low nibble, minimum in the high one."""
+    """A byte for 16 features: scale in the low nibble, min in the high nibble."""
     scales_ptr, d_ptr, dmin_ptr = args
-    both = _of_block(scales_ptr, rows, row_mask, kk, N, KP, 16, kk % 256 // 16).to(tl.int32)
-    d = _of_block(d_ptr, rows, row_mask, kk, N, KP, 1, 0).to(tl.float32)
-    dmin = _of_block(dmin_ptr, rows, row_mask, kk, N, KP, 1, 0).to(tl.float32)
-    return d * (both & 15).to(tl.float32), dmin * (both >> 4).to(tl.float32)
+    code = _block_item(scales_ptr, rows, row_mask, kk, N, KP, 16, kk % 256 // 16).to(tl.int32)
+    d = _block_item(d_ptr, rows, row_mask, kk, N, KP, 1, 0).to(tl.float32)
+    dmin = _block_item(dmin_ptr, rows, row_mask, kk, N, KP, 1, 0).to(tl.float32)
+    return d * (code & 15).to(tl.float32), dmin * (code >> 4).to(tl.float32)
 
 
 @triton.jit
 def q3_k(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
          GROUP_LOOKUP: tl.constexpr):  # fmt: skip
-    """6 bits for 16 features: low nibbles in two words (0-7 low, 8-15 high), top bits in the third."""
+    """6 bits for 16 features: nibbles in two words (0-7 low, 8-15 high), top bits in a third."""
     scales_ptr, d_ptr = args
     j = kk % 256 // 16
-    low = _of_block(scales_ptr, rows, row_mask, kk, N, KP, 3, j % 8 // 4)
-    high = _of_block(scales_ptr, rows, row_mask, kk, N, KP, 3, 2)
+    low = _block_item(scales_ptr, rows, row_mask, kk, N, KP, 3, j % 8 // 4)
+    high = _block_item(scales_ptr, rows, row_mask, kk, N, KP, 3, 2)
     low = (low >> (j % 4 * 8 + j // 8 * 4)[None, :]) & 15
     high = (high >> (j % 4 * 8 + j // 4 * 2)[None, :]) & 3
-    d = _of_block(d_ptr, rows, row_mask, kk, N, KP, 1, 0).to(tl.float32)
-    found = d * ((low | (high << 4)) - 32).to(tl.float32)
-    return found, found
+    d = _block_item(d_ptr, rows, row_mask, kk, N, KP, 1, 0).to(tl.float32)
+    s = d * ((low | (high << 4)) - 32).to(tl.float32)
+    return s, s
 
 
 @triton.jit
 def q4_k(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
          GROUP_LOOKUP: tl.constexpr):  # fmt: skip
-    """6-bit scale and minimum for 32 features in three words, as qkernels/formats/gguf/types.py
-    says.
-    """
+    """6-bit scale and min for 32 features, in three words (qkernels/formats/gguf/types.py)."""
     d_ptr, dmin_ptr, scales_ptr = args
     j = kk % 256 // 32
     shift, late = (j % 4 * 8)[None, :], (j >= 4)[None, :]
-    a = _of_block(scales_ptr, rows, row_mask, kk, N, KP, 3, 0) >> shift
-    b = _of_block(scales_ptr, rows, row_mask, kk, N, KP, 3, 1) >> shift
-    c = _of_block(scales_ptr, rows, row_mask, kk, N, KP, 3, 2) >> shift
+    a = _block_item(scales_ptr, rows, row_mask, kk, N, KP, 3, 0) >> shift
+    b = _block_item(scales_ptr, rows, row_mask, kk, N, KP, 3, 1) >> shift
+    c = _block_item(scales_ptr, rows, row_mask, kk, N, KP, 3, 2) >> shift
     s = tl.where(late, (c & 15) | ((a >> 2) & 48), a & 63)
     m = tl.where(late, ((c >> 4) & 15) | ((b >> 2) & 48), b & 63)
-    d = _of_block(d_ptr, rows, row_mask, kk, N, KP, 1, 0).to(tl.float32)
-    dmin = _of_block(dmin_ptr, rows, row_mask, kk, N, KP, 1, 0).to(tl.float32)
+    d = _block_item(d_ptr, rows, row_mask, kk, N, KP, 1, 0).to(tl.float32)
+    dmin = _block_item(dmin_ptr, rows, row_mask, kk, N, KP, 1, 0).to(tl.float32)
     return d * s.to(tl.float32), dmin * m.to(tl.float32)
 
 
 @triton.jit
 def q6_k(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
          GROUP_LOOKUP: tl.constexpr):  # fmt: skip
-    """int8 for 16 features."""
+    """An int8 scale for 16 features."""
     scales_ptr, d_ptr = args
-    s = _of_block(scales_ptr, rows, row_mask, kk, N, KP, 16, kk % 256 // 16).to(tl.float32)
-    found = _of_block(d_ptr, rows, row_mask, kk, N, KP, 1, 0).to(tl.float32) * s
-    return found, found
+    s = _block_item(scales_ptr, rows, row_mask, kk, N, KP, 16, kk % 256 // 16).to(tl.float32)
+    s *= _block_item(d_ptr, rows, row_mask, kk, N, KP, 1, 0).to(tl.float32)
+    return s, s
 
 
 @triton.jit
 def iq4_xs(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
            GROUP_LOOKUP: tl.constexpr):  # fmt: skip
-    """6 bits for 32 features: low nibbles in a word, top bits in half a one."""
+    """6 bits for 32 features: low nibbles in a word, top bits in half a word."""
     d_ptr, high_ptr, low_ptr = args
     j = (kk % 256 // 32)[None, :]
-    low = (_of_block(low_ptr, rows, row_mask, kk, N, KP, 1, 0) >> (j * 4)) & 15
-    high = (_of_block(high_ptr, rows, row_mask, kk, N, KP, 1, 0).to(tl.int32) >> (j * 2)) & 3
-    d = _of_block(d_ptr, rows, row_mask, kk, N, KP, 1, 0).to(tl.float32)
-    found = d * ((low | (high << 4)) - 32).to(tl.float32)
-    return found, found
+    low = (_block_item(low_ptr, rows, row_mask, kk, N, KP, 1, 0) >> (j * 4)) & 15
+    high = (_block_item(high_ptr, rows, row_mask, kk, N, KP, 1, 0).to(tl.int32) >> (j * 2)) & 3
+    d = _block_item(d_ptr, rows, row_mask, kk, N, KP, 1, 0).to(tl.float32)
+    s = d * ((low | (high << 4)) - 32).to(tl.float32)
+    return s, s
 
 
 @triton.jit
 def two_level(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
               GROUP_LOOKUP: tl.constexpr):  # fmt: skip
-    """SpQR: codes of scale (low 3 bits) and zero, uint8 (G, N), and s_s, z_s, s_z, z_z (G, N /
-    ROW_GROUP, 4).
+    """SpQR: scales and zeros are quantized in turn.
+
+    stats: uint8 (G, N), the code of the scale (low 3 bits) and that of the zero. second_level:
+    (G, N / ROW_GROUP, 4), the scale and zero of each: s_s, z_s, s_z, z_z.
     """
     stats_ptr, second_ptr, group_ptr = args
     at, live = _along_k(group_ptr, rows, row_mask, kk, N, KP, GROUP, 1, GROUP_LOOKUP)
@@ -202,16 +203,17 @@ def two_level(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP
 
 
 _ALL = (
-    group, scale, scale_flat, nested, nested_flat, two_level, scale_min, q2_k, q3_k, q4_k, q6_k, iq4_xs,
+    group, scale, scale_flat, nested, nested_flat, two_level, scale_min, q2_k, q3_k, q4_k, q6_k,
+    iq4_xs,
 )  # fmt: skip
 BY_NAME = {f.__name__: f for f in _ALL}
-#: those whose second result is subtracted after scaling
+#: the scalers whose second result is a min: weight = scale * value - min
 HAS_MIN = frozenset({"scale_min", "q2_k", "q4_k"})
-#: those whose second result is a zero point: weight = scale * (value - zero)
-ZERO = frozenset({"group", "two_level"})
+#: the scalers whose second result is a zero point: weight = scale * (value - zero)
+HAS_ZERO = frozenset({"group", "two_level"})
 
-#: the tensors each scaler reads, as qkernels/layouts/weight_only.py names them
 _NESTED = ("scaler.absmax", "scaler.nested_map", "scaler.nested_absmax", "scaler.offset")
+#: the tensors that each scaler reads, with their names in qkernels/layouts/weight_only.py
 SCALER_TENSORS = {
     "group": ("scaler.scales", "scaler.zeros", "slice_group"),
     "scale": ("scaler.absmax",),

@@ -31,8 +31,8 @@ SPILLS_OUTSIDE = 8
 #: 3.9, which was not measured, spills fewer bytes, but more in the loop.
 SPILLS_WIDE, LOOP_SPILLS_WIDE = 512, 18
 ARCHITECTURES = (80, 89, 90, 100, 120)
-#: names of the kernels' pointers to packed weights
-_WEIGHT_POINTER = re.compile(r"(qdata|qhigh|w|weight)_ptr")
+#: names of the kernels' pointers to packed weights; weight_args begins with qdata and qhigh
+_WEIGHT_POINTER = re.compile(r"(w|weight)_ptr|weight_args\[[01]\]")
 
 
 @dataclass
@@ -190,9 +190,15 @@ def _compiled(job: CompileJob) -> Any:
         job.fn,
         signature={name: job.types.get(name, "constexpr") for name in order},
         constexprs=job.constants,
-        attrs={(order.index(name),): [["tt.divisibility", 16]] for name in job.aligned},
+        attrs={_place(order, name): [["tt.divisibility", 16]] for name in job.aligned},
     )
     return triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=job.options)
+
+
+def _place(order: list[str], name: str) -> tuple[int, ...]:
+    """The place of an argument, as triton counts: "weight_args[1]" is part 1 of a tuple."""
+    name, _, part = name.partition("[")
+    return (order.index(name), int(part.rstrip("]"))) if part else (order.index(name),)
 
 
 def _parameters(job: CompileJob) -> list[str]:

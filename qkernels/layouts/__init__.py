@@ -1,7 +1,7 @@
-"""Kernel layouts: how a weight's bytes lie while kernels run, and the way back, bit for bit.
+"""Kernel layouts: the order of a weight's bytes that kernels read, and the way back, bit for bit.
 
-One definition serves every kernel language. Each layout is one module with `pack` and `unpack`; a
-format names the one its kernels take (`Format.kernel_layout`).
+One definition serves every kernel language. Each layout is one module with `pack` and `unpack`. A
+format names the layout that its kernels take (`Format.kernel_layout`).
 """
 
 from __future__ import annotations
@@ -29,15 +29,18 @@ def pack(
     tensors: Mapping[str, Tensor],
     layout: str,
 ) -> dict[str, Tensor]:
-    """Checkpoint tensors of a Format -> the tensors of `layout`, each contiguous and aligned, for
-    kernels get addresses only.
+    """Checkpoint tensors of format `fmt` -> the tensors of `layout`.
 
-    ValueError unless it is the format's own layout.
+    Each tensor is contiguous and aligned, because kernels are given addresses only.
+
+    Raises:
+        ValueError: `layout` is not the layout of the format's kernels.
     """
-    own = fmt.kernel_layout(params)
-    if layout not in _MODULES or layout != own:
+    expected = fmt.kernel_layout(params)
+    if layout not in _MODULES or layout != expected:
         raise ValueError(
-            f"layout: expected {own or 'none'!r} for {fmt.name!r} {dict(params)}, got {layout!r}"
+            f"layout: expected {expected or 'none'!r} for {fmt.name!r} {dict(params)},"
+            f" got {layout!r}"
         )
     packed = _MODULES[layout].pack(fmt, shape, dict(params), tensors)
     return {
@@ -52,7 +55,7 @@ def unpack(
     storage: Mapping[str, Tensor],
     layout: str,
 ) -> dict[str, Tensor]:
-    """Tensors of `layout` -> checkpoint tensors; the inverse of `pack`."""
+    """The inverse of `pack`: tensors of `layout` -> checkpoint tensors."""
     if layout == CHECKPOINT:
         return dict(storage)
     return _MODULES[layout].unpack(fmt, shape, dict(params), storage)

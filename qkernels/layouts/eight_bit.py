@@ -1,13 +1,14 @@
-"""EIGHT_BIT, the layout of the family "quantize activations, multiply 8 bits by 8 bits".
+"""EIGHT_BIT, the kernel layout of the formats that quantize activations and multiply 8 bits by 8.
 
-    weight            int8 or float8 (N, KP), row-major; KP is K rounded up to 16, so that rows are read
-                      16 bytes at a time; zeros beyond K
+    weight            int8 or float8 (N, KP), row-major; KP is K rounded up to 16, so that kernels
+                      read rows 16 bytes at a time; zeros beyond K
     weight_scale      float32 (N), or (ceil(N/128), ceil(K/128)) with 128x128 blocks
     input_scale       float32 (1), with static activations
-    input_zero_point  int8 (1), and row_sum int32 (N), the sums of the weight's rows that correct for it
+    input_zero_point  int8 (1)
+    row_sum           int32 (N), the sums of the weight's rows, which correct for input_zero_point
     extra.*           the checkpoint's own tensors where they differ from the above
 
-Tensor cores take both operands with K innermost, as they lie here; nothing needs to be shuffled.
+Tensor cores take both operands with K innermost, as stored here, so no codes are moved.
 """
 
 from __future__ import annotations
@@ -23,18 +24,19 @@ EIGHT_BIT = "eight_bit"
 
 #: bytes of one load
 ALIGN = 16
-#: features, and rows of a weight, that share a scale of a block
+#: the scale of a block is shared by so many features and so many rows of the weight
 BLOCK = 128
 
 
 class EightBitTraits(NamedTuple):
-    """How the 8-bit kernel family treats a format with given parameters.
+    """How the 8-bit kernels treat a format with given parameters.
 
-    kind: the weight's codes, "int8", "e4m3" or "e5m2"; activations are int8 or e4m3 accordingly.
-    weight_scale: "row", or "block" for one a 128x128 block. activation: what shares an activation
-    scale: "token" (a row of x), "group" (128 features of a row)
-        or "tensor" (all of x, known beforehand).
-    threshold: activations from here up are multiplied in 16 bits (LLM.int8()); 0: none.
+    kind: type of the weight's codes, "int8", "e4m3" or "e5m2". Activations are int8 for int8
+        weights and e4m3 for the others.
+    weight_scale: "row", or "block" for one scale per 128x128 block.
+    activation: which activations share a scale: "token" (a row of x), "group" (128 features of a
+        row) or "tensor" (all of x, with a scale known beforehand).
+    threshold: activations of at least this size are multiplied in 16 bits (LLM.int8()); 0: none.
     """
 
     kind: str
@@ -45,10 +47,13 @@ class EightBitTraits(NamedTuple):
 
 @dataclass
 class EightBitParts:
-    """A weight's tensors as the 8-bit kernel family wants them, before padding.
+    """A weight's tensors, as a format hands them over before `pack` pads them.
 
-    weight: int8 or float8 (N, K). weight_scale: float (N) or of blocks. input_scale: float, one
-    element. extra: tensors no kernel reads, kept so that the checkpoint can be restored.
+    weight: int8 or float8 (N, K).
+    weight_scale: float (N), or (ceil(N/128), ceil(K/128)) with 128x128 blocks.
+    input_scale: float, one element, with static activations.
+    input_zero_point: int8, one element.
+    extra: tensors that no kernel reads, kept so that the checkpoint can be restored.
     """
 
     weight: Tensor
@@ -69,7 +74,7 @@ def pack(
     """Checkpoint tensors of format `fmt` -> tensors of this layout."""
     parts = fmt.eight_bit(tensors, shape, params)
     weight, k = parts.weight, shape[1]
-    # torch pads integers of one byte, whatever they stand for; zero is zero in all of these types
+    # torch pads no float8, so the bytes are padded: zero is all zero bits in each of these types.
     codes = torch.nn.functional.pad(weight.view(torch.uint8), (0, padded(k) - k))
     storage = {
         "weight": codes.view(weight.dtype),

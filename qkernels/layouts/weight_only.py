@@ -1,15 +1,18 @@
-"""WEIGHT_ONLY, the layout of the family "decode 2..8-bit codes, scale, multiply".
+"""WEIGHT_ONLY, the kernel layout of all weight-only formats: codes of 2 to 8 bits that kernels
+decode, scale and multiply.
 
-Input features run in *kernel order* kk = 0..KP-1, which is k itself unless groups need it otherwise
-(below). A *tile* is 16 words of 32 bits per output row, 16*32/bits features; the rows of a tile lie
-one after another, so a block of rows is one run of bytes, read 16 at a time:
+The input features are stored in *kernel order* kk = 0..KP-1. Kernel order is k itself, unless the
+groups need another one (see "Groups" below). A *tile* is 16 words of 32 bits in each output row,
+which hold 16*32/bits features. The rows of a tile are contiguous, so a kernel reads a block of rows
+as contiguous bytes, 16 at a time:
 
     qdata[tile, n, word]                                  int32 (T, N, 16)
 
-A word holds the codes of feature pairs in its two halves, so that one shift and one mask yield two
-codes that are neighbours along K, each in its own 16 bits. Which word and which shift is chosen so
-that the four words (16 bytes) a thread loads are, after decoding, its own registers of the tensor
-cores' 16-wide operand (thread j of four holds columns 2j, 2j+1, 2j+8, 2j+9 of a row):
+A word holds the codes of pairs of features in its two halves. One shift and one mask then give two
+codes that are neighbours along K, each in 16 bits. The word and the shift of each code follow from
+the fragments of the tensor cores, whose 16-wide operand gives thread j of four the columns 2j,
+2j+1, 2j+8 and 2j+9 of a row. A thread loads four words (16 bytes), and after decoding they
+are exactly its registers of that operand:
 
     feature within the tile = s*32 + p*16 + h*8 + j*2 + b         word = j*4 + p*2 + h
                                                                   bits [b*16 + s*width, +width)
@@ -17,27 +20,29 @@ cores' 16-wide operand (thread j of four holds columns 2j, 2j+1, 2j+8, 2j+9 of a
                        s=3    s=2    s=1    s=0      s=3    s=2    s=1    s=0
                       '------- b = 1: k odd ----'   '------- b = 0: k even ---'
 
-Codes that index a table are looked up four at a time, so the codes of a pair lie next to each other
-instead, the code of (s, b) at bits (s//2)*16 + (s%2)*8 + b*4.
+Codes that index a table of 16 values are looked up four at a time. The two codes of a pair are
+therefore adjacent: the code of (s, b) is at bits (s//2)*16 + (s%2)*8 + b*4.
 
-3, 5 and 6 bits are a plane of the low 2 or 4 bits as above and a plane of the high bits,
-qhigh[tile, n, word], whose words serve several words of the low plane: `u` says which one, and the
-high bits of (s, b) for it are at b*16 + s*width + u*(their number):
+Codes of 3, 5 and 6 bits are split into two planes. `qdata` holds the low 2 or 4 bits as above.
+qhigh[tile, n, word] holds the high bits; one word of it serves several words of `qdata`. `u`
+numbers those words, and the high bits of (s, b) are at bit b*16 + s*width + u*(number of high
+bits):
 
     3 = 2 + 1   word j*2 + h   u = p        5 = 4 + 1   word j   u = p*2 + h
     6 = 4 + 2   word j*2 + h   u = p
 
-Codes of eight weights (QuIP#) are 16 bits wide, two in a word of a tile of 256 features; word w
-holds those of features w*16 .. w*16 + 15 of the tile in their plain order, and decodes, as words of
-2-bit codes do, to the values of (s, b): code s//4, weights 2*(s%4) + b. So kernel order is not
-plain order there (`codebook_order`); the transform of x, which such weights have anyway, writes it
-so. A second code for each, of 16 bits or 8, lies in `qhigh`: word w, or as above for 3 bits at bits
-u*16 + 8*(which code).
+Codebook codes (QuIP#) stand for eight weights each. They are 16 bits wide, two in a word, and a
+tile has 256 features. Word w holds the codes of features w*16 .. w*16 + 15 of the tile, in the
+checkpoint's order. It decodes to the values of (s, b), as a word of 2-bit codes does: code s//4,
+weights 2*(s%4) + b. Kernel order is therefore not the checkpoint's order here (`codebook_order`).
+That costs nothing, because x goes through a transform anyway, which writes x in kernel order. The
+second code of the same eight weights (3 and 4 bits a weight) is in `qhigh`: with 16 bits in word w,
+with 8 bits in word j*2 + h, as for 3 bits above, at bits u*16 + 8*(number of the code in its word).
 
-Groups: if the checkpoint has `g_idx` (act-order), or groups that are no multiple of 16, features
-are sorted by group and each group is padded to whole slices of 16: `perm[kk]` is the input feature
-(-1 for padding). If the padded groups are not simply kk // group_size, `slice_group[kk // 16]` says
-which.
+Groups: features are sorted by group if the checkpoint has `g_idx` (act-order) or if group_size is
+no multiple of 16. Each group is padded to whole slices of 16 features. `perm[kk]` is the input
+feature at kk, -1 for padding. `slice_group[kk // 16]` is the group of a slice; it is stored only if
+the group is not simply kk // group_size.
 """
 
 from __future__ import annotations
@@ -54,22 +59,30 @@ WEIGHT_ONLY = "weight_only"
 
 SLICE = 16
 WORDS = 16
-#: codes of eight weights in a tile of one row
+#: codebook codes, of eight weights each, in one tile of one row
 CODEBOOK_CODES = 32
 
 
 class WeightOnlyTraits(NamedTuple):
-    """How the weight-only kernel family treats a format with given parameters.
+    """How the weight-only kernels treat a format with given parameters.
 
-    bits: width of a code; 3, 5 and 6 are split into planes. decoder: "linear" (the code less a zero
-    point is the value), "signed" (less 2^(bits-1)), "half_integer" (less
-        half of 2^bits - 1), "unsigned" (the code itself), "lut16" (it indexes `table`), "e4m3",
-        "e5m2", or "e8p" (codes of eight weights each).
-    scaler: what the scales are and how they lie; triton_kernels/scalers.py lists them. group_size:
-    features along K, or for the flat scalers flattened weights, that share a scale. row_group:
-    neighbouring output rows that share a scale. outliers: whether sparse weights are added to the
-    decoded ones. norms: if input and output go through transforms (`input.*`, `output.*`), what
-    those are divided by.
+    bits: width of a code. Codes of 3, 5 and 6 bits are split into two planes.
+    decoder: how a code becomes a value.
+        "linear"        code - zero point
+        "linear_real"   the same, with zero points that are no integers
+        "signed"        code - 2^(bits-1)
+        "unsigned"      the code itself
+        "half_integer"  code - (2^bits - 1) / 2
+        "lut16"         the code indexes `table`
+        "e4m3", "e5m2"  the code is a float of 8 bits
+        "e8p"           the code indexes the E8P codebook and stands for eight weights
+    scaler: which scales there are and how they are stored; triton_kernels/scalers.py lists them.
+    group_size: features along K that share a scale; for the flat scalers, weights of the flattened
+        matrix.
+    row_group: neighbouring output rows that share a scale.
+    outliers: whether sparse weights are added to the decoded ones.
+    transform_scales: the divisors of the transforms of input and output (`input.*`, `output.*`);
+        None without transforms.
     """
 
     bits: int
@@ -93,22 +106,23 @@ class WeightOnlyTraits(NamedTuple):
 
 @dataclass
 class WeightOnlyParts:
-    """A weight's tensors as the weight-only kernel family wants them, before the codes are laid
-    out.
+    """A weight's tensors, as a format hands them over before `pack` puts the codes in kernel order.
 
-    codes: uint8 (N, K), in the checkpoint's feature order.
-    scaler_tensors: what the scaler reads.
-        Of vectors int32 (N, K / 8): the code in the low 16 bits, its residual's in the high ones.
-    table: float32 (16), the values of the codes for the decoder "lut16". codebook: int32, what the
-    decoder "e8p" looks up. group_index: int32 (K), the group of each feature, if the checkpoint has
-    it. outliers: `row_offsets` int32 (N + 1) and `col_vals` int32, float16 value << 16 | input
-    feature. sides: of the transforms, "input." and "output." with each of: `diagonal`, what outer
-    features are
-        multiplied by, float16; `perm`, int32, which of the outer features each inner one is;
-        `factor0` .. `factor2`, float16 square matrices whose Kronecker product it is
-        (transforms.py); what they leave of the features is a Hadamard matrix of a power of two
-        behind them.
-    extra: tensors no kernel reads, kept so that the checkpoint can be restored.
+    codes: uint8 (N, K), in the checkpoint's feature order. Codebook codes are int32 (N, K / 8):
+        the code in the low 16 bits, the code of its residual in the high 16 bits.
+    scaler_tensors: the tensors that the scaler reads, by name.
+    group_index: int32 (K), the group of each feature, if the checkpoint stores it (`g_idx`).
+    table: float32 (16), the value of each code, for the decoder "lut16".
+    codebook: int32, the codebook of the decoder "e8p".
+    outliers: `row_offsets` int32 (N + 1), and `col_vals` int32, float16 value << 16 | input
+        feature.
+    sides: the transforms of both sides of the weight, with the prefix "input." or "output.":
+        diagonal           float16, the factor of each outer feature
+        perm               int32, the outer feature of each inner feature
+        factor0 .. factor2 float16 square matrices. Their Kronecker product is the transform. If it
+                           has fewer rows than there are features, its last factor is a Hadamard
+                           matrix whose order is the missing power of two (transforms.py).
+    extra: tensors that no kernel reads, kept so that the checkpoint can be restored.
     """
 
     codes: Tensor
@@ -122,8 +136,9 @@ class WeightOnlyParts:
 
 
 def plane_bits(bits: int, codebook: bool = False) -> int:
-    """Width of the codes in `qdata`: wider ones keep their low bits there. `vectors`: bits a
-    weight.
+    """Width of the codes in `qdata`. Codes split into planes have their low bits there.
+
+    codebook: whether the codes index a codebook; `bits` is then bits per weight.
     """
     return 2 if codebook else {3: 2, 5: 4, 6: 4}.get(bits, bits)
 
@@ -134,20 +149,20 @@ def high_words(bits: int, codebook: bool = False) -> int:
 
 
 def high_step(bits: int, codebook: bool = False) -> int:
-    """How far apart the high bits of words that share a word of `qhigh` lie."""
+    """Distance in bits, inside a word of `qhigh`, of the high bits of two words it serves."""
     return 16 if codebook else bits - plane_bits(bits)
 
 
 def code_bit(s: int, b: int, width: int, *, table: bool) -> int:
-    """Lowest bit of the code of (s, b) in its word; `table`: whether codes index a table."""
+    """Lowest bit of the code of (s, b) in its word. table: whether codes index a table."""
     return (s // 2) * 16 + (s % 2) * 8 + b * 4 if table else b * 16 + s * width
 
 
 def lut(table: Tensor) -> Tensor:
     """float32 (16) -> int32 (16): the table in float16, then in bfloat16, cut into bytes.
 
-    Of each: four words with the low bytes of entries 0-3, 4-7, 8-11, 12-15, four with the high
-    bytes.
+    Each of the two takes eight words: four with the low bytes of entries 0-3, 4-7, 8-11 and 12-15,
+    then four with their high bytes.
     """
     words = []
     for dtype in (torch.float16, torch.bfloat16):
@@ -164,7 +179,10 @@ def tile_features(bits: int, codebook: bool = False) -> int:
 
 
 def scale_group(traits: WeightOnlyTraits, k: int, *, group_lookup: bool) -> int:
-    """Features of a tile, a power of two, that surely share a scale. `lookup`: by `slice_group`."""
+    """Features of a tile, a power of two, that are sure to share a scale: the scale group.
+
+    group_lookup: whether kernels look the groups up in `slice_group`.
+    """
     tile = tile_features(traits.bits, traits.codebook)
     if group_lookup:
         return SLICE
@@ -198,7 +216,7 @@ def pack(
         storage["perm"] = perm
         if slice_group is not None:
             storage["slice_group"] = slice_group
-        # -1 picks the padding column
+        # Index -1 takes the column of zeros that `pad` appends.
         codes = torch.nn.functional.pad(codes, (0, 1))[:, perm.long()]
     return storage | pack_codes(codes, traits.bits, table=parts.table is not None)
 
@@ -217,25 +235,26 @@ def unpack(
         codes = unpack_codes(storage, traits.bits, n, count, table="table" in storage)
     if perm is not None:
         ordered = torch.empty(n, k, dtype=torch.uint8, device=codes.device)
-        kept = perm >= 0
-        ordered[:, perm[kept].long()] = codes[:, kept]
+        is_feature = perm >= 0
+        ordered[:, perm[is_feature].long()] = codes[:, is_feature]
         codes = ordered
     parts = WeightOnlyParts(
         codes=codes,
-        scaler_tensors=_section(storage, "scaler."),
+        scaler_tensors=section(storage, "scaler."),
         group_index=storage.get("g_idx"),
         table=storage.get("table"),
-        outliers=_section(storage, "outlier."),
+        outliers=section(storage, "outlier."),
         sides={k: v for k, v in storage.items() if k.startswith(("input.", "output."))},
-        extra=_section(storage, "extra."),
+        extra=section(storage, "extra."),
     )
     return fmt.from_weight_only(parts, shape, params)
 
 
 # ---------------------------------------------------------------------- codes
 def pack_codes(codes: Tensor, bits: int, *, table: bool = False) -> dict[str, Tensor]:
-    """Codes uint8 (N, KP) in kernel order -> {"qdata": int32 (T, N, 16)[, "qhigh": int32 (T, N,
-    words)]}.
+    """Codes uint8 (N, KP) in kernel order -> `qdata` int32 (T, N, 16), and `qhigh` for two planes.
+
+    table: whether codes index a table. `qhigh` is int32 (T, N, `high_words`).
     """
     n, k = codes.shape
     width, features = plane_bits(bits), tile_features(bits)
@@ -261,11 +280,14 @@ def pack_codes(codes: Tensor, bits: int, *, table: bool = False) -> dict[str, Te
 
 
 def _high_places(bits: int) -> list[tuple[tuple[int, int], int, int]]:
-    """For each (p, h): the word among thread j's, and the lowest bit, of its high bits in `qhigh`."""
-    own = bits - plane_bits(bits)
-    halves = high_words(bits) == 8
+    """The high bits of each (p, h) in `qhigh`: (p, h), the word of thread j, and the lowest bit."""
+    high_bits = bits - plane_bits(bits)
+    two_words = high_words(bits) == 8  # words of `qhigh` for each thread; otherwise one
     places = [(p, h) for p in range(2) for h in range(2)]
-    return [((p, h), h if halves else 0, own * (p if halves else p * 2 + h)) for p, h in places]
+    return [
+        ((p, h), h if two_words else 0, high_bits * (p if two_words else p * 2 + h))
+        for p, h in places
+    ]
 
 
 def unpack_codes(
@@ -291,11 +313,9 @@ def unpack_codes(
     return parts.permute(1, 0, 5, 3, 4, 2, 6).reshape(n, -1)[:, :k]
 
 
-# ---------------------------------------------------------------------- codes of eight weights
+# ---------------------------------------------------------------------- codebook codes
 def pack_codebook(codes: Tensor, bits: int) -> dict[str, Tensor]:
-    """Codes int32 (N, K / 8) -> `qdata` and, for 3 and 4 bits, `qhigh`, as the module's docstring
-    says.
-    """
+    """Codebook codes int32 (N, K / 8) -> `qdata` and, for 3 and 4 bits, `qhigh`."""
     n, count = codes.shape
     tiles = -(-count // CODEBOOK_CODES)
     codes = torch.nn.functional.pad(codes, (0, tiles * CODEBOOK_CODES - count))
@@ -328,23 +348,22 @@ def unpack_codebook(storage: Mapping[str, Tensor], bits: int, n: int, k: int) ->
 
 
 def codebook_order(count: int, device: torch.device | str = "cpu") -> Tensor:
-    """int64 (count): where kernel order has feature k of a weight of vectors."""
+    """int64 (count): the place of feature k in the kernel order of a codebook weight."""
     k = torch.arange(count, device=device)
     word, c, half, b = k % 256 // 16, k % 16 // 8, k % 8 // 2, k % 2
     j, p, h = word // 4, word // 2 % 2, word % 2
     return k // 256 * 256 + (c * 4 + half) * 32 + p * 16 + h * 8 + j * 2 + b
 
 
-def _section(storage: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def section(storage: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, under the rest of their names."""
     return {k.removeprefix(prefix): v for k, v in storage.items() if k.startswith(prefix)}
 
 
 def _kernel_order(
     parts: WeightOnlyParts, traits: WeightOnlyTraits, k: int
 ) -> tuple[Tensor, Tensor | None] | None:
-    """(perm, slice_group or None) where features must be regrouped, None where kernel order is k
-    itself.
-    """
+    """(perm, slice_group or None) if features must be sorted by group, None otherwise."""
     if traits.flat:
         return None
     device = parts.codes.device

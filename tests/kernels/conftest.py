@@ -13,7 +13,7 @@ from qkernels.backends.triton import interpreted
 
 @pytest.fixture
 def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every output starts as NaN: an element the kernel does not write fails the test."""
+    """Every output starts as NaN, so an element that the kernel does not write fails the test."""
     real = torch.empty
 
     def poison(*args: object, **kwargs: object) -> torch.Tensor:
@@ -25,10 +25,10 @@ def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def dots_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter's dot sums each element's products in the order of k, as tensor cores do.
+    """The interpreter's dot sums the products of an element in the order of k, as tensor cores do.
 
-    Its own is numpy's matmul, and a BLAS takes other orders for other numbers of columns, on some
-    CPUs.
+    The interpreter uses numpy's matmul, and on some CPUs its BLAS changes the order with the number
+    of columns.
     """
     if not interpreted():
         return

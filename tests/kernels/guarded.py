@@ -1,9 +1,9 @@
-"""Runs every format's Triton kernels in memory that ends, or begins, at a page nobody may touch.
+"""Runs every format's Triton kernels in memory that ends, or begins, at a page without access.
 
     python -m tests.kernels.guarded [end|begin|planted] [word of a case's name]
 
-A program of its own: one byte too far kills it with SIGSEGV, and its last line says which product
-that was.
+It is a separate program, because one byte too far kills it with SIGSEGV. Its last line then names
+the product.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from ..conftest import CASES, case_id, layout_of
 PAGE = mmap.PAGESIZE
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _EMPTY = torch.empty
-#: whole tiles of no format, if it takes them; 32 * 100 weights are whole blocks, the last of which
-#: ends with them
+#: for each format, the first shape it takes. None has whole tiles of any format; 32 * 100 weights
+#: are whole blocks, so the last block ends with the last weight
 SHAPES = ((32, 100), (24, 104), (24, 192), (16, 256))
 EXPERTS = [
     ("awq", {"group_size": 32}),
@@ -44,7 +44,7 @@ EXPERTS = [
 
 
 def guarded(shape: tuple[int, ...], dtype: torch.dtype, at_end: bool) -> Tensor:
-    """Memory for a tensor between two such pages, at one of them."""
+    """A tensor next to a page without access: after it with `at_end`, otherwise before it."""
     size = dtype.itemsize * torch.Size(shape).numel()
     pages = max(1, -(-size // PAGE))
     memory = mmap.mmap(-1, (pages + 2) * PAGE)
@@ -65,7 +65,7 @@ def moved(t: Tensor, at_end: bool) -> Tensor:
 
 @contextmanager
 def everywhere(at_end: bool) -> Iterator[None]:
-    """What is allocated lies so, too."""
+    """Every allocation is guarded, too."""
     real = torch.empty, torch.zeros
 
     def empty(*size: Any, dtype: torch.dtype | None = None, **more: Any) -> Tensor:
@@ -97,7 +97,7 @@ def run(name: str, params: dict[str, object], at_end: bool) -> None:
     storage = {key: moved(t, at_end) for key, t in p.storage.items()}
     q = qk.PackedWeight(p.format, p.shape, p.storage, p.params, p.layout)
     q.snapshot = Snapshot(p.layout, storage)
-    # from 17 rows on, x is gathered by a kernel of its own
+    # From 17 rows on, a separate kernel gathers x.
     m = 3 if at_end and not params.get("act_order") else 17
     x, bias = torch.randn(m, p.shape[1]).half(), torch.randn(p.shape[0]).half()
     want = qk.matmul(x, p, bias, backend="triton")
@@ -133,7 +133,7 @@ def _reads(ptr, out, N, BEYOND: tl.constexpr):
 
 
 def planted(beyond: int) -> None:
-    """A kernel that reads so many elements beyond its tensor."""
+    """Run a kernel that reads `beyond` elements beyond its tensor."""
     given, out = guarded((5,), torch.float16, True).fill_(1), torch.zeros(16).half()
     _reads[(1,)](given, out, 5, beyond)
     assert out.sum() == 5

@@ -27,7 +27,7 @@ class Launches:
     """calls: (kernel, positional arguments, named arguments) of each launch."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        """Puts the stand-ins in the kernels' places until `patch` is undone."""
+        """Replaces the kernels by stand-ins until `patch` is undone."""
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
         for module, name in KERNELS:
             patch.setattr(f"qkernels.triton_kernels.{module}.{name}", _StandIn(name, self.calls))
@@ -37,10 +37,10 @@ class Launches:
         return sum(name.endswith("gemm") for name, _, _ in self.calls)
 
     def decisions(self, m: int) -> Hashable:
-        """What was decided for M = m: kernels in order, and every argument that is no tensor and
-        not m itself.
+        """The launcher's decisions for M = m: kernels in order, and every argument that is neither
+        a tensor nor m itself.
 
-        Arguments without a name, and parts of tuples, that happen to equal m are taken for it, too.
+        Arguments without a name and parts of tuples count as m if they happen to equal m.
         """
         return tuple(
             (
@@ -65,9 +65,7 @@ class _StandIn:
 
 
 def _noted(value: Any) -> Any:
-    """Tensors by their dtype: a record that held them would keep their memory from being used
-    again.
-    """
+    """`value` with each tensor replaced by its dtype, so that the record keeps no memory in use."""
     if isinstance(value, dict):
         return {key: _noted(v) for key, v in value.items()}
     if isinstance(value, tuple):

@@ -1,8 +1,9 @@
 """A small interpreter for the straight-line integer PTX of triton_kernels/decoders.py.
 
-Triton's own interpreter cannot run inline PTX, so the kernels spell the same arithmetic out for it;
-this runs the PTX itself, so that both can be held to the same expectation. Semantics: PTX ISA,
-`prmt` (generic mode), `and`, `or`, `shr`, all on 32-bit registers.
+Triton's own interpreter cannot run inline PTX, so the kernels have the same arithmetic in triton
+operations for it. This interpreter runs the PTX itself, so that tests can compare both with the
+same expected values. Semantics: PTX ISA, `prmt` (generic mode), `and`, `or`, `shr`, all on 32-bit
+registers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ WORD = 0xFFFFFFFF
 
 
 def run(source: str, inputs: dict[str, int], outputs: list[str]) -> list[int]:
-    """Values of `outputs` ("$0", ...) after `source`, given those of `inputs`."""
+    """Values of the registers `outputs` ("$0", ...) after `source`, which starts from `inputs`."""
     registers = {k: v & WORD for k, v in inputs.items()}
     for line in re.split(r"[;{}]", source):
         words = line.replace(",", " ").split()

@@ -1,9 +1,7 @@
-"""Tiny activations: what DeepSeek's and compressed-tensors' rules say of rows and groups of almost
-nothing.
+"""Tiny activations: the floors of DeepSeek and compressed-tensors for rows and groups near zero.
 
 DeepGEMM, `per_token_cast_to_fp8`: amax of 128 features, at least 1e-4, / 448. FBGEMM and vLLM per
-token: a scale of at least 1 / (448 * 512). The weight is an identity, so y is what the activations
-became.
+token: a scale of at least 1 / (448 * 512). The weight is an identity, so y is the quantized x.
 """
 
 from __future__ import annotations
@@ -19,12 +17,12 @@ import qkernels as qk
 from qkernels.formats import fp8
 
 ROOT = Path(__file__).parents[2]
-#: largest activation of a group: none, below each floor by far and by little, above
+#: the largest activation of a group: zero, far and just below each floor, and above
 LARGEST = (0.0, 1e-12, 1e-9, 1e-7, 1e-6, 3e-5, 9e-5, 2e-4, 1.0)
 
 
 def e4m3(values: np.ndarray) -> np.ndarray:
-    """Rounded to the nearest of the 127 values >= 0, ties to even codes; no library's cast."""
+    """The nearest of the 127 values >= 0, ties to even codes, without the cast of a library."""
     codes = np.arange(127)
     exponent, mantissa = codes >> 3, codes & 7
     grid = np.where(exponent > 0, (8 + mantissa) * 2.0 ** (exponent - 10.0), mantissa * 2.0**-9)

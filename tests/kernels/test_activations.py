@@ -1,4 +1,6 @@
-"""Activations to codes: bit for bit what qkernels/formats computes in float32. RMSNorm; LLM.int8()."""
+"""Activations to codes: bit for bit the codes that qkernels/formats computes in float32. RMSNorm;
+LLM.int8().
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,7 @@ def problem(p: qk.PackedWeight, x: Tensor, invariant: bool = False) -> Problem:
 
 
 def expected(x: Tensor, p: qk.PackedWeight) -> tuple[Tensor, Tensor]:
-    """Codes (M, K) and scales as the formats' references have them in float32."""
+    """Codes (M, K) and scales, by the formats' references in float32."""
     x, tensors = x.float(), p.tensors
     if p.format == "fp8":
         if (scale := static_scale(p)) is not None:
@@ -91,7 +93,7 @@ def test_codes_bit_for_bit(
     block: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Also of rows longer than a program holds at once (block), and of numbers of every size."""
+    """Also for rows longer than a program handles at once (block), and numbers of every size."""
     monkeypatch.setattr(outlier_columns, "ROW_BLOCK", block)
     p = packed(name, params, k)
     for spread in (0, 4):
@@ -190,13 +192,13 @@ def test_rms_norm_and_codes_in_one_kernel(
     m, k, eps = 4, 300, 1e-5
     x = (torch.randn(m, k) * torch.tensor([[1.0], [1e-3], [100.0], [0.0]])).to(dtype).to(DEVICE)
     weight = torch.randn(k).to(dtype).to(DEVICE)
-    # LLM.int8() keeps the norm's result, so its arithmetic can be looked at.
+    # LLM.int8() keeps the norm's result, so the test can check its arithmetic.
     llm = packed("int8", {"threshold": 2.0}, k)
     normed = eight_bit.rms_norm_quantize(x, weight, eps, llm, problem(llm, x)).x
     exact = x.double() / (x.double().square().mean(1, keepdim=True) + eps).sqrt() * weight.double()
     u = 2.0**-11 if dtype == torch.float16 else 2.0**-8
-    # two roundings to dtype, float32 before them; 2^-24: float16 below its normal range, times
-    # |weight|
+    # Two roundings to dtype, and float32 before them. 2^-24 is for float16 below its normal range,
+    # times |weight|.
     assert bool(
         (
             (normed.double() - exact).abs()
@@ -283,7 +285,7 @@ def test_columns_are_listed_in_order(
     monkeypatch.setattr(outlier_columns, "ROW_BLOCK", block)
     x = with_outliers(5, 300, planted, torch.float16)
     p = packed("int8", {}, 300)
-    for _ in range(2):  # the second call finds flags and counter as the first one left them
+    for _ in range(2):  # the second call starts from the flags and the counter of the first
         a = eight_bit.quantize(x, p, problem(p, x))
         assert a.columns is not None
         count = int(a.columns[-1])
@@ -312,7 +314,7 @@ def test_threshold_zero_is_off() -> None:
 
 
 def test_outliers_keep_their_16_bits() -> None:
-    """A column of outliers alone is exact to the result's rounding: no code stands in for it."""
+    """A column of outliers only is exact up to the result's rounding, because it has no codes."""
     x = torch.zeros(3, 64).half().to(DEVICE)
     x[:, 9] = torch.tensor([100.3, -77.7, 6.004]).half()
     p = packed("int8", {}, 64)

@@ -1,4 +1,4 @@
-"""Configurations: the table, what fits an architecture, and the cache of what tuning found."""
+"""Configurations: the table, the fit to each architecture, and the cache of tuned ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 103, 120, 0)
 def tuning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("QKERNELS_AUTOTUNE", "1")
     monkeypatch.setenv("QKERNELS_CACHE", str(tmp_path))
-    monkeypatch.setattr(autotune, "_found", {})
+    monkeypatch.setattr(autotune, "_tuned", {})
     return tmp_path / "tune"
 
 
@@ -41,31 +41,33 @@ def test_every_table_entry_fits_its_architecture(
 ) -> None:
     traits = weight_only.layout.WeightOnlyTraits(bits, "linear", "group", 64)
     sizes = weight_only.sizes(traits)
-    config = configs.choose(weight_only.family(traits), arch, m, invariant, *sizes)
+    config = configs.choose(weight_only.family(traits), arch, m, invariant, sizes)
     limit = configs.SHARED_KIB.get(arch, 99) * 1024
-    assert configs.shared_bytes(config, *sizes) < limit
+    assert configs.shared_bytes(config, sizes) < limit
     assert config.num_stages >= 2
 
 
 def test_what_cannot_fit_is_an_error() -> None:
     with pytest.raises(ValueError, match="no configuration fits sm_89"):
-        configs.fitted(configs.GemmConfig(128, 128, 8, 4), 89, 4096, 4096)
+        configs.fitted(configs.GemmConfig(128, 128, 8, 4), 89, configs.StepSizes(4096, 4096))
 
 
 @pytest.mark.parametrize("tiles", [1, 2, 3, 5, 31, 32, 64, 1000])
 @pytest.mark.parametrize("blocks", [1, 7, 132, 5000])
-def test_no_share_is_empty(tiles: int, blocks: int) -> None:
-    for wanted in (0, 1, 4, 64):
-        config = configs.GemmConfig(16, 64, 4, 3, k_slices=wanted)
+def test_no_k_slice_is_empty(tiles: int, blocks: int) -> None:
+    for requested in (0, 1, 4, 64):
+        config = configs.GemmConfig(16, 64, 4, 3, k_slices=requested)
         k_slices = configs.k_slices_of(config, tiles, blocks, 132)
-        k_slice = -(-tiles // k_slices)
-        assert (k_slices - 1) * k_slice < tiles <= k_slices * k_slice
+        slice_tiles = -(-tiles // k_slices)
+        assert (k_slices - 1) * slice_tiles < tiles <= k_slices * slice_tiles
 
 
 def test_batch_invariant_configurations_differ_in_block_m_only() -> None:
     for arch in ARCHITECTURES:
         found = {
-            configs.choose("weight_only", arch, m, True, 128, 64)._replace(block_m=0)
+            configs.choose("weight_only", arch, m, True, configs.StepSizes(128, 64))._replace(
+                block_m=0
+            )
             for m in range(1, 300)
         }
         assert len(found) == 1
@@ -73,18 +75,18 @@ def test_batch_invariant_configurations_differ_in_block_m_only() -> None:
 
 def test_tuning_keeps_the_fastest(tuning: Path) -> None:
     tabled = weight_only.tabled(problem())
-    wanted = list(configs.candidates(tabled, 1))[5]
+    fastest = list(configs.candidates(tabled, 1))[5]
     launched = []
 
     def seconds(call) -> float:  # type: ignore[no-untyped-def]
         call()
-        return 1.0 if launched[-1] == wanted else 2.0
+        return 1.0 if launched[-1] == fastest else 2.0
 
-    assert autotune.tune("weight_only", problem(), tabled, launched.append, seconds) == wanted
-    assert autotune.tuned("weight_only", problem()) == wanted
+    assert autotune.tune("weight_only", problem(), tabled, launched.append, seconds) == fastest
+    assert autotune.tuned("weight_only", problem()) == fastest
     assert "tuned on this GPU" in autotune.words("weight_only", problem(), tabled)
-    autotune._found.clear()  # as another process would: from disk
-    assert autotune.tuned("weight_only", problem()) == wanted
+    autotune._tuned.clear()  # like another process, which reads it from disk
+    assert autotune.tuned("weight_only", problem()) == fastest
     assert autotune.tuned("weight_only", problem(m=100)) is None
     (file,) = tuning.iterdir()
     assert json.loads(file.read_text())["key"]["kernels"]
@@ -113,7 +115,7 @@ def test_a_file_that_makes_no_sense_is_ignored(tuning: Path, text: str) -> None:
     autotune.tune("weight_only", problem(), tabled, lambda config: None, lambda call: 1.0)
     (file,) = tuning.iterdir()
     file.write_text(text)
-    autotune._found.clear()
+    autotune._tuned.clear()
     assert autotune.tuned("weight_only", problem()) is None
 
 

@@ -1,4 +1,4 @@
-"""The same row gives bitwise the same output whatever M it comes with, in batch-invariant mode."""
+"""Batch-invariant mode: the same row gives bitwise the same output, whatever M is."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def operands(
 def decisions(
     p: qk.PackedWeight, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> dict[Hashable, list[int]]:
-    """What launches decide by M -> the M in 1..300 for which they decide so. Nothing is computed."""
+    """Decisions of the launchers -> the M in 1..300 with these decisions. Nothing is computed."""
     found: dict[Hashable, list[int]] = {}
     with monkeypatch.context() as patch:
         patch.setattr(autotune, "_first_calls", {})
@@ -56,16 +56,14 @@ def decisions(
 def test_rows_do_not_depend_on_m(
     name: str, params: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every M from 1 to 300 on a GPU. In the interpreter, which would take an hour: those that
-    stand for all.
+    """Every M from 1 to 300 on a GPU. The interpreter would take an hour, so it computes a few M.
 
-    A program sees M only through what the host decides by it (which kernels, compile-time
-    constants, shares of K, strides) and through the bounds that mask rows off, `m < M`, which leave
-    the arithmetic of other rows alone. So all M are walked with kernels that only record what was
-    decided, and of the M that share all decisions the least and the largest are computed: of each
-    such group these have the fewest and the most blocks, and a last block that is full or nearly
-    empty. The groups come from the tables and launchers as they are, so a new entry or threshold
-    brings its own M.
+    A program depends on M in two ways: through the host's decisions (kernels, compile-time
+    constants, slices of K, strides), and through the bound `m < M`, which masks rows and does not
+    change the arithmetic of other rows. So the test walks all M with kernels that only record the
+    decisions. Of each group of M with the same decisions it computes the smallest and the largest:
+    these have the fewest and the most blocks, and a last block that is full or nearly empty. The
+    groups follow from the tables and launchers, so a new entry or threshold adds its own M.
     """
     p, x = operands(name, params, torch.float16)
     full = qk.matmul(x, p, backend="triton", batch_invariant=True)
@@ -85,14 +83,18 @@ def test_rows_do_not_depend_on_m(
 @pytest.mark.parametrize("arch", sorted(configs.SHARED_KIB))
 @pytest.mark.parametrize("family", sorted(configs.BATCH_INVARIANT))
 def test_only_the_rows_of_a_tile_depend_on_m_on_any_gpu(family: str, arch: int) -> None:
-    """What the interpreter cannot meet, other GPUs' tables: nothing that orders the sum over K
-    varies with M.
+    """The tables of GPUs that the interpreter never uses: the order of the sum over K must not
+    depend on M.
 
-    Stages only say how far ahead loads are; the width of a tile and the shares decide how K is cut.
+    The number of stages does not matter, because it only says how far ahead loads are. The block
+    size and the K slices decide how K is cut.
     """
-    sizes = {"eight_bit": (64, 128, 0), "weight_only": (256, 96, 160)}[family.split(".")[0]]
+    sizes = {
+        "eight_bit": configs.StepSizes(64, 128),
+        "weight_only": configs.StepSizes(256, 96, 160),
+    }[family.split(".")[0]]
     found = {
-        configs.choose(family, arch, m, True, *sizes)._replace(block_m=0, num_stages=0)
+        configs.choose(family, arch, m, True, sizes)._replace(block_m=0, num_stages=0)
         for m in range(1, MOST + 1)
     }
     assert len(found) == 1
@@ -115,8 +117,8 @@ def test_the_reference_does_not_depend_on_m(name: str, params: dict[str, object]
     assert torch.equal(qk.matmul(x[299:], p, backend="reference", batch_invariant=True), full[299:])
 
 
-def test_split_and_sequential_shares_sum_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the workspace would be too large, one program does all shares, in the same order."""
+def test_parallel_and_sequential_k_slices_sum_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the workspace would be too large, one program computes all K slices, in the same order."""
     from qkernels.backends.triton import weight_only
 
     p = qk.quantize(torch.randn(40, 1000), "gptq", group_size=-1).to(DEVICE)

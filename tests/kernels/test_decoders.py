@@ -1,5 +1,5 @@
-"""Every code of every decoder, through layout and kernel, and the PTX that the interpreter cannot
-run.
+"""Every code of every decoder, through layout and kernel, and the PTX that triton's interpreter
+cannot run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def gptq_of(codes: torch.Tensor, bits: int, zero: int) -> qk.PackedWeight:
 
 
 def decoded(p: qk.PackedWeight, dtype: torch.dtype) -> torch.Tensor:
-    """The weight as the kernel sees it: the product with the identity."""
+    """The weight that the kernel decodes: its product with the identity."""
     return qk.matmul(torch.eye(p.shape[1], dtype=dtype, device=DEVICE), p, backend="triton").T
 
 

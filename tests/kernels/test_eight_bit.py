@@ -32,7 +32,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=[
 
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever starts uninitialized starts as NaN or as a number that is wrong everywhere."""
+    """Uninitialized tensors start as NaN, or as an integer that is wrong everywhere."""
     for name in ("empty", "empty_like"):
         real = getattr(torch, name)
 
@@ -58,8 +58,9 @@ def reference(
 
 
 def quantized(x: Tensor, p: qk.PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
-    """In float64: scale of each element of x, and its code if all before rounding came out 2^-22
-    lower and higher, where the kernel's float32 has at most three roundings of 2^-24."""
+    """In float64: the scale of each element of x, and its codes if the value before rounding is
+    2^-22 lower and higher. The kernel's float32 has at most three roundings of 2^-24.
+    """
     x, params = x.double(), p.params
     if (static := static_scale(p)) is not None:
         scale = static.double().reshape(1, 1)
@@ -87,13 +88,14 @@ def quantized(x: Tensor, p: qk.PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
 def assert_close(
     y: Tensor, x: Tensor, p: qk.PackedWeight, bias: Tensor | None = None, invariant: bool = False
 ) -> None:
-    """|error| <= u |y|, the rounding of the result, and what may come before it:
+    """|error| <= u |y|, the rounding of the result, plus the errors that may come before it:
 
-    - a code that float32 cannot decide, within 2^-22 of a midpoint, may be its neighbour: the
-      difference times |w|, only for such elements;
-    - float32 sums of K products, relative to the sum of their sizes. (The int8 products are exact. A
-      GPU's fp8 products may keep 13 bits within a step of 128.);
-    - LLM.int8() rounds what codes leave of x in outlier columns, at most half a step, to 16 bits.
+    - A code within 2^-22 of a midpoint may be its neighbour, because float32 cannot decide it. The
+      error is the difference times |w|, only for such elements.
+    - Float32 sums of K products have an error relative to the sum of their sizes. (The int8
+      products are exact. A GPU's fp8 products may keep 13 bits within a step of 128.)
+    - LLM.int8() rounds the difference between x and its codes in outlier columns to 16 bits; the
+      difference is at most half a step.
     """
     want = reference(x, p, bias, invariant)
     scale, below, above = quantized(x, p)
@@ -107,7 +109,7 @@ def assert_close(
     if p.params.get("threshold"):
         columns = (x.abs() >= p.params["threshold"]).any(0, keepdim=True)
         bound += u * (scale * columns) @ w
-    # the last: below float16's normal range
+    # The last term is for results below float16's normal range.
     bound += u * (want.abs() + bound) + 2.0**-24 * (1 + w.sum(0))
     error = (y.double() - want).abs()
     assert bool((error <= bound).all()), f"error over its bound by {(error - bound).max().item()}"
@@ -176,14 +178,14 @@ def test_block_scales_stay_in_their_blocks(n: int, k: int, float_format: str) ->
 @pytest.mark.parametrize("zero", [None, 0, -128, 127, 5])
 def test_zero_points(zero: int | None) -> None:
     params = {"activation": "static", "input_scale": 0.01, "input_zero_point": zero}
-    # a scale at which x saturates
+    # x saturates with this scale.
     x, p, bias = operands("w8a8", params, 70, 203, 18, torch.float16)
     assert_close(qk.matmul(x, p, bias, backend="triton"), x, p, bias)
     assert ("row_sum" in p.storage) == (zero is not None)
 
 
 @eight_bit_cases
-def test_zeros_and_what_is_no_number(name: str, params: dict[str, object]) -> None:
+def test_zeros_and_nan(name: str, params: dict[str, object]) -> None:
     x, p, _ = operands(name, params, 20, 200, 5, torch.float16)
     x[1] = 0
     y = qk.matmul(x, p, backend="triton")
@@ -223,7 +225,7 @@ def test_leading_dimensions_strides_and_repetition(name: str, params: dict[str, 
 
 
 @pytest.mark.parametrize(("name", "params"), [("w8a8", {}), ("fp8", {"activation": "dynamic"})])
-def test_split_and_sequential_shares_sum_alike(
+def test_parallel_and_sequential_k_slices_sum_alike(
     name: str, params: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, p, bias = operands(name, params, 40, 1000, 5, torch.float16)
@@ -258,7 +260,7 @@ def test_gradient_in_the_kernel_layout(name: str, params: dict[str, object]) -> 
 
 
 # ---------------------------------------------------------------------- the layout
-SCALES = [  # as checkpoints have them, besides what `quantize` makes
+SCALES = [  # dtypes of scales in checkpoints that `quantize` does not write
     (
         "w8a8",
         {"activation": "static"},

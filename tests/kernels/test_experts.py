@@ -35,9 +35,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=[
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What starts uninitialized starts as NaN, or as a number that is wrong for a slot and for an
-    expert.
-    """
+    """Uninitialized tensors start as NaN, or as an integer that is no slot and no expert."""
     real = torch.empty
 
     def poison(*args: Any, **kwargs: Any) -> Tensor:
@@ -48,7 +46,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make(name: str, params: dict[str, Any], experts: int, n: int, k: int) -> qk.PackedExperts:
-    scale = torch.rand(experts, 1, 1) + 0.5  # one expert's scales for another's must not do
+    scale = torch.rand(experts, 1, 1) + 0.5  # experts differ, so that mixed-up scales show
     return qk.quantize_experts(torch.randn(experts, n, k) * scale, name, **params).to(DEVICE)
 
 
@@ -78,7 +76,7 @@ def assert_experts_close(
 
 # ---------------------------------------------------------------------- products
 def decoder_of(name: str, params: dict[str, Any]) -> tuple[str, int | str]:
-    """What turns a case's codes into numbers; the dtype matters from there on."""
+    """The decoder of a case's codes: with the same decoder, dtypes are handled by the same code."""
     fmt, shape = qk.formats.get(name), (40, k_of(name, 192))
     known = fmt.resolve(shape, {k: v for k, v in params.items() if k not in fmt.quantize_only})
     if layout_of(name, params) == "weight_only":
@@ -89,7 +87,7 @@ def decoder_of(name: str, params: dict[str, Any]) -> tuple[str, int | str]:
 
 
 def with_dtypes(cases: list[tuple[str, dict[str, Any]]]) -> list[Any]:
-    """Cases of one decoder take turns with float16 and bfloat16; one that is alone has both."""
+    """Cases of one decoder alternate between float16 and bfloat16; a single case has both."""
     found, both = [], (torch.float16, torch.bfloat16)
     decoders = [decoder_of(*case) for case in cases]
     for i, (case, decoder) in enumerate(zip(cases, decoders, strict=True)):
@@ -101,7 +99,7 @@ def with_dtypes(cases: list[tuple[str, dict[str, Any]]]) -> list[Any]:
 
 @pytest.mark.parametrize(("name", "params", "dtypes"), with_dtypes(FUSED))
 def test_every_format(name: str, params: dict[str, Any], dtypes: tuple[torch.dtype, ...]) -> None:
-    # Whole tiles and a part of one, not a whole block of N: two blocks are test_odd_shapes'.
+    # Whole tiles and a part of one, less than a block of N. test_odd_shapes has two blocks.
     k, n = k_of(name, 192), 40
     experts = make(name, params, 3, n, k)
     ids = torch.tensor([[2, 0], [-1, 2], [2, 3], [0, 2]], device=DEVICE)  # expert 1 has no token
@@ -190,9 +188,7 @@ def test_all_tokens_to_one_expert_of_many() -> None:
 
 
 def test_configurations_met_here() -> None:
-    """Blocks of M of every class of the table, 16, 64 and 128 rows, are met by some test of this
-    file.
-    """
+    """The tests of this file use blocks of M of every class of the table: 16, 64 and 128 rows."""
     experts = make("awq", {"group_size": 64}, 2, 40, 64)
     x, ids = activations(160, 64), route(160, 2, 2)
     assert_experts_close(qk.grouped_matmul(x, experts, ids, backend="triton"), x, experts, ids)
@@ -204,8 +200,8 @@ def test_configurations_met_here() -> None:
 
 
 def test_entries_of_their_own() -> None:
-    """EXPERTS replaces the table's entry of one architecture and class of M, and never the same
-    bits' ones.
+    """EXPERTS replaces the table's entry of one architecture and class of M, but never an entry of
+    batch-invariant mode.
     """
     block = {"granularity": "block", "activation": "dynamic"}
     for name, params, capability, m, key in [
@@ -236,8 +232,8 @@ def test_entries_of_their_own() -> None:
 @pytest.mark.parametrize("block_m", [16, 128])
 @pytest.mark.parametrize(("slots", "experts"), [(1, 1), (5, 40), (200, 3), (2500, 12)])
 def test_sorted_slots(slots: int, experts: int, block_m: int) -> None:
-    """Every slot once, in order, in a block of its expert; padding elsewhere; the bound on blocks
-    holds.
+    """Every slot occurs once, in order, in a block of its expert; the rest is padding. The bound on
+    the number of blocks holds.
     """
     spread = torch.randint(-2, experts + 2, (slots, 1), device=DEVICE)
     one = torch.full((slots, 1), experts - 1, device=DEVICE)
@@ -280,11 +276,11 @@ def test_whole_layer(
     x = activations(7, gate_up.shape[1], dtype=dtype) / 4
     y = qk.fused_moe(x, gate_up, down, weights, ids, activation, backend="triton")
     want = qk.fused_moe(x.double(), gate_up, down, weights, ids, activation, backend="reference")
-    # Roundings to dtype of W, h, the gated h and y, each u of what is summed there.
+    # W, h, the gated h and y are rounded to dtype, each with an error of u times its terms.
     bound = 4 * ROUNDOFF[dtype]
     if gate_up.layout == "eight_bit":
-        # Of the gated h, off by 4 u, as many codes become their neighbours, at most 1/8 of them
-        # away, as 4 u is of the distance of codes; such errors have either sign.
+        # The gated h is off by up to 4 u, so some codes become their neighbours: the fraction that
+        # 4 u is of the distance between codes, which is at most 1/8. These errors have either sign.
         bound += (bound * 8) ** 0.5 / 8
     assert y.shape == want.shape == (7, 40)
     assert bool(torch.isfinite(y).all())

@@ -1,5 +1,5 @@
-"""Codes of the experts' activations stay within 32 MB: tokens go by slices for it, with the same
-bits.
+"""Codes of the experts' activations stay within 32 MB: tokens are computed in slices for that, with
+the same bits.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ EXPERTS, TOP_K = 3, 2
 
 @pytest.fixture
 def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Bytes of codes and scales, each time activations are quantized."""
+    """Bytes of codes and scales of each quantization of activations."""
     seen: list[int] = []
     real = eight_bit.quantize
 
@@ -58,7 +58,7 @@ def experts_problem(experts: qk.PackedExperts, ids: Tensor) -> Problem:
 def test_codes_stay_within_32_mb(
     rows: str, name: str, params: dict[str, Any], sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is computed: neither x nor what is made of it is ever touched, so it takes no memory."""
+    """Nothing is computed: x and its products are never touched, so they take no memory."""
     launches = Launches(monkeypatch)
     tokens, k = (40_000 if rows == "slot" else 70_000), 512
     experts = make(name, params, EXPERTS, 2 * k, k).prepack(layouts.EIGHT_BIT)

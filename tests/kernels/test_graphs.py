@@ -28,7 +28,7 @@ def layer_of(name: str, params: dict[str, object], k: int = 192) -> qk.QuantLine
 def test_compiles_whole_and_equals_eager(name: str, params: dict[str, object]) -> None:
     x = torch.randn(3, k_of(name, 192)).half().to(DEVICE)
     layer = layer_of(name, params).prepack(x)
-    torch._dynamo.reset()  # every case is another specialization of one forward
+    torch._dynamo.reset()  # every case is another specialization of the same forward
     compiled = torch.compile(
         copy.deepcopy(layer), fullgraph=True, backend="aot_eager", dynamic=True
     )
@@ -44,7 +44,7 @@ def test_allocations_do_not_depend_on_the_data(
     calm = torch.randn(5, k_of(name, 576)).half().to(DEVICE)
     wild = calm.clone()
     wild[:, ::3] *= 20  # outliers, for LLM.int8()
-    for _ in range(3):  # it is run, recorded, and from then on replayed
+    for _ in range(3):  # run, recorded, and from then on replayed
         layer(calm)
     sizes: list[tuple[object, ...]] = []
     real = torch.empty

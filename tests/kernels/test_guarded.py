@@ -1,5 +1,5 @@
-"""No Triton kernel touches a byte beyond what it is given, or before it. The interpreter itself
-would not notice.
+"""No Triton kernel touches a byte beyond its tensors, or before them. Triton's interpreter alone
+does not notice that.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..conftest import layout_of
 from .guarded import CASES, EXPERTS
 
 pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="kernels of the interpreter, which a GPU has not"
+    torch.cuda.is_available(), reason="for kernels in triton's interpreter only"
 )
 
 

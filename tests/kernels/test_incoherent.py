@@ -1,4 +1,4 @@
-"""The transforms' kernel and QuIP's weights through the fused path, against the float64 reference."""
+"""The kernel of transforms, and QuIP's fused products, against the float64 reference."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..reference import ROUNDOFF, assert_fused_close
 pytest.importorskip("triton")
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-#: sizes whose Hadamard matrix is one factor or several, with and without an odd part, split or not
+#: sizes whose Hadamard matrix has one factor or several, with and without an odd part, split or not
 SIZES = [8, 36, 64, 72, 192, 256, 2048, 4096, 5120, 1376]
 
 
@@ -60,7 +60,7 @@ def test_transforms(make: object, n: int, m: int, dtype: torch.dtype) -> None:
     x = torch.randn(m, n).to(dtype)
     found = launcher.before(x.to(DEVICE), on_device(storage, "input"), side.scale, False, m <= 16)
     want = side.inner(x.double())
-    # what bounds every output
+    # an upper bound of every output
     size = (x.double() * side.diagonal.double()).norm(dim=1, keepdim=True)
     assert bool(
         ((found.cpu().double() - want).abs() <= u * want.abs() + 2.0**-18 * size + 2.0**-24).all()
@@ -117,7 +117,7 @@ def test_odd_shapes(
     poisoned_outputs: None,
 ) -> None:
     p = qk.quantize(torch.randn(n, k), name, **params).to(DEVICE)
-    m = m if n > 8 else 64  # one output alone may be near zero, far below what it is a sum of
+    m = m if n > 8 else 64  # a single output may be near zero, far below the terms of its sum
     x, bias = torch.randn(m, k).to(dtype).to(DEVICE), torch.randn(n).to(dtype).to(DEVICE)
     before = {key: tensor.clone() for key, tensor in p.tensors.items()}
     assert_fused_close(qk.matmul(x, p, bias, backend="triton"), x, p, bias)
@@ -127,14 +127,14 @@ def test_odd_shapes(
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_vectors_are_laid_out_and_back(bits: int) -> None:
+def test_codebook_codes_are_packed_and_unpacked(bits: int) -> None:
     codes = torch.randint(0, 1 << {2: 16, 3: 24, 4: 31}[bits], (5, 75), dtype=torch.int32)
     packed = layout.pack_codebook(codes, bits)
     assert packed["qdata"].shape == (3, 5, 16)
     assert torch.equal(layout.unpack_codebook(packed, bits, 5, 600), codes)
 
 
-def test_vector_order_is_a_permutation_of_each_tile() -> None:
+def test_codebook_order_is_a_permutation_of_each_tile() -> None:
     order = layout.codebook_order(512)
     assert torch.equal(order.sort().values, torch.arange(512))
     assert torch.equal(order[256:], order[:256] + 256)
@@ -146,7 +146,7 @@ def test_vector_order_is_a_permutation_of_each_tile() -> None:
 @dtypes
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_every_code(bits: int, dtype: torch.dtype) -> None:
-    """All 65536 codes, and all residual ones: what the kernel multiplies, without the transforms."""
+    """All 65536 codes and all residual codes: the kernel's product without the transforms."""
     from qkernels.formats import e8p
 
     n, k = 128, 4096
@@ -169,7 +169,7 @@ def test_every_code(bits: int, dtype: torch.dtype) -> None:
 
 
 def inner_product(x: torch.Tensor, p: qk.PackedWeight) -> torch.Tensor:
-    """What the kernel makes of x in kernel order, float32, before the output's transform."""
+    """The kernel's result for x in kernel order, float32, before the output's transform."""
     from qkernels.backends.triton import weight_only
 
     problem = problem_of(p, x.shape[0], x.dtype, x.device)

@@ -1,6 +1,4 @@
-"""Infinite activations: for every format and backend what the docstring of `qkernels.matmul`
-promises.
-"""
+"""Infinite activations: every format and backend does what `qkernels.matmul` documents."""
 
 from __future__ import annotations
 
@@ -28,8 +26,9 @@ Infinities = dict[int, list[tuple[int, float]]]
 
 
 def planted(m: int, k: int) -> Infinities:
-    """For some of m rows, so that others are left where m > 2: one of either sign, two of one sign,
-    and a NaN.
+    """Infinities for some of m rows: one of either sign, two of one sign, and a NaN.
+
+    For m > 2 some rows have none.
     """
     a, b, c = torch.randperm(k)[:3].tolist()
     rows: Infinities = {0: [(a, INFINITY)]}
@@ -42,7 +41,7 @@ def planted(m: int, k: int) -> Infinities:
 
 
 def put_in(x: Tensor, rows: Infinities, most: float = INFINITY) -> Tensor:
-    """x with infinities, or with what is `most` instead of infinite."""
+    """x with infinities, or with `most` in their places."""
     x = x.clone()
     for m, row in rows.items():
         for k, value in row:
@@ -56,7 +55,7 @@ def classes(y: Tensor) -> Tensor:
 
 
 def outliers(p: qk.PackedWeight) -> Tensor:
-    """Where (N, K) SpQR has a sparse weight."""
+    """bool (N, K): where SpQR has a sparse weight."""
     tensors = dict(p.tensors)
     tensors |= {
         "row_offsets": torch.zeros_like(tensors["row_offsets"]),
@@ -67,11 +66,11 @@ def outliers(p: qk.PackedWeight) -> Tensor:
 
 
 def assert_as_weights_say(y: Tensor, x: Tensor, rows: Infinities, p: qk.PackedWeight) -> None:
-    """Rows with infinities against the dequantized weight in x's dtype, where 0 times infinity is
-    NaN, too.
+    """Compare rows with infinities to the dequantized weight in x's dtype (0 * infinity is NaN).
 
-    NaN will do where a minimum or a sparse weight is a product of its own, and a zero point for few
-    rows. Left out: weights so small that two ways to compute them may round one to 0 alone.
+    NaN is allowed where a min or a sparse weight is multiplied separately, and, for few rows, a
+    zero point. Very small weights are left out, because two ways to compute them may round only one
+    of them to 0.
     """
     traits = qk.formats.get(p.format).weight_only_traits(p.shape, p.params)
     exact = p.dequantize(torch.float64)
@@ -106,7 +105,7 @@ def check(
         y = product(infinite)
         others, touched = [i for i in range(m) if i not in rows], list(rows)
         shared = name == "int8" and not invariant
-        # In LLM.int8() a column with an outlier anywhere is one of 16 bits for all rows.
+        # In LLM.int8() a column with an outlier in any row is multiplied in 16 bits for all rows.
         same = product(put_in(x, rows, 1000) if shared else x)
         assert torch.equal(y[others], same[others]), "rows without infinities"
         if layout_of(name, params) == "weight_only" and not isinstance(fmt, IncoherentFormat):

@@ -1,8 +1,7 @@
-"""Products that are recorded and replayed: the same kernels with the same arguments, and the same
-results.
+"""Recorded and replayed products: the same kernels with the same arguments, and the same results.
 
-For the arguments a stand-in for the driver takes the launches of kernels compiled for sm_90, so
-this needs no GPU; it needs a process of its own, for in this one kernels may be interpreted.
+To compare arguments, a stand-in for the driver takes the launches of kernels compiled for sm_90, so
+no GPU is needed. That runs in a separate process, because in this one kernels may be interpreted.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ pytest.importorskip("triton")
 
 
 def launched(name: str, params: dict[str, object], bias: bool, m: int) -> None:
-    """In a process without the interpreter: compare kept launches with triton's, argument for
-    argument.
+    """Compare kept launches with triton's, argument for argument. Needs a process without the
+    interpreter.
     """
     p = qk.quantize(torch.randn(96, 256), name, **params)
     added = torch.randn(96).half() if bias else None
@@ -66,7 +65,7 @@ def launched(name: str, params: dict[str, object], bias: bool, m: int) -> None:
                 assert (plain if x is plain else odd).data_ptr() in addresses(found[0][2])
             first = taken[0][1]
             for (_, _, theirs), (_, _, ours) in zip(first, kept, strict=True):
-                # All that may differ is where this call's own memory lies.
+                # Only the addresses of this call's own memory may differ.
                 assert len(theirs) == len(ours)
                 weights = {t.data_ptr() for t in p.storage.values()}
                 for a, b in zip(flat(theirs), addresses(ours), strict=True):
@@ -74,12 +73,12 @@ def launched(name: str, params: dict[str, object], bias: bool, m: int) -> None:
                         assert b > 2**20, "an address"
                     else:
                         assert addresses([a]) == [b]
-            # What one kernel writes the next one reads, in both.
+            # In both, the next kernel reads the address that a kernel writes.
             assert shared(first) == shared(kept)
 
 
 def shared(launches: list[tuple[Any, Any, tuple[Any, ...]]]) -> list[tuple[int, int]]:
-    """Pairs of arguments, of all kernels together, that are one address."""
+    """Pairs of arguments, of all kernels together, that are the same address."""
     found = [a for _, _, values in launches for a in addresses(values)]
     large = [(i, a) for i, a in enumerate(found) if isinstance(a, int) and a > 2**20]
     return [(i, j) for i, a in large for j, b in large if i < j and a == b]
@@ -110,7 +109,9 @@ def test_kept_launches_are_tritons_own(case: tuple[str, dict[str, object], bool,
 
 
 def freed() -> None:
-    """In a process without the interpreter: an operator's recordings do not keep its weight alive."""
+    """Recordings of an operator do not keep its weight alive. Needs a process without the
+    interpreter.
+    """
     p = qk.quantize(torch.randn(96, 256), "gptq", group_size=64)
     kernel = host.launcher_of("triton", "gptq", {"group_size": 64})
     with host.null_driver(record=True) as driver, host.only(kernel), torch.inference_mode():
@@ -141,9 +142,7 @@ def freed() -> None:
     ],
 )
 def test_who_waits_for_products(version: str, waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where triton would let decoding overtake a product, and nowhere else: on Blackwell it would
-    cost much.
-    """
+    """Only where triton lets decoding overtake a product; waiting would cost much on Blackwell."""
     import triton
 
     from qkernels.backends.triton.launch import overtakes
@@ -166,7 +165,7 @@ def test_weights_of_operators_are_freed() -> None:
 
 
 def elsewhere(call: str) -> None:
-    """Run it in a process without the interpreter."""
+    """Run `call` in a process without the interpreter."""
     code = f"from tests.kernels import test_launch; test_launch.{call}"
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(
@@ -202,7 +201,7 @@ def replays(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Five calls with other x and bias each; new memory is full of NaN."""
+    """Five calls, each with another x and bias; new memory is full of NaN."""
     n, k = 40, k_of(name, 192)
     p = qk.quantize(torch.randn(n, k), name, **params).to(DEVICE)
     real = torch.empty
@@ -270,22 +269,18 @@ def test_operands_of_another_alignment_are_recorded_anew() -> None:
 
 
 def test_bias_within_x_is_not_replayed() -> None:
-    """Addresses would not tell which of them a kernel was given."""
+    """Its address would not tell whether a kernel was given x or bias."""
     p = qk.quantize(torch.randn(192, 192), "w8a8").to(DEVICE)
     for _ in range(4):
         x = torch.randn(2, 192).half().to(DEVICE)
-        # the second call of all is the one recorded
-        for bias in (
-            torch.randn(192).half().to(DEVICE),
-            x[0],
-        ):
+        for bias in (torch.randn(192).half().to(DEVICE), x[0]):  # the second call is recorded
             y = qk.matmul(x, p, bias, backend="triton")
             problem = problem_of(p, 2, x.dtype, x.device)
             assert torch.equal(y, registry.select(problem, "triton").run(x, p, bias, problem))
 
 
 def test_memory_of_nobody_is_found() -> None:
-    """A launcher that gives a kernel memory it did not say it takes cannot be replayed."""
+    """A launch with memory that the launcher did not take from the recording cannot be replayed."""
     x, y, weight = torch.randn(1, 8), torch.empty(1, 8), torch.randn(8, 8)
     recording = Recording((x, None), y, [weight])
     part = recording.empty((4,), torch.float32, x.device)

@@ -1,5 +1,5 @@
-"""A product allocates at most 32 MB beside its output, and takes rows by slices for it, with the
-same bits.
+"""A product allocates at most 32 MB besides its output. It computes the rows in slices for that,
+with the same bits.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from qkernels.backends.triton import eight_bit, weight_only
 
 from .launches import Launches
 
-#: every reason to copy x: gathers, transposed outliers, both, transforms of either kind; codes of 8
-#: bits
+#: every reason to copy x: gathers, transposed outliers, both, transforms of both kinds, 8-bit codes
 COPYING: list[tuple[str, dict[str, object]]] = [
     ("gptq", {"group_size": 64, "act_order": True}),
     ("spqr", {}),
@@ -44,7 +43,7 @@ copying = pytest.mark.parametrize(("name", "params"), COPYING, ids=map(case_id, 
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes that tensors made under it took at one time, by the storages that are alive."""
+    """Counts the bytes of living storages of tensors created under it; `peak` is the maximum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,8 +76,8 @@ class Peak(TorchDispatchMode):
             del self.live[at]
 
 
-class Unsigned:
-    """calls: launches of products, of which none computes anything."""
+class NoKernels:
+    """Stand-ins for the kernels of both backends: they count launches and compute nothing."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.triton = Launches(patch)
@@ -94,13 +93,13 @@ class Unsigned:
 
 
 @pytest.fixture
-def no_kernels(monkeypatch: pytest.MonkeyPatch) -> Unsigned:
-    return Unsigned(monkeypatch)
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> NoKernels:
+    return NoKernels(monkeypatch)
 
 
 def extra_bytes(run: Any, p: qk.PackedWeight, m: int, invariant: bool) -> int:
-    """Peak of what `run` allocates for M = m, without its output."""
-    # never touched: no memory of its own
+    """The most bytes that `run` allocates at a time for M = m, without its output."""
+    # It is never touched, so it takes no memory.
     x = torch.empty(m, p.shape[1], dtype=torch.float16, device=DEVICE)
     problem = problem_of(p, m, x.dtype, x.device, invariant)
     with Peak() as counted:
@@ -126,7 +125,7 @@ def test_triton_stays_within_32_mb(
     params: dict[str, object],
     invariant: bool,
     weights: dict[str, qk.PackedWeight],
-    no_kernels: Unsigned,
+    no_kernels: NoKernels,
 ) -> None:
     p = weights[case_id((name, params))]
     run = eight_bit.run if p.layout == "eight_bit" else weight_only.run
@@ -134,14 +133,14 @@ def test_triton_stays_within_32_mb(
         no_kernels.clear()
         extra = extra_bytes(run, p, m, invariant)
         assert extra <= 32 * 2**20, f"M={m}: {extra / 2**20:.1f} MB"
-    # x is 72 MB there, so it cannot have been copied whole, and must have been copied.
+    # The last x has 72 MB, so it cannot have been copied whole, and slices must have been copied.
     assert no_kernels.products() > 1
     assert extra >= 16 * 2**20
 
 
 def cuda_kernels(name: str) -> list[str]:
-    """Those that may copy x. The GEMV takes many rows in batch-invariant mode only, and copies by
-    itself.
+    """The CUDA kernels that may copy x. The GEMV takes many rows only in batch-invariant mode, and
+    copies in its own loop.
     """
     if name in ("w8a8", "fp8", "int8"):
         return ["eight_bit"]
@@ -150,7 +149,8 @@ def cuda_kernels(name: str) -> list[str]:
 
 CUDA = [(*case, kernel) for case in COPYING for kernel in cuda_kernels(case[0])]
 CUDA_RUN = {
-    "eight_bit": cuda_eight_bit.run, "gemv": cuda_gemv.run, "gemm": cuda_gemm.run, "hopper": hopper.run
+    "eight_bit": cuda_eight_bit.run, "gemv": cuda_gemv.run, "gemm": cuda_gemm.run,
+    "hopper": hopper.run,
 }  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def test_cuda_stays_within_32_mb(
     params: dict[str, object],
     kernel: str,
     weights: dict[str, qk.PackedWeight],
-    no_kernels: Unsigned,
+    no_kernels: NoKernels,
 ) -> None:
     p = weights[case_id((name, params))]
     for m in (60, 1000, 70_000):
@@ -172,8 +172,8 @@ def test_cuda_stays_within_32_mb(
 
 
 @pytest.mark.parametrize("k", [1021, 1024])
-def test_cuda_rows_that_are_no_whole_chunks(k: int, no_kernels: Unsigned) -> None:
-    """Rows to pad, and x at an odd address: copied by slices in the GEMV's loop, too."""
+def test_cuda_rows_that_are_no_whole_chunks(k: int, no_kernels: NoKernels) -> None:
+    """Rows that need padding, and x at an odd address: the GEMV's loop copies slices, too."""
     p = qk.quantize(torch.randn(64, k), "gptq", group_size=-1).prepack_("weight_only")
     m = 40_000
     x = torch.empty(m * k + 1, dtype=torch.float16)[1:].view(m, k)
@@ -233,9 +233,9 @@ def test_slices_change_no_bit(
         p.plans.clear()
 
 
-def test_shares_of_k_go_by_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU so small that a slice alone would cut K otherwise. Of sums that cancel only rounding
-    is left.
+def test_k_slices_depend_on_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU so small that a slice of rows alone would get other K slices. The sums cancel, so
+    that only their rounding is left.
     """
     weight, half = torch.randn(24, 512), torch.randn(70, 512)
     p = qk.quantize(torch.cat([weight, weight], 1), "spqr").to(DEVICE)

@@ -1,6 +1,4 @@
-"""What our kernels want of the compiler they say themselves, so that triton need not warn whoever
-uses them.
-"""
+"""Each launch gives the compiler options that our kernels need, so that triton does not warn."""
 
 from __future__ import annotations
 
@@ -15,13 +13,15 @@ import pytest
 pytest.importorskip("triton")
 from .launches import KERNELS
 
-#: run without the interpreter, which has no compiler to ask: what triton is given when a kernel is
-#: launched
+#: prints the options that triton gets when a kernel is launched; run without the interpreter, which
+#: does not compile
 SCRIPT = """
 import importlib, json, sys
 from triton.runtime.jit import JITFunction
 seen = {}
-JITFunction.run = lambda self, *args, grid, warmup, **options: seen.setdefault(self.__name__, []).append(options)
+def run(self, *args, grid, warmup, **options):
+    seen.setdefault(self.__name__, []).append(options)
+JITFunction.run = run
 for module, name in json.loads(sys.argv[1]):
     kernel = getattr(importlib.import_module(f"qkernels.triton_kernels.{module}"), name)
     kernel[(1,)](1, 2, num_warps=4)
@@ -56,6 +56,7 @@ def test_compiling_does_not_warn() -> None:
         "from triton.compiler import make_backend\n"
         "from bench.static.jobs import weight_only\n"
         "job = next(iter(weight_only.compile_jobs(80)))\n"
-        "print(make_backend(GPUTarget('cuda', 80, 32)).parse_options(job.options).enable_fp_fusion)\n"
+        "backend = make_backend(GPUTarget('cuda', 80, 32))\n"
+        "print(backend.parse_options(job.options).enable_fp_fusion)\n"
     )
     assert (done.stdout, done.stderr) == ("True\n", "")

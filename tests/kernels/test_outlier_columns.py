@@ -1,6 +1,4 @@
-"""Outlier columns found before rows are quantized by slices: those that all rows at once would
-find.
-"""
+"""Outlier columns found before rows are quantized in slices: the same as with all rows at once."""
 
 from __future__ import annotations
 
@@ -44,7 +42,7 @@ def test_the_same_columns(
     x, given, p = with_outliers(5, K, planted, dtype), before(kind, dtype), packed("int8", {}, K)
     want = eight_bit.quantize(x, p, problem(p, x), **given)
     assert want.columns is not None
-    for _ in range(2):  # the second call finds flags and counter as the first one left them
+    for _ in range(2):  # the second call starts from the flags and the counter of the first
         assert listed(outlier_columns.find(x, THRESHOLD, **given)) == listed(want.columns)
     if kind == "plain":
         assert listed(want.columns) == (x.abs() >= THRESHOLD).any(0).nonzero()[:, 0].tolist()
@@ -61,8 +59,8 @@ def test_more_columns_than_there_are_counters(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("kind", ["plain", "norm", "up"])
 def test_slices_of_rows_whose_columns_are_known(kind: str) -> None:
-    """The kernel with OUTLIERS = 2: codes, scales and 16 bits of all rows at once, counters never
-    touched.
+    """The kernel with OUTLIERS = 2: codes, scales and 16-bit rows are the same as with all rows at
+    once, and the counter is not touched.
     """
     x, given, p = (
         with_outliers(5, K, "many", torch.float16),
@@ -78,9 +76,10 @@ def test_slices_of_rows_whose_columns_are_known(kind: str) -> None:
         scale, normed = torch.empty(m, device=DEVICE), torch.empty_like(part)
         counter = torch.full((1,), 41, dtype=torch.int32, device=DEVICE)
         quantize_rows[(m,)](
-            part, up, codes, scale, norm, normed, scale, counter, counter, given.get("eps", 0.0), THRESHOLD, m, K, kp,
-            INT8=True, SHARED="token", HAS_ZERO=False, OUTLIERS=2, NORM=kind == "norm", GATED=kind == "up",
-            NATIVE=False, BLOCK=512, PDL=False,
+            part, up, codes, scale, norm, normed, scale, counter, counter,
+            given.get("eps", 0.0), THRESHOLD, m, K, kp,
+            INT8=True, SHARED="token", HAS_ZERO=False, OUTLIERS=2,
+            NORM=kind == "norm", GATED=kind == "up", NATIVE=False, BLOCK=512, PDL=False,
         )  # fmt: skip
         assert torch.equal(codes, want.codes[rows])
         assert torch.equal(scale, want.scale[rows])

@@ -1,5 +1,5 @@
-"""`configs.shared_bytes` bounds what compiled kernels need, so that `fitted` lets none pass that
-cannot be launched.
+"""`configs.shared_bytes` is an upper bound for compiled kernels, so that `fitted` returns only
+configurations that can be launched.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from bench.static.jobs import experts as expert_jobs
 from bench.static.jobs import weight_only as jobs
 from qkernels.backends.triton import configs, weight_only
 
-#: format, bits, and configurations whose decoded weights pass through shared memory: of tiles of
-#: either length
+#: format, bits and configuration. In all of them decoded weights pass through shared memory, with
+#: tiles of both lengths
 JOBS: list[tuple[str, int, tuple[int, int, int, int]]] = [
     ("gptq", 3, (16, 128, 8, 2)),
     ("gptq", 3, (16, 128, 8, 3)),
@@ -33,7 +33,7 @@ ARCH = 89
 
 
 def compiled_bytes() -> list[int]:
-    """Of each job; run in a process of its own, for the interpreter's kernels cannot be compiled."""
+    """Shared memory of each job's kernel. For a process without the interpreter."""
     from bench.static.facts import _compiled
 
     found = []
@@ -52,7 +52,7 @@ def compiled_bytes() -> list[int]:
 
 def estimates(traits: list[weight_only.layout.WeightOnlyTraits]) -> list[int]:
     return [
-        configs.shared_bytes(configs.GemmConfig(*sizes), *weight_only.sizes(of))
+        configs.shared_bytes(configs.GemmConfig(*sizes), weight_only.sizes(of))
         for (_, _, sizes), of in zip(JOBS, traits, strict=True)
     ]
 
@@ -62,8 +62,8 @@ def traits() -> list[weight_only.layout.WeightOnlyTraits]:
     for name, bits, _ in JOBS:
         params = next(
             params
-            for own, params, _ in jobs.JOBS
-            if own == name and params.get("bits", bits) == bits
+            for job_name, params, _ in jobs.JOBS
+            if job_name == name and params.get("bits", bits) == bits
         )
         fmt = weight_only.formats.get(name)
         found.append(fmt.weight_only_traits((8192, 8192), fmt.resolve((8192, 8192), params)))
@@ -86,11 +86,11 @@ def test_compiled_kernels_need_no_more() -> None:
 
 
 def test_three_bits_of_experts_lose_the_stage_that_does_not_fit() -> None:
-    """104 KiB with three stages and 84 with two, where a block may have 99."""
+    """104 KiB with three stages, 84 with two; a block may have 99."""
     (three, *_) = traits()
     three_stages = configs.GemmConfig(16, 128, 8, 3)
-    assert configs.fitted(three_stages, ARCH, *weight_only.sizes(three)).num_stages == 2
-    assert configs.fitted(three_stages, 80, *weight_only.sizes(three)).num_stages == 3
+    assert configs.fitted(three_stages, ARCH, weight_only.sizes(three)).num_stages == 2
+    assert configs.fitted(three_stages, 80, weight_only.sizes(three)).num_stages == 3
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""Kernels compiled ahead of time: what machine code they become on every architecture, and the tool
-that tells.
-"""
+"""Kernels compiled ahead of time: their machine code on every architecture, and `bench.static`."""
 
 from __future__ import annotations
 
@@ -34,14 +32,14 @@ TENSOR = {
 def tool(*arguments: str) -> subprocess.CompletedProcess[str]:
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "bench.static", *arguments]
-    # As in these tests without a GPU: the tool has to compile for real all the same.
+    # Set as in these tests without a GPU: the tool must compile for real in spite of it.
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     return subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
 
 
 @pytest.fixture(scope="module")
 def subset(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Facts of the subset's jobs; the tool's own checks have passed."""
+    """Facts of the subset's jobs, which passed the tool's own checks."""
     file = tmp_path_factory.mktemp("static") / "facts.json"
     done = tool("--subset", "--json", str(file))
     assert done.returncode == 0, done.stderr
@@ -59,7 +57,7 @@ def test_subset(subset: list[dict[str, Any]]) -> None:
         for facts in mine:
             name = f"{facts['kernel']} {facts['label']} sm_{arch}"
             assert facts["error"] is None, name
-            # those the tool has checked
+            # The tool has checked the spills of 256 columns.
             assert facts["spills"] == 0 or facts["columns"] == 256, name
             assert 0 < facts["shared"] <= SHARED_KIB[arch] * 1024, name
             assert 16 <= facts["registers"] <= 255, name
@@ -80,8 +78,8 @@ def test_bad_arguments() -> None:
 
 # ---------------------------------------------------------------------- checks
 GOOD = Facts(
-    family="weight_only", kernel="k", label="gptq M=1", arch=90, registers=128, shared=64 * 1024, num_warps=4,
-    blocks=3, warps=12, tensor_core="HGMMA.64x16x16.F32",
+    family="weight_only", kernel="k", label="gptq M=1", arch=90, registers=128, shared=64 * 1024,
+    num_warps=4, blocks=3, warps=12, tensor_core="HGMMA.64x16x16.F32",
 )  # fmt: skip
 
 
@@ -144,9 +142,8 @@ def test_occupancy_by_hand() -> None:
 
 
 # ---------------------------------------------------------------------- main loop
-#: as ptxas lays out a pipelined loop: the wait of the loop is at the end, out of line, and its
-#: branch
-#: back (to .L_x_3) is no loop of the kernel; the exit at 0100 is a call, as sm_80 does it
+#: a pipelined loop as ptxas writes it: the loop's wait is out of line at the end, and its branch
+#: back (to .L_x_3) is no loop of the kernel. The exit at 0100 is a call, as on sm_80
 SASS = """
 	.section	.text.kernel,"ax",@progbits
 kernel:

@@ -20,7 +20,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=[
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
 
-#: one row, odd counts, and each side of where the shape class and the tiles of M change
+#: one row, odd counts, and both sides of the bounds where shape class and block size change
 ROWS = (1, 3, 16, 17, 65)
 
 
@@ -36,8 +36,8 @@ def assert_right(p, bias, m, dtype):
 
 @fused_cases
 def test_every_format(name: str, params: dict[str, object]) -> None:
-    """One weight for all M and dtypes, so that it is packed once. N, and K where the format lets
-    it, end inside a tile.
+    """One weight serves all M and dtypes, so it is packed once. N ends inside a tile, and so does
+    K, if the format allows it.
     """
     p, _ = packed(name, params, 72, k_of(name, 192), torch.float16)
     for m in ROWS:
@@ -47,20 +47,18 @@ def test_every_format(name: str, params: dict[str, object]) -> None:
 
 
 @dtypes
-def test_each_run_of_a_tile_has_its_own_sums(
+def test_each_scale_group_of_a_tile_has_its_own_sums(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two dots a tile, each scaled by itself: scales and zero points of one run must not serve the
-    other.
-    """
+    """Two dots a tile, each with its own scale: no group may use the other's scale or zero."""
     from qkernels.backends.triton import weight_only
 
     p, bias = packed("gptq", {"bits": 4, "group_size": 64, "symmetric": False}, 72, 640, dtype)
-    seen, real = [], weight_only.scaled_after
+    seen, real = [], weight_only.post_scale
     monkeypatch.setattr(
         weight_only,
-        "scaled_after",
-        lambda *a: seen.append((weight_only._runs(a[0]), real(*a))) or seen[-1][1],
+        "post_scale",
+        lambda *a: seen.append((weight_only._scale_groups(a[0]), real(*a))) or seen[-1][1],
     )
     for m in (9, 16):
         assert_right(p, bias, m, dtype)
@@ -72,29 +70,24 @@ def test_each_run_of_a_tile_has_its_own_sums(
     ("name", "params", "rows"),
     [
         ("nf4", {"block_size": 64}, 8),
-        ("q4_k", {}, 4),  # minimums
+        ("q4_k", {}, 4),  # mins
         ("gptq", {"bits": 4, "group_size": 32, "act_order": True}, 4),  # zero points
         ("gptq", {"bits": 2, "group_size": 128}, 8),
         ("q6_k", {}, 2),
         ("q2_k", {}, 1),
-        # zero points that are no integers, and outliers, which are to be added once
-        (
-            "spqr",
-            {"bits": 4},
-            2,
-        ),
+        ("spqr", {"bits": 4}, 2),  # zero points that are no integers; outliers, added once
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
 @dtypes
-def test_runs_in_columns_of_their_own(
+def test_unused_columns_hold_other_scale_groups(
     name: str,
     params: dict[str, object],
     rows: int,
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Up to so many rows; batch-invariant mode and more rows sum in the other order."""
+    """Up to `rows` rows; batch-invariant mode and products of more rows do not fold."""
     from qkernels.backends.triton import weight_only
 
     p, bias = packed(name, params, 72, k_of(name, 640), dtype)
@@ -125,7 +118,7 @@ ODD = [
 ]
 
 
-#: the last group is short: it ends inside a tile, with a slice or not, or is the only one
+#: weights whose last group is short: it ends inside a tile, at a slice or not, or is the only group
 SHORT = [
     ("gptq", {"group_size": 128, "symmetric": False}, 24, 576),
     ("gptq", {"group_size": 128, "act_order": True, "symmetric": False}, 24, 576),
@@ -145,10 +138,8 @@ def test_short_last_groups(name: str, params: dict[str, object], n: int, k: int)
     p.prepack_("weight_only")
     size = params["group_size"]
     whole = not params.get("act_order") and (size % 16 == 0 or size >= k)  # type: ignore[operator]
-    assert ("perm" in p.storage) != whole, (
-        "features are only moved where slices would have two scales"
-    )
-    # NaN and zeros that are none behind the last scale, so that reading there shows.
+    assert ("perm" in p.storage) != whole, "features are only moved if slices would have two scales"
+    # NaN behind the last scale and 255 behind the last zero, so that a read there shows.
     for key, behind in (("scaler.scales", float("nan")), ("scaler.zeros", 255)):
         tensor = p.storage[key]
         longer = torch.full((2 * tensor.numel(),), behind, dtype=tensor.dtype, device=tensor.device)

@@ -1,3 +1,1 @@
-"""What is compiled ahead of time: a module for each launcher of the Triton backend, `compile_jobs`
-in each.
-"""
+"""The compile jobs: each module has `compile_jobs` for one launcher of the Triton backend."""

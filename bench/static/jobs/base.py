@@ -1,4 +1,4 @@
-"""What it takes to compile a kernel ahead of time for an architecture that is not at hand."""
+"""A compile job: everything needed to compile a kernel ahead of time, without a GPU."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class CompileJob:
-    """One kernel with one configuration, as `bench.static` and the tests compile it.
+    """One kernel with one configuration, which `bench.static` and the tests compile.
 
-    kernel: its name. label: what distinguishes this job: format, dtype, shape class. arch: compute
-    capability as an integer, 90 for sm_90. fn: the @triton.jit function. types: argument name ->
-    triton type ("*bf16", "i32"; a tuple for a tuple argument); the rest of its
-        arguments are in `constants`.
-    aligned: arguments divisible by 16, as launches with aligned pointers and sizes see them.
-    weights: packed weights one program decodes in one step of its loop; 0 where it decodes none.
-    tensor_core: whether the architecture's tensor-core instruction must appear.
+    kernel: name of the kernel.
+    label: format, dtype and shape class, which distinguish this job.
+    arch: compute capability as an integer, 90 for sm_90.
+    fn: the @triton.jit function.
+    types: argument name -> triton type ("*bf16", "i32"; a tuple for a tuple argument).
+    constants: argument name -> value, for all other arguments.
+    aligned: arguments divisible by 16, as launches with aligned pointers and sizes see them;
+        "name[1]" is part 1 of a tuple argument.
+    weights: packed weights that one program decodes in one step of its loop; 0 if it decodes none.
+    tensor_core: whether the compiled code must have the architecture's tensor-core instruction.
     """
 
     kernel: str
@@ -33,7 +36,7 @@ class CompileJob:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The compiler's, as launches give them."""
+        """The compiler's options, the same as in launches."""
         from qkernels.triton_kernels.launchable import OPTIONS
 
         return {**OPTIONS, "num_warps": self.num_warps, "num_stages": self.num_stages}

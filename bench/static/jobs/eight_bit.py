@@ -1,4 +1,4 @@
-"""The 8-bit product and the quantization of activations, ahead of time."""
+"""Compile jobs of the 8-bit product and of the quantization of activations."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ JOBS: tuple[tuple[str, dict[str, Any], bool], ...] = (
     ("fp8", {"activation": "static", "granularity": "tensor", "float_format": "e5m2"}, False),
     ("fp8", {"activation": "dynamic", "granularity": "block"}, False),
 )
-#: M of each job: one a class
+#: M of each job, one in each class of M
 _JOB_ROWS, _JOB_ROWS_90 = (1, 64, 4096), (1, 64, 256, 4096)
 _JOB_SHAPE = (8192, 8192)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+#: kind of weight -> types of its codes and of those of x
 CODES = {"int8": ("*i8", "*i8"), "e4m3": ("*fp8e4nv", "*fp8e4nv"), "e5m2": ("*fp8e5", "*fp8e4nv")}
 
 
 def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
     """Every configuration the table gives `arch`; a few of them with `subset`."""
     for number, (name, params, has_zero) in enumerate(JOBS):
-        # Only LLM.int8() computes in 16 bits, too; elsewhere the dtype is one conversion at the
-        # end.
+        # Only LLM.int8() computes in 16 bits; elsewhere the dtype is one conversion at the end.
         for dtype in ("bf16", "fp16") if name == "int8" else ("bf16",):
             if subset and (number, dtype) not in ((2, "bf16"), (3, "bf16")):
                 continue
@@ -92,7 +92,9 @@ def _product_job(
             "PREFETCH": prefetch(config.block_m),
             "PDL": arch >= 90,
         },
-        aligned=("x_ptr", "weight_ptr", "x_scale_ptr", "w_scale_ptr", "x16_ptr", "y_ptr", "N", "K", "KP"),
+        aligned=(
+            "x_ptr", "weight_ptr", "x_scale_ptr", "w_scale_ptr", "x16_ptr", "y_ptr", "N", "K", "KP",
+        ),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         weights=config.block_n * STEP,
@@ -119,9 +121,10 @@ def _quantize_job(
         arch=arch,
         fn=quantize_rows,
         types={
-            "x_ptr": pointer, "up_ptr": pointer, "q_ptr": "*i8" if int8 else "*u8", "scale_ptr": "*fp32",
-            "norm_ptr": pointer, "normed_ptr": pointer, "zero_ptr": "*i8", "columns_ptr": "*i32",
-            "counter_ptr": "*i32", "eps": "fp32", "threshold": "fp32", "M": "i32", "K": "i32", "KP": "i32",
+            "x_ptr": pointer, "up_ptr": pointer, "q_ptr": "*i8" if int8 else "*u8",
+            "scale_ptr": "*fp32", "norm_ptr": pointer, "normed_ptr": pointer, "zero_ptr": "*i8",
+            "columns_ptr": "*i32", "counter_ptr": "*i32", "eps": "fp32", "threshold": "fp32",
+            "M": "i32", "K": "i32", "KP": "i32",
         },
         constants={
             "INT8": int8,

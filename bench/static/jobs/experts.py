@@ -1,4 +1,4 @@
-"""The products of experts, for each format of the families' own jobs, and the sort by expert."""
+"""Compile jobs of experts: the product in each format of the other families' jobs, and the sort."""
 
 from __future__ import annotations
 
@@ -11,26 +11,32 @@ from qkernels import formats, layouts
 from qkernels.backends.problem import Problem
 from qkernels.backends.triton import configs
 from qkernels.backends.triton.eight_bit import STEP
-from qkernels.backends.triton.experts import _CHUNK, _bins, _codes_constants, obstacle, tabled
-from qkernels.backends.triton.launch import overtakes
-from qkernels.backends.triton.weight_only import constants, sizes, traits_of
+from qkernels.backends.triton.experts import (
+    _CHUNK,
+    _bins,
+    _codes_constants,
+    method,
+    obstacle,
+    tabled,
+)
+from qkernels.backends.triton.weight_only import kernel_traits, sizes, traits_of
 from qkernels.triton_kernels.experts import experts_eight_bit, experts_weight_only, sort_slots
 
 from . import eight_bit, weight_only
 from .base import CompileJob
 
-#: experts, tokens times choices a class of M, and the shape of one expert: about Mixtral-8x7B's
-_JOB_EXPERTS = 8
+#: about Mixtral-8x7B: experts, and the shape of one expert's matrix
+_JOB_EXPERTS, _JOB_SHAPE = 8, (8192, 4096)
+#: slots (tokens times choices), one number in each class of M
 _JOB_SLOTS = (16, 512, 32768)
-_JOB_SHAPE = (8192, 4096)
 _ALIGNED = ("x_ptr", "y_ptr", "slots_ptr", "experts_ptr", "N", "KP")
 
 
 def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
-    """Every configuration the table gives `arch`, for each format of the families' own jobs; a few
-    with `subset`.
+    """Every configuration the table gives `arch`, for each format of the other families' jobs.
 
-    In bfloat16, and one 4-bit format in float16 too: the families' own jobs cover both.
+    All in bfloat16, and one 4-bit format in float16 too, because the other families' jobs cover
+    both. subset: only a few of them.
     """
     yield _sort_job(arch)
     for number, (name, params, pointers) in enumerate(weight_only.JOBS):
@@ -95,36 +101,27 @@ def _weight_only_job(
         types={
             **_COMMON_TYPES,
             **dict.fromkeys(("x_ptr", "bias_ptr", "y_ptr"), pointer),
-            **dict.fromkeys(("qdata_ptr", "qhigh_ptr", "perm_ptr", "table_ptr"), "*i32"),
-            **dict.fromkeys(
-                ("qdata_stride", "qhigh_stride", "perm_stride", "table_stride", "K"), "i32"
-            ),
+            "K": "i32",
+            "weight_args": weight_only.WEIGHT_ARGS,
+            "weight_strides": ("i32",) * len(weight_only.WEIGHT_ARGS),
             "scaler_args": pointers,
             "scaler_strides": ("i32",) * len(pointers),
         },
         constants={
-            **constants(
-                traits, _JOB_SHAPE, group_lookup=False, indexed=bool(params.get("act_order"))
-            ),
+            "TRAITS": kernel_traits(traits, _JOB_SHAPE, group_lookup=False),
+            "METHOD": method(config, problem, permuted=bool(params.get("act_order")), upcast=False),
             **_common_constants(config, arch),
-            "UPCAST": False,
-            "WAIT": overtakes(arch),
-            "POST_SCALE": config.post_scale,
             "WARPS": config.num_warps,
         },
         aligned=(
             *_ALIGNED,
             "K",
-            "qdata_ptr",
-            "qhigh_ptr",
-            "perm_ptr",
-            "qdata_stride",
-            "qhigh_stride",
-            "perm_stride",
+            *weight_only.ALIGNED_WEIGHT_ARGS,
+            *(name.replace("args", "strides") for name in weight_only.ALIGNED_WEIGHT_ARGS),
         ),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        weights=config.block_n * sizes(traits)[0],
+        weights=config.block_n * sizes(traits).features,
     )
 
 

@@ -1,4 +1,4 @@
-"""The search for outlier columns (LLM.int8()), ahead of time."""
+"""Compile jobs of the search for outlier columns (LLM.int8())."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _JOB_FEATURES = 8192
 
 
 def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
-    """Of x alone, after RMSNorm and after SiLU; with `subset` the first."""
+    """Three jobs: of x itself, after RMSNorm, and after SiLU; with `subset` only the first."""
     block = row_block(_JOB_FEATURES)
     for label, norm, gated in (
         ("", False, False),

@@ -1,4 +1,4 @@
-"""The weight-only kernel: every format and configuration that is compiled ahead of time."""
+"""Compile jobs of the weight-only kernel: every format and configuration."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import torch
 from qkernels import formats
 from qkernels.backends.problem import Problem
 from qkernels.backends.triton import configs
-from qkernels.backends.triton.launch import overtakes, prefetch
+from qkernels.backends.triton.launch import prefetch
 from qkernels.backends.triton.weight_only import (
     GATHER_ROWS,
-    constants,
-    folded,
-    scaled_after,
+    kernel_traits,
+    method,
     sizes,
     tabled,
     traits_of,
@@ -24,7 +23,11 @@ from qkernels.triton_kernels.weight_only import weight_only_gemm
 
 from .base import CompileJob
 
-#: format, parameters and the dtypes of its scaler's tensors
+#: types of the kernel's weight_args: qdata, qhigh, perm and the table
+WEIGHT_ARGS = ("*i32",) * 4
+#: those of them that are read 16 bytes at a time
+ALIGNED_WEIGHT_ARGS = tuple(f"weight_args[{i}]" for i in range(3))
+#: format, parameters and the types of its scaler's tensors
 JOBS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("gptq", {"bits": 4, "group_size": 128}, ("*fp16", "*u8", "*i32")),
     ("gptq", {"bits": 4, "group_size": 32}, ("*fp16", "*u8", "*i32")),
@@ -50,9 +53,9 @@ JOBS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     *(("quip", {"bits": bits}, ("*fp32",)) for bits in (2, 3, 4)),
     *(("quip_sharp", {"bits": bits}, ("*fp32",)) for bits in (2, 3, 4)),
 )
-#: M of each job: one a class; sm_90 has entries for parts of the middle one
+#: M of each job, one in each class of M; sm_90 has more classes
 _JOB_ROWS, _JOB_ROWS_90 = (1, 64, 4096), (1, 32, 64, 128, 256, 4096)
-_JOB_SHAPE, _JOB_PROCESSORS = (8192, 8192), 132
+_JOB_SHAPE, _JOB_SMS = (8192, 8192), 132
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -71,44 +74,43 @@ def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
                 problem = Problem(name, items, _JOB_SHAPE, m, DTYPES[dtype], "cuda", capability)
                 config = tabled(problem)
                 traits = traits_of(problem)
-                indexed = bool(params.get("act_order")) and m < GATHER_ROWS
-                fixed = constants(traits, _JOB_SHAPE, group_lookup=False, indexed=indexed)
+                permuted = bool(params.get("act_order")) and m < GATHER_ROWS
+                fixed = kernel_traits(traits, _JOB_SHAPE, group_lookup=False)
                 blocks = -(-_JOB_SHAPE[0] // config.block_n) * -(-m // config.block_m)
-                tiles = -(-_JOB_SHAPE[1] // (16 * 32 // fixed["WIDTH"]))
-                k_slices = configs.k_slices_of(config, tiles, blocks, _JOB_PROCESSORS)
+                tiles = -(-_JOB_SHAPE[1] // fixed.tile)
+                k_slices = configs.k_slices_of(config, tiles, blocks, _JOB_SMS)
                 pointer = "*" + dtype
                 yield CompileJob(
                     kernel="weight_only_gemm",
-                    label=" ".join([name, *(f"{k}={v}" for k, v in params.items()), dtype, f"M={m}"]),
+                    label=" ".join(
+                        [name, *(f"{k}={v}" for k, v in params.items()), dtype, f"M={m}"]
+                    ),
                     arch=arch,
                     fn=weight_only_gemm,
                     types={
-                        "x_ptr": pointer, "bias_ptr": pointer, "y_ptr": "*fp32" if traits.transform_scales else pointer,
-                        "qdata_ptr": "*i32",
-                        "qhigh_ptr": "*i32", "perm_ptr": "*i32", "table_ptr": "*i32",
-                        "scaler_args": pointers, "partial_ptr": "*fp32", "counter_ptr": "*i32",
+                        "x_ptr": pointer, "bias_ptr": pointer,
+                        "y_ptr": "*fp32" if traits.transform_scales else pointer,
+                        "weight_args": WEIGHT_ARGS, "scaler_args": pointers,
+                        "partial_ptr": "*fp32", "counter_ptr": "*i32",
                         "sparse_x_ptr": pointer,
                         "outlier_args": ("*i32", "*i32", "i32", "i32") if traits.outliers else (),
                         "M": "i32", "N": "i32", "K": "i32", "KP": "i32",
                     },
                     constants={
-                        **fixed,
+                        "TRAITS": fixed,
+                        "METHOD": method(fixed, config, problem, permuted=permuted, upcast=False),
                         "HAS_BIAS": True,
-                        "UPCAST": False,
-                        "WAIT": overtakes(arch),
-                        "POST_SCALE": scaled_after(fixed, config, problem),
                         "BLOCK_M": config.block_m,
                         "BLOCK_N": config.block_n,
                         "K_SLICES": k_slices,
                         "SPLIT_K": k_slices,
                         "GROUP_N": config.group_n,
                         "WARPS": config.num_warps,
-                        "FOLDED": folded(fixed, config, problem),
                         "PREFETCH": prefetch(config.block_m),
                         "PDL": arch >= 90,
                     },
-                    aligned=("x_ptr", "qdata_ptr", "qhigh_ptr", "perm_ptr", "y_ptr", "N", "K", "KP"),
+                    aligned=("x_ptr", *ALIGNED_WEIGHT_ARGS, "y_ptr", "N", "K", "KP"),
                     num_warps=config.num_warps,
                     num_stages=config.num_stages,
-                    weights=config.block_n * sizes(traits)[0],
+                    weights=config.block_n * sizes(traits).features,
                 )  # fmt: skip

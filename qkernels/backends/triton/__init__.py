@@ -1,5 +1,6 @@
-"""The Triton backend: when its kernels apply, and their registration. Importing this needs no
-triton; running a kernel does.
+"""The Triton backend: which problems its kernels take, and their registration.
+
+Importing this module does not need triton; running a kernel does.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ MIN_CAPABILITY = (8, 0)
 
 
 def interpreted() -> bool:
-    """Whether triton runs kernels in its CPU interpreter, which must be set before triton is
-    imported.
+    """Whether triton runs kernels in its CPU interpreter: TRITON_INTERPRET=1.
+
+    The variable must be set before triton is imported.
     """
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -35,6 +37,7 @@ def _installed() -> bool:
 
 
 def unavailable() -> str | None:
+    """Why no Triton kernel can run on this machine; None if they can."""
     if not _installed():
         return "triton is not installed (pip install qkernels[triton])"
     if not torch.cuda.is_available() and not interpreted():
@@ -43,11 +46,13 @@ def unavailable() -> str | None:
 
 
 def _rejects(problem: Problem, layout: str) -> str | None:
+    """Why the kernel of this layout cannot take the problem; None if it can."""
     fmt, params = formats.get(problem.format), dict(problem.params)
     if obstacle := fmt.obstacle(problem.shape, params):
         return obstacle
     if fmt.kernel_layout(params) != layout:
-        return f"{problem.format} with these parameters is not in the {layout.replace('_', '-')} family"
+        family = layout.replace("_", "-")
+        return f"{problem.format} with these parameters is not in the {family} family"
     if problem.dtype not in (torch.float16, torch.bfloat16):
         return f"x must be float16 or bfloat16, not {str(problem.dtype).removeprefix('torch.')}"
     if problem.device == "cpu" and not interpreted():
@@ -60,6 +65,7 @@ def _rejects(problem: Problem, layout: str) -> str | None:
 
 
 def _automatic(problem: Problem) -> str | None:
+    """Why backend="auto" does not choose the kernel; None if it may."""
     return (
         "the interpreter is only used when backend='triton' asks for it"
         if problem.device == "cpu"
@@ -68,7 +74,7 @@ def _automatic(problem: Problem) -> str | None:
 
 
 def _module(name: str) -> ModuleType:
-    """A family's launcher, imported when first used: it imports triton."""
+    """A launcher module. It imports triton, so it is imported at first use."""
     return importlib.import_module(f"{__name__}.{name}")
 
 
@@ -81,8 +87,8 @@ _quantized = registry.Quantized(
 
 
 def _rejects_experts(problem: Problem, layout: str) -> str | None:
-    why = _rejects(problem, layout) or _module("experts").obstacle(problem, layout)
-    return None if why is None else str(why)
+    reason = _rejects(problem, layout) or _module("experts").obstacle(problem, layout)
+    return None if reason is None else str(reason)
 
 
 def _layer(*args: Any) -> Any:
@@ -120,8 +126,9 @@ def _register_experts(name: str, layout: str) -> None:
 
 
 def register_kernels() -> None:
-    """One kernel a family, for one matrix and for experts; the family's module is named like its
-    layout.
+    """Register two kernels for each layout: one for a single matrix and one for experts.
+
+    The launcher module of a single matrix has the name of its layout.
     """
     _register_experts("triton.experts_weight_only", layouts.WEIGHT_ONLY)
     _register_experts("triton.experts_eight_bit", layouts.EIGHT_BIT)
@@ -145,8 +152,8 @@ def register_kernels() -> None:
             return str(_module(layout).configuration(problem))
 
         def bind(p: PackedWeight, problem: Problem, layout: str = layout) -> registry.Bound | None:
-            found: registry.Bound | None = _module(layout).bind(p, problem)
-            return found
+            bound: registry.Bound | None = _module(layout).bind(p, problem)
+            return bound
 
         registry.register(
             registry.Kernel(

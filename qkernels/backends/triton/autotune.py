@@ -1,12 +1,14 @@
-"""Optional tuning on the device: QKERNELS_AUTOTUNE=1 times configurations at a problem's first
-call.
+"""Optional tuning on the device: with QKERNELS_AUTOTUNE=1, the first call of a problem times
+configurations.
 
-The winner is kept on disk, one small JSON file a problem under $QKERNELS_CACHE/tune (default
-~/.cache/qkernels/tune), named by a hash of the GPU, the versions of torch and triton, the source of
-our kernels, and the problem with M rounded up to a power of two. Files are written under a
-temporary name and renamed, so any number of processes may tune at once; a file that makes no sense
-is ignored. Nothing is tuned at import, under CUDA graph capture, in batch-invariant mode (the order
-of sums must not depend on what was fast) or when the variable is not set.
+The fastest configuration is kept on disk, in one small JSON file per problem under
+$QKERNELS_CACHE/tune (default ~/.cache/qkernels/tune). The file's name is a hash of the GPU, the
+versions of torch and triton, the source of our kernels, and the problem with M rounded up to a
+power of two. Files are written under a temporary name and renamed, so any number of processes may
+tune at once. A file that cannot be read is ignored.
+
+Nothing is tuned at import, under CUDA graph capture, in batch-invariant mode (the order of sums
+must not depend on timings) or when the variable is not set.
 """
 
 from __future__ import annotations
@@ -29,14 +31,16 @@ from . import configs
 if TYPE_CHECKING:
     from ..problem import Problem
 
-#: repetitions of a timed launch; the median counts
+#: repetitions of a timed launch, of which the median counts
 REPEATS = 20
 
-_found: dict[str, configs.GemmConfig | None] = {}
+_tuned: dict[str, configs.GemmConfig | None] = {}
+#: host seconds of the first call
 _first_calls: dict[tuple[Problem, configs.GemmConfig], float] = {}
 
 
 def enabled() -> bool:
+    """Whether QKERNELS_AUTOTUNE is 1; ValueError unless it is 0, 1 or not set."""
     text = os.environ.get("QKERNELS_AUTOTUNE", "0")
     if text not in ("0", "1"):
         raise ValueError(f"QKERNELS_AUTOTUNE: expected 0 or 1, got {text!r}")
@@ -50,25 +54,28 @@ def best(
     launch: Callable[[configs.GemmConfig], Any],
     device: torch.device,
 ) -> configs.GemmConfig:
-    """The configuration to launch now: tuned, tuned right here, or the table's."""
+    """The configuration to launch now: tuned earlier, tuned by this call, or the table's."""
     if problem.batch_invariant or not enabled():
         return tabled
-    known = tuned(family, problem)
-    if known is not None:
-        return known
+    config = tuned(family, problem)
+    if config is not None:
+        return config
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return tabled
     return tune(family, problem, tabled, launch, cuda_seconds)
 
 
 def tuned(family: str, problem: Problem) -> configs.GemmConfig | None:
-    """What tuning found earlier, here or in another process; None if nothing, or tuning is off."""
+    """The configuration tuned earlier, by this process or another; None without one.
+
+    None also if tuning is switched off.
+    """
     if problem.batch_invariant or not enabled():
         return None
     key = _key(family, problem)
-    if _found.get(key) is None:
-        _found[key] = _read(_path(key))
-    return _found[key]
+    if _tuned.get(key) is None:
+        _tuned[key] = _read(_path(key))
+    return _tuned[key]
 
 
 def tune(
@@ -78,15 +85,13 @@ def tune(
     launch: Callable[[configs.GemmConfig], Any],
     seconds: Callable[[Callable[[], Any]], float],
 ) -> configs.GemmConfig:
-    """Time every candidate, keep the fastest on disk and return it. Those that cannot run are left
-    out.
-    """
+    """Time every candidate that can run, keep the fastest on disk and return it."""
     times: dict[configs.GemmConfig, float] = {}
     for config in configs.candidates(tabled, problem.m):
         try:
             launch(config)
             times[config] = seconds(lambda c=config: launch(c))  # type: ignore[misc]
-        except Exception as error:  # triton has one exception a way of not fitting
+        except Exception as error:  # triton has several exceptions for a kernel that does not fit
             if config == tabled:
                 raise
             if (
@@ -96,7 +101,7 @@ def tune(
                 raise
     winner = min(times, key=times.__getitem__)
     key = _key(family, problem)
-    _found[key] = winner
+    _tuned[key] = winner
     _write(
         _path(key), {"key": json.loads(key), "config": winner._asdict(), "seconds": times[winner]}
     )
@@ -104,7 +109,7 @@ def tune(
 
 
 def cuda_seconds(call: Callable[[], Any]) -> float:
-    """Median time of a launch; the L2 cache is flushed between launches, as a model would."""
+    """Median time of a launch. The L2 cache is flushed between launches, as in a model."""
     flush = torch.empty(64 * 2**20, dtype=torch.int32, device="cuda")
     samples = []
     for _ in range(REPEATS):
@@ -120,7 +125,7 @@ def cuda_seconds(call: Callable[[], Any]) -> float:
 
 # ---------------------------------------------------------------------- first calls, for explain()
 def timed_first(problem: Problem, config: configs.GemmConfig, call: Callable[[], Any]) -> Any:
-    """`call()`, remembering how long the first one of a problem took on the host."""
+    """`call()`. The host time of the first call of a problem is kept for `explain`."""
     if (problem, config) in _first_calls:
         return call()
     start = time.perf_counter()
@@ -130,21 +135,22 @@ def timed_first(problem: Problem, config: configs.GemmConfig, call: Callable[[],
 
 
 def first_call_words(problem: Problem, config: configs.GemmConfig) -> str:
-    took = _first_calls.get((problem, config))
-    if took is None:
+    """The sentence of `explain` about the first call of a problem."""
+    seconds = _first_calls.get((problem, config))
+    if seconds is None:
         return (
             "not called yet here: the first call compiles it, seconds unless triton has it on disk"
         )
-    return f"the first call took {took * 1e3:.0f} ms"
+    return f"the first call took {seconds * 1e3:.0f} ms"
 
 
 def words(family: str, problem: Problem, tabled: configs.GemmConfig) -> str:
-    """What `explain` says about the configuration of a problem."""
+    """The words of `explain` about the configuration of a problem."""
     config, source = tabled, "from the table"
     if problem.batch_invariant:
         source = "batch-invariant"
-    elif (known := tuned(family, problem)) is not None:
-        config, source = known, "tuned on this GPU"
+    elif (tuned_config := tuned(family, problem)) is not None:
+        config, source = tuned_config, "tuned on this GPU"
     elif enabled():
         count = sum(1 for _ in configs.candidates(tabled, problem.m))
         source = (
@@ -156,7 +162,7 @@ def words(family: str, problem: Problem, tabled: configs.GemmConfig) -> str:
 
 # ---------------------------------------------------------------------- keys and files
 def _key(family: str, problem: Problem) -> str:
-    """JSON of everything the fastest configuration may depend on."""
+    """JSON of everything that the fastest configuration may depend on."""
     return json.dumps(
         {
             "family": family,
@@ -173,6 +179,7 @@ def _key(family: str, problem: Problem) -> str:
 
 @lru_cache(maxsize=1)
 def _machine() -> dict[str, Any]:
+    """The part of a key that is the same for all problems: GPU, versions and kernels."""
     import triton
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -185,7 +192,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _kernel_hash() -> str:
-    """Of the source of all Triton kernels: a changed kernel is tuned anew."""
+    """Hash of the source of all Triton kernels, so that a changed kernel is tuned anew."""
     from ... import triton_kernels
 
     digest = hashlib.sha256()
@@ -200,6 +207,7 @@ def _path(key: str) -> Path:
 
 
 def _read(path: Path) -> configs.GemmConfig | None:
+    """The configuration in a file; None if there is none or it is not valid."""
     try:
         config = json.loads(path.read_text())["config"]
         fields = configs.GemmConfig._field_defaults | config

@@ -1,9 +1,9 @@
-"""Tile sizes and launch options: one table per kernel family, keyed by architecture and shape
-class.
+"""Kernel configurations: block sizes and launch options, in one table.
 
-The tables hold starting points that fit every architecture; an entry for one architecture overrides
-the generic one. `fitted` shrinks what would not fit in shared memory, so no configuration that an
-architecture cannot launch ever reaches it. On-device tuning (autotune.py) replaces a table's entry.
+The key is the kernel family, the architecture and the shape class of M. An entry for architecture 0
+is a starting point that fits every architecture; an entry for one architecture overrides it.
+`fitted` shrinks a configuration that does not fit in shared memory, so a kernel is only launched
+with a configuration that fits. On-device tuning (autotune.py) replaces the table's entry.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-#: shared memory one block may use, KiB, by architecture (CUDA programming guide, compute
+#: shared memory that one block may use, KiB, by architecture (CUDA programming guide, compute
 #: capabilities)
 SHARED_KIB = {
     80: 163,
@@ -25,17 +25,20 @@ SHARED_KIB = {
     120: 99,
     121: 99,
 }
-#: kept free for what triton adds to the pipeline's buffers: conversions, barriers; and to those of
-#: decoded weights
-_SHARED_MARGIN, _DECODED_MARGIN = 8 * 1024, 6 * 1024
+#: bytes that triton may add to the buffers of the pipeline, for conversions and barriers
+_SHARED_MARGIN = 8 * 1024
+#: the same where decoded weights pass through shared memory
+_DECODED_MARGIN = 6 * 1024
 
 
 class GemmConfig(NamedTuple):
     """One kernel configuration.
 
-    post_scale: scale sums instead of weights, where a tile has few scales a row.
-    shares: parts K is cut into; 0: as many as give each multiprocessor `resident` blocks.
+    block_m, block_n: rows of x and rows of W that one program multiplies.
+    post_scale: scale the sums instead of the weights, where a tile has few scales a row.
+    k_slices: slices K is cut into. 0: as many as give each SM `resident` blocks.
     group_n: blocks of N that run next to each other.
+    resident: see k_slices.
     """
 
     block_m: int
@@ -48,12 +51,26 @@ class GemmConfig(NamedTuple):
     resident: int = 2
 
 
-#: (family, architecture or 0 for any, class of M) -> configuration. A family without an entry of
-#: its own takes
-#: that of the family it is named after, "weight_only" for "weight_only.bytes". Those of sm_90 were
-#: measured
-#: (bench/results/2026-11-27-h200/configurations.md), but for the vectors family's middle and
-#: prefill.
+class StepSizes(NamedTuple):
+    """What one step along K needs, from which the shared memory of a block follows.
+
+    features: features of the step.
+    row_bytes: packed bytes of one output row.
+    row_scratch: bytes per output row through which codes change threads, besides the pipeline.
+    decoded: bytes per output row through which decoded weights change threads: with up to 16 rows
+        of x in a block, and with more.
+    """
+
+    features: int
+    row_bytes: int
+    row_scratch: int = 0
+    decoded: tuple[int, int] = (0, 0)
+
+
+#: (family, architecture or 0 for any, class of M) -> configuration. A family without an entry takes
+#: the entry of the family before the dot: "weight_only" for "weight_only.bytes". The entries of
+#: sm_90 were measured (bench/results/2026-11-27-h200/configurations.md), except "middle" and
+#: "prefill" of "weight_only.codebook".
 TABLE: dict[tuple[str, int, str], GemmConfig] = {
     ("weight_only", 0, "decode"): GemmConfig(16, 64, 4, 5, post_scale=True, k_slices=0),
     ("weight_only", 0, "middle"): GemmConfig(64, 64, 4, 3, post_scale=False, k_slices=0),
@@ -74,10 +91,10 @@ TABLE: dict[tuple[str, int, str], GemmConfig] = {
     ("weight_only", 120, "middle"): GemmConfig(64, 128, 8, 3, k_slices=0),
     ("weight_only", 80, "prefill"): GemmConfig(64, 128, 8, 3),
     ("weight_only", 120, "prefill"): GemmConfig(64, 128, 8, 3),
-    # Blackwell keeps accumulators in tensor memory: few columns are cheap, taking them out is not.
+    # Blackwell keeps accumulators in tensor memory: few columns are cheap, reading them is not.
     ("weight_only", 100, "decode"): GemmConfig(16, 128, 8, 4, post_scale=False, k_slices=0),
     ("weight_only", 100, "middle"): GemmConfig(64, 128, 8, 3, k_slices=0),
-    # Codes of 2 and 3 bits come 256 features a step, twice as many decoded values to hold.
+    # A step of 2- or 3-bit codes has 256 features: twice as many decoded values in registers.
     ("weight_only.wide", 0, "decode"): GemmConfig(16, 64, 4, 5, post_scale=True, k_slices=0),
     ("weight_only.wide", 90, "decode"): GemmConfig(
         16, 64, 4, 3, post_scale=True, k_slices=0, resident=4
@@ -94,46 +111,43 @@ TABLE: dict[tuple[str, int, str], GemmConfig] = {
     ("weight_only.two_level", 0, "decode"): GemmConfig(16, 64, 4, 3, post_scale=True, k_slices=0),
     ("weight_only.two_level", 0, "middle"): GemmConfig(32, 128, 8, 3, k_slices=0),
     ("weight_only.two_level", 0, "prefill"): GemmConfig(32, 128, 8, 3),
-    # Each code looks up eight weights, and with more columns mma.sync's warps would decode them
-    # twice.
-    ("weight_only.vectors", 0, "decode"): GemmConfig(16, 64, 4, 3, k_slices=0),
-    ("weight_only.vectors", 0, "middle"): GemmConfig(16, 64, 4, 3, k_slices=0),
-    ("weight_only.vectors", 0, "prefill"): GemmConfig(16, 64, 4, 3),
-    ("weight_only.vectors", 80, "decode"): GemmConfig(16, 128, 8, 3, k_slices=0),
-    ("weight_only.vectors", 80, "middle"): GemmConfig(16, 128, 8, 3, k_slices=0),
-    ("weight_only.vectors", 90, "decode"): GemmConfig(16, 64, 4, 3, k_slices=0, resident=4),
-    ("weight_only.vectors", 90, "middle"): GemmConfig(64, 64, 4, 3, k_slices=0),
-    ("weight_only.vectors", 90, "prefill"): GemmConfig(64, 64, 4, 3),
-    ("weight_only.vectors", 100, "middle"): GemmConfig(64, 64, 4, 3, k_slices=0),
-    ("weight_only.vectors", 100, "prefill"): GemmConfig(64, 128, 8, 3),
+    # Each code looks up eight weights. With more columns, mma.sync's warps would decode them twice.
+    ("weight_only.codebook", 0, "decode"): GemmConfig(16, 64, 4, 3, k_slices=0),
+    ("weight_only.codebook", 0, "middle"): GemmConfig(16, 64, 4, 3, k_slices=0),
+    ("weight_only.codebook", 0, "prefill"): GemmConfig(16, 64, 4, 3),
+    ("weight_only.codebook", 80, "decode"): GemmConfig(16, 128, 8, 3, k_slices=0),
+    ("weight_only.codebook", 80, "middle"): GemmConfig(16, 128, 8, 3, k_slices=0),
+    ("weight_only.codebook", 90, "decode"): GemmConfig(16, 64, 4, 3, k_slices=0, resident=4),
+    ("weight_only.codebook", 90, "middle"): GemmConfig(64, 64, 4, 3, k_slices=0),
+    ("weight_only.codebook", 90, "prefill"): GemmConfig(64, 64, 4, 3),
+    ("weight_only.codebook", 100, "middle"): GemmConfig(64, 64, 4, 3, k_slices=0),
+    ("weight_only.codebook", 100, "prefill"): GemmConfig(64, 128, 8, 3),
     ("eight_bit.int8", 0, "decode"): GemmConfig(16, 64, 4, 5, k_slices=0),
     ("eight_bit.int8", 0, "middle"): GemmConfig(64, 64, 4, 4, k_slices=0),
     ("eight_bit.int8", 0, "prefill"): GemmConfig(128, 128, 8, 3),
     ("eight_bit.int8", 90, "decode"): GemmConfig(16, 128, 8, 7, k_slices=0, resident=1),
     ("eight_bit.int8", 90, "middle"): GemmConfig(64, 64, 4, 5, k_slices=0),
     ("eight_bit.int8", 90, "batch"): GemmConfig(128, 64, 4, 4),
-    # Three stages, not four: two blocks fit on a multiprocessor. With 256 columns triton 3.6
-    # spills.
+    # Three stages, not four: two blocks fit on an SM. With 256 columns triton 3.6 spills.
     ("eight_bit.int8", 90, "prefill"): GemmConfig(128, 128, 8, 3, group_n=32),
     ("eight_bit.fp8", 0, "decode"): GemmConfig(16, 64, 4, 5, k_slices=0),
     ("eight_bit.fp8", 0, "middle"): GemmConfig(64, 64, 4, 4, k_slices=0),
     ("eight_bit.fp8", 90, "decode"): GemmConfig(16, 128, 8, 7, k_slices=0, resident=1),
     ("eight_bit.fp8", 90, "middle"): GemmConfig(64, 64, 4, 5, k_slices=0),
-    # Sums of one step lie beside the total on sm_90: wider blocks spill.
+    # On sm_90 the registers hold the sums of a step and the total: wider blocks spill.
     ("eight_bit.fp8", 90, "prefill"): GemmConfig(128, 64, 4, 4, group_n=32),
     ("eight_bit.fp8", 0, "prefill"): GemmConfig(128, 128, 8, 4),
     ("eight_bit.block", 0, "decode"): GemmConfig(16, 64, 4, 5, k_slices=0),
     ("eight_bit.block", 0, "middle"): GemmConfig(64, 64, 4, 4, k_slices=0),
     ("eight_bit.block", 0, "prefill"): GemmConfig(128, 128, 8, 4),
-    # Out of tensor memory, through registers, for the scales of each step.
+    # The sums of each step go from tensor memory through registers, where they are scaled.
     ("eight_bit.block", 100, "prefill"): GemmConfig(64, 128, 8, 4),
 }
-#: what replaces the table's entries in the kernels of experts, with the same keys: those kernels
-#: hold a
-#: little more in registers, slots and the weights' offsets, and what just fits otherwise would
-#: spill
+#: entries that replace those of TABLE in the kernels of experts, with the same keys. These kernels
+#: hold a little more in registers (slots, offsets of the expert's weights), so a configuration that
+#: just fits the other kernels would spill.
 EXPERTS: dict[tuple[str, int, str], GemmConfig] = {
-    # Not measured yet: as on any architecture.
+    # Not measured yet: the entries for any architecture.
     ("weight_only", 90, "decode"): GemmConfig(16, 64, 4, 5, post_scale=True),
     ("weight_only", 90, "middle"): GemmConfig(64, 64, 4, 3),
     ("weight_only", 90, "prefill"): GemmConfig(128, 128, 8, 3),
@@ -146,7 +160,7 @@ EXPERTS: dict[tuple[str, int, str], GemmConfig] = {
     ("eight_bit.fp8", 90, "decode"): GemmConfig(16, 64, 4, 5),
     ("eight_bit.fp8", 90, "middle"): GemmConfig(64, 64, 4, 4),
     ("eight_bit.fp8", 90, "prefill"): GemmConfig(128, 128, 8, 4),
-    # Weights are scaled, not sums of a tile, which would have to be held beside the total.
+    # Weights are scaled, because the sums of a tile need registers besides the total.
     ("weight_only", 120, "decode"): GemmConfig(16, 64, 4, 5, post_scale=False),
     ("weight_only.wide", 80, "middle"): GemmConfig(16, 128, 8, 3),
     ("weight_only.wide", 80, "prefill"): GemmConfig(16, 128, 8, 3),
@@ -157,12 +171,13 @@ EXPERTS: dict[tuple[str, int, str], GemmConfig] = {
     ("eight_bit.block", 80, "prefill"): GemmConfig(64, 128, 8, 4),
     ("eight_bit.block", 90, "prefill"): GemmConfig(64, 128, 8, 4),
 }
-#: the order of the sum over K must not depend on M here: all but block_m is the same for every M
+#: configurations of batch-invariant mode, where the order of the sum over K must not depend on M:
+#: everything except block_m is the same for every M
 BATCH_INVARIANT = {
     "weight_only": GemmConfig(16, 64, 4, 4, post_scale=True, k_slices=0),
     "weight_only.wide": GemmConfig(16, 64, 4, 4, post_scale=True, k_slices=0),
     "weight_only.two_level": GemmConfig(16, 64, 4, 3, post_scale=True, k_slices=0),
-    "weight_only.vectors": GemmConfig(16, 64, 4, 3, k_slices=0),
+    "weight_only.codebook": GemmConfig(16, 64, 4, 3, k_slices=0),
     "eight_bit.int8": GemmConfig(16, 64, 4, 4, k_slices=0),
     "eight_bit.fp8": GemmConfig(16, 64, 4, 4, k_slices=0),
     "eight_bit.block": GemmConfig(16, 64, 4, 4, k_slices=0),
@@ -176,11 +191,12 @@ def m_class(m: int) -> str:
 
 
 def _classes(m: int) -> tuple[str, ...]:
-    """The classes of M whose entries hold, the narrowest first: parts of "middle" and "prefill" may
-    have their own.
+    """The classes of M whose entries apply, the narrowest first.
+
+    Three narrow classes are parts of "middle" and "prefill": "small", "large" and "batch".
     """
-    parts = (("small", 17, 32), ("large", 65, 128), ("batch", 129, 256))
-    return (*(name for name, least, most in parts if least <= m <= most), m_class(m))
+    narrow = (("small", 17, 32), ("large", 65, 128), ("batch", 129, 256))
+    return (*(name for name, least, most in narrow if least <= m <= most), m_class(m))
 
 
 def architecture(capability: tuple[int, int] | None) -> int:
@@ -191,10 +207,10 @@ def architecture(capability: tuple[int, int] | None) -> int:
 def _tabled(family: str, arch: int, m: int, experts: bool) -> GemmConfig:
     for name in (family, family.split(".")[0]):
         for table in (EXPERTS, TABLE) if experts else (TABLE,):
-            for known in (arch, arch // 10 * 10, 0):
-                for of_m in _classes(m):
-                    if (name, known, of_m) in table:
-                        return table[name, known, of_m]
+            for table_arch in (arch, arch // 10 * 10, 0):
+                for class_ in _classes(m):
+                    if (name, table_arch, class_) in table:
+                        return table[name, table_arch, class_]
     raise KeyError(family)
 
 
@@ -203,40 +219,29 @@ def choose(
     arch: int,
     m: int,
     batch_invariant: bool,
-    tile: int,
-    row_bytes: int,
-    row_scratch: int = 0,
-    decoded: tuple[int, int] = (0, 0),
+    sizes: StepSizes,
     *,
     experts: bool = False,
 ) -> GemmConfig:
-    """The table's configuration for M rows, of each expert with `experts`, made to fit `arch`.
+    """The table's configuration for M rows, shrunk until it fits `arch`.
 
-    tile, row_bytes, row_scratch, decoded: as in `fitted`.
+    experts: whether it is for a kernel of experts; m is then the rows of one expert.
     """
     config = _tabled(family, arch, m, experts)
     if batch_invariant:
         name = family if family in BATCH_INVARIANT else family.split(".")[0]
         config = BATCH_INVARIANT[name]._replace(block_m=_INVARIANT_BLOCK_M[m_class(m)])
-    return fitted(config, arch, tile, row_bytes, row_scratch, decoded)
+    return fitted(config, arch, sizes)
 
 
-def fitted(
-    config: GemmConfig,
-    arch: int,
-    tile: int,
-    row_bytes: int,
-    row_scratch: int = 0,
-    decoded: tuple[int, int] = (0, 0),
-) -> GemmConfig:
-    """`config`, with fewer stages and then narrower blocks until it fits in shared memory.
+def fitted(config: GemmConfig, arch: int, sizes: StepSizes) -> GemmConfig:
+    """`config`, with fewer stages and then smaller blocks until it fits in shared memory.
 
-    tile: features of one step along K. row_bytes: packed bytes of one step, per output row.
-    row_scratch: bytes per output row that codes need, beside the pipeline, to change hands between
-    threads. decoded: the same of decoded weights, with up to 16 rows of x in a block and with more.
+    Raises:
+        ValueError: not even the smallest blocks fit.
     """
     limit = SHARED_KIB.get(arch, 99) * 1024
-    while shared_bytes(config, tile, row_bytes, row_scratch, decoded) > limit:
+    while shared_bytes(config, sizes) > limit:
         if config.num_stages > 2:
             config = config._replace(num_stages=config.num_stages - 1)
         elif config.block_m > 16:
@@ -245,55 +250,46 @@ def fitted(
             config = config._replace(block_n=config.block_n // 2)
         else:
             raise ValueError(
-                f"no configuration fits sm_{arch}: {config} with {tile} features a step"
+                f"no configuration fits sm_{arch}: {config} with {sizes.features} features a step"
             )
     return config
 
 
-def shared_bytes(
-    config: GemmConfig,
-    tile: int,
-    row_bytes: int,
-    row_scratch: int = 0,
-    decoded: tuple[int, int] = (0, 0),
-) -> int:
-    """At most this much shared memory: of the pipeline, or of the epilogue's transposition if that
-    is larger.
+def shared_bytes(config: GemmConfig, sizes: StepSizes) -> int:
+    """An upper bound of the shared memory of one block, in bytes.
 
-    A step's decoded weights only change hands for mma.sync, which takes the oldest stage into
-    registers before.
+    It is the largest of three needs: the pipeline, the transposition in the epilogue, and the
+    pipeline while decoded weights change threads. The last happens only for mma.sync, which has
+    already read the oldest stage into registers by then.
     """
-    stage = config.block_n * row_bytes + config.block_m * tile * 2
-    needed = max(
-        config.num_stages * stage + config.block_n * row_scratch,
-        config.block_m * config.block_n * 4,
-    )
-    scratch = config.block_n * decoded[config.block_m > 16]
-    through = (config.num_stages - 1) * stage + scratch + _DECODED_MARGIN if scratch else 0
-    return max(needed + _SHARED_MARGIN, through)
+    stage = config.block_n * sizes.row_bytes + config.block_m * sizes.features * 2
+    pipeline = config.num_stages * stage + config.block_n * sizes.row_scratch
+    epilogue = config.block_m * config.block_n * 4
+    scratch = config.block_n * sizes.decoded[config.block_m > 16]
+    decoding = (config.num_stages - 1) * stage + scratch + _DECODED_MARGIN if scratch else 0
+    return max(max(pipeline, epilogue) + _SHARED_MARGIN, decoding)
 
 
 def k_slices_of(config: GemmConfig, tiles: int, blocks: int, sm_count: int) -> int:
-    """Parts to cut K of `tiles` tiles into when the grid has `blocks` blocks; none of them empty."""
+    """Slices to cut `tiles` tiles of K into, for a grid of `blocks` blocks; no slice is empty."""
     k_slices = config.k_slices
     if k_slices == 0:
         k_slices = max(1, min(config.resident * sm_count // blocks, tiles // 2, 32))
-    k_slice = -(-tiles // min(k_slices, tiles))
-    return -(-tiles // k_slice)
+    slice_tiles = -(-tiles // min(k_slices, tiles))
+    return -(-tiles // slice_tiles)
 
 
 def candidates(config: GemmConfig, m: int) -> Iterator[GemmConfig]:
-    """What autotuning tries: the table's entry first, then its neighbourhood."""
+    """The configurations that autotuning tries: the table's entry first, then similar ones."""
     yield config
     blocks_m = {"decode": (16,), "middle": (32, 64), "prefill": (64, 128, 256)}[m_class(m)]
     for block_m in blocks_m:
         for block_n, num_warps in ((64, 4), (128, 4), (128, 8)):
             for num_stages in (3, 4, 6) if m_class(m) == "decode" else (2, 3, 4):
                 for post_scale in (True, False) if m_class(m) != "prefill" else (False,):
-                    k_slices = (0, 1, 4, 8) if m_class(m) != "prefill" else (1,)
-                    for k_slice in k_slices:
-                        found = GemmConfig(
-                            block_m, block_n, num_warps, num_stages, post_scale, k_slice
+                    for k_slices in (0, 1, 4, 8) if m_class(m) != "prefill" else (1,):
+                        candidate = GemmConfig(
+                            block_m, block_n, num_warps, num_stages, post_scale, k_slices
                         )
-                        if found != config:
-                            yield found
+                        if candidate != config:
+                            yield candidate

@@ -1,4 +1,4 @@
-"""Launches the 8-bit kernels: activations to codes, then the product of codes, two launches a call."""
+"""Launches the 8-bit kernels. A call is two launches: activations to codes, then the product."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STEP = 128
 
 
 def family(traits: layout.EightBitTraits) -> str:
-    """The name of its configurations: the accumulators differ in what they need."""
+    """The family's name in the table of configurations: its accumulators need other registers."""
     if traits.weight_scale == "block":
         return "eight_bit.block"
     return "eight_bit.int8" if traits.kind == "int8" else "eight_bit.fp8"
@@ -36,18 +36,20 @@ def family(traits: layout.EightBitTraits) -> str:
 
 @lru_cache(maxsize=4096)
 def tabled(problem: Problem) -> configs.GemmConfig:
-    """The table's entry for problem.m rows; of each expert where the problem has experts."""
-    own = (family(traits_of(problem)), configs.architecture(problem.capability), problem.m)
-    # STEP // 2: `fitted` counts 2 bytes a feature of x, and codes have one
+    """The table's entry for problem.m rows. For experts, these are the rows of one expert."""
     return configs.choose(
-        *own, problem.batch_invariant, STEP // 2, STEP, experts=problem.experts > 0
+        family(traits_of(problem)),
+        configs.architecture(problem.capability),
+        problem.m,
+        problem.batch_invariant,
+        # STEP // 2, because configs.py counts 2 bytes for a feature of x, and codes have one.
+        configs.StepSizes(features=STEP // 2, row_bytes=STEP),
+        experts=problem.experts > 0,
     )
 
 
 def has_fp8(capability: tuple[int, int] | None) -> bool:
-    """Whether the GPU multiplies and converts fp8 itself; triton's interpreter counts as one that
-    does.
-    """
+    """Whether the GPU has instructions for fp8 (sm_89 on). True for triton's interpreter."""
     return capability is None or capability >= (8, 9)
 
 
@@ -70,8 +72,10 @@ def columns_of(
     norm: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor | None:
-    """The outlier columns of all rows of the problem, as `Activations` has them. None where a row's
-    result does not depend on the other rows. Operands as in `quantize`."""
+    """The outlier columns of all rows of the problem, in the form of `Activations.columns`.
+
+    None if a row's result does not depend on the other rows. The operands are those of `quantize`.
+    """
     threshold = traits_of(problem).threshold
     if not threshold or problem.batch_invariant:
         return None
@@ -79,7 +83,7 @@ def columns_of(
 
 
 def configuration(problem: Problem) -> str:
-    """What `explain` says."""
+    """The configuration, as `explain` shows it."""
     return autotune.words(family(traits_of(problem)), problem, tabled(problem))
 
 
@@ -95,11 +99,12 @@ def quantize(
     columns: Tensor | None = None,
     work: Work = NOW,
 ) -> Activations:
-    """x (M, K) contiguous -> its codes as the weight `p` wants them.
+    """x (M, K) -> its codes and scales, of the kind that the weight `p` is multiplied with.
 
-    up (M, K): silu(x) * up is quantized. norm (K): RMSNorm with this weight comes first. Both round
-    to x's dtype where a model's operations do. All contiguous. columns: what `columns_of` found in
-    more rows.
+    x: contiguous, like all operands.
+    up: (M, K); silu(x) * up is quantized.
+    norm: (K); RMSNorm with this weight comes first. Both round to x's dtype where models do.
+    columns: the result of `columns_of` for all rows, if x is a slice of them.
     """
     from ...triton_kernels.activations import quantize_rows
 
@@ -108,14 +113,14 @@ def quantize(
     (m, k), device = x.shape, x.device
     kp = layout.padded(k)
     int8 = traits.kind == "int8"
-    # The kernel writes the bits of fp8 codes: older GPUs have no such type.
+    # The kernel writes the bits of fp8 codes, because older GPUs have no such type.
     codes = work.empty((m, kp), torch.int8 if int8 else torch.uint8, device)
     if traits.activation == "tensor":
         scale = p.storage["input_scale"]
     else:
         groups = (-(-k // layout.BLOCK),) if traits.activation == "group" else ()
         scale = work.empty((*groups, m), torch.float32, device)
-    # A pointer that is never used still has to be one: x stands in.
+    # A pointer that is never used needs an address, so x stands in.
     normed, listed, flags = x, x, x
     outliers = int(traits.threshold > 0)
     if outliers:
@@ -146,7 +151,8 @@ def quantize(
         **pdl(device),
     }
     slots = (
-        "x_ptr", "up_ptr", "q_ptr", "scale_ptr", "norm_ptr", "normed_ptr", "columns_ptr", "counter_ptr",
+        "x_ptr", "up_ptr", "q_ptr", "scale_ptr", "norm_ptr", "normed_ptr",
+        "columns_ptr", "counter_ptr",
     )  # fmt: skip
     gate, weight = x if up is None else up, x if norm is None else norm
     launch = Launch(quantize_rows, (m, 1), fixed, slots)
@@ -158,12 +164,14 @@ def quantize(
 def rms_norm_quantize(
     x: Tensor, weight: Tensor, eps: float, p: PackedWeight, problem: Problem
 ) -> Activations:
-    """RMSNorm of x (M, K) with `weight` (K), quantized for `p`: x is read once, the result of the
-    norm never written, unless LLM.int8() needs it in 16 bits. Rounds to x's dtype where a model's
-    norm does.
+    """RMSNorm of x (M, K) with `weight` (K), quantized for `p`.
 
-    ValueError unless x and weight fit p. `multiply` takes the result, for p and for weights like
-    it.
+    x is read once, and the result of the norm is not written, unless LLM.int8() needs it in 16
+    bits. It rounds to x's dtype where a model's norm does. `multiply` takes the result, for p and
+    for weights of the same format and shape.
+
+    Raises:
+        ValueError: x or weight does not fit p.
     """
     k = p.shape[1]
     if x.dim() != 2 or x.shape[1] != k or x.dtype not in (torch.float16, torch.bfloat16):
@@ -185,10 +193,10 @@ def multiply(
     problem: Problem,
     out: Tensor | None = None,
 ) -> Tensor:
-    """y (M, N) = what `a` holds, times W^T, plus bias, in the dtype of `a.x`; into `out` if it is
-    given.
+    """y (M, N) = quantized activations `a` times W^T, plus bias, in the dtype of `a.x`.
 
-    `a` may hold some rows of the problem only: they come out as they would among all.
+    `a` may hold only some rows of the problem; their results are the same as with all rows. out:
+    the tensor to write y into.
     """
     traits = traits_of(problem)
     weight = arguments(a, p, traits, problem)
@@ -232,7 +240,7 @@ def arguments(
     n, k = p.shape
     weight, codes = storage["weight"], a.codes
     fixed = constants(traits, p.shape, problem, has_zero="input_zero_point" in storage)
-    if fixed["WIDEN"]:  # such GPUs have no such type
+    if fixed["WIDEN"]:  # these GPUs have no fp8 type
         weight, codes = weight.view(torch.uint8), codes.view(torch.uint8)
     return {
         "x_ptr": codes,
@@ -260,17 +268,17 @@ def _launch(
     problem: Problem,
     work: Work = NOW,
 ) -> None:
-    """The kernel on some rows of the problem. weight: `arguments`."""
+    """Launch the product for some rows of the problem. weight: `arguments`."""
     from ...triton_kernels.eight_bit import eight_bit_gemm
 
     m, n = y.shape
     blocks_n, blocks_m = -(-n // config.block_n), -(-m // config.block_m)
-    # In how many shares K is summed goes by all rows of the problem, and so does each row's result.
-    counted = blocks_n if problem.batch_invariant else blocks_n * -(-problem.m // config.block_m)
-    k_slices = configs.k_slices_of(config, -(-weight["KP"] // STEP), counted, sm_count(y.device))
-    held = sum(t.numel() * t.element_size() for t in (a.codes, a.scale))
-    split = split_of(k_slices, blocks_n * blocks_m, config, held)
-    partial = counter = weight["weight_ptr"]  # what is never read still needs an address
+    # The number of K slices depends on all rows of the problem, because each row's result does.
+    all_blocks = blocks_n if problem.batch_invariant else blocks_n * -(-problem.m // config.block_m)
+    k_slices = configs.k_slices_of(config, -(-weight["KP"] // STEP), all_blocks, sm_count(y.device))
+    scratch = sum(t.numel() * t.element_size() for t in (a.codes, a.scale))
+    split = split_of(k_slices, blocks_n * blocks_m, config, scratch)
+    partial = counter = weight["weight_ptr"]  # a pointer that is never read needs an address
     if split > 1:
         elements = split * blocks_n * blocks_m * config.block_n * config.block_m
         sums = torch.int32 if weight["KIND"] == "int8" else torch.float32
@@ -304,8 +312,10 @@ def _launch(
 
 
 def bind(p: PackedWeight, problem: Problem) -> Recorded | None:
-    """`run` for this weight and problem alone: from its third call on it only starts the two
-    kernels. None where the rows go by slices."""
+    """`run` for this weight and problem alone, which from its third call on only starts kernels.
+
+    None if `run` computes the rows in slices.
+    """
     if not workspace.fits(problem.m, row_bytes(problem)):
         return None
 

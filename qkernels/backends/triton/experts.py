@@ -1,10 +1,10 @@
-"""Launches the kernels of mixtures of experts: slots sorted by expert, then one product for all of
-them.
+"""Launches the kernels of mixtures of experts: the sort of slots by expert, then one product for
+all experts.
 
-A call is two launches, a whole layer five, and everything they allocate has a size that the shapes
-alone tell: the host never waits for the device, and a CUDA graph may hold it all. Where activations
-are quantized and their codes would take more than the workspace, tokens go by slices, for which
-that is done one by one.
+A product is two launches, a whole layer five. The shapes alone determine the size of everything
+they allocate, so the host never waits for the device, and a CUDA graph can hold all of it. If the
+codes of quantized activations would need more than the workspace, the tokens are computed in
+slices, one after another.
 """
 
 from __future__ import annotations
@@ -23,18 +23,20 @@ from . import autotune, configs, eight_bit, interpreted, weight_only
 from .launch import Launch, Replay, overtakes, pdl
 
 if TYPE_CHECKING:
+    from ...triton_kernels.weight_only import Method
     from ...weights.experts import PackedExperts
     from ..problem import Problem
 
 #: slots that `sort_slots` reads at a time
 _CHUNK = 1024
-#: features of one program of the kernels between and after the products
+#: features of one program of the kernels `gate` and `combine`
 _BLOCK = 1024
 
 
 class Sorted(NamedTuple):
-    """Slots by expert, as triton_kernels/experts.py has them. Products with the same ids and
-    block_m share it.
+    """The slots sorted by expert, in the form of triton_kernels/experts.py.
+
+    Products with the same ids and the same block_m can use the same one.
     """
 
     slots: Tensor
@@ -43,8 +45,9 @@ class Sorted(NamedTuple):
 
 
 def obstacle(problem: Problem, layout: str) -> str | None:
-    """What keeps the grouped kernel of a layout's family from a problem that the family takes, or
-    None.
+    """Why the kernel of experts cannot take a problem that the kernel for one matrix takes.
+
+    None if it can.
     """
     fmt, params = formats.get(problem.format), dict(problem.params)
     if layout == layouts.WEIGHT_ONLY:
@@ -56,7 +59,10 @@ def obstacle(problem: Problem, layout: str) -> str | None:
     else:
         codes = fmt.eight_bit_traits(problem.shape, params)
         if codes.threshold > 0:
-            return "the outlier columns of LLM.int8() are those of a batch, and each expert has another"
+            return (
+                "the outlier columns of LLM.int8() are those of a batch,"
+                " and each expert has another"
+            )
         if codes.activation == "tensor":
             return "each expert has its own input scale, and x is quantized once for all of them"
     return None
@@ -64,7 +70,7 @@ def obstacle(problem: Problem, layout: str) -> str | None:
 
 @lru_cache(maxsize=4096)
 def tabled(problem: Problem) -> configs.GemmConfig:
-    """The family's entry for the rows that an expert gets on average; K is not split."""
+    """The table's entry for the rows that one expert gets on average; K is not split."""
     rows = -(-problem.m // problem.experts)
     family = eight_bit if _eight_bit(problem) else weight_only
     return family.tabled(problem._replace(m=rows))._replace(k_slices=1)
@@ -76,7 +82,7 @@ def _eight_bit(problem: Problem) -> bool:
 
 
 def configuration(problem: Problem) -> str:
-    """What `explain` says."""
+    """The configuration, as `explain` shows it."""
     config = tabled(problem)
     source = (
         "batch-invariant" if problem.batch_invariant else "from the table; experts are not tuned"
@@ -93,8 +99,9 @@ def run(
     bias: Tensor | None,
     problem: Problem,
 ) -> Tensor:
-    """x (T, K) or (T, top_k, K), ids (T, top_k), weights (T, top_k), bias (E, N) -> y (T, top_k,
-    N).
+    """The product of each slot with its expert: y (T, top_k, N).
+
+    x (T, K) or (T, top_k, K), ids and weights (T, top_k), bias (E, N).
     """
     config = tabled(problem)
     y = torch.empty(*ids.shape, experts.shape[0], dtype=x.dtype, device=x.device)
@@ -103,22 +110,25 @@ def run(
         for tokens in workspace.slices(
             x.shape[0], x[:1].numel() // x.shape[-1] * row_bytes(problem)
         ):
-            found = sort(ids[tokens], experts.count, config.block_m)
-            own = None if weights is None else weights[tokens]
-            _product(x[tokens], experts, found, ids[tokens], own, bias, problem, config, y[tokens])
+            slots = sort(ids[tokens], experts.count, config.block_m)
+            factors = None if weights is None else weights[tokens]
+            rows, results = x[tokens], y[tokens]
+            _product(rows, experts, slots, ids[tokens], factors, bias, problem, config, results)
 
     autotune.timed_first(problem, config, call)
     return y
 
 
 def row_bytes(problem: Problem) -> int:
-    """Scratch memory that a row of x takes: its codes and their scales, where there are any."""
+    """Bytes of scratch memory for a row of x: its codes and scales, if x is quantized."""
     return eight_bit.row_bytes(problem) if _eight_bit(problem) else 0
 
 
 class Layer(Replays):
-    """`fused` for some experts, activation, and operands of one shape: the second call is recorded,
-    the others are replayed."""
+    """`fused` for given experts, activation and operands of one shape.
+
+    The second call is recorded, later calls are replayed.
+    """
 
     def __init__(self, activation: str, problems: tuple[Problem, Problem]) -> None:
         super().__init__(Replay)
@@ -127,11 +137,14 @@ class Layer(Replays):
     def __call__(
         self, x: Tensor, gate_up: PackedExperts, down: PackedExperts, weights: Tensor, ids: Tensor
     ) -> Tensor:
-        own = (x, gate_up, down, weights, ids, self._activation, self._problems)
+        arguments = (x, gate_up, down, weights, ids, self._activation, self._problems)
         return self.call(
-            (x, weights, ids), (x.shape[0], down.shape[0]), (*gate_up.storage.values(), *down.storage.values()),
-            lambda: fused(*own), lambda y, work: fused(*own, y, work),
-        )  # fmt: skip
+            (x, weights, ids),
+            (x.shape[0], down.shape[0]),
+            (*gate_up.storage.values(), *down.storage.values()),
+            lambda: fused(*arguments),
+            lambda y, work: fused(*arguments, y, work),
+        )
 
 
 def fused(
@@ -145,18 +158,20 @@ def fused(
     y: Tensor | None = None,
     work: Work = NOW,
 ) -> Tensor:
-    """x (T, K), weights and ids (T, top_k) -> y (T, N of down): gate_up, activation, down, weighted
-    sum; into `y` if it is given."""
+    """A whole layer: gate_up, activation, down, and the weighted sum over the choices.
+
+    x (T, K), weights and ids (T, top_k) -> y (T, N of down), into `y` if it is given.
+    """
     if y is None:
         y = torch.empty(x.shape[0], down.shape[0], dtype=x.dtype, device=x.device)
     first, second = (tabled(problem) for problem in problems)
-    # One order of slots for both; fewer rows a block always fit.
+    # Both products use one order of slots. A block with fewer rows always fits.
     block_m = min(first.block_m, second.block_m)
     sizes = (first._replace(block_m=block_m), second._replace(block_m=block_m))
     scratch = max(row_bytes(problems[0]), ids.shape[1] * row_bytes(problems[1]))
     for tokens in work.slices(x.shape[0], scratch):
-        own = (x[tokens], gate_up, down, weights[tokens], ids[tokens])
-        _layer(*own, activation, problems, sizes, y[tokens], work)
+        operands = (x[tokens], gate_up, down, weights[tokens], ids[tokens])
+        _layer(*operands, activation, problems, sizes, y[tokens], work)
     return y
 
 
@@ -172,18 +187,18 @@ def _layer(
     y: Tensor,
     work: Work,
 ) -> None:
-    """`fused` of some tokens, into y."""
+    """`fused` for some tokens, into y."""
     from ...triton_kernels.experts import combine, gate
 
-    found = sort(ids, gate_up.count, sizes[0].block_m, work)
+    in_order = sort(ids, gate_up.count, sizes[0].block_m, work)
     slots, inner, n = ids.numel(), down.shape[1], down.shape[0]
     h = work.empty((*ids.shape, gate_up.shape[0]), x.dtype, x.device)
-    _product(x, gate_up, found, ids, None, None, problems[0], sizes[0], h, work)
+    _product(x, gate_up, in_order, ids, None, None, problems[0], sizes[0], h, work)
     gated = work.empty((*ids.shape, inner), x.dtype, x.device)
     fixed = {"N": inner, "ACTIVATION": activation, "BLOCK": _BLOCK, **pdl(x.device)}
     work.start(Launch(gate, (slots, -(-inner // _BLOCK)), fixed, ("h_ptr", "y_ptr")), h, gated)
     h = work.empty((*ids.shape, n), x.dtype, x.device)
-    _product(gated, down, found, ids, None, None, problems[1], sizes[1], h, work)
+    _product(gated, down, in_order, ids, None, None, problems[1], sizes[1], h, work)
     fixed = {"TOP_K": ids.shape[1], "N": n, "BLOCK": _BLOCK, **pdl(x.device)}
     launch = Launch(
         combine, (x.shape[0], -(-n // _BLOCK)), fixed, ("h_ptr", "weights_ptr", "y_ptr")
@@ -193,18 +208,19 @@ def _layer(
 
 # ---------------------------------------------------------------------- slots
 def most_blocks(slots: int, experts: int, block_m: int) -> int:
-    """Blocks of block_m that slots may take, however they are spread over experts and "not here"."""
+    """The most blocks of block_m slots that any distribution over experts and "not here" needs."""
     used = min(slots, experts + 1)
     return (slots + used * (block_m - 1)) // block_m
 
 
 def sort(ids: Tensor, experts: int, block_m: int, work: Work = NOW) -> Sorted:
+    """Sort the slots of ids (T, top_k) by expert."""
     from ...triton_kernels.experts import sort_slots
 
     count = ids.numel()
     blocks = most_blocks(count, experts, block_m)
     slots = work.empty((blocks * block_m,), torch.int32, ids.device)
-    owners = work.empty((blocks,), torch.int32, ids.device)
+    block_experts = work.empty((blocks,), torch.int32, ids.device)
     fixed = {
         "S": count,
         "EXPERTS": experts,
@@ -215,11 +231,12 @@ def sort(ids: Tensor, experts: int, block_m: int, work: Work = NOW) -> Sorted:
         **pdl(ids.device),
     }
     launch = Launch(sort_slots, (experts + 1, 1), fixed, ("ids_ptr", "slots_ptr", "experts_ptr"))
-    work.start(launch, ids, slots, owners)
-    return Sorted(slots, owners, block_m)
+    work.start(launch, ids, slots, block_experts)
+    return Sorted(slots, block_experts, block_m)
 
 
 def _bins(experts: int) -> int:
+    """BINS of `sort_slots`: a power of two, at least experts + 2."""
     return max(16, 1 << (experts + 1).bit_length())
 
 
@@ -227,7 +244,7 @@ def _bins(experts: int) -> int:
 def _product(
     x: Tensor,
     experts: PackedExperts,
-    found: Sorted,
+    in_order: Sorted,
     ids: Tensor,
     weights: Tensor | None,
     bias: Tensor | None,
@@ -236,35 +253,34 @@ def _product(
     y: Tensor,
     work: Work = NOW,
 ) -> None:
-    """The product of some tokens, into y. `problem` is that of all tokens."""
+    """Launch the product of some tokens, into y. `problem` is that of all tokens."""
     from ...triton_kernels.experts import experts_eight_bit, experts_weight_only
 
     n, k = experts.shape
     x = x.view(-1, k)
-    blocks = found.experts.numel()
+    blocks = in_order.experts.numel()
     is_codes = experts.layout == layouts.EIGHT_BIT
     if is_codes:
-        own = _eight_bit_arguments(x, experts, problem, work)
+        arguments = _eight_bit_arguments(x, experts, problem, work)
     else:
-        own = _weight_only_arguments(experts, problem)
-        own |= {
+        upcast = x.dtype == torch.bfloat16 and interpreted()
+        permuted = "perm" in experts.storage
+        arguments = _weight_only_arguments(experts, problem) | {
             "x_ptr": x,
-            "POST_SCALE": config.post_scale,
-            "UPCAST": x.dtype == torch.bfloat16 and interpreted(),
-            "WAIT": overtakes(configs.architecture(problem.capability)),
+            "METHOD": method(config, problem, permuted=permuted, upcast=upcast),
             "WARPS": config.num_warps,
         }
     calls = {
-        "x_ptr": own["x_ptr"],
+        "x_ptr": arguments["x_ptr"],
         "bias_ptr": x if bias is None else bias.contiguous(),
         "weights_ptr": x if weights is None else weights,
         "y_ptr": y,
-        "slots_ptr": found.slots,
-        "experts_ptr": found.experts,
-        **({"x_scale_ptr": own["x_scale_ptr"]} if is_codes else {}),
+        "slots_ptr": in_order.slots,
+        "experts_ptr": in_order.experts,
+        **({"x_scale_ptr": arguments["x_scale_ptr"]} if is_codes else {}),
     }
     fixed = {
-        **{name: value for name, value in own.items() if name not in calls},
+        **{name: value for name, value in arguments.items() if name not in calls},
         "S": ids.numel(),
         "EXPERTS": experts.count,
         "BLOCKS": blocks,
@@ -286,41 +302,43 @@ def _product(
 
 
 def _stride(tensor: Tensor) -> int:
-    """Elements from one expert's part to the next one's."""
+    """Elements from one expert to the next."""
     return tensor.stride(0)
 
 
+def method(config: configs.GemmConfig, problem: Problem, *, permuted: bool, upcast: bool) -> Method:
+    """The kernel's argument METHOD. permuted, upcast: as in `Method`."""
+    from ...triton_kernels.weight_only import Method
+
+    wait = overtakes(configs.architecture(problem.capability))
+    return Method(False, config.post_scale, permuted, upcast, wait)
+
+
 def _weight_only_arguments(experts: PackedExperts, problem: Problem) -> dict[str, Any]:
-    """Those that depend on the weights alone: the one-matrix kernel's, and a stride for each
-    tensor.
+    """The kernel's arguments that depend on the weights alone.
+
+    They are those of the kernel for one matrix, and a stride for each tensor.
     """
     assert experts.layout == layouts.WEIGHT_ONLY
     traits = weight_only.traits_of(problem)
-    found = weight_only.arguments(experts.expert(0), traits)
-    storage = experts.storage
-    # A pointer that is never read still has to be one: qdata stands in, as in
-    # `weight_only.arguments`.
-    for argument, name in (
-        ("qdata", "qdata"),
-        ("qhigh", "qhigh"),
-        ("perm", "perm"),
-        ("table", "lut"),
-    ):
-        tensor = storage.get(name, storage["qdata"])
-        found |= {f"{argument}_ptr": tensor, f"{argument}_stride": _stride(tensor)}
-    scalers = [storage.get(name, storage["qdata"]) for name in weight_only.scaler_tensors(traits)]
-    return found | {"scaler_args": tuple(scalers), "scaler_strides": tuple(map(_stride, scalers))}
+    weight, scalers = weight_only.pointers(experts.storage, traits)
+    return weight_only.arguments(experts.expert(0), traits) | {
+        "weight_args": weight,
+        "weight_strides": tuple(map(_stride, weight)),
+        "scaler_args": scalers,
+        "scaler_strides": tuple(map(_stride, scalers)),
+    }
 
 
 def _eight_bit_arguments(
     x: Tensor, experts: PackedExperts, problem: Problem, work: Work
 ) -> dict[str, Any]:
-    """x quantized, once for all experts, and what depends on the weights alone."""
+    """The quantized x, once for all experts, and the arguments that depend on the weights alone."""
     one = problem._replace(m=x.shape[0], experts=0)
     a = eight_bit.quantize(x, experts.expert(0), one, work=work)
     fixed = _codes_constants(experts.shape, one)
     weight, codes = experts.storage["weight"], a.codes
-    if fixed["WIDEN"]:  # such GPUs have no such type
+    if fixed["WIDEN"]:  # these GPUs have no fp8 type
         weight, codes = weight.view(torch.uint8), codes.view(torch.uint8)
     scales = experts.storage["weight_scale"]
     return {
@@ -336,5 +354,6 @@ def _eight_bit_arguments(
 
 
 def _codes_constants(shape: tuple[int, int], problem: Problem) -> dict[str, Any]:
-    found = eight_bit.constants(eight_bit.traits_of(problem), shape, problem, has_zero=False)
-    return {"BLOCK_SCALES": found["BLOCKS"], **{k: found[k] for k in ("KIND", "WIDEN", "EVEN_K")}}
+    """The compile-time arguments of `experts_eight_bit` that depend on the format and the GPU."""
+    fixed = eight_bit.constants(eight_bit.traits_of(problem), shape, problem, has_zero=False)
+    return {"BLOCK_SCALES": fixed["BLOCKS"], **{k: fixed[k] for k in ("KIND", "WIDEN", "EVEN_K")}}

@@ -1,10 +1,9 @@
-"""Launches kernels, and launches them again without asking triton each time what their arguments
-mean.
+"""Launches kernels, and replays recorded launches without triton's work on the host.
 
-`kernel[grid](...)` costs the host tens of microseconds: it binds 40 arguments, derives the
-specialization and looks the compiled kernel up by it. Where all but a few addresses stay the same
-from call to call, the compiled kernels and their lists of arguments are kept, and a call only puts
-the addresses in.
+`kernel[grid](...)` costs the host tens of microseconds: triton binds the arguments, derives the
+specialization and looks up the compiled kernel. If all arguments except a few addresses stay the
+same from call to call, the compiled kernels and their argument lists are kept, and a call only
+fills in the addresses.
 """
 
 from __future__ import annotations
@@ -19,18 +18,16 @@ from torch import Tensor
 
 from ..plan import Recording, Y, view
 
-#: rows of x up to which a program fetches its first PREFETCH_TILES of weights before it waits for
-#: x: where the
-#: weights' bytes are what a product waits for
+#: up to so many rows of x in a block, a program fetches its first PREFETCH_TILES tiles of W before
+#: it waits for x: these products are limited by the bytes of W
 PREFETCH_ROWS, PREFETCH_TILES = 64, 4
 
 
 @lru_cache(maxsize=64)
 def pdl(device: torch.device) -> dict[str, bool]:
-    """Arguments with which a kernel starts before the one before it is done, where GPUs can
-    (triton_kernels/pdl.py).
+    """Arguments that switch PDL on (triton_kernels/pdl.py), where the GPU has it.
 
-    QKERNELS_PDL=0 in the environment turns that off.
+    QKERNELS_PDL=0 in the environment switches it off.
     """
     if device.type != "cuda" or os.environ.get("QKERNELS_PDL", "1") == "0":
         return {"PDL": False}
@@ -40,27 +37,29 @@ def pdl(device: torch.device) -> dict[str, bool]:
 
 @lru_cache(maxsize=16)
 def overtakes(arch: int) -> bool:
-    """Whether triton leaves a product that reads its first operand from registers under way while
-    the decoding of the next tile writes those, so that kernels have to wait for it (their WAIT).
+    """Whether triton may overwrite the registers of a product that is still running.
 
-    It does on sm_90 until 3.9 (triton-lang/triton issue 9433); an H200 gave sums off by 10^18. What
-    it costs there with 3.6: 4-bit products of 4,096 rows took 936 us without the wait, when they
-    were right, and 1,112 with it.
+    A wgmma that reads its first operand from registers is asynchronous, and the decoding of the
+    next tile writes those registers. Kernels then have to wait for each product (`Method.wait`).
+    triton does this on sm_90 before 3.9 (triton-lang/triton issue 9433); an H200 gave sums off by
+    10^18. The cost of the wait there with 3.6: 4-bit products of 4,096 rows took 936 us without it,
+    when they were right, and 1,112 us with it.
     """
     triton = importlib.import_module("triton")
     return arch == 90 and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 
 
 def prefetch(block_m: int) -> int:
-    """The kernels' PREFETCH."""
+    """The kernels' argument PREFETCH: tiles of W to fetch before the wait for x."""
     return PREFETCH_TILES if block_m <= PREFETCH_ROWS else 0
 
 
 class Launch:
-    """A kernel with its grid and all its arguments but some tensors.
+    """A kernel with its grid and all its arguments except some tensors.
 
-    kernel: the @triton.jit function. fixed: argument -> value, launch options (num_warps, ...) too.
-    slots: the arguments that calls give.
+    kernel: the @triton.jit function.
+    fixed: argument -> value, launch options (num_warps, ...) included.
+    slots: names of the tensor arguments that each call gives.
     """
 
     def __init__(
@@ -69,22 +68,27 @@ class Launch:
         self.kernel, self.grid, self.fixed, self.slots = kernel, grid, fixed, slots
 
     def __call__(self, *tensors: Tensor) -> Any:
-        """Start the kernel through triton, on the current stream of the tensors' device, compiling
-        it if need be. Returns the compiled kernel; None from the interpreter."""
+        """Start the kernel through triton, on the current stream of the tensors' device.
+
+        triton compiles it if necessary. Returns the compiled kernel; None from the interpreter.
+        """
         with torch.cuda.device_of(tensors[0]):
             return self.kernel[self.grid](
                 **dict(zip(self.slots, tensors, strict=True)), **self.fixed
             )
 
     def arguments(self) -> tuple[list[Any], list[int]]:
-        """In the kernel's order, with holes for the slots, and where those are."""
+        """The arguments in the kernel's order, None for the slots, and the index of each slot."""
         names = list(self.kernel.signature.parameters)
-        found = [None if name in self.slots else _address(self.fixed[name]) for name in names]
-        return found, [names.index(slot) for slot in self.slots]
+        values = [None if name in self.slots else _address(self.fixed[name]) for name in names]
+        return values, [names.index(slot) for slot in self.slots]
 
 
 class Replay:
-    """What a recording has noted, for operands of the same shapes, dtypes, device and alignment."""
+    """The recorded launches of a call, for operands of the same shapes, dtypes and alignment.
+
+    The device is the same, too.
+    """
 
     def __init__(self, recording: Recording, y: Tensor) -> None:
         self._index = y.get_device()
@@ -110,14 +114,14 @@ class Replay:
             arguments = step.arguments.copy()
             for place, base, offset in step.places:
                 arguments[place] = bases[base] + offset
-            # What triton does at the end of `kernel[grid](...)`, in 3.6 to 3.9.
+            # The same as triton's own code at the end of `kernel[grid](...)`, in 3.6 to 3.9.
             compiled, (blocks_x, blocks_y) = step.compiled, step.grid
             metadata = None
             if enter is not None:
                 metadata = compiled.launch_metadata(step.grid, stream, *arguments)
             compiled.run(
-                blocks_x, blocks_y, 1, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave,
-                *arguments,
+                blocks_x, blocks_y, 1, stream, compiled.function, compiled.packed_metadata,
+                metadata, enter, leave, *arguments,
             )  # fmt: skip
         y = tensors[Y]
         assert y is not None
@@ -125,8 +129,9 @@ class Replay:
 
 
 class _Step:
-    """One kernel, or a transposing copy. compiled: None where it is started through torch or the
-    interpreter.
+    """One recorded launch of a kernel, or a transposing copy.
+
+    compiled: the compiled kernel; None if torch or the interpreter runs the step.
     """
 
     def __init__(
@@ -141,20 +146,20 @@ class _Step:
             self._launch, self._tensors = launch, [recording.moving(t) for t in tensors]
             return
         assert launch is not None
-        found = [recording.place(t.data_ptr()) for t in tensors]
-        # Of the weight only addresses are kept: whoever keeps this need not keep the weight alive.
+        places = [recording.place(t.data_ptr()) for t in tensors]
+        # Only addresses of the weight are kept, so a kept step does not keep the weight alive.
         self.grid = launch.grid
-        self.arguments, holes = launch.arguments()
-        #: index of the argument, base, offset
+        self.arguments, slots = launch.arguments()
+        #: arguments that change with each call: index of the argument, base, offset
         self.places = [
-            (hole, *place) for hole, place in zip(holes, found, strict=True) if place is not None
+            (slot, *place) for slot, place in zip(slots, places, strict=True) if place is not None
         ]
-        for hole, t, place in zip(holes, tensors, found, strict=True):
+        for slot, t, place in zip(slots, tensors, places, strict=True):
             if place is None:
-                self.arguments[hole] = t.data_ptr()
+                self.arguments[slot] = t.data_ptr()
 
     def slowly(self, memory: list[Tensor | None]) -> None:
-        """With tensors, views of a call's memory."""
+        """Run the step through torch or the interpreter, on views of the call's memory."""
         tensors = [view(memory, t) for t in self._tensors]
         if self._launch is None:
             tensors[1].copy_(tensors[0].T)
@@ -164,28 +169,29 @@ class _Step:
 
 @lru_cache(maxsize=1)
 def _runtime() -> Any:
-    """triton's module with the active driver; imported late, for triton may not be there."""
+    """triton's module with the active driver; imported late, because triton may be missing."""
     return importlib.import_module("triton.runtime")
 
 
 @lru_cache(maxsize=1)
 def _knobs() -> Any:
-    """Where profilers put their hooks."""
+    """triton's module attribute where profilers register their hooks."""
     return importlib.import_module("triton.knobs").runtime
 
 
 def _hooks() -> tuple[Any, Any]:
-    """Those before and after a launch, None where nobody has put one there."""
+    """The profilers' hooks before and after a launch; (None, None) if there are none."""
     knobs = _knobs()
     enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook
-    # Of some versions these are chains of hooks, which may be empty.
+    # In some versions these are chains of hooks, which may be empty.
     if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
         return enter, leave
     return None, None
 
 
 def _address(value: Any) -> Any:
-    """Tensors as addresses, which the launcher takes as well and need not ask for."""
+    """Tensors as addresses: triton's launcher takes both, and need not ask a tensor for its own."""
     if isinstance(value, Tensor):
         return value.data_ptr()
-    return tuple(_address(part) for part in value) if isinstance(value, tuple) else value
+    # Only plain tuples hold tensors: NamedTuples are compile-time arguments.
+    return tuple(_address(part) for part in value) if type(value) is tuple else value

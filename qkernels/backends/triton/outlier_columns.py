@@ -1,7 +1,7 @@
-"""Finds the outlier columns of LLM.int8() in all rows of x, before these are quantized by slices.
+"""Finds the outlier columns of LLM.int8() in all rows of x, before x is quantized in slices.
 
-An outlier in one row makes its column one of 16 bits in every row, so slices have to know of each
-other's. Reading all of x once more takes no scratch memory, unlike its codes.
+If one row has an outlier, its column is multiplied in 16 bits in every row, so a slice depends on
+the outliers of all slices. Reading x a second time needs no scratch memory, unlike its codes.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def find(
     norm: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor:
-    """int32 (K + 1): the columns of what is quantized that have an element of at least `threshold`,
-    in order, and at K how many they are: what `eight_bit.quantize` of all rows has as `columns`,
-    found with the same arithmetic.
+    """int32 (K + 1): the outlier columns in order, and at K their number.
 
-    x (M, K), up (M, K) and norm (K) as in `eight_bit.quantize`.
+    A column is one if it has an element of at least `threshold` after `up` and `norm`. The result
+    equals the `columns` that `eight_bit.quantize` of all rows gives, by the same arithmetic. x
+    (M, K), up (M, K), norm (K) and eps are those of `eight_bit.quantize`.
     """
     from ...triton_kernels.activations import outlier_columns
 
@@ -53,23 +53,22 @@ def find(
     return columns
 
 
-#: features of a row that one program holds in registers; the rest of a longer row is read twice
+#: features of a row that one program keeps in registers; the rest of a longer row is read twice
 ROW_BLOCK = 16384
 
 
 def row_block(kp: int) -> int:
-    """Features of a row worked on at once: a power of two, and whole groups."""
+    """Features of a row that a program handles at a time: a power of two, and whole groups."""
     return min(ROW_BLOCK, max(layout.BLOCK, 1 << (kp - 1).bit_length()))
 
 
 def row_warps(block: int) -> int:
+    """Warps of a program that handles `block` features at a time."""
     return min(16, max(1, block // 512))
 
 
 def counter(elements: int, device: torch.device, work: Work = NOW) -> Tensor:
-    """int32 zeros, which the kernel leaves zero: the family's counters, where they are enough of
-    them.
-    """
+    """int32 zeros, which the kernel leaves zero: the workspace's counters, if it has enough."""
     if elements <= workspace.MAX_BLOCKS:
         return workspace.counters(device)
     return work.zeros((elements,), torch.int32, device)

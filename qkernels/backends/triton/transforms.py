@@ -1,5 +1,6 @@
-"""Launches the transforms around QuIP's weights: arguments from the kernel layout's `input.*`,
-`output.*`.
+"""Launches the transforms around the weights of QuIP and QuIP#.
+
+Their arguments come from the tensors `input.*` and `output.*` of the kernel layout.
 """
 
 from __future__ import annotations
@@ -11,52 +12,51 @@ from typing import Any
 
 from torch import Tensor
 
-from ...layouts.weight_only import tile_features
+from ...layouts.weight_only import section, tile_features
 from ..plan import NOW, Work
 from .launch import Launch, pdl
 
-#: features a program holds: so many that two tf32 copies fit in shared memory everywhere, ...
+#: features of a program, of which two tf32 copies fit in shared memory on every architecture
 LARGEST_BOX = 4096
-#: ... and for few rows only so many that several multiprocessors share a row
-DECODE_BOX = 2048
-DECODE_ROWS = 16
+#: the same for at most DECODE_ROWS rows, where several SMs work on one row
+DECODE_BOX, DECODE_ROWS = 2048, 16
 _SLOTS = (
     "x_ptr", "y_ptr", "pre_ptr", "post_ptr", "bias_ptr", "gather_ptr", "scatter_ptr",
     "factor0_ptr", "factor1_ptr", "factor2_ptr",
 )  # fmt: skip
-#: features that one warp holds
+#: features of one warp
 _ELEMENTS_PER_WARP = 1024
 
 
 def before(
     x: Tensor,
     storage: Mapping[str, Tensor],
-    norm: float,
+    divisor: float,
     codebook: bool,
     few: bool,
     work: Work = NOW,
 ) -> Tensor:
-    """x (M, K) -> what the codes multiply, (M, K) in x's dtype; `vectors`: (M, whole tiles), in
-    their order.
+    """x (M, K) -> the transformed x that the codes multiply, (M, K) in the dtype of x.
 
-    few: cut the transform as it suits few rows; the same for all slices of a product, and for every
-    M in batch-invariant mode, because it decides the order of sums.
+    divisor: the transform scale of the input (`WeightOnlyTraits.transform_scales`).
+    codebook: the result has the kernel order of codebook codes and is (M, whole tiles).
+    few: divide the transform among programs as it suits few rows. It decides the order of sums, so
+        it is the same for all slices of a product, and for every M in batch-invariant mode.
     """
     width = -(-x.shape[1] // tile_features(2)) * tile_features(2) if codebook else x.shape[1]
-    # Tiles are multiplied whole, so what lies behind the last feature must be no NaN.
+    # Whole tiles are multiplied, so the elements after the last feature must not be NaN.
     empty = work.empty if width == x.shape[1] else work.zeros
     y = empty((x.shape[0], width), x.dtype, x.device)
-    side = _section(storage, "input.")
-    gather = side.get("perm")
+    side = section(storage, "input.")
     return _launch(
         x,
         y,
         side,
-        norm,
+        divisor,
         few,
         work,
         pre=side["diagonal"],
-        gather=gather,
+        gather=side.get("perm"),
         codebook=codebook,
         transposed=True,
     )
@@ -66,25 +66,34 @@ def after(
     x: Tensor,
     y: Tensor,
     storage: Mapping[str, Tensor],
-    norm: float,
+    divisor: float,
     bias: Tensor | None,
     few: bool,
     work: Work = NOW,
 ) -> None:
-    """Products x (M, N), float32 -> y (M, N), the weight's output with bias. few: as in `before`."""
-    side = _section(storage, "output.")
-    _launch(x, y, side, norm, few, work, post=side["diagonal"], bias=bias, scatter=side.get("perm"))
+    """The products x (M, N), float32 -> y (M, N), transformed, plus bias.
 
-
-def _section(storage: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in storage.items() if k.startswith(prefix)}
+    divisor: the transform scale of the output. few: as in `before`.
+    """
+    side = section(storage, "output.")
+    _launch(
+        x,
+        y,
+        side,
+        divisor,
+        few,
+        work,
+        post=side["diagonal"],
+        bias=bias,
+        scatter=side.get("perm"),
+    )
 
 
 def _launch(
     x: Tensor,
     y: Tensor,
     side: Mapping[str, Tensor],
-    norm: float,
+    divisor: float,
     few: bool,
     work: Work = NOW,
     *,
@@ -102,11 +111,11 @@ def _launch(
     orders = tuple(f.shape[0] for f in factors)
     m, n = x.shape
     options, warps = constants(n, orders, few)
-    unused = side.get("diagonal", x)  # what is never read still has to have an address
-    if len(factors) < 3:  # those of the kernel's axes a0, c and a2
+    unused = side.get("diagonal", x)  # a pointer that is never read needs an address
+    if len(factors) < 3:  # the factors of the kernel's axes a0, c and a2
         factors = [*factors[:1], unused, *factors[1:], unused, unused][:3]
     fixed = {
-        "scale": 1 / norm,
+        "scale": 1 / divisor,
         "M": m,
         "STRIDE": y.shape[1],
         **options,
@@ -133,9 +142,10 @@ def _launch(
 
 @lru_cache(maxsize=256)
 def constants(n: int, stored: tuple[int, ...], decode: bool) -> tuple[dict[str, Any], int]:
-    """Compile-time arguments, and warps. stored: orders of the factors kept with the weight.
+    """(compile-time arguments, warps) of the kernel for n features.
 
-    What they leave of n is a Hadamard matrix of a power of two, cut here as it suits.
+    stored: orders of the factors stored with the weight. The rest of n is the order of a Hadamard
+    matrix, a power of two, which this function divides into the axes c, a1 and a2.
     """
     sylvester = n // math.prod(stored)
     if len(stored) > 1:
@@ -166,5 +176,5 @@ def constants(n: int, stored: tuple[int, ...], decode: bool) -> tuple[dict[str, 
 
 
 def _padded(order: int) -> int:
-    """What a dot takes."""
+    """The length of an axis, padded for a dot: at least 16, a power of two."""
     return 1 if order == 1 else max(16, 1 << (order - 1).bit_length())

@@ -1,7 +1,8 @@
-"""Launches the weight-only kernel: arguments from a packed weight, configuration, grid, workspace."""
+"""Launches the weight-only kernel: its arguments, configuration, grid and workspace."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +18,16 @@ from . import autotune, configs, interpreted, transforms
 from .launch import Launch, Replay, overtakes, pdl, prefetch
 
 if TYPE_CHECKING:
+    from ...triton_kernels.weight_only import KernelTraits, Method
     from ...weights.packed import PackedWeight
     from ..problem import Problem
 
-#: M from which x is gathered once, by a kernel of its own, instead of by every program (act-order)
+#: M from which a separate kernel gathers x once, instead of each program (act-order)
 GATHER_ROWS = 17
-#: runs of a tile up to which sums are scaled instead of weights (H200, M = 16:
+#: scale groups of a tile up to which sums are scaled instead of weights (H200, M = 16:
 #: bench/results/2026-11-27-h200)
 MOST_DOTS = 2
-#: M from which outliers read a transposed copy of x, whose rows then lie next to each other
+#: M from which outliers read a transposed copy of x, where the rows of one feature are contiguous
 TRANSPOSE_ROWS = 64
 
 
@@ -33,34 +35,38 @@ def traits_of(problem: Problem) -> layout.WeightOnlyTraits:
     return formats.get(problem.format).weight_only_traits(problem.shape, dict(problem.params))
 
 
-def sizes(traits: layout.WeightOnlyTraits) -> tuple[int, int, int, tuple[int, int]]:
-    """Of one tile, as `configs.fitted` wants them: features, packed bytes of a row, scratch bytes
-    of a row, twice.
+def sizes(traits: layout.WeightOnlyTraits) -> configs.StepSizes:
+    """The sizes of one step along K, which is one tile.
 
-    The scratch is read off compiled kernels (tests/kernels/test_shared_memory.py): high bits come
-    as words of their own, and go to the threads that hold the low ones by way of shared memory; so
-    do decoded weights, 2 bytes each, then and where a code is eight of them, but of these only a
-    part for few rows.
+    The scratch sizes were read off compiled kernels; tests/kernels/test_shared_memory.py checks
+    them. Shared memory is needed where data changes threads:
+    - High bits are in separate words and go to the threads that hold the low bits.
+    - Decoded weights, 2 bytes each, change threads if codes have high bits. With a codebook they do
+      too, but with few rows of x only a part of them.
+    - Two float32 scales per scale group do, where a tile has more than 8 groups (q2_k, triton 3.6).
     """
-    high, features = (
-        layout.high_words(traits.bits, traits.codebook),
-        layout.tile_features(traits.bits, traits.codebook),
-    )
-    decoded = (
-        (288, 2 * features + 160) if traits.codebook else (2 * features,) * 2 if high else (0, 0)
-    )
-    runs = min(16, features // max(1, min(traits.group_size, features)))
-    scales = 8 * runs if runs > 8 else 0  # two of float32 a run change hands (q2_k, triton 3.6)
-    return features, 64 + 4 * high, max(160 if high else 0, scales), decoded
+    high = layout.high_words(traits.bits, traits.codebook)
+    features = layout.tile_features(traits.bits, traits.codebook)
+    decoded = (0, 0)
+    if traits.codebook:
+        decoded = (288, 2 * features + 160)
+    elif high:
+        decoded = (2 * features, 2 * features)
+    groups = min(16, features // max(1, min(traits.group_size, features)))
+    scales = 8 * groups if groups > 8 else 0
+    return configs.StepSizes(features, 64 + 4 * high, max(160 if high else 0, scales), decoded)
 
 
 def family(traits: layout.WeightOnlyTraits) -> str:
-    """The name of its configurations: wide tiles hold more in registers, SpQR's real zero points
-    yet more; codes of a byte move twice as much."""
+    """The family's name in the table of configurations.
+
+    Tiles of 2- and 3-bit codes ("wide") need more registers, the zero points of SpQR, which are no
+    integers, still more. Codes of a byte move twice as many bytes.
+    """
     if traits.scaler == "two_level":
         return "weight_only.two_level"
     if traits.codebook:
-        return "weight_only.vectors"
+        return "weight_only.codebook"
     return {2: "weight_only.wide", 3: "weight_only.wide", 8: "weight_only.bytes"}.get(
         traits.bits, "weight_only"
     )
@@ -68,64 +74,81 @@ def family(traits: layout.WeightOnlyTraits) -> str:
 
 @lru_cache(maxsize=4096)
 def tabled(problem: Problem) -> configs.GemmConfig:
-    """The table's entry for problem.m rows; of each expert where the problem has experts."""
+    """The table's entry for problem.m rows. For experts, these are the rows of one expert."""
     traits, arch = traits_of(problem), configs.architecture(problem.capability)
-    own = (family(traits), arch, problem.m, problem.batch_invariant)
-    return configs.choose(*own, *sizes(traits), experts=problem.experts > 0)
+    return configs.choose(
+        family(traits),
+        arch,
+        problem.m,
+        problem.batch_invariant,
+        sizes(traits),
+        experts=problem.experts > 0,
+    )
 
 
-def constants(
-    traits: layout.WeightOnlyTraits, shape: tuple[int, int], *, group_lookup: bool, indexed: bool
-) -> dict[str, Any]:
-    """The kernel's compile-time arguments that depend on the weight alone."""
+def kernel_traits(
+    traits: layout.WeightOnlyTraits, shape: tuple[int, int], *, group_lookup: bool
+) -> KernelTraits:
+    """The kernel's argument TRAITS. group_lookup: whether the weight has a `slice_group`."""
     from ...triton_kernels import decoders, scalers
+    from ...triton_kernels.weight_only import KernelTraits
 
     decoder = decoders.BY_NAME[traits.decoder, traits.bits]
-    return {
-        "BITS": traits.bits,
-        "WIDTH": layout.plane_bits(traits.bits, traits.codebook),
-        "HIGH": layout.high_words(traits.bits, traits.codebook),
-        "STEP": layout.high_step(traits.bits, traits.codebook),
-        "SPLIT": decoder.split,
-        "FINISH": decoder.finish,
-        "SCALER": scalers.BY_NAME[traits.scaler],
-        "GROUP": traits.group_size,
-        "ROW_GROUP": traits.row_group,
-        "SCALE_GROUP": layout.scale_group(traits, shape[1], group_lookup=group_lookup),
-        "GROUP_LOOKUP": group_lookup,
-        "HAS_MIN": traits.scaler in scalers.HAS_MIN,
-        "ZERO": traits.scaler in scalers.ZERO,
-        "LAST_SCALE": traits.scaler == "scale" and traits.group_size >= shape[1],
-        "PERMUTED": indexed,
-        "OUTLIERS": traits.outliers,
-    }
+    return KernelTraits(
+        tile=layout.tile_features(traits.bits, traits.codebook),
+        bits=traits.bits,
+        width=layout.plane_bits(traits.bits, traits.codebook),
+        high_words=layout.high_words(traits.bits, traits.codebook),
+        high_step=layout.high_step(traits.bits, traits.codebook),
+        split=decoder.split,
+        finish=decoder.finish,
+        scaler=scalers.BY_NAME[traits.scaler],
+        group_size=traits.group_size,
+        row_group=traits.row_group,
+        scale_group=layout.scale_group(traits, shape[1], group_lookup=group_lookup),
+        group_lookup=group_lookup,
+        has_min=traits.scaler in scalers.HAS_MIN,
+        has_zero=traits.scaler in scalers.HAS_ZERO,
+        last_scale=traits.scaler == "scale" and traits.group_size >= shape[1],
+        outliers=traits.outliers,
+    )
+
+
+#: the tensors of the kernel's weight_args
+_WEIGHT_TENSORS = ("qdata", "qhigh", "perm", "lut")
+
+
+def pointers(
+    storage: Mapping[str, Tensor], traits: layout.WeightOnlyTraits
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The kernel's weight_args and scaler_args.
+
+    A pointer that the kernel never reads still needs an address, so qdata stands in for it.
+    """
+    qdata = storage["qdata"]
+    weight = tuple(storage.get(name, qdata) for name in _WEIGHT_TENSORS)
+    return weight, tuple(storage.get(name, qdata) for name in scaler_tensors(traits))
 
 
 def arguments(p: PackedWeight, traits: layout.WeightOnlyTraits) -> dict[str, Any]:
     """The kernel's arguments that depend on the weight alone."""
     n, k = p.shape
     storage = p.storage
-    qdata = storage["qdata"]
     if traits.codebook:
-        k = traits.group_size  # x comes out of its transform in whole tiles
-    indexed = "perm" in storage
-    # A pointer that is never read still has to be one: qdata stands in.
-    read = [storage.get(name, qdata) for name in scaler_tensors(traits)]
+        k = traits.group_size  # the transform of x writes whole tiles
+    weight_args, scaler_args = pointers(storage, traits)
     return {
-        "qdata_ptr": qdata,
-        "qhigh_ptr": storage.get("qhigh", qdata),
-        "perm_ptr": storage.get("perm", qdata),
-        "table_ptr": storage.get("lut", qdata),
-        "scaler_args": tuple(read),
+        "weight_args": weight_args,
+        "scaler_args": scaler_args,
         "N": n,
         "K": k,
-        "KP": storage["perm"].numel() if indexed else k,
-        **constants(traits, p.shape, group_lookup="slice_group" in storage, indexed=indexed),
+        "KP": storage["perm"].numel() if "perm" in storage else k,
+        "TRAITS": kernel_traits(traits, p.shape, group_lookup="slice_group" in storage),
     }
 
 
 def scaler_tensors(traits: layout.WeightOnlyTraits) -> tuple[str, ...]:
-    """Names of the tensors that a format's scaler reads, in its order."""
+    """Names of the tensors that a format's scaler reads, in order."""
     from ...triton_kernels import scalers
 
     return scalers.SCALER_TENSORS[traits.scaler]
@@ -134,19 +157,18 @@ def scaler_tensors(traits: layout.WeightOnlyTraits) -> tuple[str, ...]:
 def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
     """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout -> y (M, N).
 
-    Where x has to be copied, to gather, transpose or transform it, that is done for a slice of its
-    rows at a time. Every slice is computed as all rows together would be, so the results are the
-    same bits.
+    If x has to be gathered, transposed or transformed, that copies one slice of its rows at a time.
+    Each slice is computed exactly as with all rows at once, so the results are the same bits.
     """
     assert p.layout == layouts.WEIGHT_ONLY
     traits = traits_of(problem)
     weight = arguments(p, traits)
     bias = None if bias is None else bias.contiguous()
     y = torch.empty(x.shape[0], p.shape[0], dtype=x.dtype, device=x.device)
-    copied = row_bytes(p, traits, problem)
+    scratch = row_bytes(p, traits, problem)
 
     def launch(config: configs.GemmConfig) -> Tensor:
-        for rows in workspace.slices(x.shape[0], copied):
+        for rows in workspace.slices(x.shape[0], scratch):
             _rows(x[rows], y[rows], p, bias, weight, config, problem)
         return y
 
@@ -155,8 +177,10 @@ def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Te
 
 
 def bind(p: PackedWeight, problem: Problem) -> Recorded | None:
-    """`run` for this weight and problem alone: from its third call on it only starts kernels. None
-    where the rows go by slices."""
+    """`run` for this weight and problem alone, which from its third call on only starts kernels.
+
+    None if `run` computes the rows in slices.
+    """
     traits = traits_of(problem)
     if not workspace.fits(problem.m, row_bytes(p, traits, problem)):
         return None
@@ -171,7 +195,7 @@ def bind(p: PackedWeight, problem: Problem) -> Recorded | None:
 
 
 def row_bytes(p: PackedWeight, traits: layout.WeightOnlyTraits, problem: Problem) -> int:
-    """Scratch memory that a row of x takes in `_rows`, without partial sums."""
+    """Bytes of scratch memory that `_rows` needs for a row of x, without the partial sums."""
     n, k = p.shape
     size = 0
     if traits.outliers and problem.m >= TRANSPOSE_ROWS:
@@ -193,10 +217,13 @@ def _rows(
     problem: Problem,
     work: Work = NOW,
 ) -> None:
-    """The product of some rows of x, into the same rows of y. `problem` is that of all rows."""
+    """The product of some rows of x, into the same rows of y. `problem` is that of all rows.
+
+    Every decision depends on the number of all rows, so that the last slice of rows is computed
+    like the others.
+    """
     traits = traits_of(problem)
-    held = x.shape[0] * row_bytes(p, traits, problem)
-    # What the kernel reads and how transforms are cut goes by all rows, lest the last slice differ.
+    scratch = x.shape[0] * row_bytes(p, traits, problem)
     few = problem.m <= transforms.DECODE_ROWS or problem.batch_invariant
     sparse_x = x
     if traits.outliers:
@@ -206,19 +233,20 @@ def _rows(
         weight = {**weight, "outlier_args": (*_outliers(p), *strides)}
     if traits.transform_scales:
         x = transforms.before(x, p.storage, traits.transform_scales[0], traits.codebook, few, work)
-    if weight["PERMUTED"] and problem.m >= GATHER_ROWS:
-        x = _gathered(x, weight["perm_ptr"], work)
-        weight = {**weight, "K": x.shape[1], "KP": x.shape[1], "PERMUTED": False}
+    permuted = "perm" in p.storage
+    if permuted and problem.m >= GATHER_ROWS:
+        x = _gathered(x, p.storage["perm"], work)
+        weight, permuted = {**weight, "K": x.shape[1], "KP": x.shape[1]}, False
     if traits.transform_scales is None:
-        _launch(x, sparse_x, y, bias, weight, config, problem, held, work)
+        _launch(x, sparse_x, y, bias, weight, config, problem, permuted, scratch, work)
         return
-    inside = work.empty(tuple(y.shape), torch.float32, y.device)
-    _launch(x, sparse_x, inside, None, weight, config, problem, held, work)
-    transforms.after(inside, y, p.storage, traits.transform_scales[1], bias, few, work)
+    inner_y = work.empty(tuple(y.shape), torch.float32, y.device)
+    _launch(x, sparse_x, inner_y, None, weight, config, problem, permuted, scratch, work)
+    transforms.after(inner_y, y, p.storage, traits.transform_scales[1], bias, few, work)
 
 
 def configuration(problem: Problem) -> str:
-    """What `explain` says."""
+    """The configuration, as `explain` shows it."""
     return autotune.words(family(traits_of(problem)), problem, tabled(problem))
 
 
@@ -230,31 +258,40 @@ def _launch(
     weight: dict[str, Any],
     config: configs.GemmConfig,
     problem: Problem,
-    held: int = 0,
+    permuted: bool = False,
+    scratch: int = 0,
     work: Work = NOW,
 ) -> None:
-    """The kernel on some rows of the problem. sparse_x: what outliers multiply. held: bytes of
-    scratch memory taken already."""
+    """Launch the kernel for some rows of the problem.
+
+    sparse_x: the x that outliers multiply. weight: `arguments`. permuted: whether the kernel
+    gathers x. scratch: bytes of scratch memory that are already in use.
+    """
     from ...triton_kernels.weight_only import weight_only_gemm
 
     m, n = y.shape
     blocks_n, blocks_m = -(-n // config.block_n), -(-m // config.block_m)
-    tiles = -(-weight["KP"] // (16 * 32 // weight["WIDTH"]))
-    # In how many shares K is summed goes by all rows of the problem, and so does each row's result.
-    counted = blocks_n if problem.batch_invariant else blocks_n * -(-problem.m // config.block_m)
-    k_slices = configs.k_slices_of(config, tiles, counted, sm_count(x.device))
-    split = split_of(k_slices, blocks_n * blocks_m, config, held)
-    partial = counter = weight["qdata_ptr"]  # what is never read still needs an address
+    traits: KernelTraits = weight["TRAITS"]
+    tiles = -(-weight["KP"] // traits.tile)
+    # The number of K slices depends on all rows of the problem, because each row's result does.
+    all_blocks = blocks_n if problem.batch_invariant else blocks_n * -(-problem.m // config.block_m)
+    k_slices = configs.k_slices_of(config, tiles, all_blocks, sm_count(x.device))
+    split = split_of(k_slices, blocks_n * blocks_m, config, scratch)
+    partial = counter = weight["weight_args"][0]  # a pointer that is never read needs an address
     if split > 1:
         elements = split * blocks_n * blocks_m * config.block_n * config.block_m
         partial = work.empty((elements,), torch.float32, x.device)
         counter = workspace.counters(x.device)
     fixed = {
         "M": m,
+        "METHOD": method(
+            traits,
+            config,
+            problem,
+            permuted=permuted,
+            upcast=x.dtype == torch.bfloat16 and interpreted(),
+        ),
         "HAS_BIAS": bias is not None,
-        "UPCAST": x.dtype == torch.bfloat16 and interpreted(),
-        "WAIT": overtakes(configs.architecture(problem.capability)),
-        "POST_SCALE": scaled_after(weight, config, problem),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "K_SLICES": k_slices,
@@ -264,7 +301,6 @@ def _launch(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         "outlier_args": (),
-        "FOLDED": folded(weight, config, problem),
         "PREFETCH": prefetch(config.block_m),
         **pdl(x.device),
         **weight,
@@ -274,65 +310,78 @@ def _launch(
     work.start(launch, x, sparse_x, x if bias is None else bias, y, partial, counter)
 
 
-def folded(weight: dict[str, Any], config: configs.GemmConfig, problem: Problem) -> bool:
-    """Whether the runs of a tile go to columns of their own: where those that x leaves free of a
-    dot's least number suffice.
+def method(
+    traits: KernelTraits,
+    config: configs.GemmConfig,
+    problem: Problem,
+    *,
+    permuted: bool,
+    upcast: bool,
+) -> Method:
+    """The kernel's argument METHOD. permuted, upcast: as in `Method`."""
+    from ...triton_kernels.weight_only import Method
 
-    Not in batch-invariant mode: it sums in another order.
-    """
-    runs = _runs(weight)
-    fits = runs > 1 and problem.m * runs <= config.block_m
-    return (
-        fits and config.block_m == 16 and not weight["LAST_SCALE"] and not problem.batch_invariant
+    return Method(
+        folded=folded(traits, config, problem),
+        post_scale=post_scale(traits, config, problem),
+        permuted=permuted,
+        upcast=upcast,
+        wait=overtakes(configs.architecture(problem.capability)),
     )
 
 
-def scaled_after(weight: dict[str, Any], config: configs.GemmConfig, problem: Problem) -> bool:
-    """The kernel's POST_SCALE: also where there is but one dot a tile, so that its sums are taken
-    out once.
+def folded(traits: KernelTraits, config: configs.GemmConfig, problem: Problem) -> bool:
+    """Whether the unused columns of the dot hold the other scale groups of the same row.
 
-    Not where a tile has many runs: with a dot for each of its four, q4_k took 1.2 times as long at
-    M = 16 as with scaled weights.
+    That needs few enough rows. Never in batch-invariant mode, because it sums in another order.
+    """
+    groups = _scale_groups(traits)
+    fits = groups > 1 and problem.m * groups <= config.block_m
+    return fits and config.block_m == 16 and not traits.last_scale and not problem.batch_invariant
+
+
+def post_scale(traits: KernelTraits, config: configs.GemmConfig, problem: Problem) -> bool:
+    """Whether the kernel scales sums instead of weights.
+
+    It also does if a tile has only one dot, because its sums are then read once. It does not if a
+    tile has many scale groups: with a dot for each of its four groups, q4_k took 1.2 times as long
+    at M = 16 as with scaled weights.
     """
     if problem.batch_invariant:
         return config.post_scale
-    runs = _runs(weight)
-    return (config.post_scale and runs <= MOST_DOTS) or (runs == 1 and config.block_m == 16)
+    groups = _scale_groups(traits)
+    return (config.post_scale and groups <= MOST_DOTS) or (groups == 1 and config.block_m == 16)
 
 
-def _runs(weight: dict[str, Any]) -> int:
-    """Runs of a tile."""
-    return int(16 * 32 // weight["WIDTH"] // weight["SCALE_GROUP"])
+def _scale_groups(traits: KernelTraits) -> int:
+    """Scale groups of a tile."""
+    return traits.tile // traits.scale_group
 
 
-def split_of(k_slices: int, blocks: int, config: configs.GemmConfig, held: int = 0) -> int:
-    """Programs along K: one a share, or one for all where the workspace or the counters would not
-    do.
+def split_of(k_slices: int, blocks: int, config: configs.GemmConfig, scratch: int = 0) -> int:
+    """SPLIT_K: one program per K slice, or one for all slices.
 
-    held: bytes of the workspace that others have.
+    The latter if the workspace or the number of counters does not suffice. scratch: bytes of the
+    workspace that are already in use.
     """
-    needed = held + k_slices * blocks * config.block_m * config.block_n * 4
+    needed = scratch + k_slices * blocks * config.block_m * config.block_n * 4
     return k_slices if needed <= workspace.BYTES and blocks <= workspace.MAX_BLOCKS else 1
 
 
 def _outliers(p: PackedWeight) -> tuple[Tensor, Tensor]:
-    """Where they are, and what."""
+    """(row_offsets, col_vals) of the sparse outliers."""
     offsets, values = p.storage["outlier.row_offsets"], p.storage["outlier.col_vals"]
-    # an empty tensor has no address
+    # An empty tensor has no address.
     return (offsets, values) if values.numel() else (offsets, offsets)
 
 
 def _gathered(x: Tensor, perm: Tensor, work: Work) -> Tensor:
-    """x (M, K) -> (M, KP) in kernel order, zeros where it is padded."""
+    """x (M, K) -> (M, KP) in kernel order, zeros in the padding."""
     from ...triton_kernels.gather import gather_columns
 
     m, kp = x.shape[0], perm.numel()
     y = work.empty((m, kp), x.dtype, x.device)
     fixed = {"K": x.shape[1], "KP": kp, "BLOCK": 1024, **pdl(x.device)}
-    work.start(
-        Launch(gather_columns, (m, -(-kp // 1024)), fixed, ("x_ptr", "perm_ptr", "y_ptr")),
-        x,
-        perm,
-        y,
-    )
+    launch = Launch(gather_columns, (m, -(-kp // 1024)), fixed, ("x_ptr", "perm_ptr", "y_ptr"))
+    work.start(launch, x, perm, y)
     return y
