@@ -1,7 +1,7 @@
 // y = x @ W^T of 8-bit codes for many rows of x: tiles of ROWS rows of x by 128 rows of W.
 //
-// cp.async brings steps of 128 features of both into a ring in shared memory, STAGES deep. A row of
-// a step is 8 units of 16 bytes; unit u of row r lies at u ^ (r % 8), so that the 8 rows that
+// cp.async copies steps of 128 features of x and W to a ring in shared memory, STAGES deep. A row
+// of a step is 8 units of 16 bytes; unit u of row r is at u ^ (r % 8), so that the 8 rows that
 // ldmatrix reads at a time are in different banks. Eight warps share the tile:
 //
 //     ROWS   128, 64          32, 16
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1) eight_bit_gemm(EightBitArgs a
         unsigned char* stage = ring + (step - begin) % P::kStages * P::kStageBytes;
         copy_rows<ROWS>(stage, args.x, tile.m, args.m, args.kp, step);
     };
-    // No earlier kernel writes W, so its first copies start before the wait for that kernel.
+    // The last kernel may write x, but not W, so the first copies of W start before the wait.
     for (int step = begin; step < begin + P::kStages - 1 && step < end; step++) {
         copy_weight(step);
     }

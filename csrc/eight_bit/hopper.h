@@ -73,7 +73,7 @@ QK_DEVICE void copy_codes(const EightBitHopperArgs& all) {
             Barrier* full = P::full(ring.index);
             barrier_arrive_expect(full, P::kStageBytes);
             copy_box(P::stage(ring.index) + P::kWeightAt, all.weight, step * kStep, tile.n, full);
-            if (first) {  // an earlier kernel may write x, but never W
+            if (first) {  // the last kernel may write x, but not W
                 wait_for_last_kernel();
                 first = false;
             }

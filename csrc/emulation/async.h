@@ -9,11 +9,11 @@ namespace qk::emulation {
 inline Mbarrier& mbarrier_at(const void* p) {
     Machine& m = Machine::get();
     note_shared_read(p, 8);
-    const auto found = m.mbarriers.find(p);
-    if (found == m.mbarriers.end()) {
+    const auto entry = m.mbarriers.find(p);
+    if (entry == m.mbarriers.end()) {
         m.fail("use of an mbarrier that was not initialized");
     }
-    return found->second;
+    return entry->second;
 }
 
 inline void mbarrier_init(void* p, uint32_t count) {

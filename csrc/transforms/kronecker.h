@@ -332,7 +332,8 @@ __global__ void __launch_bounds__(kTransformThreads, kBlocksAtOnce)
         reinterpret_cast<Half*>(factor1_row + (args.factor1 != nullptr ? (args.c + 3) / 4 * 4 : 0));
     auto* factor2 = factor0 + (args.factor0 != nullptr ? args.a0 * padded_order(args.a0) : 0);
 
-    // No earlier kernel writes the weight. The transform before the product is transposed.
+    // The last kernel may write x, but not the factors. The transform before the product uses the
+    // transposed factors.
     if (args.factor0 != nullptr) {
         load_factor(factor0, args.factor0, args.a0, !AFTER);
     }

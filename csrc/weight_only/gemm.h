@@ -212,7 +212,8 @@ __global__ void __launch_bounds__(kThreads, (kGemmBlocks<DecoderOf<T, CODE>>))
     const int q = lane_index() / 4, j = lane_index() % 4, first = block.n0 + warp_index() * 16 + q;
     const typename S::Rows scale_rows(args, first);
 
-    // No earlier kernel writes the weight, so its loads start before the wait for that kernel.
+    // The last kernel may write x, but not the weight, so the loads of the weight start before the
+    // wait.
     QK_UNROLL
     for (int step = 0; step < kStages - 1; step++) {
         fetch_codes<D>(args, block, step);

@@ -188,7 +188,8 @@ __global__ void __launch_bounds__(kGemvThreads)
     const int end = begin + args.k_slice < args.tiles ? begin + args.k_slice : args.tiles;
     const uint64_t policy = evict_first();
 
-    // No earlier kernel writes the weight, so its loads start before the wait for that kernel.
+    // The last kernel may write x, but not the weight, so the loads of the weight start before the
+    // wait.
     constexpr int depth = S::kDepth;
     FetchedTile<D, S> fetched[depth];
     QK_UNROLL

@@ -105,7 +105,7 @@ QK_DEVICE void copy_all(const HopperArgs& args, const HopperShared<D, COLUMNS>& 
                           rows * kHighRow<D>, full);
             }
             codes.next();
-            if (first) {  // an earlier kernel may write x, but never the weight
+            if (first) {  // the last kernel may write x, but not the weight
                 wait_for_last_kernel();
                 first = false;
             }

@@ -167,7 +167,7 @@ def private_folder(folder: Path) -> Path:
 
 
 def check_owner(path: Path) -> None:
-    """RuntimeError if `path` is `untrusted`."""
+    """Raise RuntimeError if `path` is `untrusted`."""
     why = untrusted(path)
     if why is not None:
         raise RuntimeError(f"{why}. Remove it, or set QKERNELS_CACHE to a folder of your own")

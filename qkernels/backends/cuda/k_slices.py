@@ -1,4 +1,4 @@
-"""Split-K: how the launchers cut K into slices, each of which is summed by its own blocks.
+"""Split-K: how the launchers cut K into slices, which blocks sum separately.
 
 The order of a sum depends on the number of slices. So the number depends on the weight, the GPU and
 at most the rows of the whole problem, and never on which rows one launch computes.
