@@ -128,10 +128,10 @@ def _multiply(
     """
     for first in range(0, x.shape[0], MAX_ROWS):
         rows = slice(first, first + MAX_ROWS)
-        x_rows, y_rows = (x, y) if x.shape[0] <= MAX_ROWS else (x[rows], y[rows])
-        if x_rows.data_ptr() % 4:  # the kernel reads two features at a time
-            x_rows = work.made(x_rows.clone())
-        _launch(x_rows, p, bias, y_rows, call, traits, work)
+        part, into = (x, y) if x.shape[0] <= MAX_ROWS else (x[rows], y[rows])
+        if part.data_ptr() % 4:  # the kernel reads two features at a time
+            part = work.made(part.clone())
+        _launch(part, p, bias, into, call, traits, work)
 
 
 def partial_elements(n: int, m: int, count: int) -> int:
