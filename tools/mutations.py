@@ -176,7 +176,7 @@ QUAD, SPARSE = (f"csrc/weight_only/{f}.h" for f in ("quad_scalers", "outliers"))
 CUDA_DECODERS, MEMORY = "csrc/decoders/decoders.h", "csrc/ptx/memory.h"
 CUDA = [
     (GEMV, "acc[i] += group_scales.factor[i / 2] * sums[i]", "acc[i] += group_scales.factor[0] * sums[i]"),
-    (GEMV, "    sync_block();  // the activations are read", ""),
+    (GEMV, "    sync_block();  // no thread still reads the activations", ""),
     (GEMV, "        sync_block();\n        stage<T, D>", "        stage<T, D>"),
     (GEMV, "store_global(counter, 0)", "store_global(counter, 1)"),
     (GEMV, "w < kGemvWarps; w++", "w < kGemvWarps - 1; w++"),

@@ -1,4 +1,4 @@
-// The outlier columns of LLM.int8(): a product in 16 bits of gathered columns.
+// The outlier columns of LLM.int8(): a 16-bit product of gathered columns.
 //
 // quantize.h wrote the list of columns to device memory. In these columns the residual of x (x
 // minus its dequantized code; exactly x for an outlier, whose code is 0) is multiplied by the codes

@@ -191,7 +191,7 @@ QK_DEVICE void list_columns(const QuantizeArgs& args, int* shared) {
     for (int w = first; w < end; w++) {
         mine += count_ones(load_l2(mask + w));
     }
-    int before = mine;  // becomes the count of all threads up to this one
+    int before = mine;  // the loop adds the counts of the lower lanes
     QK_UNROLL
     for (int d = 1; d < 32; d *= 2) {
         const int other = shuffle_up(before, d);

@@ -63,7 +63,7 @@ void copies(const Args& args) {
 }
 
 void products(const Args& args) {
-    // a (64, 16) of ones in registers; b: 128 rows of which row r is r % 4
+    // a: (64, 16) ones in registers. b: 128 rows; every element of row r is r % 4.
     auto* b = reinterpret_cast<uint16_t*>(shared_memory());
     for (uint32_t i = thread_index(); i < 128 * 64; i += blocks_x() * 256) {
         store_shared(b + i, from_float<Half>(float(i / 64 % 4)).bits);

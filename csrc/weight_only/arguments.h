@@ -42,7 +42,7 @@ struct WeightOnlyArgs {
     int x_stride;  // gemm: features of a row of x, in kernel order, a multiple of 8
     int chunk;     // gemv: tiles whose activations are in shared memory at a time
     int x_rows;    // gemm with outliers: rows of x, padded with zeros to a multiple of 8
-    int is_float;  // y, in float32
+    int is_float;  // whether y is float32
 };
 
 /// One launch. qkernels/backends/cuda/calls.py has the same struct.

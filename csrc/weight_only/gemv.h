@@ -1,4 +1,4 @@
-// y = x @ W^T + bias for up to 8 rows of x: the weight is read once, straight into registers.
+// y = x @ W^T + bias for up to 8 rows of x: the weight is read once, directly to registers.
 //
 // A block has 16 rows of W and one split-K slice; its four warps take the tiles of the slice in
 // turn. Each warp keeps kDepth tiles of 16-byte loads in flight. The decoded weights are the first
@@ -142,7 +142,7 @@ QK_DEVICE bool is_last_slice(const WeightOnlyArgs& args, int* last) {
 QK_DEVICE bool reduce(float& total, const WeightOnlyArgs& args, const float (&acc)[4],
                       float* shared, const float* sparse) {
     const int t = thread_index(), q = lane_index() / 4, j = lane_index() % 4;
-    sync_block();  // the activations are read
+    sync_block();  // no thread still reads the activations
     QK_UNROLL
     for (int i = 0; i < 4; i++) {
         const int row = q + i / 2 * 8, column = j * 2 + i % 2;
