@@ -1,4 +1,4 @@
-// The Python module. Tensors come as addresses, so it depends on no version of torch.
+// The Python module. Tensors are passed as addresses, so it works with every version of torch.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
@@ -58,23 +58,23 @@ using Kernel = std::function<const char*(uintptr_t)>;
 const std::map<std::string, Kernel> kKernels = {QK_KERNELS(QK_ENTRY)};
 
 std::string run(const std::string& name, uintptr_t call) {
-    const auto found = kKernels.find(name);
-    if (found == kKernels.end()) {
+    const auto entry = kKernels.find(name);
+    if (entry == kKernels.end()) {
         throw std::invalid_argument("no CUDA kernel named " + name);
     }
-    return found->second(call);
+    return entry->second(call);
 }
 
 int version(cudaError_t (*ask)(int*)) {
-    int found = 0;
-    return ask(&found) == cudaSuccess ? found : 0;
+    int number = 0;
+    return ask(&number) == cudaSuccess ? number : 0;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
     m.doc() = "CUDA kernels of qkernels; see qkernels.backends.cuda.";
-    m.def("run", run, "Start a kernel. Returns an empty string, or what CUDA says is wrong.");
+    m.def("run", run, "Start a kernel. Returns an empty string, or CUDA's error message.");
     m.def("toolkit_version", [] { return CUDART_VERSION; }, "13000 for CUDA 13.0");
     m.def("driver_version", [] { return version(cudaDriverGetVersion); }, "0 without a driver");
 }

@@ -1,5 +1,5 @@
-// Decodes words on the host, for a test that compares every code with the Python reference. One
-// thread of the emulator does it, for codebooks are in shared memory.
+// Decodes words on the host, for a test that compares every code with the Python reference. It runs
+// in one thread of the emulator, because codebooks are in shared memory.
 #include "dispatch.h"
 
 namespace qk {
@@ -18,7 +18,7 @@ void decode(const uint32_t* words, const uint32_t* high, const Table& table, int
     }
 }
 
-/// With the first words of `table` as the codebook.
+/// Decodes in the emulator. The first words of `table` are the codebook, if there is one.
 template <typename T, int CODE>
 std::string run(const uint32_t* words, const uint32_t* high, const uint32_t* table, int count,
                 float zero, uint32_t* out) {
@@ -51,8 +51,8 @@ Function find(int code) {
 }  // namespace
 }  // namespace qk
 
-/// words, high (count); table: 8 words, or a codebook; out (count, pairs of a word), each two
-/// values of the 16-bit type. Returns "" or what the emulator found wrong.
+/// words, high: (count). table: 8 words, or a codebook. out: (count, pairs of a word), each pair
+/// two values of the 16-bit type. Returns the emulator's error message, or "".
 extern "C" const char* qk_decode(int code, int is_bfloat, const uint32_t* words,
                                  const uint32_t* high, const uint32_t* table, int count, float zero,
                                  uint32_t* out) {
@@ -62,7 +62,7 @@ extern "C" const char* qk_decode(int code, int is_bfloat, const uint32_t* words,
     return error.c_str();
 }
 
-/// float32 -> the 16-bit type -> float32, in place: the conversions themselves.
+/// float32 -> the 16-bit type -> float32, in place: tests the conversions.
 extern "C" void qk_round(int is_bfloat, float* values, int count) {
     for (int i = 0; i < count; i++) {
         values[i] = is_bfloat ? qk::to_float(qk::from_float<qk::BFloat>(values[i]))

@@ -1,15 +1,16 @@
-// Decoders: a word of codes -> pairs of 16-bit floats, exact, before scaling. One policy per kind
-// of code; the words are those of qkernels/layouts/weight_only.py.
+// Decoders: a word of codes -> pairs of 16-bit floats, exact, before scaling. One policy class per
+// kind of code. qkernels/layouts/weight_only.py defines the words.
 //
-//   kWidth           bits of a code in its word (codes of 3, 5, 6 bits keep their low 2 or 4 there)
+//   kWidth           bits of a code in its word (of 3, 5 and 6 bits, the low 2 or 4 are there)
 //   kPairs           pairs of neighbouring features in a word
-//   kHigh            words of high bits that a lane has of a tile and row: 0, 1, 2 or 4
-//   kHighStep        how far apart the high bits of words that share one lie
+//   kHigh            words of high bits that a lane has per tile and row: 0, 1, 2 or 4
+//   kHighStep        shift between the high bits of code words that share a word of high bits
 //   kBook            words of a codebook that `split` looks up in shared memory
+//   kTable           whether `split` reads the 16-entry table
 //   split            word -> pairs[s]; values may be off by a constant or a power of two
-//   offset           the zero point as `finish` wants it, in both halves
-//   finish           takes the constant and the zero point off
-//   kFinished        whether `split` has done all that: `finish` returns what it is given
+//   offset           the zero point as `finish` takes it, in both halves
+//   finish           subtracts the constant and the zero point
+//   kFinished        whether `split` gives final values, so that `finish` returns its argument
 //
 // Integer codes become floats without a conversion: OR-ing a code into the low mantissa bits of 2^m
 // (m = 10 in float16, 7 in bfloat16) makes the float 2^m + code, in both halves of a word at once.
@@ -19,14 +20,14 @@
 
 namespace qk {
 
-/// w: the 16 entries of a table cut into bytes: low bytes of entries 0-3, ... 12-15, then high
+/// w: the 16 entries of a table, split into bytes: low bytes of entries 0-3, ... 12-15, then high
 /// bytes. book: the codebook in shared memory.
 struct Table {
     uint32_t w[8];
     const uint32_t* book;
 };
 
-/// What most decoders have not: a codebook, or high bits of their own.
+/// Defaults: no high bits, no codebook, no table.
 struct Basic {
     static constexpr int kHigh = 0, kHighStep = 0, kBook = 0;
     static constexpr bool kTable = false, kFinished = false;
@@ -52,51 +53,52 @@ struct Magic<BFloat> {
 };
 
 template <typename T>
-QK_BOTH uint32_t twice(float value) {
+QK_HOST_DEVICE uint32_t broadcast(float value) {
     const T v = from_float<T>(value);
     return pair(v, v);
 }
 
-/// word >> right, or to the left where that is negative.
-QK_BOTH uint32_t moved(uint32_t word, int right) {
+/// word >> right; a negative `right` shifts to the left.
+QK_HOST_DEVICE uint32_t shifted_right(uint32_t word, int right) {
     return right >= 0 ? word >> right : word << -right;
 }
 
-/// Unsigned integers of up to 6 bits, and of 8 bits in float16, less a zero point.
+/// Unsigned integers of up to 6 bits, and of 8 bits in float16, minus a zero point.
 template <typename T, int BITS>
 struct Linear : Basic {
     static constexpr int kWidth = BITS == 3 ? 2 : BITS > 4 && BITS < 8 ? 4 : BITS;
     static constexpr int kPairs = 16 / kWidth;
     static constexpr int kHighStep = BITS - kWidth, kHigh = kHighStep * kPairs / 4;
-    /// What `split` adds to a code.
+    /// The constant that `split` adds to a code.
     static constexpr float kAdded = Magic<T>::kValue;
 
-    /// high: of pair s at bits s * kWidth and 16 + s * kWidth.
-    static QK_BOTH void split(uint32_t word, uint32_t high, const Table&,
-                              uint32_t (&pairs)[kPairs]) {
+    /// high: the high bits of pair s are at bits s * kWidth and 16 + s * kWidth.
+    static QK_HOST_DEVICE void split(uint32_t word, uint32_t high, const Table&,
+                                     uint32_t (&pairs)[kPairs]) {
         spread<0>(word, high, Magic<T>::kBits, pairs);
     }
-    /// pairs[s] = base | codes, UP bits up.
+    /// pairs[s] = base | codes << UP.
     template <int UP>
-    static QK_BOTH void spread(uint32_t word, uint32_t high, uint32_t base,
-                               uint32_t (&pairs)[kPairs]) {
+    static QK_HOST_DEVICE void spread(uint32_t word, uint32_t high, uint32_t base,
+                                      uint32_t (&pairs)[kPairs]) {
         constexpr uint32_t mask = (((1u << kWidth) - 1) << UP) * 0x10001;
         constexpr uint32_t high_mask = (((1u << kHighStep) - 1) << (kWidth + UP)) * 0x10001;
         QK_UNROLL
         for (int s = 0; s < kPairs; s++) {
-            pairs[s] = lop3<kAndOr>(moved(word, s * kWidth - UP), mask, base);
+            pairs[s] = lop3<kAndOr>(shifted_right(word, s * kWidth - UP), mask, base);
             if (kHigh > 0) {
-                pairs[s] = lop3<kAndOr>(moved(high, (s - 1) * kWidth - UP), high_mask, pairs[s]);
+                pairs[s] =
+                    lop3<kAndOr>(shifted_right(high, (s - 1) * kWidth - UP), high_mask, pairs[s]);
             }
         }
     }
-    static QK_BOTH uint32_t offset(float zero) { return twice<T>(kAdded + zero); }
-    static QK_BOTH uint32_t finish(uint32_t both, uint32_t offset) {
-        return fma2<T>(offset, Magic<T>::kMinusOne, both);
+    static QK_HOST_DEVICE uint32_t offset(float zero) { return broadcast<T>(kAdded + zero); }
+    static QK_HOST_DEVICE uint32_t finish(uint32_t values, uint32_t offset) {
+        return fma2<T>(offset, Magic<T>::kMinusOne, values);
     }
 };
 
-/// A normal number's bits in both halves, for constants: T's own conversions are instructions.
+/// The bits of a normal number in both halves, at compile time: conversions to T are instructions.
 template <typename T>
 constexpr uint32_t constant2(float value) {
     const bool negative = value < 0;
@@ -114,54 +116,55 @@ constexpr uint32_t constant2(float value) {
     return (bits | (negative ? 0x8000u : 0)) * 0x10001u;
 }
 
-/// Unsigned integers less the middle of their range, 2^(BITS - 1).
+/// Signed codes: unsigned integers minus 2^(BITS - 1).
 template <typename T, int BITS>
 struct Signed : Linear<T, BITS> {
-    static QK_BOTH uint32_t offset(float) { return 0; }
-    static QK_BOTH uint32_t finish(uint32_t both, uint32_t) {
+    static QK_HOST_DEVICE uint32_t offset(float) { return 0; }
+    static QK_HOST_DEVICE uint32_t finish(uint32_t values, uint32_t) {
         constexpr uint32_t less = constant2<T>(-(Linear<T, BITS>::kAdded + (1 << (BITS - 1))));
-        return fma2<T>(both, Magic<T>::kOne, less);
+        return fma2<T>(values, Magic<T>::kOne, less);
     }
 };
 
-/// Unsigned integers as they are.
+/// Unsigned codes.
 template <typename T, int BITS>
 struct Unsigned : Linear<T, BITS> {
-    static QK_BOTH uint32_t offset(float) { return 0; }
-    static QK_BOTH uint32_t finish(uint32_t both, uint32_t) {
+    static QK_HOST_DEVICE uint32_t offset(float) { return 0; }
+    static QK_HOST_DEVICE uint32_t finish(uint32_t values, uint32_t) {
         constexpr uint32_t less = constant2<T>(-Linear<T, BITS>::kAdded);
-        return fma2<T>(both, Magic<T>::kOne, less);
+        return fma2<T>(values, Magic<T>::kOne, less);
     }
 };
 
-/// Floats made of 2 * code + 1 -> code + 1/2 - LESS, exactly.
+/// A float whose low bits are 2 * code + 1 -> code + 1/2 - LESS, exactly.
 template <typename T, int LESS>
-QK_BOTH uint32_t halved(uint32_t both) {
-    // -(2^m / 2 + LESS), whose last bit is a half
+QK_HOST_DEVICE uint32_t halved(uint32_t values) {
+    // -(2^m / 2 + LESS); the last bit of this float is worth 1/2
     constexpr uint32_t offset = (Magic<T>::kMinusMiddle + 2 * LESS) * 0x10001u;
-    return fma2<T>(both, Magic<T>::kHalf, offset);
+    return fma2<T>(values, Magic<T>::kHalf, offset);
 }
 
-/// Unsigned integers less half of the largest one.
+/// Half-integer codes: unsigned integers minus half of the largest one.
 template <typename T, int BITS>
 struct HalfInteger : Linear<T, BITS> {
-    static QK_BOTH void split(uint32_t word, uint32_t high, const Table&,
-                              uint32_t (&pairs)[Linear<T, BITS>::kPairs]) {
+    static QK_HOST_DEVICE void split(uint32_t word, uint32_t high, const Table&,
+                                     uint32_t (&pairs)[Linear<T, BITS>::kPairs]) {
         Linear<T, BITS>::template spread<1>(word, high, Magic<T>::kBits | 0x10001, pairs);
     }
-    static QK_BOTH uint32_t offset(float) { return 0; }
-    static QK_BOTH uint32_t finish(uint32_t both, uint32_t) {
-        return halved<T, 1 << (BITS - 1)>(both);
+    static QK_HOST_DEVICE uint32_t offset(float) { return 0; }
+    static QK_HOST_DEVICE uint32_t finish(uint32_t values, uint32_t) {
+        return halved<T, 1 << (BITS - 1)>(values);
     }
 };
 
-/// 8 bits in bfloat16, whose mantissa is too short for the trick: by way of float32.
+/// 8 bits in bfloat16, whose mantissa is too short for the addition of 2^m: through float32.
 template <>
 struct Linear<BFloat, 8> : Basic {
     static constexpr int kWidth = 8, kPairs = 2;
     static constexpr float kAdded = 0;
 
-    static QK_BOTH void split(uint32_t word, uint32_t, const Table&, uint32_t (&pairs)[kPairs]) {
+    static QK_HOST_DEVICE void split(uint32_t word, uint32_t, const Table&,
+                                     uint32_t (&pairs)[kPairs]) {
         QK_UNROLL
         for (int s = 0; s < kPairs; s++) {
             const float even =
@@ -171,20 +174,22 @@ struct Linear<BFloat, 8> : Basic {
             pairs[s] = prmt(float_to_bits(even), float_to_bits(odd), 0x7632);
         }
     }
-    static QK_BOTH uint32_t offset(float zero) { return twice<BFloat>(zero); }
-    static QK_BOTH uint32_t finish(uint32_t both, uint32_t offset) {
-        return fma2<BFloat>(offset, Magic<BFloat>::kMinusOne, both);
+    static QK_HOST_DEVICE uint32_t offset(float zero) { return broadcast<BFloat>(zero); }
+    static QK_HOST_DEVICE uint32_t finish(uint32_t values, uint32_t offset) {
+        return fma2<BFloat>(offset, Magic<BFloat>::kMinusOne, values);
     }
 };
 
-/// Codes of 4 bits that index a table: NF4, FP4, IQ4_NL. Bytes are looked up four at a time.
+/// 4-bit codes that index a table: NF4, FP4, IQ4_NL. Bytes are looked up four at a time.
 template <typename T>
 struct Lut16 : Basic {
     static constexpr int kWidth = 4, kPairs = 4;
     static constexpr bool kTable = true, kFinished = true;
 
-    static QK_BOTH void split(uint32_t word, uint32_t, const Table& t, uint32_t (&pairs)[kPairs]) {
-        // prmt picks among eight bytes by three bits of a nibble; a second one by the fourth bit.
+    static QK_HOST_DEVICE void split(uint32_t word, uint32_t, const Table& t,
+                                     uint32_t (&pairs)[kPairs]) {
+        // prmt selects one of eight bytes by three bits of a nibble; a second prmt uses the fourth
+        // bit.
         uint32_t low3 = word & 0x77777777, bit3 = lop3<kAndOr>(word >> 1, 0x44444444, 0x32103210);
         QK_UNROLL
         for (int half = 0; half < 2; half++) {
@@ -197,33 +202,34 @@ struct Lut16 : Basic {
             bit3 >>= 16;
         }
     }
-    static QK_BOTH uint32_t offset(float) { return 0; }
-    static QK_BOTH uint32_t finish(uint32_t both, uint32_t) { return both; }
+    static QK_HOST_DEVICE uint32_t offset(float) { return 0; }
+    static QK_HOST_DEVICE uint32_t finish(uint32_t values, uint32_t) { return values; }
 };
 
-/// 8-bit floats with EXPONENT bits of exponent: moved into place, then the bias put right.
+/// 8-bit floats with EXPONENT bits of exponent: shifted into place, then the bias is corrected.
 template <typename T, int EXPONENT>
 struct Float8 : Basic {
     static constexpr int kWidth = 8, kPairs = 2;
     static constexpr bool kIsHalf = Magic<T>::kValue == 1024;
-    // Bits of mantissa that T has and the code has not.
+    // Mantissa bits of T minus those of the code.
     static constexpr int kShift = (kIsHalf ? 10 : 7) - (7 - EXPONENT);
 
-    static QK_BOTH void split(uint32_t word, uint32_t, const Table&, uint32_t (&pairs)[kPairs]) {
+    static QK_HOST_DEVICE void split(uint32_t word, uint32_t, const Table&,
+                                     uint32_t (&pairs)[kPairs]) {
         QK_UNROLL
         for (int s = 0; s < kPairs; s++) {
-            const uint32_t both = word >> s * 8;
-            pairs[s] = lop3<kAndOr>(both << 8, 0x80008000, (both & 0x007F007F) << kShift);
+            const uint32_t values = word >> s * 8;
+            pairs[s] = lop3<kAndOr>(values << 8, 0x80008000, (values & 0x007F007F) << kShift);
         }
     }
-    static QK_BOTH uint32_t offset(float) { return 0; }
-    static QK_BOTH uint32_t finish(uint32_t both, uint32_t) {
+    static QK_HOST_DEVICE uint32_t offset(float) { return 0; }
+    static QK_HOST_DEVICE uint32_t finish(uint32_t values, uint32_t) {
         if (kIsHalf && EXPONENT == 5) {
-            return both;
+            return values;
         }
         // 2^(bias of T - bias of the code): 2^8 in float16, 2^120 or 2^112 in bfloat16
         constexpr uint32_t factor = kIsHalf ? 0x5C005C00 : EXPONENT == 4 ? 0x7B807B80 : 0x77807780;
-        return fma2<T>(both, factor, Magic<T>::kMinusZero);
+        return fma2<T>(values, factor, Magic<T>::kMinusZero);
     }
 };
 

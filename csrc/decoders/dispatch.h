@@ -1,9 +1,9 @@
-// From a number known at run time to a decoder's type.
+// The number of every kind of code, and its decoder.
 #pragma once
 #include "decoders.h"
 #include "e8p.h"
 
-/// Every code, with the decoder that T's values come from; the tests name them in this order.
+/// Every kind of code with its decoder for T. tests/cuda/test_decoders.py has the same order.
 #define QK_CODES(X)                     \
     X(kLinear2, Linear<T, 2>)           \
     X(kLinear3, Linear<T, 3>)           \

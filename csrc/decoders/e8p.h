@@ -1,8 +1,9 @@
-// E8P, the codes of QuIP#: each stands for eight weights, as qkernels/formats/e8p.py has them.
+// E8P, the codes of QuIP#: each code stands for eight weights (qkernels/formats/e8p.py).
 //
-// A word has two codes and decodes like a word of 2-bit codes: pairs 0-3 are the first code's,
-// pairs 4-7 the second's. The codebook has eight nibbles a word, nibble k and k + 4 for pair k: 256
-// words for E8P itself, 256 for the residual of 3 bits. Weights come out in units of a half.
+// A word has two codes and decodes like a word of 2-bit codes: pairs 0-3 belong to the first code,
+// pairs 4-7 to the second. A word of the codebook has eight nibbles, nibbles k and k + 4 for pair
+// k. The codebook has 256 words for E8P itself, and 256 for the residual of 3 bits. Decoded weights
+// are in units of 1/2.
 #pragma once
 #include "decoders.h"
 
@@ -11,11 +12,12 @@ namespace qk {
 /// A ^ B ^ C.
 constexpr int kXor3 = 0xF0 ^ 0xCC ^ 0xAA;
 
-/// Two codes -> of each eight nibbles q, q - 7.5 being the weights.
+/// Two codes -> eight nibbles q of each; the weights are q - 7.5.
 ///
-/// The high byte picks a word of the codebook, eight odd nibbles o for o - 8. The low byte holds
-/// signs, o -> 16 - o, the first one flipped if their number is odd: so it is even, and its parity
-/// says instead whether half a unit is added or taken off, which makes the odd nibbles even.
+/// The high byte selects a word of the codebook: eight odd nibbles o, each for the value o - 8. The
+/// low byte has a sign per nibble, o -> 16 - o. If the number of signs is odd, the first one is
+/// flipped, so that the number is even. The parity of the byte says whether half a unit is added or
+/// subtracted, which makes the odd nibbles even.
 QK_DEVICE void e8p_nibbles(uint32_t codes, const uint32_t* book, uint32_t (&nibbles)[2]) {
     uint32_t odd = codes & 0x00FF00FF;
     odd ^= odd >> 4;
@@ -44,15 +46,17 @@ struct E8p : Basic {
         e8p_nibbles(word, table.book, nibbles);
         QK_UNROLL
         for (int s = 0; s < kPairs; s++) {
-            pairs[s] = lop3<kAndOr>(moved(nibbles[s / 4], s % 4 * 4 - 1), 0x001E001E,
+            pairs[s] = lop3<kAndOr>(shifted_right(nibbles[s / 4], s % 4 * 4 - 1), 0x001E001E,
                                     Magic<T>::kBits | 0x10001);
         }
     }
-    static QK_BOTH uint32_t offset(float) { return 0; }
-    static QK_BOTH uint32_t finish(uint32_t both, uint32_t) { return halved<T, 8>(both); }
+    static QK_HOST_DEVICE uint32_t offset(float) { return 0; }
+    static QK_HOST_DEVICE uint32_t finish(uint32_t values, uint32_t) {
+        return halved<T, 8>(values);
+    }
 };
 
-/// 3 and 4 bits: a second code for what the first one leaves, added in float32 and rounded once.
+/// 3 and 4 bits: a second code for the residual of the first, added in float32 and rounded once.
 template <typename T, int BITS>
 struct E8pResidual : Basic {
     static constexpr int kWidth = 2, kPairs = 8;
@@ -60,13 +64,14 @@ struct E8pResidual : Basic {
     static constexpr int kBook = BITS == 3 ? 512 : 256;
     static constexpr bool kFinished = true;
     /// 1 / ROUNDING[bits].share of qkernels/formats/e8p.py
-    static constexpr float kShare = BITS == 3 ? float(1 / 2.04) : float(1 / 3.45);
+    static constexpr float kResidualScale = BITS == 3 ? float(1 / 2.04) : float(1 / 3.45);
 
-    /// Nibble `k` less 7.5, or less 8 for the points of the third bit.
+    /// Nibble `k` minus 7.5, or minus 8 for the residual codebook of 3 bits.
     template <bool HALF>
-    static QK_BOTH float units(uint32_t nibbles, int k) {
+    static QK_HOST_DEVICE float units(uint32_t nibbles, int k) {
         constexpr uint32_t magic = 0x4A800000 | uint32_t(HALF);  // 2^22, in steps of a half
-        return bits_to_float(lop3<kAndOr>(moved(nibbles, k * 4 - 1), 0x1E, magic)) - 4194312.0f;
+        return bits_to_float(lop3<kAndOr>(shifted_right(nibbles, k * 4 - 1), 0x1E, magic)) -
+               4194312.0f;
     }
     static QK_DEVICE void split(uint32_t word, uint32_t high, const Table& table,
                                 uint32_t (&pairs)[kPairs]) {
@@ -81,18 +86,18 @@ struct E8pResidual : Basic {
         }
         QK_UNROLL
         for (int s = 0; s < kPairs; s++) {
-            T both[2];
+            T values[2];
             QK_UNROLL
             for (int b = 0; b < 2; b++) {
                 const int k = s % 4 + b * 4;
-                both[b] = from_float<T>(units<true>(first[s / 4], k) +
-                                        units<half>(second[s / 4], k) * kShare);
+                values[b] = from_float<T>(units<true>(first[s / 4], k) +
+                                          units<half>(second[s / 4], k) * kResidualScale);
             }
-            pairs[s] = pair(both[0], both[1]);
+            pairs[s] = pair(values[0], values[1]);
         }
     }
-    static QK_BOTH uint32_t offset(float) { return 0; }
-    static QK_BOTH uint32_t finish(uint32_t both, uint32_t) { return both; }
+    static QK_HOST_DEVICE uint32_t offset(float) { return 0; }
+    static QK_HOST_DEVICE uint32_t finish(uint32_t values, uint32_t) { return values; }
 };
 
 }  // namespace qk

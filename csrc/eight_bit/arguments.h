@@ -1,26 +1,26 @@
-// What the 8-bit kernels are given: codes in the layout of qkernels/layouts/eight_bit.py.
+// Arguments of the 8-bit kernels. Codes are in the layout of qkernels/layouts/eight_bit.py.
 #pragma once
 #include <cstdint>
 
 namespace qk {
 
-/// What shares a scale of x.
-enum SharedScale : int { kToken, kGroup128, kTensor };
+/// Elements of x with one scale: a row, 128 features of a row, or all.
+enum Granularity : int { kToken, kGroup128, kTensor };
 
 struct QuantizeArgs {
     const void* x;       // (M, K), the 16-bit type
-    const void* up;      // (M, K) or null: what is quantized is silu(x) * up
-    const void* norm;    // (K) or null: RMSNorm with this weight comes first
-    void* rounded;       // (M, K) or null: gets what was quantized, in 16 bits
-    uint8_t* codes;      // (M, KP), zeros beyond K; or null: only `columns` are wanted
+    const void* up;      // (M, K) or null: silu(x) * up is quantized
+    const void* norm;    // (K) or null: RMSNorm with this weight is applied first
+    void* rounded;       // (M, K) or null: gets the values that are quantized, in 16 bits
+    uint8_t* codes;      // (M, KP), zeros from K on; or null: only `columns` are written
     float* scale;        // (M), (groups, M): written; (1): read
     const int8_t* zero;  // (1) or null
     int* columns;        // (K + 1) or null: the outlier columns in order, and at K their number
-    int*
-        counter;  // (1 + ceil(K / 32)), zero before and after; or null: `columns` are there already
+    // (1 + ceil(K / 32)), zero before and after; or null: `columns` is an input
+    int* counter;
     float eps, threshold;
     int m, k, kp;
-    int shared, is_int8, is_bfloat;
+    int granularity, is_int8, is_bfloat;
     int vector;  // rows of x, up, norm and rounded may be read 16 bytes at a time
 };
 
@@ -32,32 +32,31 @@ struct EightBitArgs {
     const int8_t* zero;     // (1) or null
     const int* row_sum;     // (N), with `zero`
     const void* bias;       // (N) or null, the 16-bit type
-    const void* x16;        // (M, K) what x was
+    const void* x16;        // (M, K) x before it was quantized, the 16-bit type
     const int* columns;     // (K + 1) or null: the outlier columns, and at K their number
     void* y;                // (M, N)
-    void* partial;          // (shares, blocks, outputs of a block), int32 or float32
+    void* partial;          // (split-K slices, blocks, outputs of a block), int32 or float32
     int* counter;           // (blocks), zero before and after
     float threshold;
     int m, n, k, kp;
-    int k_slice;  // steps of 128 features that are summed on their own
+    int k_slice;  // steps of 128 features in a split-K slice
     int one_scale, by_element, is_bfloat;
 };
 
-/// One launch, as Python asks for it: qkernels/backends/cuda/eight_bit.py has the same structs.
+/// One launch. qkernels/backends/cuda/eight_bit.py has the same structs.
 struct QuantizeCall {
     QuantizeArgs args;
     uint64_t stream;
-    int pdl;   // launch before the last kernel is done (sm_90+)
-    int size;  // of this struct, as the caller knows it
+    int pdl;   // programmatic dependent launch (sm_90+)
+    int size;  // bytes of this struct in the caller's build
 };
 struct EightBitCall {
     EightBitArgs args;
     uint64_t stream;
-    uint32_t split;  // blocks along K; of Hopper's kernel all blocks
+    uint32_t split;  // blocks along K; for the Hopper kernel all blocks
     int is_gemv;
-    int rows;    // of x in a block: 8 or 16 of the gemv, 16, 32, 64 or 128 of the gemm; 0: Hopper's
-                 // kernel
-    int blocks;  // scales are of 128-blocks
+    int rows;    // rows of x in a block: 8 or 16 (gemv), 16, 32, 64 or 128 (gemm), 0 (Hopper)
+    int blocks;  // scales are of 128 x 128 blocks
     int pdl, size;
 };
 

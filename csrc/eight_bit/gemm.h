@@ -1,28 +1,28 @@
 // y = x @ W^T of 8-bit codes for many rows of x: tiles of ROWS rows of x by 128 rows of W.
 //
-// cp.async brings steps of 128 features of both into a ring in shared memory, STAGES deep. A row of
-// a step is 8 units of 16 bytes; unit u of row r lies at u ^ (r % 8), so that the 8 rows that
+// cp.async copies steps of 128 features of x and W to a ring in shared memory, STAGES deep. A row
+// of a step is 8 units of 16 bytes; unit u of row r is at u ^ (r % 8), so that the 8 rows that
 // ldmatrix reads at a time are in different banks. Eight warps share the tile:
 //
 //     ROWS   128, 64          32, 16
 //     warps  2 x 4            1 x 8        along x, along W
 //
-// The order of every sum depends on KP and `share` alone, never on ROWS, nor on whether shares of K
-// are blocks of their own or one after another in one block (fp8 with up to 64 ROWS; int8 is
-// exact): rows get bitwise the same result whatever M is.
+// The order of every sum depends only on KP and `k_slice`. It does not depend on ROWS, or on
+// whether each split-K slice has its own block or one block computes all slices in sequence (fp8
+// with up to 64 ROWS; int8 is exact). So rows get bitwise the same result for every M.
 #pragma once
 #include "gemv.h"
 
 namespace qk {
 
 constexpr int kTileN = 128, kGemmThreads = 256, kUnits = kStep / 16;
-/// Blocks of W whose blocks of x follow one another, so that both are in the L2.
-constexpr int kTogether = 8;
+/// Blocks of W that are visited together for each block of x, so that both stay in the L2.
+constexpr int kGroupedBlocks = 8;
 
 template <int ROWS>
 struct Tiling {
     static constexpr int kRows = ROWS, kColumns = kTileN;
-    /// 16-bit numbers between rows of the result in shared memory.
+    /// Stride between rows of the result in shared memory, in 16-bit elements.
     static constexpr int kOutStride = kColumns + 8;
     static constexpr int kStages = ROWS == 128 ? 3 : 4;  // 96 KiB at most: sm_120 has 99
     static constexpr int kWarpsM = ROWS >= 64 ? 2 : 1, kWarpsN = 8 / kWarpsM;
@@ -30,7 +30,7 @@ struct Tiling {
     static constexpr int kSums = kTilesM * kTilesN * 4;
     static constexpr int kStageBytes = (ROWS + kTileN) * kStep;
     static constexpr size_t kRing = size_t(kStages) * kStageBytes;
-    /// Who stores a tile together.
+    /// The threads that store a tile together.
     static constexpr int kThreads = kGemmThreads;
     static QK_DEVICE int index() { return thread_index(); }
     static QK_DEVICE void sync() { sync_block(); }
@@ -38,21 +38,22 @@ struct Tiling {
     static constexpr size_t kShared = kRing > kOut ? kRing : kOut;
 };
 
+/// A work tile: its first row of x and of W, and its number.
 struct Tile {
     int m, n, block;
 };
-/// Tile number `block`: kTogether blocks of W at a time.
+/// Work tile number `block`: kGroupedBlocks blocks of W at a time.
 template <int ROWS, int COLUMNS>
 QK_DEVICE Tile tile_of(const EightBitArgs& args, int block) {
     const int blocks_n = (args.n + COLUMNS - 1) / COLUMNS, blocks_m = (args.m + ROWS - 1) / ROWS;
-    const int per_group = kTogether * blocks_m;
-    const int first = block / per_group * kTogether;
-    const int together = blocks_n - first < kTogether ? blocks_n - first : kTogether;
-    return {block % per_group / together * ROWS, (first + block % per_group % together) * COLUMNS,
+    const int per_group = kGroupedBlocks * blocks_m;
+    const int first = block / per_group * kGroupedBlocks;
+    const int grouped = blocks_n - first < kGroupedBlocks ? blocks_n - first : kGroupedBlocks;
+    return {block % per_group / grouped * ROWS, (first + block % per_group % grouped) * COLUMNS,
             block};
 }
 
-/// `count` rows of codes of one step into shared memory; zeros past the last row and feature.
+/// Copies COUNT rows of codes of one step to shared memory; zeros past the last row and feature.
 template <int COUNT>
 QK_DEVICE void copy_rows(unsigned char* to, const uint8_t* from, int first, int rows, int kp,
                          int step) {
@@ -75,7 +76,7 @@ QK_DEVICE const unsigned char* swizzled(const unsigned char* rows, int row, int 
 template <typename P, typename Sum>
 using Sums = Sum[P::kTilesM][P::kTilesN][4];
 
-/// part += 32 features, the k-th of a step that lies in shared memory.
+/// part += 32 features, the k-th of a step in shared memory.
 template <int KIND, int ROWS, typename P, typename Sum>
 QK_DEVICE void multiply_slice(Sums<P, Sum>& part, const unsigned char* stage, int warp_m,
                               int warp_n, int k) {
@@ -104,8 +105,8 @@ QK_DEVICE void multiply_slice(Sums<P, Sum>& part, const unsigned char* stage, in
 template <int KIND, int ROWS, typename P, typename Sum>
 QK_DEVICE void multiply_stage(Sums<P, Sum>& part, const unsigned char* stage, int warp_m,
                               int warp_n) {
-    if (ROWS == 128 &&
-        KIND != kInt8) {  // two sets of sums: no registers left for slices side by side
+    // The two sets of sums of fp8 leave no registers to overlap iterations.
+    if (ROWS == 128 && KIND != kInt8) {
         QK_NO_UNROLL
         for (int k = 0; k < 4; k++) {
             multiply_slice<KIND, ROWS, P, Sum>(part, stage, warp_m, warp_n, k);
@@ -118,12 +119,12 @@ QK_DEVICE void multiply_stage(Sums<P, Sum>& part, const unsigned char* stage, in
     }
 }
 
-/// Outlier columns of LLM.int8(), all of them, in chunks of 16.
+/// Adds all outlier columns of LLM.int8(), in chunks of 16.
 template <typename T, typename P>
 QK_DEVICE void gemm_outliers(Sums<P, float>& sums, const EightBitArgs& args, int m0, int n0) {
     const int q = lane_index() / 4, j = lane_index() % 4,
               count = load_global(args.columns + args.k);
-    // Batch-invariant: one at a time, so that it does not matter where a column is in the list.
+    // Batch-invariant: one column at a time, so that its position in the list does not matter.
     const int chunk = args.by_element ? 1 : kColumns;
     for (int i = 0; i < count; i += chunk) {
         const int end = i + chunk < count ? i + chunk : count;
@@ -133,9 +134,10 @@ QK_DEVICE void gemm_outliers(Sums<P, float>& sums, const EightBitArgs& args, int
         for (int t = 0; t < P::kTilesM; t++) {
             const int m = m0 + t * 16 + q;
             const float scale[2] = {scale_of_row(args, m), scale_of_row(args, m + 8)};
-            const uint32_t a[4] = {
-                rest_pair<T>(args, m, scale[0], near), rest_pair<T>(args, m + 8, scale[1], near),
-                rest_pair<T>(args, m, scale[0], far), rest_pair<T>(args, m + 8, scale[1], far)};
+            const uint32_t a[4] = {residual_pair<T>(args, m, scale[0], near),
+                                   residual_pair<T>(args, m + 8, scale[1], near),
+                                   residual_pair<T>(args, m, scale[0], far),
+                                   residual_pair<T>(args, m + 8, scale[1], far)};
             QK_UNROLL
             for (int c = 0; c < P::kTilesN; c++) {
                 const int n = n0 + c * 8 + q;
@@ -145,8 +147,8 @@ QK_DEVICE void gemm_outliers(Sums<P, float>& sums, const EightBitArgs& args, int
     }
 }
 
-/// Scales, bias, rounding; by way of shared memory `out`, so that rows of y are stored 16 bytes at
-/// a time.
+/// Epilogue: scales, adds the bias, rounds, and stores through shared memory `out`, so that each
+/// store to a row of y has 16 bytes.
 template <int KIND, bool BLOCKS, typename P, typename Sum>
 QK_DEVICE void store_tile(const EightBitArgs& args, const Sums<P, Sum>& acc, const Tile& tile,
                           int warp_m, int warp_n, uint16_t* out) {
@@ -177,7 +179,7 @@ QK_DEVICE void store_tile(const EightBitArgs& args, const Sums<P, Sum>& acc, con
             gemm_outliers<Half, P>(values, args, m0, n0);
         }
     }
-    P::sync();  // all are done with what lay there
+    P::sync();  // all threads are done with the last contents of `out`
     QK_UNROLL
     for (int c = 0; c < P::kTilesN; c++) {
         float scale[2] = {}, bias[2] = {};
@@ -193,14 +195,14 @@ QK_DEVICE void store_tile(const EightBitArgs& args, const Sums<P, Sum>& acc, con
         for (int t = 0; t < P::kTilesM; t++) {
             QK_UNROLL
             for (int h = 0; h < 2; h++) {
-                uint32_t both = 0;
+                uint32_t bits = 0;
                 QK_UNROLL
                 for (int b = 0; b < 2; b++) {
                     const float y = values[t][c][h * 2 + b] * scale[b] + bias[b];
-                    both |= uint32_t(bits_16(y, args.is_bfloat)) << 16 * b;
+                    bits |= uint32_t(bits_16(y, args.is_bfloat)) << 16 * b;
                 }
                 const int row = warp_m + t * 16 + q + h * 8, column = warp_n + c * 8 + j * 2;
-                store_shared(reinterpret_cast<uint32_t*>(out + row * P::kOutStride + column), both);
+                store_shared(reinterpret_cast<uint32_t*>(out + row * P::kOutStride + column), bits);
             }
         }
     }
@@ -235,7 +237,7 @@ QK_DEVICE void add_all(Sums<P, Sum>& to, Sums<P, Sum>& from) {
     }
 }
 
-/// Grid: (tiles, shares or 1). Shared memory: Tiling<ROWS>::kShared.
+/// Grid: (tiles, split-K slices or 1). Shared memory: Tiling<ROWS>::kShared.
 template <int KIND, bool BLOCKS, int ROWS>
 __global__ void __launch_bounds__(kGemmThreads, 1) eight_bit_gemm(EightBitArgs args) {
     using P = Tiling<ROWS>;
@@ -245,9 +247,9 @@ __global__ void __launch_bounds__(kGemmThreads, 1) eight_bit_gemm(EightBitArgs a
     const int warp = warp_index(), q = lane_index() / 4;
     const int warp_m = warp / P::kWarpsN * (P::kTilesM * 16),
               warp_n = warp % P::kWarpsN * (P::kTilesN * 8);
-    const bool in_turn = blocks_y() == 1;  // all shares in this block
+    const bool sequential = blocks_y() == 1;  // all split-K slices in this block
     const int steps = (args.kp + kStep - 1) / kStep, begin = block_index_y() * args.k_slice;
-    const int end = !in_turn && begin + args.k_slice < steps ? begin + args.k_slice : steps;
+    const int end = !sequential && begin + args.k_slice < steps ? begin + args.k_slice : steps;
 
     const auto copy_weight = [&](int step) {
         unsigned char* stage = ring + (step - begin) % P::kStages * P::kStageBytes;
@@ -257,7 +259,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1) eight_bit_gemm(EightBitArgs a
         unsigned char* stage = ring + (step - begin) % P::kStages * P::kStageBytes;
         copy_rows<ROWS>(stage, args.x, tile.m, args.m, args.kp, step);
     };
-    // W does not depend on the kernel before: its first steps set out at once.
+    // The last kernel may write x, but not W, so the first copies of W start before the wait.
     for (int step = begin; step < begin + P::kStages - 1 && step < end; step++) {
         copy_weight(step);
     }
@@ -273,7 +275,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1) eight_bit_gemm(EightBitArgs a
     Sums<P, Sum> acc = {}, total = {};
     for (int step = begin; step < end; step++) {
         copy_async_wait<P::kStages - 2>();
-        sync_block();  // this step is there for all, and all are done with the one before
+        sync_block();  // all threads have this step, and none still reads the last one
         if (step + P::kStages - 1 < end) {
             copy_weight(step + P::kStages - 1);
             copy_x(step + P::kStages - 1);
@@ -285,14 +287,14 @@ __global__ void __launch_bounds__(kGemmThreads, 1) eight_bit_gemm(EightBitArgs a
         } else {
             Sums<P, Sum> part = {};
             multiply_stage<KIND, ROWS, P, Sum>(part, stage, warp_m, warp_n);
-            const float ours =
+            const float w_scale =
                 BLOCKS ? load_global(args.w_scale + int64_t(tile.n / kStep) * steps + step) : 1;
             QK_UNROLL
             for (int i = 0; i < P::kTilesM * 2; i++) {
                 const int t = i / 2, h = i % 2, m = tile.m + warp_m + t * 16 + q + h * 8;
                 float scale = 1;
                 if (BLOCKS && m < args.m) {
-                    scale = ours * load_global(args.x_scale + int64_t(step) * args.m + m);
+                    scale = w_scale * load_global(args.x_scale + int64_t(step) * args.m + m);
                 }
                 QK_UNROLL
                 for (int c = 0; c < P::kTilesN; c++) {
@@ -302,21 +304,21 @@ __global__ void __launch_bounds__(kGemmThreads, 1) eight_bit_gemm(EightBitArgs a
                     }
                 }
             }
-            if (ROWS < 128 && in_turn && ((step + 1) % args.k_slice == 0 || step + 1 == end)) {
+            if (ROWS < 128 && sequential && ((step + 1) % args.k_slice == 0 || step + 1 == end)) {
                 add_all<P, Sum>(total, acc);
             }
         }
     }
     copy_async_wait<0>();
 
-    if (KIND != kInt8 && ROWS < 128 && in_turn) {
+    if (KIND != kInt8 && ROWS < 128 && sequential) {
         add_all<P, Sum>(acc, total);
     }
     Sum(&flat)[P::kSums] = reinterpret_cast<Sum(&)[P::kSums]>(acc);
     if (blocks_y() > 1) {
-        sync_block();  // the flag below lies in the ring
+        sync_block();  // add_slices writes its flag into the ring
     }
-    if (add_shares<P::kSums, kGemmThreads, Sum>(flat, args, reinterpret_cast<int*>(ring))) {
+    if (add_slices<P::kSums, kGemmThreads, Sum>(flat, args, reinterpret_cast<int*>(ring))) {
         store_tile<KIND, BLOCKS, P, Sum>(args, acc, tile, warp_m, warp_n,
                                          reinterpret_cast<uint16_t*>(ring));
     }

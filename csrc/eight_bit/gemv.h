@@ -1,19 +1,18 @@
-// y = x @ W^T of 8-bit codes for up to 8 or 16 rows of x: W goes from memory straight to registers.
+// y = x @ W^T of 8-bit codes for up to 8 or 16 rows of x: W is loaded from memory to registers.
 //
-// A block has 16 rows of W and one share of K; its four warps take steps of 128 features in turn. W
-// is the first operand of mma.m16n8k32, the rows of x its columns. Both lie K innermost, and a sum
-// does not care for the order of K as long as both operands have the same: lane (q, j), q = lane /
-// 4, takes 16 bytes at feature 16 j of each 64, of rows q and q + 8 of W and of row q of x, as two
-// products' operands.
+// A block has 16 rows of W and one split-K slice; its four warps take steps of 128 features in
+// turn. W is the first operand of mma.m16n8k32, and the rows of x are its columns. K is the
+// innermost dimension of both, and a sum may take K in any order that is the same for both
+// operands. So lane (q, j), q = lane / 4, loads the 16 bytes at feature 16 j of each 64 features,
+// of rows q and q + 8 of W and of row q of x, and uses them as operands of two products.
 //
-//          64 features                          kDepth steps are on their way at a time: 128 bytes
-//          a lane
+//          64 features                          kEightDepth steps are in flight: 128 bytes per lane
 //      j=0   j=1   j=2   j=3
 //    +-----+-----+-----+-----+
 //  q | 16B | 16B | 16B | 16B |   words 0 and 1: first product, words 2 and 3: second
 //    +-----+-----+-----+-----+
 //
-// Warps are added in order, then shares, by the block that finishes last.
+// Sums of warps are added in order; then the block that finishes last adds the split-K slices.
 #pragma once
 #include "outliers.h"
 
@@ -21,15 +20,17 @@ namespace qk {
 
 constexpr int kStep = 128;
 constexpr int kGemvBlock = 16, kEightWarps = 4, kEightThreads = 32 * kEightWarps, kEightDepth = 2;
-/// Words between columns in shared memory, so that a warp's stores meet all banks.
+/// Words between columns in shared memory, so that a warp's stores use all banks.
 constexpr int kColumnStride = 20;
 
+/// A lane's codes of one step. COLUMNS: rows of x, in units of 8.
 template <int COLUMNS>
 struct StepCodes {
     Words4 w[2][2];        // rows q and q + 8, halves of the step
     Words4 x[COLUMNS][2];  // row q of each 8
 };
 
+/// n: the block's first row of W; q, j: the lane's row and column of four.
 struct GemvPlace {
     int n, q, j;
 };
@@ -69,7 +70,7 @@ QK_DEVICE void load_codes(StepCodes<COLUMNS>& to, const EightBitArgs& args, cons
     }
 }
 
-/// acc += one step; fp8 as a sum of its own, with block scales where there are.
+/// acc += one step. An fp8 step is summed separately, and scaled if scales are of blocks.
 template <int KIND, bool BLOCKS, int COLUMNS, typename Sum>
 QK_DEVICE void multiply_step(Sum (&acc)[COLUMNS][4], const StepCodes<COLUMNS>& codes,
                              const EightBitArgs& args, const GemvPlace& at, int step) {
@@ -94,12 +95,13 @@ QK_DEVICE void multiply_step(Sum (&acc)[COLUMNS][4], const StepCodes<COLUMNS>& c
         float scale[2] = {1, 1};
         if (BLOCKS) {
             const int steps = (args.kp + kStep - 1) / kStep;
-            const float ours = load_global(args.w_scale + int64_t(at.n / kStep) * steps + step);
+            const float w_scale = load_global(args.w_scale + int64_t(at.n / kStep) * steps + step);
             QK_UNROLL
             for (int b = 0; b < 2; b++) {
                 const int m = c * 8 + at.j * 2 + b;
-                scale[b] =
-                    m < args.m ? ours * load_global(args.x_scale + int64_t(step) * args.m + m) : 0;
+                scale[b] = m < args.m
+                               ? w_scale * load_global(args.x_scale + int64_t(step) * args.m + m)
+                               : 0;
             }
         }
         QK_UNROLL
@@ -109,7 +111,7 @@ QK_DEVICE void multiply_step(Sum (&acc)[COLUMNS][4], const StepCodes<COLUMNS>& c
     }
 }
 
-/// Outlier columns of this warp: chunks of 16, every fourth one.
+/// Adds this warp's outlier columns: every fourth chunk of 16.
 template <typename T, int COLUMNS>
 QK_DEVICE void gemv_outliers(float (&sums)[COLUMNS][4], const EightBitArgs& args,
                              const GemvPlace& at) {
@@ -128,18 +130,19 @@ QK_DEVICE void gemv_outliers(float (&sums)[COLUMNS][4], const EightBitArgs& args
         QK_UNROLL
         for (int c = 0; c < COLUMNS; c++) {
             const int m = c * 8 + at.q;
-            mma<T>(sums[c], a, rest_pair<T>(args, m, scale[c], near),
-                   rest_pair<T>(args, m, scale[c], far));
+            mma<T>(sums[c], a, residual_pair<T>(args, m, scale[c], near),
+                   residual_pair<T>(args, m, scale[c], far));
         }
     }
 }
 
-/// Sums over the block's warps, in order: output t + 128 c, row t % 16 of W, row t / 16 + 8 c of x.
+/// Adds the sums of the block's warps in order. Thread t gets outputs t + 128 c: row t % 16 of W
+/// and row t / 16 + 8 c of x.
 template <int COLUMNS, typename Sum>
 QK_DEVICE void add_warps(Sum (&total)[COLUMNS], const Sum (&acc)[COLUMNS][4], Sum* shared,
                          const GemvPlace& at) {
     constexpr int per_warp = COLUMNS * 8 * kColumnStride;
-    sync_block();  // whoever still reads what was here
+    sync_block();  // no thread still reads `shared`
     QK_UNROLL
     for (int c = 0; c < COLUMNS; c++) {
         QK_UNROLL
@@ -161,9 +164,9 @@ QK_DEVICE void add_warps(Sum (&total)[COLUMNS], const Sum (&acc)[COLUMNS][4], Su
     }
 }
 
-/// Adds up the shares of K. Whether this block came last and has the totals.
+/// Adds the split-K slices. Returns whether this block is the last one, which has the totals.
 template <int COUNT, int THREADS, typename Sum>
-QK_DEVICE bool add_shares(Sum (&total)[COUNT], const EightBitArgs& args, int* last) {
+QK_DEVICE bool add_slices(Sum (&total)[COUNT], const EightBitArgs& args, int* last) {
     if (blocks_y() == 1) {
         return true;
     }
@@ -175,7 +178,7 @@ QK_DEVICE bool add_shares(Sum (&total)[COUNT], const EightBitArgs& args, int* la
         store_global(partial + block_index_y() * stride + mine + i * THREADS, total[i]);
     }
     fence_global();
-    sync_block();  // all of this block's stores, before one thread says so
+    sync_block();  // all stores of this block are done before one thread counts it
     if (thread_index() == 0) {
         const int before = atomic_add_acq_rel(args.counter + block_index_x(), 1);
         store_shared(last, int(before == int(blocks_y()) - 1));
@@ -195,12 +198,12 @@ QK_DEVICE bool add_shares(Sum (&total)[COUNT], const EightBitArgs& args, int* la
         }
     }
     if (thread_index() == 0) {
-        store_global(args.counter + block_index_x(), 0);  // as the next call wants to find it
+        store_global(args.counter + block_index_x(), 0);  // the next call expects 0
     }
     return true;
 }
 
-/// The total of a sum, without its scales: zero point taken off.
+/// A sum before it is scaled, with the zero point of x subtracted.
 template <typename Sum>
 QK_DEVICE float without_zero(const EightBitArgs& args, Sum acc, int n) {
     if (args.zero != nullptr) {
@@ -209,7 +212,7 @@ QK_DEVICE float without_zero(const EightBitArgs& args, Sum acc, int n) {
     return float(acc);
 }
 
-/// Grid: (blocks of 16 rows of W, shares). Shared memory: gemv_shared<COLUMNS>().
+/// Grid: (blocks of 16 rows of W, split-K slices). Shared memory: gemv_shared<COLUMNS>().
 template <int COLUMNS>
 constexpr size_t gemv_shared() {
     return (kEightWarps * COLUMNS * 8 * kColumnStride + 4) * 4;
@@ -252,7 +255,7 @@ __global__ void __launch_bounds__(kEightThreads) eight_bit_gemv(EightBitArgs arg
     auto* last = reinterpret_cast<int*>(shared_memory());
     Sum total[COLUMNS];
     add_warps<COLUMNS, Sum>(total, acc, reinterpret_cast<Sum*>(last + 4), at);
-    if (!add_shares<COLUMNS, kEightThreads, Sum>(total, args, last)) {
+    if (!add_slices<COLUMNS, kEightThreads, Sum>(total, args, last)) {
         return;
     }
     float outliers[COLUMNS] = {};

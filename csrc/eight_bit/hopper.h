@@ -1,31 +1,33 @@
 // y = x @ W^T of 8-bit codes for many rows of x on Hopper: wgmma takes both operands from shared
-// memory, where the copy engine brings steps of 128 features, a row of a step being 128 bytes.
+// memory. TMA copies them there in steps of 128 features; a row of a step has 128 bytes.
 //
-// Of three warpgroups, one thread of the first starts copies; the other two have 64 rows of x each:
+// A block has three warpgroups (ptx/pipeline.h). One thread of the first starts the copies; the
+// other two have 64 rows of x each:
 //
 //            tile (x, W)   sums a thread                 stages
 //     int8   128 x 256     128 int32                     4
 //     fp8    128 x 128     64 + 64 of the step at hand   6
 //
-// The tensor core adds fp8 products with few bits, so every step of 128 starts from zero and is
-// added, times its scales if they are of blocks, in float32 (DeepSeek-V3, arXiv 2412.19437, 3.3.2).
-// A block takes tiles in turn; K is never cut, so sums do not depend on M.
+// The tensor core accumulates fp8 products with few bits. So every step of 128 features starts from
+// zero and is added in float32, times its scales if scales are of blocks (DeepSeek-V3, arXiv
+// 2412.19437, 3.3.2). The kernel is persistent: a block computes one tile after another. K is never
+// cut, so sums do not depend on M.
 #pragma once
-#include "../ptx/hopper.h"
+#include "../ptx/pipeline.h"
 #include "../ptx/wgmma.h"
 #include "gemm.h"
 
 namespace qk {
 
-constexpr int kHopperThreads8 = 384, kHopperM = 128;
+constexpr int kHopperM = 128;
 
 struct EightBitHopperArgs {
     EightBitArgs args;
     TensorMap x, weight;
 };
 
-/// What a warpgroup stores at a time, for store_tile: few columns, for its sums leave few
-/// registers.
+/// The part of a tile that a warpgroup stores at a time, for store_tile: few columns, because the
+/// sums leave few registers.
 template <int KIND>
 struct HopperStore {
     static constexpr int kRows = 64, kColumns = KIND == kInt8 ? 32 : 64, kOutStride = kColumns + 8;
@@ -35,7 +37,7 @@ struct HopperStore {
     static QK_DEVICE void sync() { sync_warpgroup(warp_index() / 4); }
 };
 
-/// What lies where in shared memory.
+/// Work tile of a block, and layout of shared memory.
 template <int KIND>
 struct HopperTiling {
     static constexpr int kRows = 64, kColumns = KIND == kInt8 ? 256 : 128, kSums = kColumns / 2;
@@ -56,32 +58,32 @@ struct HopperTiling {
     }
 };
 
-/// The one thread that starts all copies.
+/// The producer thread: it starts all copies.
 template <typename P>
 QK_DEVICE void copy_codes(const EightBitHopperArgs& all) {
     const int steps = (all.args.kp + kStep - 1) / kStep;
-    Turn<P::kStages> turn;
+    RingPosition<P::kStages> ring;
     bool first = true;
     prefetch(all.weight);
     prefetch(all.x);
     for (int i = block_index_x(); i < P::tiles(all.args); i += blocks_x()) {
         const Tile tile = tile_of<kHopperM, P::kColumns>(all.args, i);
         for (int step = 0; step < steps; step++) {
-            barrier_wait(P::empty(turn.at), turn.parity ^ 1);
-            Barrier* full = P::full(turn.at);
+            barrier_wait(P::empty(ring.index), ring.parity ^ 1);
+            Barrier* full = P::full(ring.index);
             barrier_arrive_expect(full, P::kStageBytes);
-            copy_box(P::stage(turn.at) + P::kWeightAt, all.weight, step * kStep, tile.n, full);
-            if (first) {  // W depends on no kernel before this one, x does
+            copy_box(P::stage(ring.index) + P::kWeightAt, all.weight, step * kStep, tile.n, full);
+            if (first) {  // the last kernel may write x, but not W
                 wait_for_last_kernel();
                 first = false;
             }
-            copy_box(P::stage(turn.at), all.x, step * kStep, tile.m, full);
-            turn.next();
+            copy_box(P::stage(ring.index), all.x, step * kStep, tile.m, full);
+            ring.next();
         }
     }
 }
 
-/// sums [+]= one step of 128 features, products on their way.
+/// sums [+]= one step of 128 features. The products are in flight when this returns.
 template <int KIND, typename P, typename Sum>
 QK_DEVICE void multiply_step(Sum (&sums)[P::kSums], int stage, int warpgroup, bool accumulate) {
     const Operand a = operand_at(P::stage(stage) + warpgroup * P::kRows * kStep),
@@ -95,7 +97,7 @@ QK_DEVICE void multiply_step(Sum (&sums)[P::kSums], int stage, int warpgroup, bo
     product_commit();
 }
 
-/// Scales of a step: of W's block, times those of this thread's two rows of x.
+/// Scales of a step for this thread's two rows of x: the scale of W's block times that of x.
 template <bool BLOCKS>
 QK_DEVICE void scales_of(float (&scale)[2], const EightBitArgs& args, int n, int m, int step,
                          int steps) {
@@ -109,23 +111,23 @@ QK_DEVICE void scales_of(float (&scale)[2], const EightBitArgs& args, int n, int
     }
 }
 
-/// All steps of a tile. int8: one product follows another; fp8: steps are added in float32.
+/// Multiplies all steps of a tile. int8: products accumulate; fp8: steps are added in float32.
 template <int KIND, bool BLOCKS, typename P, typename Sum>
 QK_DEVICE void multiply_tile(Sum (&acc)[P::kSums], const EightBitArgs& args, const Tile& tile,
-                             Turn<P::kStages>& turn) {
+                             RingPosition<P::kStages>& ring) {
     const int steps = (args.kp + kStep - 1) / kStep, warpgroup = warp_index() / 4 - 1;
     if constexpr (KIND == kInt8) {
         int before = 0;
         QK_NO_UNROLL
         for (int step = 0; step < steps; step++) {
-            barrier_wait(P::full(turn.at), turn.parity);
-            multiply_step<KIND, P>(acc, turn.at, warpgroup, step > 0);
+            barrier_wait(P::full(ring.index), ring.parity);
+            multiply_step<KIND, P>(acc, ring.index, warpgroup, step > 0);
             product_wait<1>();
             if (step > 0) {
                 release(P::empty(before));
             }
-            before = turn.at;
-            turn.next();
+            before = ring.index;
+            ring.next();
         }
         product_wait<0>();
         release(P::empty(before));
@@ -140,12 +142,12 @@ QK_DEVICE void multiply_tile(Sum (&acc)[P::kSums], const EightBitArgs& args, con
         QK_NO_UNROLL
         for (int step = 0; step < steps; step++) {
             Sum part[P::kSums];
-            barrier_wait(P::full(turn.at), turn.parity);
-            multiply_step<KIND, P>(part, turn.at, warpgroup, false);
+            barrier_wait(P::full(ring.index), ring.parity);
+            multiply_step<KIND, P>(part, ring.index, warpgroup, false);
             scales_of<BLOCKS>(next, args, tile.n, m, step + 1, steps);
             product_wait<0>();
-            release(P::empty(turn.at));
-            turn.next();
+            release(P::empty(ring.index));
+            ring.next();
             QK_UNROLL
             for (int i = 0; i < P::kSums; i++) {
                 acc[i] += BLOCKS ? part[i] * scale[i / 2 % 2] : part[i];
@@ -155,48 +157,41 @@ QK_DEVICE void multiply_tile(Sum (&acc)[P::kSums], const EightBitArgs& args, con
     }
 }
 
-/// Grid: one block a processor, or fewer. Shared memory: HopperTiling::kShared.
+/// Multiplies and stores a consumer warpgroup's rows of all tiles of this block.
 template <int KIND, bool BLOCKS>
-__global__ void __launch_bounds__(kHopperThreads8, 1)
+QK_DEVICE void multiply_tiles(const EightBitArgs& args, int warpgroup) {
+    using P = HopperTiling<KIND>;
+    using Sum = typename MmaCodes<KIND == kInt8 ? kInt8 : kE4M3Kind, KIND>::Sum;
+    auto* out = reinterpret_cast<uint16_t*>(shared_memory() + P::kOutAt + warpgroup * P::kOutBytes);
+    RingPosition<P::kStages> ring;
+    wait_for_last_kernel();  // it wrote x's scales, and may still read y's memory
+    for (int i = block_index_x(); i < P::tiles(args); i += blocks_x()) {
+        const Tile tile = tile_of<kHopperM, P::kColumns>(args, i);
+        Sum acc[P::kSums];
+        multiply_tile<KIND, BLOCKS, P>(acc, args, tile, ring);
+        using Piece = HopperStore<KIND>;
+        QK_UNROLL
+        for (int n = 0; n < P::kColumns; n += Piece::kColumns) {
+            store_tile<KIND, BLOCKS, Piece, Sum>(
+                args, reinterpret_cast<const Sums<Piece, Sum>&>(acc[n / 2]),
+                Tile{tile.m + warpgroup * P::kRows, tile.n + n, tile.block}, warp_index() % 4 * 16,
+                0, out);
+        }
+    }
+}
+
+/// Grid: one block per SM, or fewer. Shared memory: HopperTiling::kShared.
+template <int KIND, bool BLOCKS>
+__global__ void __launch_bounds__(kHopperThreads, 1)
     eight_bit_hopper(const __grid_constant__ EightBitHopperArgs all) {
     if constexpr (kOnHopper) {
         using P = HopperTiling<KIND>;
-        using Sum = typename MmaCodes<KIND == kInt8 ? kInt8 : kE4M3Kind, KIND>::Sum;
         if (thread_index() == 0) {
-            for (int i = 0; i < P::kStages; i++) {
-                barrier_init(P::full(i), 1);
-                barrier_init(P::empty(i), 8);  // warps
-            }
+            init_ring(P::full(0), P::empty(0), P::kStages);
             barrier_init_done();
         }
-        sync_block();
-        let_next_kernel_start();
-        if (warp_index() < 4) {
-            fewer_registers<24>();
-            if (thread_index() == 0) {
-                copy_codes<P>(all);
-            }
-        } else {
-            more_registers<240>();
-            const int warpgroup = warp_index() / 4 - 1;
-            auto* out =
-                reinterpret_cast<uint16_t*>(shared_memory() + P::kOutAt + warpgroup * P::kOutBytes);
-            Turn<P::kStages> turn;
-            wait_for_last_kernel();  // x's scales are its, and y's memory may have been
-            for (int i = block_index_x(); i < P::tiles(all.args); i += blocks_x()) {
-                const Tile tile = tile_of<kHopperM, P::kColumns>(all.args, i);
-                Sum acc[P::kSums];
-                multiply_tile<KIND, BLOCKS, P>(acc, all.args, tile, turn);
-                using Piece = HopperStore<KIND>;
-                QK_UNROLL
-                for (int n = 0; n < P::kColumns; n += Piece::kColumns) {
-                    store_tile<KIND, BLOCKS, Piece, Sum>(
-                        all.args, reinterpret_cast<const Sums<Piece, Sum>&>(acc[n / 2]),
-                        Tile{tile.m + warpgroup * P::kRows, tile.n + n, tile.block},
-                        warp_index() % 4 * 16, 0, out);
-                }
-            }
-        }
+        run_pipeline([&] { copy_codes<P>(all); },
+                     [&](int warpgroup) { multiply_tiles<KIND, BLOCKS>(all.args, warpgroup); });
     }
 }
 

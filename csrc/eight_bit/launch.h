@@ -1,5 +1,5 @@
-// From a call's numbers to a kernel. One source file a kind of code instantiates it, so that they
-// compile side by side.
+// Finds and launches the kernel for a call. One source file per kind of code instantiates it, so
+// that the files compile in parallel.
 #pragma once
 #include "../ptx/launch.h"
 #include "hopper.h"
@@ -28,14 +28,15 @@ std::string launch_hopper(const EightBitCall& call) {
     using P = HopperTiling<KIND>;
     EightBitHopperArgs all{call.args, {}, {}};
     const EightBitArgs& a = call.args;
-    std::string error = describe(all.x, Element::byte, a.x, a.kp, a.m, a.kp, kHopperM);
+    std::string error = encode_tensor_map(all.x, Element::byte, a.x, a.kp, a.m, a.kp, kHopperM);
     if (error.empty()) {
-        error = describe(all.weight, Element::byte, a.weight, a.kp, a.n, a.kp, P::kColumns);
+        error =
+            encode_tensor_map(all.weight, Element::byte, a.weight, a.kp, a.n, a.kp, P::kColumns);
     }
     if (!error.empty()) {
         return error;
     }
-    return launch(eight_bit_hopper<KIND, BLOCKS>, {call.split, 1, kHopperThreads8, P::kShared}, all,
+    return launch(eight_bit_hopper<KIND, BLOCKS>, {call.split, 1, kHopperThreads, P::kShared}, all,
                   call.stream, call.pdl != 0);
 }
 
@@ -54,6 +55,7 @@ std::string launch_eight_bit(const EightBitCall& call) {
                              : launch_gemm<KIND, BLOCKS, 128>(call);
 }
 
+/// Whether the caller's struct has this build's size; otherwise `error` says so.
 template <typename Call>
 bool of_this_version(const Call& call, std::string& error) {
     const bool same = call.size == int(sizeof(Call));
@@ -61,12 +63,12 @@ bool of_this_version(const Call& call, std::string& error) {
     return same;
 }
 
-/// Text that stays until the next call of this thread; "" if all is well.
+/// Returns an error message, which stays valid until the next call of this thread; "" for success.
 template <int KIND>
 const char* run_eight_bit(const EightBitCall* call) {
     static thread_local std::string error;
     if (of_this_version(*call, error)) {
-        if constexpr (KIND == kInt8) {  // has no scales of blocks
+        if constexpr (KIND == kInt8) {  // which has no scales of blocks
             error = launch_eight_bit<KIND, false>(*call);
         } else {
             error = call->blocks ? launch_eight_bit<KIND, true>(*call)
@@ -76,11 +78,11 @@ const char* run_eight_bit(const EightBitCall* call) {
     return error.c_str();
 }
 
-template <bool INT8, int SHARED>
+template <bool INT8, int GRANULARITY>
 std::string launch_quantize(const QuantizeCall& call) {
     const Grid grid{uint32_t(call.args.m), 1, kRowThreads, kQuantizeShared};
-    const auto kernel = call.args.is_bfloat ? quantize_kernel<BFloat, INT8, SHARED>
-                                            : quantize_kernel<Half, INT8, SHARED>;
+    const auto kernel = call.args.is_bfloat ? quantize_kernel<BFloat, INT8, GRANULARITY>
+                                            : quantize_kernel<Half, INT8, GRANULARITY>;
     return launch(kernel, grid, call.args, call.stream, call.pdl != 0);
 }
 

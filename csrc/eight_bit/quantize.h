@@ -1,22 +1,22 @@
 // Activations to 8-bit codes: one block quantizes one row of x, optionally after RMSNorm or SiLU.
 //
-//   SHARED     what shares a scale           codes
-//   kToken     a row                         int8 round(x * 127 / absmax), e4m3 x / scale
-//   kGroup128  128 features of a row         e4m3
-//   kTensor    everything, scale is given    int8 round(x / scale) + zero point, e4m3
+//   GRANULARITY  elements with one scale     codes
+//   kToken       a row                       int8 round(x * 127 / absmax), e4m3 x / scale
+//   kGroup128    128 features of a row       e4m3
+//   kTensor      all, the scale is an input  int8 round(x / scale) + zero point, e4m3
 //
-// The arithmetic is that of qkernels/formats (eightbit.py, fp8.py), operation by operation in
-// float32, so that codes agree bit for bit: divisions are IEEE's, rounding is half to even, fp8
-// saturates.
+// The arithmetic is the same as in qkernels/formats (eightbit.py, fp8.py), operation by operation
+// in float32, so that codes agree bit for bit: divisions are IEEE divisions, rounding is half to
+// even, fp8 saturates.
 //
-// Thread t has the features of units t, t + 256, ..., eight each. It keeps the first kKept of them
-// in registers; what a row has beyond is read again.
+// Thread t has units t, t + 256, ..., of eight features each. It holds the first kCached units in
+// registers; it reads the others again.
 //
-// LLM.int8(): elements from `threshold` on count neither for the absmax nor in the codes, where
-// they are 0, and set their column's bit in a mask. The block that finishes last, as a counter
-// tells, turns the mask into a list for the matrix product to read, and leaves mask and counter
-// zero. Where rows go by slices, a launch for all of them finds the list alone (no `codes`), and
-// those for slices make codes alone (no `counter`).
+// LLM.int8(): an element whose size is `threshold` or more does not count for the absmax, its code
+// is 0, and it sets its column's bit in a mask. A counter tells which block finishes last; that
+// block turns the mask into a list for the matrix product, and leaves mask and counter zero. If
+// rows are computed in slices, one launch for all rows writes only the list (no `codes`), and the
+// launches for slices write only codes (no `counter`).
 #pragma once
 #include "../ptx/eight_bit.h"
 #include "arguments.h"
@@ -24,9 +24,9 @@
 namespace qk {
 
 constexpr int kRowThreads = 256, kRowWarps = kRowThreads / 32;
-constexpr int kUnit = 8, kKept = 4;
+constexpr int kUnit = 8, kCached = 4;
 constexpr int kGroupUnits = 128 / kUnit;
-/// The smallest scale of a token and absmax of a group, as formats/fp8.py has them.
+/// The smallest scale of a token and the smallest absmax of a group, as in formats/fp8.py.
 constexpr float kTokenFloor = 1.0f / (448 * 512), kGroupFloor = 1e-4f;
 
 template <typename T>
@@ -34,13 +34,13 @@ QK_DEVICE T element(const Words4& unit, int i) {
     return i % 2 ? high_of<T>(unit.w[i / 2]) : low_of<T>(unit.w[i / 2]);
 }
 
-/// Rounds to T and back, as every operation of a model does.
+/// Rounds to T and back, as a model does after every operation.
 template <typename T>
 QK_DEVICE float rounded(float f) {
     return to_float(from_float<T>(f));
 }
 
-/// Eight 16-bit numbers at feature 8 * u of `row`, zeros from K on.
+/// Loads eight 16-bit numbers at feature 8 * u of `row`, zeros from K on.
 template <typename T>
 QK_DEVICE Words4 load_unit(const QuantizeArgs& args, const T* row, int u) {
     Words4 unit = {};
@@ -72,41 +72,41 @@ QK_DEVICE void store_unit(const QuantizeArgs& args, T* row, int u, const Words4&
     }
 }
 
-/// A row of x as it comes in: x, or silu(x) * up, rounded where a model rounds.
+/// A unit before RMSNorm: x, or silu(x) * up, rounded where a model rounds.
 template <typename T>
 QK_DEVICE Words4 incoming(const QuantizeArgs& args, int u) {
     const int64_t at = int64_t(block_index_x()) * args.k;
     Words4 unit = load_unit(args, static_cast<const T*>(args.x) + at, u);
     if (args.up != nullptr) {
         const Words4 up = load_unit(args, static_cast<const T*>(args.up) + at, u);
-        T made[kUnit];
+        T result[kUnit];
         QK_UNROLL
         for (int i = 0; i < kUnit; i++) {
             const float gate = to_float(element<T>(unit, i));
             const float silu = rounded<T>(gate / (1.0f + expf(-gate)));
-            made[i] = from_float<T>(silu * to_float(element<T>(up, i)));
+            result[i] = from_float<T>(silu * to_float(element<T>(up, i)));
         }
         QK_UNROLL
         for (int i = 0; i < kUnit; i += 2) {
-            unit.w[i / 2] = pair(made[i], made[i + 1]);
+            unit.w[i / 2] = pair(result[i], result[i + 1]);
         }
     }
     return unit;
 }
-/// x / rms(x) * weight, rounded to T after each step; x itself without a norm.
+/// RMSNorm: x / rms(x) * weight, rounded to T after each step; x itself if there is no norm.
 template <typename T>
 QK_DEVICE Words4 normed(const QuantizeArgs& args, Words4 unit, int u, float inverse) {
     if (args.norm != nullptr) {
         const Words4 weight = load_unit(args, static_cast<const T*>(args.norm), u);
         QK_UNROLL
         for (int i = 0; i < kUnit; i += 2) {
-            T made[2];
+            T result[2];
             QK_UNROLL
             for (int b = 0; b < 2; b++) {
                 const float x = rounded<T>(to_float(element<T>(unit, i + b)) * inverse);
-                made[b] = from_float<T>(x * to_float(element<T>(weight, i + b)));
+                result[b] = from_float<T>(x * to_float(element<T>(weight, i + b)));
             }
-            unit.w[i / 2] = pair(made[0], made[1]);
+            unit.w[i / 2] = pair(result[0], result[1]);
         }
     }
     return unit;
@@ -115,7 +115,8 @@ QK_DEVICE Words4 normed(const QuantizeArgs& args, Words4 unit, int u, float inve
 QK_DEVICE bool is_outlier(const QuantizeArgs& args, float x) {
     return args.columns != nullptr && fabsf(x) >= args.threshold;
 }
-/// The largest |x| of a unit as bits, which order like it, NaN above all. Outliers do not count.
+/// The largest |x| of a unit as bits, which have the same order; NaN is largest. Outliers are
+/// skipped.
 template <typename T>
 QK_DEVICE uint32_t largest(const QuantizeArgs& args, const Words4& unit) {
     uint32_t size = 0;
@@ -130,8 +131,8 @@ QK_DEVICE uint32_t largest(const QuantizeArgs& args, const Words4& unit) {
 
 QK_DEVICE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
-/// The sum over the block, in an order of its own, to every thread. `slots`: 8 words no one else
-/// uses.
+/// The sum over the block, in a fixed order, for every thread. slots: 8 words of shared memory that
+/// nothing else uses.
 QK_DEVICE float block_sum(float value, float* slots) {
     QK_UNROLL
     for (int d = 16; d > 0; d /= 2) {
@@ -165,22 +166,22 @@ QK_DEVICE uint32_t block_largest(uint32_t value, uint32_t* slots) {
 }
 
 /// int8 code of x as a byte. `scale` multiplies per token, and divides otherwise.
-template <int SHARED>
+template <int GRANULARITY>
 QK_DEVICE uint32_t int8_code(const QuantizeArgs& args, float x, float scale, float zero,
                              bool live) {
     float value;
-    if (SHARED == kToken) {
+    if (GRANULARITY == kToken) {
         value = x * scale;
         value = is_outlier(args, x) ? 0 : round_even(fminf(fmaxf(value, -127.0f), 127.0f));
     } else {
-        // Beyond 1024 nothing changes any more, and integers are exact.
+        // Codes of larger values are the same, and integers up to 1024 are exact.
         value = round_even(fminf(fmaxf(x / scale, -1024.0f), 1024.0f)) + zero;
         value = live ? fminf(fmaxf(value, -128.0f), 127.0f) : 0;
     }
     return uint32_t(int(value)) & 0xFF;
 }
 
-/// The outlier columns from the mask, in order, and how many; mask and counter become zero again.
+/// Writes the outlier columns of the mask, in order, and their number; clears mask and counter.
 QK_DEVICE void list_columns(const QuantizeArgs& args, int* shared) {
     const int words = (args.k + 31) / 32, t = thread_index();
     const int each = (words + kRowThreads - 1) / kRowThreads, first = t * each;
@@ -190,7 +191,7 @@ QK_DEVICE void list_columns(const QuantizeArgs& args, int* shared) {
     for (int w = first; w < end; w++) {
         mine += count_ones(load_l2(mask + w));
     }
-    int before = mine;  // becomes the count of all threads up to this one
+    int before = mine;  // the loop adds the counts of the lower lanes
     QK_UNROLL
     for (int d = 1; d < 32; d *= 2) {
         const int other = shuffle_up(before, d);
@@ -221,29 +222,29 @@ QK_DEVICE void list_columns(const QuantizeArgs& args, int* shared) {
 
 /// Grid: (M). Shared memory: kQuantizeShared.
 constexpr size_t kQuantizeShared = 4 * kRowWarps * sizeof(float);
-template <typename T, bool INT8, int SHARED>
+template <typename T, bool INT8, int GRANULARITY>
 __global__ void __launch_bounds__(kRowThreads) quantize_kernel(QuantizeArgs args) {
     auto* slots = reinterpret_cast<float*>(shared_memory());
     const int t = thread_index(), row = block_index_x(), units = args.kp / kUnit;
     let_next_kernel_start();
     wait_for_last_kernel();
 
-    Words4 kept[kKept];
+    Words4 cached[kCached];
     float squares = 0;
     QK_UNROLL
-    for (int i = 0; i < kKept; i++) {
+    for (int i = 0; i < kCached; i++) {
         const int u = t + i * kRowThreads;
-        kept[i] = u < units ? incoming<T>(args, u) : Words4{};
+        cached[i] = u < units ? incoming<T>(args, u) : Words4{};
     }
     float inverse = 1;
     if (args.norm != nullptr) {
         for (int i = 0, u = t; u < units; i++, u += kRowThreads) {
             Words4 unit = {};
             QK_UNROLL
-            for (int c = 0; c < kKept; c++) {  // kept[i], but by constants
-                unit = c == i ? kept[c] : unit;
+            for (int c = 0; c < kCached; c++) {  // cached[i], but indexed by constants
+                unit = c == i ? cached[c] : unit;
             }
-            unit = i < kKept ? unit : incoming<T>(args, u);
+            unit = i < kCached ? unit : incoming<T>(args, u);
             QK_UNROLL
             for (int e = 0; e < kUnit; e++) {
                 const float x = to_float(element<T>(unit, e));
@@ -253,22 +254,22 @@ __global__ void __launch_bounds__(kRowThreads) quantize_kernel(QuantizeArgs args
         const float mean = block_sum(squares, slots) / float(args.k);
         inverse = 1.0f / sqrtf(mean + args.eps);
         QK_UNROLL
-        for (int i = 0; i < kKept; i++) {
+        for (int i = 0; i < kCached; i++) {
             const int u = t + i * kRowThreads;
             if (u < units) {
-                kept[i] = normed<T>(args, kept[i], u, inverse);
+                cached[i] = normed<T>(args, cached[i], u, inverse);
             }
         }
     }
 
     float scale = 1;
-    if (SHARED == kToken && args.codes != nullptr) {
+    if (GRANULARITY == kToken && args.codes != nullptr) {
         uint32_t size = 0;
         QK_UNROLL
-        for (int i = 0; i < kKept; i++) {
-            size = larger(size, largest<T>(args, kept[i]));
+        for (int i = 0; i < kCached; i++) {
+            size = larger(size, largest<T>(args, cached[i]));
         }
-        for (int u = t + kKept * kRowThreads; u < units; u += kRowThreads) {
+        for (int u = t + kCached * kRowThreads; u < units; u += kRowThreads) {
             const Words4 unit = normed<T>(args, incoming<T>(args, u), u, inverse);
             size = larger(size, largest<T>(args, unit));
         }
@@ -280,31 +281,31 @@ __global__ void __launch_bounds__(kRowThreads) quantize_kernel(QuantizeArgs args
             scale = absmax == 0 ? 0 : 127.0f * (1.0f / absmax);
         } else {
             stored = absmax / 448.0f;
-            stored = stored < kTokenFloor ? kTokenFloor : stored;  // keeps NaN, unlike fmaxf
+            stored = stored < kTokenFloor ? kTokenFloor : stored;  // passes NaN on, unlike fmaxf
             scale = stored;
         }
         if (t == 0) {
             store_global(args.scale + row, stored);
         }
-    } else if (SHARED == kTensor) {
+    } else if (GRANULARITY == kTensor) {
         scale = load_global(args.scale);
     }
     const float zero = args.zero != nullptr ? float(load_global(args.zero)) : 0;
 
-    // Whole warps go round together, for they exchange groups' maxima and outliers' bits.
+    // Whole warps iterate together, because they exchange maxima of groups and bits of outliers.
     for (int i = 0, first = t - int(lane_index()); first < units; i++, first += kRowThreads) {
         const int u = first + lane_index();
         const bool live = u < units;
         Words4 unit = {};
-        if (i < kKept) {
+        if (i < kCached) {
             QK_UNROLL
-            for (int c = 0; c < kKept; c++) {
-                unit = c == i ? kept[c] : unit;
+            for (int c = 0; c < kCached; c++) {
+                unit = c == i ? cached[c] : unit;
             }
         } else if (live) {
             unit = normed<T>(args, incoming<T>(args, u), u, inverse);
         }
-        if (SHARED == kGroup128) {
+        if (GRANULARITY == kGroup128) {
             uint32_t size = largest<T>(args, unit);
             QK_UNROLL
             for (int d = kGroupUnits / 2; d > 0; d /= 2) {
@@ -322,15 +323,15 @@ __global__ void __launch_bounds__(kRowThreads) quantize_kernel(QuantizeArgs args
         for (int e = 0; e < kUnit; e += 2) {
             const float low = to_float(element<T>(unit, e)),
                         high = to_float(element<T>(unit, e + 1));
-            uint32_t both;
+            uint32_t two_codes;
             if (INT8) {
                 const int k = u * kUnit + e;
-                both = int8_code<SHARED>(args, low, scale, zero, k < args.k) |
-                       int8_code<SHARED>(args, high, scale, zero, k + 1 < args.k) << 8;
+                two_codes = int8_code<GRANULARITY>(args, low, scale, zero, k < args.k) |
+                            int8_code<GRANULARITY>(args, high, scale, zero, k + 1 < args.k) << 8;
             } else {
-                both = e4m3_codes(low / scale, high / scale);
+                two_codes = e4m3_codes(low / scale, high / scale);
             }
-            codes.w[e / 4] |= both << e % 4 * 8;
+            codes.w[e / 4] |= two_codes << e % 4 * 8;
             outliers |= (uint32_t(is_outlier(args, low)) | uint32_t(is_outlier(args, high)) << 1)
                         << e;
         }
@@ -340,7 +341,7 @@ __global__ void __launch_bounds__(kRowThreads) quantize_kernel(QuantizeArgs args
                 store_unit(args, static_cast<T*>(args.rounded) + int64_t(row) * args.k, u, unit);
             }
         }
-        if (INT8 && SHARED == kToken && args.counter != nullptr) {
+        if (INT8 && GRANULARITY == kToken && args.counter != nullptr) {
             // The bits of four neighbours are a word of the mask.
             outliers <<= lane_index() % 4 * 8;
             outliers |= shuffle_xor(outliers, 1);
@@ -350,10 +351,10 @@ __global__ void __launch_bounds__(kRowThreads) quantize_kernel(QuantizeArgs args
             }
         }
     }
-    if (INT8 && SHARED == kToken && args.counter != nullptr) {
+    if (INT8 && GRANULARITY == kToken && args.counter != nullptr) {
         auto* last = reinterpret_cast<int*>(slots) + 2 * kRowWarps;
         fence_global();
-        sync_block();  // all of this block's bits, before one thread says so
+        sync_block();  // all bits of this block are set before one thread counts it
         if (t == 0) {
             store_shared(last, int(atomic_add_acq_rel(args.counter, 1) == args.m - 1));
         }

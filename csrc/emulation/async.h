@@ -1,6 +1,6 @@
-// Models of what Hopper does on its own: copies that an mbarrier counts, and products of a
-// warpgroup. A copy arrives, and a product is computed, as late as the kernel lets them, so that
-// whoever does not wait finds neither.
+// Models of Hopper's asynchronous instructions: copies that an mbarrier counts, and products of a
+// warpgroup. A copy arrives and a product is computed as late as the kernel allows, so that a
+// thread that does not wait finds neither.
 #pragma once
 #include "checks.h"
 
@@ -9,11 +9,11 @@ namespace qk::emulation {
 inline Mbarrier& mbarrier_at(const void* p) {
     Machine& m = Machine::get();
     note_shared_read(p, 8);
-    const auto found = m.mbarriers.find(p);
-    if (found == m.mbarriers.end()) {
+    const auto entry = m.mbarriers.find(p);
+    if (entry == m.mbarriers.end()) {
         m.fail("use of an mbarrier that was not initialized");
     }
-    return found->second;
+    return entry->second;
 }
 
 inline void mbarrier_init(void* p, uint32_t count) {
@@ -22,12 +22,12 @@ inline void mbarrier_init(void* p, uint32_t count) {
     note_shared_write(p, 8);
     Mbarrier b;
     b.count = count;
-    b.known.assign(m.warp_epoch.size(), 0);
-    b.published = b.known;
+    b.seen.assign(m.warp_epoch.size(), 0);
+    b.published = b.seen;
     m.mbarriers[p] = b;
 }
 
-/// Ends the phase if all have arrived; then what is on its way comes, too.
+/// Ends the phase if all threads have arrived; the copies in flight arrive first.
 inline void mbarrier_try_complete(Mbarrier& b) {
     Machine& m = Machine::get();
     if (b.arrived < b.count) {
@@ -41,18 +41,18 @@ inline void mbarrier_try_complete(Mbarrier& b) {
             s[i].pending = false;
         }
         b.bytes -= a.copy.bytes;
-        b.known[a.warp] = std::max(b.known[a.warp], a.epoch + 1);
+        b.seen[a.warp] = std::max(b.seen[a.warp], a.epoch + 1);
     }
     b.copies.clear();
     if (b.bytes != 0) {
-        return;  // announced, not yet asked for
+        return;  // bytes were announced whose copy has not started
     }
     b.phase ^= 1;
     b.arrived = 0;
-    b.published = b.known;
+    b.published = b.seen;
 }
 
-/// Tells of what this warp did before its last __syncwarp, and of what it was told.
+/// Arrives. This publishes what the warp did before its last __syncwarp, and what it has seen.
 inline void mbarrier_arrive(const void* p, uint32_t bytes) {
     Machine& m = Machine::get();
     Mbarrier& b = mbarrier_at(p);
@@ -63,10 +63,10 @@ inline void mbarrier_arrive(const void* p, uint32_t bytes) {
         m.fail("mbarrier: more arrivals than its count of %u", b.count);
     }
     const uint32_t w = m.warp();
-    for (size_t other = 0; other < b.known.size(); other++) {
-        b.known[other] = std::max(b.known[other], m.seen[w][other]);
+    for (size_t other = 0; other < b.seen.size(); other++) {
+        b.seen[other] = std::max(b.seen[other], m.seen[w][other]);
     }
-    b.known[w] = std::max(b.known[w], m.warp_epoch[w]);
+    b.seen[w] = std::max(b.seen[w], m.warp_epoch[w]);
     b.arrived++;
     b.bytes += bytes;
 }
@@ -88,7 +88,8 @@ inline void mbarrier_wait(const void* p, uint32_t parity) {
     }
 }
 
-/// `live` bytes from global memory and zeros behind them, to arrive with the barrier's phase.
+/// Copies `live` bytes from global memory, and zeros after them; they arrive with the barrier's
+/// phase.
 inline void copy_bulk(void* to, const void* from, uint32_t bytes, uint32_t live,
                       const void* barrier) {
     Machine& m = Machine::get();
@@ -101,17 +102,17 @@ inline void copy_bulk(void* to, const void* from, uint32_t bytes, uint32_t live,
          m.warp(),
          m.warp_epoch[m.warp()]});
 }
-/// After the copies of one instruction: later ones are told from them.
-inline void copies_set_out() { Machine::get().warp_epoch[Machine::get().warp()]++; }
+/// Ends the copies of one instruction, so that later accesses are ordered after them.
+inline void copies_started() { Machine::get().warp_epoch[Machine::get().warp()]++; }
 
-/// Where 16 bytes lie in rows of 128 bytes whose 8 units are swizzled; `p` as without swizzling.
+/// Address of 16 bytes in rows of 128 bytes whose 8 units are swizzled. p: the address without it.
 inline unsigned char* swizzled128(const void* p) {
     const unsigned char* base = Machine::get().shared;
     const size_t at = static_cast<const unsigned char*>(p) - base;
     return const_cast<unsigned char*>(base) + (at ^ ((at >> 7 & 7) << 4));
 }
 
-/// A product sets out: its operands must stay until it is waited for.
+/// Starts a product. Its operands must not change until it is waited for.
 inline void product_issue(Product product) {
     Machine::get().wait(Waits::warpgroup, "wgmma");
     if (product.a != nullptr) {
@@ -130,7 +131,7 @@ inline void product_wait(size_t left) {
     if (!me.issued.empty()) {
         m.fail("wgmma: waits for a product that was not committed");
     }
-    m.wait(Waits::warpgroup, "wgmma.wait_group");  // all are done with the products before
+    m.wait(Waits::warpgroup, "wgmma.wait_group");  // no thread still reads earlier products
     me.finished.clear();
     while (me.groups.size() > left) {
         for (const Product& p : me.groups.front()) {
@@ -146,7 +147,7 @@ inline void product_wait(size_t left) {
         p.finish(p);
     }
 }
-/// First operand's registers of another lane, of the same product.
+/// The first operand of the same product in another lane's registers.
 inline const uint32_t* given_by(uint32_t lane, const Product& mine) {
     Machine& m = Machine::get();
     const size_t index = &mine - m.me().finished.data();

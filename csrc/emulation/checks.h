@@ -1,9 +1,10 @@
-// What the emulator checks at each access to global or shared memory.
+// The checks of the emulator at each access to global or shared memory.
 #pragma once
 #include "machine.h"
 
 namespace qk::emulation {
 
+/// Whether a barrier orders the access `before` before this thread's next one.
 inline bool ordered(const Machine& m, const Moment& before) {
     const Moment now = m.now();
     return before.block_epoch < m.first_epoch || before.thread == now.thread ||
@@ -19,7 +20,8 @@ inline void check_aligned(const void* p, size_t bytes) {
     }
 }
 
-/// A global access inside one registered tensor; writes must be allowed and no other thread's.
+/// A global access must be inside one registered tensor. A write must be allowed, and no other
+/// thread may have written the byte.
 inline void check_global(const void* p, size_t bytes, bool write, bool atomic = false) {
     Machine& m = Machine::get();
     const uintptr_t at = reinterpret_cast<uintptr_t>(p);
@@ -81,7 +83,7 @@ inline void note_shared_read(const void* p, size_t bytes) {
     }
 }
 
-/// `pending`: an asynchronous copy sets out; otherwise the bytes are there now.
+/// pending: an asynchronous copy to these bytes starts; otherwise they are written now.
 inline void note_shared_write(const void* p, size_t bytes, bool pending = false) {
     Machine& m = Machine::get();
     ShadowByte* s = shadow_of(p, bytes);

@@ -1,9 +1,10 @@
 // Runs a kernel on the CPU: one fiber per thread of a block, blocks one after another.
 //
-// Barriers and warp collectives are rendezvous points: a fiber that reaches one gives way, and goes
-// on when everybody concerned has come. Between two rendezvous a thread runs undisturbed, so races
-// never show in results; `checks.h` finds them instead, from who touched which byte in which epoch.
-// The first violation of anything ends the launch, and `launch` returns it as text.
+// Barriers and warp collectives are rendezvous points: a fiber that reaches one yields, and
+// continues when all its partners have arrived. Between two rendezvous points a thread runs without
+// interruption, so races never show in results. `checks.h` finds them instead: it records which
+// thread accessed which byte in which epoch. The first error ends the launch, and `launch` returns
+// it as text.
 #pragma once
 #include <ucontext.h>
 
@@ -25,7 +26,7 @@
 
 namespace qk::emulation {
 
-/// For AddressSanitizer: frames that lay here are gone. A fiber that was left never said so itself.
+/// Tells AddressSanitizer that this stack has no frames any more. An abandoned fiber does not.
 inline void forget_frames([[maybe_unused]] char* stack, [[maybe_unused]] size_t bytes) {
 #ifdef __SANITIZE_ADDRESS__
     __asan_unpoison_memory_region(stack, bytes);
@@ -42,7 +43,7 @@ struct Index {
 
 constexpr int kWarpgroup = 128;
 
-/// What a fiber waits for: nothing, its block, its warp, its warpgroup, or that something happens.
+/// What a fiber waits for: nothing, its block, its warp, its warpgroup, or a condition.
 enum class Waits { nothing, block, warp, warpgroup, event };
 
 /// One cp.async that has not arrived yet.
@@ -52,9 +53,9 @@ struct Copy {
     uint32_t bytes, live;
 };
 
-/// A wgmma on its way: what a thread gave and gets. async.h computes it when it is waited for.
+/// A wgmma in flight, in one thread. async.h computes it when the thread waits for it.
 struct Product {
-    uint32_t given[4], *a;     // registers of the first operand as they were, and where they are
+    uint32_t given[4], *a;     // first operand: its registers at the start, and their address
     void* sums;                // this thread's sums
     const void *left, *right;  // descriptors' addresses; left is null if `a` is the first operand
     bool accumulate;
@@ -64,13 +65,14 @@ struct Product {
 /// An mbarrier in shared memory.
 struct Mbarrier {
     uint32_t count = 0, arrived = 0, phase = 0;
-    int64_t bytes = 0;  // still to come
+    int64_t bytes = 0;  // announced minus arrived
     struct Arrival {
         Copy copy;
-        uint32_t warp, epoch;  // whose copy it is, and when it set out
+        uint32_t warp, epoch;  // of the thread that started the copy, at that time
     };
     std::vector<Arrival> copies;
-    std::vector<uint32_t> known, published;  // per warp: what arrivals know, and waits learn
+    // Epoch of each warp that the arrivals of this phase have seen, and that a wait learns.
+    std::vector<uint32_t> seen, published;
 };
 
 struct Fiber {
@@ -79,32 +81,31 @@ struct Fiber {
     bool done = true;
     Waits waits = Waits::nothing;
     const char* where = "";  // name of the rendezvous
-    // What it brings to a collective. Two of them: a lane may be at the next one before all have
-    // read.
+    // Its operands of a collective. There are two, because a lane may reach the next collective
+    // before all lanes have read.
     unsigned char operands[2][kOperandBytes];
     int parity = 0;
-    std::function<bool()> happened;  // of Waits::event
+    std::function<bool()> happened;  // the condition, for Waits::event
     std::vector<Copy> uncommitted;
     std::vector<std::vector<Copy>> committed;  // oldest first
-    // Products of a warpgroup that this thread takes part in: not committed, committed, and those
-    // that the last wait finished.
+    // The thread's wgmmas: not committed, finished by the last wait, and (groups) committed.
     std::vector<Product> issued, finished;
     std::vector<std::vector<Product>> groups;
 };
 
-/// A thread at a moment, for telling whether two accesses were ordered by a barrier.
+/// A thread and its epochs at an access: they tell whether a barrier orders two accesses.
 struct Moment {
     uint32_t thread = 0, block_epoch = 0, warp_epoch = 0;
 };
 
-/// Per byte of shared memory: the last write, the last reads by two different threads, and the last
-/// one by another warpgroup.
+/// For a byte of shared memory: the last write, the last reads by two different threads, and the
+/// last read by another warpgroup.
 struct ShadowByte {
     Moment written, read, read_too, read_far;
-    bool pending = false;  // an asynchronous copy is on its way here
+    bool pending = false;  // an asynchronous copy to it is in flight
 };
 
-/// Per byte of global memory that a kernel may write: which thread of the launch wrote it.
+/// A registered tensor. writer: for each byte, the thread of the launch that wrote it.
 struct Region {
     uintptr_t begin, end;
     bool writable;
@@ -114,7 +115,7 @@ struct Region {
 class Machine {
   public:
     std::vector<Region> regions;
-    int block_order = 0;  // 0: first to last, 1: last to first, others: shuffled by that seed
+    int block_order = 0;  // 0: first to last, 1: last to first, others: shuffled with this seed
     Index grid, block_size, block;
     uint32_t thread = 0;
     std::vector<unsigned char> shared_storage;
@@ -123,7 +124,7 @@ class Machine {
     std::vector<ShadowByte> shadow;
     uint32_t first_epoch = 1, block_epoch = 1;
     std::vector<uint32_t> warp_epoch;
-    // seen[a][b]: what warp b did before this epoch of its own happened before what warp a does now
+    // seen[a][b]: what warp b did before this epoch of b happened before what warp a does now
     std::vector<std::vector<uint32_t>> seen;
     std::map<const void*, Mbarrier> mbarriers;
     std::vector<Fiber> fibers;
@@ -171,7 +172,7 @@ class Machine {
         }
     }
 
-    /// Waits until all 32 lanes of the warp have come here; then `lane(i)` is what lane i brought.
+    /// Waits until all 32 lanes of the warp are here; then `lane(i)` is the operand of lane i.
     template <typename T>
     struct Met {
         const Machine& machine;
@@ -192,7 +193,7 @@ class Machine {
         return {*this, parity};
     }
 
-    /// Runs `kernel` for every thread of the grid. Returns "" or what went wrong.
+    /// Runs `kernel` for every thread of the grid. Returns an error message, or "".
     std::string launch(Index grid_size, Index threads, size_t shared_size,
                        std::function<void()> kernel) {
         if (threads.x % kWarp != 0 || threads.y != 1 || threads.z != 1) {
@@ -258,8 +259,8 @@ class Machine {
         warp_epoch.assign(threads / kWarp, 0);
         seen.assign(threads / kWarp, std::vector<uint32_t>(threads / kWarp, 0));
         mbarriers.clear();
-        // What a block finds in shared memory is no one's; a pattern makes results wrong rather
-        // than lucky.
+        // Shared memory starts with a pattern, so that a kernel that reads it unwritten gives wrong
+        // results.
         std::fill(shared, shared + shared_bytes, 0xFF);
         for (uint32_t t = 0; t < threads; t++) {
             Fiber& f = fibers[t];
@@ -313,8 +314,7 @@ class Machine {
     }
 
     void resume() {
-        // `fail` and `entry` come back here by setcontext; `resumed` tells that from the first
-        // pass.
+        // `fail` and `entry` return here by setcontext; `resumed` tells that from the first pass.
         volatile bool resumed = false;
         getcontext(&scheduler_);
         if (!resumed) {
@@ -323,7 +323,7 @@ class Machine {
         }
     }
 
-    /// What these warps did until now happened before what each of them does from now on.
+    /// Orders all earlier accesses of these warps before all their later ones.
     void order_warps(uint32_t first, uint32_t count) {
         std::vector<uint32_t> all(warp_epoch.size(), 0);
         for (uint32_t w = first; w < first + count; w++) {
@@ -338,7 +338,8 @@ class Machine {
         }
     }
 
-    /// Lets threads [first, first + count) go on if all wait for the same thing; whether it did.
+    /// Lets threads [first, first + count) continue if all wait at the same place; returns whether
+    /// it did.
     bool release(uint32_t first, uint32_t count, Waits what) {
         for (uint32_t t = first; t < first + count; t++) {
             const Fiber& f = fibers[t];

@@ -1,5 +1,5 @@
-// Kernels with one bug each, and sound ones next to them: what the emulator must find, and must
-// not.
+// Kernels with one bug each, which the emulator must find, and correct kernels next to them, in
+// which it must find nothing.
 #include "../ptx/launch.h"
 #include "../ptx/warp.h"
 #include "control.h"

@@ -1,7 +1,8 @@
-// Kernels with one bug each in what only Hopper has, and sound ones next to them: one thread of the
-// first warpgroup copies a box of 8 rows x 128 bytes, twice into the same place, the second
-// warpgroup reads it; products of a warpgroup.
+// Kernels with one bug each in Hopper's instructions, and correct kernels next to them. Copies: one
+// thread of the first warpgroup copies a box of 8 rows x 128 bytes to the same place twice, and the
+// second warpgroup reads it. Also products of a warpgroup, and its barrier.
 #include "../ptx/launch.h"
+#include "../ptx/pipeline.h"
 #include "../ptx/wgmma.h"
 #include "control.h"
 
@@ -22,12 +23,12 @@ void copies(const Args& args) {
     unsigned char* box = shared_memory();
     auto* full = reinterpret_cast<Barrier*>(box + kBox);
     Barrier* empty = full + 1;
-    const bool pdl = is(args, "copy: freed by one warp for all");
+    const bool by_one_warp = is(args, "copy: freed by one warp for all");
     if (thread_index() == 0) {
         if (!is(args, "copy: barrier not initialized")) {
             barrier_init(full, 1);
         }
-        barrier_init(empty, pdl ? 1 : 4);
+        barrier_init(empty, by_one_warp ? 1 : 4);
         barrier_init_done();
     }
     sync_block();
@@ -54,7 +55,7 @@ void copies(const Args& args) {
             store_global(args.out + t + i * 128, sum);
             if (is(args, "copy: freed without a warp barrier") && lane == 0) {
                 barrier_arrive(empty);
-            } else if (!pdl || warp_index() == 4) {
+            } else if (!by_one_warp || warp_index() == 4) {
                 release(empty);
             }
         }
@@ -62,7 +63,7 @@ void copies(const Args& args) {
 }
 
 void products(const Args& args) {
-    // a (64, 16) of ones in registers; b: 128 rows of which row r is r % 4
+    // a: (64, 16) ones in registers. b: 128 rows; every element of row r is r % 4.
     auto* b = reinterpret_cast<uint16_t*>(shared_memory());
     for (uint32_t i = thread_index(); i < 128 * 64; i += blocks_x() * 256) {
         store_shared(b + i, from_float<Half>(float(i / 64 % 4)).bits);
@@ -114,7 +115,7 @@ __global__ void planted(Args args) {
 extern "C" const char* qk_planted(const char* bug, const uint32_t* in, uint32_t* out) {
     static std::string error;
     qk::Args args{bug, {}, out};
-    error = qk::describe(args.map, qk::Element::byte, in, 128, 8, 128, 8);
+    error = qk::encode_tensor_map(args.map, qk::Element::byte, in, 128, 8, 128, 8);
     if (error.empty()) {
         error = qk::launch<qk::Args>(qk::planted, {1, 1, 256, 128 * 128}, args, 0, false);
     }

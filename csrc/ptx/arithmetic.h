@@ -6,7 +6,7 @@ namespace qk {
 
 /// lop3: any function of three bits, TABLE's bit (4a + 2b + c).
 template <int TABLE>
-QK_BOTH uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
+QK_HOST_DEVICE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
 #ifdef __CUDA_ARCH__
     uint32_t d;
     asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(d) : "r"(a), "r"(b), "r"(c), "n"(TABLE));
@@ -25,7 +25,7 @@ QK_BOTH uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
 constexpr int kAndOr = (0xF0 & 0xCC) | 0xAA;
 
 /// prmt: byte i of the result is byte (nibble i of `pick`) & 7 of {b, a}.
-QK_BOTH uint32_t prmt(uint32_t a, uint32_t b, uint32_t pick) {
+QK_HOST_DEVICE uint32_t prmt(uint32_t a, uint32_t b, uint32_t pick) {
 #ifdef __CUDA_ARCH__
     uint32_t d;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(pick));
@@ -45,20 +45,20 @@ QK_BOTH uint32_t prmt(uint32_t a, uint32_t b, uint32_t pick) {
 #endif
 }
 
-QK_BOTH float bits_to_float(uint32_t bits) {
+QK_HOST_DEVICE float bits_to_float(uint32_t bits) {
     float f;
     memcpy(&f, &bits, 4);
     return f;
 }
-QK_BOTH uint32_t float_to_bits(float f) {
+QK_HOST_DEVICE uint32_t float_to_bits(float f) {
     uint32_t bits;
     memcpy(&bits, &f, 4);
     return bits;
 }
 
-QK_BOTH float to_float(float v) { return v; }
-QK_BOTH float to_float(BFloat v) { return bits_to_float(uint32_t(v.bits) << 16); }
-QK_BOTH float to_float(Half v) {
+QK_HOST_DEVICE float to_float(float v) { return v; }
+QK_HOST_DEVICE float to_float(BFloat v) { return bits_to_float(uint32_t(v.bits) << 16); }
+QK_HOST_DEVICE float to_float(Half v) {
 #ifdef __CUDA_ARCH__
     float f;
     asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v.bits));
@@ -68,7 +68,7 @@ QK_BOTH float to_float(Half v) {
     if (rest >= 0x7C00) {
         return bits_to_float(sign | 0x7F800000 | rest << 13);
     }
-    // Exponents meet by one exact multiplication, which also puts subnormal numbers right.
+    // One exact multiplication adjusts the exponent, and makes subnormal numbers right, too.
     const float f = bits_to_float(rest << 13) * bits_to_float((127 + 112) << 23);
     return bits_to_float(sign | float_to_bits(f));
 #endif
@@ -76,9 +76,9 @@ QK_BOTH float to_float(Half v) {
 
 /// Round to nearest, ties to even.
 template <typename T>
-QK_BOTH T from_float(float f);
+QK_HOST_DEVICE T from_float(float f);
 template <>
-QK_BOTH BFloat from_float<BFloat>(float f) {
+QK_HOST_DEVICE BFloat from_float<BFloat>(float f) {
 #ifdef __CUDA_ARCH__
     BFloat v;
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(v.bits) : "f"(f));
@@ -92,7 +92,7 @@ QK_BOTH BFloat from_float<BFloat>(float f) {
 #endif
 }
 template <>
-QK_BOTH Half from_float<Half>(float f) {
+QK_HOST_DEVICE Half from_float<Half>(float f) {
 #ifdef __CUDA_ARCH__
     Half v;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(v.bits) : "f"(f));
@@ -115,25 +115,25 @@ QK_BOTH Half from_float<Half>(float f) {
 #endif
 }
 
-/// Two neighbours in one register, `low` first.
+/// Two neighbouring elements in one register, `low` first.
 template <typename T>
-QK_BOTH uint32_t pair(T low, T high) {
+QK_HOST_DEVICE uint32_t pair(T low, T high) {
     return low.bits | uint32_t(high.bits) << 16;
 }
 template <typename T>
-QK_BOTH T low_of(uint32_t both) {
-    return {uint16_t(both & 0xFFFF)};
+QK_HOST_DEVICE T low_of(uint32_t bits) {
+    return {uint16_t(bits & 0xFFFF)};
 }
 template <typename T>
-QK_BOTH T high_of(uint32_t both) {
-    return {uint16_t(both >> 16)};
+QK_HOST_DEVICE T high_of(uint32_t bits) {
+    return {uint16_t(bits >> 16)};
 }
 
 /// Two float32, rounded to nearest even, as a pair.
 template <typename T>
-QK_BOTH uint32_t round_pair(float low, float high);
+QK_HOST_DEVICE uint32_t round_pair(float low, float high);
 template <>
-QK_BOTH uint32_t round_pair<Half>(float low, float high) {
+QK_HOST_DEVICE uint32_t round_pair<Half>(float low, float high) {
 #ifdef __CUDA_ARCH__
     uint32_t d;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
@@ -143,7 +143,7 @@ QK_BOTH uint32_t round_pair<Half>(float low, float high) {
 #endif
 }
 template <>
-QK_BOTH uint32_t round_pair<BFloat>(float low, float high) {
+QK_HOST_DEVICE uint32_t round_pair<BFloat>(float low, float high) {
 #ifdef __CUDA_ARCH__
     uint32_t d;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
@@ -156,7 +156,7 @@ QK_BOTH uint32_t round_pair<BFloat>(float low, float high) {
 #ifndef __CUDA_ARCH__
 template <typename T>
 inline uint32_t fma2_model(uint32_t a, uint32_t b, uint32_t c) {
-    // In float64, then once to T by way of float32: exact wherever the decoders use it.
+    // In float64, then rounded to float32 and to T: exact for all values that decoders use.
     const double low =
         double(to_float(low_of<T>(a))) * to_float(low_of<T>(b)) + to_float(low_of<T>(c));
     const double high =
@@ -166,9 +166,9 @@ inline uint32_t fma2_model(uint32_t a, uint32_t b, uint32_t c) {
 #endif
 /// a * b + c for both halves, rounded once.
 template <typename T>
-QK_BOTH uint32_t fma2(uint32_t a, uint32_t b, uint32_t c);
+QK_HOST_DEVICE uint32_t fma2(uint32_t a, uint32_t b, uint32_t c);
 template <>
-QK_BOTH uint32_t fma2<Half>(uint32_t a, uint32_t b, uint32_t c) {
+QK_HOST_DEVICE uint32_t fma2<Half>(uint32_t a, uint32_t b, uint32_t c) {
 #ifdef __CUDA_ARCH__
     uint32_t d;
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
@@ -178,7 +178,7 @@ QK_BOTH uint32_t fma2<Half>(uint32_t a, uint32_t b, uint32_t c) {
 #endif
 }
 template <>
-QK_BOTH uint32_t fma2<BFloat>(uint32_t a, uint32_t b, uint32_t c) {
+QK_HOST_DEVICE uint32_t fma2<BFloat>(uint32_t a, uint32_t b, uint32_t c) {
 #ifdef __CUDA_ARCH__
     uint32_t d;
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));

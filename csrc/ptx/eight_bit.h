@@ -1,10 +1,10 @@
-// Instructions on 8-bit codes, and the few that only the 8-bit kernels use.
+// Instructions on 8-bit codes, and a few others that only the 8-bit kernels use.
 #pragma once
 #include <cmath>
 
 #include "warp.h"
 
-/// A loop that stays one, where unrolling would take too many registers.
+/// A loop that is not unrolled, because that would take too many registers.
 #ifdef __CUDACC__
 #define QK_NO_UNROLL _Pragma("unroll 1")
 #else
@@ -13,7 +13,7 @@
 
 namespace qk {
 
-/// qkernels/backends/cuda/eight_bit.py names them by the same numbers.
+/// Kinds of 8-bit codes. qkernels/backends/cuda/eight_bit.py has the same numbers.
 enum Kind : int { kInt8, kE4M3Kind, kE5M2Kind };
 
 // ---------------------------------------------------------------- words of the L2
@@ -28,7 +28,7 @@ QK_DEVICE uint32_t load_l2(const uint32_t* p) {
 }
 QK_DEVICE int load_l2(const int* p) { return int(load_l2(reinterpret_cast<const uint32_t*>(p))); }
 
-/// *p |= bits, whoever else does so at the same time.
+/// *p |= bits, atomically.
 QK_DEVICE void atomic_or(uint32_t* p, uint32_t bits) {
 #ifdef __CUDACC__
     asm volatile("red.relaxed.gpu.global.or.b32 [%0], %1;" ::"l"(p), "r"(bits) : "memory");
@@ -40,17 +40,17 @@ QK_DEVICE void atomic_or(uint32_t* p, uint32_t bits) {
 }
 
 // ---------------------------------------------------------------- numbers
-QK_BOTH float round_even(float f) { return rintf(f); }
+QK_HOST_DEVICE float round_even(float f) { return rintf(f); }
 
-QK_BOTH int count_ones(uint32_t bits) {
+QK_HOST_DEVICE int count_ones(uint32_t bits) {
 #ifdef __CUDA_ARCH__
     return __popc(bits);
 #else
     return __builtin_popcount(bits);
 #endif
 }
-/// Number of the lowest bit that is set.
-QK_BOTH int lowest_one(uint32_t bits) {
+/// Index of the lowest bit that is set.
+QK_HOST_DEVICE int lowest_one(uint32_t bits) {
 #ifdef __CUDA_ARCH__
     return __ffs(static_cast<int>(bits)) - 1;
 #else
@@ -59,7 +59,7 @@ QK_BOTH int lowest_one(uint32_t bits) {
 }
 
 /// float32 -> E4M3FN code by integer arithmetic: nearest, half to even, saturating, NaN stays NaN.
-QK_BOTH uint32_t e4m3_code(float value) {
+QK_HOST_DEVICE uint32_t e4m3_code(float value) {
     const uint32_t bits = float_to_bits(value), size = bits & 0x7FFFFFFF, sign = bits >> 24 & 0x80;
     if (size > 0x7F800000) {
         return sign | 0x7F;
@@ -70,8 +70,8 @@ QK_BOTH uint32_t e4m3_code(float value) {
     const uint32_t code = ((size + 0x7FFFF + (size >> 20 & 1)) >> 20) - (120 << 3);
     return sign | (code < 0x7E ? code : 0x7E);
 }
-/// Two of them, `low` in the lower byte.
-QK_BOTH uint32_t e4m3_codes(float low, float high) {
+/// Two E4M3FN codes, `low` in the lower byte.
+QK_HOST_DEVICE uint32_t e4m3_codes(float low, float high) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
     uint16_t codes;
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(high), "f"(low));
@@ -81,7 +81,7 @@ QK_BOTH uint32_t e4m3_codes(float low, float high) {
 #endif
 }
 
-/// The value of lane (mine - distance), or one's own where there is none.
+/// The value of lane (mine - distance), or this lane's own value if there is no such lane.
 QK_DEVICE int shuffle_up(int value, uint32_t distance) {
 #ifdef __CUDACC__
     return __shfl_up_sync(0xFFFFFFFF, value, distance);
@@ -142,12 +142,12 @@ inline void mma_codes_model(Sum (&acc)[4], const uint32_t (&a)[4], const uint32_
 
 /// Four codes -> values exact in float16, features 0 and 1 in `low`. NaN stays NaN.
 template <int KIND>
-QK_BOTH void code_halves(uint32_t codes, uint32_t& low, uint32_t& high) {
+QK_HOST_DEVICE void code_halves(uint32_t codes, uint32_t& low, uint32_t& high) {
     uint32_t pairs[2] = {prmt(codes, 0, 0x1404), prmt(codes, 0, 0x3424)};
     QK_UNROLL
     for (int i = 0; i < 2 && KIND == kE4M3Kind; i++) {
-        // One bit down, which leaves 2^-8 of the value; NaN's bits, and no other's, carry into the
-        // top bit of the exponent.
+        // A shift right by one bit leaves 2^-8 of the value. The addition carries into the top bit
+        // of the exponent only for the bits of NaN.
         uint32_t moved = (pairs[i] & 0x7F007F00) >> 1;
         moved |= (moved + 0x00800080) & 0x40004000;
         pairs[i] = fma2<Half>(moved | (pairs[i] & 0x80008000), 0x5C005C00, 0x80008000);
@@ -156,8 +156,8 @@ QK_BOTH void code_halves(uint32_t codes, uint32_t& low, uint32_t& high) {
     high = pairs[1];
 }
 
-/// The product of codes as one of float16, for GPUs without fp8. The order of features within the
-/// 32 is another than the instruction's, the same for both operands.
+/// The product of fp8 codes as products of float16, for GPUs without fp8. The order of the 32
+/// features differs from the instruction's, but is the same for both operands.
 template <int KIND_A, int KIND_B>
 QK_DEVICE void mma_codes_as_half(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     QK_UNROLL

@@ -1,4 +1,4 @@
-// What Hopper (sm_90a) has of its own: mbarriers, bulk and tensor copies, products of a warpgroup.
+// Instructions of Hopper (sm_90a): mbarriers, bulk and tensor (TMA) copies, warpgroup barriers.
 #pragma once
 #include <string>
 
@@ -17,7 +17,7 @@
 
 namespace qk {
 
-/// Whether this compilation is for a GPU that has them (or for the emulator).
+/// Whether this compilation is for such a GPU, or for the emulator.
 constexpr bool kOnHopper = QK_HOPPER;
 
 QK_DEVICE uint32_t shared_address(const void* p) {
@@ -42,7 +42,7 @@ QK_DEVICE void barrier_init(Barrier* b, uint32_t arrivals) {
                  : "memory");
 #endif
 }
-/// After the inits, before a block-wide barrier: the copy engine may see them.
+/// After the inits, before a block-wide barrier: makes the mbarriers visible to TMA.
 QK_DEVICE void barrier_init_done() {
 #if defined(__CUDACC__) && QK_HOPPER
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -56,7 +56,7 @@ QK_DEVICE void barrier_arrive(Barrier* b) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
 #endif
 }
-/// Arrives, and announces copies of so many bytes.
+/// Arrives, and announces copies of `bytes`.
 QK_DEVICE void barrier_arrive_expect(Barrier* b, uint32_t bytes) {
 #ifndef __CUDACC__
     emulation::mbarrier_arrive(b, bytes);
@@ -66,7 +66,7 @@ QK_DEVICE void barrier_arrive_expect(Barrier* b, uint32_t bytes) {
                  : "memory");
 #endif
 }
-/// Waits until the phase of that parity is over; that of parity 1 before the first one is.
+/// Waits until the phase of this parity is over. Before the first phase, parity 1 counts as over.
 QK_DEVICE void barrier_wait(Barrier* b, uint32_t parity) {
 #ifndef __CUDACC__
     emulation::mbarrier_wait(b, parity);
@@ -84,28 +84,7 @@ QK_DEVICE void barrier_wait(Barrier* b, uint32_t parity) {
 #endif
 }
 
-/// Place in a ring of COUNT, and the parity of the phase that fills it.
-template <int COUNT>
-struct Turn {
-    int at = 0;
-    uint32_t parity = 0;
-    QK_DEVICE void next() {
-        if (++at == COUNT) {
-            at = 0;
-            parity ^= 1;
-        }
-    }
-};
-
-/// This warp is done with what `b` guards.
-QK_DEVICE void release(Barrier* b) {
-    sync_warp();
-    if (lane_index() == 0) {
-        barrier_arrive(b);
-    }
-}
-
-/// Barrier of the 128 threads of a warpgroup; every warpgroup has an `id` of its own, from 1.
+/// Barrier of the 128 threads of a warpgroup. id: from 1, a different one for every warpgroup.
 QK_DEVICE void sync_warpgroup(uint32_t id) {
 #ifndef __CUDACC__
     (void)id;
@@ -115,29 +94,29 @@ QK_DEVICE void sync_warpgroup(uint32_t id) {
 #endif
 }
 
-/// Registers of each thread of a warpgroup from here on: more, or fewer, than it started with.
+/// setmaxnreg: sets the registers of each thread of this warpgroup to COUNT.
 template <int COUNT>
-QK_DEVICE void more_registers() {
+QK_DEVICE void increase_registers() {
 #if defined(__CUDACC__) && QK_HOPPER
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 #endif
 }
 template <int COUNT>
-QK_DEVICE void fewer_registers() {
+QK_DEVICE void decrease_registers() {
 #if defined(__CUDACC__) && QK_HOPPER
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 #endif
 }
 
 // ---------------------------------------------------------------- copies
-/// `bytes`, a multiple of 16, from global to shared memory; `b` counts them.
+/// Copies `bytes`, a multiple of 16, from global to shared memory; `b` counts them.
 QK_DEVICE void copy_bulk(void* to, const void* from, uint32_t bytes, Barrier* b) {
 #ifndef __CUDACC__
     if (bytes % 16 != 0) {
         emulation::Machine::get().fail("bulk copy of %u bytes", bytes);
     }
     emulation::copy_bulk(to, from, bytes, bytes, b);
-    emulation::copies_set_out();
+    emulation::copies_started();
 #elif QK_HOPPER
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
@@ -147,7 +126,7 @@ QK_DEVICE void copy_bulk(void* to, const void* from, uint32_t bytes, Barrier* b)
 #endif
 }
 
-/// A matrix in global memory as the copy engine knows it: boxes of rows x 128 bytes, swizzled.
+/// TMA descriptor of a matrix in global memory: boxes of rows x 128 bytes, swizzled.
 struct TensorMap {
 #ifdef __CUDACC__
     CUtensorMap map;  // at a multiple of 64
@@ -162,16 +141,17 @@ static_assert(sizeof(TensorMap) == 128, "");
 
 enum class Element { half, bfloat, byte };
 
-/// "" or what is wrong. `columns`: elements of a row; `stride`: bytes from row to row, of 16 each.
-inline std::string describe(TensorMap& map, Element element, const void* base, int64_t columns,
-                            int64_t rows, int64_t stride, int box_rows) {
+/// Fills `map`. columns: elements of a row; stride: bytes from row to row, a multiple of 16.
+/// Returns an error message, or "".
+inline std::string encode_tensor_map(TensorMap& map, Element element, const void* base,
+                                     int64_t columns, int64_t rows, int64_t stride, int box_rows) {
     const int size = element == Element::byte ? 1 : 2;
 #ifndef __CUDACC__
     map = {
         static_cast<const unsigned char*>(base), columns * size, rows, stride, box_rows, size, {}};
     return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride % 16 == 0 && box_rows <= 256
                ? ""
-               : "tensor map: address, stride or box that the copy engine does not take";
+               : "tensor map: address, stride or box that TMA does not take";
 #else
     using Encode =
         CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
@@ -179,14 +159,14 @@ inline std::string describe(TensorMap& map, Element element, const void* base, i
                      CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
     static Encode encode = nullptr;
     if (encode == nullptr) {
-        void* found = nullptr;
+        void* function = nullptr;
         cudaDriverEntryPointQueryResult result;
         const cudaError_t error = cudaGetDriverEntryPointByVersion(
-            "cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-        if (error != cudaSuccess || found == nullptr) {
+            "cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+        if (error != cudaSuccess || function == nullptr) {
             return "the driver has no cuTensorMapEncodeTiled";
         }
-        encode = reinterpret_cast<Encode>(found);
+        encode = reinterpret_cast<Encode>(function);
     }
     const CUtensorMapDataType types[] = {CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
                                          CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
@@ -202,7 +182,7 @@ inline std::string describe(TensorMap& map, Element element, const void* base, i
 #endif
 }
 
-/// One box, from element `column` of `row` on, to shared memory at a multiple of 1024; zeros
+/// TMA: copies the box at element `column` of `row` to shared memory at a multiple of 1024; zeros
 /// outside of the matrix. `b` counts box_rows * 128 bytes.
 QK_DEVICE void copy_box(void* to, const TensorMap& map, int column, int row, Barrier* b) {
 #ifndef __CUDACC__
@@ -217,7 +197,7 @@ QK_DEVICE void copy_box(void* to, const TensorMap& map, int column, int row, Bar
             emulation::copy_bulk(emulation::swizzled128(plain), from, 16, live, b);
         }
     }
-    emulation::copies_set_out();
+    emulation::copies_started();
 #elif QK_HOPPER
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
@@ -226,7 +206,7 @@ QK_DEVICE void copy_box(void* to, const TensorMap& map, int column, int row, Bar
         : "memory");
 #endif
 }
-/// The copy engine will want this map.
+/// Prefetches a tensor map, which TMA will use.
 QK_DEVICE void prefetch(const TensorMap& map) {
 #if defined(__CUDACC__) && QK_HOPPER
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
@@ -235,8 +215,8 @@ QK_DEVICE void prefetch(const TensorMap& map) {
 #endif
 }
 
-/// stmatrix, transposed: what load_matrix's registers of four 8x8 matrices hold, to shared memory,
-/// where lane 8i + r points at row r of the transposed matrix i.
+/// stmatrix, transposed: stores four 8x8 matrices from registers (as load_matrix has them) to
+/// shared memory. Lane 8i + r points at row r of the transposed matrix i.
 QK_DEVICE void store_matrix_transposed(void* row, const uint32_t (&in)[4]) {
 #ifndef __CUDACC__
     struct Brought {
@@ -248,8 +228,8 @@ QK_DEVICE void store_matrix_transposed(void* row, const uint32_t (&in)[4]) {
     const uint32_t i = lane_index() / 8, r = lane_index() % 8;
     emulation::note_shared_write(row, 16);
     for (uint32_t e = 0; e < 8; e++) {
-        const uint32_t both = met.lane(e * 4 + r / 2).in[i];
-        static_cast<uint16_t*>(row)[e] = uint16_t(both >> r % 2 * 16);
+        const uint32_t bits = met.lane(e * 4 + r / 2).in[i];
+        static_cast<uint16_t*>(row)[e] = uint16_t(bits >> r % 2 * 16);
     }
 #elif QK_HOPPER
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(

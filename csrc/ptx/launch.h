@@ -1,4 +1,4 @@
-// Starts a kernel that takes one struct of arguments: on a stream, or in the emulator.
+// Launches a kernel that takes one struct of arguments: on a stream, or in the emulator.
 #pragma once
 #include <string>
 
@@ -11,7 +11,8 @@ struct Grid {
     size_t shared;
 };
 
-/// "" or what went wrong. `early`: the kernel waits itself for what the last one wrote (sm_90+).
+/// Launches. pdl: programmatic dependent launch (sm_90+); the kernel may start before the last one
+/// is done, and itself waits for it. Returns an error message, or "".
 template <typename Args>
 std::string launch(void (*kernel)(Args), Grid grid, Args args, uint64_t stream, bool pdl) {
 #ifdef __CUDACC__

@@ -1,4 +1,4 @@
-// Global and shared memory: every access of every kernel goes through these.
+// Global and shared memory: kernels access memory only through these functions.
 #pragma once
 #include "target.h"
 
@@ -23,7 +23,7 @@ QK_DEVICE T load_global(const T* p) {
     return *p;
 }
 
-/// ld.global.cg: from the L2, where another block's stores are.
+/// ld.global.cg: reads the L2, where stores of other blocks are.
 QK_DEVICE float load_l2(const float* p) {
 #ifdef __CUDACC__
     float value;
@@ -34,7 +34,7 @@ QK_DEVICE float load_l2(const float* p) {
 #endif
 }
 
-/// Cache policy for bytes that are read once: first to be thrown out of the L2.
+/// Cache policy for bytes that are read once: the L2 evicts them first.
 QK_DEVICE uint64_t evict_first() {
 #ifdef __CUDACC__
     uint64_t policy;
@@ -45,7 +45,7 @@ QK_DEVICE uint64_t evict_first() {
 #endif
 }
 
-/// Read-only 16 bytes that stay out of the L1.
+/// Loads 16 read-only bytes without a place in the L1.
 QK_DEVICE Words4 load_stream(const Words4* p, uint64_t policy) {
 #ifdef __CUDACC__
     Words4 v;
@@ -89,7 +89,7 @@ QK_DEVICE void store_global(T* p, T value) {
     *p = value;
 }
 
-/// T a byte offset into this block's shared memory points at.
+/// Loads from this block's shared memory.
 template <typename T>
 QK_DEVICE T load_shared(const T* p) {
 #ifndef __CUDACC__
@@ -107,7 +107,8 @@ QK_DEVICE void store_shared(T* p, T value) {
     *p = value;
 }
 
-/// cp.async: 16 bytes from global to shared memory, the first `live` of them read, the rest zero.
+/// cp.async: copies 16 bytes from global to shared memory; only the first `live` are read, the rest
+/// are zero.
 QK_DEVICE void copy_async(void* to, const void* from, uint32_t live) {
 #ifdef __CUDACC__
     const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
@@ -131,7 +132,7 @@ QK_DEVICE void copy_async_commit() {
     me.uncommitted.clear();
 #endif
 }
-/// Waits until at most GROUPS of this thread's groups are on their way.
+/// Waits until at most GROUPS of this thread's groups are in flight.
 template <int GROUPS>
 QK_DEVICE void copy_async_wait() {
 #ifdef __CUDACC__
@@ -145,7 +146,8 @@ QK_DEVICE void copy_async_wait() {
 #endif
 }
 
-/// Old value of *p, after adding; orders what this thread knows of before what the next one reads.
+/// *p += value; returns the old value. Acquires and releases: a thread that counts later sees what
+/// this one has seen.
 QK_DEVICE int atomic_add_acq_rel(int* p, int value) {
 #ifdef __CUDACC__
     int old;
@@ -162,7 +164,7 @@ QK_DEVICE int atomic_add_acq_rel(int* p, int value) {
     return old;
 #endif
 }
-/// Makes this thread's global writes visible to whoever sees a later one.
+/// Makes this thread's global writes visible to every thread that sees a later write of it.
 QK_DEVICE void fence_global() {
 #ifdef __CUDACC__
     __threadfence();
@@ -184,7 +186,8 @@ QK_DEVICE void sync_warp() {
 #endif
 }
 
-/// Programmatic dependent launch: the next kernel may start; wait for what the last one wrote.
+/// Programmatic dependent launch (PDL): lets the next kernel start; and waits for the last kernel,
+/// whose writes are then visible.
 QK_DEVICE void let_next_kernel_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -1,5 +1,5 @@
-// Where a kernel runs: a GPU, or the CPU emulator. The only place, with the wrappers beside it,
-// that knows; kernels include these headers and contain neither asm nor a test for the compiler.
+// Where a kernel runs: on a GPU, or in the CPU emulator. Only this file and the wrappers beside it
+// know. Kernels include these headers, and contain no asm and no test for the compiler.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -8,16 +8,16 @@
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 #define QK_DEVICE __device__ __forceinline__
-#define QK_BOTH __host__ __device__ __forceinline__
-#define QK_CALLED static __device__ __noinline__
+#define QK_HOST_DEVICE __host__ __device__ __forceinline__
+#define QK_NOINLINE static __device__ __noinline__
 #define QK_UNROLL _Pragma("unroll")
 #define QK_PRAGMA(TEXT) _Pragma(#TEXT)
 #define QK_UNROLL_BY(COUNT) QK_PRAGMA(unroll COUNT)
 #else
 #include "../emulation/checks.h"
 #define QK_DEVICE inline
-#define QK_BOTH inline
-#define QK_CALLED inline
+#define QK_HOST_DEVICE inline
+#define QK_NOINLINE inline
 #define QK_UNROLL
 #define QK_UNROLL_BY(COUNT)
 #define __global__
@@ -27,7 +27,7 @@
 
 namespace qk {
 
-/// 16-bit floats as bits; arithmetic on them goes through the wrappers.
+/// 16-bit floats as bits; the wrappers have their arithmetic.
 struct Half {
     uint16_t bits;
 };
@@ -35,7 +35,7 @@ struct BFloat {
     uint16_t bits;
 };
 
-/// 16 and 8 bytes that move at once.
+/// 16 and 8 bytes that one instruction loads or stores.
 struct alignas(16) Words4 {
     uint32_t w[4];
 };

@@ -1,4 +1,4 @@
-// What the 32 lanes of a warp do together.
+// Instructions that the 32 lanes of a warp execute together.
 #pragma once
 #include "arithmetic.h"
 #include "memory.h"
@@ -44,8 +44,8 @@ QK_DEVICE uint32_t ballot(bool predicate) {
 #endif
 }
 
-/// Four 8x8 matrices of 16 bits. Lanes 8i..8i+7 point at the rows of matrix i; lane l gets elements
-/// 2(l % 4) and the next of row l / 4 of each.
+/// ldmatrix: loads four 8x8 matrices of 16 bits. Lanes 8i..8i+7 point at the rows of matrix i; lane
+/// l gets elements 2(l % 4) and the next of row l / 4 of each.
 QK_DEVICE void load_matrix(uint32_t (&out)[4], const void* row) {
 #ifdef __CUDACC__
     const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(row));

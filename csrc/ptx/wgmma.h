@@ -1,6 +1,6 @@
 // wgmma: products of a warpgroup, 64 rows of the first operand by N of the second, asynchronous.
 //
-// Operands in shared memory are rows of 128 bytes with K innermost, swizzled as copy_box leaves
+// Operands in shared memory are rows of 128 bytes with K innermost, swizzled as copy_box writes
 // them. Thread (warp w of four, q, j) has the sums of rows 16w + q and 16w + q + 8: sums[4i + 2h +
 // b] is row q + 8h, column 8i + 2j + b. A first operand in registers is that of mma.m16n8k16.
 #pragma once
@@ -11,7 +11,8 @@
 
 namespace qk {
 
-/// Operand in shared memory: the address's bits, and how its rows lie.
+/// Matrix descriptor of an operand in shared memory: the address's bits, and the layout of its
+/// rows.
 struct Operand {
     uint64_t bits;
 };
@@ -24,7 +25,7 @@ QK_DEVICE Operand operand_at(const void* rows) {
             uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62};
 #endif
 }
-/// The same rows, so many bytes further along K.
+/// The operand `bytes` further along K.
 QK_DEVICE Operand further(Operand o, uint32_t bytes) {
 #ifndef __CUDACC__
     return {o.bits + bytes};
@@ -33,7 +34,7 @@ QK_DEVICE Operand further(Operand o, uint32_t bytes) {
 #endif
 }
 
-/// Before a product whose registers were written by other instructions.
+/// Required before a product whose registers other instructions have written.
 QK_DEVICE void product_fence() {
 #if defined(__CUDACC__) && QK_HOPPER
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -46,7 +47,7 @@ QK_DEVICE void product_commit() {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 #endif
 }
-/// Waits until at most GROUPS of the committed ones are on their way.
+/// Waits until at most GROUPS of the committed groups are in flight.
 template <int GROUPS>
 QK_DEVICE void product_wait() {
 #ifndef __CUDACC__
@@ -67,7 +68,7 @@ inline void operand_row(unsigned char (&out)[32], const void* rows, int row) {
     }
 }
 /// Adds sum over K of left[row q + 8h] * right[column] to each of this thread's sums. Products are
-/// exact in float64, as the tensor core's are; it may round their sum otherwise.
+/// exact in float64, as in the tensor core, which may round their sum differently.
 template <int N, int FEATURES, typename Sum, typename Value>
 void finish_product(const emulation::Product& p, const double (&left)[2][FEATURES], Value value) {
     Sum* sums = static_cast<Sum*>(p.sums);
@@ -143,7 +144,8 @@ void finish_8(const emulation::Product& p) {
     "%111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, "   \
     "%124, %125, %126, %127"
 
-/// sums (64, N) [+]= a (64, 16) * b (N, 16)^T, `a` in registers, which must stay until waited for.
+/// sums (64, N) [+]= a (64, 16) * b (N, 16)^T. `a` is in registers, which must not change until the
+/// product is waited for.
 template <typename T, int N>
 QK_DEVICE void product(float (&sums)[N / 2], uint32_t (&a)[4], Operand b, bool accumulate) {
     static_assert(N == 128 || N == 256, "");

@@ -1,5 +1,5 @@
-// What the kernel around QuIP's and QuIP#'s products is given: one side of qkernels/formats/
-// incoherent.py, as the weight-only layout keeps it.
+// Arguments of the transform before or after the products of QuIP and QuIP#: one side of
+// qkernels/formats/incoherent.py, in the weight-only layout.
 #pragma once
 #include <cstdint>
 
@@ -10,30 +10,30 @@ struct Half;
 struct TransformArgs {
     const void* x;         // (M, n): the 16-bit type before the product, float32 after it
     void* y;               // (M, width), the 16-bit type
-    const Half* diagonal;  // (n): what x is multiplied by, or y
+    const Half* diagonal;  // (n): factors of x before the product, of y after it
     const void* bias;      // (n) of y, the 16-bit type, or null
-    const int* perm;       // (n) or null: which outer feature each inner one is
+    const int* perm;       // (n) or null: the outer feature of each inner feature
     const Half* factor0;   // (a0, a0) or null
     const Half* factor1;   // (c, c) or null: Hadamard
     const Half* factor2;   // (b, b) or null: Hadamard
-    float scale;           // y is also multiplied by it
+    float scale;           // a further factor of y
     int m, n, width;
-    int a0, c, b;     // a row is a box of these, n = a0 * c * b
-    int log_b;        // of b where that axis is Hadamard's, else 0
-    int is_codebook;  // y in the order of codes of eight weights
-    int is_aligned;  // eight features of x that are neighbours in the box are so in memory, 16-byte
-                     // aligned, and there are no other
+    int a0, c, b;     // a row is a box of these orders, n = a0 * c * b
+    int log_b;        // log2 of b if the transform of that axis is Hadamard, else 0
+    int is_codebook;  // y is in the order of codes of eight weights
+    // The box is whole groups of eight features that are neighbours in memory, 16-byte aligned.
+    int is_aligned;
 };
 
-/// One launch, as Python asks for it: qkernels/backends/cuda/transforms.py has the same structs.
+/// One launch. qkernels/backends/cuda/transforms.py has the same structs.
 struct TransformCall {
     TransformArgs args;
     uint64_t stream;
-    uint32_t rows, shared;  // blocks along M, each of which takes every `rows`-th row; bytes
-    int is_bfloat;          // of what is not float32
-    int is_after;           // the product: to the outer features; else from them
-    int pdl;                // launch before the last kernel is done (sm_90+)
-    int size;               // of this struct, as the caller knows it
+    uint32_t rows, shared;  // blocks along M, each for every `rows`-th row; bytes of shared memory
+    int is_bfloat;          // the 16-bit type
+    int is_after;           // after the product, inner to outer features; else before it
+    int pdl;                // programmatic dependent launch (sm_90+)
+    int size;               // bytes of this struct in the caller's build
 };
 
 }  // namespace qk

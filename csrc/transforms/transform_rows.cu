@@ -15,7 +15,7 @@ std::string launch_transform(const TransformCall& call) {
 }  // namespace
 }  // namespace qk
 
-/// Text that stays until the next call of this thread; "" if all is well.
+/// Returns an error message, which stays valid until the next call of this thread; "" for success.
 extern "C" const char* qk_transform_rows(const qk::TransformCall* call) {
     static thread_local std::string error;
     if (call->size != int(sizeof(qk::TransformCall))) {

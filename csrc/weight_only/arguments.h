@@ -1,4 +1,4 @@
-// What the weight-only kernels are given: a weight in the layout of
+// Arguments of the weight-only kernels. The weight is in the layout of
 // qkernels/layouts/weight_only.py.
 #pragma once
 #include <cstdint>
@@ -8,21 +8,21 @@ namespace qk {
 struct Words4;
 struct Words2;
 
-/// Scalers that one kernel tells apart as it runs, and dtypes; qkernels/backends/cuda/calls.py
-/// names them by the same numbers.
+/// Kinds of the scaler `Plain`, which one kernel distinguishes at run time, and dtypes of scales.
+/// qkernels/backends/cuda/calls.py has the same numbers.
 enum Scaling : int { kGroup, kScale, kScaleFlat, kNested, kNestedFlat };
 enum ScaleType : int { kFloat32, kFloat16, kBFloat16 };
 
 struct WeightOnlyArgs {
     const void* x;           // (M, K), the 16-bit type
     const Words4* qdata;     // (tiles, N, 4 x 16 bytes)
-    const void* qhigh;       // high bits (tiles, N, 4 x 4, 8 or 16 bytes), where codes have them
+    const void* qhigh;       // high bits (tiles, N, 4 x 4, 8 or 16 bytes), if codes have them
     const int* perm;         // (KP) or null
     const int* slice_group;  // (KP / 16) or null
     const uint32_t* table;   // (8) of the 16-bit type, or a codebook, or null
     const void* scale;       // scales, absmax, or 8-bit codes of absmax
     const uint8_t* zero;     // zero points (groups, N)
-    const void* second;      // what else a scaler of quad_scalers.h reads
+    const void* second;      // further tensors of a scaler of quad_scalers.h
     const void* third;
     const float* nested_map;
     const float* nested_outer;
@@ -32,29 +32,29 @@ struct WeightOnlyArgs {
     const void* x_columns;     // gemm with outliers: x^T (K, x_rows), in the checkpoint's order
     const void* bias;          // (N) or null
     void* y;                   // (M, N)
-    float* partial;            // (shares, blocks, rows of a block x columns of a block)
+    float* partial;            // (split-K slices, blocks, rows of a block x columns of a block)
     int* counter;              // (blocks), zero before and after
     int m, n, k, kp;
-    int tiles, k_slice;          // tiles of 16 words along K in all, and for one block
+    int tiles, k_slice;          // tiles of 16 words along K: in all, and in a split-K slice
     int group, shift;            // features in a group, and log2 of it or -1
-    int row_group, scale_group;  // rows that share a scale, features of a tile that do
+    int row_group, scale_group;  // rows, and features of a tile, that have the same scale
     int scaling, scale_type;
     int x_stride;  // gemm: features of a row of x, in kernel order, a multiple of 8
     int chunk;     // gemv: tiles whose activations are in shared memory at a time
     int x_rows;    // gemm with outliers: rows of x, padded with zeros to a multiple of 8
-    int is_float;  // y, in float32
+    int is_float;  // whether y is float32
 };
 
-/// One launch, as Python asks for it: qkernels/backends/cuda/calls.py has the same struct.
+/// One launch. qkernels/backends/cuda/calls.py has the same struct.
 struct WeightOnlyCall {
     WeightOnlyArgs args;
     uint64_t stream;
     uint32_t grid_x, grid_y, shared;
-    int kernel;        // 0: gemv, 1: gemm
+    int kernel;        // 0: gemv, 1: gemm, 2: hopper
     int is_bfloat;     // of x, y and bias
-    int scale_groups;  // scales of a tile and row, if not the kernel's own: 1, 2, 4, or 0 for any
-    int pdl;           // launch before the last kernel is done (sm_90+)
-    int size;          // of this struct, as the caller knows it
+    int scale_groups;  // of `Plain`: scale groups in a tile of one row, 1, 2, 4, or 0 for any
+    int pdl;           // programmatic dependent launch (sm_90+)
+    int size;          // bytes of this struct in the caller's build
 };
 
 }  // namespace qk

@@ -8,10 +8,10 @@
 //              x (COLUMNS rows x features of a tile)                 16-byte chunk c of row m at
 //                                                                    c ^ (m % 8), for ldmatrix
 //
-// Codes become operands of mma.m16n8k16 in registers, used COLUMNS / 8 times each. Sums of a run
-// are scaled as in gemv.h, or each weight is, rounded to 16 bits once, which costs less than adding
-// up COLUMNS sums where runs are short. K is cut into shares, summed in order by the block that
-// finishes last.
+// Codes are decoded to operands of mma.m16n8k16 in registers, and each operand is used COLUMNS / 8
+// times. Either the sums of a scale group are scaled, as in gemv.h, or each weight is scaled and
+// rounded to 16 bits once, which costs less than adding COLUMNS sums if scale groups are short. K
+// is cut into split-K slices, which the block that finishes last adds in order.
 #pragma once
 #include "gemv.h"
 
@@ -19,25 +19,26 @@ namespace qk {
 
 constexpr int kGemmRows = 64, kStages = 4;
 
-/// Rows of x of a block: fewer where tiles are long, so that four stages fit in 99 KiB.
+/// Rows of x of a block: fewer if tiles are long, so that four stages fit in 99 KiB.
 template <typename D>
 constexpr int kGemmColumns = D::kPairs == 8 ? 32 : 64;
 
-/// Blocks a multiprocessor is to have registers for, 0 for as the compiler likes. Shared memory
-/// lets no third one in where codes come with a codebook, and the compiler would spill to have it.
+/// Blocks per SM that the compiler leaves registers for; 0 lets the compiler choose. With a
+/// codebook shared memory has no room for a third block, and the compiler would spill to make
+/// registers for it.
 template <typename D>
 constexpr int kGemmBlocks = D::kBook > 0 ? 2 : 0;
 
-/// Bytes of a stage's codes, of its high bits, and of all of it.
+/// Bytes of a stage: of its codes, of its high bits, and in all.
 constexpr int kCodeBytes = kGemmRows * 64;
 template <typename D>
 constexpr int kHighBytes = kGemmRows * 16 * D::kHigh;
 template <typename D>
 constexpr int kStageBytes = kCodeBytes + kHighBytes<D> + kGemmColumns<D> * kTile<D> * 2;
 
-/// Where this block is, and its stages.
+/// A block's work tile (m0, n0), its tiles along K, and its stages in shared memory.
 template <typename D>
-struct Place {
+struct GemmBlock {
     int m0, n0, begin, end;
     unsigned char* shared;
 
@@ -56,53 +57,53 @@ struct Place {
 template <typename D>
 constexpr int kHighUnits = D::kHigh > 0 ? D::kHigh : 1;
 
-/// Codes of a step set out. Rows and tiles that do not exist become zeros.
+/// Starts the copies of a step's codes. Rows and tiles that do not exist become zeros.
 template <typename D>
-QK_DEVICE void fetch_codes(const WeightOnlyArgs& args, const Place<D>& place, int step) {
-    const int tile = place.begin + step, t = thread_index();
+QK_DEVICE void fetch_codes(const WeightOnlyArgs& args, const GemmBlock<D>& block, int step) {
+    const int tile = block.begin + step, t = thread_index();
     QK_UNROLL
     for (int r = 0; r < 2; r++) {
-        const int unit = warp_index() * 64 + r * 32 + lane_index(), row = place.n0 + unit / 4;
-        const bool live = tile < place.end && row < args.n;
+        const int unit = warp_index() * 64 + r * 32 + lane_index(), row = block.n0 + unit / 4;
+        const bool live = tile < block.end && row < args.n;
         const int64_t at = live ? (int64_t(tile) * args.n + row) * 4 + unit % 4 : 0;
-        copy_async(place.codes(step) + unit * 16, args.qdata + at, live ? 16 : 0);
+        copy_async(block.codes(step) + unit * 16, args.qdata + at, live ? 16 : 0);
     }
     for (int unit = t; unit < kHighBytes<D> / 16; unit += kThreads) {
-        const int row = place.n0 + unit / kHighUnits<D>;
-        const bool live = tile < place.end && row < args.n;
+        const int row = block.n0 + unit / kHighUnits<D>;
+        const bool live = tile < block.end && row < args.n;
         const int64_t at =
             live ? (int64_t(tile) * args.n + row) * kHighUnits<D> + unit % kHighUnits<D> : 0;
-        copy_async(place.high_bits(step) + unit * 16, static_cast<const Words4*>(args.qhigh) + at,
+        copy_async(block.high_bits(step) + unit * 16, static_cast<const Words4*>(args.qhigh) + at,
                    live ? 16 : 0);
     }
 }
 
-/// Activations of a step set out; x has whole 16-byte chunks a row.
+/// Starts the copies of a step's activations. A row of x is a whole number of 16-byte chunks.
 template <typename T, typename D>
-QK_DEVICE void fetch_x(const WeightOnlyArgs& args, const Place<D>& place, int step) {
+QK_DEVICE void fetch_x(const WeightOnlyArgs& args, const GemmBlock<D>& block, int step) {
     constexpr int chunks = kTile<D> / 8;
     for (int i = thread_index(); i < kGemmColumns<D> * chunks; i += kGemvThreads) {
-        const int m = i / chunks, c = i % chunks, k = (place.begin + step) * kTile<D> + c * 8;
+        const int m = i / chunks, c = i % chunks, k = (block.begin + step) * kTile<D> + c * 8;
         const bool live =
-            place.begin + step < place.end && place.m0 + m < args.m && k < args.x_stride;
-        const int64_t at = live ? int64_t(place.m0 + m) * args.x_stride + k : 0;
-        copy_async(place.chunk(step, m, c), static_cast<const T*>(args.x) + at, live ? 16 : 0);
+            block.begin + step < block.end && block.m0 + m < args.m && k < args.x_stride;
+        const int64_t at = live ? int64_t(block.m0 + m) * args.x_stride + k : 0;
+        copy_async(block.chunk(step, m, c), static_cast<const T*>(args.x) + at, live ? 16 : 0);
     }
 }
 
-/// A lane's codes of a step, back from shared memory.
+/// Loads a lane's codes of a step from shared memory.
 template <typename D>
-QK_DEVICE Packed<D> packed_of(const Place<D>& place, int step) {
+QK_DEVICE Packed<D> packed_of(const GemmBlock<D>& block, int step) {
     Packed<D> packed = {};
     const int q = lane_index() / 4, j = lane_index() % 4;
     QK_UNROLL
     for (int r = 0; r < 2; r++) {
         const int row = warp_index() * 16 + r * 8 + q;
         packed.low[r] =
-            load_shared(reinterpret_cast<const Words4*>(place.codes(step)) + row * 4 + j);
+            load_shared(reinterpret_cast<const Words4*>(block.codes(step)) + row * 4 + j);
         if (D::kHigh > 0) {
             packed.high[r] = load_shared(
-                reinterpret_cast<const HighWords<D>*>(place.high_bits(step)) + row * 4 + j);
+                reinterpret_cast<const HighWords<D>*>(block.high_bits(step)) + row * 4 + j);
         }
     }
     return packed;
@@ -111,36 +112,37 @@ QK_DEVICE Packed<D> packed_of(const Place<D>& place, int step) {
 /// acc += one step.
 template <typename T, typename D, typename S>
 QK_DEVICE void multiply_step(float (&acc)[kGemmColumns<D> / 8][4], const WeightOnlyArgs& args,
-                             const Place<D>& place, int step, const Held<D, S>& held,
-                             const Table& table, const typename S::Rows& scaled) {
+                             const GemmBlock<D>& block, int step, const FetchedTile<D, S>& fetched,
+                             const Table& table, const typename S::Rows& scale_rows) {
     constexpr int columns = kGemmColumns<D> / 8;
-    const Values<D> values = decode<D>(packed_of<D>(place, step), table);
-    S scales(args, held.raw, place.begin + step);
+    const Values<D> values = decode<D>(packed_of<D>(block, step), table);
+    S scales(args, fetched.raw, block.begin + step);
     const int j = lane_index() % 4;
     const bool by_element = S::kGroups == 0 && args.scale_group < kSlice;
-    const int run = S::kGroups == 0 ? args.scale_group : kTile<D> / kGroupsHeld<S>;
+    const int scale_group = S::kGroups == 0 ? args.scale_group : kTile<D> / kGroupsLoaded<S>;
     float sums[columns][4] = {};
-    GroupScales<D, S> now;
+    GroupScales<D, S> group_scales;
     QK_UNROLL
     for (int s = 0; s < D::kPairs; s++) {
-        uint32_t x[columns][4];  // of each 8 columns, slices p = 0 and 1
+        uint32_t x[columns][4];  // for each 8 rows of x, slices p = 0 and 1
         QK_UNROLL
         for (int c = 0; c < columns; c++) {
             load_matrix(x[c],
-                        place.chunk(step, c * 8 + lane_index() % 8, s * 4 + lane_index() / 8));
+                        block.chunk(step, c * 8 + lane_index() % 8, s * 4 + lane_index() / 8));
         }
         QK_UNROLL
         for (int p = 0; p < 2; p++) {
-            const int slice = s * 2 + p, kk = (place.begin + step) * kTile<D> + slice * kSlice;
-            if (!by_element && slice * kSlice % run == 0) {
-                now.take(scales, args, scaled, slice, kk);
+            const int slice = s * 2 + p, kk = (block.begin + step) * kTile<D> + slice * kSlice;
+            if (!by_element && slice * kSlice % scale_group == 0) {
+                group_scales.take(scales, args, scale_rows, slice, kk);
             }
             uint32_t a[4];
-            operand<D>(a, values, s, p, now.offset);
+            operand<D>(a, values, s, p, group_scales.offset);
             if constexpr (S::kElements) {
                 QK_UNROLL
                 for (int i = 0; i < 4; i++) {
-                    a[i] = scaled_less<T>(a[i], now.factor[i % 2], now.minus[i % 2]);
+                    a[i] = scaled_less_minimum<T>(a[i], group_scales.factor[i % 2],
+                                                  group_scales.minimum[i % 2]);
                 }
                 QK_UNROLL
                 for (int c = 0; c < columns; c++) {
@@ -150,17 +152,17 @@ QK_DEVICE void multiply_step(float (&acc)[kGemmColumns<D> / 8][4], const WeightO
             }
             if constexpr (S::kGroups == 0) {
                 if (by_element) {
-                    scale_elements<T>(a, args, scaled.of, kk + j * 2);
+                    scale_elements<T>(a, args, scale_rows.scales, kk + j * 2);
                 }
             }
-            const bool fold = by_element || (slice + 1) * kSlice % run == 0;
+            const bool fold = by_element || (slice + 1) * kSlice % scale_group == 0;
             QK_UNROLL
             for (int c = 0; c < columns; c++) {
                 mma<T>(sums[c], a, x[c][p * 2], x[c][p * 2 + 1]);
                 if (fold) {
                     QK_UNROLL
                     for (int i = 0; i < 4; i++) {
-                        acc[c][i] += now.factor[i / 2] * sums[c][i];
+                        acc[c][i] += group_scales.factor[i / 2] * sums[c][i];
                         sums[c][i] = 0;
                     }
                 }
@@ -169,9 +171,9 @@ QK_DEVICE void multiply_step(float (&acc)[kGemmColumns<D> / 8][4], const WeightO
     }
 }
 
-/// Adds up the shares of this block's sums if it is the last; returns whether it is.
+/// Adds the split-K slices of the sums if this block is the last; returns whether it is.
 template <int COUNT>
-QK_DEVICE bool reduce_shares(float (&acc)[COUNT][4], const WeightOnlyArgs& args, int* last) {
+QK_DEVICE bool reduce_slices(float (&acc)[COUNT][4], const WeightOnlyArgs& args, int* last) {
     const int k_slices = blocks_y(), t = thread_index();
     if (k_slices == 1) {
         return true;
@@ -183,7 +185,7 @@ QK_DEVICE bool reduce_shares(float (&acc)[COUNT][4], const WeightOnlyArgs& args,
         store_global(mine + i * kGemvThreads, acc[i / 4][i % 4]);
         acc[i / 4][i % 4] = 0;
     }
-    if (!last_share(args, last)) {
+    if (!is_last_slice(args, last)) {
         return false;
     }
     for (int s = 0; s < k_slices; s++) {
@@ -196,27 +198,28 @@ QK_DEVICE bool reduce_shares(float (&acc)[COUNT][4], const WeightOnlyArgs& args,
     return true;
 }
 
-/// Grid: (blocks of rows of x, fastest, and of 64 rows of W; shares of K).
+/// Grid: (blocks of rows of x, fastest, and of 64 rows of W; split-K slices).
 template <typename T, int CODE, typename S>
 __global__ void __launch_bounds__(kThreads, (kGemmBlocks<DecoderOf<T, CODE>>))
     weight_only_gemm(const __grid_constant__ WeightOnlyArgs args) {
     using D = DecoderOf<T, CODE>;
     constexpr int columns = kGemmColumns<D>;
     const int blocks_m = (args.m + columns - 1) / columns, begin = block_index_y() * args.k_slice;
-    const Place<D> place{int(block_index_x() % blocks_m * columns),
-                         int(block_index_x() / blocks_m * kGemmRows), begin,
-                         begin + args.k_slice < args.tiles ? begin + args.k_slice : args.tiles,
-                         shared_memory() + kBookBytes<D>};
-    const int q = lane_index() / 4, j = lane_index() % 4, first = place.n0 + warp_index() * 16 + q;
-    const typename S::Rows scaled(args, first);
+    const GemmBlock<D> block{int(block_index_x() % blocks_m * columns),
+                             int(block_index_x() / blocks_m * kGemmRows), begin,
+                             begin + args.k_slice < args.tiles ? begin + args.k_slice : args.tiles,
+                             shared_memory() + kBookBytes<D>};
+    const int q = lane_index() / 4, j = lane_index() % 4, first = block.n0 + warp_index() * 16 + q;
+    const typename S::Rows scale_rows(args, first);
 
-    // The weight depends on no kernel before this one.
+    // The last kernel may write x, but not the weight, so the loads of the weight start before the
+    // wait.
     QK_UNROLL
     for (int step = 0; step < kStages - 1; step++) {
-        fetch_codes<D>(args, place, step);
+        fetch_codes<D>(args, block, step);
     }
-    Held<D, S> held = {}, next = {};
-    load_scales(held, args, place.begin, place.end, scaled);
+    FetchedTile<D, S> fetched = {}, next = {};
+    fetch_scales(fetched, args, block.begin, block.end, scale_rows);
     auto* const book = reinterpret_cast<uint32_t*>(shared_memory());
     load_book<D>(args, book, kThreads);
     const Table table = load_table<D>(args, book);
@@ -224,34 +227,33 @@ __global__ void __launch_bounds__(kThreads, (kGemmBlocks<DecoderOf<T, CODE>>))
     wait_for_last_kernel();
     QK_UNROLL
     for (int step = 0; step < kStages - 1; step++) {
-        fetch_x<T, D>(args, place, step);
+        fetch_x<T, D>(args, block, step);
         copy_async_commit();
     }
 
     float acc[columns / 8][4] = {};
     if (S::kOutliers) {
-        add_sparse<T>(acc, args, first, place.m0);
+        add_sparse<T>(acc, args, first, block.m0);
     }
-    for (int step = 0; step < place.end - place.begin; step++) {
+    for (int step = 0; step < block.end - block.begin; step++) {
         copy_async_wait<kStages - 2>();
-        sync_block();  // everybody's copies of this step are there, and everybody is done with the
-                       // last
-        fetch_codes<D>(args, place, step + kStages - 1);
-        fetch_x<T, D>(args, place, step + kStages - 1);
+        sync_block();  // all threads have this step's copies, and none still reads the last step
+        fetch_codes<D>(args, block, step + kStages - 1);
+        fetch_x<T, D>(args, block, step + kStages - 1);
         copy_async_commit();
-        load_scales(next, args, place.begin + step + 1, place.end, scaled);
-        multiply_step<T, D, S>(acc, args, place, step, held, table, scaled);
-        held = next;
+        fetch_scales(next, args, block.begin + step + 1, block.end, scale_rows);
+        multiply_step<T, D, S>(acc, args, block, step, fetched, table, scale_rows);
+        fetched = next;
     }
     copy_async_wait<0>();
     sync_block();
 
-    if (!reduce_shares(acc, args, reinterpret_cast<int*>(shared_memory()))) {
+    if (!reduce_slices(acc, args, reinterpret_cast<int*>(shared_memory()))) {
         return;
     }
     QK_UNROLL
     for (int i = 0; i < columns / 8 * 4; i++) {
-        const int n = first + i % 4 / 2 * 8, m = place.m0 + i / 4 * 8 + j * 2 + i % 2;
+        const int n = first + i % 4 / 2 * 8, m = block.m0 + i / 4 * 8 + j * 2 + i % 2;
         if (n < args.n && m < args.m) {
             store_output<T>(args, m, n, acc[i / 4][i % 4]);
         }

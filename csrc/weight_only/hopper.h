@@ -1,8 +1,8 @@
-// y = x @ W^T + bias for many rows of x on Hopper: wgmma takes the weights, decoded and scaled,
-// from registers, and x from shared memory, where the copy engine brings both.
+// y = x @ W^T + bias for many rows of x on Hopper: wgmma takes the decoded and scaled weights from
+// registers and x from shared memory. TMA copies the codes and x to shared memory.
 //
-// Three warpgroups. Of the first, one thread starts copies and nobody else does anything; the other
-// two multiply 64 rows of W each by COLUMNS rows of x, in chunks of 64 features:
+// A block has three warpgroups (ptx/pipeline.h). One thread of the first starts the copies; the
+// other two multiply 64 rows of W each by COLUMNS rows of x, in chunks of 64 features:
 //
 //        x ring, chunks                      codes ring, tiles                warpgroup 1, 2
 //      +-----------------------+     +--------------------------+
@@ -11,35 +11,36 @@
 //      +-----------------------+     +--------------------------+      sums += a * x^T   (wgmma)
 //        full / empty barriers          full / empty barriers
 //
-// While the tensor core multiplies slice i (16 features), the warps prepare slice i + 1. Codes
-// leave shared memory a whole tile at a time, so their place is free again at once. Weights are
-// scaled in float32 and rounded once, or sums are scaled, where a row has but one scale. A block
-// takes outputs in turn (grid: one block a processor): the copies of the next one start while the
-// last one is stored. K is never cut: sums do not depend on M.
+// While the tensor core multiplies slice i (16 features), the warps prepare slice i + 1. A warp
+// loads the codes of a whole tile at once, so their ring stage is free again early. Weights are
+// scaled in float32 and rounded once; if a row has only one scale, sums are scaled instead. The
+// kernel is persistent (one block per SM): a block computes one work tile after another, and the
+// copies for the next one start while the last one is stored. K is never cut, so sums do not depend
+// on M.
 #pragma once
-#include "../ptx/hopper.h"
+#include "../ptx/pipeline.h"
 #include "../ptx/wgmma.h"
 #include "gemm.h"
 
 namespace qk {
 
-constexpr int kHopperRows = 128, kHopperThreads = 384, kChunk = 64;
+constexpr int kHopperRows = 128, kChunk = 64;
 
 struct HopperArgs {
     WeightOnlyArgs weight;
     TensorMap x;
 };
 
-/// Rows of x of a block: fewer where a tile's values take the registers of half the sums, and where
-/// outliers do.
+/// Rows of x of a block: fewer if a tile's values or the outliers need the registers of half the
+/// sums.
 template <typename D, typename S>
 constexpr int kHopperColumns = D::kPairs == 8 || S::kOutliers ? 128 : 256;
 
-/// Bytes of high bits of a row of a tile.
+/// Bytes of the high bits of one row of a tile.
 template <typename D>
 constexpr int kHighRow = D::kHigh > 0 ? 4 * int(sizeof(HighWords<D>)) : 0;
 
-/// What lies where in shared memory.
+/// Layout of shared memory.
 template <typename D, int COLUMNS>
 struct HopperShared {
     static constexpr int kChunkBytes = COLUMNS * 128, kChunks = COLUMNS == 256 ? 4 : 6;
@@ -66,11 +67,11 @@ struct HopperShared {
     QK_DEVICE Barrier* codes_empty(int i) const { return barriers() + 2 * kChunks + kTiles + i; }
 };
 
-/// Outputs `work` of a block: x's rows fastest.
+/// Work tile number `work`: the outputs of rows m0.. of x and n0.. of W. Rows of x go fastest.
 template <int COLUMNS>
-struct Outputs {
+struct WorkTile {
     int m0, n0;
-    QK_DEVICE Outputs(const WeightOnlyArgs& args, int work) {
+    QK_DEVICE WorkTile(const WeightOnlyArgs& args, int work) {
         const int blocks_m = (args.m + COLUMNS - 1) / COLUMNS;
         m0 = work % blocks_m * COLUMNS;
         n0 = work / blocks_m * kHopperRows;
@@ -80,45 +81,46 @@ struct Outputs {
     }
 };
 
-/// The one thread that starts all copies.
+/// The producer thread: it starts all copies.
 template <typename D, int COLUMNS>
 QK_DEVICE void copy_all(const HopperArgs& args, const HopperShared<D, COLUMNS>& shared) {
     using Shared = HopperShared<D, COLUMNS>;
     const WeightOnlyArgs& w = args.weight;
-    Turn<Shared::kChunks> chunk;
-    Turn<Shared::kTiles> codes;
+    RingPosition<Shared::kChunks> chunk;
+    RingPosition<Shared::kTiles> codes;
     bool first = true;
     prefetch(args.x);
-    for (int work = block_index_x(); work < Outputs<COLUMNS>::count(w); work += blocks_x()) {
-        const Outputs<COLUMNS> place(w, work);
-        const int rows = w.n - place.n0 < kHopperRows ? w.n - place.n0 : kHopperRows;
+    for (int work = block_index_x(); work < WorkTile<COLUMNS>::count(w); work += blocks_x()) {
+        const WorkTile<COLUMNS> work_tile(w, work);
+        const int rows = w.n - work_tile.n0 < kHopperRows ? w.n - work_tile.n0 : kHopperRows;
         for (int tile = 0; tile < w.tiles; tile++) {
-            barrier_wait(shared.codes_empty(codes.at), codes.parity ^ 1);
-            const int64_t row = int64_t(tile) * w.n + place.n0;
-            Barrier* full = shared.codes_full(codes.at);
+            barrier_wait(shared.codes_empty(codes.index), codes.parity ^ 1);
+            const int64_t row = int64_t(tile) * w.n + work_tile.n0;
+            Barrier* full = shared.codes_full(codes.index);
             barrier_arrive_expect(full, rows * (64 + kHighRow<D>));
-            copy_bulk(shared.codes(codes.at), w.qdata + row * 4, rows * 64, full);
+            copy_bulk(shared.codes(codes.index), w.qdata + row * 4, rows * 64, full);
             if (D::kHigh > 0) {
-                copy_bulk(shared.codes(codes.at) + Shared::kLowBytes,
+                copy_bulk(shared.codes(codes.index) + Shared::kLowBytes,
                           static_cast<const unsigned char*>(w.qhigh) + row * kHighRow<D>,
                           rows * kHighRow<D>, full);
             }
             codes.next();
-            if (first) {  // the weight depends on no kernel before this one, x does
+            if (first) {  // the last kernel may write x, but not the weight
                 wait_for_last_kernel();
                 first = false;
             }
             for (int k = tile * kTile<D>; k < (tile + 1) * kTile<D>; k += kChunk) {
-                barrier_wait(shared.chunk_empty(chunk.at), chunk.parity ^ 1);
-                barrier_arrive_expect(shared.chunk_full(chunk.at), Shared::kChunkBytes);
-                copy_box(shared.chunk(chunk.at), args.x, k, place.m0, shared.chunk_full(chunk.at));
+                barrier_wait(shared.chunk_empty(chunk.index), chunk.parity ^ 1);
+                barrier_arrive_expect(shared.chunk_full(chunk.index), Shared::kChunkBytes);
+                copy_box(shared.chunk(chunk.index), args.x, k, work_tile.m0,
+                         shared.chunk_full(chunk.index));
                 chunk.next();
             }
         }
     }
 }
 
-/// A lane's codes of a tile; row: its first one in the tile's shared memory.
+/// Loads a lane's codes of a tile. row: the lane's first row in the tile; live: rows that exist.
 template <typename D>
 QK_DEVICE Packed<D> codes_of(const unsigned char* codes, int row, int live) {
     Packed<D> packed = {};
@@ -136,11 +138,12 @@ QK_DEVICE Packed<D> codes_of(const unsigned char* codes, int row, int live) {
     return packed;
 }
 
-/// Bias, rounding; by way of shared memory, so that rows of y are stored 16 bytes at a time.
+/// Epilogue: adds the bias, rounds, and stores through shared memory, so that each store to a row
+/// of y has 16 bytes.
 template <typename T, int COLUMNS>
 QK_DEVICE void store_sums(const WeightOnlyArgs& args, const float (&sums)[COLUMNS / 2],
-                          const Outputs<COLUMNS>& place, unsigned char* out, int warpgroup) {
-    const int lane = lane_index(), warp = warp_index() % 4, n0 = place.n0 + warpgroup * 64;
+                          const WorkTile<COLUMNS>& work_tile, unsigned char* out, int warpgroup) {
+    const int lane = lane_index(), warp = warp_index() % 4, n0 = work_tile.n0 + warpgroup * 64;
     float bias[2] = {};
     QK_UNROLL
     for (int r = 0; r < 2; r++) {
@@ -149,7 +152,7 @@ QK_DEVICE void store_sums(const WeightOnlyArgs& args, const float (&sums)[COLUMN
             bias[r] = to_float(load_global(static_cast<const T*>(args.bias) + n));
         }
     }
-    sync_warpgroup(1 + warpgroup);  // what was stored before has been read
+    sync_warpgroup(1 + warpgroup);  // no thread still reads the last work tile from there
     QK_UNROLL
     for (int c = 0; c < COLUMNS / 8; c += 2) {
         uint32_t in[4];
@@ -164,7 +167,7 @@ QK_DEVICE void store_sums(const WeightOnlyArgs& args, const float (&sums)[COLUMN
     }
     sync_warpgroup(1 + warpgroup);
     for (int i = thread_index() % 128; i < COLUMNS * 8; i += 128) {
-        const int row = i / 8, unit = i % 8, m = place.m0 + row, n = n0 + unit * 8;
+        const int row = i / 8, unit = i % 8, m = work_tile.m0 + row, n = n0 + unit * 8;
         if (m < args.m && n < args.n) {
             const unsigned char* from = out + row * 128 + (unit ^ row % 8) * 16;
             T* to = static_cast<T*>(args.y) + int64_t(m) * args.n + n;
@@ -180,115 +183,114 @@ QK_DEVICE void store_sums(const WeightOnlyArgs& args, const float (&sums)[COLUMN
     }
 }
 
-/// Sums times their rows' scales in float32, straight from registers: a warp's store is of 32
-/// bytes, a whole sector, in each of four rows of y. first: a lane's row of W; the other one is 8
-/// further.
+/// Epilogue of ROW_SCALE kernels: stores the sums times the scales of their rows in float32,
+/// directly from registers. A warp's store has 32 bytes, a whole sector, in each of four rows of y.
+/// first: the lane's first row of W; its other row is first + 8.
 template <int COLUMNS>
 QK_DEVICE void store_scaled(const WeightOnlyArgs& args, const float (&sums)[COLUMNS / 2],
-                            const Outputs<COLUMNS>& place, int first, const float (&factor)[2]) {
+                            const WorkTile<COLUMNS>& work_tile, int first,
+                            const float (&factor)[2]) {
     float* y = static_cast<float*>(args.y);
     QK_UNROLL
     for (int i = 0; i < COLUMNS / 2; i++) {
         const int r = i / 2 % 2, n = first + r * 8;
-        const int m = place.m0 + i / 4 * 8 + lane_index() % 4 * 2 + i % 2;
+        const int m = work_tile.m0 + i / 4 * 8 + lane_index() % 4 * 2 + i % 2;
         if (n < args.n && m < args.m) {
             store_global(y + int64_t(m) * args.n + n, factor[r] * sums[i]);
         }
     }
 }
 
-/// What a warpgroup knows while it multiplies.
+/// State of a consumer warpgroup: its number (0 or 1), and its positions in the rings of x's chunks
+/// and of codes.
 template <typename D, int COLUMNS>
 struct Consumer {
     HopperShared<D, COLUMNS> shared;
-    Turn<HopperShared<D, COLUMNS>::kChunks> chunk;
-    Turn<HopperShared<D, COLUMNS>::kTiles> codes;
+    RingPosition<HopperShared<D, COLUMNS>::kChunks> chunk;
+    RingPosition<HopperShared<D, COLUMNS>::kTiles> codes;
     int warpgroup;
 
-    QK_DEVICE int chunk_before() const {
+    QK_DEVICE int previous_chunk() const {
         constexpr int count = HopperShared<D, COLUMNS>::kChunks;
-        return (chunk.at + count - 1) % count;
+        return (chunk.index + count - 1) % count;
     }
 };
 
-/// Wait for every product so far: operands may be written again, and the last chunk of x too.
+/// Waits for every product so far, so that operand registers may be written, and releases the last
+/// chunk of x.
 template <typename D, int COLUMNS>
 QK_DEVICE void finish_products(const Consumer<D, COLUMNS>& me) {
     product_wait<0>();
-    release(me.shared.chunk_empty(me.chunk_before()));
+    release(me.shared.chunk_empty(me.previous_chunk()));
 }
 
-/// sums += one tile. `a`: operands of the last two slices.
-template <typename T, typename D, int COLUMNS, typename S, bool WHOLE>
+/// sums += one tile. a: fragments of W for the last two slices.
+template <typename T, typename D, int COLUMNS, typename S, bool ROW_SCALE>
 QK_DEVICE void multiply_tile(float (&sums)[COLUMNS / 2], uint32_t (&a)[2][4],
                              const WeightOnlyArgs& args, Consumer<D, COLUMNS>& me, int tile,
-                             int live, const Held<D, S>& held, const Table& table,
-                             const typename S::Rows& scaled_rows) {
+                             int live, const FetchedTile<D, S>& fetched, const Table& table,
+                             const typename S::Rows& scale_rows) {
     const int lane = lane_index(), q = lane / 4, j = lane % 4;
-    barrier_wait(me.shared.codes_full(me.codes.at), me.codes.parity);
+    barrier_wait(me.shared.codes_full(me.codes.index), me.codes.parity);
     const int row = me.warpgroup * 64 + warp_index() % 4 * 16 + q;
-    // Where decoded values are operands as they are, the last product of the tile before reads its
-    // own from the very registers that decoding writes: an H200 gave other sums in every run.
-    constexpr bool in_place = WHOLE && D::kFinished;
+    // If decoded values are operands without a further instruction, the last product of the tile
+    // before reads its operand from the same registers that this decoding writes: an H200 gave
+    // different sums in every run.
+    constexpr bool in_place = ROW_SCALE && D::kFinished;
     if (in_place && tile > 0) {
         finish_products(me);
     }
-    const Packed<D> packed = codes_of<D>(me.shared.codes(me.codes.at), row, live);
+    const Packed<D> packed = codes_of<D>(me.shared.codes(me.codes.index), row, live);
     const Values<D> values = decode<D>(packed, table);
-    release(me.shared.codes_empty(me.codes.at));
+    release(me.shared.codes_empty(me.codes.index));
     me.codes.next();
-    // With 8-bit codes a tile is one chunk, and ptxas keeps no product on its way from one tile to
-    // the next: it would order all of them. So the last one is waited for here, after the decoding.
+    // With 8-bit codes a tile is one chunk, and ptxas lets no product be in flight from one tile to
+    // the next: it would serialize all of them. So the kernel waits for the last one here, after it
+    // has decoded.
     constexpr bool drain = D::kPairs == 2 || in_place;
     if (drain && !in_place && tile > 0) {
         finish_products(me);
     }
-    S scales(args, held.raw, tile);
+    S scales(args, fetched.raw, tile);
     const bool by_element = S::kGroups == 0 && args.scale_group < kSlice;
-    const int run = S::kGroups == 0 ? args.scale_group : kTile<D> / kGroupsHeld<S>;
-    float factor[2] = {1, 1}, minus[2] = {};
-    uint32_t offset[2] = {D::offset(0), D::offset(0)};
+    const int scale_group = S::kGroups == 0 ? args.scale_group : kTile<D> / kGroupsLoaded<S>;
+    GroupScales<D, S> group_scales;
     QK_UNROLL
     for (int s = 0; s < D::kPairs; s++) {
         QK_UNROLL
         for (int p = 0; p < 2; p++) {
             const int slice = s * 2 + p, kk = tile * kTile<D> + slice * kSlice;
-            if (!WHOLE && !by_element && slice * kSlice % run == 0) {
-                QK_UNROLL
-                for (int r = 0; r < 2; r++) {
-                    const int number = slice * kGroupsHeld<S> / (2 * D::kPairs);
-                    const ScaleZero found = scales.get(args, scaled_rows, r, number, kk);
-                    factor[r] = found.scale;
-                    minus[r] = S::kHasMin ? found.zero : 0;
-                    offset[r] = D::offset(S::kHasMin ? 0 : found.zero);
-                }
+            if (!ROW_SCALE && !by_element && slice * kSlice % scale_group == 0) {
+                group_scales.take(scales, args, scale_rows, slice, kk);
             }
-            uint32_t (&now)[4] = a[p];
-            operand<D>(now, values, s, p, offset);
+            uint32_t (&weights)[4] = a[p];
+            operand<D>(weights, values, s, p, group_scales.offset);
             if constexpr (S::kGroups == 0) {
                 if (by_element) {
-                    scale_elements<T>(now, args, scaled_rows.of, kk + j * 2);
+                    scale_elements<T>(weights, args, scale_rows.scales, kk + j * 2);
                 }
             }
-            if (!WHOLE && !by_element) {
+            if (!ROW_SCALE && !by_element) {
                 QK_UNROLL
                 for (int i = 0; i < 4; i++) {
-                    now[i] = S::kHasMin ? scaled_less<T>(now[i], factor[i % 2], minus[i % 2])
-                                        : scaled<T>(now[i], factor[i % 2], factor[i % 2]);
+                    const float factor = group_scales.factor[i % 2];
+                    weights[i] = S::kHasMin ? scaled_less_minimum<T>(weights[i], factor,
+                                                                     group_scales.minimum[i % 2])
+                                            : scaled<T>(weights[i], factor, factor);
                 }
             }
             const int in_chunk = slice % (kChunk / kSlice);
             if (in_chunk == 0) {
-                barrier_wait(me.shared.chunk_full(me.chunk.at), me.chunk.parity);
+                barrier_wait(me.shared.chunk_full(me.chunk.index), me.chunk.parity);
             }
             const Operand x =
-                further(operand_at(me.shared.chunk(me.chunk.at)), in_chunk * kSlice * 2);
+                further(operand_at(me.shared.chunk(me.chunk.index)), in_chunk * kSlice * 2);
             product_fence();
-            product<T, COLUMNS>(sums, now, x, tile + slice > 0);
+            product<T, COLUMNS>(sums, weights, x, tile + slice > 0);
             product_commit();
-            product_wait<1>();  // the slice before: its operand's registers and, perhaps, its chunk
+            product_wait<1>();  // frees the last slice's operand registers and perhaps its chunk
             if (in_chunk == 0 && tile + slice > 0 && !(drain && slice == 0)) {
-                release(me.shared.chunk_empty(me.chunk_before()));
+                release(me.shared.chunk_empty(me.previous_chunk()));
             }
             if (in_chunk == kChunk / kSlice - 1) {
                 me.chunk.next();
@@ -297,49 +299,51 @@ QK_DEVICE void multiply_tile(float (&sums)[COLUMNS / 2], uint32_t (&a)[2][4],
     }
 }
 
-template <typename T, typename D, int COLUMNS, typename S, bool WHOLE>
-QK_DEVICE void multiply_all(const HopperArgs& args, const HopperShared<D, COLUMNS>& shared) {
+template <typename T, typename D, int COLUMNS, typename S, bool ROW_SCALE>
+QK_DEVICE void multiply_all(const HopperArgs& args, const HopperShared<D, COLUMNS>& shared,
+                            int warpgroup) {
     const WeightOnlyArgs& w = args.weight;
-    Consumer<D, COLUMNS> me{shared, {}, {}, int(warp_index()) / 4 - 1};
+    Consumer<D, COLUMNS> me{shared, {}, {}, warpgroup};
     const Table table = load_table<D>(w, shared.book());
-    wait_for_last_kernel();  // y's memory may have been its
-    for (int work = block_index_x(); work < Outputs<COLUMNS>::count(w); work += blocks_x()) {
-        const Outputs<COLUMNS> place(w, work);
-        const int row = place.n0 + me.warpgroup * 64 + warp_index() % 4 * 16 + lane_index() / 4;
-        const typename S::Rows scaled_rows(w, row);
-        Held<D, S> held = {}, next = {};
-        load_scales(held, w, 0, w.tiles, scaled_rows);
+    wait_for_last_kernel();  // it may still use y's memory
+    for (int work = block_index_x(); work < WorkTile<COLUMNS>::count(w); work += blocks_x()) {
+        const WorkTile<COLUMNS> work_tile(w, work);
+        const int row = work_tile.n0 + me.warpgroup * 64 + warp_index() % 4 * 16 + lane_index() / 4;
+        const typename S::Rows scale_rows(w, row);
+        FetchedTile<D, S> fetched = {}, next = {};
+        fetch_scales(fetched, w, 0, w.tiles, scale_rows);
         float sums[COLUMNS / 2];
         uint32_t a[2][4];
         QK_NO_UNROLL
         for (int tile = 0; tile < w.tiles; tile++) {
-            if (!WHOLE) {
-                load_scales(next, w, tile + 1, w.tiles, scaled_rows);
+            if (!ROW_SCALE) {
+                fetch_scales(next, w, tile + 1, w.tiles, scale_rows);
             }
-            multiply_tile<T, D, COLUMNS, S, WHOLE>(sums, a, w, me, tile, w.n - place.n0, held,
-                                                   table, scaled_rows);
-            if (!WHOLE) {
-                held = next;
+            multiply_tile<T, D, COLUMNS, S, ROW_SCALE>(sums, a, w, me, tile, w.n - work_tile.n0,
+                                                       fetched, table, scale_rows);
+            if (!ROW_SCALE) {
+                fetched = next;
             }
         }
         finish_products(me);
-        if constexpr (S::kOutliers) {  // afterwards: ptxas would order the products after the sums
-            add_sparse<T>(reinterpret_cast<float (&)[COLUMNS / 8][4]>(sums), w, row, place.m0);
+        if constexpr (S::kOutliers) {  // not before: ptxas would order the products after these
+                                       // sums
+            add_sparse<T>(reinterpret_cast<float (&)[COLUMNS / 8][4]>(sums), w, row, work_tile.m0);
         }
-        if constexpr (WHOLE) {
-            const S scales(w, held.raw, 0);
-            const float factor[2] = {scales.get(w, scaled_rows, 0, 0, 0).scale,
-                                     scales.get(w, scaled_rows, 1, 0, 0).scale};
-            store_scaled<COLUMNS>(w, sums, place, row, factor);
+        if constexpr (ROW_SCALE) {
+            const S scales(w, fetched.raw, 0);
+            const float factor[2] = {scales.get(w, scale_rows, 0, 0, 0).scale,
+                                     scales.get(w, scale_rows, 1, 0, 0).scale};
+            store_scaled<COLUMNS>(w, sums, work_tile, row, factor);
         } else {
-            store_sums<T, COLUMNS>(w, sums, place, shared.out(me.warpgroup), me.warpgroup);
+            store_sums<T, COLUMNS>(w, sums, work_tile, shared.out(me.warpgroup), me.warpgroup);
         }
     }
 }
 
-/// Grid: one block a processor, or fewer. Shared memory: HopperShared::kBytes. WHOLE: rows of W
-/// have one scale each and y is float32, for a transform to read; so sums are scaled, not weights.
-template <typename T, int CODE, typename S, bool WHOLE>
+/// Grid: one block per SM, or fewer. Shared memory: HopperShared::kBytes. ROW_SCALE: a row of W has
+/// one scale and y is float32, because a transform reads it; so sums are scaled, not weights.
+template <typename T, int CODE, typename S, bool ROW_SCALE>
 __global__ void __launch_bounds__(kHopperThreads, 1)
     weight_only_hopper(const __grid_constant__ HopperArgs args) {
     if constexpr (kOnHopper) {
@@ -349,28 +353,15 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
         static_assert(Shared::kBytes <= 227 * 1024, "");
         const Shared shared{shared_memory()};
         if (thread_index() == 0) {
-            for (int i = 0; i < Shared::kChunks; i++) {
-                barrier_init(shared.chunk_full(i), 1);
-                barrier_init(shared.chunk_empty(i), 8);  // warps
-            }
-            for (int i = 0; i < Shared::kTiles; i++) {
-                barrier_init(shared.codes_full(i), 1);
-                barrier_init(shared.codes_empty(i), 8);
-            }
+            init_ring(shared.chunk_full(0), shared.chunk_empty(0), Shared::kChunks);
+            init_ring(shared.codes_full(0), shared.codes_empty(0), Shared::kTiles);
             barrier_init_done();
         }
         load_book<D>(args.weight, shared.book(), kHopperThreads);
-        sync_block();
-        let_next_kernel_start();
-        if (warp_index() < 4) {
-            fewer_registers<24>();
-            if (thread_index() == 0) {
-                copy_all<D, columns>(args, shared);
-            }
-        } else {
-            more_registers<240>();
-            multiply_all<T, D, columns, S, WHOLE>(args, shared);
-        }
+        run_pipeline([&] { copy_all<D, columns>(args, shared); },
+                     [&](int warpgroup) {
+                         multiply_all<T, D, columns, S, ROW_SCALE>(args, shared, warpgroup);
+                     });
     }
 }
 

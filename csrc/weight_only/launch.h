@@ -1,5 +1,5 @@
-// From a call's numbers to a kernel. One source file a decoder instantiates it, so that they
-// compile side by side.
+// Finds and launches the kernel for a call. One source file per decoder instantiates it, so that
+// the files compile in parallel.
 #pragma once
 #include "../ptx/launch.h"
 #include "hopper.h"
@@ -8,29 +8,30 @@ namespace qk {
 
 using WeightOnlyKernel = void (*)(WeightOnlyArgs);
 
-/// One of the kernels of hopper.h, with what its launch needs to know.
+/// A kernel of hopper.h, and what its launch needs. columns: rows of x of a block; shared: bytes of
+/// shared memory.
 struct HopperKernel {
     void (*kernel)(HopperArgs);
     int columns, shared;
-    bool whole;
+    bool row_scale;
 
-    template <typename T, int CODE, typename S, bool WHOLE = false>
+    template <typename T, int CODE, typename S, bool ROW_SCALE = false>
     static HopperKernel of() {
         using D = DecoderOf<T, CODE>;
         constexpr int columns = kHopperColumns<D, S>;
-        return {weight_only_hopper<T, CODE, S, WHOLE>, columns, HopperShared<D, columns>::kBytes,
-                WHOLE};
+        return {weight_only_hopper<T, CODE, S, ROW_SCALE>, columns,
+                HopperShared<D, columns>::kBytes, ROW_SCALE};
     }
 };
 
-/// The scalers of `Plain`, by how many scales a tile has.
+/// Kernels of the scaler `Plain`, one for each number of scale groups in a tile.
 struct AnyPlain {
     template <typename T, int CODE>
     static WeightOnlyKernel find(const WeightOnlyCall& call) {
         const WeightOnlyKernel gemv[] = {
             weight_only_gemv<T, CODE, Plain<0>>, weight_only_gemv<T, CODE, Plain<1>>,
             weight_only_gemv<T, CODE, Plain<2>>, nullptr, weight_only_gemv<T, CODE, Plain<4>>};
-        // A tile's two scales are its four, twice each.
+        // A tile with two scales runs as one with four scale groups: each scale is loaded twice.
         const WeightOnlyKernel gemm[] = {
             weight_only_gemm<T, CODE, Plain<0>>, weight_only_gemm<T, CODE, Plain<1>>,
             weight_only_gemm<T, CODE, Plain<4>>, nullptr, weight_only_gemm<T, CODE, Plain<4>>};
@@ -44,9 +45,9 @@ struct AnyPlain {
     }
 };
 
-/// One scaler only, the one that the codes' formats have. WHOLE: weights with one scale a row and
-/// transforms, as the kernel of hopper.h wants to know.
-template <typename S, bool WHOLE = false>
+/// Kernels of one scaler, the only one that these codes have in any format. ROW_SCALE: see
+/// weight_only_hopper.
+template <typename S, bool ROW_SCALE = false>
 struct Only {
     template <typename T, int CODE>
     static WeightOnlyKernel find(const WeightOnlyCall& call) {
@@ -59,13 +60,14 @@ struct Only {
     }
     template <typename T, int CODE>
     static HopperKernel find_hopper(const WeightOnlyCall&) {
-        return HopperKernel::of<T, CODE, S, WHOLE>();
+        return HopperKernel::of<T, CODE, S, ROW_SCALE>();
     }
 };
 
 template <typename T, int CODE, typename Scalers>
 std::string launch_weight_only(const WeightOnlyCall& call) {
-    // The scalers find a kernel of the other two, or say that they have none for such groups.
+    // The gemv or gemm kernel; null if there is none for groups this short. A Hopper call asks only
+    // for this check.
     const WeightOnlyKernel kernel = Scalers::template find<T, CODE>(call);
     if (kernel == nullptr) {
         return "it is made for longer groups than these";
@@ -75,24 +77,24 @@ std::string launch_weight_only(const WeightOnlyCall& call) {
         return launch<WeightOnlyArgs>(kernel, grid, call.args, call.stream, call.pdl != 0);
     }
     const HopperKernel hopper = Scalers::template find_hopper<T, CODE>(call);
-    if (hopper.whole != (call.args.is_float != 0)) {
+    if (hopper.row_scale != (call.args.is_float != 0)) {
         return "Hopper's kernel has float32 results for weights with transforms alone";
     }
-    if (hopper.whole && (call.args.group < call.args.k || call.args.bias != nullptr)) {
+    if (hopper.row_scale && (call.args.group < call.args.k || call.args.bias != nullptr)) {
         return "Hopper's kernel is made for one scale a row of these weights, and for no bias";
     }
     HopperArgs args{call.args, {}};
     const Element element = call.is_bfloat ? Element::bfloat : Element::half;
     const std::string error =
-        describe(args.x, element, call.args.x, call.args.x_stride, call.args.m,
-                 int64_t(call.args.x_stride) * 2, hopper.columns);
+        encode_tensor_map(args.x, element, call.args.x, call.args.x_stride, call.args.m,
+                          int64_t(call.args.x_stride) * 2, hopper.columns);
     const Grid grid{call.grid_x, 1, kHopperThreads, size_t(hopper.shared)};
     return !error.empty()
                ? error
                : launch<HopperArgs>(hopper.kernel, grid, args, call.stream, call.pdl != 0);
 }
 
-/// Text that stays until the next call of this thread; "" if all is well.
+/// Returns an error message, which stays valid until the next call of this thread; "" for success.
 template <int CODE, typename Scalers = AnyPlain>
 const char* run_weight_only(const WeightOnlyCall* call) {
     static thread_local std::string error;

@@ -1,18 +1,19 @@
-// Sparse weights besides the decoded ones (SpQR): a few in each row, in 16 bits, as CSR. Share s of
-// K takes its part of them, whichever features they are of, so all blocks have the same to do. What
-// is added up in which order depends on the weight and the number of shares alone.
+// Sparse weights that are added to the decoded ones (SpQR): a few in each row, in 16 bits, as CSR.
+// Each split-K slice takes an equal part of them, whatever features they belong to, so all blocks
+// have the same work. The order of the sums depends only on the weight and the number of slices.
 #pragma once
 #include "../ptx/warp.h"
 #include "arguments.h"
 
 namespace qk {
 
-/// Shared memory of the gemv: sums of 8 threads a row, 16 x 8 outputs each; padded, or all 8 would
-/// write to the same banks.
+/// Shared memory of the gemv: sums of 8 threads per row, each for 16 x 8 outputs; padded, because
+/// otherwise all 8 would write to the same banks.
 constexpr int kSparseParts = 8, kSparseStride = 16 * 8 + 4;
 constexpr int kSparseBytes = kSparseParts * kSparseStride * 4;
 
-/// Of a block of the gemv: rows n0.. of W and m0.. of x; 128 threads. `sums` is shared memory.
+/// Sparse sums of a gemv block with 128 threads: rows n0.. of W times rows m0.. of x. sums: shared
+/// memory.
 template <typename T>
 QK_DEVICE void sparse_sums(const WeightOnlyArgs& args, float* sums, int n0, int m0) {
     const int part = thread_index() % kSparseParts, row = thread_index() / kSparseParts;
@@ -21,9 +22,9 @@ QK_DEVICE void sparse_sums(const WeightOnlyArgs& args, float* sums, int n0, int 
         const int end = load_global(args.row_offsets + n0 + row + 1);
         int i = load_global(args.row_offsets + n0 + row) + block_index_y() * kSparseParts + part;
         for (; i < end; i += blocks_y() * kSparseParts) {
-            const uint32_t both = load_global(args.col_vals + i);
-            const float value = to_float(Half{uint16_t(both >> 16)});
-            const T* x = static_cast<const T*>(args.x) + (both & 0xFFFF);
+            const uint32_t entry = load_global(args.col_vals + i);
+            const float value = to_float(Half{uint16_t(entry >> 16)});
+            const T* x = static_cast<const T*>(args.x) + (entry & 0xFFFF);
             QK_UNROLL
             for (int m = 0; m < 8; m++) {
                 if (m0 + m < args.m) {
@@ -38,7 +39,7 @@ QK_DEVICE void sparse_sums(const WeightOnlyArgs& args, float* sums, int n0, int 
     }
 }
 
-/// All parts of output t of the block.
+/// Adds the parts of output t of the block.
 QK_DEVICE float sparse_total(const float* sums, int t) {
     float total = 0;
     QK_UNROLL
@@ -48,10 +49,10 @@ QK_DEVICE float sparse_total(const float* sums, int t) {
     return total;
 }
 
-/// Of the gemm: added to a lane's sums of rows `first` and first + 8 of W and m0 + 8c + 2j of x.
+/// For the gemm: adds to a lane's sums of rows `first` and first + 8 of W and m0 + 8c + 2j of x.
 template <typename T, int COUNT>
 QK_DEVICE void add_sparse(float (&acc)[COUNT][4], const WeightOnlyArgs& args, int first, int m0) {
-    constexpr int together = 4;  // columns of x on their way at a time
+    constexpr int together = 4;  // columns of x in flight at a time
     const int k_slices = blocks_y(), m = m0 + lane_index() % 4 * 2;
     QK_UNROLL
     for (int r = 0; r < 2; r++) {
@@ -62,16 +63,16 @@ QK_DEVICE void add_sparse(float (&acc)[COUNT][4], const WeightOnlyArgs& args, in
         const int end = load_global(args.row_offsets + row + 1);
         int i = load_global(args.row_offsets + row) + block_index_y();
         for (; i < end; i += together * k_slices) {
-            uint32_t both[together], x[together][COUNT];
+            uint32_t entries[together], x[together][COUNT];
             QK_UNROLL
             for (int o = 0; o < together; o++) {
-                both[o] =
+                entries[o] =
                     i + o * k_slices < end ? load_global(args.col_vals + i + o * k_slices) : 0;
             }
             QK_UNROLL
             for (int o = 0; o < together; o++) {
                 const T* column = static_cast<const T*>(args.x_columns) +
-                                  int64_t(both[o] & 0xFFFF) * args.x_rows + m;
+                                  int64_t(entries[o] & 0xFFFF) * args.x_rows + m;
                 QK_UNROLL
                 for (int c = 0; c < COUNT; c++) {
                     const bool live = i + o * k_slices < end && m + c * 8 < args.x_rows;
@@ -81,7 +82,7 @@ QK_DEVICE void add_sparse(float (&acc)[COUNT][4], const WeightOnlyArgs& args, in
             }
             QK_UNROLL
             for (int o = 0; o < together; o++) {
-                const float value = to_float(Half{uint16_t(both[o] >> 16)});
+                const float value = to_float(Half{uint16_t(entries[o] >> 16)});
                 QK_UNROLL
                 for (int c = 0; c < COUNT; c++) {
                     acc[c][r * 2] += value * to_float(low_of<T>(x[o][c]));

@@ -1,22 +1,23 @@
-// Scalers: where the scale and the zero point of (row, feature) come from.
+// Scalers: they read the scale and the zero point of (row, feature).
 //
-// A kernel is compiled for one class like `Plain`. Of a lane's two rows, q and q + 8 of its warp's
-// 16:
+// A kernel is compiled for one scaler class, such as `Plain`. A lane has two rows of W, rows q and
+// q + 8 of its warp's 16. Members of a scaler class:
 //
-//   kGroups       scales of a tile and row, 0 for any number
-//   kHasMin      weight = scale * value - zero, instead of scale * (value - zero)
-//   kElements   the gemm scales each weight (runs are short), not sums of a run
+//   kGroups     scale groups in a tile of one row, 0 for any number
+//   kHasMin     weight = scale * value - zero, instead of scale * (value - zero)
+//   kElements   the gemm scales each weight, because scale groups are short; otherwise it scales
+//               the sum of a scale group
 //   kOutliers   sparse weights are added
-//   kDepth      tiles that a warp of the gemv has on their way
-//   Rows        what stays the same for all tiles
-//   fetch       only loads, so that it can be done long before
-//   a value     of the class itself: the scales of one tile while it is used. All lanes of a warp
-//   make
-//               it and `get` of it together, run after run.
+//   kDepth      tiles that a warp of the gemv has in flight
+//   Rows        what is the same for all tiles of the two rows
+//   Raw         registers that `fetch` fills
+//   fetch       loads, and does nothing else, so it can run long before the scales are used
+//   (object)    the scales of one tile while it is multiplied. All lanes of a warp construct it and
+//               call `get` together, for one scale group after another
 //
-// `Plain` has the scalers of GPTQ, bitsandbytes and FP8. Which of them is the same for every
-// thread, so its branches cost little and no kernel is compiled per kind. quad_scalers.h has the
-// others.
+// `Plain` is the scaler of GPTQ, bitsandbytes and FP8. The kind (`Scaling`) is the same for every
+// thread, so its branches cost little and one kernel serves all kinds. quad_scalers.h has the other
+// scalers.
 #pragma once
 #include "../ptx/arithmetic.h"
 #include "../ptx/memory.h"
@@ -24,7 +25,7 @@
 
 namespace qk {
 
-/// As loaded: bits of the scale or its 8-bit code; bits of the outer scale or the zero point.
+/// As loaded. bits: the scale, or its 8-bit code. other: the outer scale, or the zero point.
 struct RawScale {
     uint32_t bits, other;
 };
@@ -41,7 +42,7 @@ class RowScales {
           stride_((args.n + args.row_group - 1) / args.row_group),
           flat_(int64_t(row) * args.k) {}
 
-    /// kk: feature in kernel order; past the last one it stands for the last.
+    /// kk: feature in kernel order; a feature past the last one reads the scale of the last.
     QK_DEVICE RawScale fetch(const WeightOnlyArgs& args, int kk) const {
         if (!live_) {
             return {0, 0};
@@ -86,44 +87,45 @@ class RowScales {
     int row_, stride_;
     int64_t flat_;
 
-    /// Number of the block in the flattened matrix.
+    /// Index of the quantization block in the flattened matrix.
     QK_DEVICE int64_t block(const WeightOnlyArgs& args, int kk) const {
         return args.shift >= 0 ? (flat_ + kk) >> args.shift : (flat_ + kk) / args.group;
     }
 };
 
-/// Both in one, not inlined: for weights whose scales change so often that they are looked up as
-/// needed.
-QK_CALLED ScaleZero scale_at(const WeightOnlyArgs* args, RowScales scales, int kk) {
+/// `fetch` and `finish` in one call, not inlined: for weights whose scales change so often that the
+/// kernel looks them up when it needs them.
+QK_NOINLINE ScaleZero scale_at(const WeightOnlyArgs* args, RowScales scales, int kk) {
     return RowScales::finish(*args, scales.fetch(*args, kk));
 }
 
-/// Any of `Scaling`. SCALE_GROUPS of 1, 2, 4: loaded with the codes; 0: looked up when needed, if
-/// need be for each weight.
+/// Any `Scaling`. With 1, 2 or 4 SCALE_GROUPS in a tile, the scales are loaded with the codes. With
+/// 0, they are looked up when they are needed, for each weight if need be.
 template <int SCALE_GROUPS>
 struct Plain {
-    static constexpr int kGroups = SCALE_GROUPS, kHeld = SCALE_GROUPS == 0 ? 1 : SCALE_GROUPS;
+    static constexpr int kGroups = SCALE_GROUPS, kLoaded = SCALE_GROUPS == 0 ? 1 : SCALE_GROUPS;
     static constexpr bool kHasMin = false, kElements = false, kOutliers = false;
     static constexpr int kDepth = SCALE_GROUPS == 1 || SCALE_GROUPS == 2 ? 4 : 2;
 
     struct Rows {
-        RowScales of[2];
+        RowScales scales[2];
         QK_DEVICE Rows(const WeightOnlyArgs& args, int first)
-            : of{RowScales(args, first), RowScales(args, first + 8)} {}
+            : scales{RowScales(args, first), RowScales(args, first + 8)} {}
     };
     struct Raw {
-        RawScale of[2][kHeld];
+        RawScale scales[2][kLoaded];
     };
 
-    /// features: of a tile.
+    /// features: features of a tile.
     QK_DEVICE static void fetch(Raw& raw, const WeightOnlyArgs& args, const Rows& rows, int tile,
                                 int features) {
         if (SCALE_GROUPS > 0) {
             QK_UNROLL
             for (int r = 0; r < 2; r++) {
                 QK_UNROLL
-                for (int i = 0; i < kHeld; i++) {
-                    raw.of[r][i] = rows.of[r].fetch(args, tile * features + i * (features / kHeld));
+                for (int i = 0; i < kLoaded; i++) {
+                    raw.scales[r][i] =
+                        rows.scales[r].fetch(args, tile * features + i * (features / kLoaded));
                 }
             }
         }
@@ -132,11 +134,11 @@ struct Plain {
     const Raw& raw;
     QK_DEVICE Plain(const WeightOnlyArgs&, const Raw& fetched, int) : raw(fetched) {}
 
-    /// Of row r of the two; kk: the run's first feature.
-    QK_DEVICE ScaleZero get(const WeightOnlyArgs& args, const Rows& rows, int r, int run,
+    /// The scale of row r (0 or 1). group: scale group of the tile; kk: its first feature.
+    QK_DEVICE ScaleZero get(const WeightOnlyArgs& args, const Rows& rows, int r, int group,
                             int kk) const {
-        return SCALE_GROUPS == 0 ? scale_at(&args, rows.of[r], kk)
-                                 : RowScales::finish(args, raw.of[r][run]);
+        return SCALE_GROUPS == 0 ? scale_at(&args, rows.scales[r], kk)
+                                 : RowScales::finish(args, raw.scales[r][group]);
     }
 };
 

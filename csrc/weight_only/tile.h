@@ -1,8 +1,9 @@
-// One tile of the packed weight in a warp's registers: loads, codes, products.
+// One tile of the packed weight in a warp's registers: loads, decoded values, fragments, scales.
 //
-// A warp holds 16 rows of W, the first operand of mma.m16n8k16: lane (q, j), q = lane / 4, j = lane
-// % 4, has rows q and q + 8 and of each slice of 16 features 2j, 2j+1, 2j+8, 2j+9. The layout puts
-// just these features of all slices of a tile into the 16 bytes that the lane loads of a row.
+// A warp holds 16 rows of W, which are the first operand of mma.m16n8k16. Lane (q, j), q = lane / 4
+// and j = lane % 4, has rows q and q + 8. Of each slice of 16 features it has features 2j, 2j+1,
+// 2j+8 and 2j+9. The layout puts these features, for all slices of a tile, into the 16 bytes of a
+// row that the lane loads.
 #pragma once
 #include <type_traits>
 
@@ -12,7 +13,7 @@
 
 namespace qk {
 
-/// Threads of a block.
+/// Threads of a block of the gemv and the gemm; features of a slice, the K of one mma.
 constexpr int kThreads = 128;
 constexpr int kSlice = 16;
 
@@ -25,11 +26,11 @@ template <typename D>
 using HighWords =
     std::conditional_t<D::kHigh == 1, uint32_t, std::conditional_t<D::kHigh == 4, Words4, Words2>>;
 
-/// Bytes of the codebook, at the start of shared memory.
+/// Bytes of the codebook, which is at the start of shared memory.
 template <typename D>
 constexpr int kBookBytes = D::kBook * 4;
 
-/// The high bits of word (p, h), for `split`.
+/// The high bits of word (p, h), as the decoder's `split` takes them.
 template <typename D>
 QK_DEVICE uint32_t high_bits(uint32_t word, int p, int h) {
     return word >> (p * 2 + h) * D::kHighStep;
@@ -69,8 +70,8 @@ QK_DEVICE Packed<D> load_packed(const WeightOnlyArgs& args, int tile, int end, c
     return packed;
 }
 
-/// A tile's values: pairs[row][p][h][s], feature s*32 + p*16 + h*8 + 2j of the tile and its
-/// neighbour.
+/// A tile's decoded values: pairs[row][p][h][s] holds feature s*32 + p*16 + h*8 + 2j of the tile
+/// and the next one.
 template <typename D>
 struct Values {
     uint32_t pairs[2][2][2][D::kPairs];
@@ -93,7 +94,7 @@ QK_DEVICE Values<D> decode(const Packed<D>& packed, const Table& table) {
     return values;
 }
 
-/// The first operand of slice (s, p), zero points taken off.
+/// The fragment of W for slice (s, p), with zero points subtracted.
 template <typename D>
 QK_DEVICE void operand(uint32_t (&a)[4], const Values<D>& values, int s, int p,
                        const uint32_t (&offset)[2]) {
@@ -106,48 +107,48 @@ QK_DEVICE void operand(uint32_t (&a)[4], const Values<D>& values, int s, int p,
     }
 }
 
-/// Scales of a tile that a lane loads ahead.
+/// Scale groups of a tile whose scales a lane loads before it uses the tile.
 template <typename S>
-constexpr int kGroupsHeld = S::kGroups == 0 ? 1 : S::kGroups;
+constexpr int kGroupsLoaded = S::kGroups == 0 ? 1 : S::kGroups;
 
-/// What the run of a slice is multiplied by and what is taken off it, for each of a lane's two
-/// rows. S: a scaler, see scalers.h.
+/// The scale and the minimum or zero point of one scale group, for each of a lane's two rows.
+/// factor: the scale. minimum: subtracted after scaling, with kHasMin. offset: the zero point, as
+/// the decoder's `finish` takes it. S: a scaler, see scalers.h.
 template <typename D, typename S>
 struct GroupScales {
-    float factor[2] = {1, 1}, minus[2] = {};
-    uint32_t offset[2] = {};
+    float factor[2] = {1, 1}, minimum[2] = {};
+    uint32_t offset[2] = {D::offset(0), D::offset(0)};
 
-    /// kk: the slice's first feature.
+    /// Reads them for the scale group of `slice`. kk: the first feature of the slice.
     QK_DEVICE void take(S& scales, const WeightOnlyArgs& args, const typename S::Rows& rows,
                         int slice, int kk) {
         QK_UNROLL
         for (int r = 0; r < 2; r++) {
-            const int number = slice * kGroupsHeld<S> / (2 * D::kPairs);
-            const ScaleZero found = scales.get(args, rows, r, number, kk);
-            factor[r] = found.scale;
-            minus[r] = S::kHasMin ? found.zero : 0;
-            offset[r] = D::offset(S::kHasMin ? 0 : found.zero);
+            const int number = slice * kGroupsLoaded<S> / (2 * D::kPairs);
+            const ScaleZero scale_zero = scales.get(args, rows, r, number, kk);
+            factor[r] = scale_zero.scale;
+            minimum[r] = S::kHasMin ? scale_zero.zero : 0;
+            offset[r] = D::offset(S::kHasMin ? 0 : scale_zero.zero);
         }
     }
 };
 
-/// Both halves times a scale of their own, rounded to T once.
+/// Each half times its scale, rounded to T once.
 template <typename T>
-QK_DEVICE uint32_t scaled(uint32_t both, float low, float high) {
-    return round_pair<T>(to_float(low_of<T>(both)) * low, to_float(high_of<T>(both)) * high);
+QK_DEVICE uint32_t scaled(uint32_t values, float low, float high) {
+    return round_pair<T>(to_float(low_of<T>(values)) * low, to_float(high_of<T>(values)) * high);
 }
-/// Both halves times a scale less a minimum, rounded to T once.
+/// Each half times the scale, less the minimum, rounded to T once.
 template <typename T>
-QK_DEVICE uint32_t scaled_less(uint32_t both, float scale, float minus) {
-    return round_pair<T>(to_float(low_of<T>(both)) * scale - minus,
-                         to_float(high_of<T>(both)) * scale - minus);
+QK_DEVICE uint32_t scaled_less_minimum(uint32_t values, float scale, float minimum) {
+    return round_pair<T>(to_float(low_of<T>(values)) * scale - minimum,
+                         to_float(high_of<T>(values)) * scale - minimum);
 }
 
-/// The first operand of a slice, each weight times its own scale; kk: the lane's first feature of
-/// it.
+/// Multiplies each weight of a fragment by its scale. kk: the lane's first feature of the slice.
 template <typename T>
-QK_CALLED void scale_elements(uint32_t (&a)[4], const WeightOnlyArgs& args,
-                              const RowScales (&scales)[2], int kk) {
+QK_NOINLINE void scale_elements(uint32_t (&a)[4], const WeightOnlyArgs& args,
+                                const RowScales (&scales)[2], int kk) {
     for (int i = 0; i < 4; i++) {
         const int at = kk + i / 2 * 8;
         const float low = scale_at(&args, scales[i % 2], at).scale;
@@ -155,15 +156,15 @@ QK_CALLED void scale_elements(uint32_t (&a)[4], const WeightOnlyArgs& args,
     }
 }
 
-/// The codebook, where the decoder has one, to shared memory by all `threads` of a block: it is
-/// there after the next barrier.
+/// Copies the codebook, if the decoder has one, to shared memory, with all `threads` of a block. It
+/// is there after the next barrier.
 template <typename D>
 QK_DEVICE void load_book(const WeightOnlyArgs& args, uint32_t* book, int threads) {
     for (int i = thread_index(); i < D::kBook; i += threads) {
         store_shared(book + i, load_global(args.table + i));
     }
 }
-/// The table, from global memory, where the decoder has one; with the codebook in shared memory.
+/// Loads the table from global memory, if the decoder has one. book: the codebook in shared memory.
 template <typename D>
 QK_DEVICE Table load_table(const WeightOnlyArgs& args, const uint32_t* book) {
     Table table = {{}, book};
@@ -176,7 +177,7 @@ QK_DEVICE Table load_table(const WeightOnlyArgs& args, const uint32_t* book) {
     return table;
 }
 
-/// Stores an output with its bias, as T, or in float32 for a transform to read.
+/// Stores one output plus its bias, as T, or in float32 if a transform reads it.
 template <typename T>
 QK_DEVICE void store_output(const WeightOnlyArgs& args, int m, int n, float value) {
     const int64_t at = int64_t(m) * args.n + n;
@@ -190,24 +191,24 @@ QK_DEVICE void store_output(const WeightOnlyArgs& args, int m, int n, float valu
     }
 }
 
-/// Two neighbours of row m of x at feature kk of kernel order, 0 where there is none.
+/// Features kk and kk + 1, in kernel order, of row m of x; 0 for features that do not exist.
 template <typename T>
 QK_DEVICE uint32_t activations(const WeightOnlyArgs& args, int m, int kk) {
     const T* row = static_cast<const T*>(args.x) + int64_t(m) * args.k;
     if (args.perm == nullptr && args.k % 2 == 0) {
         return kk < args.k ? load_global(reinterpret_cast<const uint32_t*>(row + kk)) : 0;
     }
-    T both[2] = {};
+    T values[2] = {};
     QK_UNROLL
     for (int b = 0; b < 2; b++) {
         if (kk + b < args.kp) {
             const int k = args.perm == nullptr ? kk + b : load_global(args.perm + kk + b);
             if (k >= 0) {
-                both[b] = load_global(row + k);
+                values[b] = load_global(row + k);
             }
         }
     }
-    return pair(both[0], both[1]);
+    return pair(values[0], values[1]);
 }
 
 }  // namespace qk

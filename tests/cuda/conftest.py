@@ -30,7 +30,7 @@ def emulate(
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Without a GPU, put the emulator in its place."""
+    """Use the emulator if there is no GPU."""
     if not torch.cuda.is_available():
         monkeypatch.setattr(cuda, "emulator", emulate)
     elif (why := cuda.unavailable()) is not None:
@@ -44,11 +44,11 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every output starts as NaN: an element the kernel does not write fails the test."""
+    """Every output starts as NaN, so an element that the kernel does not write fails the test."""
     real = torch.empty
 
     def poison(*args: object, **kwargs: object) -> torch.Tensor:
-        made = real(*args, **kwargs)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
+        tensor = real(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
     monkeypatch.setattr(torch, "empty", poison)

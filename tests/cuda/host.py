@@ -1,4 +1,4 @@
-"""The CUDA kernels compiled for the CPU: built by g++ on first use, kept by a hash of the sources."""
+"""The CUDA kernels, compiled for the CPU by g++ on first use and cached by a hash of sources."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ if os.environ.get("QKERNELS_SANITIZE"):
 
 def source_of(kernel: str) -> str:
     """The file, relative to csrc, with the entry point of `kernel`, a name of csrc/bindings."""
-    found = sorted(
+    files = sorted(
         {*CSRC.glob(f"*/{kernel}.cu"), *CSRC.glob(f"*/{kernel.removeprefix('weight_only_')}.cu")}
     )
-    assert len(found) == 1, f"{kernel}: {found}"
-    return str(found[0].relative_to(CSRC))
+    assert len(files) == 1, f"{kernel}: {files}"
+    return str(files[0].relative_to(CSRC))
 
 
 @lru_cache(maxsize=32)
@@ -72,7 +72,7 @@ def _compile(compiler: str, source: str, defines: tuple[str, ...], built: Path) 
 def expose(
     lib: ctypes.CDLL, read: Iterable[torch.Tensor], written: Iterable[torch.Tensor], order: int = 0
 ) -> None:
-    """Tell the emulator which memory kernels may touch, and in which order to run blocks."""
+    """Tell the emulator which memory kernels may access, and the order of blocks."""
     lib.qk_emulator_reset(order)
     for tensors, writable in ((read, 0), (written, 1)):
         for t in tensors:

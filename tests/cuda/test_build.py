@@ -1,4 +1,4 @@
-"""How the CUDA extension is built and found, and what is said when it cannot be."""
+"""How the CUDA extension is built and found, and the errors if it cannot be."""
 
 from __future__ import annotations
 
@@ -19,22 +19,29 @@ from qkernels.backends.problem import problem_of
 from . import host
 
 PTXAS = """
-ptxas info    : Compiling entry function '_ZN2qk16weight_only_gemvINS_4HalfELi2ENS_5PlainILi4EEEEEvNS_14WeightOnlyArgsE' for 'sm_80'
-ptxas info    : Function properties for _ZN2qk16weight_only_gemvINS_4HalfELi2ENS_5PlainILi4EEEEEvNS_14WeightOnlyArgsE
+ptxas info    : Compiling entry function 'NAME' for 'sm_80'
+ptxas info    : Function properties for NAME
     64 bytes stack frame, {stores} bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 120 registers, used 1 barriers, 64 bytes cumulative stack size
-"""
+""".replace(
+    "NAME",
+    "_ZN2qk16weight_only_gemvINS_4HalfELi2ENS_5PlainILi4EEEEEvNS_14WeightOnlyArgsE",
+)
 
 
 @pytest.mark.skipif(build.nvcc() is None, reason="no nvcc")
 def test_kernels_compile_without_spills() -> None:
-    """One source for one architecture; `python -m bench.static_cuda` does all, in minutes."""
+    """One source for one architecture; `python -m bench.static_cuda` checks all, in minutes."""
     facts = static_cuda.compile_one("e4m3", "90a")
-    assert {(f.kernel, f.dtype, f.runs) for f in facts} == {
-        (kernel, dtype, runs)
-        for kernel, all_runs in (("gemv", (0, 1, 2, 4)), ("gemm", (0, 1, 4)), ("wgmma", (0, 1, 4)))
+    assert {(f.kernel, f.dtype, f.scale_groups) for f in facts} == {
+        (kernel, dtype, scale_groups)
+        for kernel, all_scale_groups in (
+            ("gemv", (0, 1, 2, 4)),
+            ("gemm", (0, 1, 4)),
+            ("wgmma", (0, 1, 4)),
+        )
         for dtype in ("Half", "BFloat")
-        for runs in all_runs
+        for scale_groups in all_scale_groups
     }
     assert [f.problems for f in facts if f.problems] == []
 
@@ -43,7 +50,8 @@ def test_kernels_compile_without_spills() -> None:
 def test_eight_bit_kernels_compile_without_spills() -> None:
     facts = static_cuda.compile_one("eight_bit_e4m3", "90a")
     assert {f.kernel.replace(", blocks", "") for f in facts} == {
-        *(f"gemv {rows} rows" for rows in (8, 16)), *(f"gemm {rows} rows" for rows in (16, 32, 64, 128)),
+        *(f"gemv {rows} rows" for rows in (8, 16)),
+        *(f"gemm {rows} rows" for rows in (16, 32, 64, 128)),
         "wgmma",
     }  # fmt: skip
     assert len(facts) == 14
@@ -76,16 +84,16 @@ def test_the_static_table_sees_spills_and_missing_kernels() -> None:
     )
     slow = static_cuda.parse(words + PTXAS.format(stores=0), "linear4", "80", tensor)[0]
     assert slow.problems == ["its wgmma instructions are serialized"]
-    found = {entry[1]: ("HGMMA", "MOV writes R8, which a product under way reads")}
-    taken = static_cuda.parse(PTXAS.format(stores=0), "linear4", "80", found)[0]
-    assert taken.problems == ["MOV writes R8, which a product under way reads"]
+    hazard = {entry[1]: ("HGMMA", "MOV writes R8, which a product under way reads")}
+    overtaken = static_cuda.parse(PTXAS.format(stores=0), "linear4", "80", hazard)[0]
+    assert overtaken.problems == ["MOV writes R8, which a product under way reads"]
     assert "| gemv | linear4 | 4 | 120 (4) | 8 |" in static_cuda.table([good, bad])
     with pytest.raises(RuntimeError, match="ptxas said nothing of any kernel"):
         static_cuda.parse("", "linear4", "80", {})
 
 
 def test_structs_are_the_same_in_both_languages() -> None:
-    """A call of the wrong size is refused; field order is what every other test here relies on."""
+    """A call of the wrong size is refused. Every other test here relies on the order of fields."""
     lib = host.library("weight_only/linear4.cu")
     lib.qk_weight_only_linear4.restype = ctypes.c_char_p
     error = lib.qk_weight_only_linear4(ctypes.byref(calls.WeightOnlyCall(size=8))).decode()
@@ -141,9 +149,7 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def test_auto_starts_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """backend="auto" takes CUDA kernels that are compiled for this GPU, and says what to do where
-    they are not.
-    """
+    """backend="auto" takes CUDA kernels that are compiled for this GPU, or says what to do."""
     monkeypatch.setenv("QKERNELS_CACHE", str(tmp_path))
     monkeypatch.setattr(build, "unavailable", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -163,9 +169,7 @@ def test_auto_starts_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_code_is_loaded_only_from_where_nobody_else_can_write(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Who knows the module's place could otherwise put his own there, or a link in place of the
-    lock.
-    """
+    """Another user could otherwise put a module or a link at the place of this user's."""
     monkeypatch.setenv("QKERNELS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(build, "build", lambda target, archs, folder: target.touch())
     module = build.build_cached(("80",))

@@ -1,6 +1,4 @@
-"""Every code of every CUDA decoder, in every place of a word, exactly as the Python reference has
-it.
-"""
+"""Every code of every CUDA decoder, at every position of a word, equals the Python reference."""
 
 from __future__ import annotations
 
@@ -35,7 +33,7 @@ def decoded(
     zero: float = 0,
     table: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """codes uint8 (N, K), K a whole number of tiles -> values (N, K), through layout and decoder."""
+    """codes uint8 (N, K), K whole tiles -> values (N, K), through the layout and the decoder."""
     bits = {"lut16": 4, "e4m3": 8, "e5m2": 8}.get(kind) or int(kind[-1])
     packed = layout.pack_codes(codes, bits, table=kind == "lut16")
     lut = layout.lut(torch.zeros(16) if table is None else table)
@@ -51,13 +49,13 @@ def in_kernel_order(
     table: torch.Tensor,
     zero: float = 0,
 ) -> torch.Tensor:
-    """What `pack_codes` or `pack_codebook` made -> values (N, KP)."""
-    words, vectors = packed["qdata"], kind.startswith("e8p")
+    """The result of `pack_codes` or `pack_codebook` -> values (N, KP)."""
+    words, codebook = packed["qdata"], kind.startswith("e8p")
     tiles, n = words.shape[:2]
-    pairs = 16 // layout.plane_bits(bits, vectors)
+    pairs = 16 // layout.plane_bits(bits, codebook)
     high = packed.get("qhigh", torch.zeros_like(words))
-    if high.shape[2] < 16:  # word (j, p, h): what the kernel makes of the plane's words of j
-        plane, step = high.view(tiles, n, 4, 1, -1), layout.high_step(bits, vectors)
+    if high.shape[2] < 16:  # word (j, p, h), as the kernel shifts it from the plane's words of j
+        plane, step = high.view(tiles, n, 4, 1, -1), layout.high_step(bits, codebook)
         if high.shape[2] == 4:
             plane = torch.cat([plane, plane >> step], dim=4)
             step *= 2
@@ -86,30 +84,28 @@ def test_integers(bits: int, dtype: torch.dtype) -> None:
         assert torch.equal(found.float(), codes.float() - zero)
 
 
-def middle(kind: str, bits: int) -> float:
-    """What the decoders that take no zero point take off a code."""
+def fixed_zero(kind: str, bits: int) -> float:
+    """The value that the decoders without a zero point subtract from a code."""
     return {"signed": 1 << (bits - 1), "unsigned": 0, "half_integer": ((1 << bits) - 1) / 2}[kind]
 
 
 @dtypes
 @pytest.mark.parametrize("code", CODES[7:-3])
-def test_integers_about_a_fixed_middle(code: str, dtype: torch.dtype) -> None:
-    """Every code in every place of a tile, whatever zero point is given."""
+def test_integers_with_a_fixed_zero(code: str, dtype: torch.dtype) -> None:
+    """Every code at every position of a tile; the zero point is ignored."""
     kind, bits = code[:-1], int(code[-1])
     count = 1 << bits
     tile = layout.tile_features(bits)
     codes = (torch.arange(count)[:, None] + torch.arange(tile)).remainder(count).to(torch.uint8)
     for zero in (0, 3):
         found = decoded(code, codes, dtype, zero)
-        assert torch.equal(found.float(), codes.float() - middle(kind, bits))
+        assert torch.equal(found.float(), codes.float() - fixed_zero(kind, bits))
 
 
 @dtypes
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_codes_of_eight_weights(bits: int, dtype: torch.dtype) -> None:
-    """All 65536, and all of the residual, in both halves of words: units of half a weight, rounded
-    once at most.
-    """
+    """All 65536 codes, and all residual codes, in both halves of words; rounded once at most."""
     every = torch.arange(1 << 16, dtype=torch.int32)
     codes = torch.cat([every, every.roll(1)])
     if bits > 2:
@@ -155,9 +151,7 @@ def test_fp8(kind: str, dtype: torch.dtype) -> None:
 
 @dtypes
 def test_conversions(dtype: torch.dtype) -> None:
-    """Round to nearest even: every 16-bit value, and what lies exactly, almost and hardly between
-    two.
-    """
+    """Round to nearest even: every 16-bit value, and values at and next to each midpoint of two."""
     every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).float()
     every = every[torch.isfinite(every)].sort().values
     middle = (every[1:].double() + every[:-1].double()) / 2

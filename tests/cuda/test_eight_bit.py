@@ -1,6 +1,4 @@
-"""csrc/eight_bit, in the emulator or on the GPU where there is one: codes bit for bit, products
-against the float64 reference.
-"""
+"""csrc/eight_bit, emulated or on a GPU: codes bit for bit, products against float64."""
 
 from __future__ import annotations
 
@@ -56,7 +54,7 @@ def test_structs_of_another_version_are_refused() -> None:
 def test_codes_bit_for_bit(
     name: str, params: dict[str, object], dtype: torch.dtype, m: int, k: int
 ) -> None:
-    """Also of rows longer than a block's registers hold, and of numbers of every size."""
+    """Also for rows longer than a block's registers hold, and for numbers of every size."""
     p = packed(name, params, k, n=1)
     for spread in (0, 4):
         x = (
@@ -165,7 +163,7 @@ def test_gpus_without_fp8(
     name: str, params: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if DEVICE == "cuda":
-        pytest.skip("of a GPU there is one")
+        pytest.skip("emulates a GPU that this machine does not have")
     emulation.DEFINES.append("QK_EMULATED_ARCH=800")
     for m in (3, 18):
         x, p, bias = operands(name, params, 33, 300, m, torch.float16)
@@ -214,8 +212,9 @@ def test_outliers(planted: str, m: int, invariant: bool) -> None:
 
 
 SPLITS = [  # both kernels, every tile, K split over blocks or not
-    eight_bit.Config(True, 8, 1, 7), eight_bit.Config(True, 16, 3, 3), eight_bit.Config(False, 16, 2, 4),
-    eight_bit.Config(False, 32, 7, 1), eight_bit.Config(False, 64, 4, 2), eight_bit.Config(False, 128, 3, 3),
+    eight_bit.Config(True, 8, 1, 7), eight_bit.Config(True, 16, 3, 3),
+    eight_bit.Config(False, 16, 2, 4), eight_bit.Config(False, 32, 7, 1),
+    eight_bit.Config(False, 64, 4, 2), eight_bit.Config(False, 128, 3, 3),
 ]  # fmt: skip
 
 
@@ -226,14 +225,14 @@ def test_any_order_of_blocks_gives_the_same(name: str, config: eight_bit.Config)
     m = min(config.rows, 20)
     x, p, bias = operands(name, params, 150, 850, m, torch.float16)
     p.prepack_("eight_bit")
-    found = []
+    results = []
     for order in (0, 1, 9):
         emulation.ORDER[0] = order
         a = eight_bit.quantize(x, p, problem(p, x))
-        found.append(eight_bit.multiply(a, p, bias, problem(p, x), config))
-    assert_close(found[0], x, p, bias)
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
+        results.append(eight_bit.multiply(a, p, bias, problem(p, x), config))
+    assert_close(results[0], x, p, bias)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 @eight_bit_cases
@@ -246,8 +245,8 @@ def test_rows_do_not_depend_on_m(name: str, params: dict[str, object]) -> None:
     assert torch.equal(product(x[69:], p, invariant=True), full[69:])
 
 
-def test_split_and_sequential_shares_sum_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of sums that cancel: all that is left is rounding, which tells every other order."""
+def test_split_and_sequential_k_slices_sum_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sums cancel, so only rounding is left, and every other order gives another result."""
     weight, half = torch.randn(40, 1024), torch.randn(5, 1024)
     p = qk.quantize(torch.cat([weight, weight], 1), "fp8", activation="dynamic").to(DEVICE)
     x = torch.cat([half, -half], 1).bfloat16().to(DEVICE)

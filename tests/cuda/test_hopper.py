@@ -1,6 +1,4 @@
-"""The Hopper kernels (wgmma) against the float64 reference: emulated, or on the GPU where it is a
-Hopper.
-"""
+"""The Hopper kernels (wgmma) against the float64 reference: emulated, or on a Hopper GPU."""
 
 from __future__ import annotations
 
@@ -37,7 +35,7 @@ eight_bit_cases = pytest.mark.parametrize(
 
 @pytest.fixture
 def two_sms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a block has several tiles, one after another."""
+    """Two SMs, so that a block computes several work tiles."""
     for module in ("weight_only", "gemm", "hopper", "eight_bit"):
         monkeypatch.setattr(f"qkernels.backends.cuda.{module}.sm_count", lambda device: 2)
 
@@ -56,8 +54,10 @@ def test_every_format(name: str, params: dict[str, object], dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize(
-    ("name", "params", "n", "k"), weight_only.ODD + weight_only.SHORT + weight_only.SPLIT_PAIRS + weight_only.ONE_SCALER[:5], ids=str
-)  # fmt: skip
+    ("name", "params", "n", "k"),
+    weight_only.ODD + weight_only.SHORT + weight_only.SPLIT_PAIRS + weight_only.ONE_SCALER[:5],
+    ids=str,
+)
 @dtypes
 def test_odd_shapes(
     name: str, params: dict[str, object], n: int, k: int, dtype: torch.dtype
@@ -75,15 +75,13 @@ TILES = [
 
 @pytest.mark.parametrize(("name", "params"), TILES, ids=str)
 def test_several_tiles_a_block(name: str, params: dict[str, object], two_sms: None) -> None:
-    """More tiles than blocks, rings that go round several times, edges of both W and x."""
+    """More work tiles than blocks, rings that wrap several times, edges of both W and x."""
     y, x, p, bias = weight_only.run(name, params, 200, 768, 300, torch.float16)
     assert_fused_close(y, x, p, bias)
 
 
 def test_tiles_shorter_than_a_ring(two_sms: None) -> None:
-    """No ring goes round between two tiles, so nothing but the warpgroup's own barrier keeps one's
-    rows apart.
-    """
+    """No ring wraps between work tiles, so only the warpgroup's barrier keeps their rows apart."""
     y, x, p, bias = weight_only.run(
         "gptq", {"bits": 4, "group_size": 64}, 300, 64, 600, torch.float16
     )
@@ -91,7 +89,7 @@ def test_tiles_shorter_than_a_ring(two_sms: None) -> None:
 
 
 # ---------------------------------------------------------------------- between transforms
-#: of several blocks of W, with an edge, and K of several tiles, of which the last is no whole one
+#: several blocks of W, with an edge; several tiles along K, of which the last is not whole
 WIDE = [
     *(("quip", {"bits": bits}, 130, 390) for bits in (2, 3, 4)),
     *(("quip_sharp", {"bits": bits}, 260, 568) for bits in (2, 3, 4)),
@@ -115,9 +113,7 @@ def test_products_between_transforms_round_in_float32_alone(
     name: str, params: dict[str, object], n: int, k: int, dtype: torch.dtype, two_sms: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Sums are scaled, not weights: QuIP's codes and those of 2 bits are exact, others' values
-    round once.
-    """
+    """Sums are scaled, not weights: QuIP's and 2-bit codes are exact, other values round once."""
     p = incoherent.any_weight(name, n, k, params)
     seen: dict[str, torch.Tensor] = {}
     before, after = transforms.before, transforms.after
@@ -142,10 +138,8 @@ def test_products_between_transforms_round_in_float32_alone(
     assert bool(((y - x @ values.T).abs() <= bound * (x.abs() @ values.abs().T)).all())
 
 
-def test_what_a_kernel_is_not_made_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Float32 results from kernels that have none, and the other way round; scales that change
-    along K; a bias.
-    """
+def test_calls_that_a_kernel_does_not_support_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float32 results of kernels without them, and vice versa; scales along K; a bias."""
     real = launch.Launch.__call__
     for name, field, value, why in (
         ("nf4", "is_float", 1, "float32 results for weights with transforms alone"),

@@ -1,6 +1,4 @@
-"""Infinite activations in the CUDA kernels, as tests/kernels/test_infinite.py has them in the
-others.
-"""
+"""Infinite activations in the CUDA kernels, with the checks of tests/kernels/test_infinite.py."""
 
 from __future__ import annotations
 
@@ -24,5 +22,5 @@ def test_cuda_batch_invariant(name: str, params: dict[str, object]) -> None:
 
 @promise.family_cases
 def test_cuda_for_many_rows(name: str, params: dict[str, object]) -> None:
-    """Hopper's kernel, where the format has one."""
+    """The Hopper kernel, if the format has one."""
     promise.check(name, params, "cuda", 130)

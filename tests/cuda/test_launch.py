@@ -1,6 +1,4 @@
-"""Products that are recorded and replayed: the same results, and the calls that the extension is
-given.
-"""
+"""Recorded and replayed products: the same results, and the calls that the extension gets."""
 
 from __future__ import annotations
 
@@ -93,7 +91,7 @@ def values(call: Any) -> dict[str, Any]:
 def test_the_extension_is_given_the_same(
     case: tuple[str, dict[str, Any]], m: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stand-in for the extension notes the calls: first, recorded, replayed, replayed."""
+    """A fake extension records the calls: first, recorded, replayed, replayed."""
     name, params = case
     taken: list[tuple[str, dict[str, Any]]] = []
     streams = iter(range(7, 100))
@@ -133,7 +131,7 @@ def test_the_extension_is_given_the_same(
                     assert later[field] > 2**20, f"{name}.{field}: an address"
                 elif field not in ("stream", "pdl"):
                     assert later[field] == value, f"{name}.{field}"
-        assert all(fields["pdl"] for _, fields in call), "only the weight's first call has to wait"
+        assert all(fields["pdl"] for _, fields in call), "only the first call runs without PDL"
     assert not calls[0][0][1]["pdl"]
     starts = [{fields["stream"] for _, fields in call} for call in calls]
     assert all(stream >= {7} or min(stream) > 7 for stream in starts)
@@ -141,7 +139,7 @@ def test_the_extension_is_given_the_same(
 
 
 def test_threads_share_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls of other threads do not get into one's own call."""
+    """Calls of other threads do not change this thread's call."""
     from qkernels.backends import cuda
 
     mine = threading.local()

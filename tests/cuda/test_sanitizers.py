@@ -1,8 +1,7 @@
-"""The emulated CUDA kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a process of
-their own.
+"""The emulated CUDA kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a subprocess.
 
-Here the emulator's own tests and the kernels of FP8 run. Everything, which builds all kernels anew
-and takes long:
+This test runs the tests of the emulator and of the FP8 kernels. To run all tests, which compiles
+all kernels again and takes long:
 
     SANITIZED=tests/cuda python -m pytest -n 0 tests/cuda/test_sanitizers.py
 """
@@ -17,7 +16,7 @@ import sys
 import pytest
 import torch
 
-SCALE_GROUPS = [
+TESTS = [
     "tests/cuda/test_emulator.py",
     "tests/cuda/test_eight_bit.py::test_tiny_activations",
 ]
@@ -39,8 +38,8 @@ def test_kernels_under_sanitizers() -> None:
         ).stdout.strip()
         for name in ("libasan.so", "libubsan.so", "libstdc++.so")
     ]
-    given = os.environ.get("SANITIZED")
-    runs = given.split() if given else SCALE_GROUPS
+    chosen = os.environ.get("SANITIZED")
+    tests = chosen.split() if chosen else TESTS
     command = [
         sys.executable,
         "-m",
@@ -51,7 +50,7 @@ def test_kernels_under_sanitizers() -> None:
         "-s",
         "-p",
         "no:cacheprovider",
-        *runs,
+        *tests,
     ]
     command += ["--deselect", "tests/cuda/test_sanitizers.py"]
     environment = {**os.environ, **OPTIONS, "LD_PRELOAD": " ".join(libraries)}

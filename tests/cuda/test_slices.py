@@ -1,6 +1,4 @@
-"""Rows taken by slices, for want of scratch memory, come out with the bits that all rows at once
-give.
-"""
+"""If scratch memory is short, rows are computed in slices: the same bits as all rows at once."""
 
 from __future__ import annotations
 
@@ -44,9 +42,7 @@ def case_of(case: Any) -> str:
 def test_slices_change_no_bit(
     case: tuple[Any, str, dict[str, object], int, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last slice has few rows, of which a call of its own would go to another kernel or cut K
-    otherwise.
-    """
+    """The last slice has few rows: a call with only these would use another kernel or split-K."""
     module, name, params, m, invariant = case
     n = 40
     p = qk.quantize(torch.randn(n, k_of(name, 320)), name, **params).to(DEVICE)
@@ -85,12 +81,12 @@ EXPLAINED: list[tuple[Any, str, dict[str, object], int, int]] = [
 
 @pytest.mark.parametrize("case", EXPLAINED, ids=case_of)
 @pytest.mark.parametrize("megabytes", [32, 1])
-def test_explain_names_the_shares_that_run(
+def test_explain_names_the_k_slices_that_run(
     megabytes: int,
     case: tuple[Any, str, dict[str, object], int, int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Also where copies of x leave little of the workspace, and of slices; which stay within it."""
+    """Also if copies of x leave little workspace, and for slices of rows, which stay within it."""
     module, name, params, m, k = case
     monkeypatch.setattr(workspace, "BYTES", megabytes * 2**20)
     p = qk.quantize(torch.randn(40, k), name, **params).to(DEVICE).prepack_("weight_only")

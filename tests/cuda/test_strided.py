@@ -1,5 +1,6 @@
-"""Stored tensors and operands that lie in memory otherwise, through the CUDA backend: the emulator
-checks alignment.
+"""Stored tensors and operands with other memory layouts in the CUDA backend.
+
+The emulator checks alignment.
 """
 
 from __future__ import annotations

@@ -25,19 +25,17 @@ U = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
 class Weight:
-    """What the launcher reads of a packed weight: its shape, its plans, and the transforms'
-    tensors.
-    """
+    """The parts of a packed weight that the launcher reads: shape, plans, and transform tensors."""
 
-    def __init__(self, n: int, side: Side, kept: list[Tensor]) -> None:
-        tensors = {"diagonal": side.diagonal} | {f"factor{i}": f for i, f in enumerate(kept)}
+    def __init__(self, n: int, side: Side, factors: list[Tensor]) -> None:
+        tensors = {"diagonal": side.diagonal} | {f"factor{i}": f for i, f in enumerate(factors)}
         if side.perm is not None:
             tensors["perm"] = side.perm.int()
         self.shape, self.plans = (n, n), {}
         self.storage = {
             f"{s}.{k}": t.to(DEVICE) for s in ("input", "output") for k, t in tensors.items()
         }
-        self.orders = tuple(f.shape[0] for f in kept)
+        self.orders = tuple(f.shape[0] for f in factors)
 
 
 def hadamard(n: int) -> tuple[Side, Weight]:
@@ -54,11 +52,11 @@ def random(n: int) -> tuple[Side, Weight]:
     return side, Weight(n, side, factors)
 
 
-def traits_of(side: Side, n: int, vectors: bool) -> layout.WeightOnlyTraits:
-    whole = -(-n // 256) * 256 if vectors else n
+def traits_of(side: Side, n: int, codebook: bool) -> layout.WeightOnlyTraits:
+    whole = -(-n // 256) * 256 if codebook else n
     return layout.WeightOnlyTraits(
         2,
-        "e8p" if vectors else "half_integer",
+        "e8p" if codebook else "half_integer",
         "scale",
         whole,
         n,
@@ -78,8 +76,8 @@ def bound(side: Side, x: Tensor, n: int, after: bool) -> Tensor:
     return (sum(len(f) for f in side.factors) + 4) * 2.0**-24 * size
 
 
-#: one factor or none, an odd part or none, in one box or several, with all of a Hadamard
-#: transform's stages
+#: with and without a factor and an odd part, in one box or several, with every stage of a Hadamard
+#: transform
 SIZES = [1, 2, 8, 12, 36, 64, 72, 192, 256, 512, 576, 1376, 2048, 5120, 8192]
 #: two factors or three, of order 1, odd, over 32 and over 64
 RANDOM = [1, 7, 35, 64, 130, 469, 576, 1376]
@@ -91,20 +89,20 @@ RANDOM = [1, 7, 35, 64, 130, 469, 576, 1376]
 @dtypes
 def test_both_sides(make: object, n: int, dtype: torch.dtype) -> None:
     side, p = make(n)  # type: ignore[operator]
-    traits = traits_of(side, n, vectors=False)
+    traits = traits_of(side, n, codebook=False)
     for m in (1, 3, 33) if n < 600 else (1, 3):
         x = torch.randn(m, n).to(dtype)
-        found = transforms.before(x.to(DEVICE), p, traits).cpu().double()
+        result = transforms.before(x.to(DEVICE), p, traits).cpu().double()
         want = side.inner(x.double())
-        error = (found - want).abs()
+        error = (result - want).abs()
         assert bool(
             (error <= U[dtype] * want.abs() + bound(side, x.double(), n, False) + 2.0**-25).all()
         ), m
 
         y, bias = torch.randn(m, n), torch.randn(n).to(dtype)
-        found = transforms.after(y.to(DEVICE), p, traits, bias.to(DEVICE), dtype).cpu().double()
+        result = transforms.after(y.to(DEVICE), p, traits, bias.to(DEVICE), dtype).cpu().double()
         want = side.outer(y.double()) + bias.double()
-        error = (found - want).abs()
+        error = (result - want).abs()
         assert bool(
             (error <= U[dtype] * want.abs() + bound(side, y.double(), n, True) + 2.0**-23).all()
         ), m
@@ -114,23 +112,23 @@ def test_both_sides(make: object, n: int, dtype: torch.dtype) -> None:
 def test_vectors_are_in_their_order_with_zeros_behind_them(n: int) -> None:
     side, p = hadamard(n)
     x = torch.randn(3, n).half().to(DEVICE)
-    plain = transforms.before(x, p, traits_of(side, n, vectors=False))
+    plain = transforms.before(x, p, traits_of(side, n, codebook=False))
     p.plans.clear()
-    found = transforms.before(x, p, traits_of(side, n, vectors=True))
-    assert torch.equal(found[:, layout.codebook_order(n, DEVICE)], plain)
-    behind = torch.ones(found.shape[1], dtype=torch.bool)
+    result = transforms.before(x, p, traits_of(side, n, codebook=True))
+    assert torch.equal(result[:, layout.codebook_order(n, DEVICE)], plain)
+    behind = torch.ones(result.shape[1], dtype=torch.bool)
     behind[layout.codebook_order(n)] = False
     assert behind.sum() == -n % 256
-    assert not found.cpu()[:, behind].any()
+    assert not result.cpu()[:, behind].any()
 
 
 @pytest.mark.parametrize(("make", "n"), [(hadamard, 4096), (hadamard, 180), (random, 130)])
 def test_a_row_does_not_depend_on_its_company(
     make: object, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor on which block has it."""
+    """Nor on the block that computes it."""
     side, p = make(n)  # type: ignore[operator]
-    traits = traits_of(side, n, vectors=False)
+    traits = traits_of(side, n, codebook=False)
     x, y = torch.randn(9, n).half().to(DEVICE), torch.randn(9, n).to(DEVICE)
     alone = [transforms.before(x[i : i + 1].clone(), p, traits) for i in range(9)]
     alone_after = [
@@ -144,25 +142,25 @@ def test_a_row_does_not_depend_on_its_company(
 
 @dtypes
 def test_x_that_starts_anywhere(dtype: torch.dtype) -> None:
-    """16-byte loads only where they may be: the same bits either way."""
+    """16-byte loads are used only for aligned rows; the bits are the same without them."""
     side, p = hadamard(576)
-    traits = traits_of(side, 576, vectors=False)
+    traits = traits_of(side, 576, codebook=False)
     x = torch.randn(2 * 576 + 1).to(dtype).to(DEVICE)[1:].view(2, 576)
     assert x.data_ptr() % 16
     assert torch.equal(transforms.before(x, p, traits), transforms.before(x.clone(), p, traits))
 
 
 def test_boxes() -> None:
-    """No larger than what shared memory has everywhere, for every size there may be."""
+    """For every size the box fits in the shared memory of every architecture."""
     limit = 99 * 1024
     for n in range(1, 20000, 7):
         odd = n // (n & -n)
         if odd <= math_of.LARGEST_FACTOR:
-            kept = tuple(o for o in math_of.hadamard_orders(n) if o & (o - 1))
-            box = transforms.box_of(n, kept)
+            orders = tuple(o for o in math_of.hadamard_orders(n) if o & (o - 1))
+            box = transforms.box_of(n, orders)
             assert box.a0 * box.c * box.b == n
             assert box.a0 * box.b <= transforms.DENSE_BOX
-            assert transforms.shared_bytes(box, kept) <= transforms.LARGEST_SHARED
+            assert transforms.shared_bytes(box, orders) <= transforms.LARGEST_SHARED
     for orders in ((64, 128), (128, 64), (64, 64, 128), (64, 1, 127), (28, 16, 32), (1, 128)):
         box = transforms.box_of(math.prod(orders), orders)
         assert transforms.shared_bytes(box, orders) <= transforms.LARGEST_SHARED <= limit
@@ -183,7 +181,7 @@ ODD = [
 
 
 def any_weight(name: str, n: int, k: int, params: dict[str, object]) -> qk.PackedWeight:
-    """QuIP#'s codes drawn at random, which is so much faster than the search for the best ones."""
+    """A weight; random codes for QuIP#, which is faster than the search for the best codes."""
     if name == "quip":
         return qk.quantize(torch.randn(n, k), name, **params).to(DEVICE)
     fmt = qk.formats.get(name)
@@ -217,7 +215,7 @@ def test_odd_shapes(
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("m", [2, 9])
 def test_split_k(bits: int, m: int) -> None:
-    """Several shares of K into float32."""
+    """Split-K with float32 results."""
     p = any_weight("quip_sharp", 20, 4096, {"bits": bits})
     x = torch.randn(m, 4096).half().to(DEVICE)
     assert "K in 1 slices" not in str(qk.explain(p, m, backend="cuda"))

@@ -1,6 +1,4 @@
-"""The CUDA weight-only kernels against the float64 oracle: emulated, or on the GPU where there is
-one.
-"""
+"""The CUDA weight-only kernels against the float64 oracle: emulated, or on a GPU."""
 
 from __future__ import annotations
 
@@ -22,8 +20,8 @@ FAMILY = [case for case in CASES if layout_of(*case) == "weight_only"]
 
 def has_kernel(name: str, params: dict[str, object]) -> bool:
     fmt, shape = qk.formats.get(name), (40, k_of(name, 192))
-    known = {key: value for key, value in params.items() if key not in fmt.quantize_only}
-    traits = fmt.weight_only_traits(shape, fmt.resolve(shape, known))
+    stored = {key: value for key, value in params.items() if key not in fmt.quantize_only}
+    traits = fmt.weight_only_traits(shape, fmt.resolve(shape, stored))
     return calls.kernel_name(traits.decoder, traits.bits, traits.scaler) is not None
 
 
@@ -44,7 +42,7 @@ def test_every_format_has_a_kernel() -> None:
 
 
 def test_what_has_no_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(calls.OWN, ("half_integer", 2, "scale"))
+    monkeypatch.delitem(calls.ONE_SCALER_KERNELS, ("half_integer", 2, "scale"))
     p = qk.quantize(torch.randn(8, 256), "quip", bits=2).to(DEVICE)
     with pytest.raises(
         ValueError, match="no CUDA kernel for 2-bit half_integer codes with scales 'scale'"
@@ -68,10 +66,10 @@ SPLIT_PAIRS = [
 ]
 
 
-#: N that ends inside a block, K of a single block or that ends inside a tile; groups of SpQR that
-#: cross slices
+#: N ends inside a block; K is a single block, or ends inside a tile; groups of SpQR cross slices
 ONE_SCALER = [
-    ("q4_0", {}, 3, 32), ("q5_1", {}, 37, 160), ("q8_0", {}, 21, 96), ("q2_k", {}, 19, 256), ("q6_k", {}, 9, 256),
+    ("q4_0", {}, 3, 32), ("q5_1", {}, 37, 160), ("q8_0", {}, 21, 96),
+    ("q2_k", {}, 19, 256), ("q6_k", {}, 9, 256),
     ("spqr", {"group_size": 10, "row_group": 7}, 33, 70),
     ("spqr", {"bits": 4, "group_size": 144, "row_group": 16, "threshold": 0.01}, 21, 144),
     ("spqr", {"bits": 2, "group_size": 1, "row_group": 1}, 5, 9),
@@ -93,7 +91,7 @@ def test_odd_shapes(
 def test_short_last_groups(
     name: str, params: dict[str, object], n: int, k: int, dtype: torch.dtype
 ) -> None:
-    """The GEMV's rows of x and the GEMM's. The emulator tells of reads behind the last scale."""
+    """In the GEMV and the GEMM. The emulator reports reads past the last scale."""
     for m in (1, 3, 17):
         y, x, p, bias = run(name, params, n, k, m, dtype)
         assert_fused_close(y, x, p, bias)
@@ -102,9 +100,7 @@ def test_short_last_groups(
 @pytest.mark.parametrize("m", [2, 9])
 @pytest.mark.parametrize("k", [576, 580], ids=["along-k", "flat"])
 def test_nested_scales_of_several_outer_blocks(m: int, k: int) -> None:
-    """Over 256 blocks of absmax, so that more than one outer scale counts; weights that make them
-    differ.
-    """
+    """More than 256 blocks of absmax need several outer scales; the weights make them differ."""
     weight = torch.randn(64, k) * torch.linspace(0.1, 10, 64)[:, None]
     p = qk.quantize(weight, "nf4", block_size=64, double_quant=True).to(DEVICE)
     x = torch.randn(m, k).half().to(DEVICE)
@@ -112,7 +108,7 @@ def test_nested_scales_of_several_outer_blocks(m: int, k: int) -> None:
 
 
 def test_x_that_starts_anywhere() -> None:
-    """A slice of a larger tensor need not be aligned as the kernels' loads are."""
+    """A slice of a larger tensor may be less aligned than the kernels' loads."""
     p = qk.quantize(torch.randn(24, 64), "gptq", group_size=32).to(DEVICE)
     for m in (3, 10):
         x = torch.randn(m * 64 + 1).half().to(DEVICE)[1:].view(m, 64)
@@ -143,9 +139,7 @@ def k_slices(p: qk.PackedWeight, m: int) -> int:
 @pytest.mark.parametrize("m", [3, 9])
 @pytest.mark.parametrize(("name", "params"), LONG, ids=str)
 def test_split_k_in_any_order_of_blocks(name: str, params: dict[str, object], m: int) -> None:
-    """K in several slices: right, and bitwise the same whichever block is last. The counters end at
-    0.
-    """
+    """Split-K is right, and bitwise the same whichever block is last. The counters end at 0."""
     y, x, p, bias = run(name, params, 20, LONG_K.get(name, 4480), m, torch.float16)
     assert k_slices(p, m) > 1
     assert_fused_close(y, x, p, bias)
@@ -169,7 +163,7 @@ def test_rows_do_not_depend_on_m(name: str, params: dict[str, object]) -> None:
 
 
 def test_activations_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A share longer than what is staged at a time."""
+    """A split-K slice that is longer than the activations in shared memory."""
     monkeypatch.setattr("qkernels.backends.cuda.weight_only.STAGED_BYTES", 1024)
     monkeypatch.setattr("qkernels.backends.cuda.weight_only.sm_count", lambda device: 1)
     y, x, p, bias = run(
@@ -186,9 +180,7 @@ def test_many_rows_go_in_several_launches(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def with_outliers(weight: torch.Tensor, counts: torch.Tensor, first: int) -> qk.PackedWeight:
-    """`weight` in SpQR, with random outliers instead of its own: so many in each row, in columns
-    from `first` on.
-    """
+    """`weight` in SpQR with random outliers: counts[n] in row n, in columns from `first` on."""
     shape = (weight.shape[0], weight.shape[1])
     tensors = dict(qk.quantize(weight, "spqr", bits=4, group_size=16).tensors)
     columns = [
@@ -202,7 +194,7 @@ def with_outliers(weight: torch.Tensor, counts: torch.Tensor, first: int) -> qk.
 
 @pytest.mark.parametrize("m", [2, 9])
 def test_weights_that_are_all_outliers_or_none(m: int) -> None:
-    """SpQR's sparse weights, apart from the codes: rows with all, with none, and with many."""
+    """SpQR's sparse weights with codes of 0: rows with all weights sparse, with none, with many."""
     counts = torch.randint(0, 40, (18,))
     counts[1], counts[-1] = 96, 0
     p = with_outliers(torch.zeros(18, 96), counts, 0)
@@ -213,7 +205,7 @@ def test_weights_that_are_all_outliers_or_none(m: int) -> None:
 
 
 def test_one_input_that_is_infinite_stays_with_its_row() -> None:
-    """What is read for outliers that do not exist must not turn into NaN, nor reach other rows."""
+    """Reads for outliers that do not exist must not make NaN, and must not reach other rows."""
     p = with_outliers(torch.randn(20, 96), torch.arange(20), 1)
     for m in (3, 11):
         x = torch.randn(m, 96).half().to(DEVICE)

@@ -1,7 +1,7 @@
-"""The CUDA C++ backend: when its kernels apply, their registration, and how a call reaches them.
+"""The CUDA C++ backend: when its kernels apply, their registration, and how they are started.
 
-Importing this needs neither a GPU nor a compiled extension: the extension is loaded, and if need be
-compiled, at the first call (build.py).
+Importing this module needs no GPU and no compiled extension: the first call loads the extension,
+and compiles it if there is none (build.py).
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import formats, layouts
+from ... import layouts
 from ...weights.packed import PackedWeight
 from .. import registry
 from ..plan import Recorded
 from ..problem import Problem
+from ..rejects import common_reason
 from . import build
 
-MIN_CAPABILITY = (8, 0)
-
-#: (kernel's name, call struct, tensors read, tensors written) -> "" or an error. Tests put the CPU
-#: emulator here.
+#: (kernel's name, call struct, tensors read, tensors written) -> an error message, or "". Tests set
+#: it to the CPU emulator.
 emulator: Callable[[str, Any, list[Tensor], list[Tensor]], str] | None = None
 
 
 def unavailable() -> str | None:
+    """Why this machine cannot run the backend, or None."""
     if emulator is not None:
         return None
     if not torch.cuda.is_available():
@@ -37,22 +37,15 @@ def unavailable() -> str | None:
 
 
 def _rejects(problem: Problem, module: str, layout: str) -> str | None:
-    fmt, params = formats.get(problem.format), dict(problem.params)
-    if obstacle := fmt.obstacle(problem.shape, params):
-        return obstacle
-    if fmt.kernel_layout(params) != layout:
-        return f"{problem.format} with these parameters is not in the {layout.replace('_', '-')} family"
-    if problem.dtype not in (torch.float16, torch.bfloat16):
-        return f"x must be float16 or bfloat16, not {str(problem.dtype).removeprefix('torch.')}"
-    if problem.device != ("cpu" if emulator else "cuda"):
-        return f"no kernel for device {problem.device!r}"
-    if problem.capability is not None and problem.capability < MIN_CAPABILITY:
-        return f"needs sm_80 or newer, this is sm_{problem.capability[0]}{problem.capability[1]}"
-    return str(why) if (why := _module(module).rejects(problem)) else None
+    """Why the kernel that `module` launches does not take the problem, or None."""
+    on_device = problem.device == ("cpu" if emulator else "cuda")
+    device_reason = None if on_device else f"no kernel for device {problem.device!r}"
+    why = common_reason(problem, layout, device_reason) or _module(module).rejects(problem)
+    return str(why) if why else None
 
 
 def _automatic(problem: Problem) -> str | None:
-    """backend="auto" takes what is compiled, and starts no compiler by itself."""
+    """Why backend="auto" does not take the backend, or None: it never starts the compiler."""
     if build.is_built():
         return None
     return "not compiled yet: backend='cuda' compiles it, or QKERNELS_CUDA_ARCHS at install time"
@@ -60,9 +53,7 @@ def _automatic(problem: Problem) -> str | None:
 
 @lru_cache(maxsize=64)
 def supports_pdl(index: int) -> bool:
-    """Whether GPU `index` can start a kernel before the one before it is done; the emulator (-1)
-    can't.
-    """
+    """Whether GPU `index` has programmatic dependent launch (PDL); the emulator (-1) has not."""
     return index >= 0 and torch.cuda.get_device_capability(index) >= (9, 0)
 
 
@@ -82,8 +73,11 @@ def _module(name: str) -> Any:
 
 
 def run(name: str, address: int, index: int) -> None:
-    """Start kernel `name` with the call struct at `address` on GPU `index`. RuntimeError with
-    CUDA's words if it does not start."""
+    """Start kernel `name` with the call struct at `address` on GPU `index`.
+
+    Raises:
+        RuntimeError: the kernel does not start; with CUDA's message.
+    """
     start = build.extension().run
     if current_device() == index:
         error = start(name, address)
@@ -105,7 +99,7 @@ _quantized = registry.Quantized(
 
 
 def register_kernels() -> None:
-    """Each kernel with the module that launches it."""
+    """Register each kernel with the module that launches it."""
     kernels = (
         ("cuda.weight_only_gemv", "weight_only", layouts.WEIGHT_ONLY),
         ("cuda.weight_only_hopper", "hopper", layouts.WEIGHT_ONLY),

@@ -1,12 +1,13 @@
-"""Builds the CUDA extension: with `pip install` if QKERNELS_CUDA_ARCHS is set, else at the first
-call.
+"""Builds the CUDA extension: in `pip install` with QKERNELS_CUDA_ARCHS set, or at the first call.
 
-Only the standard library is imported here: setup.py loads this file by its path. One ninja build,
-one object a source file; cudart is linked statically and no torch header is read, so a built module
-serves every version of torch. What is built at the first call lies under $QKERNELS_CACHE/cuda
-(default ~/.cache/qkernels/cuda), in a folder named by a hash of the sources, the compiler and the
-architecture; a lock keeps processes from building it at the same time. The module runs as our own
-code, so it is loaded only from where nobody else can write.
+This file imports only the standard library, because setup.py loads it by its path. One ninja build
+compiles one object per source file. It links cudart statically and reads no torch header, so a
+built module works with every version of torch.
+
+The first call builds the module under $QKERNELS_CACHE/cuda (default ~/.cache/qkernels/cuda), in a
+folder named by a hash of the sources, the compiler and the architecture. A lock keeps two processes
+from building it at the same time. The module runs as code of this user, so it is loaded only from a
+place where no other user can write.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-#: architectures of a build for everyone, as in QKERNELS_CUDA_ARCHS="80 90a 100a 120a"
+#: architectures of a build for all supported GPUs, as in QKERNELS_CUDA_ARCHS="80 90a 100a 120a"
 DEFAULT_ARCHS = ("80", "90a", "100a", "120a")
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX") or ".so"
 
@@ -52,7 +53,7 @@ def built_in() -> bool:
 
 
 def is_built() -> bool:
-    """Whether the extension for this GPU needs no compiler any more."""
+    """Whether the extension for this GPU is compiled already."""
     if built_in():
         return True
     import torch
@@ -69,19 +70,23 @@ def unavailable() -> str | None:
     if built_in():
         return None
     if nvcc() is None:
-        return "the extension was not built with the package, and there is no nvcc to build it with now"
+        return (
+            "the extension was not built with the package, "
+            "and there is no nvcc to build it with now"
+        )
     if not (sources() / "weight_only").is_dir():
         return (
             f"the extension was not built with the package, and its sources are not at {sources()}"
         )
     missing = [name for name in ("ninja", "pybind11") if importlib.util.find_spec(name) is None]
     if missing:
-        return f"building the extension needs {' and '.join(missing)} (pip install {' '.join(missing)})"
+        install = f"pip install {' '.join(missing)}"
+        return f"building the extension needs {' and '.join(missing)} ({install})"
     return None
 
 
 def state() -> str:
-    """Where the compiled kernels are or would come from, for `qkernels info`."""
+    """Whether the kernels are compiled, or can be, in words for `qkernels info`."""
     if built_in():
         return "compiled with the package"
     why = unavailable()
@@ -90,7 +95,11 @@ def state() -> str:
 
 @lru_cache(maxsize=1)
 def extension() -> Any:
-    """The extension module, built if need be. RuntimeError if it cannot be had or cannot run here."""
+    """The extension module; the first call may build it.
+
+    Raises:
+        RuntimeError: it can neither be loaded nor built, or the driver is too old for it.
+    """
     if built_in():
         module = importlib.import_module("qkernels._cuda")
     else:
@@ -106,26 +115,33 @@ def extension() -> Any:
 
 
 def native_arch(major: int, minor: int) -> str:
-    """(9, 0) -> "90a": with the instructions that only this architecture has."""
+    """(9, 0) -> "90a"; "a" adds the instructions that only this architecture has."""
     return f"{major}{minor}" + ("a" if major >= 9 else "")
 
 
 def check_versions(toolkit: int, driver: int) -> None:
-    """RuntimeError if the driver (13000 for CUDA 13.0, 0 for none) is older than the toolkit
-    allows.
+    """Check the driver against the toolkit that compiled the kernels.
+
+    Args:
+        toolkit: 13000 for CUDA 13.0.
+        driver: the CUDA version that the driver supports, in the same form; 0 without a driver.
+
+    Raises:
+        RuntimeError: there is no driver, or it is older than the toolkit allows.
     """
     if driver == 0:
         raise RuntimeError("qkernels: no CUDA kernels: there is no NVIDIA driver")
     if driver // 1000 < toolkit // 1000:
+        compiled, supported = (f"{v // 1000}.{v % 1000 // 10}" for v in (toolkit, driver))
         raise RuntimeError(
-            f"qkernels: the CUDA kernels were compiled by CUDA {toolkit // 1000}.{toolkit % 1000 // 10}, but "
-            f"the driver knows CUDA up to {driver // 1000}.{driver % 1000 // 10}: install a newer driver, or "
-            "set CUDA_HOME to an older toolkit and build again"
+            f"qkernels: the CUDA kernels were compiled by CUDA {compiled}, but the driver knows "
+            f"CUDA up to {supported}: install a newer driver, or set CUDA_HOME to an older "
+            "toolkit and build again"
         )
 
 
 def build_cached(archs: tuple[str, ...]) -> Path:
-    """Build into the cache unless it is there already; returns the module's file."""
+    """Build the module in the cache if it is not there yet; returns its file."""
     target = cached(archs)
     folder = private_folder(target.parent)
     with open(folder / "lock", "w") as lock:
@@ -139,8 +155,10 @@ def build_cached(archs: tuple[str, ...]) -> Path:
 
 
 def private_folder(folder: Path) -> Path:
-    """Make `folder` for this user alone, unless it is there. RuntimeError if others can write to
-    it.
+    """Create `folder` with access for this user only, if it does not exist.
+
+    Raises:
+        RuntimeError: another user can write to it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -149,35 +167,35 @@ def private_folder(folder: Path) -> Path:
 
 
 def check_owner(path: Path) -> None:
-    """RuntimeError if `path` is `untrusted`."""
+    """Raise RuntimeError if `path` is `untrusted`."""
     why = untrusted(path)
     if why is not None:
         raise RuntimeError(f"{why}. Remove it, or set QKERNELS_CACHE to a folder of your own")
 
 
 def untrusted(path: Path) -> str | None:
-    """Why anybody but this user and root could change what is at `path`, or put something else
-    there, or None.
+    """Why a user other than this one and root can change or replace the file at `path`, or None.
 
-    A module's folder and the two it lies in, up to the cache's root, are looked at, too.
+    It checks the three folders above `path`, too: for a module, up to the cache's root.
     """
     for part in (path, *path.parents[:3]):
         status = part.lstat() if part == path else part.stat()
         mode = status.st_mode
         others = stat.S_IWGRP | stat.S_IWOTH if part == path else stat.S_IWOTH
         if part != path and mode & stat.S_ISVTX:
-            others = 0  # as in /tmp: others cannot rename what is ours
+            others = 0  # as in /tmp: other users cannot rename files of this user
         if stat.S_ISLNK(mode) or status.st_uid not in (0, os.geteuid()) or mode & others:
             return (
-                f"{part}: expected what only this user can write to, because code is loaded from {path}; got "
-                f"{stat.filemode(mode)} of user {status.st_uid}"
+                f"{part}: expected what only this user can write to, because code is loaded "
+                f"from {path}; got {stat.filemode(mode)} of user {status.st_uid}"
             )
     return None
 
 
 def cached(archs: tuple[str, ...], root: Path | None = None) -> Path:
-    """Where `build_cached` puts the module. root: the cache, by default $QKERNELS_CACHE or
-    ~/.cache/qkernels.
+    """The file of the module that `build_cached` builds.
+
+    root: the cache's folder, by default $QKERNELS_CACHE or ~/.cache/qkernels.
     """
     root = root or Path(os.environ.get("QKERNELS_CACHE") or Path.home() / ".cache" / "qkernels")
     compiler = nvcc()
@@ -187,10 +205,14 @@ def cached(archs: tuple[str, ...], root: Path | None = None) -> Path:
 
 
 def build(target: Path, archs: tuple[str, ...], folder: Path) -> None:
-    """Compile every source for `archs` and link `target`. RuntimeError with the compiler's words."""
+    """Compile every source for `archs` and link `target`.
+
+    Raises:
+        RuntimeError: the compiler fails; with its messages.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text(ninja_file(target, archs))
-    jobs = os.environ.get("MAX_JOBS")  # as torch's own extension builder has it
+    jobs = os.environ.get("MAX_JOBS")  # the variable of torch's extension builder
     command = [sys.executable, "-m", "ninja", "-C", str(folder), *(["-j", jobs] if jobs else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -200,7 +222,7 @@ def build(target: Path, archs: tuple[str, ...], folder: Path) -> None:
 
 
 def ninja_file(target: Path, archs: tuple[str, ...]) -> str:
-    """What ninja is to do."""
+    """The text of the ninja file that compiles every source and links `target`."""
     import pybind11
 
     compiler = nvcc()
@@ -213,7 +235,7 @@ def ninja_file(target: Path, archs: tuple[str, ...]) -> str:
     files = [*sorted(sources().glob("*/*.cu")), sources() / "bindings" / "module.cpp"]
     lines = [
         "rule device",
-        # What ptxas says of registers and spills is kept, for bench/static_cuda.py.
+        # bench/static_cuda.py reads the registers and spills that ptxas reports in the log.
         f"  command = {compiler} {common} {codes} -Xptxas=-v -MD -MF $out.d -c $in -o $out "
         "> $out.log 2>&1 || { cat $out.log; exit 1; }",
         "  depfile = $out.d",
@@ -222,7 +244,7 @@ def ninja_file(target: Path, archs: tuple[str, ...]) -> str:
         f"-isystem {home / 'include'} -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "rule link",
-        # Under a temporary name first: whoever finds the module finds all of it.
+        # It links to a temporary name first, so that a module that exists is complete.
         f"  command = {compiler} -shared -cudart static $in -o $out.tmp && mv $out.tmp $out",
     ]
     objects = [f"{file.parent.name}-{file.stem}.o" for file in files]
@@ -235,7 +257,7 @@ def ninja_file(target: Path, archs: tuple[str, ...]) -> str:
 
 @lru_cache(maxsize=1)
 def sources_digest() -> str:
-    """A hash of everything that is compiled."""
+    """A hash of all sources."""
     digest = hashlib.sha256()
     for file in sorted(sources().rglob("*")):
         if file.suffix in (".h", ".cu", ".cpp"):
@@ -245,7 +267,7 @@ def sources_digest() -> str:
 
 @lru_cache(maxsize=4)
 def compiler_digest(compiler: str) -> str:
-    """A hash of the compiler: another version may lie at the same path."""
+    """A hash of the compiler's file, because a path may get another version."""
     return hashlib.sha256(Path(compiler).read_bytes()).hexdigest()
 
 

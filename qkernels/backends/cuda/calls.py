@@ -1,6 +1,4 @@
-"""The structs of csrc/weight_only/arguments.h, field for field, and the numbers C++ names things
-by.
-"""
+"""The structs of csrc/weight_only/arguments.h, field for field, and the numbers of its enums."""
 
 from __future__ import annotations
 
@@ -12,8 +10,8 @@ import torch
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-#: (decoder, bits) -> csrc/weight_only/NAME.cu, for all scalers of SCALINGS
-CODES = {
+#: (decoder, bits) -> NAME of csrc/weight_only/NAME.cu, whose kernels take every scaler of SCALINGS
+ALL_SCALINGS_KERNELS = {
     ("linear", 2): "linear2",
     ("linear", 3): "linear3",
     ("linear", 4): "linear4",
@@ -22,10 +20,10 @@ CODES = {
     ("e4m3", 8): "e4m3",
     ("e5m2", 8): "e5m2",
 }
-#: scalers that a kernel tells apart as it runs
+#: scalers that one kernel distinguishes at run time, with their numbers in arguments.h
 SCALINGS = {"group": 0, "scale": 1, "scale_flat": 2, "nested": 3, "nested_flat": 4}
-#: (decoder, bits, scaler) -> csrc/weight_only/NAME.cu, made for this scaler alone
-OWN = {
+#: (decoder, bits, scaler) -> NAME of csrc/weight_only/NAME.cu, compiled for this scaler only
+ONE_SCALER_KERNELS = {
     **{("signed", bits, "scale"): f"signed{bits}" for bits in (4, 5, 8)},
     **{("half_integer", bits, "scale"): f"half_integer{bits}" for bits in (2, 3, 4)},
     **{("e8p", bits, "scale"): f"e8p{bits}" for bits in (2, 3, 4)},
@@ -36,11 +34,11 @@ OWN = {
     ("unsigned", 5, "q4_k"): "unsigned5_q4_k",
     ("signed", 6, "q6_k"): "signed6_q6_k",
     ("lut16", 4, "iq4_xs"): "lut16_iq4_xs",
-    # Real zero points are a minimum, scale * zero, taken off after scaling.
+    # A real zero point is a minimum, scale * zero, which is subtracted after scaling.
     **{("linear_real", bits, "two_level"): f"unsigned{bits}_two_level" for bits in (2, 3, 4)},
 }
-#: the tensors that a scaler has in `scale`, `second` and `third`; others have one, by either of its
-#: names
+#: the tensors of a scaler for the fields `scale`, `second` and `third`; other scalers have only
+#: `scale`: the tensor "scales" or "absmax"
 SCALER_TENSORS = {
     "scale_min": ("d", "m"),
     "q2_k": ("scales", "d", "dmin"),
@@ -50,7 +48,7 @@ SCALER_TENSORS = {
     "iq4_xs": ("scales_l", "d", "scales_h"),
     "two_level": ("stats", "second_level"),
 }
-#: 32-bit words of the codebooks of (decoder, bits), which lie in front of all else in shared memory
+#: (decoder, bits) -> 32-bit words of the codebook, which is at the start of shared memory
 BOOK_WORDS = {
     ("e8p", 2): 256,
     ("e8p", 3): 512,
@@ -70,10 +68,10 @@ _SIZES = [
 
 
 def kernel_name(decoder: str, bits: int, scaler: str) -> str | None:
-    """The weight-only kernel for these, as csrc/bindings names it, or None."""
-    name = OWN.get((decoder, bits, scaler))
+    """Name in csrc/bindings of the weight-only kernel for these codes and scales, or None."""
+    name = ONE_SCALER_KERNELS.get((decoder, bits, scaler))
     if name is None and scaler in SCALINGS:
-        name = CODES.get((decoder, bits))
+        name = ALL_SCALINGS_KERNELS.get((decoder, bits))
     return None if name is None else f"weight_only_{name}"
 
 
@@ -85,18 +83,20 @@ class WeightOnlyArgs(ctypes.Structure):
 
 
 class Call(ctypes.Structure):
-    """What the extension is called with. A weight keeps one a kernel; calls fill in and launch
-    copies of it, for several threads may use one weight."""
+    """The argument of the extension. A weight keeps one template per kernel.
 
-    #: whether it, or a copy of it, was launched before
+    Calls fill in and launch copies of the template, because several threads may use one weight.
+    """
+
+    #: whether it, or a copy of it, has been launched
     launched = False
-    #: what it is a copy of
-    kept: Call | None = None
+    #: the call that this one is a copy of
+    template: Call | None = None
 
     def copy(self) -> Self:
-        made = type(self).from_buffer_copy(self)
-        made.kept = self
-        return made
+        copied = type(self).from_buffer_copy(self)
+        copied.template = self
+        return copied
 
 
 class WeightOnlyCall(Call):

@@ -1,6 +1,6 @@
-"""Launches csrc/eight_bit: activations to codes, then the product of codes, two launches a call.
+"""Launches csrc/eight_bit: one kernel quantizes the activations, a second one multiplies the codes.
 
-Structs mirror csrc/eight_bit/arguments.h, field for field.
+The structs mirror csrc/eight_bit/arguments.h, field for field.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from .. import workspace
 from ..device import sm_count
 from ..eight_bit import Activations, row_bytes, traits_of
 from ..plan import NOW, Work
+from . import k_slices
 from .calls import Call
 from .launch import start, whole
 
@@ -24,23 +25,23 @@ if TYPE_CHECKING:
     from ...weights.packed import PackedWeight
     from ..problem import Problem
 
-#: as csrc/ptx/eight_bit.h and csrc/eight_bit/arguments.h number them
+#: the numbers of Kind in csrc/ptx/eight_bit.h and of Granularity in csrc/eight_bit/arguments.h
 KINDS = {"int8": 0, "e4m3": 1, "e5m2": 2}
-SHARED = {"token": 0, "group": 1, "tensor": 2}
-#: features of one step along K, rows of W of a tile of the GEMM and of the GEMV
+GRANULARITIES = {"token": 0, "group": 1, "tensor": 2}
+#: features of a step along K; rows of W of a block of the GEMM, and of the GEMV
 STEP, TILE_N, GEMV_N = 128, 128, 16
-#: rows of x up to which the GEMV is taken, and rows of x in a tile of the GEMM
+#: rows of x of a block of the GEMV, which is used up to the larger one; and of the GEMM
 GEMV_ROWS = (8, 16)
 TILE_ROWS = (16, 32, 64, 128)
 #: as in csrc/eight_bit/gemv.h, gemm.h and quantize.h: threads of a block, shared memory
 GEMV_THREADS, GEMM_THREADS, QUANTIZE_SHARED = 128, 256, 128
-#: as in csrc/eight_bit/hopper.h: rows of x of a tile, and of W by kind of code, threads of a block
+#: as in csrc/eight_bit/hopper.h: rows of x of a tile, rows of W of a tile, threads of a block
 HOPPER_M, HOPPER_N, HOPPER_THREADS = 128, {"int8": 256, "e4m3": 128, "e5m2": 128}, 384
-#: fewer rows of x than this are left to the other kernel
+#: the Hopper kernel is used for at least this many rows of x
 HOPPER_ROWS = 129
-#: blocks of the GEMV that one processor holds at a time
+#: blocks of the GEMV that an SM holds at a time
 GEMV_BLOCKS = 4
-#: bytes of partial sums that one product may take
+#: the most bytes of partial sums of one product
 PARTIAL_BYTES = 32 << 20
 
 
@@ -51,7 +52,9 @@ class QuantizeArgs(ctypes.Structure):
             "x", "up", "norm", "rounded", "codes", "scale", "zero", "columns", "counter",
         )),
         ("eps", ctypes.c_float), ("threshold", ctypes.c_float),
-        *((name, ctypes.c_int) for name in ("m", "k", "kp", "shared", "is_int8", "is_bfloat", "vector")),
+        *((name, ctypes.c_int) for name in (
+            "m", "k", "kp", "granularity", "is_int8", "is_bfloat", "vector",
+        )),
     ]  # fmt: skip
 
 
@@ -59,8 +62,8 @@ class EightBitArgs(ctypes.Structure):
     __slots__ = ()  # a name that is no field is an AttributeError, not an attribute
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
-            "x", "weight", "x_scale", "w_scale", "zero", "row_sum", "bias", "x16", "columns", "y", "partial",
-            "counter",
+            "x", "weight", "x_scale", "w_scale", "zero", "row_sum", "bias", "x16", "columns", "y",
+            "partial", "counter",
         )),
         ("threshold", ctypes.c_float),
         *((name, ctypes.c_int) for name in (
@@ -71,7 +74,8 @@ class EightBitArgs(ctypes.Structure):
 
 class QuantizeCall(Call):
     _fields_ = [
-        ("args", QuantizeArgs), ("stream", ctypes.c_uint64), ("pdl", ctypes.c_int), ("size", ctypes.c_int),
+        ("args", QuantizeArgs), ("stream", ctypes.c_uint64),
+        ("pdl", ctypes.c_int), ("size", ctypes.c_int),
     ]  # fmt: skip
 
 
@@ -83,10 +87,10 @@ class EightBitCall(Call):
 
 
 class Config(NamedTuple):
-    """gemv: which kernel. rows: of x in a block. share: steps summed on their own. split: blocks
-    along K.
+    """Kernel and block sizes of a product.
 
-    rows = 0: Hopper's kernel, in `split` blocks.
+    gemv: the GEMV, not the GEMM. rows: rows of x of a block; 0 for the Hopper kernel. k_slice:
+    steps of a split-K slice. split: blocks along K; for the Hopper kernel, all blocks.
     """
 
     gemv: bool
@@ -96,12 +100,14 @@ class Config(NamedTuple):
 
 
 def configure(
-    kind: str, shape: tuple[int, int], m: int, invariant: bool, count: int, hopper: bool = False
+    kind: str, shape: tuple[int, int], m: int, invariant: bool, sms: int, hopper: bool = False
 ) -> Config:
-    """Tiles for M = m on a GPU of `count` processors. With `invariant`, `share` does not depend on
-    m.
+    """Kernel and block sizes for m rows of x on a GPU with `sms` SMs.
+
+    With `invariant` (batch-invariant mode), `k_slice` does not depend on m. hopper: whether the GPU
+    has wgmma.
     """
-    return _configure(kind, shape, m, invariant, count, hopper, PARTIAL_BYTES)
+    return _configure(kind, shape, m, invariant, sms, hopper, PARTIAL_BYTES)
 
 
 @lru_cache(maxsize=4096)
@@ -110,7 +116,7 @@ def _configure(
     shape: tuple[int, int],
     m: int,
     invariant: bool,
-    count: int,
+    sms: int,
     hopper: bool,
     partial_bytes: int,
 ) -> Config:
@@ -118,75 +124,65 @@ def _configure(
     steps = -(-layout.padded(k) // STEP)
     if hopper and m >= HOPPER_ROWS and not invariant:
         tiles = -(-n // HOPPER_N[kind]) * -(-m // HOPPER_M)
-        return Config(False, 0, steps, min(tiles, count))
+        return Config(False, 0, steps, min(tiles, sms))
     if m <= GEMV_ROWS[-1] and not invariant:
         rows = next(r for r in GEMV_ROWS if m <= r)
-        blocks, least = -(-n // GEMV_N), 8  # two steps for each of four warps
-        k_slices = _shares(steps, blocks, GEMV_BLOCKS * count, least)
-        return Config(True, rows, *_evenly(steps, k_slices))
+        # a slice has at least two steps for each of four warps
+        split = k_slices.count_for(steps, -(-n // GEMV_N), GEMV_BLOCKS * sms, min_steps=8)
+        return Config(True, rows, k_slices.steps_of(steps, split), split)
     sequential = invariant and kind != "int8"  # int8 is exact in any order
     fitting = [r for r in TILE_ROWS if not (sequential and r == 128)]
     rows = next((r for r in fitting if m <= r), fitting[-1])
-    if rows == 128 and -(-n // TILE_N) * -(-m // 128) < count:
+    if rows == 128 and -(-n // TILE_N) * -(-m // 128) < sms:
         rows = 64
     blocks_n = -(-n // TILE_N)
     tiles = blocks_n * -(-m // rows)
-    k_slice, split = _evenly(steps, _shares(steps, blocks_n if sequential else tiles, count, 4))
+    split = k_slices.count_for(steps, blocks_n if sequential else tiles, sms, min_steps=4)
+    k_slice = k_slices.steps_of(steps, split)
     too_many = split * tiles * rows * TILE_N * 4 > partial_bytes or tiles > workspace.MAX_BLOCKS
-    if too_many or tiles >= count:
+    if too_many or tiles >= sms:
         split = 1
     return Config(False, rows, k_slice if sequential or split > 1 else steps, split)
 
 
 def hopper_shared_bytes(kind: str) -> int:
-    """Shared memory of a block of Hopper's kernel: ring of steps, results of two warpgroups,
-    barriers.
-    """
-    stages, piece = (4, 32) if kind == "int8" else (6, 64)
-    return stages * (HOPPER_M + HOPPER_N[kind]) * STEP + HOPPER_M * (piece + 8) * 2 + 16 * stages
+    """Shared memory of a block of the Hopper kernel: ring of steps, results, mbarriers."""
+    stages, columns = (4, 32) if kind == "int8" else (6, 64)
+    ring = stages * (HOPPER_M + HOPPER_N[kind]) * STEP
+    return ring + HOPPER_M * (columns + 8) * 2 + 16 * stages
 
 
 def has_wgmma(device: torch.device) -> bool:
-    """Whether Hopper's kernel runs on this device, or in its emulator."""
+    """Whether the Hopper kernel runs on this device; the emulator (a CPU device) runs it."""
     return device.type == "cpu" or torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def configured(problem: Problem, device: torch.device) -> Config:
-    """Tiles for a call, by all rows of the problem: its slices are computed with the same."""
-    kind = traits_of(problem).kind
+    """`configure` for all rows of the problem, which slices of its rows use, too."""
+    kind, sms = traits_of(problem).kind, sm_count(device)
     return configure(
-        kind, problem.shape, problem.m, problem.batch_invariant, sm_count(device), has_wgmma(device)
-    )  # fmt: skip
+        kind, problem.shape, problem.m, problem.batch_invariant, sms, has_wgmma(device)
+    )
 
 
 def shared_bytes(gemv: bool, rows: int) -> int:
-    """Shared memory of a block: sums of four warps, or the ring of steps."""
+    """Shared memory of a block: for the GEMV sums of four warps, for the GEMM the ring of steps."""
     if gemv:
         return (4 * rows * 20 + 4) * 4
     return (3 if rows == 128 else 4) * (rows + TILE_N) * STEP
-
-
-def _shares(steps: int, blocks: int, wanted: int, least: int) -> int:
-    """Shares of K that bring `blocks` near to `wanted`, with `least` steps in each."""
-    return max(1, min(wanted // blocks, steps // least))
-
-
-def _evenly(steps: int, k_slices: int) -> tuple[int, int]:
-    """Steps of a share, and how many shares that makes."""
-    k_slice = -(-steps // k_slices)
-    return k_slice, -(-steps // k_slice)
 
 
 def _address(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
-def _held(*tensors: Tensor | None) -> list[Tensor]:
+def _present(*tensors: Tensor | None) -> list[Tensor]:
+    """The tensors that are not None."""
     return [t for t in tensors if t is not None]
 
 
 def rejects(problem: Problem) -> str | None:
-    """Nothing: every format of the family, any shape, from sm_80 on."""
+    """None: the kernels take every format of the family and any shape, from sm_80 on."""
     return None
 
 
@@ -203,12 +199,20 @@ def quantize(
     work: Work = NOW,
     columns: Tensor | None = None,
 ) -> Activations:
-    """x (M, K) contiguous -> its codes as the weight `p` wants them.
+    """Quantize x for the weight `p`.
 
-    up (M, K): silu(x) * up is quantized. norm (K): RMSNorm with this weight comes first. Both round
-    to x's dtype where a model's operations do. keep: the result has what was quantized in 16 bits
-    as `x` even where LLM.int8() does not need it. columns: what `outlier_columns` found in more
-    rows than these.
+    Args:
+        x: (M, K), contiguous.
+        p: the weight, in the EIGHT_BIT layout.
+        problem: the product to compute.
+        up: (M, K), or None; silu(x) * up is quantized, and rounded to x's dtype where a model
+            rounds.
+        norm: (K), or None; RMSNorm with this weight is applied first, with the same rounding.
+        eps: epsilon of RMSNorm.
+        keep: the result has the quantized values in 16 bits as `x`, even if LLM.int8() does not
+            need them.
+        work: starts kernels and allocates scratch memory.
+        columns: the result of `outlier_columns` for all rows, if x is a slice of them.
     """
     traits = traits_of(problem)
     m, k = x.shape
@@ -231,8 +235,8 @@ def quantize(
     elif columns is not None:
         args.columns = columns.data_ptr()
     args.codes, args.scale = codes.data_ptr(), scale.data_ptr()
-    reads += _held(storage.get("input_zero_point"))
-    writes = _held(codes, rounded, columns, counter)
+    reads += _present(storage.get("input_zero_point"))
+    writes = _present(codes, rounded, columns, counter)
     (reads if traits.activation == "tensor" else writes).append(scale)
     start("quantize_rows", call, reads, writes, work)
     return Activations(codes, scale, x if rounded is None else rounded, columns)
@@ -247,11 +251,10 @@ def outlier_columns(
     norm: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor | None:
-    """int32 (K + 1): the outlier columns of all rows of the problem in order, and at K how many
-    they are.
+    """The outlier columns of all rows in order, and at K their number: int32 (K + 1).
 
-    None where a row's result does not depend on the other rows. Operands as in `quantize`; no
-    scratch memory.
+    None if a row's result does not depend on the other rows. The operands are those of `quantize`.
+    It allocates no scratch memory beside the result.
     """
     traits = traits_of(problem)
     if not traits.threshold or problem.batch_invariant:
@@ -265,7 +268,7 @@ def outlier_columns(
 def _list_columns(
     args: QuantizeArgs, k: int, device: torch.device, work: Work
 ) -> tuple[Tensor, Tensor]:
-    """Asks for the list of outlier columns; the list and the counter that it takes."""
+    """Set the arguments for a list of outlier columns; returns the list and its counter."""
     columns = work.empty((k + 1,), torch.int32, device)
     counter = counters(1 + -(-k // 32), device, work)
     args.columns, args.counter = columns.data_ptr(), counter.data_ptr()
@@ -280,45 +283,50 @@ def _started(
     norm: Tensor | None,
     eps: float,
 ) -> tuple[QuantizeCall, list[Tensor]]:
-    """A call with what is read of activations, and these tensors. ValueError if they do not fit."""
+    """A call with the activations' addresses set, and the tensors that it reads.
+
+    Raises:
+        ValueError: `up` or `norm` has another dtype or shape than x requires, or is not contiguous.
+    """
     m, k = x.shape
     for name, t, shape in (("up", up, (m, k)), ("norm", norm, (k,))):
         if t is not None and (
             t.dtype != x.dtype or tuple(t.shape) != shape or not t.is_contiguous()
         ):
             raise ValueError(
-                f"{name}: expected contiguous {x.dtype} of shape {shape}, got {t.dtype} {tuple(t.shape)}"
+                f"{name}: expected contiguous {x.dtype} of shape {shape}, "
+                f"got {t.dtype} {tuple(t.shape)}"
             )
     call = _quantize_call(p, traits, x.dtype, m, eps)
     args = call.args
-    together = args.x = x.data_ptr()
+    addresses = args.x = x.data_ptr()
     for name, t in (("up", up), ("norm", norm)):
         if t is not None:
             setattr(args, name, t.data_ptr())
-            together |= t.data_ptr()
-    args.vector = k % 8 == 0 and together % 16 == 0
-    return call, _held(x, up, norm)
+            addresses |= t.data_ptr()
+    args.vector = k % 8 == 0 and addresses % 16 == 0
+    return call, _present(x, up, norm)
 
 
 def _quantize_call(
     p: PackedWeight, traits: layout.EightBitTraits, dtype: torch.dtype, m: int, eps: float
 ) -> QuantizeCall:
-    """A copy of the call with all fields but the addresses of a call's tensors, found once."""
+    """A copy of the weight's call template, in which the addresses of activations are not set."""
     key = ("cuda.quantize", dtype, m, eps)
-    found: QuantizeCall | None = p.plans.get(key)
-    if found is None:
+    template: QuantizeCall | None = p.plans.get(key)
+    if template is None:
         k = p.shape[1]
         args = QuantizeArgs(
             zero=_address(p.storage.get("input_zero_point")), eps=eps, threshold=traits.threshold,
-            m=m, k=k, kp=layout.padded(k), shared=SHARED[traits.activation], is_int8=traits.kind == "int8",
-            is_bfloat=dtype == torch.bfloat16,
+            m=m, k=k, kp=layout.padded(k), granularity=GRANULARITIES[traits.activation],
+            is_int8=traits.kind == "int8", is_bfloat=dtype == torch.bfloat16,
         )  # fmt: skip
-        found = p.plans[key] = QuantizeCall(args=args, size=ctypes.sizeof(QuantizeCall))
-    return found.copy()
+        template = p.plans[key] = QuantizeCall(args=args, size=ctypes.sizeof(QuantizeCall))
+    return template.copy()
 
 
 def counters(elements: int, device: torch.device, work: Work) -> Tensor:
-    """int32 zeros, which kernels leave zero: the backend's counters, where they are enough of them."""
+    """int32 zeros, which kernels leave zero; from the workspace, if it has enough."""
     if elements <= workspace.MAX_BLOCKS:
         return workspace.counters(device)
     return work.zeros((elements,), torch.int32, device)
@@ -334,10 +342,18 @@ def multiply(
     out: Tensor | None = None,
     work: Work = NOW,
 ) -> Tensor:
-    """y (M, N) = what `a` holds, times W^T, plus bias, in the dtype of `a.x`; into `out` if it is
-    given.
+    """The product of quantized activations and a weight: y (M, N), in the dtype of `a.x`.
 
-    `a` may hold some rows of the problem only: they come out as they would among all.
+    `a` may be a slice of the problem's rows: the result has the same bits as with all rows.
+
+    Args:
+        a: the quantized activations.
+        p: the weight, in the EIGHT_BIT layout.
+        bias: (N), or None.
+        problem: the product to compute.
+        config: kernel and block sizes; by default those of the problem.
+        out: (M, N), or None; y is written to it.
+        work: starts kernels and allocates scratch memory.
     """
     traits, storage = traits_of(problem), p.storage
     n, m, device = p.shape[0], a.x.shape[0], a.x.device
@@ -357,8 +373,8 @@ def multiply(
         args.columns = a.columns.data_ptr()
     if bias is not None:
         args.bias = bias.data_ptr()
-    held = _held(a.codes, a.scale, a.x, a.columns, bias, *storage.values())
-    start(f"eight_bit_{traits.kind}", call, held, _held(y, partial, counter), work)
+    reads = _present(a.codes, a.scale, a.x, a.columns, bias, *storage.values())
+    start(f"eight_bit_{traits.kind}", call, reads, _present(y, partial, counter), work)
     return y
 
 
@@ -370,21 +386,22 @@ def _product_call(
     invariant: bool,
     config: Config,
 ) -> EightBitCall:
-    """A copy of the call with all fields but the addresses of a call's tensors."""
+    """A copy of the weight's call template, in which addresses of activations are not set."""
     key = ("cuda.eight_bit", dtype, invariant)
-    found: EightBitCall | None = p.plans.get(key)
-    if found is None:
+    template: EightBitCall | None = p.plans.get(key)
+    if template is None:
         storage, (n, k) = p.storage, p.shape
         args = EightBitArgs(
             weight=_address(storage["weight"]), w_scale=_address(storage["weight_scale"]),
-            zero=_address(storage.get("input_zero_point")), row_sum=_address(storage.get("row_sum")),
-            threshold=traits.threshold, n=n, k=k, kp=layout.padded(k),
-            one_scale=traits.activation == "tensor", by_element=invariant, is_bfloat=dtype == torch.bfloat16,
+            zero=_address(storage.get("input_zero_point")),
+            row_sum=_address(storage.get("row_sum")), threshold=traits.threshold,
+            n=n, k=k, kp=layout.padded(k), one_scale=traits.activation == "tensor",
+            by_element=invariant, is_bfloat=dtype == torch.bfloat16,
         )  # fmt: skip
-        found = p.plans[key] = EightBitCall(
+        template = p.plans[key] = EightBitCall(
             args=args, blocks=traits.weight_scale == "block", size=ctypes.sizeof(EightBitCall)
         )
-    call = found.copy()
+    call = template.copy()
     call.args.m, call.args.k_slice = m, config.k_slice
     call.split, call.is_gemv, call.rows = config.split, config.gemv, config.rows
     return call
@@ -393,15 +410,23 @@ def _product_call(
 def compute(
     x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem, y: Tensor, work: Work = NOW
 ) -> None:
-    """x (M, K) contiguous float16 or bfloat16, p in the EIGHT_BIT layout -> y (M, N).
+    """Write x @ W^T + bias to y (M, N).
 
-    Where rows go by slices and depend on each other, a launch for all of them finds the outlier
-    columns first.
+    If rows are computed in slices and depend on each other, a first launch finds the outlier
+    columns of all rows.
+
+    Args:
+        x: (M, K), contiguous, float16 or bfloat16.
+        p: the weight, in the EIGHT_BIT layout.
+        bias: (N), in x's dtype, or None.
+        problem: the product to compute.
+        y: (M, N), in x's dtype.
+        work: starts kernels and allocates scratch memory.
     """
     slices = work.slices(x.shape[0], scratch_bytes(problem, x.device))
     columns = outlier_columns(x, p, problem) if len(slices) > 1 else None
     for rows in slices:
-        # Not held by a name, lest two slices have codes at a time.
+        # The codes have no name, so that those of two slices never exist at the same time.
         multiply(
             quantize(x[rows], p, problem, columns=columns, work=work),
             p,
@@ -416,7 +441,7 @@ run = whole(compute)
 
 
 def scratch_bytes(problem: Problem, device: torch.device, made: bool = False) -> int:
-    """Scratch memory that a row of x takes, as `row_bytes`, with its partial sums."""
+    """Bytes of scratch memory per row of x: `row_bytes`, plus partial sums."""
     n = problem.shape[0]
     config = configured(problem, device)
     partial = config.split * -(-n // TILE_N) * TILE_N * 4 if config.split > 1 and config.rows else 0
@@ -424,7 +449,7 @@ def scratch_bytes(problem: Problem, device: torch.device, made: bool = False) ->
 
 
 def configuration(problem: Problem) -> str:
-    """What `explain` says."""
+    """Kernel, block sizes and split-K slices in words, for `explain`."""
     config = configured(problem, torch.device(problem.device))
     if not config.rows:
         tile = f"{HOPPER_M} rows of x and {HOPPER_N[traits_of(problem).kind]} of W a tile"

@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 #: as in csrc/weight_only/hopper.h: rows of W of a block, threads
 ROWS, THREADS = 128, 384
-#: fewer rows of x than this leave most processors without a tile
+#: fewer rows of x than this leave most SMs without a work tile
 MIN_ROWS = 129
 
 
 def columns_of(decoder: str, bits: int, outliers: bool = False) -> int:
-    """Rows of x of a block: fewer where tiles are long, and where outliers take registers."""
+    """Rows of x of a block: fewer if tiles are long, or if outliers need registers."""
     return 128 if layout.tile_features(bits, decoder == "e8p") == 256 or outliers else 256
 
 
 def shared_bytes(decoder: str, bits: int, outliers: bool = False) -> int:
-    """Shared memory of a block: rings of x and codes, the result, barriers, a codebook."""
+    """Shared memory of a block: rings of x and codes, the result, mbarriers, a codebook."""
     columns, high = columns_of(decoder, bits, outliers), layout.high_words(bits, decoder == "e8p")
     chunks, tiles, tile = (4 if columns == 256 else 6), (2 if high else 3), ROWS * (64 + 4 * high)
     rings = chunks * columns * 128 + tiles * tile
@@ -38,6 +38,7 @@ def shared_bytes(decoder: str, bits: int, outliers: bool = False) -> int:
 
 
 def rejects(problem: Problem) -> str | None:
+    """Why this kernel does not take the problem, or None."""
     if problem.capability is not None and problem.capability != (9, 0):
         return "for sm_90 (wgmma)"
     if problem.m < MIN_ROWS:
@@ -50,11 +51,18 @@ def rejects(problem: Problem) -> str | None:
 def compute(
     x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem, y: Tensor, work: Work = NOW
 ) -> None:
-    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout, bias in x's dtype -> y
-    (M, N).
+    """Write x @ W^T + bias to y (M, N).
 
-    Where x has to be copied or transformed, that is done for a slice of its rows at a time, as in
+    If x must be copied or transformed, that is done for a slice of its rows at a time, as in
     gemm.py.
+
+    Args:
+        x: (M, K), contiguous, float16 or bfloat16.
+        p: the weight, in the WEIGHT_ONLY layout.
+        bias: (N), in x's dtype, or None.
+        problem: the product to compute.
+        y: (M, N), in x's dtype.
+        work: starts kernels and allocates scratch memory.
     """
     assert p.layout == layouts.WEIGHT_ONLY
     traits = gemv.traits_of(problem)
@@ -73,11 +81,12 @@ run = whole(compute)
 
 
 def _tiles(n: int, m: int, traits: layout.WeightOnlyTraits) -> int:
+    """Number of work tiles of a launch."""
     return -(-n // ROWS) * -(-m // columns_of(traits.decoder, traits.bits, traits.outliers))
 
 
 def configuration(problem: Problem) -> str:
-    """What `explain` says."""
+    """Tile sizes in words, for `explain`."""
     traits = gemv.traits_of(problem)
     tiles = _tiles(problem.shape[0], problem.m, traits)
     columns = columns_of(traits.decoder, traits.bits, traits.outliers)

@@ -1,6 +1,6 @@
-"""Launches csrc/transforms around a product of codes: QuIP's and QuIP#'s orthogonal transforms.
+"""Launches csrc/transforms: the orthogonal transforms before and after QuIP's and QuIP#'s products.
 
-Structs mirror csrc/transforms/arguments.h, field for field.
+The structs mirror csrc/transforms/arguments.h, field for field.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ from .launch import start
 if TYPE_CHECKING:
     from ...weights.packed import PackedWeight
 
-#: features that a block holds where the transform is Hadamard's: few, so that several
-#: multiprocessors share
-#: a row; more with a dense factor, which every block of a row reads the whole row for
+#: features of a block's box. A Hadamard transform has few, so that several SMs compute one row.
+#: With a dense factor there are more, because every block of a row reads the whole row.
 BOX, DENSE_BOX = 2048, 4096
-#: blocks along M: each takes every ROWS-th row, so that factors are read once for many of them
+#: blocks along M: each computes every ROWS-th row, so that it reads factors once for many rows
 ROWS = 1024
-#: as in csrc/transforms/kronecker.h: threads of a block, and shared memory of the largest, 64 x c x
-#: 128 (QuIP)
+#: as in csrc/transforms/kronecker.h: threads of a block, and shared memory of the largest box,
+#: 64 x c x 128 (QuIP)
 THREADS, LARGEST_SHARED = 256, 74240
 
 _POINTERS = ("x", "y", "diagonal", "bias", "perm", "factor0", "factor1", "factor2")
@@ -54,7 +53,7 @@ class TransformCall(Call):
 
 
 class Box(NamedTuple):
-    """What the kernel sees a row as: (a0, c, b). hadamard: whether its last two axes are."""
+    """The shape (a0, c, b) of a row. hadamard: whether its last two axes have Hadamard factors."""
 
     a0: int
     c: int
@@ -71,11 +70,18 @@ def around(
     y: Tensor,
     work: Work = NOW,
 ) -> None:
-    """x (M, K) -> the weight's output y (M, N), `multiply` (x, bias, y) writing what the codes make
-    of transformed x.
+    """Transform x, multiply it by the codes, and transform the result to the weight's output.
 
-    Without transforms it is that product. M is of a slice of rows: `row_bytes` says what each
-    takes.
+    Without transforms it only multiplies.
+
+    Args:
+        multiply: (x, bias, y) writes the product of the codes and x to y.
+        x: (M, K), a slice of the rows; `row_bytes` has the scratch memory of a row.
+        p: the weight, in the WEIGHT_ONLY layout.
+        bias: (N), or None.
+        traits: codes, scales and transforms of the weight.
+        y: (M, N), the output.
+        work: starts kernels and allocates scratch memory.
     """
     if traits.transform_scales is None:
         multiply(x, bias, y)
@@ -86,19 +92,20 @@ def around(
 
 
 def width_of(k: int, traits: layout.WeightOnlyTraits) -> int:
-    """Features of a row that `before` gives."""
+    """Features of a row that `before` returns."""
     return traits.group_size if traits.codebook else k
 
 
 def row_bytes(p: PackedWeight, traits: layout.WeightOnlyTraits) -> int:
-    """Memory that a row takes in `around`, without what `multiply` needs."""
+    """Bytes of scratch memory per row in `around`, without those of `multiply`."""
     n, k = p.shape
     return 2 * width_of(k, traits) + 4 * n
 
 
 def before(x: Tensor, p: PackedWeight, traits: layout.WeightOnlyTraits, work: Work = NOW) -> Tensor:
-    """x (M, K) contiguous -> what the codes multiply, in x's dtype: (M, K), of vectors (M, whole
-    tiles).
+    """Transform x (M, K), contiguous, for the product with the codes.
+
+    Returns (M, K) in x's dtype; for codes of a codebook (M, whole tiles).
     """
     y = work.empty((x.shape[0], width_of(x.shape[1], traits)), x.dtype, x.device)
     return _launch(x, y, p, traits, "input", None, work)
@@ -113,8 +120,9 @@ def after(
     out: Tensor | None = None,
     work: Work = NOW,
 ) -> Tensor:
-    """Products (M, N), float32 -> the weight's output with bias, (M, N) of `dtype`; into `out` if
-    it is given.
+    """Transform products (M, N), float32, to the weight's output with bias, (M, N) of `dtype`.
+
+    out: (M, N), or None; the result is written to it.
     """
     z = torch.empty(y.shape, dtype=dtype, device=y.device) if out is None else out
     bias = None if bias is None else bias.to(dtype).contiguous()
@@ -122,8 +130,9 @@ def after(
 
 
 def box_of(n: int, orders: tuple[int, ...]) -> Box:
-    """How a row of n features is cut. orders: of the factors kept with the weight; what they leave
-    is Hadamard's.
+    """The box of a row of n features.
+
+    orders: of the dense factors that are stored with the weight; the rest of n is Hadamard.
     """
     if len(orders) > 1:
         return Box(orders[0], math.prod(orders[1:-1]), orders[-1], False)
@@ -135,12 +144,13 @@ def box_of(n: int, orders: tuple[int, ...]) -> Box:
 
 
 def shared_bytes(box: Box, orders: tuple[int, ...]) -> int:
-    """Of a block: the box, its row of the middle factor, and the outer factors. As in
-    csrc/transforms/kronecker.h.
+    """Shared memory of a block: the box, one row of the middle factor, and the outer factors.
+
+    `transform_shared` of csrc/transforms/kronecker.h computes the same.
     """
-    found = -(-box.a0 * box.b // 8) * 32
-    found += -(-box.c // 4) * 16 if len(orders) == 3 else 0
-    return found + sum(2 * order * (-(-order // 8) * 8) for order in orders[:1] + orders[1:][-1:])
+    inner = -(-box.a0 * box.b // 8) * 32
+    inner += -(-box.c // 4) * 16 if len(orders) == 3 else 0
+    return inner + sum(2 * order * (-(-order // 8) * 8) for order in orders[:1] + orders[1:][-1:])
 
 
 def _launch(
@@ -152,6 +162,7 @@ def _launch(
     bias: Tensor | None,
     work: Work,
 ) -> Tensor:
+    """Launch the transform of x to y. side: "input" (before the product) or "output" (after it)."""
     tensors = {
         k.removeprefix(side + "."): v for k, v in p.storage.items() if k.startswith(side + ".")
     }
@@ -159,9 +170,9 @@ def _launch(
     args = call.args
     args.m, args.x, args.y = x.shape[0], x.data_ptr(), y.data_ptr()
     args.bias = None if bias is None else bias.data_ptr()
-    whole = args.n % 8 == 0 and (args.b % 8 == 0 or args.c == 1)
-    places = x.data_ptr() | tensors["diagonal"].data_ptr()
-    args.is_aligned = int(whole and "perm" not in tensors and places % 16 == 0)
+    whole_units = args.n % 8 == 0 and (args.b % 8 == 0 or args.c == 1)
+    addresses = x.data_ptr() | tensors["diagonal"].data_ptr()
+    args.is_aligned = int(whole_units and "perm" not in tensors and addresses % 16 == 0)
     call.rows = min(x.shape[0], ROWS)
     reads = [x, *tensors.values(), *([] if bias is None else [bias])]
     if x.shape[0]:
@@ -176,7 +187,7 @@ def _call_of(
     side: str,
     dtype: torch.dtype,
 ) -> TransformCall:
-    """The fields that depend on the weight and the dtype alone, found once."""
+    """A copy of the weight's call template, in which x, y and the bias are not set."""
     key = ("cuda.transform", side, dtype)
     if key not in p.plans:
         is_after = side == "output"
@@ -193,14 +204,14 @@ def _call_of(
             a0=box.a0, c=box.c, b=box.b, log_b=box.b.bit_length() - 1 if box.hadamard else 0,
             is_codebook=is_codebook,
         )  # fmt: skip
-        places = {1: (0,), 2: (0, 2), 3: (0, 1, 2)}.get(len(factors), ())
-        for place, factor in zip(places, factors, strict=True):
-            setattr(args, f"factor{place}", factor.data_ptr())
+        axes = {1: (0,), 2: (0, 2), 3: (0, 1, 2)}.get(len(factors), ())
+        for axis, factor in zip(axes, factors, strict=True):
+            setattr(args, f"factor{axis}", factor.data_ptr())
         if "perm" in tensors:
             args.perm = tensors["perm"].data_ptr()
         p.plans[key] = TransformCall(
             args=args, shared=shared_bytes(box, orders), is_bfloat=dtype == torch.bfloat16,
             is_after=is_after, size=ctypes.sizeof(TransformCall),
         )  # fmt: skip
-    found: TransformCall = p.plans[key]
-    return found.copy()
+    template: TransformCall = p.plans[key]
+    return template.copy()

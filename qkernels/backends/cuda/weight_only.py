@@ -1,5 +1,6 @@
-"""Launches the weight-only GEMV of csrc/weight_only/gemv.h: arguments from a packed weight, grid,
-workspace.
+"""Launches the weight-only GEMV of csrc/weight_only/gemv.h, for up to 8 rows of x.
+
+It also fills in the arguments of a packed weight for the other weight-only kernels.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ...layouts import weight_only as layout
 from .. import workspace
 from ..device import sm_count
 from ..plan import NOW, Work
-from . import transforms
+from . import k_slices, transforms
 from .calls import (
     BOOK_WORDS,
     SCALE_TYPES,
@@ -32,41 +33,46 @@ if TYPE_CHECKING:
     from ...weights.packed import PackedWeight
     from ..problem import Problem
 
-#: as in csrc/weight_only/gemv.h: warps that take tiles in turn, rows of W and of x in a block
+#: as in csrc/weight_only/gemv.h: warps of a block, rows of W and of x of a block
 WARPS, ROWS, COLUMNS = 4, 16, 8
-#: tiles of activations in shared memory come in multiples of this: warps x tiles in flight
+#: tiles of activations in shared memory are a multiple of this: warps x tiles in flight
 CHUNK = 16
-#: shared memory for activations
+#: bytes of shared memory for activations
 STAGED_BYTES = 32 * 1024
-#: and for sums of outliers, as in csrc/weight_only/outliers.h
+#: bytes of shared memory for sums of outliers, as in csrc/weight_only/outliers.h
 SPARSE_BYTES = 4 * 8 * (ROWS * COLUMNS + 4)
-#: blocks that run on a multiprocessor at a time: 128 threads of 128 registers
-BLOCKS_PER_PROCESSOR = 4
+#: blocks that run on an SM at a time: 128 threads of 128 registers
+BLOCKS_PER_SM = 4
+#: the most split-K slices of a launch
+MAX_K_SLICES = 32
 #: rows of x in one launch, so that the workspace stays small
 MAX_ROWS = 384
 
 
 @lru_cache(maxsize=4096)
 def traits_of(problem: Problem) -> layout.WeightOnlyTraits:
+    """Codes, scales and transforms of the problem's weight."""
     return formats.get(problem.format).weight_only_traits(problem.shape, dict(problem.params))
 
 
 def rejects(problem: Problem) -> str | None:
+    """Why this kernel does not take the problem, or None."""
     if problem.m > COLUMNS and not problem.batch_invariant:
         return f"for up to {COLUMNS} rows of x"
     return unsupported(problem)
 
 
 def unsupported(problem: Problem) -> str | None:
-    """Why no CUDA weight-only kernel takes the format with these parameters."""
+    """Why no CUDA weight-only kernel takes the format with these parameters, or None."""
     traits = traits_of(problem)
     if kernel_name(traits.decoder, traits.bits, traits.scaler) is None:
-        return f"no CUDA kernel for {traits.bits}-bit {traits.decoder} codes with scales {traits.scaler!r}"
+        codes = f"{traits.bits}-bit {traits.decoder} codes"
+        return f"no CUDA kernel for {codes} with scales {traits.scaler!r}"
     return None
 
 
 def kernel_of(traits: layout.WeightOnlyTraits) -> str:
-    """The kernel's name, of traits that `unsupported` has nothing against."""
+    """The kernel's name, for traits that `unsupported` accepts."""
     name = kernel_name(traits.decoder, traits.bits, traits.scaler)
     assert name is not None
     return name
@@ -75,11 +81,18 @@ def kernel_of(traits: layout.WeightOnlyTraits) -> str:
 def compute(
     x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem, y: Tensor, work: Work = NOW
 ) -> None:
-    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout, bias in x's dtype -> y
-    (M, N).
+    """Write x @ W^T + bias to y (M, N).
 
-    What is transformed goes by slices of rows. Nothing that orders a sum depends on M, so they
-    change no bit.
+    A weight between transforms is computed for slices of rows. The order of sums does not depend on
+    M, so slices change no bit.
+
+    Args:
+        x: (M, K), contiguous, float16 or bfloat16.
+        p: the weight, in the WEIGHT_ONLY layout.
+        bias: (N), in x's dtype, or None.
+        problem: the product to compute.
+        y: (M, N), in x's dtype.
+        work: starts kernels and allocates scratch memory.
     """
     assert p.layout == layouts.WEIGHT_ONLY
     traits = traits_of(problem)
@@ -91,13 +104,9 @@ def compute(
     if traits.transform_scales is None:
         multiply(x, bias, y)
         return
-    held = (
-        partial_elements(
-            p.shape[0], min(x.shape[0], MAX_ROWS), k_slices_for(p.shape, traits, x.device)
-        )
-        * 4
-    )
-    for rows in work.slices(x.shape[0], transforms.row_bytes(p, traits), held):
+    count = k_slices_for(p.shape, traits, x.device)
+    partial_bytes = 4 * partial_elements(p.shape[0], min(x.shape[0], MAX_ROWS), count)
+    for rows in work.slices(x.shape[0], transforms.row_bytes(p, traits), partial_bytes):
         transforms.around(multiply, x[rows], p, bias, traits, y[rows], work)
 
 
@@ -113,8 +122,9 @@ def _multiply(
     traits: layout.WeightOnlyTraits,
     work: Work,
 ) -> None:
-    """Without transforms: x as the codes want it, y in x's dtype, in float32 if a transform comes
-    next. MAX_ROWS rows at a time.
+    """Multiply without transforms, MAX_ROWS rows at a time.
+
+    x is in the order of codes. y is in x's dtype, or in float32 if a transform follows.
     """
     for first in range(0, x.shape[0], MAX_ROWS):
         rows = slice(first, first + MAX_ROWS)
@@ -124,9 +134,9 @@ def _multiply(
         _launch(part, p, bias, into, call, traits, work)
 
 
-def partial_elements(n: int, m: int, k_slices: int) -> int:
-    """Of the partial sums of a launch."""
-    return k_slices * -(-n // ROWS) * -(-m // COLUMNS) * ROWS * COLUMNS if k_slices > 1 else 0
+def partial_elements(n: int, m: int, count: int) -> int:
+    """Number of partial sums of a launch with `count` split-K slices."""
+    return count * -(-n // ROWS) * -(-m // COLUMNS) * ROWS * COLUMNS if count > 1 else 0
 
 
 def _launch(
@@ -138,44 +148,46 @@ def _launch(
     traits: layout.WeightOnlyTraits,
     work: Work,
 ) -> None:
+    """Launch the kernel for at most MAX_ROWS rows."""
     m, n = x.shape[0], p.shape[0]
     args = call.args
     tile = layout.tile_features(traits.bits, traits.codebook)
     blocks_n, blocks_m = -(-n // ROWS), -(-m // COLUMNS)
-    k_slices = k_slices_for(p.shape, traits, x.device)
-    args.k_slice = -(-args.tiles // k_slices)
+    count = k_slices_for(p.shape, traits, x.device)
+    args.k_slice = k_slices.steps_of(args.tiles, count)
     args.chunk = chunk_of(args.k_slice, tile, m)
     args.m, args.x, args.y = m, x.data_ptr(), y.data_ptr()
     args.bias = None if bias is None else bias.data_ptr()
-    call.grid_x, call.grid_y = blocks_n * blocks_m, k_slices
+    call.grid_x, call.grid_y = blocks_n * blocks_m, count
     call.shared = shared_bytes(
         traits.decoder, traits.bits, m, args.k_slice, outliers=traits.outliers
     )
-    held: list[Tensor] = []
-    if elements := partial_elements(n, m, k_slices):
+    scratch: list[Tensor] = []
+    if elements := partial_elements(n, m, count):
         partial = work.empty((elements,), torch.float32, x.device)
         counter = workspace.counters(x.device)
         args.partial, args.counter = partial.data_ptr(), counter.data_ptr()
-        held = [partial, counter]
+        scratch = [partial, counter]
     reads = [x, *p.storage.values(), *([] if bias is None else [bias])]
-    start(kernel_of(traits), call, reads, [y, *held], work)
+    start(kernel_of(traits), call, reads, [y, *scratch], work)
 
 
 def call_of(
     p: PackedWeight, traits: layout.WeightOnlyTraits, dtype: torch.dtype, kernel: int = 0
 ) -> WeightOnlyCall:
-    """A copy of the call with the fields that depend on the weight and x's dtype alone, found once."""
+    """A copy of the weight's call template, in which x, y and scratch memory are not set."""
     key = ("cuda.weight_only", dtype, kernel)
     if key not in p.plans:
-        p.plans[key] = _described(p, traits, dtype)
+        p.plans[key] = _call_template(p, traits, dtype)
         p.plans[key].kernel = kernel
-    found: WeightOnlyCall = p.plans[key]
-    return found.copy()
+    template: WeightOnlyCall = p.plans[key]
+    return template.copy()
 
 
-def _described(
+def _call_template(
     p: PackedWeight, traits: layout.WeightOnlyTraits, dtype: torch.dtype
 ) -> WeightOnlyCall:
+    """The call with the fields that depend only on the weight and x's dtype."""
     n, k = p.shape
     storage = p.storage
     names = SCALER_TENSORS.get(
@@ -183,16 +195,17 @@ def _described(
     )
     scale = storage[f"scaler.{names[0]}"]
     if traits.codebook:
-        k = traits.group_size  # x comes out of its transform in whole tiles
+        k = traits.group_size  # the transform writes x in whole tiles
     kp = storage["perm"].numel() if "perm" in storage else k
     tile = layout.tile_features(traits.bits, traits.codebook)
     scale_group = layout.scale_group(traits, k, group_lookup="slice_group" in storage)
     group = traits.group_size
     args = WeightOnlyArgs(
-        n=n, k=k, kp=kp, tiles=-(-kp // tile), group=group, row_group=traits.row_group, scale_group=scale_group,
+        n=n, k=k, kp=kp, tiles=-(-kp // tile),
+        group=group, row_group=traits.row_group, scale_group=scale_group,
         shift=group.bit_length() - 1 if group & (group - 1) == 0 else -1,
-        scaling=SCALINGS.get(traits.scaler, 0),  # other scalers have kernels of their own
-        scale_type=SCALE_TYPES.get(scale.dtype, 0),  # codes of nested scales have no type
+        scaling=SCALINGS.get(traits.scaler, 0),  # kernels of one scaler ignore it
+        scale_type=SCALE_TYPES.get(scale.dtype, 0),  # unused for codes of nested scales
         is_float=traits.transform_scales is not None,
     )  # fmt: skip
     for field, name in (
@@ -204,7 +217,7 @@ def _described(
     ):  # fmt: skip
         if name in storage:
             setattr(args, field, storage[name].data_ptr())
-    # a codebook; or a table's float16 entries, then bfloat16 entries, 8 words each
+    # "lut" is a codebook; or the table's entries in float16, then in bfloat16, 8 words each
     if "lut" in storage:
         args.table = storage["lut"].data_ptr() + (
             32 if "table" in storage and dtype == torch.bfloat16 else 0
@@ -219,8 +232,9 @@ def _described(
 
 
 def tiles_of(shape: tuple[int, int], traits: layout.WeightOnlyTraits) -> int:
-    """Tiles along K; where groups are padded a launch has more, in the shares that these are cut
-    into.
+    """Tiles along K, which give the number of split-K slices.
+
+    A launch has more tiles if groups are padded; it cuts them into the same number of slices.
     """
     return -(-shape[1] // layout.tile_features(traits.bits, traits.codebook))
 
@@ -228,23 +242,14 @@ def tiles_of(shape: tuple[int, int], traits: layout.WeightOnlyTraits) -> int:
 def k_slices_for(
     shape: tuple[int, int], traits: layout.WeightOnlyTraits, device: torch.device
 ) -> int:
-    """Parts of K in every launch for a weight."""
-    return k_slices_of(tiles_of(shape, traits), -(-shape[0] // ROWS), sm_count(device))
-
-
-@lru_cache(maxsize=4096)
-def k_slices_of(tiles: int, blocks_n: int, count: int) -> int:
-    """Parts to cut K into so that all blocks run at once; depends on the weight and the GPU, never
-    on M.
-    """
-    wanted = max(1, BLOCKS_PER_PROCESSOR * count // blocks_n)
-    wanted = min(wanted, max(1, tiles // WARPS), 32)
-    return -(-tiles // -(-tiles // wanted))
+    """Split-K slices of every launch for a weight. They depend on the GPU, and never on M."""
+    blocks_n, resident = -(-shape[0] // ROWS), BLOCKS_PER_SM * sm_count(device)
+    return k_slices.count_for(tiles_of(shape, traits), blocks_n, resident, WARPS, MAX_K_SLICES)
 
 
 @lru_cache(maxsize=4096)
 def chunk_of(k_slice: int, tile: int, m: int) -> int:
-    """Tiles whose activations are staged at a time."""
+    """Tiles whose activations are in shared memory at a time."""
     fits = STAGED_BYTES // (2 * min(m, COLUMNS) * tile * CHUNK)
     return CHUNK * max(1, min(fits, -(-k_slice // CHUNK)))
 
@@ -253,7 +258,7 @@ def chunk_of(k_slice: int, tile: int, m: int) -> int:
 def shared_bytes(
     decoder: str, bits: int, m: int = COLUMNS, k_slice: int = 2**20, *, outliers: bool = False
 ) -> int:
-    """Shared memory of a launch; by default of the largest."""
+    """Shared memory of a block; by default of the largest launch."""
     tile = layout.tile_features(bits, decoder == "e8p")
     staged = max(
         2 * min(m, COLUMNS) * chunk_of(k_slice, tile, m) * tile, 4 * WARPS * ROWS * COLUMNS
@@ -262,14 +267,14 @@ def shared_bytes(
 
 
 def book_bytes(decoder: str, bits: int) -> int:
-    """Of the decoder's codebook, in front of what else is in shared memory."""
+    """Bytes of the decoder's codebook, which is at the start of shared memory."""
     return 4 * BOOK_WORDS.get((decoder, bits), 0)
 
 
 def configuration(problem: Problem) -> str:
-    """What `explain` says."""
-    k_slices = k_slices_for(problem.shape, traits_of(problem), torch.device(problem.device))
+    """Block sizes and split-K slices in words, for `explain`."""
+    count = k_slices_for(problem.shape, traits_of(problem), torch.device(problem.device))
     again = (
         f", which reads the weight {-(-problem.m // COLUMNS)} times" if problem.m > COLUMNS else ""
     )
-    return f"{COLUMNS} rows of x and {ROWS} of W a block, K in {k_slices} slices{again}"
+    return f"{COLUMNS} rows of x and {ROWS} of W a block, K in {count} slices{again}"

@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import formats, layouts
+from ... import layouts
 from ...weights.packed import PackedWeight
 from .. import registry
 from ..problem import Problem
-
-MIN_CAPABILITY = (8, 0)
+from ..rejects import common_reason
 
 
 def interpreted() -> bool:
@@ -47,21 +46,12 @@ def unavailable() -> str | None:
 
 def _rejects(problem: Problem, layout: str) -> str | None:
     """Why the kernel of this layout cannot take the problem; None if it can."""
-    fmt, params = formats.get(problem.format), dict(problem.params)
-    if obstacle := fmt.obstacle(problem.shape, params):
-        return obstacle
-    if fmt.kernel_layout(params) != layout:
-        family = layout.replace("_", "-")
-        return f"{problem.format} with these parameters is not in the {family} family"
-    if problem.dtype not in (torch.float16, torch.bfloat16):
-        return f"x must be float16 or bfloat16, not {str(problem.dtype).removeprefix('torch.')}"
+    device_reason = None
     if problem.device == "cpu" and not interpreted():
-        return "the weight is on the CPU"
-    if problem.device not in ("cpu", "cuda"):
-        return f"no kernel for device {problem.device!r}"
-    if problem.capability is not None and problem.capability < MIN_CAPABILITY:
-        return f"needs sm_80 or newer, this is sm_{problem.capability[0]}{problem.capability[1]}"
-    return None
+        device_reason = "the weight is on the CPU"
+    elif problem.device not in ("cpu", "cuda"):
+        device_reason = f"no kernel for device {problem.device!r}"
+    return common_reason(problem, layout, device_reason)
 
 
 def _automatic(problem: Problem) -> str | None:
