@@ -18,6 +18,10 @@ import pytest
 from qkernels import formats
 from qkernels.formats.gguf import TYPES as GGUF_TYPES
 
+from . import interpreter
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.speed_up()
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers that share cores wait for each other's threads otherwise
 
