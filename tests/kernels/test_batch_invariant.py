@@ -10,19 +10,16 @@ import torch
 import qkernels as qk
 from qkernels.backends import registry
 
-from ..conftest import CASES, DEVICE, case_id, k_of, layout_of
+from ..conftest import DEVICE, k_of
 
 pytest.importorskip("triton")
 from qkernels.backends.problem import Problem
 from qkernels.backends.triton import autotune, configs
 
+from .instances import cases_by_sums, fused_cases
 from .launches import Launches
 
 pytestmark = pytest.mark.usefixtures("dots_in_one_order")
-QUANTIZED = [case for case in CASES if layout_of(*case) is not None]
-quantized_cases = pytest.mark.parametrize(
-    ("name", "params"), QUANTIZED, ids=map(case_id, QUANTIZED)
-)
 MOST = 300
 
 
@@ -52,7 +49,7 @@ def decisions(
     return found
 
 
-@quantized_cases
+@cases_by_sums
 def test_rows_do_not_depend_on_m(
     name: str, params: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,7 +101,7 @@ def test_only_the_rows_of_a_tile_depend_on_m_on_any_gpu(family: str, arch: int) 
         assert len(k_slices) == 1
 
 
-@quantized_cases
+@fused_cases
 def test_the_reference_does_not_depend_on_m(name: str, params: dict[str, object]) -> None:
     p, x = operands(name, params, torch.float32)
     full = qk.matmul(x, p, backend="reference", batch_invariant=True)
