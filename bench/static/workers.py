@@ -37,15 +37,21 @@ def _work(task: Task, subset: bool, keep: Path | None) -> Facts:
     return facts_of(family, listed(family, arch, subset)[number], keep)
 
 
-def compile_all(tasks: list[Task], subset: bool, workers: int, keep: Path | None) -> list[Facts]:
-    """Facts in the order of `tasks`. Workers are fresh processes with an empty cache."""
+def compile_all(
+    tasks: list[Task], subset: bool, workers: int, keep: Path | None, cache: Path | None = None
+) -> list[Facts]:
+    """Facts in the order of `tasks`. Workers are fresh processes.
+
+    cache: folder of triton's cache of compiled kernels, which goes by the kernels' sources, the
+    compiler and its options; None: an empty one.
+    """
     progress = Progress(
         TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         console=Console(stderr=True), transient=True,
     )  # fmt: skip
     found: dict[Task, Facts] = {}
-    with tempfile.TemporaryDirectory() as cache, progress:
-        os.environ["TRITON_CACHE_DIR"] = cache
+    with tempfile.TemporaryDirectory() as empty, progress:
+        os.environ["TRITON_CACHE_DIR"] = str(cache or empty)
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
             waiting = {pool.submit(_work, task, subset, keep): task for task in tasks}

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -20,6 +21,8 @@ class _Product(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[0] == 1 or self.how == "always":
             if self.how == "hangs":
+                if mark := os.environ.get("QKERNELS_TEST_HANGING"):
+                    Path(mark).touch()
                 time.sleep(3600)
             os._exit(9)
         return self.dense(x)
