@@ -5,6 +5,9 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+#: attribute of triton.runtime.interpreter -> triton's own, of those that `speed_up` replaces
+REPLACED: dict[str, Any] = {}
+
 
 def speed_up() -> None:
     """Leaves out two things that triton 3.9's interpreter does again and again, at no gain.
@@ -12,7 +15,7 @@ def speed_up() -> None:
     The interpreter replaces the functions of `triton.language` at each launch of a kernel and puts
     them back at its end. It also replaces them at every call of a device function inside the
     kernel: a third of the time of our tests' small launches. And it builds a table of all dtypes at
-    each look-up of one. No test sees the difference; test_interpreter.py checks that.
+    each look-up of one. kernels/test_interpreter.py compares kernels' results with and without this.
     """
     try:
         from triton.runtime import interpreter
@@ -20,6 +23,8 @@ def speed_up() -> None:
         return
     if not hasattr(interpreter, "_LangPatchScope"):  # another triton, another interpreter
         return
+    for attribute in ("_patch_lang", "_get_np_dtype"):
+        REPLACED[attribute] = getattr(interpreter, attribute)
     interpreter._patch_lang = _replaced_once_a_launch(interpreter)
     interpreter._get_np_dtype = _remembered_dtypes(interpreter)
 
