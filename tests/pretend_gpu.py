@@ -1,7 +1,6 @@
 """A GPU that is none: tensors that say they are on "cuda" and lie in the CPU's memory.
 
     with pretend_gpu.visible(): ...
-    QKERNELS_PRETEND_GPU=1 python -m pytest -p tests.pretend_gpu ...
 
 torch believes that it sees an H100. What mixes devices fails as it would there, and so does what
 waits for the GPU while a CUDA graph is captured; a graph replays what was captured. Triton's
@@ -20,10 +19,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
-
-if os.environ.get("QKERNELS_PRETEND_GPU") == "1":
-    # triton, which torch._dynamo imports, looks once
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
 
@@ -414,9 +409,3 @@ def visible() -> Iterator[None]:
         _Everywhere(),
     ):
         yield
-
-
-# as a plugin of pytest, before anything asks for a GPU
-if os.environ.get("QKERNELS_PRETEND_GPU") == "1":
-    _kept = visible()
-    _kept.__enter__()
