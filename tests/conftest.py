@@ -6,6 +6,12 @@ import os
 import sys
 from collections.abc import Generator
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers that share cores wait for each other's threads otherwise: torch's, and those of numpy's
+    # BLAS, which reads these when it is loaded; processes that tests start inherit them.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():
@@ -18,8 +24,12 @@ import pytest
 from qkernels import formats
 from qkernels.formats.gguf import TYPES as GGUF_TYPES
 
+from . import interpreter
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.speed_up()
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # workers that share cores wait for each other's threads otherwise
+    torch.set_num_threads(1)
 
 #: file that each failure is added to as it happens, for a run that may be cut short; see
 #: bench/gpu/plan.py

@@ -1,7 +1,6 @@
 """A pretended GPU: tensors that claim to be on "cuda" and lie in the CPU's memory.
 
     with pretend_gpu.visible(): ...
-    QKERNELS_PRETEND_GPU=1 python -m pytest -p tests.pretend_gpu ...
 
 torch believes that it sees an H100. Code that mixes devices fails as it would on a GPU, and so does
 code that waits for the GPU while a CUDA graph is captured. A graph replays what was captured.
@@ -20,10 +19,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
-
-if os.environ.get("QKERNELS_PRETEND_GPU") == "1":
-    # triton, which torch._dynamo imports, looks once
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
 
@@ -417,9 +412,3 @@ def visible() -> Iterator[None]:
         _Everywhere(),
     ):
         yield
-
-
-# as a plugin of pytest, before anything asks for a GPU
-if os.environ.get("QKERNELS_PRETEND_GPU") == "1":
-    _kept = visible()
-    _kept.__enter__()

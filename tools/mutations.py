@@ -425,6 +425,24 @@ OUT_OF_MEMORY = [
     ("qkernels/checkpoints/files.py", "if is_out_of_memory(error):", "if False:"),
 ]
 
+CONFIGS = "qkernels/backends/triton/configs.py"
+#: what makes the sum of a row depend on the rows that come with it
+INVARIANT = [
+    (LAUNCH, "counted = blocks_n if problem.batch_invariant else", "counted = blocks_n if False else"),
+    (LAUNCH8, "counted = blocks_n if problem.batch_invariant else", "counted = blocks_n if False else"),
+    (LAUNCH, "    if problem.batch_invariant:\n        return config.post_scale\n", ""),
+    (LAUNCH, "    if problem.batch_invariant:\n        return config.post_scale\n", "    if problem.batch_invariant:\n        return problem.m < 70\n"),
+    (LAUNCH, 'and not weight["LAST_SCALE"] and not problem.batch_invariant', 'and not weight["LAST_SCALE"]'),
+    (LAUNCH, "few = problem.m <= transforms.DECODE_ROWS or problem.batch_invariant", "few = problem.m <= transforms.DECODE_ROWS"),
+    (LAUNCH8, '"BY_ELEMENT": problem.batch_invariant', '"BY_ELEMENT": False'),
+    (LAUNCH8, "if not threshold or problem.batch_invariant", "if not threshold"),
+    (CONFIGS, "    if batch_invariant:\n        name", "    if batch_invariant and m > 64:\n        name"),
+    (CONFIGS, "BATCH_INVARIANT[name]._replace(block_m=_INVARIANT_BLOCK_M[m_class(m)])", "BATCH_INVARIANT[name]._replace(block_m=_INVARIANT_BLOCK_M[m_class(m)], k_slices=1 + (m > 100))"),
+    (KERNEL, "acc += scales[part]", "acc += (1 + 1e-6 * (BLOCK_M > 16)) * scales[part]"),
+    (KERNEL, "kk = first + part * SCALE_GROUP", "kk = first + part * SCALE_GROUP * (BLOCK_M <= 64)"),
+    (GEMM8, "tl.load(w_scale_ptr + n)[:, None]", "tl.load(w_scale_ptr + n)[:, None] * (1 + 1e-3 * (BLOCK_M > 16))"),
+]  # fmt: skip
+
 #: what to break, and the tests that must notice
 SUITES = (
     (WEIGHT_ONLY, ("tests/kernels/test_decoders.py", "tests/kernels/test_weight_only.py")),
@@ -432,6 +450,7 @@ SUITES = (
     (FLOORS, ("tests/kernels/test_activation_floors.py",)),
     (READERS, ("tests/checkpoints/test_gguf_header.py",)),
     (REPLAY, ("tests/kernels/test_launch.py", "tests/cuda/test_launch.py")),
+    (INVARIANT, ("tests/kernels/test_batch_invariant.py",)),
     (EIGHT_BIT, ("tests/kernels/test_activations.py", "tests/kernels/test_eight_bit.py")),
     (INCOHERENT, ("tests/kernels/test_incoherent.py",)),
     (EXPERTS, ("tests/kernels/test_experts.py",)),

@@ -110,6 +110,12 @@ def main() -> None:
     parser.add_argument(
         "--keep", type=Path, metavar="FOLDER", help="write TTGIR, PTX and SASS there"
     )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        metavar="FOLDER",
+        help="keep compiled kernels there and compile only what has changed",
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes that compile (2)")
     args = parser.parse_args()
     # Before triton is imported here or in a worker: the interpreter's kernels cannot be compiled.
@@ -126,7 +132,7 @@ def main() -> None:
         parser.error("no kernel or job has such a name")
     if args.keep:
         args.keep.mkdir(parents=True, exist_ok=True)
-    results = compile_all(tasks, args.subset, args.workers, args.keep)
+    results = compile_all(tasks, args.subset, args.workers, args.keep, args.cache)
     show(results, args.markdown)
     if args.json:
         report = {"environment": environment(), "results": [asdict(facts) for facts in results]}

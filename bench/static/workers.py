@@ -38,15 +38,21 @@ def _work(task: Task, subset: bool, keep: Path | None) -> Facts:
     return facts_of(family, listed(family, arch, subset)[number], keep)
 
 
-def compile_all(tasks: list[Task], subset: bool, workers: int, keep: Path | None) -> list[Facts]:
-    """Facts of all tasks, in their order. Workers are new processes with an empty triton cache."""
+def compile_all(
+    tasks: list[Task], subset: bool, workers: int, keep: Path | None, cache: Path | None = None
+) -> list[Facts]:
+    """Facts of all tasks, in their order. Workers are new processes.
+
+    cache: folder of triton's cache of compiled kernels, whose keys are the kernels' sources, the
+    compiler and its options. None: an empty folder.
+    """
     progress = Progress(
         TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         console=Console(stderr=True), transient=True,
     )  # fmt: skip
     facts: dict[Task, Facts] = {}
-    with tempfile.TemporaryDirectory() as cache, progress:
-        os.environ["TRITON_CACHE_DIR"] = cache
+    with tempfile.TemporaryDirectory() as empty, progress:
+        os.environ["TRITON_CACHE_DIR"] = str(cache or empty)
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
             waiting = {pool.submit(_work, task, subset, keep): task for task in tasks}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -18,6 +19,8 @@ class _Product(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[0] == 1 or self.how == "always":
             if self.how == "hangs":
+                if mark := os.environ.get("QKERNELS_TEST_HANGING"):
+                    Path(mark).touch()
                 time.sleep(3600)
             os._exit(9)
         return self.dense(x)

@@ -18,7 +18,7 @@ from . import child, documents, oracle
 from .__main__ import fuzz
 
 CORPUS = Path(__file__).parent / "corpus"
-SECONDS = float(os.environ.get("QKERNELS_FUZZ_SECONDS", "15"))
+SECONDS = float(os.environ.get("QKERNELS_FUZZ_SECONDS", "5"))
 
 
 @pytest.mark.parametrize("target", child.TARGETS)

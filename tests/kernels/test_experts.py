@@ -19,6 +19,8 @@ from qkernels.backends.problem import Problem, problem_of
 from qkernels.backends.triton import configs, eight_bit, weight_only
 from qkernels.backends.triton import experts as backend
 
+from .instances import decoder_of
+
 
 def obstacle_of(name: str, params: dict[str, Any]) -> str | None:
     fmt, shape = qk.formats.get(name), (72, k_of(name, 192))
@@ -75,21 +77,10 @@ def assert_experts_close(
 
 
 # ---------------------------------------------------------------------- products
-def decoder_of(name: str, params: dict[str, Any]) -> tuple[str, int | str]:
-    """The decoder of a case's codes: with the same decoder, dtypes are handled by the same code."""
-    fmt, shape = qk.formats.get(name), (40, k_of(name, 192))
-    known = fmt.resolve(shape, {k: v for k, v in params.items() if k not in fmt.quantize_only})
-    if layout_of(name, params) == "weight_only":
-        traits = fmt.weight_only_traits(shape, known)
-        return traits.decoder, traits.bits
-    codes = fmt.eight_bit_traits(shape, known)
-    return codes.kind, codes.weight_scale
-
-
 def with_dtypes(cases: list[tuple[str, dict[str, Any]]]) -> list[Any]:
     """Cases of one decoder alternate between float16 and bfloat16; a single case has both."""
     found, both = [], (torch.float16, torch.bfloat16)
-    decoders = [decoder_of(*case) for case in cases]
+    decoders = [decoder_of(case) for case in cases]
     for i, (case, decoder) in enumerate(zip(cases, decoders, strict=True)):
         turn = decoders[:i].count(decoder) % 2
         dtypes = both if decoders.count(decoder) == 1 else both[turn : turn + 1]

@@ -11,12 +11,10 @@ import torch
 
 import qkernels as qk
 
-from ..conftest import CASES, DEVICE, case_id, k_of, layout_of
+from ..conftest import DEVICE, k_of
 
 pytest.importorskip("triton")
-
-FUSED = [case for case in CASES if layout_of(*case) is not None]
-fused_cases = pytest.mark.parametrize(("name", "params"), FUSED, ids=map(case_id, FUSED))
+from .instances import cases_by_launch
 
 
 def layer_of(name: str, params: dict[str, object], k: int = 192) -> qk.QuantLinear:
@@ -24,7 +22,7 @@ def layer_of(name: str, params: dict[str, object], k: int = 192) -> qk.QuantLine
     return qk.QuantLinear(p, torch.randn(40), backend="triton").to(DEVICE)
 
 
-@fused_cases
+@cases_by_launch
 def test_compiles_whole_and_equals_eager(name: str, params: dict[str, object]) -> None:
     x = torch.randn(3, k_of(name, 192)).half().to(DEVICE)
     layer = layer_of(name, params).prepack(x)
@@ -36,7 +34,7 @@ def test_compiles_whole_and_equals_eager(name: str, params: dict[str, object]) -
     assert torch.equal(compiled(x[:2]), layer(x[:2]))
 
 
-@fused_cases
+@cases_by_launch
 def test_allocations_do_not_depend_on_the_data(
     name: str, params: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,10 +24,10 @@ from qkernels.backends.plan import Recorded, Recording
 from qkernels.backends.problem import problem_of
 from qkernels.ops import operator_plans
 
-from ..conftest import DEVICE
-from .test_graphs import fused_cases, k_of
+from ..conftest import DEVICE, k_of
 
 pytest.importorskip("triton")
+from .instances import cases_by_launch
 
 
 def launched(name: str, params: dict[str, object], bias: bool, m: int) -> None:
@@ -229,7 +229,7 @@ def replays(
         assert run._replays[0] is not None
 
 
-@fused_cases
+@cases_by_launch
 def test_replays_equal_runs(
     name: str, params: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:

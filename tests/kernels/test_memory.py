@@ -225,7 +225,7 @@ def test_slices_change_no_bit(
             patch.setattr(workspace, "slices", few)
             patch.setattr(workspace, "BYTES", 33 * max(1, 32 * p.shape[1] // 16))
             p.plans.clear()  # kept launches were made for all rows at once
-            for _ in range(3):  # and none may be kept here
+            for _ in range(1 if invariant else 3):  # and none may be kept here
                 seen.clear()
                 sliced = qk.matmul(x, p, bias, backend="triton", batch_invariant=invariant)
                 assert seen[0] > 1, "one slice: this test compared nothing"
