@@ -1,7 +1,7 @@
 """A new storage format in one class: 4-bit floats (E2M1) with a float32 scale for 32 features.
 
     python examples/new_format.py
-    TRITON_INTERPRET=1 python examples/new_format.py --backend triton     # the fused kernel, on a CPU
+    TRITON_INTERPRET=1 python examples/new_format.py --backend triton  # the fused kernel, on a CPU
 
 The format needs no new kernel: its codes index a table of 16 values (decoder "lut16"), and each
 group of 32 features has one scale (scaler "scale"). docs/add-a-format.md explains each method.

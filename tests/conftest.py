@@ -7,8 +7,8 @@ import sys
 from collections.abc import Generator
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers that share cores wait for each other's threads otherwise: torch's, and those of numpy's
-    # BLAS, which reads these when it is loaded; processes that tests start inherit them.
+    # Workers that share cores would wait for each other's threads: torch's, and those of numpy's
+    # BLAS, which reads these variables when it is loaded. Processes that tests start inherit them.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 

@@ -15,7 +15,7 @@ def speed_up() -> None:
     The interpreter replaces the functions of `triton.language` at each launch of a kernel and puts
     them back at its end. It also replaces them at every call of a device function inside the
     kernel: a third of the time of our tests' small launches. And it builds a table of all dtypes at
-    each look-up of one. kernels/test_interpreter.py compares kernels' results with and without this.
+    each look-up of one. kernels/test_interpreter.py compares results with and without this.
     """
     try:
         from triton.runtime import interpreter

@@ -11,8 +11,8 @@ import qkernels as qk
 from qkernels import formats
 from qkernels.formats.incoherent import IncoherentFormat
 
-#: Unit roundoff. Triton's interpreter truncates float32 -> bfloat16 where hardware rounds, so it has
-#: twice that.
+#: Unit roundoff. Triton's interpreter truncates float32 to bfloat16 where hardware rounds, so there
+#: it is twice as large.
 ROUNDOFF = {
     torch.float16: 2.0**-11,
     torch.bfloat16: 2.0**-7 if os.environ.get("TRITON_INTERPRET") == "1" else 2.0**-8,

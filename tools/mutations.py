@@ -428,11 +428,11 @@ OUT_OF_MEMORY = [
 CONFIGS = "qkernels/backends/triton/configs.py"
 #: what makes the sum of a row depend on the rows that come with it
 INVARIANT = [
-    (LAUNCH, "counted = blocks_n if problem.batch_invariant else", "counted = blocks_n if False else"),
-    (LAUNCH8, "counted = blocks_n if problem.batch_invariant else", "counted = blocks_n if False else"),
+    (LAUNCH, "all_blocks = blocks_n if problem.batch_invariant else", "all_blocks = blocks_n if False else"),
+    (LAUNCH8, "all_blocks = blocks_n if problem.batch_invariant else", "all_blocks = blocks_n if False else"),
     (LAUNCH, "    if problem.batch_invariant:\n        return config.post_scale\n", ""),
     (LAUNCH, "    if problem.batch_invariant:\n        return config.post_scale\n", "    if problem.batch_invariant:\n        return problem.m < 70\n"),
-    (LAUNCH, 'and not weight["LAST_SCALE"] and not problem.batch_invariant', 'and not weight["LAST_SCALE"]'),
+    (LAUNCH, 'and not traits.last_scale and not problem.batch_invariant', 'and not traits.last_scale'),
     (LAUNCH, "few = problem.m <= transforms.DECODE_ROWS or problem.batch_invariant", "few = problem.m <= transforms.DECODE_ROWS"),
     (LAUNCH8, '"BY_ELEMENT": problem.batch_invariant', '"BY_ELEMENT": False'),
     (LAUNCH8, "if not threshold or problem.batch_invariant", "if not threshold"),

@@ -1,4 +1,4 @@
-"""The support matrix of `qkernels info --matrix`: what each format has, asked of the code itself."""
+"""The support matrix that `qkernels info --matrix` prints. Each cell asks the code itself."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from ..formats import Format, GgufFormat
 from ..formats.base import OWN_METHOD
 
 COLUMNS = [
-    "format", "kernels", "reference", "Triton", "CUDA", "experts", "tensor parallel", "checkpoint", "quantizers",
+    "format", "kernels", "reference", "Triton", "CUDA", "experts", "tensor parallel", "checkpoint",
+    "quantizers",
 ]  # fmt: skip
 #: a weight that every format can hold, and a GPU that every kernel runs on
 _SHAPE, _CAPABILITY = (512, 512), (9, 0)
