@@ -26,6 +26,7 @@ import typer
 
 import qkernels as qk
 from qkernels.backends import cuda, registry, triton
+from qkernels.backends.cuda import launch as cuda_launch
 from qkernels.backends.problem import Problem, problem_of
 from qkernels.quantizers.specs import FormatSpec
 
@@ -222,7 +223,7 @@ def null_extension() -> Iterator[None]:
         (cuda.build, "extension", lambda: Extension),
         (cuda, "stream_of", lambda index: 0),
         (cuda, "current_device", lambda: -1),
-        (cuda, "supports_pdl", lambda index: True),
+        (cuda_launch, "supports_pdl", lambda index: True),
     )
     real = [getattr(where, name) for where, name, _ in stand_ins]
     for where, name, value in stand_ins:

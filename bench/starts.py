@@ -10,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 import qkernels as qk
-from qkernels.backends.triton import launch
+from qkernels.backends.device import supports_pdl
 
 #: CU_GRAPH_NODE_TYPE_KERNEL
 KERNEL = 0
@@ -43,7 +43,7 @@ def late(p: qk.PackedWeight) -> Iterator[None]:
     """Within the context, Triton kernels of `p` start without PDL: after the kernel before ends."""
 
     def forget() -> None:
-        launch.pdl.cache_clear()
+        supports_pdl.cache_clear()
         p.plans.clear()
 
     with mock.patch.dict(os.environ, QKERNELS_PDL="0"):

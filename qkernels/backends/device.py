@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 
 import torch
@@ -16,3 +17,15 @@ def sm_count(device: torch.device) -> int:
     if device.type != "cuda":
         return 8
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@lru_cache(maxsize=64)
+def supports_pdl(index: int | None) -> bool:
+    """Whether kernels on GPU `index` use programmatic dependent launch (PDL, sm_90 and later).
+
+    index: -1 for the CPU, which has no PDL; None for the current GPU. QKERNELS_PDL=0 in the
+    environment switches PDL off.
+    """
+    if index == -1 or os.environ.get("QKERNELS_PDL", "1") == "0":
+        return False
+    return torch.cuda.get_device_capability(index) >= (9, 0)

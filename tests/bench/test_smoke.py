@@ -141,11 +141,12 @@ def test_nodes_of_a_graph_are_counted_by_kind(tmp_path: Path) -> None:
 
 def test_starting_late_is_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
+    from qkernels.backends.device import supports_pdl
     from qkernels.backends.triton import launch
 
     monkeypatch.delenv("QKERNELS_PDL", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    launch.pdl.cache_clear()
+    supports_pdl.cache_clear()
     p, gpu = qk.quantize(torch.randn(64, 128), "nf4"), torch.device("cuda")
     p.plans["a plan"] = None
     assert launch.pdl(gpu)["PDL"]
@@ -155,4 +156,4 @@ def test_starting_late_is_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
         p.plans["a late plan"] = None
     assert launch.pdl(gpu)["PDL"]
     assert not p.plans
-    launch.pdl.cache_clear()
+    supports_pdl.cache_clear()

@@ -51,12 +51,6 @@ def _automatic(problem: Problem) -> str | None:
     return "not compiled yet: backend='cuda' compiles it, or QKERNELS_CUDA_ARCHS at install time"
 
 
-@lru_cache(maxsize=64)
-def supports_pdl(index: int) -> bool:
-    """Whether GPU `index` has programmatic dependent launch (PDL); the emulator (-1) has not."""
-    return index >= 0 and torch.cuda.get_device_capability(index) >= (9, 0)
-
-
 def stream_of(index: int) -> int:
     """The current stream of GPU `index`."""
     return int(torch._C._cuda_getCurrentRawStream(index))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import cuda
+from ..device import supports_pdl
 from ..plan import NOW, Compute, Recording, Work, Y, view
 from .calls import Call
 
@@ -44,7 +45,7 @@ class Launch:
         # With PDL a kernel reads its weight before the last kernel is done. The last kernel may be
         # the one that wrote the weight, so the first call of a weight runs without PDL.
         template = call.template or call
-        call.pdl = int(template.launched and cuda.supports_pdl(index))
+        call.pdl = int(template.launched and supports_pdl(index))
         template.launched = True
         cuda.run(self.name, ctypes.addressof(call), index)
 
@@ -89,7 +90,7 @@ class Replay:
         for launch, tensors, _ in recording.steps:
             call = type(launch.call).from_buffer_copy(launch.call_bytes)
             # A recording is not the weight's first call, so it may use PDL: see `Launch`.
-            call.pdl = cuda.supports_pdl(self._index)
+            call.pdl = supports_pdl(self._index)
             word = len(buffer) // _WORD
             emulated = [recording.moving(t) for t in tensors] if cuda.emulator is not None else []
             self._starts.append((launch, len(buffer), emulated))

@@ -9,13 +9,13 @@ fills in the addresses.
 from __future__ import annotations
 
 import importlib
-import os
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..device import supports_pdl
 from ..plan import Recording, Y, view
 
 #: up to so many rows of x in a block, a program fetches its first PREFETCH_TILES tiles of W before
@@ -23,16 +23,10 @@ from ..plan import Recording, Y, view
 PREFETCH_ROWS, PREFETCH_TILES = 64, 4
 
 
-@lru_cache(maxsize=64)
 def pdl(device: torch.device) -> dict[str, bool]:
-    """Arguments that switch PDL on (triton_kernels/pdl.py), where the GPU has it.
-
-    QKERNELS_PDL=0 in the environment switches it off.
-    """
-    if device.type != "cuda" or os.environ.get("QKERNELS_PDL", "1") == "0":
-        return {"PDL": False}
-    capable = torch.cuda.get_device_capability(device) >= (9, 0)
-    return {"PDL": True, "launch_pdl": True} if capable else {"PDL": False}
+    """Arguments that switch PDL on (triton_kernels/pdl.py), where the device supports it."""
+    supported = supports_pdl(device.index if device.type == "cuda" else -1)
+    return {"PDL": True, "launch_pdl": True} if supported else {"PDL": False}
 
 
 @lru_cache(maxsize=16)
