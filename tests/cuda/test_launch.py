@@ -110,9 +110,11 @@ def test_the_extension_is_given_the_same(
     assert kernel is not None
     p = qk.quantize(torch.randn(64, 256), name, **params)
     bias = torch.randn(64).half()
-    with host.null_extension(), host.only(kernel), torch.inference_mode():
-        monkeypatch.setattr(cuda.build, "extension", lambda: Extension)
-        monkeypatch.setattr(cuda, "stream_of", lambda index: next(streams))
+    # The context undoes its patches before null_extension does, so that neither outlives this test.
+    extension, context = host.null_extension(), monkeypatch.context()
+    with extension, host.only(kernel), torch.inference_mode(), context as patch:
+        patch.setattr(cuda.build, "extension", lambda: Extension)
+        patch.setattr(cuda, "stream_of", lambda index: next(streams))
         calls = []
         for _ in range(4):
             taken.clear()
@@ -163,7 +165,7 @@ def test_threads_share_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
 
     kernel = host.launcher_of("cuda", "w8a8", {})
     p = qk.quantize(torch.randn(64, 256), "w8a8")
-    with host.null_extension(), host.only(kernel):
-        monkeypatch.setattr(cuda.build, "extension", lambda: Extension)
+    with host.null_extension(), host.only(kernel), monkeypatch.context() as patch:
+        patch.setattr(cuda.build, "extension", lambda: Extension)
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(check, range(8)))
