@@ -63,7 +63,7 @@ struct E8pResidual : Basic {
     static constexpr int kHigh = BITS == 3 ? 2 : 4, kHighStep = 16;
     static constexpr int kBook = BITS == 3 ? 512 : 256;
     static constexpr bool kFinished = true;
-    /// 1 / ROUNDING[bits].share of qkernels/formats/e8p.py
+    /// 1 / ROUNDING[bits].residual_scale of qkernels/formats/e8p.py
     static constexpr float kResidualScale = BITS == 3 ? float(1 / 2.04) : float(1 / 3.45);
 
     /// Nibble `k` minus 7.5, or minus 8 for the residual codebook of 3 bits.
