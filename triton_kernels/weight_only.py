@@ -250,10 +250,10 @@ def accumulate(
             acc = _finished(tl.dot(value, x, acc, input_precision="ieee"), METHOD.wait)
         elif METHOD.folded:
             group = tl.arange(0, BLOCK_M) // (BLOCK_M // SCALE_GROUPS)
-            in_group = (tl.arange(0, TILE) // SCALE_GROUP)[:, None] == group[None, :]
             kk = first + tl.arange(0, TILE)
-            mask = (m < M)[None, :] & in_group
-            x = _columns(x_rows, perm_ptr, kk, mask, K, KP, METHOD.permuted)
+            row_mask = (m < M)[None, :]
+            in_group = (tl.arange(0, TILE) // SCALE_GROUP)[:, None] == group[None, :]
+            x = _columns(x_rows, perm_ptr, kk, row_mask & in_group, K, KP, METHOD.permuted)
             scale = _repeated(scale.to(tl.float32), BLOCK_N, BLOCK_M, SCALE_GROUPS)
             if METHOD.upcast:
                 value, x = widened(value), widened(x)

@@ -60,3 +60,22 @@ def test_compiling_does_not_warn() -> None:
         "print(backend.parse_options(job.options).enable_fp_fusion)\n"
     )
     assert (done.stdout, done.stderr) == ("True\n", "")
+
+
+def test_cached_kernels_follow_the_source_of_their_decoder() -> None:
+    """Functions inside of TRAITS count for the cache key, so no kernel serves another decoder."""
+    done = outside(
+        "from triton.compiler import ASTSource\n"
+        "from bench.static.jobs import weight_only\n"
+        "job = next(iter(weight_only.compile_jobs(80)))\n"
+        "traits = job.constants['TRAITS']\n"
+        "class Edited:\n"
+        "    cache_key = 'of another source'\n"
+        "    def __repr__(self): return repr(traits.finish)\n"
+        "def key(traits):\n"
+        "    types = {name: job.types.get(name, 'constexpr') for name in job.fn.arg_names}\n"
+        "    return ASTSource(job.fn, types, {**job.constants, 'TRAITS': traits}).hash()\n"
+        "edited = traits._replace(finish=Edited())\n"
+        "print(repr(edited) == repr(traits), key(edited) == key(traits))\n"
+    )
+    assert (done.returncode, done.stdout) == (0, "True False\n"), done.stderr

@@ -5,6 +5,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from qkernels import formats
+from qkernels.backends.problem import Problem
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def label(name: str, params: dict[str, Any], *rest: str) -> str:
+    """The label of a job: format, parameters, and the rest, such as dtype and shape class."""
+    return " ".join([name, *(f"{k}={v}" for k, v in params.items()), *rest])
+
+
+def problem_of(
+    arch: int,
+    name: str,
+    params: dict[str, Any],
+    shape: tuple[int, int],
+    m: int,
+    dtype: str,
+    experts: int = 0,
+) -> Problem:
+    """The problem of a job: format `name` on a GPU of architecture `arch`."""
+    items = tuple(sorted(formats.get(name).resolve(shape, params).items()))
+    capability = (arch // 10, arch % 10)
+    return Problem(name, items, shape, m, DTYPES[dtype], "cuda", capability, experts=experts)
+
 
 @dataclass(frozen=True)
 class CompileJob:

@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
-from qkernels import formats
 from qkernels.backends.eight_bit import traits_of
-from qkernels.backends.problem import Problem
 from qkernels.backends.triton.eight_bit import STEP, constants, has_fp8, tabled
 from qkernels.backends.triton.launch import prefetch
 from qkernels.backends.triton.outlier_columns import row_block, row_warps
@@ -17,7 +13,7 @@ from qkernels.layouts import eight_bit as layout
 from qkernels.triton_kernels.activations import quantize_rows
 from qkernels.triton_kernels.eight_bit import eight_bit_gemm
 
-from .base import CompileJob
+from .base import CompileJob, label, problem_of
 
 #: format, parameters, and whether there is a zero point
 JOBS: tuple[tuple[str, dict[str, Any], bool], ...] = (
@@ -31,7 +27,6 @@ JOBS: tuple[tuple[str, dict[str, Any], bool], ...] = (
 #: M of each job, one in each class of M
 _JOB_ROWS, _JOB_ROWS_90 = (1, 64, 4096), (1, 64, 256, 4096)
 _JOB_SHAPE = (8192, 8192)
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 #: kind of weight -> types of its codes and of those of x
 CODES = {"int8": ("*i8", "*i8"), "e4m3": ("*fp8e4nv", "*fp8e4nv"), "e5m2": ("*fp8e5", "*fp8e4nv")}
 
@@ -50,20 +45,10 @@ def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
                 yield _quantize_job(arch, name, params, has_zero, dtype, norm=False, gated=True)
 
 
-def _job_problem(arch: int, name: str, params: dict[str, Any], dtype: str, m: int) -> Problem:
-    resolved = formats.get(name).resolve(_JOB_SHAPE, params)
-    items = tuple(sorted(resolved.items()))
-    return Problem(name, items, _JOB_SHAPE, m, _DTYPES[dtype], "cuda", (arch // 10, arch % 10))
-
-
-def _label(name: str, params: dict[str, Any], *rest: str) -> str:
-    return " ".join([name, *(f"{k}={v}" for k, v in params.items()), *rest])
-
-
 def _product_job(
     arch: int, name: str, params: dict[str, Any], has_zero: bool, dtype: str, m: int
 ) -> CompileJob:
-    problem = _job_problem(arch, name, params, dtype, m)
+    problem = problem_of(arch, name, params, _JOB_SHAPE, m, dtype)
     config, traits = tabled(problem), traits_of(problem)
     fixed = constants(traits, _JOB_SHAPE, problem, has_zero=has_zero)
     k_slices = 4 if config.k_slices == 0 else config.k_slices
@@ -71,7 +56,7 @@ def _product_job(
     pointer = "*" + dtype
     return CompileJob(
         kernel="eight_bit_gemm",
-        label=_label(name, params, dtype, f"M={m}"),
+        label=label(name, params, dtype, f"M={m}"),
         arch=arch,
         fn=eight_bit_gemm,
         types={
@@ -111,13 +96,13 @@ def _quantize_job(
     norm: bool,
     gated: bool = False,
 ) -> CompileJob:
-    problem = _job_problem(arch, name, params, dtype, 1)
+    problem = problem_of(arch, name, params, _JOB_SHAPE, 1, dtype)
     traits = traits_of(problem)
     int8, pointer = traits.kind == "int8", "*" + dtype
     block = row_block(layout.padded(_JOB_SHAPE[1]))
     return CompileJob(
         kernel="quantize_rows",
-        label=_label(name, params, *(("RMSNorm",) if norm else ("SiLU",) if gated else ()), dtype),
+        label=label(name, params, *(("RMSNorm",) if norm else ("SiLU",) if gated else ()), dtype),
         arch=arch,
         fn=quantize_rows,
         types={

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
-from qkernels import formats, layouts
+from qkernels import layouts
 from qkernels.backends.problem import Problem
 from qkernels.backends.triton import configs
 from qkernels.backends.triton.eight_bit import STEP
@@ -23,7 +21,7 @@ from qkernels.backends.triton.weight_only import kernel_traits, sizes, traits_of
 from qkernels.triton_kernels.experts import experts_eight_bit, experts_weight_only, sort_slots
 
 from . import eight_bit, weight_only
-from .base import CompileJob
+from .base import CompileJob, label, problem_of
 
 #: about Mixtral-8x7B: experts, and the shape of one expert's matrix
 _JOB_EXPERTS, _JOB_SHAPE = 8, (8192, 4096)
@@ -40,7 +38,7 @@ def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
     """
     yield _sort_job(arch)
     for number, (name, params, pointers) in enumerate(weight_only.JOBS):
-        problem = _problem(arch, name, params, torch.float16, 1)
+        problem = _problem(arch, name, params, 1, "fp16")
         if obstacle(problem, layouts.WEIGHT_ONLY):
             continue
         for dtype in ("bf16", "fp16") if number == 0 else ("bf16",):
@@ -49,7 +47,7 @@ def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
                     continue
                 yield _weight_only_job(arch, name, params, pointers, dtype, slots)
     for name, params, has_zero in eight_bit.JOBS:
-        problem = _problem(arch, name, params, torch.float16, 1)
+        problem = _problem(arch, name, params, 1, "fp16")
         if obstacle(problem, layouts.EIGHT_BIT) or has_zero:
             continue
         for slots in _JOB_SLOTS:
@@ -57,17 +55,8 @@ def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
                 yield _eight_bit_job(arch, name, params, slots)
 
 
-def _problem(
-    arch: int, name: str, params: dict[str, Any], dtype: torch.dtype, slots: int
-) -> Problem:
-    items = tuple(sorted(formats.get(name).resolve(_JOB_SHAPE, params).items()))
-    return Problem(
-        name, items, _JOB_SHAPE, slots, dtype, "cuda", (arch // 10, arch % 10), experts=_JOB_EXPERTS
-    )
-
-
-def _label(name: str, params: dict[str, Any], dtype: str, slots: int) -> str:
-    return " ".join([name, *(f"{k}={v}" for k, v in params.items()), dtype, f"slots={slots}"])
+def _problem(arch: int, name: str, params: dict[str, Any], slots: int, dtype: str) -> Problem:
+    return problem_of(arch, name, params, _JOB_SHAPE, slots, dtype, experts=_JOB_EXPERTS)
 
 
 _COMMON_TYPES = {
@@ -90,12 +79,12 @@ def _common_constants(config: configs.GemmConfig, arch: int) -> dict[str, Any]:
 def _weight_only_job(
     arch: int, name: str, params: dict[str, Any], pointers: tuple[str, ...], dtype: str, slots: int
 ) -> CompileJob:
-    problem = _problem(arch, name, params, weight_only.DTYPES[dtype], slots)
+    problem = _problem(arch, name, params, slots, dtype)
     config, traits = tabled(problem), traits_of(problem)
     pointer = "*" + dtype
     return CompileJob(
         kernel="experts_weight_only",
-        label=_label(name, params, dtype, slots),
+        label=label(name, params, dtype, f"slots={slots}"),
         arch=arch,
         fn=experts_weight_only,
         types={
@@ -126,12 +115,12 @@ def _weight_only_job(
 
 
 def _eight_bit_job(arch: int, name: str, params: dict[str, Any], slots: int) -> CompileJob:
-    problem = _problem(arch, name, params, torch.bfloat16, slots)
+    problem = _problem(arch, name, params, slots, "bf16")
     config, fixed = tabled(problem), _codes_constants(_JOB_SHAPE, problem)
     weight, codes = ("*u8", "*u8") if fixed["WIDEN"] else eight_bit.CODES[fixed["KIND"]]
     return CompileJob(
         kernel="experts_eight_bit",
-        label=_label(name, params, "bf16", slots),
+        label=label(name, params, "bf16", f"slots={slots}"),
         arch=arch,
         fn=experts_eight_bit,
         types={

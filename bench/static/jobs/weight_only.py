@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
-from qkernels import formats
-from qkernels.backends.problem import Problem
 from qkernels.backends.triton import configs
 from qkernels.backends.triton.launch import prefetch
 from qkernels.backends.triton.weight_only import (
@@ -21,7 +17,7 @@ from qkernels.backends.triton.weight_only import (
 )
 from qkernels.triton_kernels.weight_only import weight_only_gemm
 
-from .base import CompileJob
+from .base import DTYPES, CompileJob, label, problem_of
 
 #: types of the kernel's weight_args: qdata, qhigh, perm and the table
 WEIGHT_ARGS = ("*i32",) * 4
@@ -56,22 +52,16 @@ JOBS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
 #: M of each job, one in each class of M; sm_90 has more classes
 _JOB_ROWS, _JOB_ROWS_90 = (1, 64, 4096), (1, 32, 64, 128, 256, 4096)
 _JOB_SHAPE, _JOB_SMS = (8192, 8192), 132
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
     """Every configuration the table gives `arch`; a few of them with `subset`."""
-
     for number, (name, params, pointers) in enumerate(JOBS):
-        fmt = formats.get(name)
-        resolved = fmt.resolve(_JOB_SHAPE, params)
         for m in _JOB_ROWS_90 if arch == 90 else _JOB_ROWS:
             for dtype in DTYPES:
                 if subset and (number, dtype) not in ((0, "fp16"), (4, "bf16"), (7, "bf16")):
                     continue
-                capability = (arch // 10, arch % 10)
-                items = tuple(sorted(resolved.items()))
-                problem = Problem(name, items, _JOB_SHAPE, m, DTYPES[dtype], "cuda", capability)
+                problem = problem_of(arch, name, params, _JOB_SHAPE, m, dtype)
                 config = tabled(problem)
                 traits = traits_of(problem)
                 permuted = bool(params.get("act_order")) and m < GATHER_ROWS
@@ -82,9 +72,7 @@ def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
                 pointer = "*" + dtype
                 yield CompileJob(
                     kernel="weight_only_gemm",
-                    label=" ".join(
-                        [name, *(f"{k}={v}" for k, v in params.items()), dtype, f"M={m}"]
-                    ),
+                    label=label(name, params, dtype, f"M={m}"),
                     arch=arch,
                     fn=weight_only_gemm,
                     types={
