@@ -106,6 +106,24 @@ def test_only_the_rows_of_a_tile_depend_on_m_on_any_gpu(family: str, arch: int) 
         assert len(k_slices) == 1
 
 
+def test_transforms_are_cut_alike_for_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of so many features that few rows and many would be cut into other boxes otherwise."""
+    p = qk.quantize(torch.randn(8, 8192), "quip_sharp").to(DEVICE).prepack_("weight_only")
+    x = torch.randn(17, 8192).half().to(DEVICE)
+    launches = Launches(monkeypatch)
+
+    def boxes(m: int, invariant: bool) -> list[tuple[int, ...]]:
+        launches.calls.clear()
+        p.plans.clear()
+        qk.matmul(x[:m], p, backend="triton", batch_invariant=invariant)
+        calls = [named for name, _, named in launches.calls if name == "kronecker_rows"]
+        return [tuple(named[key] for key in ("A0", "C", "A1", "A2")) for named in calls]
+
+    assert len(boxes(1, True)) == 2
+    assert boxes(1, True) == boxes(17, True)
+    assert boxes(1, False) != boxes(17, False)
+
+
 @fused_cases
 def test_the_reference_does_not_depend_on_m(name: str, params: dict[str, object]) -> None:
     p, x = operands(name, params, torch.float32)
