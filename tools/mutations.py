@@ -430,16 +430,14 @@ CONFIGS = "qkernels/backends/triton/configs.py"
 INVARIANT = [
     (LAUNCH, "all_blocks = blocks_n if problem.batch_invariant else", "all_blocks = blocks_n if False else"),
     (LAUNCH8, "all_blocks = blocks_n if problem.batch_invariant else", "all_blocks = blocks_n if False else"),
-    (LAUNCH, "    if problem.batch_invariant:\n        return config.post_scale\n", ""),
     (LAUNCH, "    if problem.batch_invariant:\n        return config.post_scale\n", "    if problem.batch_invariant:\n        return problem.m < 70\n"),
     (LAUNCH, 'and not traits.last_scale and not problem.batch_invariant', 'and not traits.last_scale'),
     (LAUNCH, "few = problem.m <= transforms.DECODE_ROWS or problem.batch_invariant", "few = problem.m <= transforms.DECODE_ROWS"),
     (LAUNCH8, '"BY_ELEMENT": problem.batch_invariant', '"BY_ELEMENT": False'),
-    (LAUNCH8, "if not threshold or problem.batch_invariant", "if not threshold"),
     (CONFIGS, "    if batch_invariant:\n        name", "    if batch_invariant and m > 64:\n        name"),
     (CONFIGS, "BATCH_INVARIANT[name]._replace(block_m=_INVARIANT_BLOCK_M[m_class(m)])", "BATCH_INVARIANT[name]._replace(block_m=_INVARIANT_BLOCK_M[m_class(m)], k_slices=1 + (m > 100))"),
     (KERNEL, "acc += scales[part]", "acc += (1 + 1e-6 * (BLOCK_M > 16)) * scales[part]"),
-    (KERNEL, "kk = first + part * SCALE_GROUP", "kk = first + part * SCALE_GROUP * (BLOCK_M <= 64)"),
+    (KERNEL, "kk = first + part * SCALE_GROUP", "kk = first + part * SCALE_GROUP * (BLOCK_M <= 16)"),
     (GEMM8, "tl.load(w_scale_ptr + n)[:, None]", "tl.load(w_scale_ptr + n)[:, None] * (1 + 1e-3 * (BLOCK_M > 16))"),
 ]  # fmt: skip
 
