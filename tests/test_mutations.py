@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.mutations import ROOT, SUITES, copy_of
+from tools.mutations import SUITES
+from tools.mutations.__main__ import ROOT, copy_of
 
 
 def test_what_is_broken_is_there() -> None:

@@ -1,0 +1,109 @@
+"""Mutations of the CUDA C++ kernels."""
+
+from __future__ import annotations
+
+GEMV, GEMM, TILE, CUDA_SCALERS = (
+    f"csrc/weight_only/{f}.h" for f in ("gemv", "gemm", "tile", "scalers")
+)
+QUAD, SPARSE = (f"csrc/weight_only/{f}.h" for f in ("quad_scalers", "outliers"))
+CUDA_DECODERS, MEMORY = "csrc/decoders/decoders.h", "csrc/ptx/memory.h"
+EIGHT_BIT_GEMM, EIGHT_BIT_GEMV, EIGHT_BIT_ROWS, OUTLIERS = (
+    f"csrc/eight_bit/{f}.h" for f in ("gemm", "gemv", "quantize", "outliers")
+)
+HOPPER, HOPPER8 = "csrc/weight_only/hopper.h", "csrc/eight_bit/hopper.h"
+CUDA_LAUNCH = "csrc/weight_only/launch.h"
+
+CUDA = [
+    (GEMV, "acc[i] += group_scales.factor[i / 2] * sums[i]", "acc[i] += group_scales.factor[0] * sums[i]"),
+    (GEMV, "    sync_block();  // no thread still reads the activations", ""),
+    (GEMV, "        sync_block();\n        stage<T, D>", "        stage<T, D>"),
+    (GEMV, "store_global(counter, 0)", "store_global(counter, 1)"),
+    (GEMV, "w < kGemvWarps; w++", "w < kGemvWarps - 1; w++"),
+    (GEMV, "for (int s = 0; s < k_slices; s++)", "for (int s = 1; s < k_slices; s++)"),
+    (GEMM, "copy_async_wait<kStages - 2>", "copy_async_wait<kStages - 1>"),
+    (GEMM, "        sync_block();  // all threads have this step's", "        // all threads have this step's"),
+    (GEMM, "acc[c][i] += group_scales.factor[i / 2] * sums", "acc[c][i] += group_scales.factor[i % 2] * sums"),
+    (GEMM, "k < args.x_stride", "k <= args.x_stride"),
+    (GEMM, "block.m0 + m < args.m", "block.m0 + m <= args.m"),
+    (GEMM, "x[c][p * 2], x[c][p * 2 + 1]", "x[c][p * 2 + 1], x[c][p * 2]"),
+    (TILE, "words.w[h] >> p * D::kHighStep", "words.w[h]"),
+    (TILE, "word >> (p * 2 + h) * D::kHighStep", "word >> (h * 2 + p) * D::kHighStep"),
+    (TILE, "tile < end && rows[r] < args.n", "tile < end && rows[r] <= args.n"),
+    (TILE, "scale_at(&args, scales[i % 2], at + 1)", "scale_at(&args, scales[i % 2], at)"),
+    (TILE, "if (k >= 0)", "if (k > 0)"),
+    (CUDA_SCALERS, "kk = kk < args.kp ? kk : args.kp - 1;", ""),
+    (CUDA_SCALERS, "/ 256);", "/ 255);"),
+    (CUDA_SCALERS, "row_(row / args.row_group)", "row_(row % args.row_group)"),
+    (CUDA_SCALERS, "inner + load_global(args.nested_offset)", "inner"),
+    (GEMV, "minimum[i / 2] * x_sums[i]", "minimum[0] * x_sums[i]"),
+    (GEMV, "x_sums[i] = 0;", ""),
+    (GEMV, "total += sparse_total(sparse, t);", ""),
+    (GEMM, "minimum[i % 2]);", "minimum[0]);"),
+    (GEMM, "add_sparse<T>(acc, args, first, block.m0);", ""),
+    (QUAD, "group < last ? group : last", "group"),
+    (QUAD, "rows.row[r] < args.n ? word(rows.row[r]) : 0", "word(rows.row[r])"),
+    (QUAD, "nibble | top << 4) - 32", "nibble | top << 4) - 31"),
+    (QUAD, "const bool second_half = tile % 2 != 0", "const bool second_half = false"),
+    (QUAD, ">> tile % 2 * 16", ">> 0"),
+    (QUAD, "(group % 4 * 8 + group / 8 * 4)", "(group % 4 * 8)"),
+    (QUAD, "from_quad(raw.w[r], group / 2)", "raw.w[r]"),
+    (QUAD, "from_quad(raw.w[r], group / 4)", "raw.w[r]"),
+    (QUAD, "slice < slices ? slice : slices - 1", "slice"),
+    (QUAD, "rows.row[r] / args.row_group", "rows.row[r] / 16"),
+    (SPARSE, "i += blocks_y() * kSparseParts", "i += kSparseParts"),
+    (SPARSE, "const bool live = i + o * k_slices < end &&", "const bool live ="),
+    (SPARSE, "m + c * 8 < args.x_rows", "true"),
+    (CUDA_DECODERS, "shifted_right(high, (s - 1) * kWidth - UP)", "shifted_right(high, s * kWidth - UP)"),
+    (CUDA_DECODERS, "halved<T, 1 << (BITS - 1)>", "halved<T, (1 << (BITS - 1)) - 1>"),
+    (CUDA_DECODERS, "kBits = 0x43004300", "kBits = 0x43004301"),
+    (CUDA_DECODERS, "prmt(low, high, 0x7362)", "prmt(low, high, 0x5140)"),
+    (CUDA_DECODERS, "EXPONENT == 4 ? 0x7B807B80", "EXPONENT == 4 ? 0x7B007B00"),
+    (MEMORY, "p, sizeof(T), false);\n#endif\n    return *p;", "p, 0, false);\n#endif\n    return *p;"),
+]  # fmt: skip
+
+CUDA_EIGHT_BIT = [
+    (EIGHT_BIT_GEMM, "copy_async_wait<P::kStages - 2>();", "copy_async_wait<P::kStages - 1>();"),
+    (EIGHT_BIT_GEMM, "        sync_block();  // all threads have this step", "        // all threads have this step"),
+    (EIGHT_BIT_GEMM, "    P::sync();  // all threads are done with the last contents of `out`", ""),
+    (EIGHT_BIT_GEMM, "(step + 1) % args.k_slice == 0 ||", ""),
+    (EIGHT_BIT_GEMV, "args.counter + block_index_x(), 0)", "args.counter + block_index_x(), 1)"),
+    (EIGHT_BIT_GEMV, "    sync_block();  // no thread still reads `shared`", ""),
+    (EIGHT_BIT_ROWS, "store_global(mask + w, 0u);", ""),
+    (EIGHT_BIT_ROWS, "outliers != 0 && lane_index() % 4 == 0", "outliers != 0 && lane_index() % 8 == 0"),
+    (OUTLIERS, "x -= float(int8_t(load_global(args.x + int64_t(m) * args.kp + k))) * scale;", ""),
+]  # fmt: skip
+
+HOPPERS = [
+    (HOPPER, "factor = group_scales.factor[i % 2];", "factor = group_scales.factor[0];"),
+    (HOPPER, "product_wait<1>();", "product_wait<2>();"),
+    (HOPPER, "in_chunk * kSlice * 2", "in_chunk * kSlice"),
+    (HOPPER, "barrier_wait(me.shared.codes_full(me.codes.index), me.codes.parity);", ""),
+    (HOPPER, "barrier_wait(me.shared.chunk_full(me.chunk.index), me.chunk.parity);", ""),
+    (HOPPER, "barrier_wait(shared.chunk_empty(chunk.index), chunk.parity ^ 1);", ""),
+    (HOPPER, "release(me.shared.codes_empty(me.codes.index));", ""),
+    (HOPPER, "(unit ^ m % 8) * 16, in)", "unit * 16, in)"),
+    (HOPPER, "    sync_warpgroup(1 + warpgroup);  // no thread still reads the last work tile", ""),
+    (HOPPER, "m < args.m && n < args.n", "m <= args.m && n < args.n"),
+    (HOPPER, "w.n - work_tile.n0 < kHopperRows ? w.n - work_tile.n0 : kHopperRows", "kHopperRows"),
+    (HOPPER, "load_book<D>(args.weight, shared.book(), kHopperThreads);", ""),
+    (HOPPER, "kBytes = kBookAt + kBookBytes<D>", "kBytes = kBookAt"),
+    (HOPPER, "factor[r] * sums[i]", "sums[i]"),
+    (HOPPER, "r = i / 2 % 2, n = first", "r = i % 2, n = first"),
+    (HOPPER, "n < args.n && m < args.m", "n < args.n && m <= args.m"),
+    (CUDA_LAUNCH, "hopper.row_scale != (call.args.is_float != 0)", "false"),
+    (CUDA_LAUNCH, "call.args.group < call.args.k || ", ""),
+    (CUDA_LAUNCH, "|| call.args.bias != nullptr", ""),
+    (HOPPER8, "scale[i / 2 % 2]", "scale[i % 2]"),
+    (HOPPER8, "accumulate || k > 0", "accumulate"),
+    (HOPPER8, "product_wait<1>();", "product_wait<2>();"),
+    (HOPPER8, "release(P::empty(ring.index));", "barrier_arrive(P::empty(ring.index));"),
+    (HOPPER8, "tile.n + n, tile.block", "tile.n, tile.block"),
+    (HOPPER8, "warpgroup * P::kRows * kStep", "0 * warpgroup"),
+]  # fmt: skip
+
+#: what to break, and the tests that must notice
+SUITES = (
+    (CUDA, ("tests/cuda",)),
+    (CUDA_EIGHT_BIT, ("tests/cuda/test_eight_bit.py",)),
+    (HOPPERS, ("tests/cuda/test_hopper.py",)),
+)
