@@ -60,7 +60,7 @@ def sums_of(case: Case) -> Hashable:
         weight_only.family(traits),
         min(scale_groups, weight_only.MOST_DOTS + 1),
         traits.scaler in scalers.HAS_MIN,
-        traits.scaler in scalers.ZERO,
+        traits.scaler in scalers.HAS_ZERO,
         traits.group_size >= SHAPE[1],
         traits.group_size % SLICE > 0 or bool(case[1].get("act_order")),
         traits.outliers,
