@@ -58,6 +58,17 @@ def test_the_matrix_is_what_the_code_says(capsys: pytest.CaptureFixture[str]) ->
     assert printed in (ROOT / "docs/formats.md").read_text()
 
 
+def test_the_page_of_kernels_lists_every_decoder_and_scaler() -> None:
+    pytest.importorskip("triton")
+    from qkernels.triton_kernels import decoders, scalers
+
+    page = (ROOT / "docs/kernels.md").read_text()
+    tables = page[page.index("| decoder |") : page.index("### Where each part is")]
+    cells = re.findall(r"^\| (`[^|]*`) \|", tables, flags=re.M)
+    listed = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+    assert listed == {name for name, _ in decoders.BY_NAME} | set(scalers.BY_NAME)
+
+
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_the_example_of_a_new_format_runs(backend: str) -> None:
     pytest.importorskip("triton")
