@@ -67,6 +67,22 @@ def test_slices_change_no_bit(
     assert torch.equal(sliced, whole)
 
 
+def test_a_call_in_slices_is_not_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay would allocate the scratch memory of all slices at once, more than the limit."""
+    p = qk.quantize(torch.randn(40, 320), "quip_sharp").to(DEVICE)  # kernels transform x and y
+    x = torch.randn(40, 320).half().to(DEVICE)
+    sliced: list[int] = []
+
+    def cut(rows: int, row_bytes: int, held: int = 0) -> list[slice]:
+        sliced.append(rows)
+        return [slice(0, 16), slice(16, rows)]
+
+    monkeypatch.setattr(workspace, "slices", cut)
+    results = [qk.matmul(x, p, backend="cuda") for _ in range(4)]
+    assert sliced == [40] * 4, "each call cuts its rows again"
+    assert all(torch.equal(y, results[0]) for y in results)
+
+
 EXPLAINED: list[tuple[Any, str, dict[str, object], int, int]] = [
     (weight_only, "gptq", {"group_size": 64}, 3, 4480),
     (weight_only, "gptq", {"group_size": 24}, 3, 4800),  # padded to more tiles than K has

@@ -222,7 +222,10 @@ INVARIANT = [
 #: what to break, and the tests that must notice
 SUITES = (
     (WEIGHT_ONLY, ("tests/kernels/test_decoders.py", "tests/kernels/test_weight_only.py")),
-    (REPLAY, ("tests/kernels/test_launch.py", "tests/cuda/test_launch.py")),
+    (
+        REPLAY,
+        ("tests/kernels/test_launch.py", "tests/cuda/test_launch.py", "tests/cuda/test_slices.py"),
+    ),
     (EIGHT_BIT, ("tests/kernels/test_activations.py", "tests/kernels/test_eight_bit.py")),
     (INCOHERENT, ("tests/kernels/test_incoherent.py",)),
     (EXPERTS, ("tests/kernels/test_experts.py",)),
