@@ -323,8 +323,9 @@ def _pattern(addresses: list[int]) -> int:
     return pattern
 
 
-#: (x, weight, bias, problem, y, work): a product into y, with the scratch memory and the launches
-#: of `work`
+#: (x, weight, bias, problem, y, work): writes x @ W^T + bias to y. x (M, K) is contiguous, the
+#: weight in the kernel's layout, bias (N) in x's dtype or None, y (M, N) in x's dtype. `work`
+#: allocates scratch memory and starts kernels.
 Compute = Callable[[Tensor, "PackedWeight", "Tensor | None", "Problem", Tensor, Work], None]
 
 

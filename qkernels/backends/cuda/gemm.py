@@ -49,18 +49,10 @@ def rejects(problem: Problem) -> str | None:
 def compute(
     x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem, y: Tensor, work: Work = NOW
 ) -> None:
-    """Write x @ W^T + bias to y (M, N).
+    """A `plan.Compute`: x @ W^T + bias into y.
 
     If x must be copied or transformed, that is done for a slice of its rows at a time. The
     number of split-K slices depends on all rows of the problem, so slices of rows change no bit.
-
-    Args:
-        x: (M, K), contiguous, float16 or bfloat16.
-        p: the weight, in the WEIGHT_ONLY layout.
-        bias: (N), in x's dtype, or None.
-        problem: the product to compute.
-        y: (M, N), in x's dtype.
-        work: starts kernels and allocates scratch memory.
     """
     assert p.layout == layouts.WEIGHT_ONLY
     traits = gemv.traits_of(problem)

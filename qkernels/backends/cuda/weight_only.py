@@ -81,18 +81,10 @@ def kernel_of(traits: layout.WeightOnlyTraits) -> str:
 def compute(
     x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem, y: Tensor, work: Work = NOW
 ) -> None:
-    """Write x @ W^T + bias to y (M, N).
+    """A `plan.Compute`: x @ W^T + bias into y.
 
     A weight between transforms is computed for slices of rows. The order of sums does not depend on
     M, so slices change no bit.
-
-    Args:
-        x: (M, K), contiguous, float16 or bfloat16.
-        p: the weight, in the WEIGHT_ONLY layout.
-        bias: (N), in x's dtype, or None.
-        problem: the product to compute.
-        y: (M, N), in x's dtype.
-        work: starts kernels and allocates scratch memory.
     """
     assert p.layout == layouts.WEIGHT_ONLY
     traits = traits_of(problem)
