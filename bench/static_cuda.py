@@ -24,8 +24,8 @@ from bench.static import assembly, hazards
 from bench.static.facts import tools
 from qkernels.backends.cuda import build, eight_bit, gemm, hopper, transforms
 from qkernels.backends.cuda import weight_only as gemv
-from qkernels.backends.cuda.calls import ALL_SCALINGS_KERNELS, ONE_SCALER_KERNELS
 from qkernels.backends.triton.configs import SHARED_KIB
+from qkernels.layouts.codecs import cuda_kernels
 
 THREADS = 128
 #: 32-bit registers of an SM, and the most warps that it holds (CUDA programming guide)
@@ -40,7 +40,7 @@ _ENTRY = re.compile(
     re.S,
 )
 _NAME = re.compile(
-    r"weight_only_(?P<kernel>gem[vm]|hopper)INS_\d+(?P<dtype>Half|BFloat)ELi\d+ENS_(?P<scaler>\w+)"
+    r"weight_only_(?P<kernel>gem[vm]|hopper)INS_\d+(?P<dtype>Half|BFloat)E(?P<classes>\w+)"
 )
 #: `Plain` with the number of scale groups in a tile; other scalers have one fixed number
 _SCALE_GROUPS = re.compile(r"\d+PlainILi(\d+)E")
@@ -52,13 +52,11 @@ _HOPPER_EIGHT = re.compile(r"eight_bit_hopperILi\d+ELb(?P<blocks>\d)E")
 #: ptxas serializes wgmmas if it cannot follow their registers
 _SERIALIZED = re.compile(r"\(C75\d\d\) Potential Performance Loss: wgmma.* in the function '(\w+)'")
 _TRANSFORM = re.compile(r"transform_kernelI.*?NS_\d+(?P<dtype>Half|BFloat)E.*?Lb(?P<after>\d)E")
-#: name of a weight-only source -> decoder and bits of its codes
-DECODED = {name: codes for codes, name in ALL_SCALINGS_KERNELS.items()} | {
-    name: (decoder, bits) for (decoder, bits, _), name in ONE_SCALER_KERNELS.items()
-}
+#: name of a weight-only source, which the build generates -> its codes and C++ scalers
+WEIGHT_ONLY = {name.removeprefix("weight_only_"): row for name, row in cuda_kernels().items()}
 #: name of each source -> its folder in csrc
 SOURCES = {
-    **dict.fromkeys(sorted(DECODED), "weight_only"),
+    **dict.fromkeys(sorted(WEIGHT_ONLY), "weight_only"),
     **dict.fromkeys(
         (*(f"eight_bit_{kind}" for kind in eight_bit.KINDS), "quantize_rows"), "eight_bit"
     ),
@@ -136,10 +134,15 @@ def compile_one(source: str, arch: str) -> list[Facts]:
     if compiler is None:
         raise RuntimeError("no nvcc found; set CUDA_HOME or PATH")
     with tempfile.TemporaryDirectory() as folder:
+        build.write_generated(Path(folder))
+        (file,) = (
+            root / SOURCES[source] / f"{source}.cu"
+            for root in (Path(folder), build.sources())
+            if (root / SOURCES[source] / f"{source}.cu").is_file()
+        )
         command = [
             compiler, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v",
-            str(build.sources() / SOURCES[source] / f"{source}.cu"),
-            "-o", str(Path(folder) / "out.cubin"),
+            f"-I{build.sources()}", str(file), "-o", str(Path(folder) / "out.cubin"),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
@@ -152,7 +155,9 @@ def of_build(folder: Path, archs: tuple[str, ...]) -> list[Facts]:
     """Build the extension in `folder`, import it, and read the compiler's logs and objects."""
     target = folder / f"_cuda{build.SUFFIX}"
     build.build(target, archs, folder)
-    build.load(target)
+    expected = sorted({*cuda_kernels(), *SOURCES} - set(WEIGHT_ONLY))
+    if (names := build.load(target).kernels()) != expected:
+        raise RuntimeError(f"{target}: expected the kernels {expected}, got {names}")
     facts = []
     for source, where in SOURCES.items():
         compiled = folder / f"{where}-{source}.o"
@@ -239,18 +244,15 @@ def _kernel(mangled: str, source: str) -> tuple[str, str, int, int, int]:
 
 
 def _weight_only(name: re.Match[str], source: str) -> tuple[str, str, int, int, int]:
-    codes, threads = DECODED[source], THREADS
-    outliers = any(
-        kernel_name == source and scaler == "two_level"
-        for (_, _, scaler), kernel_name in ONE_SCALER_KERNELS.items()
-    )
-    kernel, plain = name["kernel"], _SCALE_GROUPS.match(name["scaler"])
+    (codes, scalers), threads = WEIGHT_ONLY[source], THREADS
+    outliers = "TwoLevel" in scalers
+    kernel, plain = name["kernel"], _SCALE_GROUPS.search(name["classes"])
     if kernel == "hopper":
-        kernel, dynamic, threads = "wgmma", hopper.shared_bytes(*codes, outliers), hopper.THREADS
+        kernel, dynamic, threads = "wgmma", hopper.shared_bytes(codes, outliers), hopper.THREADS
     elif kernel == "gemm":
-        dynamic = gemm.shared_bytes(*codes)
+        dynamic = gemm.shared_bytes(codes)
     else:
-        dynamic = gemv.shared_bytes(*codes, outliers=outliers)
+        dynamic = gemv.shared_bytes(codes, outliers=outliers)
     return kernel, name["dtype"], int(plain[1]) if plain else -1, dynamic, threads
 
 

@@ -291,9 +291,7 @@ class _Extension:
     def run(self, name: str, address: int) -> str:
         from tests.cuda import host
 
-        library = host.library(host.source_of(name))
-        function = getattr(library, f"qk_{name}")
-        function.restype = ctypes.c_char_p
+        library, function = host.entry(name)
         memory = {t.held.untyped_storage().data_ptr(): t.held for t in list(Pretended.alive)}
         bytes_of = [
             torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage()) for t in memory.values()

@@ -1,13 +1,14 @@
 """Decoders: packed words -> values, exact in float16 and bfloat16, before scaling.
 
-A decoder is two small functions, which the kernel gets at compile time:
+A decoder is two small functions, which the kernel gets at compile time. The rows of
+qkernels/layouts/codecs.py name them:
 
-    split(words, high, table, BITS, DTYPE)
+    split_...(words, high, table, BITS, DTYPE)
         words, high   words of qkernels/layouts/weight_only.py; `high` is the plane of high bits,
                       for 3, 5 and 6 bits
         Returns the values of features 2i and those of features 2i+1 as DTYPE, with the bits of s as
         trailing dimensions of 2, lowest bit first. The values may be off by a constant.
-    finish(value, zero, BITS, DTYPE)
+    finish_...(value, zero, BITS, DTYPE)
         Subtracts that constant and the zero point.
 
 Integer codes become floats without a conversion instruction. OR-ing a code into the low mantissa
@@ -20,19 +21,10 @@ arithmetic in triton operations. The tests run the PTX in a small interpreter
 (tests/kernels/ptx.py).
 """
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
-from triton.runtime.jit import JITFunction
 
 from .blocks import INTERPRETED, widened
-
-
-class Decoder(NamedTuple):
-    split: JITFunction
-    finish: JITFunction
-
 
 #: PTX: $0, $1 = the halves of $2
 HALVES = tl.constexpr("mov.b32 {$0, $1}, $2;")
@@ -112,27 +104,20 @@ def _halves(pair, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _split_linear(words, high, table, BITS: tl.constexpr, DTYPE: tl.constexpr):
+def split_linear(words, high, table, BITS: tl.constexpr, DTYPE: tl.constexpr):
     """Codes plus 1024 (float16, up to 8 bits) or 128 (bfloat16, up to 7 bits)."""
     MAGIC: tl.constexpr = 0x64006400 if DTYPE == tl.float16 else 0x43004300
     return _halves(_pairs(words, high, BITS) | MAGIC, DTYPE)
 
 
 @triton.jit
-def _finish_linear(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
+def finish_linear(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
     OFFSET: tl.constexpr = 1024.0 if DTYPE == tl.float16 else 128.0
     return value - (zero + OFFSET).to(value.dtype)
 
 
 @triton.jit
-def _finish_real(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """In float32: zero points are no integers, and small differences would lose their bits."""
-    OFFSET: tl.constexpr = 1024.0 if DTYPE == tl.float16 else 128.0
-    return (value - OFFSET).to(tl.float32) - zero.to(tl.float32)
-
-
-@triton.jit
-def _split_byte(words, high, table, BITS: tl.constexpr, DTYPE: tl.constexpr):
+def split_byte(words, high, table, BITS: tl.constexpr, DTYPE: tl.constexpr):
     """8-bit codes plus 1024 in float16, minus 128 in bfloat16.
 
     bfloat16 has 7 bits of mantissa, so the top bit of a code selects the number to subtract:
@@ -140,7 +125,7 @@ def _split_byte(words, high, table, BITS: tl.constexpr, DTYPE: tl.constexpr):
         code < 128:  (128 + code)       - 256        code >= 128:  (128 + code - 128) - 128
     """
     if DTYPE == tl.float16:
-        return _split_linear(words, high, table, BITS, DTYPE)
+        return split_linear(words, high, table, BITS, DTYPE)
     else:
         pair = _pairs(words, high, BITS)
         low, odd = _halves((pair & 0x007F007F) | 0x43004300, DTYPE)
@@ -153,27 +138,27 @@ def _split_byte(words, high, table, BITS: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _finish_byte(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
+def finish_byte(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
     OFFSET: tl.constexpr = 1024.0 if DTYPE == tl.float16 else -128.0
     return value - (zero + OFFSET).to(value.dtype)
 
 
 @triton.jit
-def _finish_signed(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
+def finish_signed(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
     """Signed codes: code - 2^(BITS-1)."""
     MAGIC: tl.constexpr = 1024.0 if DTYPE == tl.float16 else (-128.0 if BITS == 8 else 128.0)
     return value - (MAGIC + (1 << (BITS - 1)))
 
 
 @triton.jit
-def _finish_unsigned(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
+def finish_unsigned(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
     """Unsigned codes, of at most 5 bits: the code itself."""
     MAGIC: tl.constexpr = 1024.0 if DTYPE == tl.float16 else 128.0
     return value - MAGIC
 
 
 @triton.jit
-def _finish_half_integer(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
+def finish_half_integer(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
     """Half-integer codes: code - (2^BITS - 1) / 2, in two exact steps."""
     MAGIC: tl.constexpr = 1024.0 if DTYPE == tl.float16 else 128.0
     return (value - MAGIC) - ((1 << BITS) - 1) * 0.5
@@ -205,13 +190,13 @@ def _lookup16(words, table, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _split_lut16(words, high, table, BITS: tl.constexpr, DTYPE: tl.constexpr):
+def split_lut16(words, high, table, BITS: tl.constexpr, DTYPE: tl.constexpr):
     a, b, c, d = _lookup16(words, table, DTYPE)
     return _halves(tl.join(tl.join(a, b), tl.join(c, d)), DTYPE)
 
 
 @triton.jit
-def _finish_nothing(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
+def finish_nothing(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
     return value
 
 
@@ -249,7 +234,7 @@ def _nibble_floats(nibbles, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _split_e8p(words, high, table, BITS: tl.constexpr, DTYPE: tl.constexpr):
+def split_e8p(words, high, table, BITS: tl.constexpr, DTYPE: tl.constexpr):
     """Both codes of each word, in units of half a weight.
 
     2 bits a weight: too large by a constant, which `finish` subtracts. 3 and 4 bits: final values,
@@ -285,13 +270,13 @@ def _split_e8p(words, high, table, BITS: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _finish_e8p(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
+def finish_e8p(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
     MAGIC: tl.constexpr = 1024.0 if DTYPE == tl.float16 else 128.0
     return (value - MAGIC) - 7.5
 
 
 @triton.jit
-def _split_e4m3(words, high, table, BITS: tl.constexpr, DTYPE: tl.constexpr):
+def split_e4m3(words, high, table, BITS: tl.constexpr, DTYPE: tl.constexpr):
     """Sign, exponent and mantissa, moved into place. `finish` corrects the exponent's bias."""
     SHIFT: tl.constexpr = 7 if DTYPE == tl.float16 else 4
     pair = _pairs(words, high, BITS)
@@ -299,13 +284,13 @@ def _split_e4m3(words, high, table, BITS: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _finish_e4m3(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
+def finish_e4m3(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
     FACTOR: tl.constexpr = 256.0 if DTYPE == tl.float16 else 1.329227995784916e36  # 2^(bias - 7)
     return value * FACTOR
 
 
 @triton.jit
-def _split_e5m2(words, high, table, BITS: tl.constexpr, DTYPE: tl.constexpr):
+def split_e5m2(words, high, table, BITS: tl.constexpr, DTYPE: tl.constexpr):
     pair = _pairs(words, high, BITS)
     if DTYPE == tl.float16:
         return _halves(pair << 8, DTYPE)
@@ -314,29 +299,6 @@ def _split_e5m2(words, high, table, BITS: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _finish_e5m2(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
+def finish_e5m2(value, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
     FACTOR: tl.constexpr = 1.0 if DTYPE == tl.float16 else 5.192296858534828e33  # 2^(127 - 15)
     return value * FACTOR
-
-
-#: (decoder of WeightOnlyTraits, bits) -> its functions
-_LINEAR = Decoder(_split_linear, _finish_linear)
-BY_NAME = {
-    ("linear", 2): _LINEAR,
-    ("linear", 3): _LINEAR,
-    ("linear", 4): _LINEAR,
-    ("linear_real", 2): Decoder(_split_linear, _finish_real),
-    ("linear_real", 3): Decoder(_split_linear, _finish_real),
-    ("linear_real", 4): Decoder(_split_linear, _finish_real),
-    ("linear", 8): Decoder(_split_byte, _finish_byte),
-    **{("signed", bits): Decoder(_split_linear, _finish_signed) for bits in (3, 4, 5, 6)},
-    ("signed", 8): Decoder(_split_byte, _finish_signed),
-    **{("unsigned", bits): Decoder(_split_linear, _finish_unsigned) for bits in (2, 4, 5)},
-    **{("half_integer", bits): Decoder(_split_linear, _finish_half_integer) for bits in (2, 3, 4)},
-    ("e8p", 2): Decoder(_split_e8p, _finish_e8p),
-    ("e8p", 3): Decoder(_split_e8p, _finish_nothing),
-    ("e8p", 4): Decoder(_split_e8p, _finish_nothing),
-    ("lut16", 4): Decoder(_split_lut16, _finish_nothing),
-    ("e4m3", 8): Decoder(_split_e4m3, _finish_e4m3),
-    ("e5m2", 8): Decoder(_split_e5m2, _finish_e5m2),
-}

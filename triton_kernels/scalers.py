@@ -2,7 +2,8 @@
 
 A *scale group* is SCALE_GROUP neighbouring features in kernel order that share a scale; a tile has
 SCALE_GROUPS of them. A scaler takes
-    args          tuple of pointers, in the order of SCALER_TENSORS
+    args          tuple of pointers: the tensors of its row in qkernels/layouts/codecs.py, in order,
+                  and `slice_group` if the row has `lookup`
     rows          int32 (BLOCK_N), output features; row_mask says which exist
     kk            int32 (SCALE_GROUPS), first feature of each scale group
     N, K, KP      sizes; KP counts features in kernel order, padding included
@@ -10,8 +11,8 @@ SCALE_GROUPS of them. A scaler takes
     ROW_GROUP     constexpr, neighbouring rows per scale
     GROUP_LOOKUP  constexpr, whether groups are looked up in `slice_group` (act-order, odd groups)
 and returns (scale, zero), each (BLOCK_N, SCALE_GROUPS) in any float or integer dtype. Decoders
-without zero points ignore zero. The scalers in HAS_MIN return (scale, min) instead, for weight =
-scale * value - min.
+without zero points ignore zero. Where the row has zero="min", a scaler returns (scale, min)
+instead, for weight = scale * value - min.
 
 The last tile may reach past the last feature. Scalers clamp their indices there, and the kernel
 multiplies the resulting weight, which is finite, by x = 0.
@@ -107,6 +108,17 @@ def scale_min(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP
 
 
 @triton.jit
+def e8m0(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
+         GROUP_LOOKUP: tl.constexpr):  # fmt: skip
+    """scales uint8 (G, N), 2^(code - 127): MXFP4. That is the exponent of a float32."""
+    at, live = _along_k(args[0], rows, row_mask, kk, N, KP, GROUP, ROW_GROUP, GROUP_LOOKUP)
+    code = tl.load(args[0] + at, mask=live, other=0).to(tl.int32)
+    bits = tl.where(code > 0, code << 23, 0x00400000)  # 2^-127 is not a normal number
+    s = bits.to(tl.float32, bitcast=True)
+    return s, s
+
+
+@triton.jit
 def _block_item(ptr, rows, row_mask, kk, N, KP, COUNT: tl.constexpr, item):
     """Item `item` of the COUNT items of each K-quant block of 256 features.
 
@@ -147,7 +159,7 @@ def q3_k(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP: tl.
 def q4_k(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
          GROUP_LOOKUP: tl.constexpr):  # fmt: skip
     """6-bit scale and min for 32 features, in three words (qkernels/formats/gguf/types.py)."""
-    d_ptr, dmin_ptr, scales_ptr = args
+    scales_ptr, d_ptr, dmin_ptr = args
     j = kk % 256 // 32
     shift, late = (j % 4 * 8)[None, :], (j >= 4)[None, :]
     a = _block_item(scales_ptr, rows, row_mask, kk, N, KP, 3, 0) >> shift
@@ -174,7 +186,7 @@ def q6_k(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP: tl.
 def iq4_xs(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
            GROUP_LOOKUP: tl.constexpr):  # fmt: skip
     """6 bits for 32 features: low nibbles in a word, top bits in half a word."""
-    d_ptr, high_ptr, low_ptr = args
+    low_ptr, d_ptr, high_ptr = args
     j = (kk % 256 // 32)[None, :]
     low = (_block_item(low_ptr, rows, row_mask, kk, N, KP, 1, 0) >> (j * 4)) & 15
     high = (_block_item(high_ptr, rows, row_mask, kk, N, KP, 1, 0).to(tl.int32) >> (j * 2)) & 3
@@ -189,7 +201,8 @@ def two_level(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP
     """SpQR: scales and zeros are quantized in turn.
 
     stats: uint8 (G, N), the code of the scale (low 3 bits) and that of the zero. second_level:
-    (G, N / ROW_GROUP, 4), the scale and zero of each: s_s, z_s, s_z, z_z.
+    (G, N / ROW_GROUP, 4), the scale and zero of each: s_s, z_s, s_z, z_z. The zero is no integer,
+    so that scale * zero is a min.
     """
     stats_ptr, second_ptr, group_ptr = args
     at, live = _along_k(group_ptr, rows, row_mask, kk, N, KP, GROUP, 1, GROUP_LOOKUP)
@@ -199,32 +212,5 @@ def two_level(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP
     z_s = tl.load(second_ptr + at * 4 + 1, mask=live, other=0).to(tl.float32)
     s_z = tl.load(second_ptr + at * 4 + 2, mask=live, other=0).to(tl.float32)
     z_z = tl.load(second_ptr + at * 4 + 3, mask=live, other=0).to(tl.float32)
-    return s_s * ((stat & 7).to(tl.float32) - s_z), z_s * ((stat >> 3).to(tl.float32) - z_z)
-
-
-_ALL = (
-    group, scale, scale_flat, nested, nested_flat, two_level, scale_min, q2_k, q3_k, q4_k, q6_k,
-    iq4_xs,
-)  # fmt: skip
-BY_NAME = {f.__name__: f for f in _ALL}
-#: the scalers whose second result is a min: weight = scale * value - min
-HAS_MIN = frozenset({"scale_min", "q2_k", "q4_k"})
-#: the scalers whose second result is a zero point: weight = scale * (value - zero)
-HAS_ZERO = frozenset({"group", "two_level"})
-
-_NESTED = ("scaler.absmax", "scaler.nested_map", "scaler.nested_absmax", "scaler.offset")
-#: the tensors that each scaler reads, with their names in qkernels/layouts/weight_only.py
-SCALER_TENSORS = {
-    "group": ("scaler.scales", "scaler.zeros", "slice_group"),
-    "scale": ("scaler.absmax",),
-    "scale_min": ("scaler.d", "scaler.m"),
-    "q2_k": ("scaler.scales", "scaler.d", "scaler.dmin"),
-    "q3_k": ("scaler.scales", "scaler.d"),
-    "q4_k": ("scaler.d", "scaler.dmin", "scaler.scales"),
-    "q6_k": ("scaler.scales", "scaler.d"),
-    "iq4_xs": ("scaler.d", "scaler.scales_h", "scaler.scales_l"),
-    "scale_flat": ("scaler.absmax",),
-    "nested": _NESTED,
-    "nested_flat": _NESTED,
-    "two_level": ("scaler.stats", "scaler.second_level", "slice_group"),
-}
+    s = s_s * ((stat & 7).to(tl.float32) - s_z)
+    return s, s * (z_s * ((stat >> 3).to(tl.float32) - z_z))

@@ -70,7 +70,7 @@ class KernelTraits(NamedTuple):
     bits: width of a code.
     width: width of the codes in `qdata`, less than `bits` if the codes are split into planes.
     high_words: words of `qhigh` in one tile of one row.
-    high_step: `high_step` of qkernels/layouts/weight_only.py.
+    high_step: `CodeKind.high_step` of qkernels/layouts/codecs.py.
     split, finish: the decoder (decoders.py).
     scaler: the function that loads scales (scalers.py).
     group_size: features along K, or weights of the flattened matrix, that share a scale.
@@ -407,7 +407,7 @@ def weight_only_gemm(
 
     Tuples of pointers are tuples because functions pass them on together:
     weight_args: qdata, qhigh, perm and table, as qkernels/layouts/weight_only.py describes them.
-    scaler_args: the tensors of TRAITS.scaler (SCALER_TENSORS in scalers.py).
+    scaler_args: the tensors of TRAITS.scaler (qkernels/layouts/codecs.py).
     outlier_args: () or, with TRAITS.outliers, those of `_sparse`.
 
     sparse_x: the x that outliers multiply, x itself or its transposed copy.

@@ -1,14 +1,15 @@
 // Decodes words on the host, for a test that compares every code with the Python reference. It runs
 // in one thread of the emulator, because codebooks are in shared memory.
-#include "dispatch.h"
+//
+// The test defines QK_CODES(X): X(class) for the decoder of each row of qkernels/layouts/codecs.py.
+#include "e8p.h"
 
 namespace qk {
 namespace {
 
-template <typename T, int CODE>
+template <typename D>
 void decode(const uint32_t* words, const uint32_t* high, const Table& table, int count, float zero,
             uint32_t* out) {
-    using D = DecoderOf<T, CODE>;
     for (int i = 0; i < count; i++) {
         uint32_t pairs[D::kPairs];
         D::split(words[i], high[i], table, pairs);
@@ -19,10 +20,10 @@ void decode(const uint32_t* words, const uint32_t* high, const Table& table, int
 }
 
 /// Decodes in the emulator. The first words of `table` are the codebook, if there is one.
-template <typename T, int CODE>
+template <typename D>
 std::string run(const uint32_t* words, const uint32_t* high, const uint32_t* table, int count,
                 float zero, uint32_t* out) {
-    constexpr int book = DecoderOf<T, CODE>::kBook;
+    constexpr int book = D::kBook;
     return emulation::Machine::get().launch({1, 1, 1}, {32, 1, 1}, book * 4, [=] {
         auto* shared = reinterpret_cast<uint32_t*>(shared_memory());
         Table entries = {{}, shared};
@@ -30,10 +31,10 @@ std::string run(const uint32_t* words, const uint32_t* high, const uint32_t* tab
             for (int i = 0; i < book; i++) {
                 store_shared(shared + i, table[i]);
             }
-            if (DecoderOf<T, CODE>::kTable) {
+            if (D::kTable) {
                 memcpy(entries.w, table, sizeof entries.w);
             }
-            decode<T, CODE>(words, high, entries, count, zero, out);
+            decode<D>(words, high, entries, count, zero, out);
         }
     });
 }
@@ -42,7 +43,7 @@ using Function = std::string (*)(const uint32_t*, const uint32_t*, const uint32_
                                  uint32_t*);
 template <typename T>
 Function find(int code) {
-#define QK_RUN(CODE, ...) run<T, CODE>,
+#define QK_RUN(...) run<__VA_ARGS__>,
     const Function all[] = {QK_CODES(QK_RUN)};
 #undef QK_RUN
     return all[code];

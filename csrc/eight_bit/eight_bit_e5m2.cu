@@ -1,5 +1,3 @@
 #include "launch.h"
 
-extern "C" const char* qk_eight_bit_e5m2(const qk::EightBitCall* call) {
-    return qk::run_eight_bit<qk::kE5M2Kind>(call);
-}
+QK_ENTRY(eight_bit_e5m2, EightBitCall, qk::run_eight_bit<qk::kE5M2>)

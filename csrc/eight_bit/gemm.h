@@ -97,7 +97,7 @@ QK_DEVICE void multiply_slice(Sums<P, Sum>& part, const unsigned char* stage, in
         QK_UNROLL
         for (int c = 0; c < P::kTilesN; c++) {
             const uint32_t operand[2] = {b[c / 2][c % 2 * 2], b[c / 2][c % 2 * 2 + 1]};
-            MmaCodes<KIND == kInt8 ? kInt8 : kE4M3Kind, KIND>::run(part[i][c], a[i], operand);
+            MmaCodes<KIND == kInt8 ? kInt8 : kE4M3, KIND>::run(part[i][c], a[i], operand);
         }
     }
 }
@@ -241,7 +241,7 @@ QK_DEVICE void add_all(Sums<P, Sum>& to, Sums<P, Sum>& from) {
 template <int KIND, bool BLOCKS, int ROWS>
 __global__ void __launch_bounds__(kGemmThreads, 1) eight_bit_gemm(EightBitArgs args) {
     using P = Tiling<ROWS>;
-    using Sum = typename MmaCodes<KIND == kInt8 ? kInt8 : kE4M3Kind, KIND>::Sum;
+    using Sum = typename MmaCodes<KIND == kInt8 ? kInt8 : kE4M3, KIND>::Sum;
     unsigned char* ring = shared_memory();
     const Tile tile = tile_of<ROWS, kTileN>(args, block_index_x());
     const int warp = warp_index(), q = lane_index() / 4;

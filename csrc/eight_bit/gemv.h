@@ -86,7 +86,7 @@ QK_DEVICE void multiply_step(Sum (&acc)[COLUMNS][4], const StepCodes<COLUMNS>& c
             if constexpr (KIND == kInt8) {
                 MmaCodes<kInt8, kInt8>::run(acc[c], a, b);
             } else {
-                MmaCodes<KIND, kE4M3Kind>::run(part, a, b);
+                MmaCodes<KIND, kE4M3>::run(part, a, b);
             }
         }
         if constexpr (KIND == kInt8) {
@@ -219,7 +219,7 @@ constexpr size_t gemv_shared() {
 }
 template <int KIND, bool BLOCKS, int COLUMNS>
 __global__ void __launch_bounds__(kEightThreads) eight_bit_gemv(EightBitArgs args) {
-    using Sum = typename MmaCodes<KIND, KIND == kInt8 ? kInt8 : kE4M3Kind>::Sum;
+    using Sum = typename MmaCodes<KIND, KIND == kInt8 ? kInt8 : kE4M3>::Sum;
     const GemvPlace at{int(block_index_x()) * kGemvBlock, int(lane_index() / 4),
                        int(lane_index() % 4)};
     const int steps = (args.kp + kStep - 1) / kStep;

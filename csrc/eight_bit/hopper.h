@@ -91,7 +91,7 @@ QK_DEVICE void multiply_step(Sum (&sums)[P::kSums], int stage, int warpgroup, bo
     product_fence();
     QK_UNROLL
     for (int k = 0; k < kStep / 32; k++) {
-        ProductOfCodes<KIND == kInt8 ? kInt8 : kE4M3Kind, KIND, P::kColumns>::run(
+        ProductOfCodes<KIND == kInt8 ? kInt8 : kE4M3, KIND, P::kColumns>::run(
             sums, further(a, k * 32), further(b, k * 32), accumulate || k > 0);
     }
     product_commit();
@@ -161,7 +161,7 @@ QK_DEVICE void multiply_tile(Sum (&acc)[P::kSums], const EightBitArgs& args, con
 template <int KIND, bool BLOCKS>
 QK_DEVICE void multiply_tiles(const EightBitArgs& args, int warpgroup) {
     using P = HopperTiling<KIND>;
-    using Sum = typename MmaCodes<KIND == kInt8 ? kInt8 : kE4M3Kind, KIND>::Sum;
+    using Sum = typename MmaCodes<KIND == kInt8 ? kInt8 : kE4M3, KIND>::Sum;
     auto* out = reinterpret_cast<uint16_t*>(shared_memory() + P::kOutAt + warpgroup * P::kOutBytes);
     RingPosition<P::kStages> ring;
     wait_for_last_kernel();  // it wrote x's scales, and may still read y's memory

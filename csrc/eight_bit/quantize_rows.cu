@@ -1,6 +1,6 @@
 #include "launch.h"
 
-extern "C" const char* qk_quantize_rows(const qk::QuantizeCall* call) {
+static const char* run_quantize(const qk::QuantizeCall* call) {
     static thread_local std::string error;
     if (qk::of_this_version(*call, error)) {
         const int granularity = call->args.granularity;
@@ -16,3 +16,5 @@ extern "C" const char* qk_quantize_rows(const qk::QuantizeCall* call) {
     }
     return error.c_str();
 }
+
+QK_ENTRY(quantize_rows, QuantizeCall, run_quantize)

@@ -14,7 +14,7 @@
 namespace qk {
 
 /// Kinds of 8-bit codes. qkernels/backends/cuda/eight_bit.py has the same numbers.
-enum Kind : int { kInt8, kE4M3Kind, kE5M2Kind };
+enum Kind : int { kInt8, kE4M3, kE5M2 };
 
 // ---------------------------------------------------------------- words of the L2
 QK_DEVICE uint32_t load_l2(const uint32_t* p) {
@@ -101,7 +101,7 @@ inline float code_value(uint32_t code) {
     if (KIND == kInt8) {
         return int8_t(code);
     }
-    if (KIND == kE5M2Kind) {
+    if (KIND == kE5M2) {
         return to_float(Half{uint16_t(code << 8)});
     }
     if ((code & 0x7F) == 0x7F) {
@@ -145,7 +145,7 @@ template <int KIND>
 QK_HOST_DEVICE void code_halves(uint32_t codes, uint32_t& low, uint32_t& high) {
     uint32_t pairs[2] = {prmt(codes, 0, 0x1404), prmt(codes, 0, 0x3424)};
     QK_UNROLL
-    for (int i = 0; i < 2 && KIND == kE4M3Kind; i++) {
+    for (int i = 0; i < 2 && KIND == kE4M3; i++) {
         // A shift right by one bit leaves 2^-8 of the value. The addition carries into the top bit
         // of the exponent only for the bits of NaN.
         uint32_t moved = (pairs[i] & 0x7F007F00) >> 1;
@@ -201,9 +201,9 @@ struct MmaCodes {
     using Sum = float;
     static QK_DEVICE void run(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-        if constexpr (KIND_A == kE4M3Kind && KIND_B == kE4M3Kind) {
+        if constexpr (KIND_A == kE4M3 && KIND_B == kE4M3) {
             QK_MMA_FP8("e4m3", "e4m3");
-        } else if constexpr (KIND_A == kE4M3Kind) {
+        } else if constexpr (KIND_A == kE4M3) {
             QK_MMA_FP8("e4m3", "e5m2");
         } else {
             QK_MMA_FP8("e5m2", "e4m3");

@@ -1,10 +1,35 @@
-// Launches a kernel that takes one struct of arguments: on a stream, or in the emulator.
+// Launches a kernel that takes one struct of arguments: on a stream, or in the emulator. And lists
+// the entry points of all kernels.
 #pragma once
 #include <string>
 
 #include "target.h"
 
 namespace qk {
+
+/// An entry point that Python calls by its name. All entries are a list, which grows while the
+/// module is loaded: so only the source file of a kernel names it.
+struct Entry {
+    using Run = const char* (*)(const void* call);
+    const char* name;
+    Run run;
+    const Entry* next;
+
+    Entry(const char* its_name, Run its_run) : name(its_name), run(its_run), next(first()) {
+        first() = this;
+    }
+    static const Entry*& first() {
+        static const Entry* entry = nullptr;
+        return entry;
+    }
+};
+
+/// An entry NAME that calls the function after CALL, the class of its argument. It returns an error
+/// message, or "". Tests call `qk_NAME`.
+#define QK_ENTRY(NAME, CALL, ...)                                                        \
+    extern "C" const char* qk_##NAME(const qk::CALL* call) { return __VA_ARGS__(call); } \
+    static const qk::Entry qk_entry_##NAME(                                              \
+        #NAME, [](const void* call) { return qk_##NAME(static_cast<const qk::CALL*>(call)); });
 
 struct Grid {
     uint32_t x, y, threads;

@@ -193,7 +193,7 @@ struct ProductOfCodes {
                                   accumulate,
                                   finish_8<KIND_A, KIND_B, N>});
 #elif QK_HOPPER
-        static_assert(KIND_A == kInt8 ? N == 256 : KIND_A == kE4M3Kind && N == 128, "");
+        static_assert(KIND_A == kInt8 ? N == 256 : KIND_A == kE4M3 && N == 128, "");
         if constexpr (KIND_A == kInt8) {
             asm volatile(
                 "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
@@ -201,7 +201,7 @@ struct ProductOfCodes {
                 "}, %128, %129, p;\n}"
                 : QK_64(QK_INT_SUM, sums, 0), QK_64(QK_INT_SUM, sums, 64)
                 : "l"(a.bits), "l"(b.bits), "r"(int(accumulate)));
-        } else if constexpr (KIND_B == kE4M3Kind) {
+        } else if constexpr (KIND_B == kE4M3) {
             asm volatile(
                 "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
                 "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" QK_SUMS_64

@@ -16,7 +16,7 @@ std::string launch_transform(const TransformCall& call) {
 }  // namespace qk
 
 /// Returns an error message, which stays valid until the next call of this thread; "" for success.
-extern "C" const char* qk_transform_rows(const qk::TransformCall* call) {
+static const char* run_transform(const qk::TransformCall* call) {
     static thread_local std::string error;
     if (call->size != int(sizeof(qk::TransformCall))) {
         error = "the compiled kernels and the Python code are of different versions";
@@ -28,6 +28,8 @@ extern "C" const char* qk_transform_rows(const qk::TransformCall* call) {
     }
     return error.c_str();
 }
+
+QK_ENTRY(transform_rows, TransformCall, run_transform)
 
 #ifndef __CUDACC__
 #include "../emulation/control.h"

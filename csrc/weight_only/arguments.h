@@ -8,9 +8,7 @@ namespace qk {
 struct Words4;
 struct Words2;
 
-/// Kinds of the scaler `Plain`, which one kernel distinguishes at run time, and dtypes of scales.
-/// qkernels/backends/cuda/calls.py has the same numbers.
-enum Scaling : int { kGroup, kScale, kScaleFlat, kNested, kNestedFlat };
+/// Dtypes of scales. qkernels/backends/cuda/calls.py has the same numbers.
 enum ScaleType : int { kFloat32, kFloat16, kBFloat16 };
 
 struct WeightOnlyArgs {
@@ -20,14 +18,8 @@ struct WeightOnlyArgs {
     const int* perm;         // (KP) or null
     const int* slice_group;  // (KP / 16) or null
     const uint32_t* table;   // (8) of the 16-bit type, or a codebook, or null
-    const void* scale;       // scales, absmax, or 8-bit codes of absmax
-    const uint8_t* zero;     // zero points (groups, N)
-    const void* second;      // further tensors of a scaler of quad_scalers.h
-    const void* third;
-    const float* nested_map;
-    const float* nested_outer;
-    const float* nested_offset;
-    const int* row_offsets;    // of outliers, (N + 1)
+    const void* scaler[4];   // `tensors` of the scales' row in qkernels/layouts/codecs.py, in order
+    const int* row_offsets;  // of outliers, (N + 1)
     const uint32_t* col_vals;  // float16 value << 16 | input feature
     const void* x_columns;     // gemm with outliers: x^T (K, x_rows), in the checkpoint's order
     const void* bias;          // (N) or null
@@ -38,9 +30,10 @@ struct WeightOnlyArgs {
     int tiles, k_slice;          // tiles of 16 words along K: in all, and in a split-K slice
     int group, shift;            // features in a group, and log2 of it or -1
     int row_group, scale_group;  // rows, and features of a tile, that have the same scale
-    int scaling, scale_type;
-    int x_stride;  // gemm: features of a row of x, in kernel order, a multiple of 8
-    int chunk;     // gemv: tiles whose activations are in shared memory at a time
+    int flat, nested, has_zero;  // of `Plain`: as in the scales' row in codecs.py
+    int scale_type;              // of `Plain`: dtype of scaler[0], a ScaleType
+    int x_stride;                // gemm: features of a row of x, in kernel order, a multiple of 8
+    int chunk;                   // gemv: tiles whose activations are in shared memory at a time
     int x_rows;    // gemm with outliers: rows of x, padded with zeros to a multiple of 8
     int is_float;  // whether y is float32
 };

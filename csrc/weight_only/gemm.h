@@ -199,10 +199,9 @@ QK_DEVICE bool reduce_slices(float (&acc)[COUNT][4], const WeightOnlyArgs& args,
 }
 
 /// Grid: (blocks of rows of x, fastest, and of 64 rows of W; split-K slices).
-template <typename T, int CODE, typename S>
-__global__ void __launch_bounds__(kThreads, (kGemmBlocks<DecoderOf<T, CODE>>))
+template <typename T, typename D, typename S>
+__global__ void __launch_bounds__(kThreads, (kGemmBlocks<D>))
     weight_only_gemm(const __grid_constant__ WeightOnlyArgs args) {
-    using D = DecoderOf<T, CODE>;
     constexpr int columns = kGemmColumns<D>;
     const int blocks_m = (args.m + columns - 1) / columns, begin = block_index_y() * args.k_slice;
     const GemmBlock<D> block{int(block_index_x() % blocks_m * columns),

@@ -174,10 +174,9 @@ QK_DEVICE bool reduce(float& total, const WeightOnlyArgs& args, const float (&ac
 }
 
 /// Grid: (blocks of 8 rows of x, fastest, and of 16 rows of W; split-K slices).
-template <typename T, int CODE, typename S>
+template <typename T, typename D, typename S>
 __global__ void __launch_bounds__(kGemvThreads)
     weight_only_gemv(const __grid_constant__ WeightOnlyArgs args) {
-    using D = DecoderOf<T, CODE>;
     const int blocks_m = (args.m + kGemvColumns - 1) / kGemvColumns;
     const int m0 = block_index_x() % blocks_m * kGemvColumns;
     const int n0 = block_index_x() / blocks_m * kGemvRows;

@@ -343,11 +343,10 @@ QK_DEVICE void multiply_all(const HopperArgs& args, const HopperShared<D, COLUMN
 
 /// Grid: one block per SM, or fewer. Shared memory: HopperShared::kBytes. ROW_SCALE: a row of W has
 /// one scale and y is float32, because a transform reads it; so sums are scaled, not weights.
-template <typename T, int CODE, typename S, bool ROW_SCALE>
+template <typename T, typename D, typename S, bool ROW_SCALE>
 __global__ void __launch_bounds__(kHopperThreads, 1)
     weight_only_hopper(const __grid_constant__ HopperArgs args) {
     if constexpr (kOnHopper) {
-        using D = DecoderOf<T, CODE>;
         constexpr int columns = kHopperColumns<D, S>;
         using Shared = HopperShared<D, columns>;
         static_assert(Shared::kBytes <= 227 * 1024, "");

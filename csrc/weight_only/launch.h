@@ -1,5 +1,6 @@
-// Finds and launches the kernel for a call. One source file per decoder instantiates it, so that
-// the files compile in parallel.
+// Finds and launches the kernel for a call. qkernels/backends/cuda/build.py writes a source file
+// for each row of kernels in qkernels/layouts/codecs.py, which instantiates `run_weight_only`
+// there.
 #pragma once
 #include "../ptx/launch.h"
 #include "hopper.h"
@@ -15,33 +16,32 @@ struct HopperKernel {
     int columns, shared;
     bool row_scale;
 
-    template <typename T, int CODE, typename S, bool ROW_SCALE = false>
+    template <typename T, typename D, typename S, bool ROW_SCALE = false>
     static HopperKernel of() {
-        using D = DecoderOf<T, CODE>;
         constexpr int columns = kHopperColumns<D, S>;
-        return {weight_only_hopper<T, CODE, S, ROW_SCALE>, columns,
-                HopperShared<D, columns>::kBytes, ROW_SCALE};
+        return {weight_only_hopper<T, D, S, ROW_SCALE>, columns, HopperShared<D, columns>::kBytes,
+                ROW_SCALE};
     }
 };
 
 /// Kernels of the scaler `Plain`, one for each number of scale groups in a tile.
 struct AnyPlain {
-    template <typename T, int CODE>
+    template <typename T, typename D>
     static WeightOnlyKernel find(const WeightOnlyCall& call) {
         const WeightOnlyKernel gemv[] = {
-            weight_only_gemv<T, CODE, Plain<0>>, weight_only_gemv<T, CODE, Plain<1>>,
-            weight_only_gemv<T, CODE, Plain<2>>, nullptr, weight_only_gemv<T, CODE, Plain<4>>};
+            weight_only_gemv<T, D, Plain<0>>, weight_only_gemv<T, D, Plain<1>>,
+            weight_only_gemv<T, D, Plain<2>>, nullptr, weight_only_gemv<T, D, Plain<4>>};
         // A tile with two scales runs as one with four scale groups: each scale is loaded twice.
         const WeightOnlyKernel gemm[] = {
-            weight_only_gemm<T, CODE, Plain<0>>, weight_only_gemm<T, CODE, Plain<1>>,
-            weight_only_gemm<T, CODE, Plain<4>>, nullptr, weight_only_gemm<T, CODE, Plain<4>>};
+            weight_only_gemm<T, D, Plain<0>>, weight_only_gemm<T, D, Plain<1>>,
+            weight_only_gemm<T, D, Plain<4>>, nullptr, weight_only_gemm<T, D, Plain<4>>};
         return call.kernel == 0 ? gemv[call.scale_groups] : gemm[call.scale_groups];
     }
-    template <typename T, int CODE>
+    template <typename T, typename D>
     static HopperKernel find_hopper(const WeightOnlyCall& call) {
-        return call.scale_groups == 0   ? HopperKernel::of<T, CODE, Plain<0>>()
-               : call.scale_groups == 1 ? HopperKernel::of<T, CODE, Plain<1>>()
-                                        : HopperKernel::of<T, CODE, Plain<4>>();
+        return call.scale_groups == 0   ? HopperKernel::of<T, D, Plain<0>>()
+               : call.scale_groups == 1 ? HopperKernel::of<T, D, Plain<1>>()
+                                        : HopperKernel::of<T, D, Plain<4>>();
     }
 };
 
@@ -49,26 +49,26 @@ struct AnyPlain {
 /// weight_only_hopper.
 template <typename S, bool ROW_SCALE = false>
 struct Only {
-    template <typename T, int CODE>
+    template <typename T, typename D>
     static WeightOnlyKernel find(const WeightOnlyCall& call) {
         static_assert(S::kGroups > 0, "");
-        if (call.args.scale_group % (kTile<DecoderOf<T, CODE>> / S::kGroups) != 0) {
+        if (call.args.scale_group % (kTile<D> / S::kGroups) != 0) {
             return nullptr;
         }
-        return call.kernel == 0 ? WeightOnlyKernel(weight_only_gemv<T, CODE, S>)
-                                : WeightOnlyKernel(weight_only_gemm<T, CODE, S>);
+        return call.kernel == 0 ? WeightOnlyKernel(weight_only_gemv<T, D, S>)
+                                : WeightOnlyKernel(weight_only_gemm<T, D, S>);
     }
-    template <typename T, int CODE>
+    template <typename T, typename D>
     static HopperKernel find_hopper(const WeightOnlyCall&) {
-        return HopperKernel::of<T, CODE, S, ROW_SCALE>();
+        return HopperKernel::of<T, D, S, ROW_SCALE>();
     }
 };
 
-template <typename T, int CODE, typename Scalers>
+template <typename T, typename D, typename Scalers>
 std::string launch_weight_only(const WeightOnlyCall& call) {
     // The gemv or gemm kernel; null if there is none for groups this short. A Hopper call asks only
     // for this check.
-    const WeightOnlyKernel kernel = Scalers::template find<T, CODE>(call);
+    const WeightOnlyKernel kernel = Scalers::template find<T, D>(call);
     if (kernel == nullptr) {
         return "it is made for longer groups than these";
     }
@@ -76,7 +76,7 @@ std::string launch_weight_only(const WeightOnlyCall& call) {
         const Grid grid{call.grid_x, call.grid_y, kGemvThreads, call.shared};
         return launch<WeightOnlyArgs>(kernel, grid, call.args, call.stream, call.pdl != 0);
     }
-    const HopperKernel hopper = Scalers::template find_hopper<T, CODE>(call);
+    const HopperKernel hopper = Scalers::template find_hopper<T, D>(call);
     if (hopper.row_scale != (call.args.is_float != 0)) {
         return "Hopper's kernel has float32 results for weights with transforms alone";
     }
@@ -95,14 +95,15 @@ std::string launch_weight_only(const WeightOnlyCall& call) {
 }
 
 /// Returns an error message, which stays valid until the next call of this thread; "" for success.
-template <int CODE, typename Scalers = AnyPlain>
+/// HALF, BFLOAT: the decoder for each type.
+template <typename HALF, typename BFLOAT, typename Scalers>
 const char* run_weight_only(const WeightOnlyCall* call) {
     static thread_local std::string error;
     if (call->size != int(sizeof(WeightOnlyCall))) {
         error = "the compiled kernels and the Python code are of different versions";
     } else {
-        error = call->is_bfloat ? launch_weight_only<BFloat, CODE, Scalers>(*call)
-                                : launch_weight_only<Half, CODE, Scalers>(*call);
+        error = call->is_bfloat ? launch_weight_only<BFloat, BFLOAT, Scalers>(*call)
+                                : launch_weight_only<Half, HALF, Scalers>(*call);
     }
     return error.c_str();
 }

@@ -62,6 +62,14 @@ QK_DEVICE uint32_t halves(const WeightOnlyArgs& args, const void* low, const voi
     return item<uint16_t>(args, low, at, row) | item<uint16_t>(args, high, at, row) << 16;
 }
 
+/// The group of 32 features whose scale this lane loads: scale group j of the tile. Lanes past the
+/// last feature load the last group's.
+template <int SCALE_GROUPS>
+QK_DEVICE int group_of_lane(const WeightOnlyArgs& args, int tile) {
+    const int group = tile * SCALE_GROUPS + lane_index() % SCALE_GROUPS, last = args.kp / 32 - 1;
+    return group < last ? group : last;
+}
+
 /// GGUF's q4_0, q5_0 and q8_0: a scale d per 32 features. With HAS_MIN, q4_1 and q5_1: also m, and
 /// weight = d * value + m.
 template <int SCALE_GROUPS, bool HAS_MIN>
@@ -70,15 +78,12 @@ struct Blocks : Quad<SCALE_GROUPS, HAS_MIN, 4> {
     using typename Base::Raw;
     using typename Base::Rows;
 
-    /// Lane j has scale group j of the tile.
     QK_DEVICE static void fetch(Raw& raw, const WeightOnlyArgs& args, const Rows& rows, int tile,
                                 int) {
-        const int group = tile * SCALE_GROUPS + lane_index() % SCALE_GROUPS,
-                  last = args.kp / 32 - 1;
-        const int at = group < last ? group : last;
+        const int at = group_of_lane<SCALE_GROUPS>(args, tile);
         Base::load_rows(raw.w, args, rows, [&](int row) {
-            return HAS_MIN ? halves(args, args.scale, args.second, at, row)
-                           : item<uint16_t>(args, args.scale, at, row);
+            return HAS_MIN ? halves(args, args.scaler[0], args.scaler[1], at, row)
+                           : item<uint16_t>(args, args.scaler[0], at, row);
         });
     }
 
@@ -91,6 +96,30 @@ struct Blocks : Quad<SCALE_GROUPS, HAS_MIN, 4> {
     }
 };
 
+/// MXFP4: a scale 2^(code - 127) per 32 features, as a byte.
+template <int SCALE_GROUPS>
+struct E8M0 : Quad<SCALE_GROUPS, false, 4> {
+    using Base = Quad<SCALE_GROUPS, false, 4>;
+    using typename Base::Raw;
+    using typename Base::Rows;
+
+    QK_DEVICE static void fetch(Raw& raw, const WeightOnlyArgs& args, const Rows& rows, int tile,
+                                int) {
+        const int at = group_of_lane<SCALE_GROUPS>(args, tile);
+        Base::load_rows(raw.w, args, rows,
+                        [&](int row) { return item<uint8_t>(args, args.scaler[0], at, row); });
+    }
+
+    Raw raw;
+    QK_DEVICE E8M0(const WeightOnlyArgs&, const Raw& fetched, int) : raw(fetched) {}
+
+    QK_DEVICE ScaleZero get(const WeightOnlyArgs&, const Rows&, int r, int group, int) const {
+        const uint32_t code = from_quad(raw.w[r], group);
+        // The exponent of a float32; 2^-127 is not a normal number.
+        return {bits_to_float(code != 0 ? code << 23 : 0x00400000), 0};
+    }
+};
+
 /// q4_k and q5_k: a 6-bit scale and a 6-bit minimum per 32 features. Lane j < 3 has word j of a
 /// block's three, lane 3 has d and dmin.
 struct Q4K : Quad<4, true, 4> {
@@ -98,8 +127,8 @@ struct Q4K : Quad<4, true, 4> {
                                 int) {
         const int block = tile / 2, j = lane_index() % 4;
         load_rows(raw.w, args, rows, [&](int row) {
-            return j < 3 ? item<uint32_t>(args, args.scale, block * 3 + j, row)
-                         : halves(args, args.second, args.third, block, row);
+            return j < 3 ? item<uint32_t>(args, args.scaler[0], block * 3 + j, row)
+                         : halves(args, args.scaler[1], args.scaler[2], block, row);
         });
     }
 
@@ -139,12 +168,12 @@ struct Q2K : Quad<16, true, 2> {
             uint32_t four = 0;
             QK_UNROLL
             for (int i = 0; i < 4; i++) {
-                four |= item<uint8_t>(args, args.scale, at + i, row) << 8 * i;
+                four |= item<uint8_t>(args, args.scaler[0], at + i, row) << 8 * i;
             }
             return four;
         });
         load_rows(raw.d, args, rows,
-                  [&](int row) { return halves(args, args.second, args.third, tile, row); });
+                  [&](int row) { return halves(args, args.scaler[1], args.scaler[2], tile, row); });
     }
 
     const Raw& raw;
@@ -167,8 +196,8 @@ struct Q3K : Quad<16, false, 2> {
                                 int) {
         const int j = lane_index() % 4;
         load_rows(raw.w, args, rows, [&](int row) {
-            return j < 3 ? item<uint32_t>(args, args.scale, tile * 3 + j, row)
-                         : item<uint16_t>(args, args.second, tile, row);
+            return j < 3 ? item<uint32_t>(args, args.scaler[0], tile * 3 + j, row)
+                         : item<uint16_t>(args, args.scaler[1], tile, row);
         });
     }
 
@@ -200,9 +229,9 @@ struct Q6K : Quad<8, false, 4> {
                                 int) {
         const int at = tile * 8 + lane_index() % 4 * 2;
         load_rows(raw.w, args, rows, [&](int row) {
-            return item<uint8_t>(args, args.scale, at, row) |
-                   item<uint8_t>(args, args.scale, at + 1, row) << 8 |
-                   item<uint16_t>(args, args.second, tile / 2, row) << 16;
+            return item<uint8_t>(args, args.scaler[0], at, row) |
+                   item<uint8_t>(args, args.scaler[0], at + 1, row) << 8 |
+                   item<uint16_t>(args, args.scaler[1], tile / 2, row) << 16;
         });
     }
 
@@ -225,8 +254,9 @@ struct Iq4Xs : Quad<4, false, 2> {
     QK_DEVICE static void fetch(Raw& raw, const WeightOnlyArgs& args, const Rows& rows, int tile,
                                 int) {
         load_rows(raw.w, args, rows, [&](int row) {
-            return lane_index() % 2 == 0 ? item<uint32_t>(args, args.scale, tile / 2, row)
-                                         : halves(args, args.second, args.third, tile / 2, row);
+            return lane_index() % 2 == 0
+                       ? item<uint32_t>(args, args.scaler[0], tile / 2, row)
+                       : halves(args, args.scaler[1], args.scaler[2], tile / 2, row);
         });
     }
 
@@ -279,10 +309,11 @@ struct TwoLevel : Quad<SCALE_GROUPS, true, 2> {
             for (int r = 0; r < 2; r++) {
                 raw.second[r][i] = {};
                 if (rows.row[r] < args.n) {
-                    raw.stats[r] |= item<uint8_t>(args, args.scale, group, rows.row[r]) << 8 * i;
+                    raw.stats[r] |= item<uint8_t>(args, args.scaler[0], group, rows.row[r])
+                                    << 8 * i;
                     const int row_groups = (args.n + args.row_group - 1) / args.row_group;
                     const int64_t at = int64_t(group) * row_groups + rows.row[r] / args.row_group;
-                    raw.second[r][i] = load_global(static_cast<const Words2*>(args.second) + at);
+                    raw.second[r][i] = load_global(static_cast<const Words2*>(args.scaler[1]) + at);
                 }
             }
         }

@@ -15,8 +15,9 @@
 //   (object)    the scales of one tile while it is multiplied. All lanes of a warp construct it and
 //               call `get` together, for one scale group after another
 //
-// `Plain` is the scaler of GPTQ, bitsandbytes and FP8. The kind (`Scaling`) is the same for every
-// thread, so its branches cost little and one kernel serves all kinds. quad_scalers.h has the other
+// `Plain` is the scaler of GPTQ, bitsandbytes and FP8: of the kinds that have `AnyPlain` in
+// qkernels/layouts/codecs.py. The kind (`flat`, `nested`, `has_zero`) is the same for every thread,
+// so its branches cost little and one kernel serves all kinds. quad_scalers.h has the other
 // scalers.
 #pragma once
 #include "../ptx/arithmetic.h"
@@ -47,33 +48,30 @@ class RowScales {
         if (!live_) {
             return {0, 0};
         }
-        const bool flat = args.scaling == kScaleFlat || args.scaling == kNestedFlat;
-        const bool nested = args.scaling == kNested || args.scaling == kNestedFlat;
         kk = kk < args.kp ? kk : args.kp - 1;
         int64_t at;
-        if (flat) {
+        if (args.flat) {
             at = block(args, kk);
         } else if (args.slice_group != nullptr) {
             at = int64_t(load_global(args.slice_group + kk / 16)) * stride_ + row_;
         } else {
             at = int64_t(args.shift >= 0 ? kk >> args.shift : kk / args.group) * stride_ + row_;
         }
-        if (nested) {
-            const float outer = load_global(args.nested_outer + block(args, kk) / 256);
-            return {load_global(static_cast<const uint8_t*>(args.scale) + at),
-                    float_to_bits(outer)};
+        if (args.nested) {
+            const float outer = item<float>(args, 2, block(args, kk) / 256);
+            return {item<uint8_t>(args, 0, at), float_to_bits(outer)};
         }
-        const uint32_t zero = args.scaling == kGroup ? load_global(args.zero + at) : 0;
+        const uint32_t zero = args.has_zero ? item<uint8_t>(args, 1, at) : 0;
         if (args.scale_type == kFloat32) {
-            return {load_global(static_cast<const uint32_t*>(args.scale) + at), zero};
+            return {item<uint32_t>(args, 0, at), zero};
         }
-        return {load_global(static_cast<const uint16_t*>(args.scale) + at), zero};
+        return {item<uint16_t>(args, 0, at), zero};
     }
 
     QK_DEVICE static ScaleZero finish(const WeightOnlyArgs& args, const RawScale& raw) {
-        if (args.scaling == kNested || args.scaling == kNestedFlat) {
-            const float inner = load_global(args.nested_map + raw.bits) * bits_to_float(raw.other);
-            return {inner + load_global(args.nested_offset), 0};
+        if (args.nested) {
+            const float inner = item<float>(args, 1, raw.bits) * bits_to_float(raw.other);
+            return {inner + item<float>(args, 3, 0), 0};
         }
         const float zero = float(raw.other);
         if (args.scale_type == kFloat16) {
@@ -83,6 +81,12 @@ class RowScales {
     }
 
   private:
+    /// Item `at` of the scaler's tensor number `tensor`.
+    template <typename V>
+    QK_DEVICE static V item(const WeightOnlyArgs& args, int tensor, int64_t at) {
+        return load_global(static_cast<const V*>(args.scaler[tensor]) + at);
+    }
+
     bool live_;
     int row_, stride_;
     int64_t flat_;
@@ -99,8 +103,8 @@ QK_NOINLINE ScaleZero scale_at(const WeightOnlyArgs* args, RowScales scales, int
     return RowScales::finish(*args, scales.fetch(*args, kk));
 }
 
-/// Any `Scaling`. With 1, 2 or 4 SCALE_GROUPS in a tile, the scales are loaded with the codes. With
-/// 0, they are looked up when they are needed, for each weight if need be.
+/// Any kind of `Plain` scales. With 1, 2 or 4 SCALE_GROUPS in a tile, the scales are loaded with
+/// the codes. With 0, they are looked up when they are needed, for each weight if need be.
 template <int SCALE_GROUPS>
 struct Plain {
     static constexpr int kGroups = SCALE_GROUPS, kLoaded = SCALE_GROUPS == 0 ? 1 : SCALE_GROUPS;

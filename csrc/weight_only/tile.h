@@ -7,7 +7,7 @@
 #pragma once
 #include <type_traits>
 
-#include "../decoders/dispatch.h"
+#include "../decoders/e8p.h"
 #include "../ptx/warp.h"
 #include "quad_scalers.h"
 

@@ -124,7 +124,12 @@ class Quip(IncoherentFormat):
     # ------------------------------------------------------------------ kernel family
     def weight_only_traits(self, shape: Shape, params: Params) -> WeightOnlyTraits:
         return WeightOnlyTraits(
-            params["bits"], "half_integer", "scale", shape[1], shape[0], transform_scales=(1.0, 1.0)
+            params["bits"],
+            "half_integer",
+            "row_scale",
+            shape[1],
+            shape[0],
+            transform_scales=(1.0, 1.0),
         )
 
     def weight_only(

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layouts.weight_only import WeightOnlyParts, WeightOnlyTraits
+from ..layouts.weight_only import WeightOnlyParts, WeightOnlyTraits, whole_tiles
 from . import e8p
 from .base import TensorSpec
 from .incoherent import IncoherentFormat, Side
@@ -154,9 +154,9 @@ class QuipSharp(IncoherentFormat):
     # ------------------------------------------------------------------ kernel family
     def weight_only_traits(self, shape: Shape, params: Params) -> WeightOnlyTraits:
         n, k = shape
-        group, transform_scales = -(-k // 256) * 256, (math.sqrt(k), math.sqrt(n))
+        group, transform_scales = whole_tiles(k), (math.sqrt(k), math.sqrt(n))
         return WeightOnlyTraits(
-            params["bits"], "e8p", "scale", group, n, transform_scales=transform_scales
+            params["bits"], "e8p", "row_scale", group, n, transform_scales=transform_scales
         )
 
     def weight_only(

@@ -260,7 +260,7 @@ class Spqr(Format):
     def weight_only_traits(self, shape: Shape, params: Params) -> WeightOnlyTraits:
         return WeightOnlyTraits(
             params["bits"],
-            "linear_real",
+            "unsigned",
             "two_level",
             params["group_size"],
             min(params["row_group"], shape[0]),

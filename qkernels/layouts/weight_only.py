@@ -55,10 +55,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .codecs import CODES, SCALES, SLICE, WORDS, CodeKind, ScaleKind
+
 WEIGHT_ONLY = "weight_only"
 
-SLICE = 16
-WORDS = 16
 #: codebook codes, of eight weights each, in one tile of one row
 CODEBOOK_CODES = 32
 
@@ -66,17 +66,15 @@ CODEBOOK_CODES = 32
 class WeightOnlyTraits(NamedTuple):
     """How the weight-only kernels treat a format with given parameters.
 
-    bits: width of a code. Codes of 3, 5 and 6 bits are split into two planes.
-    decoder: how a code becomes a value.
-        "linear"        code - zero point
-        "linear_real"   the same, with zero points that are no integers
+    decoder, bits: the kind of codes, a row of codecs.CODES.
+        "linear"        code - zero point, or the code itself
         "signed"        code - 2^(bits-1)
         "unsigned"      the code itself
         "half_integer"  code - (2^bits - 1) / 2
         "lut16"         the code indexes `table`
         "e4m3", "e5m2"  the code is a float of 8 bits
         "e8p"           the code indexes the E8P codebook and stands for eight weights
-    scaler: which scales there are and how they are stored; triton_kernels/scalers.py lists them.
+    scaler: the kind of scales, a row of codecs.SCALES.
     group_size: features along K that share a scale; for the flat scalers, weights of the flattened
         matrix.
     row_group: neighbouring output rows that share a scale.
@@ -94,14 +92,26 @@ class WeightOnlyTraits(NamedTuple):
     transform_scales: tuple[float, float] | None = None
 
     @property
-    def codebook(self) -> bool:
-        """Whether a code stands for eight weights."""
-        return self.decoder == "e8p"
+    def codes(self) -> CodeKind:
+        """The kind of codes. Raises ValueError if there is no such kind."""
+        try:
+            return CODES[self.decoder, self.bits]
+        except KeyError:
+            names = ", ".join(kind.name for kind in CODES.values())
+            raise ValueError(
+                f"decoder, bits: expected those of one of {names}; got {self.decoder!r}, "
+                f"{self.bits!r}"
+            ) from None
 
     @property
-    def flat(self) -> bool:
-        """Whether groups run over the flattened (N, K) matrix instead of along K."""
-        return self.scaler.endswith("flat")
+    def scales(self) -> ScaleKind:
+        """The kind of scales. Raises ValueError if there is no such kind."""
+        try:
+            return SCALES[self.scaler]
+        except KeyError:
+            raise ValueError(
+                f"scaler: expected one of {', '.join(SCALES)}; got {self.scaler!r}"
+            ) from None
 
 
 @dataclass
@@ -135,29 +145,6 @@ class WeightOnlyParts:
     extra: dict[str, Tensor] = field(default_factory=dict)
 
 
-def plane_bits(bits: int, codebook: bool = False) -> int:
-    """Width of the codes in `qdata`. Codes split into planes have their low bits there.
-
-    codebook: whether the codes index a codebook; `bits` is then bits per weight.
-    """
-    return 2 if codebook else {3: 2, 5: 4, 6: 4}.get(bits, bits)
-
-
-def high_words(bits: int, codebook: bool = False) -> int:
-    """Words of `qhigh` in one tile of one row."""
-    return (bits - plane_bits(bits, codebook)) * tile_features(bits, codebook) // 32
-
-
-def high_step(bits: int, codebook: bool = False) -> int:
-    """Distance in bits, inside a word of `qhigh`, of the high bits of two words it serves."""
-    return 16 if codebook else bits - plane_bits(bits)
-
-
-def code_bit(s: int, b: int, width: int, *, table: bool) -> int:
-    """Lowest bit of the code of (s, b) in its word. table: whether codes index a table."""
-    return (s // 2) * 16 + (s % 2) * 8 + b * 4 if table else b * 16 + s * width
-
-
 def lut(table: Tensor) -> Tensor:
     """float32 (16) -> int32 (16): the table in float16, then in bfloat16, cut into bytes.
 
@@ -173,9 +160,10 @@ def lut(table: Tensor) -> Tensor:
     return torch.cat(words)
 
 
-def tile_features(bits: int, codebook: bool = False) -> int:
-    """Input features in one tile."""
-    return WORDS * (32 // plane_bits(bits, codebook))
+def whole_tiles(features: int) -> int:
+    """`features`, rounded up to whole tiles of a codebook weight."""
+    tile = CODES["e8p", 2].tile
+    return -(-features // tile) * tile
 
 
 def scale_group(traits: WeightOnlyTraits, k: int, *, group_lookup: bool) -> int:
@@ -183,10 +171,10 @@ def scale_group(traits: WeightOnlyTraits, k: int, *, group_lookup: bool) -> int:
 
     group_lookup: whether kernels look the groups up in `slice_group`.
     """
-    tile = tile_features(traits.bits, traits.codebook)
+    tile = traits.codes.tile
     if group_lookup:
         return SLICE
-    if traits.flat:
+    if traits.scales.flat:
         return math.gcd(tile, math.gcd(traits.group_size, k))
     return tile if traits.group_size >= k else math.gcd(tile, traits.group_size)
 
@@ -197,6 +185,9 @@ def pack(
 ) -> dict[str, Tensor]:
     """Checkpoint tensors of format `fmt` -> tensors of this layout."""
     parts = fmt.weight_only(tensors, shape, params)
+    traits = fmt.weight_only_traits(shape, params)
+    kind = traits.codes
+    _check_parts(parts, traits)
     storage = {f"scaler.{k}": v for k, v in parts.scaler_tensors.items()}
     storage |= {f"outlier.{k}": v for k, v in parts.outliers.items()}
     storage |= {f"extra.{k}": v for k, v in parts.extra.items()} | parts.sides
@@ -206,10 +197,9 @@ def pack(
     codes = parts.codes
     if parts.group_index is not None:
         storage["g_idx"] = parts.group_index
-    traits = fmt.weight_only_traits(shape, params)
-    if traits.codebook:
+    if kind.codebook:
         assert parts.codebook is not None
-        return storage | {"lut": parts.codebook} | pack_codebook(codes, traits.bits)
+        return storage | {"lut": parts.codebook} | pack_codebook(codes, kind)
     order = _kernel_order(parts, traits, shape[1])
     if order is not None:
         perm, slice_group = order
@@ -218,7 +208,22 @@ def pack(
             storage["slice_group"] = slice_group
         # Index -1 takes the column of zeros that `pad` appends.
         codes = torch.nn.functional.pad(codes, (0, 1))[:, perm.long()]
-    return storage | pack_codes(codes, traits.bits, table=parts.table is not None)
+    return storage | pack_codes(codes, kind)
+
+
+def _check_parts(parts: WeightOnlyParts, traits: WeightOnlyTraits) -> None:
+    """Raise ValueError unless a format hands over the tensors that its kinds have."""
+    names, expected = sorted(parts.scaler_tensors), sorted(traits.scales.tensors)
+    if names != expected:
+        raise ValueError(f"scaler_tensors: expected {expected} of {traits.scaler!r}, got {names}")
+    for name, tensor, needed in (
+        ("table", parts.table, traits.codes.table),
+        ("codebook", parts.codebook, traits.codes.codebook),
+    ):
+        if (tensor is not None) != needed:
+            expects = "a tensor" if needed else "None"
+            got = "None" if tensor is None else "a tensor"
+            raise ValueError(f"{name}: expected {expects} of {traits.decoder!r} codes, got {got}")
 
 
 def unpack(
@@ -226,13 +231,13 @@ def unpack(
 ) -> dict[str, Tensor]:
     """The inverse of `pack`."""
     n, k = shape
-    traits = fmt.weight_only_traits(shape, params)
+    kind = fmt.weight_only_traits(shape, params).codes
     perm = storage.get("perm")
-    if traits.codebook:
-        codes = unpack_codebook(storage, traits.bits, n, k)
+    if kind.codebook:
+        codes = unpack_codebook(storage, kind, n, k)
     else:
         count = k if perm is None else perm.numel()
-        codes = unpack_codes(storage, traits.bits, n, count, table="table" in storage)
+        codes = unpack_codes(storage, kind, n, count)
     if perm is not None:
         ordered = torch.empty(n, k, dtype=torch.uint8, device=codes.device)
         is_feature = perm >= 0
@@ -251,26 +256,26 @@ def unpack(
 
 
 # ---------------------------------------------------------------------- codes
-def pack_codes(codes: Tensor, bits: int, *, table: bool = False) -> dict[str, Tensor]:
+def pack_codes(codes: Tensor, kind: CodeKind) -> dict[str, Tensor]:
     """Codes uint8 (N, KP) in kernel order -> `qdata` int32 (T, N, 16), and `qhigh` for two planes.
 
-    table: whether codes index a table. `qhigh` is int32 (T, N, `high_words`).
+    `qhigh` is int32 (T, N, `high_words`).
     """
     n, k = codes.shape
-    width, features = plane_bits(bits), tile_features(bits)
-    tiles = -(-k // features)
-    codes = torch.nn.functional.pad(codes, (0, tiles * features - k))
+    width = kind.width
+    tiles = -(-k // kind.tile)
+    codes = torch.nn.functional.pad(codes, (0, tiles * kind.tile - k))
     # (T, N, j, p, h, s, b)
     parts = codes.view(n, tiles, -1, 2, 2, 4, 2).permute(1, 0, 5, 3, 4, 2, 6)
     qdata = torch.zeros(tiles, n, 4, 2, 2, dtype=torch.int32, device=codes.device)
     for s in range(16 // width):
         for b in range(2):
             code = (parts[..., s, b] & ((1 << width) - 1)).to(torch.int32)
-            qdata |= code << code_bit(s, b, width, table=table)
+            qdata |= code << kind.bit_of(s, b)
     packed = {"qdata": qdata.view(tiles, n, WORDS)}
-    if count := high_words(bits):
+    if count := kind.high_words:
         qhigh = torch.zeros(tiles, n, 4, count // 4, dtype=torch.int32, device=codes.device)
-        for (p, h), word, bit in _high_places(bits):
+        for (p, h), word, bit in _high_places(kind):
             for s in range(16 // width):
                 for b in range(2):
                     high = (parts[:, :, :, p, h, s, b] >> width).to(torch.int32)
@@ -279,10 +284,10 @@ def pack_codes(codes: Tensor, bits: int, *, table: bool = False) -> dict[str, Te
     return packed
 
 
-def _high_places(bits: int) -> list[tuple[tuple[int, int], int, int]]:
+def _high_places(kind: CodeKind) -> list[tuple[tuple[int, int], int, int]]:
     """The high bits of each (p, h) in `qhigh`: (p, h), the word of thread j, and the lowest bit."""
-    high_bits = bits - plane_bits(bits)
-    two_words = high_words(bits) == 8  # words of `qhigh` for each thread; otherwise one
+    high_bits = kind.bits - kind.width
+    two_words = kind.high_words == 8  # words of `qhigh` for each thread; otherwise one
     places = [(p, h) for p in range(2) for h in range(2)]
     return [
         ((p, h), h if two_words else 0, high_bits * (p if two_words else p * 2 + h))
@@ -290,22 +295,21 @@ def _high_places(bits: int) -> list[tuple[tuple[int, int], int, int]]:
     ]
 
 
-def unpack_codes(
-    storage: Mapping[str, Tensor], bits: int, n: int, k: int, *, table: bool = False
-) -> Tensor:
+def unpack_codes(storage: Mapping[str, Tensor], kind: CodeKind, n: int, k: int) -> Tensor:
     """The inverse of `pack_codes`: codes uint8 (N, k)."""
-    width = plane_bits(bits)
+    width = kind.width
     qdata = storage["qdata"]
     tiles = qdata.shape[0]
     words = qdata.view(tiles, n, 4, 2, 2)
     parts = torch.empty(tiles, n, 4, 2, 2, 16 // width, 2, dtype=torch.uint8, device=qdata.device)
     for s in range(16 // width):
         for b in range(2):
-            code = words >> code_bit(s, b, width, table=table)
+            code = words >> kind.bit_of(s, b)
             parts[..., s, b] = (code & ((1 << width) - 1)).to(torch.uint8)
-    if count := high_words(bits):
-        qhigh, mask = storage["qhigh"].view(tiles, n, 4, count // 4), (1 << (bits - width)) - 1
-        for (p, h), word, bit in _high_places(bits):
+    if count := kind.high_words:
+        qhigh = storage["qhigh"].view(tiles, n, 4, count // 4)
+        mask = (1 << (kind.bits - width)) - 1
+        for (p, h), word, bit in _high_places(kind):
             for s in range(16 // width):
                 for b in range(2):
                     high = (qhigh[..., word] >> (b * 16 + s * width + bit)) & mask
@@ -314,7 +318,7 @@ def unpack_codes(
 
 
 # ---------------------------------------------------------------------- codebook codes
-def pack_codebook(codes: Tensor, bits: int) -> dict[str, Tensor]:
+def pack_codebook(codes: Tensor, kind: CodeKind) -> dict[str, Tensor]:
     """Codebook codes int32 (N, K / 8) -> `qdata` and, for 3 and 4 bits, `qhigh`."""
     n, count = codes.shape
     tiles = -(-count // CODEBOOK_CODES)
@@ -322,22 +326,22 @@ def pack_codebook(codes: Tensor, bits: int) -> dict[str, Tensor]:
     parts = codes.view(n, tiles, WORDS, 2).transpose(0, 1).contiguous()  # (T, N, word, c)
     first, second = parts & 0xFFFF, (parts >> 16) & 0xFFFF
     packed = {"qdata": first[..., 0] | (first[..., 1] << 16)}
-    if bits == 4:
+    if kind.bits == 4:
         packed["qhigh"] = second[..., 0] | (second[..., 1] << 16)
-    elif bits == 3:
+    elif kind.bits == 3:
         halves = (second[..., 0] | (second[..., 1] << 8)).view(tiles, n, 4, 2, 2)  # j, p, h
         packed["qhigh"] = (halves[:, :, :, 0] | (halves[:, :, :, 1] << 16)).reshape(tiles, n, 8)
     return packed
 
 
-def unpack_codebook(storage: Mapping[str, Tensor], bits: int, n: int, k: int) -> Tensor:
+def unpack_codebook(storage: Mapping[str, Tensor], kind: CodeKind, n: int, k: int) -> Tensor:
     """The inverse of `pack_codebook`: codes int32 (N, K / 8)."""
     qdata = storage["qdata"]
     tiles = qdata.shape[0]
     codes = torch.stack([qdata & 0xFFFF, (qdata >> 16) & 0xFFFF], -1)
-    if bits > 2:
+    if kind.bits > 2:
         qhigh = storage["qhigh"]
-        if bits == 3:
+        if kind.bits == 3:
             qhigh = qhigh.view(tiles, n, 4, 1, 2)
             qhigh = torch.cat([qhigh, qhigh >> 16], 3).view(tiles, n, WORDS) & 0xFFFF
             second = torch.stack([qhigh & 0xFF, qhigh >> 8], -1)
@@ -364,7 +368,7 @@ def _kernel_order(
     parts: WeightOnlyParts, traits: WeightOnlyTraits, k: int
 ) -> tuple[Tensor, Tensor | None] | None:
     """(perm, slice_group or None) if features must be sorted by group, None otherwise."""
-    if traits.flat:
+    if traits.scales.flat:
         return None
     device = parts.codes.device
     in_order = torch.arange(k, device=device) // traits.group_size

@@ -21,9 +21,7 @@ DEFINES: list[str] = []
 def emulate(
     name: str, call: ctypes.Structure, reads: list[torch.Tensor], writes: list[torch.Tensor]
 ) -> str:
-    lib = host.library(host.source_of(name), tuple(DEFINES))
-    function = getattr(lib, f"qk_{name}")
-    function.restype = ctypes.c_char_p
+    lib, function = host.entry(name, tuple(DEFINES))
     host.expose(lib, reads, writes, ORDER[0])
     return str(function(ctypes.byref(call)).decode())
 

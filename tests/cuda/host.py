@@ -12,9 +12,12 @@ import tempfile
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from qkernels.backends.cuda import build
 
 CSRC = Path(__file__).parents[2] / "csrc"
 FLAGS = ["-std=c++17", "-O1", "-Wall", "-Werror", "-fPIC", "-shared"]
@@ -28,22 +31,27 @@ if os.environ.get("QKERNELS_SANITIZE"):
     ]
 
 
-def source_of(kernel: str) -> str:
-    """The file, relative to csrc, with the entry point of `kernel`, a name of csrc/bindings."""
-    files = sorted(
-        {*CSRC.glob(f"*/{kernel}.cu"), *CSRC.glob(f"*/{kernel.removeprefix('weight_only_')}.cu")}
-    )
-    assert len(files) == 1, f"{kernel}: {files}"
-    return str(files[0].relative_to(CSRC))
+def entry(kernel: str, defines: tuple[str, ...] = ()) -> tuple[ctypes.CDLL, Any]:
+    """The library with `kernel`, a name of the extension, and its entry point."""
+    text = build.generated().get(kernel)
+    files = [str(file.relative_to(CSRC)) for file in CSRC.glob(f"*/{kernel}.cu")]
+    (source,) = [f"{kernel}.cu"] if text else files
+    lib = library(source, defines, text)
+    function = getattr(lib, f"qk_{kernel}")
+    function.restype = ctypes.c_char_p
+    return lib, function
 
 
-@lru_cache(maxsize=32)
-def library(source: str, defines: tuple[str, ...] = ()) -> ctypes.CDLL:
-    """csrc/`source` as a shared library that runs in the emulator."""
+@lru_cache(maxsize=64)
+def library(source: str, defines: tuple[str, ...] = (), text: str | None = None) -> ctypes.CDLL:
+    """csrc/`source` as a shared library that runs in the emulator.
+
+    text: what the file says, if it is one that the build generates.
+    """
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++ to compile the emulated kernels with")
-    digest = hashlib.sha256(" ".join([source, *FLAGS, *defines]).encode())
+    digest = hashlib.sha256(" ".join([source, text or "", *FLAGS, *defines]).encode())
     for file in sorted(CSRC.rglob("*")):
         if file.suffix in (".h", ".cuh", ".cpp", ".cu"):
             digest.update(file.read_bytes())
@@ -55,14 +63,18 @@ def library(source: str, defines: tuple[str, ...] = ()) -> ctypes.CDLL:
     with open(cache / f"{built.stem}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # tests that run side by side build it once
         if not built.exists():
-            _compile(compiler, source, defines, built)
+            file = CSRC / source
+            if text is not None:
+                file = built.with_suffix(".cu")
+                file.write_text(text)
+            _compile(compiler, file, defines, built)
     return ctypes.CDLL(str(built))
 
 
-def _compile(compiler: str, source: str, defines: tuple[str, ...], built: Path) -> None:
+def _compile(compiler: str, file: Path, defines: tuple[str, ...], built: Path) -> None:
     part = built.with_suffix(".part")
-    options = [*FLAGS, *(f"-D{d}" for d in defines)]
-    command = [compiler, *options, "-x", "c++", str(CSRC / source), "-o", str(part)]
+    options = [*FLAGS, f"-I{CSRC}", *(f"-D{d}" for d in defines)]
+    command = [compiler, *options, "-x", "c++", str(file), "-o", str(part)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(done.stderr[:8000])

@@ -94,25 +94,15 @@ def test_the_static_table_sees_spills_and_missing_kernels() -> None:
 
 def test_structs_are_the_same_in_both_languages() -> None:
     """A call of the wrong size is refused. Every other test here relies on the order of fields."""
-    lib = host.library("weight_only/linear4.cu")
-    lib.qk_weight_only_linear4.restype = ctypes.c_char_p
-    error = lib.qk_weight_only_linear4(ctypes.byref(calls.WeightOnlyCall(size=8))).decode()
+    _, run = host.entry("weight_only_linear4")
+    error = run(ctypes.byref(calls.WeightOnlyCall(size=8))).decode()
     assert "different versions" in error
 
 
-def test_every_decoder_has_a_source_and_a_binding() -> None:
-    binding = (build.sources() / "bindings" / "module.cpp").read_text()
-    for name, folder in static_cuda.SOURCES.items():
-        assert (build.sources() / folder / f"{name}.cu").is_file()
-        entry = f"weight_only_{name}" if folder == "weight_only" else name
-        assert f"X({entry}, " in binding
-    assert binding.count("    X(") == len(static_cuda.SOURCES)
-
-
 @pytest.mark.skipif(build.nvcc() is None, reason="no nvcc")
-def test_ninja_file_names_every_source_and_architecture() -> None:
+def test_ninja_file_names_every_source_and_architecture(tmp_path: Path) -> None:
     pytest.importorskip("pybind11")
-    text = build.ninja_file(Path("/tmp/a b/_cuda.so"), ("80", "90a"))
+    text = build.ninja_file(Path("/tmp/a b/_cuda.so"), ("80", "90a"), tmp_path)
     assert "-gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a" in text
     assert "-cudart static" in text
     assert "build /tmp/a$ b/_cuda.so: link " in text

@@ -9,16 +9,20 @@ import torch
 
 from qkernels.formats import e8p
 from qkernels.layouts import weight_only as layout
+from qkernels.layouts.codecs import CODES, CodeKind
 
 from . import host
 
-#: in the order of QK_CODES in csrc/decoders/dispatch.h
-CODES = [
-    "linear2", "linear3", "linear4", "linear8", "lut16", "e4m3", "e5m2",
-    *(f"signed{bits}" for bits in (3, 4, 5, 6, 8)), *(f"unsigned{bits}" for bits in (2, 3, 4, 5)),
-    *(f"half_integer{bits}" for bits in (2, 3, 4)), *(f"e8p{bits}" for bits in (2, 3, 4)),
-]  # fmt: skip
+#: name of each kind of code -> its row, in the order of the decoders in the library
+KINDS = {kind.name: kind for kind in CODES.values()}
+#: the rows of integers
+INTEGERS = [kind for kind in CODES.values() if kind.offset is not None]
 dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+
+
+def library() -> ctypes.CDLL:
+    decoders = " ".join(f"X({kind.cuda})" for kind in CODES.values())
+    return host.library("decoders/all_codes.cpp", (f"QK_CODES(X)={decoders}",))
 
 
 def pointer(t: torch.Tensor) -> ctypes.c_void_p:
@@ -34,37 +38,36 @@ def decoded(
     table: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """codes uint8 (N, K), K whole tiles -> values (N, K), through the layout and the decoder."""
-    bits = {"lut16": 4, "e4m3": 8, "e5m2": 8}.get(kind) or int(kind[-1])
-    packed = layout.pack_codes(codes, bits, table=kind == "lut16")
+    packed = layout.pack_codes(codes, KINDS[kind])
     lut = layout.lut(torch.zeros(16) if table is None else table)
     lut = lut[8:] if dtype == torch.bfloat16 else lut[:8]
-    return in_kernel_order(kind, packed, bits, dtype, lut, zero)
+    return in_kernel_order(KINDS[kind], packed, dtype, lut, zero)
 
 
 def in_kernel_order(
-    kind: str,
+    kind: CodeKind,
     packed: dict[str, torch.Tensor],
-    bits: int,
     dtype: torch.dtype,
     table: torch.Tensor,
     zero: float = 0,
 ) -> torch.Tensor:
     """The result of `pack_codes` or `pack_codebook` -> values (N, KP)."""
-    words, codebook = packed["qdata"], kind.startswith("e8p")
+    words = packed["qdata"]
     tiles, n = words.shape[:2]
-    pairs = 16 // layout.plane_bits(bits, codebook)
+    pairs = 16 // kind.width
     high = packed.get("qhigh", torch.zeros_like(words))
     if high.shape[2] < 16:  # word (j, p, h), as the kernel shifts it from the plane's words of j
-        plane, step = high.view(tiles, n, 4, 1, -1), layout.high_step(bits, codebook)
+        plane, step = high.view(tiles, n, 4, 1, -1), kind.high_step
         if high.shape[2] == 4:
             plane = torch.cat([plane, plane >> step], dim=4)
             step *= 2
         high = torch.cat([plane, plane >> step], dim=3).contiguous()
     out = torch.empty(words.numel() * pairs, dtype=torch.int32)
-    lib = host.library("decoders/all_codes.cpp")
+    lib = library()
     lib.qk_decode.restype = ctypes.c_char_p
+    number = list(KINDS).index(kind.name)
     error = lib.qk_decode(
-        CODES.index(kind), int(dtype == torch.bfloat16), pointer(words), pointer(high),
+        number, int(dtype == torch.bfloat16), pointer(words), pointer(high),
         pointer(table.contiguous()), words.numel(), ctypes.c_float(zero), pointer(out),
     )  # fmt: skip
     assert error == b""
@@ -84,22 +87,16 @@ def test_integers(bits: int, dtype: torch.dtype) -> None:
         assert torch.equal(found.float(), codes.float() - zero)
 
 
-def fixed_zero(kind: str, bits: int) -> float:
-    """The value that the decoders without a zero point subtract from a code."""
-    return {"signed": 1 << (bits - 1), "unsigned": 0, "half_integer": ((1 << bits) - 1) / 2}[kind]
-
-
 @dtypes
-@pytest.mark.parametrize("code", CODES[7:-3])
-def test_integers_with_a_fixed_zero(code: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kind", [k for k in INTEGERS if k.decoder != "linear"])
+def test_integers_with_a_fixed_zero(kind: CodeKind, dtype: torch.dtype) -> None:
     """Every code at every position of a tile; the zero point is ignored."""
-    kind, bits = code[:-1], int(code[-1])
-    count = 1 << bits
-    tile = layout.tile_features(bits)
-    codes = (torch.arange(count)[:, None] + torch.arange(tile)).remainder(count).to(torch.uint8)
+    count = 1 << kind.bits
+    codes = torch.arange(count)[:, None] + torch.arange(kind.tile)
+    codes = codes.remainder(count).to(torch.uint8)
     for zero in (0, 3):
-        found = decoded(code, codes, dtype, zero)
-        assert torch.equal(found.float(), codes.float() - fixed_zero(kind, bits))
+        values = decoded(kind.name, codes, dtype, zero)
+        assert torch.equal(values.float(), codes.float() - kind.offset)
 
 
 @dtypes
@@ -112,8 +109,9 @@ def test_codes_of_eight_weights(bits: int, dtype: torch.dtype) -> None:
         second = torch.arange(codes.numel(), dtype=torch.int32) % (256 if bits == 3 else 1 << 16)
         codes = codes | second[torch.randperm(codes.numel())] << 16
     codes = codes.view(64, -1)
-    packed = layout.pack_codebook(codes, bits)
-    found = in_kernel_order(f"e8p{bits}", packed, bits, dtype, e8p.table(codes.device)).float()
+    kind = CODES["e8p", bits]
+    packed = layout.pack_codebook(codes, kind)
+    found = in_kernel_order(kind, packed, dtype, e8p.table(codes.device)).float()
     want = 2 * e8p.decode(codes, bits).view(64, -1)
     found = found[:, layout.codebook_order(want.shape[1])]
     if bits == 2:
@@ -160,8 +158,6 @@ def test_conversions(dtype: torch.dtype) -> None:
         [every, middle.float(), (near + 1).view(torch.float32), (near - 1).view(torch.float32)]
     )
     found = values.clone()
-    host.library("decoders/all_codes.cpp").qk_round(
-        int(dtype == torch.bfloat16), pointer(found), found.numel()
-    )
+    library().qk_round(int(dtype == torch.bfloat16), pointer(found), found.numel())
     want = values.to(dtype).float()
     assert torch.equal(found.nan_to_num(7, 8, 9), want.nan_to_num(7, 8, 9))

@@ -57,7 +57,7 @@ def traits_of(side: Side, n: int, codebook: bool) -> layout.WeightOnlyTraits:
     return layout.WeightOnlyTraits(
         2,
         "e8p" if codebook else "half_integer",
-        "scale",
+        "row_scale",
         whole,
         n,
         transform_scales=(side.scale,) * 2,

@@ -7,7 +7,7 @@ import torch
 
 import qkernels as qk
 from qkernels.backends import workspace
-from qkernels.backends.cuda import calls
+from qkernels.layouts import codecs
 
 from ..conftest import CASES, DEVICE, case_id, k_of, layout_of
 from ..kernels.test_weight_only import ODD, SHORT
@@ -22,7 +22,7 @@ def has_kernel(name: str, params: dict[str, object]) -> bool:
     fmt, shape = qk.formats.get(name), (40, k_of(name, 192))
     stored = {key: value for key, value in params.items() if key not in fmt.quantize_only}
     traits = fmt.weight_only_traits(shape, fmt.resolve(shape, stored))
-    return calls.kernel_name(traits.decoder, traits.bits, traits.scaler) is not None
+    return codecs.cuda_kernel(traits.codes, traits.scaler) is not None
 
 
 FUSED = [case for case in FAMILY if has_kernel(*case)]
@@ -42,10 +42,11 @@ def test_every_format_has_a_kernel() -> None:
 
 
 def test_what_has_no_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(calls.ONE_SCALER_KERNELS, ("half_integer", 2, "scale"))
+    row_scale = codecs.SCALES["row_scale"]._replace(codes=("half_integer3",))
+    monkeypatch.setitem(codecs.SCALES, "row_scale", row_scale)
     p = qk.quantize(torch.randn(8, 256), "quip", bits=2).to(DEVICE)
     with pytest.raises(
-        ValueError, match="no CUDA kernel for 2-bit half_integer codes with scales 'scale'"
+        ValueError, match="no CUDA kernel for 2-bit half_integer codes with scales 'row_scale'"
     ):
         qk.matmul(torch.randn(2, 256).half().to(DEVICE), p, backend="cuda")
 

@@ -15,9 +15,9 @@ import pytest
 
 import qkernels as qk
 from qkernels.backends.triton import eight_bit, weight_only
+from qkernels.layouts.codecs import SLICE
 from qkernels.layouts.eight_bit import EightBitTraits
-from qkernels.layouts.weight_only import SLICE, WeightOnlyTraits, tile_features
-from qkernels.triton_kernels import scalers
+from qkernels.layouts.weight_only import WeightOnlyTraits
 
 from ..conftest import CASES, DEVICE, case_id, k_of, layout_of
 
@@ -53,19 +53,18 @@ def sums_of(case: Case) -> Hashable:
     if isinstance(traits, EightBitTraits):
         zero = "input_zero_point" in case[1]
         return eight_bit.family(traits), traits.activation, traits.threshold > 0, zero
-    scale_groups = tile_features(traits.bits, traits.codebook) // weight_only.layout.scale_group(
+    scale_groups = traits.codes.tile // weight_only.layout.scale_group(
         traits, SHAPE[1], group_lookup=traits.group_size % SLICE > 0
     )
     return (
         weight_only.family(traits),
         min(scale_groups, weight_only.MOST_DOTS + 1),
-        traits.scaler in scalers.HAS_MIN,
-        traits.scaler in scalers.HAS_ZERO,
+        traits.scales.zero,
         traits.group_size >= SHAPE[1],
         traits.group_size % SLICE > 0 or bool(case[1].get("act_order")),
         traits.outliers,
         traits.transform_scales is not None,
-        traits.codebook,
+        traits.codes.codebook,
     )
 
 

@@ -10,6 +10,7 @@ import torch
 import qkernels as qk
 from qkernels.formats.bitsandbytes4 import FP4_TABLE, NF4_TABLE
 from qkernels.layouts import weight_only as layout
+from qkernels.layouts.codecs import CODES
 
 from ..conftest import DEVICE
 from . import ptx
@@ -86,5 +87,5 @@ def test_lookup_ptx_on_every_code_in_every_place() -> None:
                 out = ptx.run(LOOKUP16.value, {"$4": word, **registers}, ["$0", "$1", "$2", "$3"])
                 for s in range(4):
                     for b in range(2):
-                        nibble = word >> layout.code_bit(s, b, 4, table=True) & 15
+                        nibble = word >> CODES["lut16", 4].bit_of(s, b) & 15
                         assert out[s] >> (16 * b) & 0xFFFF == entries[nibble]

@@ -12,6 +12,7 @@ from qkernels.backends.problem import problem_of
 from qkernels.formats import transforms
 from qkernels.formats.incoherent import Side
 from qkernels.layouts import weight_only as layout
+from qkernels.layouts.codecs import CODES
 
 from ..conftest import DEVICE
 from ..reference import ROUNDOFF, assert_fused_close
@@ -145,9 +146,9 @@ def test_odd_shapes(
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_codebook_codes_are_packed_and_unpacked(bits: int) -> None:
     codes = torch.randint(0, 1 << {2: 16, 3: 24, 4: 31}[bits], (5, 75), dtype=torch.int32)
-    packed = layout.pack_codebook(codes, bits)
+    packed = layout.pack_codebook(codes, CODES["e8p", bits])
     assert packed["qdata"].shape == (3, 5, 16)
-    assert torch.equal(layout.unpack_codebook(packed, bits, 5, 600), codes)
+    assert torch.equal(layout.unpack_codebook(packed, CODES["e8p", bits], 5, 600), codes)
 
 
 def test_codebook_order_is_a_permutation_of_each_tile() -> None:

@@ -14,7 +14,6 @@ from qkernels.formats.incoherent import IncoherentFormat
 from ..conftest import CASES, DEVICE, case_id, k_of, layout_of
 
 pytest.importorskip("triton")
-from qkernels.triton_kernels.scalers import HAS_MIN
 
 #: formats of the two kernel families
 FAMILIES = [case for case in CASES if layout_of(*case) is not None]
@@ -75,8 +74,8 @@ def assert_as_weights_say(y: Tensor, x: Tensor, rows: Infinities, p: qk.PackedWe
     traits = qk.formats.get(p.format).weight_only_traits(p.shape, p.params)
     exact = p.dequantize(torch.float64)
     weight = exact.to(x.dtype).double()
-    few = ("group",) if x.shape[0] <= 8 else ()
-    apart = torch.full(p.shape, traits.scaler in (*HAS_MIN, "two_level", *few), device=x.device)
+    zeros = ("min", "point") if x.shape[0] <= 8 else ("min",)
+    apart = torch.full(p.shape, traits.scales.zero in zeros, device=x.device)
     if traits.outliers:
         apart |= outliers(p)
     for m, row in rows.items():

@@ -34,7 +34,7 @@ CUDA = [
     (CUDA_SCALERS, "kk = kk < args.kp ? kk : args.kp - 1;", ""),
     (CUDA_SCALERS, "/ 256);", "/ 255);"),
     (CUDA_SCALERS, "row_(row / args.row_group)", "row_(row % args.row_group)"),
-    (CUDA_SCALERS, "inner + load_global(args.nested_offset)", "inner"),
+    (CUDA_SCALERS, "inner + item<float>(args, 3, 0)", "inner"),
     (GEMV, "minimum[i / 2] * x_sums[i]", "minimum[0] * x_sums[i]"),
     (GEMV, "x_sums[i] = 0;", ""),
     (GEMV, "total += sparse_total(sparse, t);", ""),

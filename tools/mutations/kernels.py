@@ -6,6 +6,7 @@ KERNEL, DECODERS, SCALERS = (
     f"triton_kernels/{f}.py" for f in ("weight_only", "decoders", "scalers")
 )
 LAYOUT, LAUNCH = "qkernels/layouts/weight_only.py", "qkernels/backends/triton/weight_only.py"
+CODECS = "qkernels/layouts/codecs.py"
 GEMM8, ACTIVATIONS = "triton_kernels/eight_bit.py", "triton_kernels/activations.py"
 BLOCKS = "triton_kernels/blocks.py"
 LAYOUT8, LAUNCH8 = "qkernels/layouts/eight_bit.py", "qkernels/backends/triton/eight_bit.py"
@@ -61,7 +62,7 @@ WEIGHT_ONLY = [
     (KERNEL, "K_SLICES * AT_ONCE)", "K_SLICES * AT_ONCE + 1)"),
     (DECODERS, "^ 0x43804380", "^ 0x43004300"),
     ("triton_kernels/gather.py", "mask=k >= 0", "mask=k >= 1"),
-    (LAYOUT, "(s // 2) * 16 + (s % 2) * 8 + b * 4", "(s // 2) * 16 + (s % 2) * 4 + b * 8"),
+    (CODECS, "(s // 2) * 16 + (s % 2) * 8 + b * 4", "(s // 2) * 16 + (s % 2) * 4 + b * 8"),
     (LAYOUT, "padded = -(-count // SLICE) * SLICE", "padded = count // SLICE * SLICE"),
     (LAYOUT, "math.gcd(tile, traits.group_size)", "tile"),
     (LAUNCH, '"K": x.shape[1], "KP": x.shape[1]}', '"K": x.shape[1]}'),
@@ -153,7 +154,7 @@ INCOHERENT = [
     (KERNEL, "acc *= scale.to(tl.float32)", "acc *= 1"),
     (KERNEL, "high = tl.join(high, high >> TRAITS.high_step)", "high = tl.join(high, high >> 1)"),
     (LAYOUT, "halves[:, :, :, 0] | (halves[:, :, :, 1] << 16)", "halves[:, :, :, 1] | (halves[:, :, :, 0] << 16)"),
-    (LAYOUT, "return 16 if codebook", "return 8 if codebook"),
+    (CODECS, "return 16 if self.codebook", "return 8 if self.codebook"),
 ]  # fmt: skip
 
 EXPERTS = [

@@ -3,52 +3,82 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
+import torch
+
+from qkernels import formats, quantize
 from qkernels.backends.triton import configs
 from qkernels.backends.triton.launch import prefetch
 from qkernels.backends.triton.weight_only import (
     GATHER_ROWS,
     kernel_traits,
     method,
+    scaler_tensors,
     sizes,
     tabled,
     traits_of,
 )
+from qkernels.layouts import weight_only as layout
 from qkernels.triton_kernels.weight_only import weight_only_gemm
 
 from .base import DTYPES, CompileJob, label, problem_of
 
 #: types of the kernel's weight_args: qdata, qhigh, perm and the table
 WEIGHT_ARGS = ("*i32",) * 4
+#: dtypes of scales -> triton's names
+_TYPES = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
+    torch.uint8: "*u8", torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32",
+}  # fmt: skip
 #: those of them that are read 16 bytes at a time
 ALIGNED_WEIGHT_ARGS = tuple(f"weight_args[{i}]" for i in range(3))
-#: format, parameters and the types of its scaler's tensors
-JOBS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
-    ("gptq", {"bits": 4, "group_size": 128}, ("*fp16", "*u8", "*i32")),
-    ("gptq", {"bits": 4, "group_size": 32}, ("*fp16", "*u8", "*i32")),
-    ("gptq", {"bits": 4, "group_size": 128, "act_order": True}, ("*fp16", "*u8", "*i32")),
-    ("gptq", {"bits": 2, "group_size": 128}, ("*fp16", "*u8", "*i32")),
-    ("gptq", {"bits": 3, "group_size": 128}, ("*fp16", "*u8", "*i32")),
-    ("gptq", {"bits": 8, "group_size": 128}, ("*fp16", "*u8", "*i32")),
-    ("nf4", {"block_size": 64}, ("*fp32",)),
-    ("nf4", {"block_size": 64, "double_quant": True}, ("*u8", "*fp32", "*fp32", "*fp32")),
-    ("q8_0", {}, ("*fp16",)),
-    ("q4_1", {}, ("*fp16", "*fp16")),
-    ("q4_k", {}, ("*fp16", "*fp16", "*i32")),
-    ("q5_k", {}, ("*fp16", "*fp16", "*i32")),
-    ("q6_k", {}, ("*i8", "*fp16")),
-    ("iq4_nl", {}, ("*fp16",)),
-    ("iq4_xs", {}, ("*fp16", "*i16", "*i32")),
-    ("q2_k", {}, ("*u8", "*fp16", "*fp16")),
-    ("q3_k", {}, ("*i32", "*fp16")),
-    ("spqr", {}, ("*u8", "*fp16", "*i32")),
-    ("spqr", {"bits": 4, "act_order": True}, ("*u8", "*fp16", "*i32")),
-    ("fp8", {"float_format": "e4m3"}, ("*fp32",)),
-    ("fp8", {"float_format": "e5m2"}, ("*fp32",)),
-    *(("quip", {"bits": bits}, ("*fp32",)) for bits in (2, 3, 4)),
-    *(("quip_sharp", {"bits": bits}, ("*fp32",)) for bits in (2, 3, 4)),
+#: format and parameters of jobs; every other pair of codes and scales of a format is added
+_LISTED: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("gptq", {"bits": 4, "group_size": 128}),
+    ("gptq", {"bits": 4, "group_size": 32}),
+    ("gptq", {"bits": 4, "group_size": 128, "act_order": True}),
+    ("gptq", {"bits": 2, "group_size": 128}),
+    ("gptq", {"bits": 3, "group_size": 128}),
+    ("gptq", {"bits": 8, "group_size": 128}),
+    ("nf4", {"block_size": 64}),
+    ("nf4", {"block_size": 64, "double_quant": True}),
+    ("iq4_nl", {}),
+    ("spqr", {}),
+    ("spqr", {"bits": 4, "act_order": True}),
+    ("fp8", {"float_format": "e4m3"}),
+    ("fp8", {"float_format": "e5m2"}),
+    *(("quip", {"bits": bits}) for bits in (2, 3, 4)),
+    *(("quip_sharp", {"bits": bits}) for bits in (2, 3, 4)),
 )
+
+
+@lru_cache(maxsize=1)
+def jobs() -> tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...]:
+    """(format, parameters, types of the scaler's tensors), once for each kind of kernel.
+
+    The types are those of a small weight of the format.
+    """
+    chosen, pairs = [], set()
+    names = [(name, {}) for name in formats.names()]
+    for name, params in (*_LISTED, *names):
+        fmt, shape = formats.get(name), (4, 256)
+        if fmt.kernel_layout(fmt.resolve(shape, params)) != layout.WEIGHT_ONLY:
+            continue
+        traits = fmt.weight_only_traits(shape, fmt.resolve(shape, params))
+        pair = traits.decoder, traits.bits, traits.scaler
+        if (name, params) in names and pair in pairs:
+            continue
+        pairs.add(pair)
+        p = quantize(torch.randn(shape), name, **params)
+        storage = layout.pack(fmt, shape, p.params, p.tensors)
+        tensors = (storage.get(tensor) for tensor in scaler_tensors(traits))
+        types = tuple("*i32" if t is None else _TYPES[t.dtype] for t in tensors)
+        chosen.append((name, params, types))
+    return tuple(chosen)
+
+
 #: M of each job, one in each class of M; sm_90 has more classes
 _JOB_ROWS, _JOB_ROWS_90 = (1, 64, 4096), (1, 32, 64, 128, 256, 4096)
 _JOB_SHAPE, _JOB_SMS = (8192, 8192), 132
@@ -56,7 +86,7 @@ _JOB_SHAPE, _JOB_SMS = (8192, 8192), 132
 
 def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
     """Every configuration the table gives `arch`; a few of them with `subset`."""
-    for number, (name, params, pointers) in enumerate(JOBS):
+    for number, (name, params, pointers) in enumerate(jobs()):
         for m in _JOB_ROWS_90 if arch == 90 else _JOB_ROWS:
             for dtype in DTYPES:
                 if subset and (number, dtype) not in ((0, "fp16"), (4, "bf16"), (7, "bf16")):

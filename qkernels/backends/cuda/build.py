@@ -1,8 +1,9 @@
 """Builds the CUDA extension: in `pip install` with QKERNELS_CUDA_ARCHS set, or at the first call.
 
 This file imports only the standard library, because setup.py loads it by its path. One ninja build
-compiles one object per source file. It links cudart statically and reads no torch header, so a
-built module works with every version of torch.
+compiles one object per source file. Each kernel of qkernels/layouts/codecs.py, for some codes and
+scales, has a source file that is generated here. The module links cudart statically and reads no
+torch header, so it works with every version of torch.
 
 The first call builds the module under $QKERNELS_CACHE/cuda (default ~/.cache/qkernels/cuda), in a
 folder named by a hash of the sources, the compiler and the architecture. A lock keeps two processes
@@ -17,6 +18,7 @@ import hashlib
 import importlib
 import importlib.util
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -24,7 +26,7 @@ import sys
 import sysconfig
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 #: architectures of a build for all supported GPUs, as in QKERNELS_CUDA_ARCHS="80 90a 100a 120a"
 DEFAULT_ARCHS = ("80", "90a", "100a", "120a")
@@ -94,7 +96,7 @@ def state() -> str:
 
 
 @lru_cache(maxsize=1)
-def extension() -> Any:
+def extension() -> ModuleType:
     """The extension module; the first call may build it.
 
     Raises:
@@ -211,7 +213,7 @@ def build(target: Path, archs: tuple[str, ...], folder: Path) -> None:
         RuntimeError: the compiler fails; with its messages.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "build.ninja").write_text(ninja_file(target, archs))
+    (folder / "build.ninja").write_text(ninja_file(target, archs, folder))
     jobs = os.environ.get("MAX_JOBS")  # the variable of torch's extension builder
     command = [sys.executable, "-m", "ninja", "-C", str(folder), *(["-j", jobs] if jobs else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -221,8 +223,41 @@ def build(target: Path, archs: tuple[str, ...], folder: Path) -> None:
         )
 
 
-def ninja_file(target: Path, archs: tuple[str, ...]) -> str:
-    """The text of the ninja file that compiles every source and links `target`."""
+def generated() -> dict[str, str]:
+    """Name of each weight-only kernel -> the text of the source file that instantiates it."""
+    texts = {}
+    for name, (codes, scalers) in codecs().cuda_kernels().items():
+        half, bfloat = (re.sub(r"\bT\b", dtype, codes.cuda) for dtype in ("Half", "BFloat"))
+        texts[name] = (
+            '#include "weight_only/launch.h"\nusing namespace qk;\n'
+            f"QK_ENTRY({name}, WeightOnlyCall, run_weight_only<{half}, {bfloat}, {scalers}>)\n"
+        )
+    return texts
+
+
+def write_generated(folder: Path) -> list[Path]:
+    """Write the files of `generated` into folder/weight_only, where they differ; returns them."""
+    folder = folder / "weight_only"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for name, text in generated().items():
+        files.append(folder / f"{name.removeprefix('weight_only_')}.cu")
+        if not files[-1].is_file() or files[-1].read_text() != text:
+            files[-1].write_text(text)
+    return files
+
+
+@lru_cache(maxsize=1)
+def codecs() -> ModuleType:
+    """The module qkernels/layouts/codecs.py, loaded by its path, too."""
+    return load(Path(__file__).parents[2] / "layouts" / "codecs.py", "codecs")
+
+
+def ninja_file(target: Path, archs: tuple[str, ...], folder: Path) -> str:
+    """The text of the ninja file that compiles every source and links `target`.
+
+    The generated sources are written into `folder`.
+    """
     import pybind11
 
     compiler = nvcc()
@@ -230,9 +265,10 @@ def ninja_file(target: Path, archs: tuple[str, ...]) -> str:
         raise RuntimeError("qkernels: no nvcc found; set CUDA_HOME or PATH")
     codes = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)
     includes = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
-    common = "-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden"
+    common = f"-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden -I{_escaped(sources())}"
     home = Path(compiler).resolve().parents[1]
     files = [*sorted(sources().glob("*/*.cu")), sources() / "bindings" / "module.cpp"]
+    files += write_generated(folder)
     lines = [
         "rule device",
         # bench/static_cuda.py reads the registers and spills that ptxas reports in the log.
@@ -249,16 +285,21 @@ def ninja_file(target: Path, archs: tuple[str, ...]) -> str:
     ]
     objects = [f"{file.parent.name}-{file.stem}.o" for file in files]
     for file, output in zip(files, objects, strict=True):
-        escaped = str(file).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-        lines.append(f"build {output}: {'device' if file.suffix == '.cu' else 'host'} {escaped}")
+        rule = "device" if file.suffix == ".cu" else "host"
+        lines.append(f"build {output}: {rule} {_escaped(file)}")
     lines.append(f"build {str(target).replace(' ', '$ ')}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
 
+def _escaped(path: Path) -> str:
+    """A path as ninja files have it."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
 @lru_cache(maxsize=1)
 def sources_digest() -> str:
-    """A hash of all sources."""
-    digest = hashlib.sha256()
+    """A hash of all sources, those that are generated included."""
+    digest = hashlib.sha256(repr(generated()).encode())
     for file in sorted(sources().rglob("*")):
         if file.suffix in (".h", ".cu", ".cpp"):
             digest.update(file.read_bytes())
@@ -271,9 +312,9 @@ def compiler_digest(compiler: str) -> str:
     return hashlib.sha256(Path(compiler).read_bytes()).hexdigest()
 
 
-def load(path: Path) -> Any:
-    """The extension module at `path`."""
-    spec = importlib.util.spec_from_file_location("_cuda", path)
+def load(path: Path, name: str = "_cuda") -> ModuleType:
+    """The module at `path`."""
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import layouts
 from ...layouts import weight_only as layout
+from ...layouts.codecs import CodeKind
 from .. import workspace
 from ..device import sm_count
 from ..plan import NOW, Work
@@ -24,17 +25,15 @@ if TYPE_CHECKING:
 ROWS, STAGES, THREADS = 64, 4, 128
 
 
-def columns_of(decoder: str, bits: int) -> int:
+def columns_of(codes: CodeKind) -> int:
     """Rows of x of a block: fewer if tiles are long."""
-    return 32 if layout.tile_features(bits, decoder == "e8p") == 256 else 64
+    return 32 if codes.tile == 256 else 64
 
 
-def shared_bytes(decoder: str, bits: int) -> int:
+def shared_bytes(codes: CodeKind) -> int:
     """Shared memory of a block: a codebook, and for each stage codes, their high bits, and x."""
-    codebook = decoder == "e8p"
-    codes = ROWS * (64 + 4 * layout.high_words(bits, codebook))
-    x = 2 * columns_of(decoder, bits) * layout.tile_features(bits, codebook)
-    return gemv.book_bytes(decoder, bits) + STAGES * (codes + x)
+    words, x = ROWS * (64 + 4 * codes.high_words), 2 * columns_of(codes) * codes.tile
+    return 4 * codes.book_words + STAGES * (words + x)
 
 
 def rejects(problem: Problem) -> str | None:
@@ -89,10 +88,10 @@ def _launch(
     """
     args, device = call.args, x.device
     m, n = y.shape
-    columns = columns_of(traits.decoder, traits.bits)
+    columns = columns_of(traits.codes)
     blocks_n, blocks_m = -(-n // ROWS), -(-m // columns)
     call.grid_x, call.grid_y = blocks_n * blocks_m, count
-    call.shared = shared_bytes(traits.decoder, traits.bits)
+    call.shared = shared_bytes(traits.codes)
     scratch: list[Tensor] = []
     if count > 1:
         partial = work.empty((count * blocks_n * blocks_m * ROWS * columns,), torch.float32, device)
@@ -167,7 +166,7 @@ def k_slices_for(problem: Problem, device: torch.device) -> int:
     Partial sums fit in the workspace. If copies of x need it too, rows are computed in slices.
     """
     traits = gemv.traits_of(problem)
-    columns = columns_of(traits.decoder, traits.bits)
+    columns = columns_of(traits.codes)
     blocks = -(-problem.shape[0] // ROWS) * -(-problem.m // columns)
     most = min(gemv.MAX_K_SLICES, workspace.BYTES // (blocks * ROWS * columns * 4))
     tiles = gemv.tiles_of(problem.shape, traits)
@@ -177,6 +176,6 @@ def k_slices_for(problem: Problem, device: torch.device) -> int:
 def configuration(problem: Problem) -> str:
     """Block sizes and split-K slices in words, for `explain`."""
     traits = gemv.traits_of(problem)
-    columns = columns_of(traits.decoder, traits.bits)
+    columns = columns_of(traits.codes)
     count = k_slices_for(problem, torch.device(problem.device))
     return f"{columns} rows of x and {ROWS} of W a block, K in {count} slices"

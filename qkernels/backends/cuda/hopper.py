@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ... import layouts
 from ...layouts import weight_only as layout
+from ...layouts.codecs import CodeKind
 from ..device import sm_count
 from ..plan import NOW, Work
 from . import gemm, transforms
@@ -24,17 +25,17 @@ ROWS, THREADS = 128, 384
 MIN_ROWS = 129
 
 
-def columns_of(decoder: str, bits: int, outliers: bool = False) -> int:
+def columns_of(codes: CodeKind, outliers: bool = False) -> int:
     """Rows of x of a block: fewer if tiles are long, or if outliers need registers."""
-    return 128 if layout.tile_features(bits, decoder == "e8p") == 256 or outliers else 256
+    return 128 if codes.tile == 256 or outliers else 256
 
 
-def shared_bytes(decoder: str, bits: int, outliers: bool = False) -> int:
+def shared_bytes(codes: CodeKind, outliers: bool = False) -> int:
     """Shared memory of a block: rings of x and codes, the result, mbarriers, a codebook."""
-    columns, high = columns_of(decoder, bits, outliers), layout.high_words(bits, decoder == "e8p")
+    columns, high = columns_of(codes, outliers), codes.high_words
     chunks, tiles, tile = (4 if columns == 256 else 6), (2 if high else 3), ROWS * (64 + 4 * high)
     rings = chunks * columns * 128 + tiles * tile
-    return rings + ROWS * columns * 2 + 16 * (chunks + tiles) + gemv.book_bytes(decoder, bits)
+    return rings + ROWS * columns * 2 + 16 * (chunks + tiles) + 4 * codes.book_words
 
 
 def rejects(problem: Problem) -> str | None:
@@ -74,12 +75,12 @@ run = whole(compute)
 
 def _tiles(n: int, m: int, traits: layout.WeightOnlyTraits) -> int:
     """Number of work tiles of a launch."""
-    return -(-n // ROWS) * -(-m // columns_of(traits.decoder, traits.bits, traits.outliers))
+    return -(-n // ROWS) * -(-m // columns_of(traits.codes, traits.outliers))
 
 
 def configuration(problem: Problem) -> str:
     """Tile sizes in words, for `explain`."""
     traits = gemv.traits_of(problem)
     tiles = _tiles(problem.shape[0], problem.m, traits)
-    columns = columns_of(traits.decoder, traits.bits, traits.outliers)
+    columns = columns_of(traits.codes, traits.outliers)
     return f"wgmma, {columns} rows of x and {ROWS} of W a tile, {tiles} tiles"

@@ -93,7 +93,7 @@ def around(
 
 def width_of(k: int, traits: layout.WeightOnlyTraits) -> int:
     """Features of a row that `before` returns."""
-    return traits.group_size if traits.codebook else k
+    return traits.group_size if traits.codes.codebook else k
 
 
 def row_bytes(p: PackedWeight, traits: layout.WeightOnlyTraits) -> int:
@@ -193,7 +193,7 @@ def _call_of(
         is_after = side == "output"
         assert traits.transform_scales is not None
         n = p.shape[0] if is_after else p.shape[1]
-        is_codebook = traits.codebook and not is_after
+        is_codebook = traits.codes.codebook and not is_after
         factors = [tensors[f"factor{i}"] for i in range(3) if f"factor{i}" in tensors]
         orders = tuple(f.shape[0] for f in factors)
         box = box_of(n, orders)

@@ -13,20 +13,14 @@ import torch
 from torch import Tensor
 
 from ... import formats, layouts
+from ...layouts import codecs
 from ...layouts import weight_only as layout
+from ...layouts.codecs import CodeKind
 from .. import workspace
 from ..device import sm_count
 from ..plan import NOW, Work
 from . import k_slices, transforms
-from .calls import (
-    BOOK_WORDS,
-    SCALE_TYPES,
-    SCALER_TENSORS,
-    SCALINGS,
-    WeightOnlyArgs,
-    WeightOnlyCall,
-    kernel_name,
-)
+from .calls import SCALE_TYPES, WeightOnlyArgs, WeightOnlyCall
 from .launch import start, whole
 
 if TYPE_CHECKING:
@@ -65,7 +59,7 @@ def rejects(problem: Problem) -> str | None:
 def unsupported(problem: Problem) -> str | None:
     """Why no CUDA weight-only kernel takes the format with these parameters, or None."""
     traits = traits_of(problem)
-    if kernel_name(traits.decoder, traits.bits, traits.scaler) is None:
+    if codecs.cuda_kernel(traits.codes, traits.scaler) is None:
         codes = f"{traits.bits}-bit {traits.decoder} codes"
         return f"no CUDA kernel for {codes} with scales {traits.scaler!r}"
     return None
@@ -73,7 +67,7 @@ def unsupported(problem: Problem) -> str | None:
 
 def kernel_of(traits: layout.WeightOnlyTraits) -> str:
     """The kernel's name, for traits that `unsupported` accepts."""
-    name = kernel_name(traits.decoder, traits.bits, traits.scaler)
+    name = codecs.cuda_kernel(traits.codes, traits.scaler)
     assert name is not None
     return name
 
@@ -143,17 +137,14 @@ def _launch(
     """Launch the kernel for at most MAX_ROWS rows."""
     m, n = x.shape[0], p.shape[0]
     args = call.args
-    tile = layout.tile_features(traits.bits, traits.codebook)
     blocks_n, blocks_m = -(-n // ROWS), -(-m // COLUMNS)
     count = k_slices_for(p.shape, traits, x.device)
     args.k_slice = k_slices.steps_of(args.tiles, count)
-    args.chunk = chunk_of(args.k_slice, tile, m)
+    args.chunk = chunk_of(args.k_slice, traits.codes.tile, m)
     args.m, args.x, args.y = m, x.data_ptr(), y.data_ptr()
     args.bias = None if bias is None else bias.data_ptr()
     call.grid_x, call.grid_y = blocks_n * blocks_m, count
-    call.shared = shared_bytes(
-        traits.decoder, traits.bits, m, args.k_slice, outliers=traits.outliers
-    )
+    call.shared = shared_bytes(traits.codes, m, args.k_slice, outliers=traits.outliers)
     scratch: list[Tensor] = []
     if elements := partial_elements(n, m, count):
         partial = work.empty((elements,), torch.float32, x.device)
@@ -181,40 +172,35 @@ def _call_template(
 ) -> WeightOnlyCall:
     """The call with the fields that depend only on the weight and x's dtype."""
     n, k = p.shape
-    storage = p.storage
-    names = SCALER_TENSORS.get(
-        traits.scaler, ("scales" if "scaler.scales" in storage else "absmax",)
-    )
-    scale = storage[f"scaler.{names[0]}"]
-    if traits.codebook:
+    storage, codes, scales = p.storage, traits.codes, traits.scales
+    scaler = [storage[f"scaler.{name}"] for name in scales.tensors]
+    if codes.codebook:
         k = traits.group_size  # the transform writes x in whole tiles
     kp = storage["perm"].numel() if "perm" in storage else k
-    tile = layout.tile_features(traits.bits, traits.codebook)
     scale_group = layout.scale_group(traits, k, group_lookup="slice_group" in storage)
     group = traits.group_size
     args = WeightOnlyArgs(
-        n=n, k=k, kp=kp, tiles=-(-kp // tile),
+        n=n, k=k, kp=kp, tiles=-(-kp // codes.tile),
         group=group, row_group=traits.row_group, scale_group=scale_group,
         shift=group.bit_length() - 1 if group & (group - 1) == 0 else -1,
-        scaling=SCALINGS.get(traits.scaler, 0),  # kernels of one scaler ignore it
-        scale_type=SCALE_TYPES.get(scale.dtype, 0),  # unused for codes of nested scales
+        flat=scales.flat, nested=scales.nested, has_zero=scales.zero == "point",
+        scale_type=SCALE_TYPES.get(scaler[0].dtype, 0),  # unused for codes of scales
         is_float=traits.transform_scales is not None,
     )  # fmt: skip
     for field, name in (
         ("qdata", "qdata"), ("qhigh", "qhigh"), ("perm", "perm"), ("slice_group", "slice_group"),
-        ("zero", "scaler.zeros"), ("nested_map", "scaler.nested_map"),
-        ("nested_outer", "scaler.nested_absmax"), ("nested_offset", "scaler.offset"),
         ("row_offsets", "outlier.row_offsets"), ("col_vals", "outlier.col_vals"),
-        *zip(("scale", "second", "third"), (f"scaler.{name}" for name in names), strict=False),
     ):  # fmt: skip
         if name in storage:
             setattr(args, field, storage[name].data_ptr())
+    for i, tensor in enumerate(scaler):
+        setattr(args, f"scaler{i}", tensor.data_ptr())
     # "lut" is a codebook; or the table's entries in float16, then in bfloat16, 8 words each
     if "lut" in storage:
         args.table = storage["lut"].data_ptr() + (
-            32 if "table" in storage and dtype == torch.bfloat16 else 0
+            32 if codes.table and dtype == torch.bfloat16 else 0
         )
-    scale_groups = tile // scale_group
+    scale_groups = codes.tile // scale_group
     return WeightOnlyCall(
         args=args,
         scale_groups=scale_groups if scale_groups in (1, 2, 4) else 0,
@@ -228,7 +214,7 @@ def tiles_of(shape: tuple[int, int], traits: layout.WeightOnlyTraits) -> int:
 
     A launch has more tiles if groups are padded; it cuts them into the same number of slices.
     """
-    return -(-shape[1] // layout.tile_features(traits.bits, traits.codebook))
+    return -(-shape[1] // traits.codes.tile)
 
 
 def k_slices_for(
@@ -248,19 +234,14 @@ def chunk_of(k_slice: int, tile: int, m: int) -> int:
 
 @lru_cache(maxsize=4096)
 def shared_bytes(
-    decoder: str, bits: int, m: int = COLUMNS, k_slice: int = 2**20, *, outliers: bool = False
+    codes: CodeKind, m: int = COLUMNS, k_slice: int = 2**20, *, outliers: bool = False
 ) -> int:
     """Shared memory of a block; by default of the largest launch."""
-    tile = layout.tile_features(bits, decoder == "e8p")
+    tile = codes.tile
     staged = max(
         2 * min(m, COLUMNS) * chunk_of(k_slice, tile, m) * tile, 4 * WARPS * ROWS * COLUMNS
     )
-    return book_bytes(decoder, bits) + staged + (SPARSE_BYTES if outliers else 0)
-
-
-def book_bytes(decoder: str, bits: int) -> int:
-    """Bytes of the decoder's codebook, which is at the start of shared memory."""
-    return 4 * BOOK_WORDS.get((decoder, bits), 0)
+    return 4 * codes.book_words + staged + (SPARSE_BYTES if outliers else 0)
 
 
 def configuration(problem: Problem) -> str:

@@ -171,6 +171,8 @@ EXPERTS: dict[tuple[str, int, str], GemmConfig] = {
     ("eight_bit.block", 80, "prefill"): GemmConfig(64, 128, 8, 4),
     ("eight_bit.block", 90, "prefill"): GemmConfig(64, 128, 8, 4),
 }
+#: the families that have entries of their own
+FAMILIES = frozenset(name for name, *_ in TABLE)
 #: configurations of batch-invariant mode, where the order of the sum over K must not depend on M:
 #: everything except block_m is the same for every M
 BATCH_INVARIANT = {

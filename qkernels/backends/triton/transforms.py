@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...layouts.weight_only import section, tile_features
+from ...layouts.weight_only import section, whole_tiles
 from ..plan import NOW, Work
 from .launch import Launch, pdl
 
@@ -43,7 +43,7 @@ def before(
     few: divide the transform among programs as it suits few rows. It decides the order of sums, so
         it is the same for all slices of a product, and for every M in batch-invariant mode.
     """
-    width = -(-x.shape[1] // tile_features(2)) * tile_features(2) if codebook else x.shape[1]
+    width = whole_tiles(x.shape[1]) if codebook else x.shape[1]
     # Whole tiles are multiplied, so the elements after the last feature must not be NaN.
     empty = work.empty if width == x.shape[1] else work.zeros
     y = empty((x.shape[0], width), x.dtype, x.device)

@@ -45,10 +45,9 @@ def sizes(traits: layout.WeightOnlyTraits) -> configs.StepSizes:
       too, but with few rows of x only a part of them.
     - Two float32 scales per scale group do, where a tile has more than 8 groups (q2_k, triton 3.6).
     """
-    high = layout.high_words(traits.bits, traits.codebook)
-    features = layout.tile_features(traits.bits, traits.codebook)
+    high, features = traits.codes.high_words, traits.codes.tile
     decoded = (0, 0)
-    if traits.codebook:
+    if traits.codes.codebook:
         decoded = (288, 2 * features + 160)
     elif high:
         decoded = (2 * features, 2 * features)
@@ -63,9 +62,9 @@ def family(traits: layout.WeightOnlyTraits) -> str:
     Tiles of 2- and 3-bit codes ("wide") need more registers, the zero points of SpQR, which are no
     integers, still more. Codes of a byte move twice as many bytes.
     """
-    if traits.scaler == "two_level":
-        return "weight_only.two_level"
-    if traits.codebook:
+    if f"weight_only.{traits.scaler}" in configs.FAMILIES:
+        return f"weight_only.{traits.scaler}"
+    if traits.codes.codebook:
         return "weight_only.codebook"
     return {2: "weight_only.wide", 3: "weight_only.wide", 8: "weight_only.bytes"}.get(
         traits.bits, "weight_only"
@@ -93,23 +92,23 @@ def kernel_traits(
     from ...triton_kernels import decoders, scalers
     from ...triton_kernels.weight_only import KernelTraits
 
-    decoder = decoders.BY_NAME[traits.decoder, traits.bits]
+    codes, scales = traits.codes, traits.scales
     return KernelTraits(
-        tile=layout.tile_features(traits.bits, traits.codebook),
-        bits=traits.bits,
-        width=layout.plane_bits(traits.bits, traits.codebook),
-        high_words=layout.high_words(traits.bits, traits.codebook),
-        high_step=layout.high_step(traits.bits, traits.codebook),
-        split=decoder.split,
-        finish=decoder.finish,
-        scaler=scalers.BY_NAME[traits.scaler],
+        tile=codes.tile,
+        bits=codes.bits,
+        width=codes.width,
+        high_words=codes.high_words,
+        high_step=codes.high_step,
+        split=getattr(decoders, f"split_{codes.split}"),
+        finish=getattr(decoders, f"finish_{codes.finish}"),
+        scaler=getattr(scalers, scales.triton),
         group_size=traits.group_size,
         row_group=traits.row_group,
         scale_group=layout.scale_group(traits, shape[1], group_lookup=group_lookup),
         group_lookup=group_lookup,
-        has_min=traits.scaler in scalers.HAS_MIN,
-        has_zero=traits.scaler in scalers.HAS_ZERO,
-        last_scale=traits.scaler == "scale" and traits.group_size >= shape[1],
+        has_min=scales.zero == "min",
+        has_zero=scales.zero == "point",
+        last_scale=scales.zero == "none" and not scales.flat and traits.group_size >= shape[1],
         outliers=traits.outliers,
     )
 
@@ -134,7 +133,7 @@ def arguments(p: PackedWeight, traits: layout.WeightOnlyTraits) -> dict[str, Any
     """The kernel's arguments that depend on the weight alone."""
     n, k = p.shape
     storage = p.storage
-    if traits.codebook:
+    if traits.codes.codebook:
         k = traits.group_size  # the transform of x writes whole tiles
     weight_args, scaler_args = pointers(storage, traits)
     return {
@@ -149,9 +148,8 @@ def arguments(p: PackedWeight, traits: layout.WeightOnlyTraits) -> dict[str, Any
 
 def scaler_tensors(traits: layout.WeightOnlyTraits) -> tuple[str, ...]:
     """Names of the tensors that a format's scaler reads, in order."""
-    from ...triton_kernels import scalers
-
-    return scalers.SCALER_TENSORS[traits.scaler]
+    names = tuple(f"scaler.{name}" for name in traits.scales.tensors)
+    return (*names, "slice_group") if traits.scales.lookup else names
 
 
 def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
@@ -201,7 +199,7 @@ def row_bytes(p: PackedWeight, traits: layout.WeightOnlyTraits, problem: Problem
     if traits.outliers and problem.m >= TRANSPOSE_ROWS:
         size += 2 * k
     if traits.transform_scales:
-        size += 2 * (traits.group_size if traits.codebook else k) + 4 * n
+        size += 2 * (traits.group_size if traits.codes.codebook else k) + 4 * n
     if "perm" in p.storage and problem.m >= GATHER_ROWS:
         size += 2 * p.storage["perm"].numel()
     return size
@@ -232,7 +230,9 @@ def _rows(
             sparse_x, strides = work.transposed(x), (1, x.shape[0])
         weight = {**weight, "outlier_args": (*_outliers(p), *strides)}
     if traits.transform_scales:
-        x = transforms.before(x, p.storage, traits.transform_scales[0], traits.codebook, few, work)
+        x = transforms.before(
+            x, p.storage, traits.transform_scales[0], traits.codes.codebook, few, work
+        )
     permuted = "perm" in p.storage
     if permuted and problem.m >= GATHER_ROWS:
         x = _gathered(x, p.storage["perm"], work)

@@ -28,6 +28,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ...layouts.codecs import SCALES
 from ...layouts.weight_only import WEIGHT_ONLY, WeightOnlyParts, WeightOnlyTraits
 from ..base import Format, TensorSpec
 from ..types import Params, Shape
@@ -286,8 +287,9 @@ class GgufFormat(Format):
         return {"data": self.join(fields).view(shape[0], -1)}
 
     def _scaler_name(self, field: Field) -> str:
-        """The kernels' name of a field of scales."""
-        return "absmax" if self.scaler == "scale" else field.name
+        """The kernels' name of a field of scales. A scaler with one tensor has its own name."""
+        names = SCALES[self.scaler].tensors
+        return names[0] if len(names) == 1 else field.name
 
     def _scale_fields(self) -> list[Field]:
         """The fields that are no planes of codes."""

@@ -30,7 +30,7 @@ class _Scale(GgufFormat):
     """Signed codes times one scale."""
 
     block = group = 32
-    scaler = "scale"
+    scaler = "block_scale"
     signed = True
 
     def scales(self, fields: Fields) -> tuple[Tensor, None]:

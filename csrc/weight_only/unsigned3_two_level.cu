@@ -1,5 +1,0 @@
-#include "launch.h"
-
-extern "C" const char* qk_weight_only_unsigned3_two_level(const qk::WeightOnlyCall* call) {
-    return qk::run_weight_only<qk::kUnsigned3, qk::Only<qk::TwoLevel<16>>>(call);
-}

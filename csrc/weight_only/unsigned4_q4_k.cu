@@ -1,5 +1,0 @@
-#include "launch.h"
-
-extern "C" const char* qk_weight_only_unsigned4_q4_k(const qk::WeightOnlyCall* call) {
-    return qk::run_weight_only<qk::kUnsigned4, qk::Only<qk::Q4K>>(call);
-}
