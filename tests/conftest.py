@@ -59,6 +59,7 @@ CASES = [
     ("nf4", {"block_size": 4096}),
     ("fp4", {"block_size": 128}),
     ("fp4", {"double_quant": True}),
+    ("mxfp4", {}),
     ("spqr", {}),
     ("spqr", {"checkpoint_format": "spqr_quant", "act_order": True}),
     ("spqr", {"bits": 4, "group_size": 32, "threshold": 0.05}),

@@ -12,6 +12,7 @@ from .fp8 import Fp8
 from .gguf import TYPES as GGUF_TYPES
 from .gptq import Gptq
 from .int8 import Int8
+from .mxfp4 import Mxfp4
 from .pack_quantized import PackQuantized
 from .quip import Quip
 from .quip_sharp import QuipSharp
@@ -51,6 +52,7 @@ _BUILT_IN = (
     PackQuantized(),
     Nf4(),
     Fp4(),
+    Mxfp4(),
     Int8(),
     W8A8(),
     Fp8(),

@@ -21,10 +21,7 @@ class FormatSpec:
         return f"{self.name}:{shown}" if shown else self.name
 
 
-#: `qkernels eval --formats all`. Groups have 64 features, because not every model's sizes are
-#: multiples of 128. GGUF's blocks of 256 are left out for the same reason; recipes (q4_k_m) use
-#: them where they fit.
-PRESETS = (
+_CHOSEN = (
     FormatSpec("fp16"),
     FormatSpec("bf16"),
     FormatSpec("gptq", {"bits": 8, "group_size": 64}),
@@ -49,7 +46,17 @@ PRESETS = (
     FormatSpec("fp8", {"granularity": "tensor"}),
     FormatSpec("fp8", {"granularity": "block"}),
     FormatSpec("fp8", {"granularity": "channel", "activation": "dynamic"}),
-    *(FormatSpec(name) for name in ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")),
+)
+#: `qkernels eval --formats all`: every format, those above with these parameters. Groups have 64
+#: features, because not every model's sizes are multiples of 128. GGUF's blocks of 256 are left out
+#: for the same reason; recipes (q4_k_m) use them where they fit.
+PRESETS = (
+    *_CHOSEN,
+    *(
+        FormatSpec(name)
+        for name in formats.names()
+        if formats.get(name).k_multiple < 256 and name not in {spec.name for spec in _CHOSEN}
+    ),
 )
 
 

@@ -43,6 +43,11 @@ def fp8(**changes: Any) -> dict[str, Any]:
     return {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", **changes}
 
 
+def mxfp4(**changes: Any) -> dict[str, Any]:
+    groups = {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
+    return {"num_bits": 4, "type": "float", "symmetric": True, **groups, **changes}
+
+
 def tokens(**changes: Any) -> dict[str, Any]:
     """QuantizationArgs for activations: int8 with a scale per token."""
     return int8(strategy="token", dynamic=True, **changes)
@@ -147,8 +152,12 @@ def check(
     rounded: dict[str, Tensor],
     logits: Tensor | None,
     within: float = 2.0**-19,
+    dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """Load, compare weights and logits, save, and load the saved files here and in transformers."""
+    """Load, compare weights and logits, save, and load the saved files here and in transformers.
+
+    dtype: the one that transformers loads with.
+    """
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
     model = qk.load_model(path)
@@ -171,12 +180,10 @@ def check(
     more = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = AutoModelForCausalLM.from_pretrained(
-            again, device_map="cpu", dtype=torch.float32, **more
-        )
+        theirs = AutoModelForCausalLM.from_pretrained(again, device_map="cpu", dtype=dtype, **more)
     theirs(ids(4)[None])
     for name, value in rounded.items():
-        assert torch.equal(theirs.get_submodule(name).weight, value), name
+        assert torch.equal(theirs.get_submodule(name).weight.to(value.dtype), value), name
     return model
 
 
@@ -292,6 +299,47 @@ def test_linear_is_no_embedding(tmp_path: Path) -> None:
         ValueError, match=r"embed_tokens: expected a plain weight, because .* got weight_packed"
     ):
         qk.load_model(tmp_path / "q")
+
+
+# ---------------------------------------------------------------------- MXFP4
+@pytest.mark.parametrize("targets", [["Linear"], ["Linear", "Embedding"]], ids=str)
+def test_mxfp4(targets: list[str], tmp_path: Path) -> None:
+    """It decompresses to bfloat16 only, exactly; in float32 its logits are then ours."""
+    from transformers import AutoModelForCausalLM
+
+    model = tiny_model()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    groups = {"a": {"targets": targets, "weights": mxfp4()}}
+    rounded, logits = write(tmp_path / "q", groups, model=model)
+    ours = check(tmp_path / "q", tmp_path / "s", rounded, logits, dtype=torch.bfloat16)
+    assert isinstance(ours.get_input_embeddings(), QuantEmbedding) == ("Embedding" in targets)
+    assert quantization(tmp_path / "s")["format"] == "mxfp4-pack-quantized"
+    if "Embedding" in targets:
+        return
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "s", dtype=torch.bfloat16)
+    theirs(ids(4)[None])  # it decompresses on first use
+    nn.Module.float(theirs)  # its own `float` refuses, because the model was packed
+    with torch.no_grad():
+        want, got = theirs(ids(20)[None]).logits, ours(ids(20)[None]).logits
+    assert (got - want).norm() < 2.0**-19 * want.norm()
+
+
+def test_mxfp4_beside_another_format(tmp_path: Path) -> None:
+    groups = {
+        "a": {"targets": ["re:.*mlp.*"], "weights": mxfp4(), "format": "mxfp4-pack-quantized"},
+        "b": {"targets": ["re:.*attn.*"], "weights": weights(), "format": "pack-quantized"},
+    }
+    rounded, _ = write(tmp_path / "q", groups)
+    ours = qk.load_model(tmp_path / "q")
+    packed = {n: m.packed for n, m in ours.named_modules() if isinstance(m, qk.QuantLinear)}
+    assert {n: p.format for n, p in packed.items()} == {
+        n: "mxfp4" if ".mlp." in n else "pack_quantized" for n in rounded
+    }
+    assert all(torch.equal(p.dequantize(), rounded[n]) for n, p in packed.items())
+    qk.save_model(ours, tmp_path / "s")
+    assert quantization(tmp_path / "s")["format"] == "mixed-precision"
+    assert_same_tensors(tmp_path / "s", tmp_path / "q")
 
 
 # ---------------------------------------------------------------------- the older key

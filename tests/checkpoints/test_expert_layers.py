@@ -32,7 +32,7 @@ WEIGHT_ONLY: list[tuple[str, dict[str, Any]]] = [
     ("fp8", {}), ("fp8", {"granularity": "block"}), ("fp8", {"granularity": "tensor"}),
     ("pack_quantized", {"group_size": 32}),
     ("pack_quantized", {"group_size": 32, "symmetric": False}),
-    ("q8_0", {}),
+    ("mxfp4", {}), ("q8_0", {}),
 ]  # fmt: skip
 BOTH: list[tuple[str, dict[str, Any]]] = [
     ("int8", {}), ("w8a8", {}), ("w8a8", {"granularity": "tensor"}),

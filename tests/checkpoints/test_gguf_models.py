@@ -77,6 +77,7 @@ def logits(model: nn.Module) -> torch.Tensor:
         ("llama", "q8_0", {}),
         ("llama", "q4_0", {"tie_word_embeddings": False}),
         ("llama", "iq4_nl", {"num_key_value_heads": 4}),
+        ("llama", "gguf_mxfp4", {}),
         ("llama", "bf16", {}),
         ("qwen2", "q5_1", {"tie_word_embeddings": True}),
         ("qwen3", "q4_1", {}),
@@ -111,6 +112,14 @@ def test_written_and_read(kind: str, format: str, changes: dict[str, Any], tmp_p
         assert {t.name: bytes(t.data) for t in one.tensors} == {
             t.name: bytes(t.data) for t in other.tensors
         }
+
+
+def test_the_file_type_is_llama_cpp_s(tmp_path: Path) -> None:
+    for format, label in (("q8_0", "MOSTLY_Q8_0"), ("gguf_mxfp4", "MOSTLY_MXFP4_MOE")):
+        model = qk.quantize_model(tiny_model(), format, progress=False)
+        qk.save_model(model, tmp_path / "model.gguf", bpe_tokenizer())
+        (value,) = package.GGUFReader(tmp_path / "model.gguf").fields["general.file_type"].parts[-1]
+        assert value == package.LlamaFileType[label]
 
 
 def test_a_packed_embedding_is_shared_with_the_head() -> None:

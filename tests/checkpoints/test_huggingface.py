@@ -264,6 +264,7 @@ def test_transformers_reads_our_compressed_tensors_files(
 @pytest.mark.parametrize(("name", "params"), [
     ("pack_quantized", {"group_size": 32}), ("pack_quantized", {"group_size": -1, "bits": 8}),
     ("pack_quantized", {"group_size": 32, "symmetric": False}), ("fp8", {"granularity": "block"}),
+    ("mxfp4", {}),
     ("fp8", {"granularity": "block", "activation": "dynamic", "scale_name": "weight_scale"}),
     ("fp8", {"granularity": "tensor", "activation": "dynamic", "scale_name": "weight_scale_inv"}),
 ], ids=str)  # fmt: skip

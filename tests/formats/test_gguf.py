@@ -19,7 +19,7 @@ types = pytest.mark.parametrize("fmt", TYPES, ids=lambda fmt: fmt.name)
 
 
 def random_blocks(fmt: GgufFormat, n: int, k: int) -> torch.Tensor:
-    """Random bits, but float16 scales have exponents below that of infinity."""
+    """Random bits, but scales are finite: exponents below that of infinity, no e8m0 NaN."""
     data = torch.randint(0, 256, (n, fmt.row_bytes(k)), dtype=torch.uint8)
     fields = fmt.split(data)
     for name, tensor in fields.items():
@@ -28,6 +28,8 @@ def random_blocks(fmt: GgufFormat, n: int, k: int) -> torch.Tensor:
             fields[name] = torch.where(bits & 0x7C00 == 0x7C00, bits & ~0x4000, bits).view(
                 torch.float16
             )
+        elif tensor.dtype == torch.float8_e8m0fnu:
+            fields[name] = tensor.view(torch.uint8).clamp(max=254).view(tensor.dtype)
     return fmt.join(fields).view(n, -1)
 
 
@@ -57,7 +59,10 @@ def test_a_single_row(fmt: GgufFormat, blocks: int) -> None:
         assert torch.equal(p.prepack_("weight_only").tensors["data"], data)
     weight = torch.randn(shape)
     found = qk.quantize(weight, fmt.name).dequantize()
-    assert (found - weight).norm() < weight.norm() * 2.0 ** (1 - fmt.bits)
+    # one block of 32 may have nearly twice the usual error: of 200,000, the worst had 0.17 in q4_0
+    # and 0.21 in gguf_mxfp4
+    most = 2.0 ** (1 - fmt.bits + (fmt.block == 32))
+    assert (found - weight).norm() < weight.norm() * most
     layer = qk.QuantLinear(qk.quantize(weight, fmt.name))
     x = torch.randn(2, shape[1])
     torch.testing.assert_close(layer(x), x @ found.T, rtol=1e-4, atol=1e-4 * shape[1] ** 0.5)
@@ -93,7 +98,11 @@ def test_error_is_no_worse_than_llama_cpp_s(fmt: GgufFormat, weighted: bool) -> 
     """The relative squared error, all rows weighted alike, is at most 1% above llama.cpp's."""
     golden = load_file(GOLDEN)
     weight, importance = golden["weight"].float(), golden["importance"] if weighted else None
-    bytes_ = golden[fmt.name + (".importance" if weighted else "")]
+    if fmt.ggml_type == "MXFP4":  # llama.cpp uses no importance, and the gguf package has its rule
+        kind = package.GGMLQuantizationType.MXFP4
+        bytes_ = torch.from_numpy(package.quantize(weight.numpy(), kind))
+    else:
+        bytes_ = golden[fmt.name + (".importance" if weighted else "")]
     best = qk.pack(fmt.name, {"data": bytes_}, tuple(weight.shape))
     w = torch.ones(weight.shape[1]) if importance is None else importance
 
@@ -104,7 +113,7 @@ def test_error_is_no_worse_than_llama_cpp_s(fmt: GgufFormat, weighted: bool) -> 
 
     ours = qk.quantize(weight, fmt.name, importance=importance)
     assert error(ours) <= 1.01 * error(best)
-    if fmt.name == "q8_0":
+    if fmt.name == "q8_0" or (fmt.ggml_type == "MXFP4" and not weighted):
         assert torch.equal(ours.tensors["data"], bytes_)
 
 
@@ -145,15 +154,51 @@ def test_bad_input(fmt: GgufFormat) -> None:
     with pytest.raises(ValueError, match="importance: expected finite values >= 0, got -1.0"):
         qk.quantize(torch.randn(4, 256), fmt.name, importance=-torch.ones(256))
     fields = fmt.split(data)
-    fields["d"].view(torch.int16)[0] = 0x7E00
-    with pytest.raises(ValueError, match=f"{fmt.name}: data: d: expected finite values, got nan"):
-        qk.pack(fmt.name, {"data": fmt.join(fields).view(4, -1)}, (4, 256))
-    for size, says in (
-        (1e30, "weight: expected magnitudes up to 3e"),
-        (2.9e8, "expected scales up to 65504"),
+    name, scale = next((f.name, fields[f.name]) for f in fmt.fields if f.dtype.is_floating_point)
+    half = scale.dtype == torch.float16
+    scale.view(torch.int16 if half else torch.uint8)[0] = 0x7E00 if half else 255
+    with pytest.raises(
+        ValueError, match=f"{fmt.name}: data: {name}: expected finite values, got nan"
     ):
-        with pytest.raises(ValueError, match=says):
-            qk.quantize(size * torch.linspace(-1, 1, 256)[None], fmt.name)
+        qk.pack(fmt.name, {"data": fmt.join(fields).view(4, -1)}, (4, 256))
+    ramp = torch.linspace(-1, 1, 256)[None]
+    with pytest.raises(ValueError, match="weight: expected magnitudes up to 3e"):
+        qk.quantize(1e30 * ramp, fmt.name)
+    if half:
+        with pytest.raises(ValueError, match="expected scales up to 65504"):
+            qk.quantize(2.9e8 * ramp, fmt.name)
+
+
+def mxfp4_blocks() -> torch.Tensor:
+    """Weights of 16 bits of any size, in the middle between two codes, with scales 0 and 1, 0."""
+    weight = torch.randn(64, 256) * 2.0 ** torch.randint(-60, 20, (64, 1))
+    weight[:8] = torch.arange(-128, 128) / 8 * 2.0 ** torch.randint(-126, 10, (8, 1))
+    weight[8:16] = torch.linspace(3, 7, 8)[:, None] * torch.randn(8, 256).sign() * 2.0**-126
+    weight[16], weight[17] = 0, -0.0
+    return weight.bfloat16().float()
+
+
+def test_mxfp4_quantizes_as_the_gguf_package_bit_for_bit() -> None:
+    weight = mxfp4_blocks()
+    want = package.quantize(weight.numpy(), package.GGMLQuantizationType.MXFP4)
+    found = qk.quantize(weight, "gguf_mxfp4").tensors["data"]
+    assert torch.equal(found, torch.from_numpy(want))
+
+
+def test_every_scale_and_code_of_mxfp4() -> None:
+    """Values are the gguf package's bit for bit, and kernels get what format mxfp4 gives them."""
+    scales = torch.arange(255, dtype=torch.uint8)[:, None]
+    codes = torch.arange(16, dtype=torch.uint8) * 17
+    data, shape = torch.cat([scales, codes.expand(255, 16)], dim=1), (255, 32)
+    ours = qk.pack("gguf_mxfp4", {"data": data}, shape)
+    want = theirs(qk.formats.get("gguf_mxfp4"), data)  # type: ignore[arg-type]
+    assert torch.equal(ours.dequantize().view(torch.int32), want.view(torch.int32))
+    parts = qk.formats.get("gguf_mxfp4").weight_only({"data": data}, shape, {})
+    packed = {"weight_packed": parts.codes[:, ::2] | parts.codes[:, 1::2] << 4}
+    ocp = qk.pack("mxfp4", packed | {"weight_scale": scales}, shape)
+    assert torch.equal(ours.dequantize(), ocp.dequantize())
+    one, other = (p.prepack_("weight_only").storage for p in (ours, ocp))
+    assert all(torch.equal(one[name], other[name]) for name in other if name != "lut")  # -0.0
 
 
 def test_nonnegative_never_leaves_its_range() -> None:

@@ -27,7 +27,7 @@ from ..tiny import ids, save_tiny, tiny_model
 KINDS: list[tuple[str, dict[str, Any]]] = [
     ("nf4", {"block_size": 32, "double_quant": True}), ("gptq", {"group_size": 32}),
     ("awq", {"group_size": 32}),
-    ("pack_quantized", {"group_size": 32}), ("int8", {}), ("w8a8", {}), ("fp8", {}),
+    ("pack_quantized", {"group_size": 32}), ("mxfp4", {}), ("int8", {}), ("w8a8", {}), ("fp8", {}),
 ]  # fmt: skip
 #: what no quantization_config of others can say
 OURS: list[tuple[str, dict[str, Any]]] = [

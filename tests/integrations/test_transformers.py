@@ -25,6 +25,7 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("gptq", {"group_size": 32}),
     ("awq", {"group_size": 32}),
     ("pack_quantized", {"group_size": 32, "symmetric": False}),
+    ("mxfp4", {}),
     ("int8", {}),
     ("w8a8", {}),
     ("fp8", {"granularity": "block", "activation": "dynamic"}),

@@ -182,7 +182,7 @@ def saved(path: Path, format: str, **params: Any) -> tuple[Any, dict[str, Any]]:
     [
         ("gptq", {"group_size": 32}), ("awq", {"group_size": 32}),
         ("pack_quantized", {"group_size": 32}),
-        ("nf4", {}), ("int8", {}), ("w8a8", {}), ("fp8", {}), ("q8_0", {}),
+        ("nf4", {}), ("mxfp4", {}), ("int8", {}), ("w8a8", {}), ("fp8", {}), ("q8_0", {}),
     ],
 )  # fmt: skip
 def test_modules_left_alone(tmp_path: Path, format: str, params: dict[str, Any]) -> None:

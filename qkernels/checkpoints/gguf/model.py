@@ -221,9 +221,10 @@ class _Reader:
             return pack(
                 "fp16" if dense.dtype == torch.float16 else "bf16", {"weight": dense}, shape
             )
-        name = tensor.type.lower()
-        if name not in formats.names():
-            known = ", ".join(sorted(n.upper() for n in formats.names() if "data" in _specs(n)))
+        names = {fmt.ggml_type: fmt.name for fmt in formats.GGUF_TYPES}
+        name = names.get(tensor.type)
+        if name is None:
+            known = ", ".join(sorted(names))
             raise ValueError(
                 f"{self.path}: {tensor.name}: expected one of the types {known}, F16, BF16; got "
                 f"{tensor.type}"
@@ -256,15 +257,6 @@ class _Reader:
             raise ValueError(
                 f"{self.path}: {left[0]}: expected only tensors the model has, got {len(left)} more"
             )
-
-
-def _specs(name: str) -> set[str]:
-    """Names of a format's tensors; empty if it needs parameters."""
-    fmt = formats.get(name)
-    try:
-        return set(fmt.specs((256, 256), fmt.resolve((256, 256), {})))
-    except ValueError:
-        return set()
 
 
 def memory_of(model: nn.Module) -> int:

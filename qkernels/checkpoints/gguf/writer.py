@@ -216,7 +216,7 @@ def _describe(writer: Any, config: Any, name: str, types: list[str | None]) -> N
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     most_common_type = Counter(kind for kind in types if kind is not None).most_common(1)
     labels = (
-        [f"MOSTLY_{most_common_type[0][0]}{suffix}" for suffix in ("", "_M", "_S")]
+        [f"MOSTLY_{most_common_type[0][0]}{suffix}" for suffix in ("", "_M", "_S", "_MOE")]
         if most_common_type
         else ["MOSTLY_F16"]
     )

@@ -41,8 +41,8 @@ EMBEDDING: Kinds = ("Embedding", "Module")
 
 _SKIP_LISTS = ("modules_to_not_convert", "llm_int8_skip_modules", "ignored_layers")
 _METHODS = (
-    "gptq, awq, bitsandbytes (4 or 8 bits), compressed-tensors (pack-quantized integers, int8 or "
-    "float8) or fp8"
+    "gptq, awq, bitsandbytes (4 or 8 bits), compressed-tensors (pack-quantized integers, int8, "
+    "float8 or MXFP4) or fp8"
 )
 #: the `quant_method` of the config that only qkernels writes and reads
 OWN_METHOD = formats.base.OWN_METHOD

@@ -37,7 +37,7 @@ Fields = dict[str, Tensor]
 
 #: blocks quantized at a time, to bound the memory of the search
 _BLOCKS_AT_ONCE = 1 << 15
-#: largest magnitude of a weight, beyond the range of float16 scales in every type
+#: largest magnitude of a weight, beyond the range of float16 scales
 _MAX_MAGNITUDE = 3e8
 
 
@@ -270,7 +270,10 @@ class GgufFormat(Format):
     ) -> WeightOnlyParts:
         n, k = shape
         fields = self.split(tensors["data"])
-        scaler = {self._scaler_name(f): fields[f.name].view(n, -1).T for f in self._scale_fields()}
+        scaler = {
+            self._scaler_name(f): _for_kernels(fields[f.name]).view(n, -1).T
+            for f in self._scale_fields()
+        }
         table = None
         if self.table is not None:
             table = torch.tensor(self.table, dtype=torch.float32, device=tensors["data"].device)
@@ -295,6 +298,11 @@ class GgufFormat(Format):
         """The fields that are no planes of codes."""
         planes = {plane.field for plane in self.planes}
         return [field for field in self.fields if field.name not in planes]
+
+
+def _for_kernels(field: Tensor) -> Tensor:
+    """Scales as kernels take them: powers of two as bytes."""
+    return field.view(torch.uint8) if field.dtype == torch.float8_e8m0fnu else field
 
 
 def _view_as(part: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,10 +16,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .. import e2m1
 from . import search
 from .base import Field, Fields, GgufFormat, Plane
 
 F16, I8, I16, I32, U8 = torch.float16, torch.int8, torch.int16, torch.int32, torch.uint8
+E8M0 = torch.float8_e8m0fnu
 
 #: 16 values denser near 0 than an even grid (ggml's kvalues_iq4nl)
 IQ4_TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -128,6 +130,50 @@ class Iq4Nl(GgufFormat):
             "d": search.half(scale),
             "codes": search.nearest(x * search.inverse(scale), IQ4_TABLE),
         }
+
+
+class Mxfp4(GgufFormat):
+    """MXFP4. The scale 255 is refused: it is OCP's NaN, and ggml reads it as 2^128.
+
+    Without importance, bytes are ggml's: the scale makes 4 of the largest power of two up to the
+    largest weight (OCP's rule), and a weight in the middle between two values takes the smaller
+    one. Only where the largest weight is less than 2^-18 below the next power, which no 16-bit
+    weight is, ggml may take that power, because it rounds a logarithm. With importance, the scales
+    next to ggml's are tried, too.
+    """
+
+    name = "gguf_mxfp4"
+    summary = "4-bit floats e2m1, blocks of 32 with power-of-two scales (GGUF's MXFP4)"
+    block = group = e2m1.BLOCK
+    scaler = "e8m0"
+    table = (*e2m1.MAGNITUDES, 0.0, *e2m1.TABLE[9:])  # ggml has no -0.0
+    fields = (Field("scales", E8M0, 1), Field("qs", U8, 16))
+    planes = (Plane("qs", 4, 16),)
+
+    @property
+    def ggml_type(self) -> str:
+        return "MXFP4"
+
+    def scales(self, fields: Fields) -> tuple[Tensor, None]:
+        return fields["scales"].float(), None
+
+    def encode(self, x: Tensor, importance: Tensor | None, sigma2: Tensor) -> Fields:
+        scales = e2m1.shared_scales(x.abs().amax(-1, keepdim=True), round_up_from=2)
+        if importance is None:
+            return {"scales": scales, "codes": self._codes(x, scales)}
+        steps = torch.tensor([0, -1, 1], dtype=I32, device=x.device)
+        scales = (scales + steps[:, None, None]).clamp(min=0).to(U8)  # (3, B, 1)
+        codes = self._codes(x, scales)
+        errors = importance * (self.values(codes) * e2m1.scale_values(scales) - x).square()
+        best = errors.sum(-1, keepdim=True).argmin(0, keepdim=True)
+        return {
+            "scales": scales.gather(0, best)[0],
+            "codes": codes.gather(0, best.expand(1, *x.shape))[0],
+        }
+
+    def _codes(self, x: Tensor, scales: Tensor) -> Tensor:
+        codes = e2m1.nearest(x / e2m1.scale_values(scales), ties_to_even=False)
+        return codes | ((x < 0) & (codes > 0)).to(U8) << 3
 
 
 # ---------------------------------------------------------------------- blocks of 256, two levels
@@ -388,4 +434,5 @@ class Iq4Xs(_SuperBlock):
 
 TYPES: tuple[GgufFormat, ...] = (
     Q80(), Q40(), Q41(), Q50(), Q51(), Q2K(), Q3K(), Q4K(), Q5K(), Q6K(), Iq4Nl(), Iq4Xs(),
+    Mxfp4(),
 )  # fmt: skip
