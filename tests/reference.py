@@ -68,3 +68,15 @@ def assert_fused_close(
     assert error.norm() <= 2 * u * want.norm() + 1e-6, (
         f"{error.norm() / want.norm():.2e} > {2 * u:.2e}"
     )
+
+
+def every_power(name: str) -> qk.PackedWeight:
+    """MXFP4 weights (16, 512) of random codes, with every scale from 2^-127 to 2^125."""
+    exponents = torch.arange(256).clamp(max=252)
+    p = qk.quantize(torch.randn(16, 512), name)
+    tensors = {key: t.clone() for key, t in p.tensors.items()}
+    if name == "mxfp4":
+        tensors["weight_scale"].copy_(exponents.view(16, 16))
+    else:
+        tensors["data"].view(256, 17)[:, 0] = exponents
+    return qk.pack(name, tensors, p.shape)

@@ -11,7 +11,7 @@ from qkernels.layouts import codecs
 
 from ..conftest import CASES, DEVICE, case_id, k_of, layout_of
 from ..kernels.test_weight_only import ODD, SHORT
-from ..reference import assert_fused_close
+from ..reference import assert_fused_close, every_power
 from . import conftest as emulation
 
 pytestmark = pytest.mark.usefixtures("emulated", "poisoned")
@@ -231,3 +231,14 @@ def test_auto_prefers_others_and_explain_says_why() -> None:
     p = qk.quantize(torch.randn(16, 64), "nf4").to(DEVICE)
     assert "cuda.weight_only_gemv: not compiled yet" in str(qk.explain(p, 1))
     assert "K in 1 slices" in str(qk.explain(p, 1, backend="cuda"))
+
+
+@pytest.mark.parametrize("m", [8, 512])
+def test_every_power_of_two_as_a_scale(m: int) -> None:
+    """As in tests/kernels/test_decoders.py, by the gemv and the gemm."""
+    p = every_power("mxfp4").to(DEVICE)
+    x = torch.eye(512, dtype=torch.bfloat16, device=DEVICE)
+    weight = p.dequantize(torch.bfloat16).T
+    for first in range(0, 512, m):
+        y = qk.matmul(x[first : first + m], p, backend="cuda")
+        assert torch.equal(y, weight[first : first + m])

@@ -13,6 +13,7 @@ from qkernels.layouts import weight_only as layout
 from qkernels.layouts.codecs import CODES
 
 from ..conftest import DEVICE
+from ..reference import every_power
 from . import ptx
 
 pytest.importorskip("triton")
@@ -89,3 +90,14 @@ def test_lookup_ptx_on_every_code_in_every_place() -> None:
                     for b in range(2):
                         nibble = word >> CODES["lut16", 4].bit_of(s, b) & 15
                         assert out[s] >> (16 * b) & 0xFFFF == entries[nibble]
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "gguf_mxfp4"])
+def test_every_power_of_two_as_a_scale(name: str) -> None:
+    """2^-127, a subnormal float32, to 2^125 (beyond that 6 overflows): exact in bfloat16."""
+    p = every_power(name).to(DEVICE)
+    values, weight = decoded(p, torch.bfloat16), p.dequantize(torch.bfloat16)
+    if DEVICE == "cpu":  # triton's interpreter rounds subnormal bfloat16 to other numbers
+        values, weight = (t[weight.abs() >= 2.0**-126] for t in (values, weight))
+        assert weight.numel() > 0.7 * p.shape[0] * p.shape[1]
+    assert torch.equal(values, weight)
