@@ -63,7 +63,7 @@ def jobs() -> tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...]:
     chosen, pairs = [], set()
     names = [(name, {}) for name in formats.names()]
     for name, params in (*_LISTED, *names):
-        fmt, shape = formats.get(name), (4, 256)
+        fmt, shape = formats.get(name), (8, 256)
         if fmt.kernel_layout(fmt.resolve(shape, params)) != layout.WEIGHT_ONLY:
             continue
         traits = fmt.weight_only_traits(shape, fmt.resolve(shape, params))
