@@ -70,9 +70,9 @@ def assert_fused_close(
     )
 
 
-def every_power(name: str) -> qk.PackedWeight:
-    """MXFP4 weights (16, 512) of random codes, with every scale from 2^-127 to 2^125."""
-    exponents = torch.arange(256).clamp(max=252)
+def every_power(name: str, first: int = 0) -> qk.PackedWeight:
+    """MXFP4 weights (16, 512) of random codes, with every scale from 2^(first-127) to 2^125."""
+    exponents = torch.arange(256).clamp(first, 252)
     p = qk.quantize(torch.randn(16, 512), name)
     tensors = {key: t.clone() for key, t in p.tensors.items()}
     if name == "mxfp4":

@@ -110,11 +110,11 @@ def scale_min(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP
 @triton.jit
 def e8m0(args, rows, row_mask, kk, N, K, KP, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
          GROUP_LOOKUP: tl.constexpr):  # fmt: skip
-    """scales uint8 (G, N), 2^(code - 127): MXFP4. That is the exponent of a float32."""
+    """scales uint8 (G, N), 2^(code - 127): MXFP4. That is the exponent of a bfloat16."""
     at, live = _along_k(args[0], rows, row_mask, kk, N, KP, GROUP, ROW_GROUP, GROUP_LOOKUP)
-    code = tl.load(args[0] + at, mask=live, other=0).to(tl.int32)
-    bits = tl.where(code > 0, code << 23, 0x00400000)  # 2^-127 is not a normal number
-    s = bits.to(tl.float32, bitcast=True)
+    code = tl.load(args[0] + at, mask=live, other=0).to(tl.int16)
+    bits = tl.where(code > 0, code << 7, 0x0040).to(tl.int16)  # 2^-127 is not a normal number
+    s = bits.to(tl.bfloat16, bitcast=True)
     return s, s
 
 

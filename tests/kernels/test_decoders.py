@@ -94,10 +94,9 @@ def test_lookup_ptx_on_every_code_in_every_place() -> None:
 
 @pytest.mark.parametrize("name", ["mxfp4", "gguf_mxfp4"])
 def test_every_power_of_two_as_a_scale(name: str) -> None:
-    """2^-127, a subnormal float32, to 2^125 (beyond that 6 overflows): exact in bfloat16."""
-    p = every_power(name).to(DEVICE)
-    values, weight = decoded(p, torch.bfloat16), p.dequantize(torch.bfloat16)
-    if DEVICE == "cpu":  # triton's interpreter rounds subnormal bfloat16 to other numbers
-        values, weight = (t[weight.abs() >= 2.0**-126] for t in (values, weight))
-        assert weight.numel() > 0.7 * p.shape[0] * p.shape[1]
-    assert torch.equal(values, weight)
+    """Up to 2^125, beyond which 6 overflows: exact in bfloat16.
+
+    From 2^-127 on a GPU. Triton's interpreter takes subnormal bfloat16 for other numbers.
+    """
+    p = every_power(name, 0 if DEVICE == "cuda" else 3).to(DEVICE)
+    assert torch.equal(decoded(p, torch.bfloat16), p.dequantize(torch.bfloat16))

@@ -62,7 +62,7 @@ def traits() -> list[weight_only.layout.WeightOnlyTraits]:
     for name, bits, _ in JOBS:
         params = next(
             params
-            for job_name, params, _ in jobs.jobs()
+            for job_name, params, _ in jobs.formats_and_types()
             if job_name == name and params.get("bits", bits) == bits
         )
         fmt = weight_only.formats.get(name)

@@ -37,7 +37,7 @@ def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
     both. subset: only a few of them.
     """
     yield _sort_job(arch)
-    for number, (name, params, pointers) in enumerate(weight_only.jobs()):
+    for number, (name, params, pointers) in enumerate(weight_only.formats_and_types()):
         problem = _problem(arch, name, params, 1, "fp16")
         if obstacle(problem, layouts.WEIGHT_ONLY):
             continue

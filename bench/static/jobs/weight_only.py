@@ -55,28 +55,27 @@ _LISTED: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 @lru_cache(maxsize=1)
-def jobs() -> tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...]:
+def formats_and_types() -> tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...]:
     """(format, parameters, types of the scaler's tensors), once for each kind of kernel.
 
     The types are those of a small weight of the format.
     """
-    chosen, pairs = [], set()
-    names = [(name, {}) for name in formats.names()]
-    for name, params in (*_LISTED, *names):
+    jobs, pairs = [], set()
+    for number, (name, params) in enumerate((*_LISTED, *((name, {}) for name in formats.names()))):
         fmt, shape = formats.get(name), (8, 256)
         if fmt.kernel_layout(fmt.resolve(shape, params)) != layout.WEIGHT_ONLY:
             continue
         traits = fmt.weight_only_traits(shape, fmt.resolve(shape, params))
         pair = traits.decoder, traits.bits, traits.scaler
-        if (name, params) in names and pair in pairs:
+        if number >= len(_LISTED) and pair in pairs:
             continue
         pairs.add(pair)
         p = quantize(torch.randn(shape), name, **params)
         storage = layout.pack(fmt, shape, p.params, p.tensors)
         tensors = (storage.get(tensor) for tensor in scaler_tensors(traits))
         types = tuple("*i32" if t is None else _TYPES[t.dtype] for t in tensors)
-        chosen.append((name, params, types))
-    return tuple(chosen)
+        jobs.append((name, params, types))
+    return tuple(jobs)
 
 
 #: M of each job, one in each class of M; sm_90 has more classes
@@ -86,7 +85,7 @@ _JOB_SHAPE, _JOB_SMS = (8192, 8192), 132
 
 def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
     """Every configuration the table gives `arch`; a few of them with `subset`."""
-    for number, (name, params, pointers) in enumerate(jobs()):
+    for number, (name, params, pointers) in enumerate(formats_and_types()):
         for m in _JOB_ROWS_90 if arch == 90 else _JOB_ROWS:
             for dtype in DTYPES:
                 if subset and (number, dtype) not in ((0, "fp16"), (4, "bf16"), (7, "bf16")):
