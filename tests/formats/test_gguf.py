@@ -185,6 +185,18 @@ def test_mxfp4_quantizes_as_the_gguf_package_bit_for_bit() -> None:
     assert torch.equal(found, torch.from_numpy(want))
 
 
+def test_importance_moves_the_scale_of_mxfp4() -> None:
+    """Up, where a weight of 7.9 must not become 6; down, where 4.1 matters less than 0.25s do."""
+    weight = torch.full((2, 32), 0.25)
+    weight[:, 0] = torch.tensor([7.9, 4.1])
+    importance = torch.ones(32)
+    for row, factor, scales in ((0, 1000.0, (127, 128)), (1, 0.0, (127, 126))):
+        importance[0] = factor
+        given = [qk.quantize(weight[row : row + 1], "gguf_mxfp4", importance=i)
+                 for i in (None, importance)]  # fmt: skip
+        assert tuple(int(p.tensors["data"][0, 0]) for p in given) == scales
+
+
 def test_every_scale_and_code_of_mxfp4() -> None:
     """Values are the gguf package's bit for bit, and kernels get what format mxfp4 gives them."""
     scales = torch.arange(255, dtype=torch.uint8)[:, None]

@@ -36,9 +36,11 @@ def weights() -> Tensor:
     )
     weight[:8] = torch.arange(-64, 64) / 8 * 2.0 ** torch.randint(-100, 100, (8, 1))
     weight[8:16] = 2.0 ** torch.randint(-100, 100, (8, 1)) * torch.randint(-1, 2, (8, 128))
-    # largest weights next to 1.75 times a power of two, where the scale changes
-    edges = torch.tensor([1.75, 1.75, 3.5, 7]).nextafter(torch.tensor([0.0, 2.0, 0.0, 9.0]))
-    weight[16:24, ::32] = edges * weight[16:24].view(8, 4, 32).abs().amax(-1).log2().ceil().exp2()
+    # largest weights at and next to 1.75 times a power of two, where the scale changes
+    edges = torch.tensor([1.75, 3.5, 7, 1.75])
+    edges[:2] = edges[:2].nextafter(torch.tensor([0.0, 9.0]))
+    largest = weight[16:24].view(8, 4, 32).abs().amax(-1)
+    weight[16:24, ::32] = edges * largest.log2().ceil().exp2()
     weight[24], weight[25] = 0, -0.0
     return weight
 
@@ -93,6 +95,7 @@ def test_the_kernels_parts() -> None:
     p = qk.quantize(torch.randn(40, 96), "mxfp4")
     parts = fmt.weight_only(p.tensors, p.shape, p.params)
     assert fmt.weight_only_traits(p.shape, p.params) == (4, "lut16", "e8m0", 32, 1, False, None)
+    assert fmt.cuts(p.shape, p.params) == (1, 32)
     assert parts.table is not None
     scales = parts.scaler_tensors["scales"]
     assert (scales.dtype, scales.shape) == (torch.uint8, (3, 40))
