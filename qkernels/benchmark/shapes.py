@@ -28,6 +28,7 @@ SUITES: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("nf4", {}),
         ("nf4", {"double_quant": True}),
         ("fp4", {}),
+        ("mxfp4", {}),
         ("fp8", {}),
     ],
     "eight_bit": [

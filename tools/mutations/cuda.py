@@ -6,6 +6,7 @@ GEMV, GEMM, TILE, CUDA_SCALERS = (
     f"csrc/weight_only/{f}.h" for f in ("gemv", "gemm", "tile", "scalers")
 )
 QUAD, SPARSE = (f"csrc/weight_only/{f}.h" for f in ("quad_scalers", "outliers"))
+CODECS = "qkernels/layouts/codecs.py"
 CUDA_DECODERS, MEMORY = "csrc/decoders/decoders.h", "csrc/ptx/memory.h"
 EIGHT_BIT_GEMM, EIGHT_BIT_GEMV, EIGHT_BIT_ROWS, OUTLIERS = (
     f"csrc/eight_bit/{f}.h" for f in ("gemm", "gemv", "quantize", "outliers")
@@ -42,6 +43,9 @@ CUDA = [
     (GEMM, "add_sparse<T>(acc, args, first, block.m0);", ""),
     (QUAD, "group < last ? group : last", "group"),
     (QUAD, "rows.row[r] < args.n ? word(rows.row[r]) : 0", "word(rows.row[r])"),
+    (QUAD, "code << 23 : 0x00400000", "code << 23 : 0"),
+    (CODECS, '"Unsigned<T, 5>", 0', '"Unsigned<T, 4>", 0'),
+    (CODECS, "Only<Blocks<{groups}, true>>", "Only<Blocks<{groups}, false>>"),
     (QUAD, "nibble | top << 4) - 32", "nibble | top << 4) - 31"),
     (QUAD, "const bool second_half = tile % 2 != 0", "const bool second_half = false"),
     (QUAD, ">> tile % 2 * 16", ">> 0"),
