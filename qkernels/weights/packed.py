@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import formats, layouts
+from .. import counters, formats, layouts
 from ..formats.base import check_weight
 from ..tensors import plain, whole
 
@@ -38,6 +38,8 @@ class Prepackable:
         self.snapshot = snapshot
         self.plans: dict[Any, Any] = {}
         self._lock = threading.Lock()
+        if snapshot.storage:
+            counters.reserve(next(iter(snapshot.storage.values())))
 
     @property
     def layout(self) -> str:

@@ -72,7 +72,7 @@ REPLAY = [
     (WORK, "place.offset + address - start", "place.offset"),
     (WORK, "self._sizes[base] = offset + t.numel()", "self._sizes[base] = t.numel()"),
     (WORK, "low.end > high.start and", "False and"),
-    (WORK, "self._uses_counters = True", "self._uses_counters = False"),
+    (WORK, "self._counters = max(self._counters, count)", "self._counters = 0"),
     (WORK, "pattern |= (address & 15 != 0) << i", "pattern |= 0"),
     (WORK, "self._give_up()\n        return parts", "pass\n        return parts"),
     ("qkernels/backends/cuda/launch.py", "bases[base] + offset", "bases[base]"),
