@@ -80,6 +80,21 @@ REPLAY = [
     ("qkernels/ops/operator_plans.py", "weakref.ref(first, lambda _: forget())", "weakref.ref(first)"),
 ]  # fmt: skip
 
+COUNTERS = [
+    ("qkernels/counters.py", "capture_of(stream) if stream else 0", "0"),
+    ("qkernels/counters.py", "key = (device, stream,", "key = (device, 0,"),
+    ("qkernels/counters.py", "known[1] >= count", "True"),
+    ("qkernels/counters.py", "capture != UNKNOWN and", ""),
+    ("qkernels/counters.py", "    if capture == 0:\n        _allocate(device)", "    _allocate(device)"),
+    ("qkernels/counters.py", "arena.used += size", "pass"),
+    ("qkernels/counters.py", "arena.used + size <=", "arena.used <="),
+    ("qkernels/counters.py", "(0, number, UNKNOWN)", "(0, 1, UNKNOWN)"),
+    ("qkernels/counters.py", "_apart(lambda: _zeros(device))", "_zeros(device)"),
+    ("qkernels/weights/packed.py", "counters.reserve(", "id("),
+    (WORK, "self._counters = max(self._counters, count)", "self._counters = 1"),
+    (WORK, "self._add(t, Place(COUNTERS, 0))", "self._add(t, None)"),
+]  # fmt: skip
+
 EIGHT_BIT = [
     (GEMM8, "moved = ((bits & 0x80) << 8 | (bits & 0x7F) << 7)", "moved = ((bits & 0x80) << 8 | (bits & 0x7F) << 6)"),
     (GEMM8, "value *= 256.0", "value *= 128.0"),
@@ -226,6 +241,7 @@ SUITES = (
         REPLAY,
         ("tests/kernels/test_launch.py", "tests/cuda/test_launch.py", "tests/cuda/test_slices.py"),
     ),
+    (COUNTERS, ("tests/test_counters.py",)),
     (EIGHT_BIT, ("tests/kernels/test_activations.py", "tests/kernels/test_eight_bit.py")),
     (INCOHERENT, ("tests/kernels/test_incoherent.py",)),
     (EXPERTS, ("tests/kernels/test_experts.py",)),
