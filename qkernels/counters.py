@@ -30,8 +30,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 #: counters of a device: 4 MiB
 ARENA = 2**20
 #: the fewest counters of a region. K is cut only where the blocks alone do not fill the GPU, mostly
-#: fewer than two for each SM, so this is enough for most weights, and the arena for 2,048 graphs
-LEAST = 512
+#: fewer than two for each SM. So this is enough for most weights, and the arena for 4,096 graphs
+LEAST = 256
 #: what `capture_of` gives if the driver does not tell
 UNKNOWN = -1
 

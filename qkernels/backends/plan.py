@@ -192,7 +192,7 @@ class Recording(Work):
         return t if place is None else Moving(place, t.dtype, tuple(t.shape))
 
     def memory(self) -> Memory:
-        """What a replay allocates. Call it when `place` has seen every address."""
+        """What a replay allocates."""
         return Memory(self._y, self._sizes[SCRATCH], self._sizes[ZEROS], self._counters)
 
     def _give_up(self) -> None:
