@@ -40,7 +40,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return state
 
 
-def taken(state: SimpleNamespace, stream: int, capture: int, count: int = counters.LEAST) -> torch.Tensor:
+def taken(
+    state: SimpleNamespace, stream: int, capture: int, count: int = counters.LEAST
+) -> torch.Tensor:
     state.stream, state.capture = stream, capture
     region = counters.region(CPU, count)
     assert region.dtype == torch.int32
