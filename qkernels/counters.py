@@ -67,11 +67,14 @@ def reserve(tensor: Tensor) -> None:
 
     Not while a graph is captured or traced.
     """
-    if not tensor.is_cuda or isinstance(tensor, FakeTensor) or torch.compiler.is_compiling():
+    device = tensor.device
+    if device in _arenas or not tensor.is_cuda:
         return
-    stream = stream_of(tensor.device)
+    if isinstance(tensor, FakeTensor) or torch.compiler.is_compiling():
+        return
+    stream = stream_of(device)
     if not stream or capture_of(stream) == 0:
-        _allocate(tensor.device)
+        _allocate(device)
 
 
 def stream_of(device: torch.device) -> int:
@@ -124,8 +127,6 @@ def _new_region(key: tuple[torch.device, int, int], count: int) -> Tensor:
 
 def _allocate(device: torch.device) -> None:
     """Allocate the arena of a device, if there is none yet."""
-    if device in _arenas:
-        return
     with _lock:
         if device not in _arenas:
             _arenas[device] = _Arena(_apart(lambda: _zeros(device)))

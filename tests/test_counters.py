@@ -194,20 +194,26 @@ def reserved() -> None:
     """The first weight on a GPU brings the counters there, and no later one allocates any."""
     from . import pretend_gpu
 
-    with pretend_gpu.visible():
-        made = []
-        real = counters._zeros
-        counters._zeros = lambda device: made.append(device) or real(device)
-        p = qk.quantize(torch.randn(16, 128), "awq", group_size=64)
-        assert made == []
-        p = p.to("cuda")
-        assert made == [pretend_gpu.CUDA]
-        p.prepack_("weight_only").to("cuda")
-        experts = qk.quantize_experts(torch.randn(2, 16, 128), "awq", group_size=64).to("cuda")
-        experts.prepack()
-        qk.QuantLinear(qk.quantize(torch.randn(16, 128), "w8a8")).to("cuda")
-        assert made == [pretend_gpu.CUDA]
-        counters._zeros = real
+    p = qk.quantize(torch.randn(16, 128), "awq", group_size=64)
+    experts = qk.quantize_experts(torch.randn(2, 16, 128), "awq", group_size=64)
+    moves = (
+        lambda: p.to("cuda"),
+        lambda: qk.quantize(torch.randn(16, 128, device="cuda"), "awq", group_size=64),
+        lambda: experts.to("cuda"),
+        lambda: qk.QuantLinear(p).to("cuda").packed,
+    )
+    for move in moves:
+        with pretend_gpu.visible(), mock.patch.object(counters, "_zeros", wraps=_zeros) as made:
+            p.prepack_("weight_only")
+            assert made.call_count == 0
+            move()
+            made.assert_called_once_with(pretend_gpu.CUDA)
+            for again in moves:
+                again()
+            assert made.call_count == 1
+
+
+_zeros = counters._zeros
 
 
 def captured() -> None:

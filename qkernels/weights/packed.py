@@ -38,8 +38,6 @@ class Prepackable:
         self.snapshot = snapshot
         self.plans: dict[Any, Any] = {}
         self._lock = threading.Lock()
-        if snapshot.storage:
-            counters.reserve(next(iter(snapshot.storage.values())))
 
     @property
     def layout(self) -> str:
@@ -110,6 +108,7 @@ class PackedWeight(Prepackable):
         }
         super().__init__(Snapshot(layout, storage))
         self._nbytes: int | None = None
+        counters.reserve(next(iter(storage.values())))
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -91,6 +91,7 @@ COUNTERS = [
     ("qkernels/counters.py", "(0, number, UNKNOWN)", "(0, 1, UNKNOWN)"),
     ("qkernels/counters.py", "_apart(lambda: _zeros(device))", "_zeros(device)"),
     ("qkernels/weights/packed.py", "counters.reserve(", "id("),
+    ("qkernels/weights/experts.py", "counters.reserve(", "id("),
     (WORK, "self._counters = max(self._counters, count)", "self._counters = 1"),
     (WORK, "self._add(t, Place(COUNTERS, 0))", "self._add(t, None)"),
 ]  # fmt: skip
