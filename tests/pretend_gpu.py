@@ -12,6 +12,7 @@ code around the kernels, which no machine without a GPU would execute otherwise.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import types
 import weakref
@@ -134,8 +135,10 @@ class Graph:
     """A stand-in for torch.cuda.CUDAGraph: a replay repeats what was done during the capture."""
 
     capturing: Graph | None = None
+    numbers = itertools.count(1)
 
     def __init__(self, *_: Any, **__: Any) -> None:
+        self.number = next(self.numbers)
         self.steps: list[Callable[[], None]] = []
         self.kept: list[torch.Tensor] = []
 
@@ -305,6 +308,7 @@ def visible() -> Iterator[None]:
     """Within the context, torch sees a GPU."""
     from triton.runtime import interpreter
 
+    from qkernels import counters
     from qkernels.backends import cuda
     from qkernels.ops import matmul as ops
     from qkernels.ops import moe
@@ -366,6 +370,12 @@ def visible() -> Iterator[None]:
             condition, *(v if isinstance(v, torch.Tensor) else torch.tensor(v) for v in values)
         )
 
+    def raw_stream(index: int) -> int:
+        return 0 if Graph.capturing is None else 1  # the default stream cannot be captured
+
+    def capture_of(stream: int) -> int:
+        return 0 if Graph.capturing is None else Graph.capturing.number
+
     nothing = lambda *_, **__: None  # noqa: E731
     replaced = {
         "is_available": lambda: True, "is_initialized": lambda: True, "_lazy_init": nothing,
@@ -381,7 +391,7 @@ def visible() -> Iterator[None]:
     }  # fmt: skip
     with (
         mock.patch.multiple(torch.cuda, create=True, **replaced),
-        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", create=True, return_value=0),
+        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", raw_stream, create=True),
         mock.patch.object(torch._C, "_cuda_getDevice", create=True, return_value=0),
         mock.patch.multiple(
             torch,
@@ -406,6 +416,10 @@ def visible() -> Iterator[None]:
         # The interpreter cannot run the instructions of PDL.
         mock.patch.dict(os.environ, QKERNELS_PDL="0"),
         mock.patch.object(cuda, "run", run),
+        mock.patch.object(counters, "capture_of", capture_of),
+        mock.patch.object(counters, "_apart", lambda make: make()),  # modes are set for a thread
+        mock.patch.dict(counters._arenas),
+        mock.patch.dict(counters._regions),
         mock.patch.object(cuda.build, "extension", _Extension),
         _Everywhere(),
     ):

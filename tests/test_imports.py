@@ -17,8 +17,9 @@ ROOT = Path(__file__).parents[1]
 #: rooms of the package; each may import from those before it. A room is a folder of qkernels/, or a
 #: file directly in it
 FLOORS = (
-    "version", "tensors", "layouts", "formats", "weights", "backends", "ops", "nn", "checkpoints",
-    "quantizers", "models", "benchmark", "integrations", "cli", "__init__", "__main__",
+    "version", "tensors", "counters", "layouts", "formats", "weights", "backends", "ops", "nn",
+    "checkpoints", "quantizers", "models", "benchmark", "integrations", "cli", "__init__",
+    "__main__",
 )  # fmt: skip
 
 

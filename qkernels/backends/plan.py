@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .. import counters
 from . import workspace
 
 if TYPE_CHECKING:
@@ -65,6 +66,10 @@ class Work:
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
+
+    def counters(self, count: int, device: torch.device) -> Tensor:
+        """`counters.region`: int32 zeros (count or more), which the kernels leave zero."""
+        return counters.region(device, count)
 
     def by_torch(self, t: Tensor) -> Tensor:
         """`t`, a tensor that torch computed, so that the call cannot be replayed."""
@@ -110,7 +115,7 @@ class Recording(Work):
         """constants: the weight's tensors, which keep their addresses from call to call."""
         self.steps: list[Any] = []
         self._sizes = {SCRATCH: 0, ZEROS: 0}
-        self._uses_counters, self._possible, self._y = False, True, y
+        self._counters, self._possible, self._y = 0, True, y
         #: all memory of the call, sorted
         self._spans: list[_Span] = []
         #: keeps all that memory alive, so that no address is given out twice during the recording
@@ -121,13 +126,21 @@ class Recording(Work):
             if operand is not None:
                 self._add(operand, Place(OPERANDS + i, 0))
         self._add(y, Place(Y, 0))
-        self._add(workspace.counters(y.device), Place(COUNTERS, 0))
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         return self._part(super().empty(shape, dtype, device), SCRATCH)
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         return self._part(super().zeros(shape, dtype, device), ZEROS)
+
+    def counters(self, count: int, device: torch.device) -> Tensor:
+        t = super().counters(count, device)
+        if self._possible:
+            self._counters = max(self._counters, count)
+            if all(span.start != t.data_ptr() for span in self._spans):
+                self._alive.append(t)
+                self._add(t, Place(COUNTERS, 0))
+        return t
 
     def start(self, launch: Any, *tensors: Tensor) -> None:
         result = launch(*tensors)
@@ -171,8 +184,6 @@ class Recording(Work):
         start, _, place = self._spans[i]
         if place is None:
             return None
-        if place.base == COUNTERS:
-            self._uses_counters = True
         return Place(place.base, place.offset + address - start)
 
     def moving(self, t: Tensor) -> Moving | Tensor:
@@ -181,8 +192,8 @@ class Recording(Work):
         return t if place is None else Moving(place, t.dtype, tuple(t.shape))
 
     def memory(self) -> Memory:
-        """What a replay allocates. Call it when `place` has seen every address."""
-        return Memory(self._y, self._sizes[SCRATCH], self._sizes[ZEROS], self._uses_counters)
+        """What a replay allocates."""
+        return Memory(self._y, self._sizes[SCRATCH], self._sizes[ZEROS], self._counters)
 
     def _give_up(self) -> None:
         """The call cannot be replayed: note nothing more, and keep nothing alive."""
@@ -209,9 +220,9 @@ class Recording(Work):
 class Memory:
     """All that a replay allocates: y, and the scratch memory in one piece."""
 
-    def __init__(self, y: Tensor, scratch: int, zeros: int, uses_counters: bool) -> None:
+    def __init__(self, y: Tensor, scratch: int, zeros: int, counters: int) -> None:
         self._shape, self._dtype, self._device = tuple(y.shape), y.dtype, y.device
-        self._scratch, self._zeros, self._uses_counters = scratch, zeros, uses_counters
+        self._scratch, self._zeros, self._counters = scratch, zeros, counters
 
     def take(
         self, operands: tuple[Tensor | None, ...], addresses: list[int]
@@ -232,9 +243,9 @@ class Memory:
         if self._zeros:
             tensors[ZEROS] = zeros = torch.zeros(self._zeros, dtype=torch.uint8, device=device)
             bases[ZEROS] = zeros.data_ptr()
-        if self._uses_counters:
-            tensors[COUNTERS] = counters = workspace.counters(device)
-            bases[COUNTERS] = counters.data_ptr()
+        if self._counters:
+            tensors[COUNTERS] = region = counters.region(device, self._counters)
+            bases[COUNTERS] = region.data_ptr()
         return tensors, bases
 
 

@@ -1,18 +1,11 @@
-"""Scratch memory of a call, and its limit: partial sums and counters of split K, copies of x."""
+"""Scratch memory of a call, and its limit: partial sums of split K, copies of x."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-from torch import Tensor
-
-#: blocks of one launch that may have a counter of finished K slices
-MAX_BLOCKS = 65536
 #: scratch memory that one call may allocate: partial sums and copies of x together
 BYTES = 32 * 2**20
-
-_counters: dict[tuple[str, int | None, int], Tensor] = {}
 
 
 def fits(rows: int, row_bytes: int, fixed_bytes: int = 0) -> bool:
@@ -42,21 +35,3 @@ def slices(rows: int, row_bytes: int, fixed_bytes: int = 0) -> Iterator[slice]:
     most = min(most, -(-rows // (count * unit)) * unit)
     for first in range(0, rows, most):
         yield slice(first, min(first + most, rows))
-
-
-def counters(device: torch.device) -> Tensor:
-    """Zeroed int32 counters, one tensor for each device and stream. Every launch leaves them zero.
-
-    Launches on one stream run one after another, so they can share the counters. A CUDA graph uses
-    the counters of the stream it is captured on: replay the graphs captured on one stream one after
-    another, as torch does.
-    """
-    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
-    key = (device.type, device.index, stream)
-    tensor = _counters.get(key)
-    if tensor is None:
-        tensor = torch.zeros(MAX_BLOCKS, dtype=torch.int32, device=device)
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return tensor  # belongs to the graph's memory; each replay of the graph zeroes it
-        _counters[key] = tensor
-    return tensor

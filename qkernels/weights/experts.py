@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import formats, layouts
+from .. import counters, formats, layouts
 from ..tensors import whole
 from .packed import PackedWeight, Prepackable, quantize
 
@@ -158,6 +158,7 @@ class PackedExperts(Prepackable):
         """The same experts with their tensors on `device`; dtypes never change."""
         snapshot = self.snapshot
         moved = [tensor.to(device) for tensor in snapshot.storage.values()]
+        counters.reserve(moved[0])
         return self._restored(snapshot.spec, moved, self.nbytes)
 
     def prepack(self, layout: str | None = None) -> PackedExperts:

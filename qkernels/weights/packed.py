@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import formats, layouts
+from .. import counters, formats, layouts
 from ..formats.base import check_weight
 from ..tensors import plain, whole
 
@@ -108,6 +108,7 @@ class PackedWeight(Prepackable):
         }
         super().__init__(Snapshot(layout, storage))
         self._nbytes: int | None = None
+        counters.reserve(next(iter(storage.values())))
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import qkernels as qk
-from qkernels.backends import workspace
+from qkernels import counters
 from qkernels.layouts import codecs
 
 from ..conftest import CASES, DEVICE, case_id, k_of, layout_of
@@ -147,7 +147,7 @@ def test_split_k_in_any_order_of_blocks(name: str, params: dict[str, object], m:
     for order in (1, 2, 3):
         emulation.ORDER[0] = order
         assert torch.equal(qk.matmul(x, p, bias, backend="cuda"), y)
-    assert not workspace.counters(x.device).any()
+    assert not counters.region(x.device, 1).any()
 
 
 @fused_cases

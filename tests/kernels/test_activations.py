@@ -21,13 +21,13 @@ from .test_eight_bit import (  # noqa: F401  # the last two are fixtures
     counters_end_as_zeros,
     dtypes,
     eight_bit_cases,
+    full_arena,
     poisoned_outputs,
 )
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from qkernels.backends import workspace  # noqa: E402
 from qkernels.backends.eight_bit import Activations  # noqa: E402
 from qkernels.backends.problem import Problem, problem_of  # noqa: E402
 from qkernels.backends.triton import eight_bit, outlier_columns  # noqa: E402
@@ -294,9 +294,8 @@ def test_columns_are_listed_in_order(
         assert_codes(a, x, p)
 
 
-def test_flags_of_more_columns_than_there_are_counters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workspace, "MAX_BLOCKS", 300)
-    monkeypatch.setattr(workspace, "_counters", {})
+def test_flags_of_columns_if_no_counters_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    full_arena(monkeypatch)
     x = with_outliers(3, 300, "many", torch.float16)
     p = packed("int8", {}, 300)
     assert_close(qk.matmul(x, p, backend="triton"), x, p)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 import qkernels as qk
+from qkernels import counters
 from qkernels.formats.fp8 import to_fp8
 
 from ..conftest import CASES, DEVICE, case_id, layout_of
 from ..reference import ROUNDOFF, static_scale
 
 pytest.importorskip("triton")
-from qkernels.backends import workspace
 from qkernels.backends.triton import eight_bit
 
 EIGHT_BIT = [case for case in CASES if layout_of(*case) == "eight_bit"]
@@ -46,7 +46,14 @@ def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def counters_end_as_zeros() -> Any:
     yield
-    assert all(not bool(c.any()) for c in workspace._counters.values())
+    assert all(not bool(arena.zeros.any()) for arena in counters._arenas.values())
+
+
+def full_arena(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no counters be left."""
+    monkeypatch.setattr(counters, "ARENA", 0)
+    monkeypatch.setattr(counters, "_arenas", {})
+    monkeypatch.setattr(counters, "_regions", {})
 
 
 # ---------------------------------------------------------------------- the bound

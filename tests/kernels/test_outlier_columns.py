@@ -11,12 +11,15 @@ from torch import Tensor
 from ..conftest import DEVICE
 
 pytest.importorskip("triton")
-from qkernels.backends import workspace
 from qkernels.backends.triton import eight_bit, outlier_columns
 from qkernels.triton_kernels.activations import quantize_rows
 
 from .test_activations import dtypes, packed, problem, with_outliers
-from .test_eight_bit import counters_end_as_zeros, poisoned_outputs  # noqa: F401  # fixtures
+from .test_eight_bit import (  # noqa: F401  # two are fixtures
+    counters_end_as_zeros,
+    full_arena,
+    poisoned_outputs,
+)
 
 K, THRESHOLD = 300, 6.0
 
@@ -49,9 +52,8 @@ def test_the_same_columns(
         assert planted == "none" or listed(want.columns)
 
 
-def test_more_columns_than_there_are_counters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workspace, "MAX_BLOCKS", K)
-    monkeypatch.setattr(workspace, "_counters", {})
+def test_columns_if_no_counters_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    full_arena(monkeypatch)
     x = with_outliers(3, K, "many", torch.float16)
     want = (x.abs() >= THRESHOLD).any(0).nonzero()[:, 0].tolist()
     assert listed(outlier_columns.find(x, THRESHOLD)) == want

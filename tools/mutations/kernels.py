@@ -78,12 +78,28 @@ REPLAY = [
     (WORK, "place.offset + address - start", "place.offset"),
     (WORK, "self._sizes[base] = offset + t.numel()", "self._sizes[base] = t.numel()"),
     (WORK, "low.end > high.start and", "False and"),
-    (WORK, "self._uses_counters = True", "self._uses_counters = False"),
+    (WORK, "self._counters = max(self._counters, count)", "self._counters = 0"),
     (WORK, "pattern |= (address & 15 != 0) << i", "pattern |= 0"),
     (WORK, "self._give_up()\n        return parts", "pass\n        return parts"),
     ("qkernels/backends/cuda/launch.py", "bases[base] + offset", "bases[base]"),
     ("qkernels/backends/cuda/launch.py", "words[word] = stream", "words[word] = 0"),
     ("qkernels/ops/operator_plans.py", "weakref.ref(first, lambda _: forget())", "weakref.ref(first)"),
+]  # fmt: skip
+
+COUNTERS = [
+    ("qkernels/counters.py", "capture_of(stream) if stream else 0", "0"),
+    ("qkernels/counters.py", "key = (device, stream,", "key = (device, 0,"),
+    ("qkernels/counters.py", "known[1] >= count", "True"),
+    ("qkernels/counters.py", "capture != UNKNOWN and", ""),
+    ("qkernels/counters.py", "    if capture == 0:\n        _allocate(device)", "    _allocate(device)"),
+    ("qkernels/counters.py", "arena.used += size", "pass"),
+    ("qkernels/counters.py", "arena.used + size <=", "arena.used <="),
+    ("qkernels/counters.py", "(0, number, UNKNOWN)", "(0, 1, UNKNOWN)"),
+    ("qkernels/counters.py", "_apart(lambda: _zeros(device))", "_zeros(device)"),
+    ("qkernels/weights/packed.py", "counters.reserve(", "id("),
+    ("qkernels/weights/experts.py", "counters.reserve(", "id("),
+    (WORK, "self._counters = max(self._counters, count)", "self._counters = 1"),
+    (WORK, "self._add(t, Place(COUNTERS, 0))", "self._add(t, None)"),
 ]  # fmt: skip
 
 EIGHT_BIT = [
@@ -232,6 +248,7 @@ SUITES = (
         REPLAY,
         ("tests/kernels/test_launch.py", "tests/cuda/test_launch.py", "tests/cuda/test_slices.py"),
     ),
+    (COUNTERS, ("tests/test_counters.py",)),
     (EIGHT_BIT, ("tests/kernels/test_activations.py", "tests/kernels/test_eight_bit.py")),
     (INCOHERENT, ("tests/kernels/test_incoherent.py",)),
     (EXPERTS, ("tests/kernels/test_experts.py",)),

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ...layouts import eight_bit as layout
-from .. import workspace
 from ..device import sm_count
 from ..eight_bit import Activations, row_bytes, traits_of
 from ..plan import NOW, Work
@@ -139,8 +138,7 @@ def _configure(
     tiles = blocks_n * -(-m // rows)
     split = k_slices.count_for(steps, blocks_n if sequential else tiles, sms, min_steps=4)
     k_slice = k_slices.steps_of(steps, split)
-    too_many = split * tiles * rows * TILE_N * 4 > partial_bytes or tiles > workspace.MAX_BLOCKS
-    if too_many or tiles >= sms:
+    if split * tiles * rows * TILE_N * 4 > partial_bytes or tiles >= sms:
         split = 1
     return Config(False, rows, k_slice if sequential or split > 1 else steps, split)
 
@@ -270,7 +268,7 @@ def _list_columns(
 ) -> tuple[Tensor, Tensor]:
     """Set the arguments for a list of outlier columns; returns the list and its counter."""
     columns = work.empty((k + 1,), torch.int32, device)
-    counter = counters(1 + -(-k // 32), device, work)
+    counter = work.counters(1 + -(-k // 32), device)
     args.columns, args.counter = columns.data_ptr(), counter.data_ptr()
     return columns, counter
 
@@ -325,13 +323,6 @@ def _quantize_call(
     return template.copy()
 
 
-def counters(elements: int, device: torch.device, work: Work) -> Tensor:
-    """int32 zeros, which kernels leave zero; from the workspace, if it has enough."""
-    if elements <= workspace.MAX_BLOCKS:
-        return workspace.counters(device)
-    return work.zeros((elements,), torch.int32, device)
-
-
 # ---------------------------------------------------------------------- the product
 def multiply(
     a: Activations,
@@ -366,7 +357,7 @@ def multiply(
         tile = config.rows * (GEMV_N if config.gemv else TILE_N)
         blocks = -(-n // GEMV_N) if config.gemv else -(-n // TILE_N) * -(-m // config.rows)
         partial = work.empty((config.split * blocks * tile,), torch.float32, device)
-        counter = counters(blocks, device, work)
+        counter = work.counters(blocks, device)
         args.partial, args.counter = partial.data_ptr(), counter.data_ptr()
     args.x, args.x_scale, args.x16, args.y = (t.data_ptr() for t in (a.codes, a.scale, a.x, y))
     if a.columns is not None:

@@ -95,7 +95,7 @@ def _launch(
     scratch: list[Tensor] = []
     if count > 1:
         partial = work.empty((count * blocks_n * blocks_m * ROWS * columns,), torch.float32, device)
-        counter = workspace.counters(device)
+        counter = work.counters(blocks_n * blocks_m, device)
         args.partial, args.counter = partial.data_ptr(), counter.data_ptr()
         scratch = [partial, counter]
     start(x, y, p, bias, call, traits, scratch, work)

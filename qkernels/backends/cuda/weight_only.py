@@ -16,7 +16,6 @@ from ... import formats, layouts
 from ...layouts import codecs
 from ...layouts import weight_only as layout
 from ...layouts.codecs import CodeKind
-from .. import workspace
 from ..device import sm_count
 from ..plan import NOW, Work
 from . import k_slices, transforms
@@ -148,7 +147,7 @@ def _launch(
     scratch: list[Tensor] = []
     if elements := partial_elements(n, m, count):
         partial = work.empty((elements,), torch.float32, x.device)
-        counter = workspace.counters(x.device)
+        counter = work.counters(blocks_n * blocks_m, x.device)
         args.partial, args.counter = partial.data_ptr(), counter.data_ptr()
         scratch = [partial, counter]
     reads = [x, *p.storage.values(), *([] if bias is None else [bias])]

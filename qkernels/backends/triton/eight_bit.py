@@ -126,7 +126,7 @@ def quantize(
     if outliers:
         if columns is None:
             listed = work.empty((k + 1,), torch.int32, device)
-            flags = outlier_columns.counter(1 + k, device, work)
+            flags = work.counters(1 + k, device)
         else:
             listed, outliers = columns, 2
         if norm is not None or up is not None:
@@ -282,7 +282,8 @@ def _launch(
     if split > 1:
         elements = split * blocks_n * blocks_m * config.block_n * config.block_m
         sums = torch.int32 if weight["KIND"] == "int8" else torch.float32
-        partial, counter = work.empty((elements,), sums, y.device), workspace.counters(y.device)
+        partial = work.empty((elements,), sums, y.device)
+        counter = work.counters(blocks_n * blocks_m, y.device)
     calls = {
         "x_ptr": weight["x_ptr"],
         "x_scale_ptr": weight["x_scale_ptr"],

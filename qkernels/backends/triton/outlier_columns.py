@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ...layouts import eight_bit as layout
-from .. import workspace
-from ..plan import NOW, Work
+from ..plan import NOW
 from .launch import Launch, pdl
 
 
@@ -47,9 +46,8 @@ def find(
     }
     slots = ("x_ptr", "up_ptr", "norm_ptr", "columns_ptr", "counter_ptr")
     launch = Launch(outlier_columns, (m, 1), fixed, slots)
-    launch(
-        x, x if up is None else up, x if norm is None else norm, columns, counter(1 + k, x.device)
-    )
+    counter = NOW.counters(1 + k, x.device)
+    launch(x, x if up is None else up, x if norm is None else norm, columns, counter)
     return columns
 
 
@@ -65,10 +63,3 @@ def row_block(kp: int) -> int:
 def row_warps(block: int) -> int:
     """Warps of a program that handles `block` features at a time."""
     return min(16, max(1, block // 512))
-
-
-def counter(elements: int, device: torch.device, work: Work = NOW) -> Tensor:
-    """int32 zeros, which the kernel leaves zero: the workspace's counters, if it has enough."""
-    if elements <= workspace.MAX_BLOCKS:
-        return workspace.counters(device)
-    return work.zeros((elements,), torch.int32, device)

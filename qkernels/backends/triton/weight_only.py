@@ -281,7 +281,7 @@ def _launch(
     if split > 1:
         elements = split * blocks_n * blocks_m * config.block_n * config.block_m
         partial = work.empty((elements,), torch.float32, x.device)
-        counter = workspace.counters(x.device)
+        counter = work.counters(blocks_n * blocks_m, x.device)
     fixed = {
         "M": m,
         "METHOD": method(
@@ -361,11 +361,10 @@ def _scale_groups(traits: KernelTraits) -> int:
 def split_of(k_slices: int, blocks: int, config: configs.GemmConfig, scratch: int = 0) -> int:
     """SPLIT_K: one program per K slice, or one for all slices.
 
-    The latter if the workspace or the number of counters does not suffice. scratch: bytes of the
-    workspace that are already in use.
+    The latter if the workspace does not suffice. scratch: bytes of it that are already in use.
     """
     needed = scratch + k_slices * blocks * config.block_m * config.block_n * 4
-    return k_slices if needed <= workspace.BYTES and blocks <= workspace.MAX_BLOCKS else 1
+    return k_slices if needed <= workspace.BYTES else 1
 
 
 def _outliers(p: PackedWeight) -> tuple[Tensor, Tensor]:
