@@ -4,7 +4,7 @@
     registry.py     the kernels in order of preference, and the choice
     measured.py     which language measured faster, for the choice
     explain.py      the choice in words
-    plan.py         a product's scratch memory and launches, recorded once and replayed
+    plan.py         a product's scratch memory and launches, declared once
     workspace.py    scratch memory
     device.py       facts about the GPU
     eight_bit.py    shared by both languages' launchers of the 8-bit family

@@ -1,11 +1,9 @@
-"""Shared by both languages' launchers of the 8-bit family: quantized activations, their size."""
+"""Shared by both languages' launchers of the 8-bit family: quantized activations."""
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
-
-from torch import Tensor
+from typing import Any, NamedTuple
 
 from .. import formats
 from ..layouts import eight_bit as layout
@@ -13,7 +11,7 @@ from .problem import Problem
 
 
 class Activations(NamedTuple):
-    """x (M, K) quantized, as `multiply` takes it.
+    """x (M, K) quantized, as `multiply` takes it: tensors of a plan.
 
     Weights of one kind and one input scale may share it.
 
@@ -25,24 +23,13 @@ class Activations(NamedTuple):
             threshold.
     """
 
-    codes: Tensor
-    scale: Tensor
-    x: Tensor
-    columns: Tensor | None = None
+    codes: Any
+    scale: Any
+    x: Any
+    columns: Any = None
 
 
 @lru_cache(maxsize=4096)
 def traits_of(problem: Problem) -> layout.EightBitTraits:
     """The traits of the problem's weight, by which launchers choose code."""
     return formats.get(problem.format).eight_bit_traits(problem.shape, dict(problem.params))
-
-
-def row_bytes(problem: Problem, fused: bool = False) -> int:
-    """Scratch memory that a row of x takes in `quantize`.
-
-    fused: whether a norm or a gate is fused with it. LLM.int8() then also keeps the result of the
-    norm in 16 bits, because its outliers are not in x.
-    """
-    traits, k = traits_of(problem), problem.shape[1]
-    scales = {"token": 1, "group": -(-k // layout.BLOCK), "tensor": 0}[traits.activation]
-    return layout.padded(k) + 4 * scales + (2 * k if fused and traits.threshold > 0 else 0)

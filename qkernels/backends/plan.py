@@ -1,27 +1,29 @@
-"""A product's scratch memory and kernel launches: recorded once, then replayed.
+"""What a product allocates and launches: declared once, run at every call.
 
 A launcher does the same at every call, except that its operands, y and scratch memory have other
-addresses. So it runs once with a `Recording`, which notes the kernels it starts and writes down
-each of their addresses as (base, offset):
+addresses. So it runs once, on symbolic tensors: it takes scratch memory from a `Plan` and adds
+steps to it. A symbolic tensor has a shape, a dtype and a device, but no memory: it is (base,
+offset).
 
     bases of a call   Y   COUNTERS   SCRATCH   ZEROS   OPERANDS: x, bias
                                      | codes | scale | partial |  parts, one after another
 
-From then on a call allocates y and the scratch memory in one piece each, fills in the addresses,
-and starts the kernels.
+A call allocates y and the scratch memory in one piece each, fills in the addresses, and starts the
+kernels. That is the `Compiled` of each language, in triton/launch.py and cuda/launch.py.
 
-    Work        the scratch memory and the launches of a call; NOW is the one that records nothing
-    Recording   a Work that also notes them
-    Replay      the launches of one recording, as each language starts them
-    Replays     the recordings of one product, by alignment of the operands
-    Recorded    `Replays` as a `registry.Bound`: run, then record, then replay
+    Symbolic   a tensor of a plan
+    Plan       scratch memory and steps
+    Memory     what a call allocates
+    Plans      the plans of one product, by alignment of the operands
+    Product    `Plans` as a `registry.Bound`
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -37,204 +39,218 @@ if TYPE_CHECKING:
 Y, COUNTERS, SCRATCH, ZEROS, OPERANDS = range(5)
 #: parts of the scratch memory begin at multiples of this, as torch's own allocations do
 _ALIGNMENT = 512
+#: marks addresses of symbolic tensors: base << _BASE_BIT, and the offset
+_SYMBOLIC, _BASE_BIT = 1 << 63, 56
 
 
-class Place(NamedTuple):
-    """An address in a call's memory: the base's address plus `offset` bytes."""
+@dataclass(frozen=True, slots=True)
+class Symbolic:
+    """A contiguous tensor of a plan: `offset` bytes after the address of `base` at each call.
+
+    Its methods are those of a tensor. low: the last four bits of the base's address.
+    """
 
     base: int
     offset: int
-
-
-class Moving(NamedTuple):
-    """A tensor whose address changes from call to call."""
-
-    place: Place
-    dtype: torch.dtype
     shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    low: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel() * self.dtype.itemsize
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def data_ptr(self) -> int:
+        """What stands for the address in a CUDA call, where `Plan.place` finds it.
+
+        It equals the address modulo 16.
+        """
+        return _SYMBOLIC | self.base << _BASE_BIT | self.offset + self.low
+
+    def view(self, *shape: Any) -> Symbolic:
+        """As another shape, in which one size may be -1, or as another dtype of the same size."""
+        if isinstance(shape[0], torch.dtype):
+            return replace(self, dtype=shape[0])
+        known = -math.prod(shape)
+        return replace(self, shape=tuple(self.numel() // known if n < 0 else n for n in shape))
+
+    def __getitem__(self, rows: slice) -> Symbolic:
+        """Rows start..stop-1, as in torch."""
+        first, stop, _ = rows.indices(self.shape[0])
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        return replace(
+            self, offset=self.offset + first * row, shape=(stop - first, *self.shape[1:])
+        )
+
+    def within(self, memory: Sequence[Tensor | None]) -> Tensor:
+        """The tensor of one call. memory: its bases."""
+        whole = memory[self.base]
+        assert whole is not None
+        bytes_ = whole.view(-1).view(torch.uint8)[self.offset : self.offset + self.nbytes]
+        return bytes_.view(self.dtype).view(self.shape)
 
 
-class Work:
-    """Scratch memory and kernel launches of a call.
+class TorchStep(NamedTuple):
+    """A function that computes by torch, on tensors of the plan."""
 
-    Memory comes from torch's allocator, so it is safe on every stream and in CUDA graphs. Kernels
-    start at once.
-    """
+    function: Callable[..., object]
+    tensors: tuple[Symbolic | Tensor, ...]
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
-
-    def counters(self, count: int, device: torch.device) -> Tensor:
-        """`counters.region`: int32 zeros (count or more), which the kernels leave zero."""
-        return counters.region(device, count)
-
-    def by_torch(self, t: Tensor) -> Tensor:
-        """`t`, a tensor that torch computed, so that the call cannot be replayed."""
-        return t
-
-    def slices(self, rows: int, row_bytes: int, fixed_bytes: int = 0) -> list[slice]:
-        """`workspace.slices`."""
-        return list(workspace.slices(rows, row_bytes, fixed_bytes))
-
-    def start(self, launch: Any, *tensors: Tensor) -> None:
-        """Call `launch` (of triton/launch.py or cuda/launch.py) with the tensors."""
-        launch(*tensors)
-
-    def transposed(self, x: Tensor) -> Tensor:
-        """x (M, K) -> (K, M), contiguous."""
-        y = self.empty((x.shape[1], x.shape[0]), x.dtype, x.device)
-        y.copy_(x.T)
-        return y
+    def run(self, memory: Sequence[Tensor | None]) -> None:
+        """Call it on the tensors of one call. memory: the call's bases."""
+        self.function(*(t if isinstance(t, Tensor) else t.within(memory) for t in self.tensors))
 
 
-#: for a call that is not recorded
-NOW = Work()
+class Plan:
+    """What a product allocates and launches.
 
-
-class _Span(NamedTuple):
-    """Bytes start..end-1 of memory; place is None for tensors that keep their address."""
-
-    start: int
-    end: int
-    place: Place | None
-
-
-class Recording(Work):
-    """A `Work` that notes the launches.
+    A launcher declares it once, on symbolic tensors: it takes scratch memory from the plan and adds
+    steps to it. Nothing is allocated or started before the plan runs.
 
     Attributes:
-        steps: in order, (launch, its tensors, its result), or (None, (x, its transpose), None).
+        operands: the call's operands, None for those it does not have.
+        y: the output, or None.
+        steps: in order: the language's `Step` for a kernel, and `TorchStep`.
     """
 
     def __init__(
-        self, operands: Sequence[Tensor | None], y: Tensor, constants: Iterable[Tensor]
+        self, operands: Sequence[Tensor | None], shape: tuple[int, ...] | None = None
     ) -> None:
-        """constants: the weight's tensors, which keep their addresses from call to call."""
+        """operands: of one call, x first. shape: of y, which has x's dtype; None for no y."""
+        x = operands[0]
+        assert x is not None
+        self.device = x.device
+        self.operands: list[Any] = [
+            None
+            if t is None
+            else Symbolic(OPERANDS + i, 0, tuple(t.shape), t.dtype, t.device, low=t.data_ptr() & 15)
+            for i, t in enumerate(operands)
+        ]
+        self.y: Any = None if shape is None else Symbolic(Y, 0, shape, x.dtype, x.device)
         self.steps: list[Any] = []
-        self._sizes = {SCRATCH: 0, ZEROS: 0}
-        self._counters, self._possible, self._y = 0, True, y
-        #: all memory of the call, sorted
-        self._spans: list[_Span] = []
-        #: keeps all that memory alive, so that no address is given out twice during the recording
-        self._alive: list[Any] = [operands, y, *constants]
-        for t in self._alive[2:]:
-            self._add(t, None)
-        for i, operand in enumerate(operands):
-            if operand is not None:
-                self._add(operand, Place(OPERANDS + i, 0))
-        self._add(y, Place(Y, 0))
+        self._now = self._most = _Sizes()
+        self._counters = 0
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        return self._part(super().empty(shape, dtype, device), SCRATCH)
+    @property
+    def used(self) -> int:
+        """Bytes of scratch memory in use at this point of the plan, of the workspace.BYTES."""
+        return self._now.limited
 
-    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        return self._part(super().zeros(shape, dtype, device), ZEROS)
+    def empty(
+        self, shape: tuple[int, ...], dtype: torch.dtype, *, limited: bool = True
+    ) -> Symbolic:
+        """The next part of the scratch memory. limited: whether it counts for workspace.BYTES."""
+        part = Symbolic(SCRATCH, self._now.scratch, shape, dtype, self.device)
+        return self._add(part, _Sizes(scratch=part.nbytes, limited=part.nbytes * limited))
 
-    def counters(self, count: int, device: torch.device) -> Tensor:
-        t = super().counters(count, device)
-        if self._possible:
-            self._counters = max(self._counters, count)
-            if all(span.start != t.data_ptr() for span in self._spans):
-                self._alive.append(t)
-                self._add(t, Place(COUNTERS, 0))
-        return t
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Symbolic:
+        """The next part of the scratch memory that is zero when a call starts.
 
-    def start(self, launch: Any, *tensors: Tensor) -> None:
-        result = launch(*tensors)
-        if self._possible:
-            self.steps.append((launch, tensors, result))
-
-    def by_torch(self, t: Tensor) -> Tensor:
-        self._give_up()
-        return t
-
-    def slices(self, rows: int, row_bytes: int, fixed_bytes: int = 0) -> list[slice]:
-        parts = super().slices(rows, row_bytes, fixed_bytes)
-        if len(parts) > 1:  # a replay would allocate the scratch memory of all slices at once
-            self._give_up()
-        return parts
-
-    def transposed(self, x: Tensor) -> Tensor:
-        y = super().transposed(x)
-        if self._possible:
-            self.steps.append((None, (x, y), None))
-        return y
-
-    def replayable(self) -> bool:
-        """Whether an address alone says which tensor a kernel was given.
-
-        It does not if memory that moves from call to call overlaps other memory.
+        Not again where it is reused: a slice of rows leaves its zeros to the next slice.
         """
-        return self._possible and not any(
-            low.end > high.start and not (low.place is None and high.place is None)
-            for low, high in pairwise(self._spans)
-        )
+        part = Symbolic(ZEROS, self._now.zeros, shape, dtype, self.device)
+        return self._add(part, _Sizes(zeros=part.nbytes, limited=part.nbytes))
 
-    def place(self, address: int) -> Place | None:
-        """Where an address lies in a call's memory; None in a tensor that keeps its address.
+    @contextmanager
+    def reused(self) -> Iterator[None]:
+        """Scratch memory that is taken in this context is free again after it."""
+        now = self._now
+        yield
+        self._now = now
 
-        ValueError if it is in neither.
+    def counters(self, count: int) -> Symbolic:
+        """`counters.region`: int32 zeros, which every launch leaves zero."""
+        self._counters = max(self._counters, count)
+        return Symbolic(COUNTERS, 0, (count,), torch.int32, self.device)
+
+    def by_torch(self, function: Callable[..., object], *tensors: Symbolic | Tensor) -> None:
+        """Add a step that calls `function(*tensors)`, which computes by torch."""
+        self.steps.append(TorchStep(function, tensors))
+
+    def by_rows(
+        self,
+        declare: Callable[..., None],
+        *tensors: Symbolic | None,
+        before_slices: Callable[[], None] | None = None,
+    ) -> None:
+        """`declare(*tensors)`; if that needs more than workspace.BYTES, slices of their rows.
+
+        The slices use the same scratch memory, one after another. before_slices: declares what all
+        of them need, if there are any.
         """
-        i = bisect_right(self._spans, (address, float("inf"))) - 1
-        if i < 0 or address >= self._spans[i].end:
-            raise ValueError(f"address {address:#x} is in no memory that a call has")
-        start, _, place = self._spans[i]
-        if place is None:
+        steps, now, most = len(self.steps), self._now, self._most
+        rows, fixed = self.operands[0].shape[0], now.limited
+        with self.reused():
+            declare(*tensors)
+        excess = self._most.limited - workspace.BYTES
+        row_bytes = -(-(self._most.limited - fixed) // rows)
+        parts = [slice(0, rows)]
+        # What slices need is not quite proportional to their rows.
+        while excess > 0 and len(parts) < rows:
+            del self.steps[steps:]
+            self._now, self._most = now, most
+            if before_slices is not None:
+                before_slices()
+            parts = list(workspace.slices(rows, row_bytes, fixed))
+            for part in parts:
+                with self.reused():
+                    declare(*(None if t is None else t[part] for t in tensors))
+            excess = self._most.limited - workspace.BYTES
+            fixed += excess
+
+    def place(self, address: int) -> tuple[int, int] | None:
+        """(base, offset) of a symbolic tensor's `data_ptr`; None for other addresses."""
+        if address < _SYMBOLIC:
             return None
-        return Place(place.base, place.offset + address - start)
-
-    def moving(self, t: Tensor) -> Moving | Tensor:
-        """How a replay finds `t`; `t` itself if it keeps its address."""
-        place = self.place(t.data_ptr())
-        return t if place is None else Moving(place, t.dtype, tuple(t.shape))
+        base, offset = divmod(address - _SYMBOLIC, 1 << _BASE_BIT)
+        return base, offset - (self.operands[base - OPERANDS].low if base >= OPERANDS else 0)
 
     def memory(self) -> Memory:
-        """What a replay allocates."""
-        return Memory(self._y, self._sizes[SCRATCH], self._sizes[ZEROS], self._counters)
+        """What a call allocates."""
+        return Memory(self.device, self.y, self._most, self._counters)
 
-    def _give_up(self) -> None:
-        """The call cannot be replayed: note nothing more, and keep nothing alive."""
-        self._possible = False
-        self._alive.clear()
+    def _add(self, part: Symbolic, size: _Sizes) -> Symbolic:
+        self._now = _Sizes(
+            *(n + -(-s // _ALIGNMENT) * _ALIGNMENT for n, s in zip(self._now, size, strict=True))
+        )
+        self._most = _Sizes(*map(max, self._most, self._now))
+        return part
 
-    def _part(self, t: Tensor, base: int) -> Tensor:
-        """`t`, noted as the next part of `base`."""
-        if not self._possible:
-            return t
-        offset = -(-self._sizes[base] // _ALIGNMENT) * _ALIGNMENT
-        self._sizes[base] = offset + t.numel() * t.element_size()
-        self._alive.append(t)
-        self._add(t, Place(base, offset))
-        return t
 
-    def _add(self, t: Tensor, place: Place | None) -> None:
-        if t.numel():
-            end = t.data_ptr() + t.numel() * t.element_size()
-            self._spans.append(_Span(t.data_ptr(), end, place))
-            self._spans.sort(key=lambda span: span[:2])
+class _Sizes(NamedTuple):
+    """Bytes of scratch memory, by base, and those of them that count for workspace.BYTES."""
+
+    scratch: int = 0
+    zeros: int = 0
+    limited: int = 0
 
 
 class Memory:
-    """All that a replay allocates: y, and the scratch memory in one piece."""
+    """What a call allocates: y, and the scratch memory in one piece."""
 
-    def __init__(self, y: Tensor, scratch: int, zeros: int, counters: int) -> None:
-        self._shape, self._dtype, self._device = tuple(y.shape), y.dtype, y.device
-        self._scratch, self._zeros, self._counters = scratch, zeros, counters
+    def __init__(
+        self, device: torch.device, y: Symbolic | None, sizes: _Sizes, counters: int
+    ) -> None:
+        self._device, self._y = device, y
+        self._scratch, self._zeros, self._counters = sizes.scratch, sizes.zeros, counters
 
     def take(
-        self, operands: tuple[Tensor | None, ...], addresses: list[int]
+        self, operands: Sequence[Tensor | None], addresses: list[int]
     ) -> tuple[list[Tensor | None], list[int]]:
         """The bases as tensors, which own the memory, and as addresses.
 
         A base that the call does not use is None and 0.
         """
         device = self._device
-        y = torch.empty(self._shape, dtype=self._dtype, device=device)
-        tensors: list[Tensor | None] = [y, None, None, None, *operands]
-        bases = [y.data_ptr(), 0, 0, 0, *addresses]
+        tensors: list[Tensor | None] = [None, None, None, None, *operands]
+        bases = [0, 0, 0, 0, *addresses]
+        if self._y is not None:
+            tensors[Y] = y = torch.empty(self._y.shape, dtype=self._y.dtype, device=device)
+            bases[Y] = y.data_ptr()
         if self._scratch:
             tensors[SCRATCH] = scratch = torch.empty(
                 self._scratch, dtype=torch.uint8, device=device
@@ -249,131 +265,118 @@ class Memory:
         return tensors, bases
 
 
-def view(memory: list[Tensor | None], tensor: Moving | Tensor) -> Tensor:
-    """A tensor of `Recording.moving` in a call's memory, the tensors of `Memory.take`."""
-    if isinstance(tensor, Tensor):
-        return tensor
-    (base, offset), dtype, shape = tensor
-    whole = memory[base]
-    assert whole is not None
-    if base not in (SCRATCH, ZEROS):
-        assert offset == 0
-        return whole
-    size = dtype.itemsize
-    for extent in shape:
-        size *= extent
-    return whole[offset : offset + size].view(dtype).view(shape)
+class Compiled(Protocol):
+    """A plan that runs, for operands of the same shapes, dtypes, device and alignment."""
+
+    def __init__(self, plan: Plan) -> None: ...
+
+    def run(self, operands: Sequence[Tensor | None], addresses: list[int]) -> list[Any]:
+        """Allocate and start everything. Returns the tensors of the call's memory, by base."""
 
 
-class Replay(Protocol):
-    """A recording's launches, for operands of the same shapes, dtypes, device and alignment."""
+class Plans:
+    """The plans of one product, for operands of certain shapes, dtypes and device.
 
-    def __init__(self, recording: Recording, y: Tensor) -> None: ...
-
-    def __call__(self, operands: tuple[Tensor | None, ...], addresses: list[int]) -> Tensor: ...
-
-
-class Replays:
-    """The recordings of one product, for operands of certain shapes, dtypes and device.
-
-    Triton compiles a kernel for the pointers that are divisible by 16, so there is one recording
-    for each pattern of those; it is None where a call could not be replayed. The pattern is not
-    part of the key of a plan (ops/matmul.py), because addresses are read only here.
+    There is one for each alignment of the operands, because kernels are compiled for the pointers
+    that are divisible by 16. The alignment is not part of the key of a plan in ops/matmul.py,
+    because addresses are read only here.
     """
 
-    def __init__(self, replay: type[Replay]) -> None:
-        self._replay, self._tuned = replay, False
-        self._replays: dict[int, Replay | None] = {}
+    def __init__(self) -> None:
+        self._plans: dict[int, Compiled] = {}
 
-    def replay(self, *operands: Tensor | None) -> Tensor | None:
-        """y of these contiguous operands; None if no recording fits them."""
-        addresses = [0 if t is None else t.data_ptr() for t in operands]
+    def memory(self, *operands: Tensor | None) -> list[Any] | None:
+        """Run the plan of these contiguous operands; None if there is none yet.
+
+        Returns the tensors of the call's memory, by base.
+        """
+        addresses = addresses_of(operands)
         together = 0
         for address in addresses:
             together |= address
-        replay = self._replays.get(_pattern(addresses) if together & 15 else 0)
-        return None if replay is None else replay(operands, addresses)
+        plan = self._plans.get(_alignment(addresses) if together & 15 else 0)
+        return None if plan is None else plan.run(operands, addresses)
 
-    def call(
+    def add(
         self,
-        operands: tuple[Tensor | None, ...],
-        shape: tuple[int, ...],
-        constants: Iterable[Tensor],
-        run: Callable[[], Tensor],
-        compute: Callable[[Tensor, Work], object],
-    ) -> Tensor:
-        """A call that no recording fits.
+        compiled: Callable[[Plan], Compiled],
+        declare: Callable[[Plan], None],
+        operands: Sequence[Tensor | None],
+        shape: tuple[int, ...] | None = None,
+    ) -> list[Any]:
+        """Declare a plan, run it, and keep it for operands of this alignment.
 
-        Args:
-            operands: x first.
-            shape: of y.
-            constants: as in `Recording`.
-            run: () -> y. The first call is `run`, because it tunes and compiles.
-            compute: (y, work). The second call is `compute` into a new y, and is recorded. Operands
-                whose second call could not be recorded always take `run`.
+        compiled: the language's `Compiled`. shape: of y, as in `Plan`. Returns what `memory` does.
         """
-        pattern = _pattern([0 if t is None else t.data_ptr() for t in operands])
-        if not self._tuned or pattern in self._replays:
-            y = run()
-            self._tuned = True
-            return y
-        x = operands[0]
-        assert x is not None
-        y = torch.empty(shape, dtype=x.dtype, device=x.device)
-        recording = Recording(operands, y, constants)
-        compute(y, recording)
-        self._replays[pattern] = self._replay(recording, y) if recording.replayable() else None
-        return y
+        plan = Plan(operands, shape)
+        declare(plan)
+        runs = compiled(plan)
+        memory = runs.run(operands, addresses_of(operands))
+        self.keep(operands, runs)
+        return memory
+
+    def keep(self, operands: Sequence[Tensor | None], plan: Compiled) -> None:
+        """Run operands of this alignment by `plan` from now on."""
+        self._plans[_alignment(addresses_of(operands))] = plan
 
 
-def _pattern(addresses: list[int]) -> int:
-    """Bit i is set if address i is not divisible by 16."""
-    pattern = 0
-    for i, address in enumerate(addresses):
-        pattern |= (address & 15 != 0) << i
-    return pattern
+def addresses_of(operands: Sequence[Tensor | None]) -> list[int]:
+    """The operands' addresses; 0 for None."""
+    return [0 if t is None else t.data_ptr() for t in operands]
 
 
-#: (x, weight, bias, problem, y, work): writes x @ W^T + bias to y. x (M, K) is contiguous, the
-#: weight in the kernel's layout, bias (N) in x's dtype or None, y (M, N) in x's dtype. `work`
-#: allocates scratch memory and starts kernels.
-Compute = Callable[[Tensor, "PackedWeight", "Tensor | None", "Problem", Tensor, Work], None]
+def _alignment(addresses: Sequence[int]) -> int:
+    """The last four bits of each address."""
+    return sum((address & 15) << 4 * i for i, address in enumerate(addresses))
 
 
-class Recorded(Replays):
-    """A product for one weight and problem, a `registry.Bound`.
+class Product(Plans):
+    """A product for one weight and problem, a `registry.Bound`. It does not keep the weight alive.
 
-    Its first call tunes and compiles, the second is recorded, and all later ones are replayed.
+    first: (plans, (x, bias), weight, problem) -> y of the first call with operands of an alignment;
+        it keeps the plan of later calls in `plans`.
+    cast_bias: whether the kernels take the bias in x's dtype.
     """
 
-    def __init__(
-        self,
-        run: Callable[..., Tensor],
-        compute: Compute,
-        replay: type[Replay],
-        cast_bias: bool = False,
-    ) -> None:
-        """cast_bias: whether the kernels take the bias in x's dtype."""
-        super().__init__(replay)
-        self._run, self._compute, self._cast_bias = run, compute, cast_bias
+    def __init__(self, first: Callable[..., Tensor], cast_bias: bool = False) -> None:
+        super().__init__()
+        self._first, self._cast_bias = first, cast_bias
 
     def __call__(self, x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-        y = self.replay(x, bias)
+        y = self.run(x, bias)
         if y is not None:
             return y
-        bias = self._operand(bias, x)
-        return self.call(
-            (x, bias), (x.shape[0], p.shape[0]), p.storage.values(),
-            lambda: self._run(x, p, bias, problem),
-            lambda y, work: self._compute(x, p, bias, problem, y, work),
-        )  # fmt: skip
+        if not x.shape[0]:
+            return x.new_empty(0, p.shape[0])
+        return self._first(self, (x, self._operand(bias, x)), p, problem)
 
-    def replay(self, x: Tensor, bias: Tensor | None) -> Tensor | None:  # type: ignore[override]
-        """The product without the weight; None if no recording fits these operands."""
-        return Replays.replay(self, x, None if bias is None else self._operand(bias, x))
+    def run(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The product without the weight; None if there is no plan for these operands yet."""
+        memory = self.memory(x, None if bias is None else self._operand(bias, x))
+        return None if memory is None else memory[Y]
 
     def _operand(self, bias: Tensor | None, x: Tensor) -> Tensor | None:
         """The bias as the kernels take it."""
         if bias is None:
             return None
         return (bias.to(x.dtype) if self._cast_bias else bias).contiguous()
+
+
+def run_at_once(compiled: type[Compiled], declare: Callable[..., Any], *operands: Any) -> Any:
+    """What `declare(plan, *operands)` returns, symbolic tensors, computed for these operands.
+
+    compiled: the language's `Compiled`. operands: contiguous tensors and None.
+    """
+    for i, t in enumerate(operands):
+        if t is not None and not t.is_contiguous():
+            raise ValueError(f"operand {i}: expected a contiguous tensor, got strides {t.stride()}")
+    plan = Plan(operands)
+    result = declare(plan, *plan.operands)
+    memory = compiled(plan).run(operands, addresses_of(operands))
+
+    def computed(value: Any) -> Any:
+        if isinstance(value, tuple):  # a NamedTuple
+            return type(value)(*map(computed, value))
+        return value.within(memory) if isinstance(value, Symbolic) else value
+
+    return computed(result)

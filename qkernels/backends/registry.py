@@ -20,6 +20,7 @@ from .problem import Problem, environment
 if TYPE_CHECKING:
     from ..weights.experts import PackedExperts
     from ..weights.packed import PackedWeight
+    from .plan import Compiled, Plan
 
 BACKENDS = ("auto", "reference", "triton", "cuda")
 #: `KernelBase.layout` of a kernel that takes weights in every layout
@@ -42,8 +43,28 @@ class Bound(Protocol):
         self, x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem
     ) -> Tensor: ...
 
-    def replay(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
-        """y (M, N) from a recorded call, without the weight; None if no recording fits these."""
+    def run(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """y (M, N) by the plan of an earlier call, without the weight; None if none fits these."""
+
+
+class BoundExperts(Protocol):
+    """An `ExpertsKernel.run` for given experts and problem."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        experts: PackedExperts,
+        ids: Tensor,
+        weights: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor: ...
+
+    def run(
+        self, x: Tensor, ids: Tensor, weights: Tensor | None, bias: Tensor | None
+    ) -> Tensor | None:
+        """y (T, top_k, N) by the plan of an earlier call, without the experts; None if none fits
+        these.
+        """
 
 
 class BoundLayer(Protocol):
@@ -53,8 +74,8 @@ class BoundLayer(Protocol):
         self, x: Tensor, gate_up: PackedExperts, down: PackedExperts, weights: Tensor, ids: Tensor
     ) -> Tensor: ...
 
-    def replay(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor | None:
-        """y (T, N) from a recorded call, without the experts; None if no recording fits these."""
+    def run(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor | None:
+        """y (T, N) by the plan of an earlier call, without the experts; None if none fits these."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +129,8 @@ class ExpertsKernel(KernelBase):
     Attributes:
         run: (x, experts, ids (T, top_k), weights (T, top_k) or None, bias (E, N) or None, problem)
             -> y (T, top_k, N) in x's dtype. x is (T, K), or (T, top_k, K) with a row for each slot.
+        bind: (problem) -> a faster `run` for given experts and operands of one shape. None if the
+            kernel has none.
         run_layer: (x (T, K), gate_up, down, weights, ids, activation, (problem of gate_up, problem
             of down)) -> y (T, N of down) in x's dtype: a whole layer of experts, as
             `qkernels.fused_moe` defines it. None if the kernel has no such call.
@@ -116,6 +139,7 @@ class ExpertsKernel(KernelBase):
     """
 
     run: RunExperts
+    bind: Callable[[Problem], BoundExperts] | None = None
     run_layer: Callable[..., Tensor] | None = None
     bind_layer: Callable[[str, tuple[Problem, Problem]], BoundLayer] | None = None
 
@@ -124,20 +148,26 @@ class ExpertsKernel(KernelBase):
 class Quantized:
     """The two halves of a kernel that quantizes activations, so that a norm can be fused with them.
 
+    Both declare their launches in a plan.
+
     Attributes:
-        quantize: (x (M, K), weight, problem, up=, norm=, eps=) -> codes of x, of silu(x) * up or of
-            RMSNorm(x). `columns=` passes the result of `columns`, if that was called before.
-        multiply: (codes, weight, bias or None, problem, out=) -> y, written into `out` (M, N) if
-            that is given.
-        scratch_bytes: (problem) -> scratch memory of a row of x; 0 if rows cannot be sliced.
-        columns: the operands of `quantize`, all rows -> the outlier columns of LLM.int8(), which
-            `quantize` must know before the rows are sliced; None for other formats.
+        quantize: (plan, x (M, K), weight, problem, up=, norm=, eps=, columns=) -> codes of x, of
+            silu(x) * up or of RMSNorm(x). columns: the result of `columns` for all rows, if x is a
+            slice of them.
+        multiply: (plan, codes, weight, bias or None, problem, y (M, N)): the product, into y.
+        columns: (plan, x, weight, problem, up=, norm=, eps=) -> the outlier columns of LLM.int8();
+            None if a row's result does not depend on the other rows.
+        compiled: (plan) -> the plan that runs.
+        cast_bias: whether `multiply` takes the bias in x's dtype.
+        tune: (x, weight, problem): tunes the product, if tuning is on and no call has done it.
     """
 
     quantize: Callable[..., Any]
-    multiply: Callable[..., Tensor]
-    scratch_bytes: Callable[[Problem], int]
-    columns: Callable[..., Tensor | None] = lambda *args, **kwargs: None
+    multiply: Callable[..., None]
+    columns: Callable[..., Any]
+    compiled: Callable[[Plan], Compiled]
+    cast_bias: bool = False
+    tune: Callable[[Tensor, PackedWeight, Problem], None] = lambda x, p, problem: None
 
 
 _KERNELS: dict[str, KernelBase] = {}

@@ -8,11 +8,6 @@ from collections.abc import Iterator
 BYTES = 32 * 2**20
 
 
-def fits(rows: int, row_bytes: int, fixed_bytes: int = 0) -> bool:
-    """Whether `slices` gives one slice for these arguments."""
-    return rows <= 1 or fixed_bytes + rows * row_bytes <= BYTES or not row_bytes
-
-
 def slices(rows: int, row_bytes: int, fixed_bytes: int = 0) -> Iterator[slice]:
     """Slices of `rows` rows, in order, each within BYTES of scratch memory, or of one row.
 
@@ -24,7 +19,7 @@ def slices(rows: int, row_bytes: int, fixed_bytes: int = 0) -> Iterator[slice]:
         row_bytes: scratch memory of one row.
         fixed_bytes: scratch memory of every slice, whatever its number of rows.
     """
-    if fits(rows, row_bytes, fixed_bytes):
+    if rows <= 1 or fixed_bytes + rows * row_bytes <= BYTES or not row_bytes:
         if rows:
             yield slice(0, rows)
         return

@@ -20,6 +20,7 @@ torch, and the products follow. `explain` says which case it is.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -27,10 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import formats, layouts
-from ..backends import registry, workspace
+from ..backends import registry
+from ..backends.plan import Plan, Plans, Symbolic
 from ..backends.problem import Problem, problem_of, resolve_batch_invariant
 from ..weights.packed import PackedWeight
 from . import matmul as ops
+from . import operator_plans
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -260,26 +263,77 @@ def _fused_products(
 ) -> list[Tensor]:
     """y (M, N) for each weight of `parts`, which all take the same codes.
 
-    The codes are computed once, for a slice of the rows at a time.
+    The launches are planned at the first call with operands of some shapes. The plan is kept in the
+    first weight's `plans`.
     """
     halves = kernel.quantized
     assert halves is not None
     x = prologue.x.reshape(m, k).contiguous()
     up = None if prologue.up is None else prologue.up.reshape(m, k).contiguous()
     norm = None if prologue.norm is None else prologue.norm.to(x.dtype).contiguous()
+    biases = [
+        None if bias is None else (bias.to(x.dtype) if halves.cast_bias else bias).contiguous()
+        for _, bias, _ in parts
+    ]
     ys = [torch.empty(m, p.shape[0], dtype=x.dtype, device=x.device) for p, _, _ in parts]
-    scratch = max(halves.scratch_bytes(problem) for _, _, problem in parts)
-    slices = list(workspace.slices(m, scratch))
-    first, problem = parts[0][0], parts[0][2]
-    columns: dict[str, Any] = {}
-    if len(slices) > 1:
-        all_columns = halves.columns(x, first, problem, up=up, norm=norm, eps=prologue.eps)
-        columns = {} if all_columns is None else {"columns": all_columns}
-    for rows in slices:
-        up_rows = None if up is None else up[rows]
-        codes = halves.quantize(
-            x[rows], first, problem, up=up_rows, norm=norm, eps=prologue.eps, **columns
-        )
-        for (p, bias, problem), y in zip(parts, ys, strict=True):
-            halves.multiply(codes, p, bias, problem, out=y[rows])
+    operands = (x, up, norm, *biases, *ys)
+    plans = _plans_of(prologue, kernel, parts, m, biases)
+    if plans.memory(*operands) is not None:
+        return ys
+    for p, _, problem in parts:
+        halves.tune(x, p, problem)
+    plans.add(halves.compiled, lambda plan: _declare(plan, halves, parts, prologue.eps), operands)
     return ys
+
+
+def _declare(
+    plan: Plan,
+    halves: registry.Quantized,
+    parts: list[tuple[PackedWeight, Tensor | None, Problem]],
+    eps: float,
+) -> None:
+    """The launches of `_fused_products`: the codes once, for a slice of the rows at a time."""
+    all_x, all_up, norm, *rest = plan.operands
+    biases, all_ys = rest[: len(parts)], rest[len(parts) :]
+    first, _, problem = parts[0]
+    columns = None
+
+    def before_slices() -> None:
+        nonlocal columns
+        columns = halves.columns(plan, all_x, first, problem, up=all_up, norm=norm, eps=eps)
+
+    def rows(x: Symbolic, up: Symbolic | None, *ys: Symbolic) -> None:
+        codes = halves.quantize(plan, x, first, problem, up=up, norm=norm, eps=eps, columns=columns)
+        for (p, _, one), bias, y in zip(parts, biases, ys, strict=True):
+            with plan.reused():
+                halves.multiply(plan, codes, p, bias, one, y)
+
+    plan.by_rows(rows, all_x, all_up, *all_ys, before_slices=before_slices)
+
+
+def _plans_of(
+    prologue: _Prologue,
+    kernel: registry.Kernel,
+    parts: list[tuple[PackedWeight, Tensor | None, Problem]],
+    m: int,
+    biases: list[Tensor | None],
+) -> Plans:
+    """The plans of these weights for operands of these shapes and dtypes.
+
+    They have addresses of the weights' tensors, and keep none of them alive.
+    """
+    tensors = [next(iter(p.storage.values())) for p, _, _ in parts]
+    shared = parts[0][0].plans
+    kinds = tuple(None if bias is None else bias.dtype for bias in biases)
+    invariant = parts[0][2].batch_invariant
+    key = (
+        "fused", kernel.name, m, prologue.x.dtype, prologue.up is None, prologue.eps, kinds,
+        invariant, tuple(map(id, tensors)),
+    )  # fmt: skip
+    kept = shared.get(key)
+    # A later tensor may have the id of one that is gone.
+    if kept is None or any(ref() is not t for ref, t in zip(kept[1], tensors, strict=True)):
+        kept = (Plans(), [weakref.ref(t) for t in tensors])
+        operator_plans.add(shared, key, kept)
+    plans: Plans = kept[0]
+    return plans

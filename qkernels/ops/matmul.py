@@ -254,7 +254,7 @@ def _matmul_impl(
     plan: _OperatorPlan | None = operator_plans.find(storage, key)
     x = x.contiguous()
     if plan is not None and plan.bound is not None:
-        y = plan.bound.replay(x, bias)
+        y = plan.bound.run(x, bias)
         if y is not None:
             return y
     p = _weight(storage, spec)

@@ -159,10 +159,11 @@ def _prepack_for(
 
 # ---------------------------------------------------------------------- operators
 class _Selection(NamedTuple):
-    """The kernel of a product of experts."""
+    """The kernel of a product of experts; bound: its `bind`, None if it has none."""
 
     kernel: registry.ExpertsKernel
     problem: Problem
+    bound: registry.BoundExperts | None = None
 
 
 class _LayerPlan(NamedTuple):
@@ -200,18 +201,27 @@ def _grouped_impl(
     x: Tensor, storage: list[Tensor], ids: Tensor, weights: Tensor | None, bias: Tensor | None,
     spec: str, backend: str, batch_invariant: bool,
 ) -> Tensor:  # fmt: skip
+    x, ids, backend = x.contiguous(), ids.contiguous(), registry.resolve_backend(backend)
+    weights = None if weights is None else weights.contiguous()
+    kinds = tuple(None if t is None else t.dtype for t in (ids, weights, bias))
+    key = (spec, x.shape, ids.shape, x.dtype, x.device, kinds, backend, batch_invariant)
+    plan: _Selection | None = operator_plans.find(storage, key)
+    if plan is not None and plan.bound is not None:
+        y = plan.bound.run(x, ids, weights, bias)
+        if y is not None:
+            return y
     experts = PackedExperts._restored(spec, storage, 0)
     if ids.numel() == 0:
         return x.new_empty(*ids.shape, experts.shape[0])
-    backend = registry.resolve_backend(backend)
-    key = (spec, ids.numel(), x.dtype, x.device, backend, batch_invariant)
-    plan: _Selection | None = operator_plans.find(storage, key)
     if plan is None:
         plan = _selected(x, ids, experts, backend, batch_invariant)
         if operator_plans.holds(experts.storage, storage):
+            if plan.kernel.bind is not None:
+                plan = plan._replace(bound=plan.kernel.bind(plan.problem))
             operator_plans.remember(storage, key, plan)
-    weights = None if weights is None else weights.contiguous()
-    return plan.kernel.run(x.contiguous(), experts, ids.contiguous(), weights, bias, plan.problem)
+    if plan.bound is not None:
+        return plan.bound(x, experts, ids, weights, bias)
+    return plan.kernel.run(x, experts, ids, weights, bias, plan.problem)
 
 
 def _grouped_fake(
@@ -233,7 +243,7 @@ def _fused_impl(
     )  # fmt: skip
     plan: _LayerPlan | None = operator_plans.find(storage, key)
     if plan is not None and plan.bound is not None:
-        y = plan.bound.replay(x, weights, ids)
+        y = plan.bound.run(x, weights, ids)
         if y is not None:
             return y
     first = PackedExperts._restored(gate_up_spec, gate_up, 0)
@@ -278,7 +288,7 @@ def _run_layer(
     plan: _LayerPlan,
 ) -> Tensor:
     """A layer by one kernel, or by two products and plain torch between and after them."""
-    (kernel, problem), (down_kernel, down_problem), _ = plan
+    (kernel, problem, _), (down_kernel, down_problem, _), _ = plan
     if _one_kernel(plan):
         assert kernel.run_layer is not None
         problems = (problem, down_problem)

@@ -1,7 +1,7 @@
 """Plans of torch.library operators, found by the tensors of the weight that an operator is given.
 
 A plan is what the first call with operands of certain shapes works out for the calls after it: the
-kernel, and the recording of its launches. An eager call keeps its plans in the `PackedWeight`
+kernel, and what it launches. An eager call keeps its plans in the `PackedWeight`
 (`PackedWeight.plans`). An operator is given the weight's tensors alone, so its plans are kept here,
 by the addresses of those tensors. They keep no tensor alive: they are dropped with the first one.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor
 
 import qkernels as qk
 from qkernels.backends.cuda import eight_bit, launch
+from qkernels.backends.plan import Plan, Symbolic
 
 from ..conftest import DEVICE, case_id
 from . import conftest as emulation
 
 pytest.importorskip("triton")
+from ..kernels import eight_bit_halves
 from ..kernels.test_activations import assert_codes, packed, problem, with_outliers
 from ..kernels.test_eight_bit import (  # noqa: F401  # the last two are fixtures
     EIGHT_BIT,
@@ -42,8 +45,13 @@ def test_structs_of_another_version_are_refused() -> None:
         (eight_bit.QuantizeCall, "quantize_rows"),
         (eight_bit.EightBitCall, "eight_bit_int8"),
     ):
+        wrong = call(size=ctypes.sizeof(call) + 8)
+
+        def declare(plan: Plan, x: Symbolic, name: str = name, wrong: Any = wrong) -> None:
+            launch.start(plan, name, wrong, [x], [])
+
         with pytest.raises(RuntimeError, match="different versions"):
-            launch.start(name, call(size=ctypes.sizeof(call) + 8), [x], [])
+            launch.at_once(declare, x)
 
 
 # ---------------------------------------------------------------------- activations
@@ -63,14 +71,14 @@ def test_codes_bit_for_bit(
             .to(DEVICE)
         )
         x[-1, : k // 2] = 0
-        assert_codes(eight_bit.quantize(x, p, problem(p, x)), x, p)
+        assert_codes(eight_bit_halves.quantize(eight_bit, x, p, problem(p, x)), x, p)
 
 
 def test_rows_that_are_not_aligned() -> None:
     x = torch.randn(4 * 64 + 1).half().to(DEVICE)[1:].view(4, 64)
     p = packed("w8a8", {}, 64, n=1)
     assert x.data_ptr() % 16 != 0
-    assert_codes(eight_bit.quantize(x, p, problem(p, x)), x, p)
+    assert_codes(eight_bit_halves.quantize(eight_bit, x, p, problem(p, x)), x, p)
 
 
 def test_not_a_number_stays_in_its_row() -> None:
@@ -92,7 +100,9 @@ def test_rms_norm(dtype: torch.dtype, k: int) -> None:
     u = 2.0**-11 if dtype == torch.float16 else 2.0**-8
     for name, params in EIGHT_BIT:
         p = packed(name, params, k, n=1)
-        a = eight_bit.quantize(x, p, problem(p, x), norm=weight, eps=eps, keep=True)
+        a = eight_bit_halves.quantize(
+            eight_bit, x, p, problem(p, x), norm=weight, eps=eps, keep=True
+        )
         # two roundings to dtype, float32 before them; 2^-24: float16 below its normal range, times
         # |weight|
         bound = 2.01 * u * exact.abs() + 2.0**-24 * (1 + weight.abs())
@@ -107,7 +117,9 @@ def test_silu_and_product(dtype: torch.dtype) -> None:
     u = 2.0**-11 if dtype == torch.float16 else 2.0**-8
     for name, params in EIGHT_BIT:
         p = packed(name, params, 200, n=1)
-        a = eight_bit.quantize(gate, p, problem(p, gate), up=up.contiguous(), keep=True)
+        a = eight_bit_halves.quantize(
+            eight_bit, gate, p, problem(p, gate), up=up.contiguous(), keep=True
+        )
         bound = 2.01 * u * exact.abs() + 2.0**-24 * (1 + up.abs())
         assert bool(((a.x.double() - exact).abs() <= bound).all())
         assert_codes(a, a.x, p)
@@ -116,14 +128,12 @@ def test_silu_and_product(dtype: torch.dtype) -> None:
 def test_operands_that_do_not_fit() -> None:
     x = torch.randn(2, 64).half().to(DEVICE)
     p = packed("w8a8", {}, 64, n=1)
-    with pytest.raises(
-        ValueError, match=r"up: expected contiguous torch.float16 of shape \(2, 64\), got"
-    ):
-        eight_bit.quantize(x, p, problem(p, x), up=x[:1])
-    with pytest.raises(
-        ValueError, match=r"norm: expected contiguous torch.float16 of shape \(64,\), got"
-    ):
-        eight_bit.quantize(x, p, problem(p, x), norm=torch.ones(64, device=DEVICE))
+    with pytest.raises(ValueError, match=r"up: expected torch.float16 of shape \(2, 64\), got"):
+        eight_bit_halves.quantize(eight_bit, x, p, problem(p, x), up=x[:1])
+    with pytest.raises(ValueError, match=r"norm: expected torch.float16 of shape \(64,\), got"):
+        eight_bit_halves.quantize(
+            eight_bit, x, p, problem(p, x), norm=torch.ones(64, device=DEVICE)
+        )
 
 
 @pytest.mark.parametrize("planted", ["none", "one", "many", "all", "row"])
@@ -134,7 +144,7 @@ def test_columns_are_listed_in_order(planted: str, order: int) -> None:
     x = with_outliers(5, k, planted, torch.float16)
     p = packed("int8", {}, k, n=1)
     for _ in range(2):  # the second call finds mask and counter as the first one left them
-        a = eight_bit.quantize(x, p, problem(p, x))
+        a = eight_bit_halves.quantize(eight_bit, x, p, problem(p, x))
         assert a.columns is not None
         want = (x.abs() >= 6).any(0).nonzero()[:, 0]
         assert torch.equal(a.columns[: int(a.columns[-1])], want.to(torch.int32))
@@ -227,8 +237,8 @@ def test_any_order_of_blocks_gives_the_same(name: str, config: eight_bit.Config)
     results = []
     for order in (0, 1, 9):
         emulation.ORDER[0] = order
-        a = eight_bit.quantize(x, p, problem(p, x))
-        results.append(eight_bit.multiply(a, p, bias, problem(p, x), config))
+        a = eight_bit_halves.quantize(eight_bit, x, p, problem(p, x))
+        results.append(eight_bit_halves.multiply(eight_bit, a, p, bias, problem(p, x), config))
     assert_close(results[0], x, p, bias)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])

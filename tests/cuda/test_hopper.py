@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 import qkernels as qk
 from qkernels.backends.cuda import calls, eight_bit, hopper, launch, transforms
+from qkernels.backends.plan import Plan, Symbolic
 from qkernels.layouts import weight_only as layout
 
 from ..conftest import DEVICE, case_id, k_of
@@ -118,12 +121,14 @@ def test_products_between_transforms_round_in_float32_alone(
     seen: dict[str, torch.Tensor] = {}
     before, after = transforms.before, transforms.after
 
-    def keep_before(x: torch.Tensor, *rest: object) -> torch.Tensor:
-        return seen.setdefault("x", before(x, *rest))
+    def keep_before(plan: Plan, x: Symbolic, *rest: Any) -> Symbolic:
+        y = before(plan, x, *rest)
+        plan.by_torch(lambda y: seen.update(x=y.clone()), y)
+        return y
 
-    def keep_after(y: torch.Tensor, *rest: object) -> torch.Tensor:
-        seen["y"] = y.clone()
-        return after(y, *rest)
+    def keep_after(plan: Plan, y: Symbolic, *rest: Any) -> None:
+        plan.by_torch(lambda y: seen.update(y=y.clone()), y)
+        after(plan, y, *rest)
 
     monkeypatch.setattr(transforms, "before", keep_before)
     monkeypatch.setattr(transforms, "after", keep_after)
@@ -140,7 +145,7 @@ def test_products_between_transforms_round_in_float32_alone(
 
 def test_calls_that_a_kernel_does_not_support_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Float32 results of kernels without them, and vice versa; scales along K; a bias."""
-    real = launch.Launch.__call__
+    real = launch.start
     for name, field, value, why in (
         ("nf4", "is_float", 1, "float32 results for weights with transforms alone"),
         ("quip", "is_float", 0, "float32 results for weights with transforms alone"),
@@ -150,13 +155,13 @@ def test_calls_that_a_kernel_does_not_support_are_refused(monkeypatch: pytest.Mo
         p = qk.quantize(torch.randn(4, 512), name).to(DEVICE)
 
         def other(
-            self: launch.Launch, *tensors: torch.Tensor, field: str = field, value: int = value
+            plan: Plan, name: str, call: Any, *tensors: Any, field: str = field, value: int = value
         ) -> None:
-            if isinstance(self.call, calls.WeightOnlyCall):
-                setattr(self.call.args, field, value)
-            real(self, *tensors)
+            if isinstance(call, calls.WeightOnlyCall):
+                setattr(call.args, field, value)
+            real(plan, name, call, *tensors)
 
-        monkeypatch.setattr(launch.Launch, "__call__", other)
+        monkeypatch.setattr(launch, "start", other)
         with pytest.raises(RuntimeError, match=why):
             qk.matmul(torch.randn(130, 512).half().to(DEVICE), p, backend="cuda")
 

@@ -1,4 +1,4 @@
-"""Recorded and replayed products: the same results, and the calls that the extension gets."""
+"""Kept plans: the same results as new ones, and the calls that the extension gets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qkernels.backends import registry
 from qkernels.backends.cuda.calls import WeightOnlyCall
 from qkernels.backends.cuda.eight_bit import EightBitCall, QuantizeCall
 from qkernels.backends.cuda.transforms import TransformCall
-from qkernels.backends.plan import Recorded
+from qkernels.backends.plan import Product
 from qkernels.backends.problem import problem_of
 
 from ..conftest import DEVICE
@@ -36,16 +36,17 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
 
 
-def recorded(p: qk.PackedWeight) -> list[Recorded]:
-    return [
-        plan.run for plan in p.plans.values() if isinstance(getattr(plan, "run", None), Recorded)
-    ]
+def kept(p: qk.PackedWeight) -> dict[int, Any]:
+    """The plans of the one product of `p`, by alignment."""
+    (plan,) = [plan for plan in p.plans.values() if isinstance(getattr(plan, "run", None), Product)]
+    plans: dict[int, Any] = plan.run._plans
+    return plans
 
 
 @pytest.mark.usefixtures("emulated", "poisoned")
 @cases
 @pytest.mark.parametrize("m", [1, 12])
-def test_replays_equal_runs(case: tuple[str, dict[str, Any]], m: int) -> None:
+def test_kept_plans_equal_new_ones(case: tuple[str, dict[str, Any]], m: int) -> None:
     name, params = case
     p = qk.quantize(torch.randn(40, 256), name, **params).to(DEVICE)
     for call in range(4):
@@ -56,23 +57,17 @@ def test_replays_equal_runs(case: tuple[str, dict[str, Any]], m: int) -> None:
         want = registry.select(problem, "cuda").run(x, p, bias, problem)
         assert bool(want.isfinite().all())
         assert torch.equal(y, want), f"call {call}"
-    (run,) = recorded(p)
-    # For many rows torch gathers x for act-order, and transposes it for outliers, which can't be
-    # replayed.
-    copied = m > 8 and ("act_order" in params or name == "spqr")
-    assert (run._replays[0] is None) == copied
+    assert list(kept(p)) == [0]
 
 
 @pytest.mark.usefixtures("emulated", "poisoned")
-def test_rows_at_odd_addresses_are_copied_at_every_call() -> None:
+def test_rows_at_odd_addresses_have_their_own_plan() -> None:
     p = qk.quantize(torch.randn(40, 256), "gptq", group_size=64).to(DEVICE)
     for _ in range(4):
         x = torch.randn(12 * 256 + 1).half().to(DEVICE)[1:].view(12, 256)
         y = qk.matmul(x, p, backend="cuda")
         assert torch.equal(y, qk.matmul(x.clone(), p, backend="cuda"))
-    (run,) = recorded(p)
-    assert run._replays[1] is None
-    assert run._replays[0] is not None
+    assert sorted(kept(p)) == [0, 2]
 
 
 def struct_of(name: str) -> type[Any]:
@@ -91,7 +86,7 @@ def values(call: Any) -> dict[str, Any]:
 def test_the_extension_is_given_the_same(
     case: tuple[str, dict[str, Any]], m: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A fake extension records the calls: first, recorded, replayed, replayed."""
+    """A fake extension records the calls."""
     name, params = case
     taken: list[tuple[str, dict[str, Any]]] = []
     streams = iter(range(7, 100))
@@ -137,7 +132,7 @@ def test_the_extension_is_given_the_same(
     assert not calls[0][0][1]["pdl"]
     starts = [{fields["stream"] for _, fields in call} for call in calls]
     assert all(stream >= {7} or min(stream) > 7 for stream in starts)
-    assert not starts[2] & starts[3], "a replay asks for the stream at each call"
+    assert not starts[2] & starts[3], "a kept plan asks for the stream at each call"
 
 
 def test_threads_share_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:

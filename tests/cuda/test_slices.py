@@ -10,6 +10,7 @@ import torch
 import qkernels as qk
 from qkernels.backends import workspace
 from qkernels.backends.cuda import eight_bit, gemm, hopper, launch, weight_only
+from qkernels.backends.plan import Plan, Product
 from qkernels.backends.problem import problem_of
 
 from ..conftest import DEVICE, k_of
@@ -53,34 +54,35 @@ def test_slices_change_no_bit(
     p.prepack_("eight_bit" if module is eight_bit else "weight_only")
     whole = module.run(x, p, bias, problem)
     assert bool(whole.isfinite().all())
-    sizes: list[list[slice]] = []
+    counted: list[int] = []
 
-    def cut(rows: int, row_bytes: int, held: int = 0) -> list[slice]:
-        assert row_bytes > 0, "what is copied was not counted"
-        sizes.append([slice(first, min(first + 16, rows)) for first in range(0, rows, 16)])
-        return sizes[-1]
+    def by_rows(plan: Plan, declare: Any, *tensors: Any, before_slices: Any = None) -> None:
+        """16 rows at a time, without changing the limit, on which split-K depends."""
+        if before_slices is not None:
+            before_slices()
+        for first in range(0, m, 16):
+            with plan.reused():
+                declare(*(t[first : first + 16] for t in tensors))
+                counted.append(plan.used)
 
-    monkeypatch.setattr(workspace, "slices", cut)
+    monkeypatch.setattr(Plan, "by_rows", by_rows)
     sliced = module.run(x, p, bias, problem)
-    assert len(sizes) == 1
-    assert len(sizes[0]) > 1
+    assert len(counted) > 1
+    assert min(counted) > 0, "what is copied was not counted"
     assert torch.equal(sliced, whole)
 
 
-def test_a_call_in_slices_is_not_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A replay would allocate the scratch memory of all slices at once, more than the limit."""
+def test_a_call_in_slices_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All its slices use the same scratch memory."""
     p = qk.quantize(torch.randn(40, 320), "quip_sharp").to(DEVICE)  # kernels transform x and y
     x = torch.randn(40, 320).half().to(DEVICE)
-    sliced: list[int] = []
-
-    def cut(rows: int, row_bytes: int, held: int = 0) -> list[slice]:
-        sliced.append(rows)
-        return [slice(0, 16), slice(16, rows)]
-
-    monkeypatch.setattr(workspace, "slices", cut)
-    results = [qk.matmul(x, p, backend="cuda") for _ in range(4)]
-    assert sliced == [40] * 4, "each call cuts its rows again"
+    monkeypatch.setattr(workspace, "BYTES", 24 * 1024)
+    results = [qk.matmul(x, p, backend="cuda") for _ in range(3)]
     assert all(torch.equal(y, results[0]) for y in results)
+    (plan,) = [plan for plan in p.plans.values() if isinstance(getattr(plan, "run", None), Product)]
+    (compiled,) = plan.run._plans.values()
+    assert len(compiled._starts) > 3, "one slice: this test compared nothing"
+    assert compiled._memory._scratch <= workspace.BYTES
 
 
 EXPLAINED: list[tuple[Any, str, dict[str, object], int, int]] = [
@@ -108,14 +110,15 @@ def test_explain_names_the_k_slices_that_run(
     p = qk.quantize(torch.randn(40, k), name, **params).to(DEVICE).prepack_("weight_only")
     x = torch.randn(m, k).half().to(DEVICE)
     launched: list[int] = []
-    real = launch.Launch.__call__
+    real = launch.start
 
-    def noting(self: launch.Launch, *tensors: torch.Tensor) -> None:
-        if self.name.startswith("weight_only"):
-            launched.append(self.call.grid_y)
-        real(self, *tensors)
+    def noting(plan: Plan, name: str, call: Any, *tensors: Any) -> None:
+        if name.startswith("weight_only"):
+            launched.append(call.grid_y)
+        real(plan, name, call, *tensors)
 
-    monkeypatch.setattr(launch.Launch, "__call__", noting)
+    for one in (launch, weight_only):
+        monkeypatch.setattr(one, "start", noting)
     problem = problem_of(p, m, x.dtype, x.device)
     words = module.configuration(problem)
     y = module.run(x, p, None, problem)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 import qkernels as qk
 from qkernels.backends.cuda import transforms
+from qkernels.backends.cuda.launch import at_once
+from qkernels.backends.plan import Plan, Symbolic
 from qkernels.formats import quip_sharp
 from qkernels.formats import transforms as math_of
 from qkernels.formats.incoherent import Side
@@ -76,6 +78,27 @@ def bound(side: Side, x: Tensor, n: int, after: bool) -> Tensor:
     return (sum(len(f) for f in side.factors) + 4) * 2.0**-24 * size
 
 
+def before(x: Tensor, p: qk.PackedWeight, traits: layout.WeightOnlyTraits) -> Tensor:
+    y: Tensor = at_once(lambda plan, x: transforms.before(plan, x, p, traits), x)
+    return y
+
+
+def after(
+    x: Tensor,
+    p: qk.PackedWeight,
+    traits: layout.WeightOnlyTraits,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+
+    def declare(plan: Plan, x: Symbolic, y: Symbolic, bias: Symbolic | None) -> None:
+        transforms.after(plan, x, p, traits, bias, y)
+
+    at_once(declare, x, y, bias)
+    return y
+
+
 #: with and without a factor and an odd part, in one box or several, with every stage of a Hadamard
 #: transform
 SIZES = [1, 2, 8, 12, 36, 64, 72, 192, 256, 512, 576, 1376, 2048, 5120, 8192]
@@ -92,7 +115,7 @@ def test_both_sides(make: object, n: int, dtype: torch.dtype) -> None:
     traits = traits_of(side, n, codebook=False)
     for m in (1, 3, 33) if n < 600 else (1, 3):
         x = torch.randn(m, n).to(dtype)
-        result = transforms.before(x.to(DEVICE), p, traits).cpu().double()
+        result = before(x.to(DEVICE), p, traits).cpu().double()
         want = side.inner(x.double())
         error = (result - want).abs()
         assert bool(
@@ -100,7 +123,7 @@ def test_both_sides(make: object, n: int, dtype: torch.dtype) -> None:
         ), m
 
         y, bias = torch.randn(m, n), torch.randn(n).to(dtype)
-        result = transforms.after(y.to(DEVICE), p, traits, bias.to(DEVICE), dtype).cpu().double()
+        result = after(y.to(DEVICE), p, traits, bias.to(DEVICE), dtype).cpu().double()
         want = side.outer(y.double()) + bias.double()
         error = (result - want).abs()
         assert bool(
@@ -112,9 +135,9 @@ def test_both_sides(make: object, n: int, dtype: torch.dtype) -> None:
 def test_vectors_are_in_their_order_with_zeros_behind_them(n: int) -> None:
     side, p = hadamard(n)
     x = torch.randn(3, n).half().to(DEVICE)
-    plain = transforms.before(x, p, traits_of(side, n, codebook=False))
+    plain = before(x, p, traits_of(side, n, codebook=False))
     p.plans.clear()
-    result = transforms.before(x, p, traits_of(side, n, codebook=True))
+    result = before(x, p, traits_of(side, n, codebook=True))
     assert torch.equal(result[:, layout.codebook_order(n, DEVICE)], plain)
     behind = torch.ones(result.shape[1], dtype=torch.bool)
     behind[layout.codebook_order(n)] = False
@@ -130,14 +153,12 @@ def test_a_row_does_not_depend_on_its_company(
     side, p = make(n)  # type: ignore[operator]
     traits = traits_of(side, n, codebook=False)
     x, y = torch.randn(9, n).half().to(DEVICE), torch.randn(9, n).to(DEVICE)
-    alone = [transforms.before(x[i : i + 1].clone(), p, traits) for i in range(9)]
-    alone_after = [
-        transforms.after(y[i : i + 1].clone(), p, traits, None, torch.half) for i in range(9)
-    ]
+    alone = [before(x[i : i + 1].clone(), p, traits) for i in range(9)]
+    alone_after = [after(y[i : i + 1].clone(), p, traits, None, torch.half) for i in range(9)]
     for blocks in (1024, 4):
         monkeypatch.setattr(transforms, "ROWS", blocks)
-        assert torch.equal(transforms.before(x, p, traits), torch.cat(alone))
-        assert torch.equal(transforms.after(y, p, traits, None, torch.half), torch.cat(alone_after))
+        assert torch.equal(before(x, p, traits), torch.cat(alone))
+        assert torch.equal(after(y, p, traits, None, torch.half), torch.cat(alone_after))
 
 
 @dtypes
@@ -147,7 +168,7 @@ def test_x_that_starts_anywhere(dtype: torch.dtype) -> None:
     traits = traits_of(side, 576, codebook=False)
     x = torch.randn(2 * 576 + 1).to(dtype).to(DEVICE)[1:].view(2, 576)
     assert x.data_ptr() % 16
-    assert torch.equal(transforms.before(x, p, traits), transforms.before(x.clone(), p, traits))
+    assert torch.equal(before(x, p, traits), before(x.clone(), p, traits))
 
 
 def test_boxes() -> None:

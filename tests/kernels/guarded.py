@@ -12,7 +12,7 @@ import ctypes
 import mmap
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 import qkernels as qk
+from qkernels.backends.plan import SCRATCH, ZEROS, Symbolic
 from qkernels.weights.packed import Snapshot
 
 from ..conftest import CASES, case_id, layout_of
@@ -65,8 +66,19 @@ def moved(t: Tensor, at_end: bool) -> Tensor:
 
 @contextmanager
 def everywhere(at_end: bool) -> Iterator[None]:
-    """Every allocation is guarded, too."""
-    real = torch.empty, torch.zeros
+    """Every allocation is guarded, too, and each part of a plan's scratch memory by itself."""
+    real = torch.empty, torch.zeros, Symbolic.within
+    parts: dict[tuple[int, ...], tuple[Any, Tensor]] = {}
+
+    def within(self: Symbolic, memory: Sequence[Tensor | None]) -> Tensor:
+        if self.base not in (SCRATCH, ZEROS):
+            return real[2](self, memory)
+        key = (id(memory), self.base, self.offset, self.nbytes)
+        if key not in parts:  # `memory` stays alive, so that no other has its id
+            parts[key] = memory, guarded((self.nbytes,), torch.uint8, at_end)
+            if self.base == ZEROS:
+                parts[key][1].zero_()
+        return parts[key][1].view(self.dtype).view(self.shape)
 
     def empty(*size: Any, dtype: torch.dtype | None = None, **more: Any) -> Tensor:
         shape = tuple(size[0]) if size and not isinstance(size[0], int) else size
@@ -76,10 +88,11 @@ def everywhere(at_end: bool) -> Iterator[None]:
         return guarded(shape, dtype or torch.get_default_dtype(), at_end)
 
     torch.empty, torch.zeros = empty, lambda *size, **more: empty(*size, **more).zero_()  # type: ignore
+    Symbolic.within = within  # type: ignore[method-assign]
     try:
         yield
     finally:
-        torch.empty, torch.zeros = real
+        torch.empty, torch.zeros, Symbolic.within = real  # type: ignore[method-assign]
 
 
 def quantized(name: str, params: dict[str, object]) -> qk.PackedWeight:

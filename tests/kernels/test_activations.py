@@ -14,7 +14,7 @@ from qkernels.formats.fp8 import to_fp8
 
 from ..conftest import DEVICE, case_id
 from ..reference import static_scale
-from . import ptx
+from . import eight_bit_halves, ptx
 from .test_eight_bit import (  # noqa: F401  # the last two are fixtures
     EIGHT_BIT,
     assert_close,
@@ -104,7 +104,7 @@ def test_codes_bit_for_bit(
             .to(DEVICE)
         )
         x[-1, : k // 2] = 0
-        assert_codes(eight_bit.quantize(x, p, problem(p, x)), x, p)
+        assert_codes(eight_bit_halves.quantize(eight_bit, x, p, problem(p, x)), x, p)
 
 
 @pytest.mark.parametrize(("name", "params"), EIGHT_BIT, ids=map(case_id, EIGHT_BIT))
@@ -118,7 +118,7 @@ def test_midpoints_round_to_even_and_tiny_rows_meet_the_floor(
     p = packed(
         name, {**params, "input_scale": 1.0} if "input_scale" in params else params, x.shape[1]
     )
-    assert_codes(eight_bit.quantize(x, p, problem(p, x)), x, p)
+    assert_codes(eight_bit_halves.quantize(eight_bit, x, p, problem(p, x)), x, p)
 
 
 @triton.jit
@@ -194,7 +194,7 @@ def test_rms_norm_and_codes_in_one_kernel(
     weight = torch.randn(k).to(dtype).to(DEVICE)
     # LLM.int8() keeps the norm's result, so the test can check its arithmetic.
     llm = packed("int8", {"threshold": 2.0}, k)
-    normed = eight_bit.rms_norm_quantize(x, weight, eps, llm, problem(llm, x)).x
+    normed = eight_bit_halves.quantize(eight_bit, x, llm, problem(llm, x), norm=weight, eps=eps).x
     exact = x.double() / (x.double().square().mean(1, keepdim=True) + eps).sqrt() * weight.double()
     u = 2.0**-11 if dtype == torch.float16 else 2.0**-8
     # Two roundings to dtype, and float32 before them. 2^-24 is for float16 below its normal range,
@@ -207,9 +207,9 @@ def test_rms_norm_and_codes_in_one_kernel(
     )
 
     p = packed(name, params, k)
-    a = eight_bit.rms_norm_quantize(x, weight, eps, p, problem(p, x))
+    a = eight_bit_halves.quantize(eight_bit, x, p, problem(p, x), norm=weight, eps=eps)
     assert_codes(a, normed, p)
-    y = eight_bit.multiply(a, p, None, problem(p, x))
+    y = eight_bit_halves.multiply(eight_bit, a, p, None, problem(p, x))
     assert torch.equal(y, qk.matmul(normed, p, backend="triton"))
 
 
@@ -220,31 +220,9 @@ def test_rms_norm_rounds_where_models_do() -> None:
     x[0, 0] = 1.5
     weight = torch.full((k,), 1.0 + 2**-10).half().to(DEVICE)
     p = packed("int8", {}, k)
-    normed = eight_bit.rms_norm_quantize(x, weight, 0.0, p, problem(p, x)).x
+    normed = eight_bit_halves.quantize(eight_bit, x, p, problem(p, x), norm=weight, eps=0.0).x
     inner = (x.float() * x.float().square().mean(1, keepdim=True).rsqrt()).half()
     assert torch.equal(normed, inner * weight)
-
-
-@pytest.mark.parametrize(
-    ("x", "weight", "message"),
-    [
-        (
-            torch.ones(2, 15).half(),
-            torch.ones(16),
-            r"x: expected float16 or bfloat16 of shape \(M, 16\), got",
-        ),
-        (torch.ones(2, 16), torch.ones(16), "x: expected float16 or bfloat16"),
-        (
-            torch.ones(2, 16).half(),
-            torch.ones(15),
-            r"weight: expected floats of shape \(16,\), got",
-        ),
-    ],
-)
-def test_rms_norm_bad_operands(x: Tensor, weight: Tensor, message: str) -> None:
-    p = packed("w8a8", {}, 16)
-    with pytest.raises(ValueError, match=message):
-        eight_bit.rms_norm_quantize(x, weight, 1e-6, p, problem(p, x))
 
 
 # ---------------------------------------------------------------------- LLM.int8()
@@ -286,7 +264,7 @@ def test_columns_are_listed_in_order(
     x = with_outliers(5, 300, planted, torch.float16)
     p = packed("int8", {}, 300)
     for _ in range(2):  # the second call starts from the flags and the counter of the first
-        a = eight_bit.quantize(x, p, problem(p, x))
+        a = eight_bit_halves.quantize(eight_bit, x, p, problem(p, x))
         assert a.columns is not None
         count = int(a.columns[-1])
         want = (x.abs() >= 6).any(0).nonzero()[:, 0]
@@ -309,7 +287,7 @@ def test_threshold_zero_is_off() -> None:
     y = qk.matmul(x, plain, backend="triton")
     assert_close(y, x, plain)
     assert torch.equal(y, qk.matmul(x, w8a8, backend="triton"))
-    assert eight_bit.quantize(x, plain, problem(plain, x)).columns is None
+    assert eight_bit_halves.quantize(eight_bit, x, plain, problem(plain, x)).columns is None
 
 
 def test_outliers_keep_their_16_bits() -> None:
@@ -329,7 +307,7 @@ def test_scale_of_a_row_leaves_outliers_out() -> None:
     x = torch.full((2, 40), 0.01).half().to(DEVICE)
     x[0, 3] = 1000.0
     p = packed("int8", {}, 40)
-    a = eight_bit.quantize(x, p, problem(p, x))
+    a = eight_bit_halves.quantize(eight_bit, x, p, problem(p, x))
     want = x[0, 0].float() / 127
     assert torch.equal(a.scale, want.expand(2))
 
@@ -337,7 +315,7 @@ def test_scale_of_a_row_leaves_outliers_out() -> None:
 def test_activations_serve_several_weights() -> None:
     x = with_outliers(4, 100, "many", torch.float16)
     q, v = packed("int8", {}, 100, n=24), packed("int8", {}, 100, n=8)
-    a = eight_bit.quantize(x, q, problem(q, x))
+    a = eight_bit_halves.quantize(eight_bit, x, q, problem(q, x))
     for p in (q, v):
-        y = eight_bit.multiply(a, p, None, problem(p, x))
+        y = eight_bit_halves.multiply(eight_bit, a, p, None, problem(p, x))
         assert torch.equal(y, qk.matmul(x, p, backend="triton"))

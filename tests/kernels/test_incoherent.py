@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import qkernels as qk
+from qkernels.backends.plan import Plan, Symbolic
 from qkernels.backends.problem import problem_of
 from qkernels.formats import transforms
 from qkernels.formats.incoherent import Side
@@ -18,6 +19,7 @@ from ..conftest import DEVICE
 from ..reference import ROUNDOFF, assert_fused_close
 
 pytest.importorskip("triton")
+from qkernels.backends.triton.launch import at_once
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 #: sizes whose Hadamard matrix has one factor or several, with and without an odd part, split or not
@@ -75,7 +77,10 @@ def test_transforms(make: object, n: int, m: int, dtype: torch.dtype) -> None:
     side, storage = make(n)
     u = ROUNDOFF[dtype]
     x = torch.randn(m, n).to(dtype)
-    found = launcher.before(x.to(DEVICE), on_device(storage, "input"), side.scale, False, m <= 16)
+    stored = on_device(storage, "input")
+    found = at_once(
+        lambda plan, x: launcher.before(plan, x, stored, side.scale, False, m <= 16), x.to(DEVICE)
+    )
     want = side.inner(x.double())
     # an upper bound of every output
     size = (x.double() * side.diagonal.double()).norm(dim=1, keepdim=True)
@@ -85,9 +90,13 @@ def test_transforms(make: object, n: int, m: int, dtype: torch.dtype) -> None:
 
     y, bias = torch.randn(m, n), torch.randn(n).to(dtype)
     out = torch.full((m, n), float("nan"), dtype=dtype, device=DEVICE)
-    launcher.after(
-        y.to(DEVICE), out, on_device(storage, "output"), side.scale, bias.to(DEVICE), m <= 16
-    )
+    stored = on_device(storage, "output")
+    at_once(
+        lambda plan, y, out, bias: launcher.after(
+            plan, y, out, stored, side.scale, bias, m <= 16
+        ),
+        y.to(DEVICE), out, bias.to(DEVICE),
+    )  # fmt: skip
     want = side.outer(y.double()) + bias.double()
     size = y.double().norm(dim=1, keepdim=True) * side.diagonal.double().abs()
     assert bool(
@@ -105,8 +114,11 @@ def test_rows_do_not_depend_on_their_company() -> None:
     side, storage = of_hadamard(192)
     x = torch.randn(40, 192).half().to(DEVICE)
     storage = on_device(storage, "input")
-    many = launcher.before(x, storage, side.scale, False, True)
-    assert torch.equal(launcher.before(x[7:8], storage, side.scale, False, True)[0], many[7])
+
+    def before(plan: Plan, x: Symbolic) -> Symbolic:
+        return launcher.before(plan, x, storage, side.scale, False, True)
+
+    assert torch.equal(at_once(before, x[7:8])[0], at_once(before, x)[7])
 
 
 ODD = [
@@ -193,7 +205,9 @@ def inner_product(x: torch.Tensor, p: qk.PackedWeight) -> torch.Tensor:
     weight = weight_only.arguments(p, weight_only.traits_of(problem))
     config = weight_only.tabled(problem)
     y = torch.empty(x.shape[0], p.shape[0], dtype=torch.float32, device=x.device)
-    weight_only._launch(x, x, y, None, weight, config, problem)
+    at_once(
+        lambda plan, x, y: weight_only._launch(plan, x, x, y, None, weight, config, problem), x, y
+    )
     return y
 
 

@@ -19,8 +19,8 @@ import torch
 
 import qkernels as qk
 from bench import host
-from qkernels.backends import registry
-from qkernels.backends.plan import Recorded, Recording
+from qkernels.backends import registry, workspace
+from qkernels.backends.plan import Plan, Plans
 from qkernels.backends.problem import problem_of
 from qkernels.ops import operator_plans
 
@@ -175,12 +175,10 @@ def elsewhere(call: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def recorded(p: qk.PackedWeight) -> Recorded:
+def planned(p: qk.PackedWeight) -> Plans:
     """The one product of `p`."""
-    (plan,) = [
-        plan for plan in p.plans.values() if isinstance(getattr(plan, "run", None), Recorded)
-    ]
-    run: Recorded = plan.run
+    (plan,) = [plan for plan in p.plans.values() if isinstance(getattr(plan, "run", None), Plans)]
+    run: Plans = plan.run
     return run
 
 
@@ -224,9 +222,8 @@ def replays(
         )
         assert torch.equal(as_operator, want), f"call {call}"
     (operator,) = kept_runs(p.storage)
-    for run in (recorded(p), operator):
-        assert list(run._replays) == [0]
-        assert run._replays[0] is not None
+    for run in (planned(p), operator):
+        assert list(run._plans) == [0]
 
 
 @cases_by_launch
@@ -265,32 +262,61 @@ def test_operands_of_another_alignment_are_recorded_anew() -> None:
                 y = qk.matmul(x, p, bias, backend="triton")
                 problem = problem_of(p, 4, x.dtype, x.device)
                 assert torch.equal(y, registry.select(problem, "triton").run(x, p, bias, problem))
-    assert sorted(recorded(p)._replays) == [0, 1, 2, 3]
+    assert sorted(planned(p)._plans) == [0, 2, 0x20, 0x22]  # x, bias and both, 2 bytes off
 
 
-def test_bias_within_x_is_not_replayed() -> None:
-    """Its address would not tell whether a kernel was given x or bias."""
+def test_bias_within_x() -> None:
+    """A plan says by name, not by address, whether a kernel reads x or bias."""
     p = qk.quantize(torch.randn(192, 192), "w8a8").to(DEVICE)
     for _ in range(4):
         x = torch.randn(2, 192).half().to(DEVICE)
-        for bias in (torch.randn(192).half().to(DEVICE), x[0]):  # the second call is recorded
+        for bias in (x[0], torch.randn(192).half().to(DEVICE)):
             y = qk.matmul(x, p, bias, backend="triton")
             problem = problem_of(p, 2, x.dtype, x.device)
             assert torch.equal(y, registry.select(problem, "triton").run(x, p, bias, problem))
 
 
-def test_memory_of_nobody_is_found() -> None:
-    """A launch with memory that the launcher did not take from the recording cannot be replayed."""
-    x, y, weight = torch.randn(1, 8), torch.empty(1, 8), torch.randn(8, 8)
-    recording = Recording((x, None), y, [weight])
-    part = recording.empty((4,), torch.float32, x.device)
-    again = recording.empty((4,), torch.float32, x.device)
-    assert recording.place(weight.data_ptr()) is None
-    assert recording.place(x[0, 2:].data_ptr()) == (4, 8)
-    assert recording.place(part.data_ptr()) == (2, 0)
-    assert recording.place(again.data_ptr() + 4) == (2, 512 + 4)
-    with pytest.raises(ValueError, match="is in no memory that a call has"):
-        recording.place(torch.randn(8).data_ptr())
+def test_scratch_memory_of_a_plan() -> None:
+    plan = Plan((torch.randn(100, 8), None), (100, 4))
+    x = plan.operands[0]
+    assert plan.place(torch.randn(8).data_ptr()) is None
+    assert plan.place(x[3:].data_ptr()) == (4, 3 * 8 * 4)
+    first, second = plan.empty((4,), torch.float32), plan.empty((4,), torch.int64)
+    assert plan.place(first.data_ptr()) == (2, 0)
+    assert plan.place(second[1:].data_ptr()) == (2, 512 + 8)
+    assert plan.used == 2 * 512
+    with plan.reused():
+        third = plan.empty((1,), torch.uint8)
+        apart = plan.empty((1,), torch.uint8, limited=False)
+        assert plan.used == 3 * 512
+    again = plan.zeros((3,), torch.uint8), plan.empty((3,), torch.uint8)
+    assert [t.offset for t in (third, apart, *again)] == [1024, 1536, 0, 1024]
+    memory, _ = plan.memory().take((torch.randn(100, 8), None), [0, 0])
+    assert [None if t is None else t.nbytes for t in memory[:4]] == [1600, None, 2048, 512]
+
+
+def test_rows_go_in_slices_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if what a slice needs is not proportional to its rows."""
+    monkeypatch.setattr(workspace, "BYTES", 20_000)
+    for rows, row, whole in ((100, 1000, 0), (100, 999, 5000), (64, 100, 16_000), (3, 30_000, 1)):
+        plan = Plan((torch.empty(rows, 1),), (rows, 1))
+        taken: list[tuple[int, int]] = []
+
+        def declare(x: Any, y: Any, plan: Plan = plan, row: int = row, whole: int = whole) -> None:
+            assert x.shape[0] == y.shape[0]
+            plan.empty((x.shape[0] * row + whole,), torch.uint8)
+            plan.by_torch(print, x, y)
+
+        plan.by_rows(declare, plan.operands[0], plan.y)
+        taken = [(step.tensors[0].offset // 4, step.tensors[0].shape[0]) for step in plan.steps]
+        assert len(taken) > 1
+        assert [first for first, _ in taken] == [
+            sum(n for _, n in taken[:i]) for i in range(len(taken))
+        ]
+        assert sum(n for _, n in taken) == rows
+        most = max(n for _, n in taken)
+        assert most * row + whole <= workspace.BYTES or most == 1
+        assert plan.memory()._scratch >= most * row + whole
 
 
 @pytest.mark.parametrize(
@@ -319,5 +345,4 @@ def test_layers_of_experts_are_replayed(case: tuple[str, dict[str, Any]], tokens
         assert bool(want.isfinite().all())
         assert torch.equal(y, want), f"call {call}"
     (layer,) = kept_runs(gate_up.storage)
-    assert list(layer._replays) == [0]
-    assert layer._replays[0] is not None
+    assert list(layer._plans) == [0]

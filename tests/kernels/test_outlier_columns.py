@@ -11,9 +11,12 @@ from torch import Tensor
 from ..conftest import DEVICE
 
 pytest.importorskip("triton")
+from qkernels.backends.plan import Plan, Symbolic
 from qkernels.backends.triton import eight_bit, outlier_columns
+from qkernels.backends.triton.launch import at_once
 from qkernels.triton_kernels.activations import quantize_rows
 
+from . import eight_bit_halves
 from .test_activations import dtypes, packed, problem, with_outliers
 from .test_eight_bit import (  # noqa: F401  # two are fixtures
     counters_end_as_zeros,
@@ -30,6 +33,17 @@ def before(kind: str, dtype: torch.dtype) -> dict[str, Any]:
     return {"up": (3 * torch.randn(5, K)).to(dtype).to(DEVICE)} if kind == "up" else {}
 
 
+def found(x: Tensor, **given: Any) -> Tensor:
+    names = [name for name in ("up", "norm") if name in given]
+
+    def find(plan: Plan, x: Symbolic, *operands: Symbolic) -> Symbolic:
+        more = dict(zip(names, operands, strict=True))
+        return outlier_columns.find(plan, x, THRESHOLD, eps=given.get("eps", 0.0), **more)
+
+    columns: Tensor = at_once(find, x, *(given[name] for name in names))
+    return columns
+
+
 def listed(columns: Tensor) -> list[int]:
     return columns[: int(columns[-1])].tolist()
 
@@ -43,10 +57,10 @@ def test_the_same_columns(
 ) -> None:
     monkeypatch.setattr(outlier_columns, "ROW_BLOCK", block)
     x, given, p = with_outliers(5, K, planted, dtype), before(kind, dtype), packed("int8", {}, K)
-    want = eight_bit.quantize(x, p, problem(p, x), **given)
+    want = eight_bit_halves.quantize(eight_bit, x, p, problem(p, x), **given)
     assert want.columns is not None
     for _ in range(2):  # the second call starts from the flags and the counter of the first
-        assert listed(outlier_columns.find(x, THRESHOLD, **given)) == listed(want.columns)
+        assert listed(found(x, **given)) == listed(want.columns)
     if kind == "plain":
         assert listed(want.columns) == (x.abs() >= THRESHOLD).any(0).nonzero()[:, 0].tolist()
         assert planted == "none" or listed(want.columns)
@@ -56,7 +70,7 @@ def test_columns_if_no_counters_are_left(monkeypatch: pytest.MonkeyPatch) -> Non
     full_arena(monkeypatch)
     x = with_outliers(3, K, "many", torch.float16)
     want = (x.abs() >= THRESHOLD).any(0).nonzero()[:, 0].tolist()
-    assert listed(outlier_columns.find(x, THRESHOLD)) == want
+    assert listed(found(x)) == want
 
 
 @pytest.mark.parametrize("kind", ["plain", "norm", "up"])
@@ -69,7 +83,7 @@ def test_slices_of_rows_whose_columns_are_known(kind: str) -> None:
         before(kind, torch.float16),
         packed("int8", {}, K),
     )
-    want = eight_bit.quantize(x, p, problem(p, x), **given)
+    want = eight_bit_halves.quantize(eight_bit, x, p, problem(p, x), **given)
     for rows in (slice(0, 3), slice(3, 5)):
         part = x[rows]
         up, norm = (given["up"][rows] if kind == "up" else part), given.get("norm", part)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from qkernels.nn import fused
 
 from ..conftest import DEVICE, case_id
 from ..cuda.conftest import emulated  # noqa: F401  # a fixture
+from ..kernels import eight_bit_halves
 from ..kernels.test_eight_bit import EIGHT_BIT, assert_close
 
 pytest.importorskip("triton")
@@ -92,7 +95,7 @@ def gated(gate: Tensor, up: Tensor, backend: str) -> Tensor:
     return result
 
 
-def before_quantization(x: Tensor, backend: str, **prologue: object) -> Tensor:
+def before_quantization(x: Tensor, backend: str, **prologue: Any) -> Tensor:
     """The values that the kernel quantizes, which LLM.int8() keeps in 16 bits."""
     p = (
         qk.quantize(torch.randn(4, x.shape[1]), "int8", threshold=2.0)
@@ -100,9 +103,8 @@ def before_quantization(x: Tensor, backend: str, **prologue: object) -> Tensor:
         .prepack_("eight_bit")
     )
     problem = problem_of(p, x.shape[0], x.dtype, x.device)
-    halves = registry.select(problem, backend).quantized
-    assert halves is not None
-    values = halves.quantize(x, p, problem, **prologue).x
+    module = importlib.import_module(f"qkernels.backends.{backend}.eight_bit")
+    values: Tensor = eight_bit_halves.quantize(module, x, p, problem, **prologue).x
     assert values.data_ptr() != x.data_ptr()
     return values
 
@@ -175,6 +177,19 @@ def test_codes_are_made_once_for_weights_that_take_the_same(quantizations: list[
     assert "weight-only, so no activations are quantized" in said[4]
 
 
+def test_launches_are_planned_once(quantizations: list[str]) -> None:
+    """For the same weights: a plan has the addresses of their tensors."""
+    q, k, v, other = weights("w8a8", {}, 8, 16, 8, 8)
+    norm = torch.randn(K).half().to(DEVICE)
+    for ps, planned in (((q, k, v), 1), ((q, k, v), 1), ((q, k, other), 2), ((q, k, v), 2)):
+        x, bias = torch.randn(3, K).half().to(DEVICE), torch.randn(16).to(DEVICE)
+        found = fused.rms_norm_matmul(x, norm, 1e-6, ps, [None, bias, None], backend="triton")
+        assert len(quantizations) == planned
+        before = normed(x, norm, 1e-6, "triton")
+        for y, p, b in zip(found, ps, (None, bias, None), strict=True):
+            assert torch.equal(y, qk.matmul(before, p, b, backend="triton"))
+
+
 def test_rows_by_slices_and_batch_invariance(
     monkeypatch: pytest.MonkeyPatch, quantizations: list[str]
 ) -> None:
@@ -188,6 +203,7 @@ def test_rows_by_slices_and_batch_invariance(
     assert torch.equal(one, whole[7])
     quantizations.clear()
     monkeypatch.setattr(workspace, "BYTES", 16 * 300)
+    p.plans.clear()
     (sliced,) = fused.rms_norm_matmul(x, norm, 1e-6, [p], backend="triton", batch_invariant=True)
     assert len(quantizations) > 1
     assert torch.equal(sliced, whole)
@@ -214,6 +230,7 @@ def test_slices_know_the_outlier_columns_of_all_rows(
     whole = products()
     quantizations.clear()
     monkeypatch.setattr(workspace, "BYTES", 16 * 5 * K)
+    p.plans.clear()
     sliced = products()
     assert len(quantizations) > 4
     assert all(torch.equal(a, b) for a, b in zip(sliced, whole, strict=True))

@@ -10,7 +10,7 @@ CODECS = "qkernels/layouts/codecs.py"
 GEMM8, ACTIVATIONS = "triton_kernels/eight_bit.py", "triton_kernels/activations.py"
 BLOCKS = "triton_kernels/blocks.py"
 LAYOUT8, LAUNCH8 = "qkernels/layouts/eight_bit.py", "qkernels/backends/triton/eight_bit.py"
-WORK = "qkernels/backends/plan.py"
+PLAN = "qkernels/backends/plan.py"
 KRONECKER, TRANSFORMS = "triton_kernels/kronecker.py", "qkernels/backends/triton/transforms.py"
 EXPERTS_KERNEL, EXPERTS_LAUNCH = "triton_kernels/experts.py", "qkernels/backends/triton/experts.py"
 SCALING = "triton_kernels/scalers.py"
@@ -70,17 +70,20 @@ WEIGHT_ONLY = [
     (CODECS, "(s // 2) * 16 + (s % 2) * 8 + b * 4", "(s // 2) * 16 + (s % 2) * 4 + b * 8"),
     (LAYOUT, "padded = -(-count // SLICE) * SLICE", "padded = count // SLICE * SLICE"),
     (LAYOUT, "math.gcd(tile, traits.group_size)", "tile"),
-    (LAUNCH, '"K": x.shape[1], "KP": x.shape[1]}', '"K": x.shape[1]}'),
+    (LAUNCH, 'weight["K"] = weight["KP"] = x.shape[1]', 'weight["K"] = x.shape[1]'),
     (LAUNCH, "problem.m * groups <= config.block_m", "problem.m <= config.block_m"),
 ]  # fmt: skip
 
-REPLAY = [
-    (WORK, "place.offset + address - start", "place.offset"),
-    (WORK, "self._sizes[base] = offset + t.numel()", "self._sizes[base] = t.numel()"),
-    (WORK, "low.end > high.start and", "False and"),
-    (WORK, "self._counters = max(self._counters, count)", "self._counters = 0"),
-    (WORK, "pattern |= (address & 15 != 0) << i", "pattern |= 0"),
-    (WORK, "self._give_up()\n        return parts", "pass\n        return parts"),
+PLANS = [
+    (PLAN, "offset=self.offset + first * row", "offset=self.offset"),
+    (PLAN, "n + -(-s // _ALIGNMENT) * _ALIGNMENT", "n + s"),
+    (PLAN, "self._most = _Sizes(*map(max, self._most, self._now))", "self._most = self._now"),
+    (PLAN, "self._counters = max(self._counters, count)", "self._counters = 0"),
+    (PLAN, "(address & 15) << 4 * i", "0"),
+    (PLAN, "del self.steps[steps:]", "pass"),
+    (PLAN, "fixed += excess", "break"),
+    (PLAN, "offset - operand.low", "offset"),
+    ("qkernels/backends/triton/launch.py", "bases[base] + offset", "bases[base]"),
     ("qkernels/backends/cuda/launch.py", "bases[base] + offset", "bases[base]"),
     ("qkernels/backends/cuda/launch.py", "words[word] = stream", "words[word] = 0"),
     ("qkernels/ops/operator_plans.py", "weakref.ref(first, lambda _: forget())", "weakref.ref(first)"),
@@ -98,8 +101,7 @@ COUNTERS = [
     ("qkernels/counters.py", "_apart(lambda: _zeros(device))", "_zeros(device)"),
     ("qkernels/weights/packed.py", "counters.reserve(", "id("),
     ("qkernels/weights/experts.py", "counters.reserve(", "id("),
-    (WORK, "self._counters = max(self._counters, count)", "self._counters = 1"),
-    (WORK, "self._add(t, Place(COUNTERS, 0))", "self._add(t, None)"),
+    (PLAN, "self._counters = max(self._counters, count)", "self._counters = 1"),
 ]  # fmt: skip
 
 EIGHT_BIT = [
@@ -161,7 +163,7 @@ INCOHERENT = [
     (KRONECKER, "target % 16 // 8 * 4", "target % 16 // 8 * 2"),
     (KRONECKER, "live = inside & (m < M)[:, None]", "live = inside & (m < M - 1)[:, None]"),
     (KRONECKER, "box.reshape(ROWS * B0 * B1, B2) * scale", "box.reshape(ROWS * B0 * B1, B2)"),
-    (TRANSFORMS, "empty = work.empty if width == x.shape[1] else work.zeros", "empty = work.empty"),
+    (TRANSFORMS, "empty = plan.empty if width == x.shape[1] else plan.zeros", "empty = work.empty"),
     (TRANSFORMS, "rows = max(1, 16 * max(padded) // total)", "rows = max(2, 16 * max(padded) // total) - 1"),
     (DECODERS, "p = p ^ (p >> 2)", "p = p ^ (p >> 3)"),
     (DECODERS, "signs = signs ^ p", "signs = signs + 0 * p"),
@@ -245,7 +247,7 @@ INVARIANT = [
 SUITES = (
     (WEIGHT_ONLY, ("tests/kernels/test_decoders.py", "tests/kernels/test_weight_only.py")),
     (
-        REPLAY,
+        PLANS,
         ("tests/kernels/test_launch.py", "tests/cuda/test_launch.py", "tests/cuda/test_slices.py"),
     ),
     (COUNTERS, ("tests/test_counters.py",)),

@@ -17,7 +17,7 @@ from torch import Tensor
 from ... import layouts
 from ...weights.packed import PackedWeight
 from .. import registry
-from ..plan import Recorded
+from ..plan import Product
 from ..problem import Problem
 from ..rejects import common_reason
 from . import build
@@ -84,11 +84,10 @@ def run(name: str, address: int, index: int) -> None:
 
 _quantized = registry.Quantized(
     lambda *args, **kwargs: _module("eight_bit").quantize(*args, **kwargs),
-    lambda *args, **kwargs: _module("eight_bit").multiply(*args, **kwargs),
-    lambda problem: int(
-        _module("eight_bit").scratch_bytes(problem, torch.device(problem.device), made=True)
-    ),
-    lambda *args, **kwargs: _module("eight_bit").outlier_columns(*args, **kwargs),
+    lambda *args: _module("eight_bit").multiply(*args),
+    lambda *args, **kwargs: _module("eight_bit").columns_of(*args, **kwargs),
+    lambda plan: _module("launch").Compiled(plan),
+    cast_bias=True,
 )
 
 
@@ -112,10 +111,9 @@ def register_kernels() -> None:
             result: Tensor = _module(module).run(x, p, bias, problem)
             return result
 
-        def bind(p: PackedWeight, problem: Problem, module: str = module) -> Recorded:
-            return Recorded(
-                _module(module).run, _module(module).compute, _module("launch").Replay, True
-            )
+        def bind(p: PackedWeight, problem: Problem, module: str = module) -> Product:
+            product: Product = _module("launch").product(_module(module).declare)
+            return product
 
         def configuration(problem: Problem, module: str = module) -> str:
             return str(_module(module).configuration(problem))

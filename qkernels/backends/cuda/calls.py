@@ -40,12 +40,12 @@ class Call(ctypes.Structure):
 
     #: whether it, or a copy of it, has been launched
     launched = False
-    #: the call that this one is a copy of
+    #: the weight's call that this one is a copy of
     template: Call | None = None
 
     def copy(self) -> Self:
         copied = type(self).from_buffer_copy(self)
-        copied.template = self
+        copied.template = self.template or self
         return copied
 
 

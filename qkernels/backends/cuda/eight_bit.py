@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...layouts import eight_bit as layout
 from ..device import sm_count
-from ..eight_bit import Activations, row_bytes, traits_of
-from ..plan import NOW, Work
+from ..eight_bit import Activations, traits_of
+from ..plan import Plan, Symbolic
 from . import k_slices
 from .calls import Call
 from .launch import start, whole
@@ -174,7 +174,7 @@ def _address(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
-def _present(*tensors: Tensor | None) -> list[Tensor]:
+def _present(*tensors: Any) -> list[Any]:
     """The tensors that are not None."""
     return [t for t in tensors if t is not None]
 
@@ -186,21 +186,22 @@ def rejects(problem: Problem) -> str | None:
 
 # ---------------------------------------------------------------------- activations
 def quantize(
-    x: Tensor,
+    plan: Plan,
+    x: Symbolic,
     p: PackedWeight,
     problem: Problem,
     *,
-    up: Tensor | None = None,
-    norm: Tensor | None = None,
+    up: Symbolic | None = None,
+    norm: Symbolic | None = None,
     eps: float = 0.0,
     keep: bool = False,
-    work: Work = NOW,
-    columns: Tensor | None = None,
+    columns: Symbolic | None = None,
 ) -> Activations:
     """Quantize x for the weight `p`.
 
     Args:
-        x: (M, K), contiguous.
+        plan: takes the launch and the result.
+        x: (M, K).
         p: the weight, in the EIGHT_BIT layout.
         problem: the product to compute.
         up: (M, K), or None; silu(x) * up is quantized, and rounded to x's dtype where a model
@@ -209,91 +210,81 @@ def quantize(
         eps: epsilon of RMSNorm.
         keep: the result has the quantized values in 16 bits as `x`, even if LLM.int8() does not
             need them.
-        work: starts kernels and allocates scratch memory.
-        columns: the result of `outlier_columns` for all rows, if x is a slice of them.
+        columns: the result of `columns_of` for all rows, if x is a slice of them.
     """
     traits = traits_of(problem)
     m, k = x.shape
     call, reads = _started(x, p, traits, up, norm, eps)
     args, storage, outliers = call.args, p.storage, traits.threshold > 0
-    codes_dtype = torch.int8 if args.is_int8 else torch.float8_e4m3fn
-    codes = work.empty((m, args.kp), codes_dtype, x.device)
-    if traits.activation == "tensor":
-        scale = storage["input_scale"]
-    else:
+    codes = plan.empty((m, args.kp), torch.int8 if args.is_int8 else torch.float8_e4m3fn)
+    scale: Any = storage.get("input_scale")
+    if traits.activation != "tensor":
         groups = (-(-k // layout.BLOCK),) if traits.activation == "group" else ()
-        scale = work.empty((*groups, m), torch.float32, x.device)
+        scale = plan.empty((*groups, m), torch.float32)
     rounded = counter = None
     if (keep or outliers) and (up is not None or norm is not None):
-        rounded = work.empty((m, k), x.dtype, x.device)
+        rounded = plan.empty((m, k), x.dtype)
         args.rounded = rounded.data_ptr()
-        args.vector &= rounded.data_ptr() % 16 == 0
     if outliers and columns is None:
-        columns, counter = _list_columns(args, k, x.device, work)
+        columns, counter = _list_columns(plan, args, k)
     elif columns is not None:
         args.columns = columns.data_ptr()
     args.codes, args.scale = codes.data_ptr(), scale.data_ptr()
     reads += _present(storage.get("input_zero_point"))
     writes = _present(codes, rounded, columns, counter)
     (reads if traits.activation == "tensor" else writes).append(scale)
-    start("quantize_rows", call, reads, writes, work)
+    start(plan, "quantize_rows", call, reads, writes)
     return Activations(codes, scale, x if rounded is None else rounded, columns)
 
 
-def outlier_columns(
-    x: Tensor,
+def columns_of(
+    plan: Plan,
+    x: Symbolic,
     p: PackedWeight,
     problem: Problem,
     *,
-    up: Tensor | None = None,
-    norm: Tensor | None = None,
+    up: Symbolic | None = None,
+    norm: Symbolic | None = None,
     eps: float = 0.0,
-) -> Tensor | None:
+) -> Symbolic | None:
     """The outlier columns of all rows in order, and at K their number: int32 (K + 1).
 
     None if a row's result does not depend on the other rows. The operands are those of `quantize`.
-    It allocates no scratch memory beside the result.
     """
     traits = traits_of(problem)
     if not traits.threshold or problem.batch_invariant:
         return None
     call, reads = _started(x, p, traits, up, norm, eps)
-    columns, counter = _list_columns(call.args, x.shape[1], x.device, NOW)
-    start("quantize_rows", call, reads, [columns, counter])
+    columns, counter = _list_columns(plan, call.args, x.shape[1])
+    start(plan, "quantize_rows", call, reads, [columns, counter])
     return columns
 
 
-def _list_columns(
-    args: QuantizeArgs, k: int, device: torch.device, work: Work
-) -> tuple[Tensor, Tensor]:
+def _list_columns(plan: Plan, args: QuantizeArgs, k: int) -> tuple[Symbolic, Symbolic]:
     """Set the arguments for a list of outlier columns; returns the list and its counter."""
-    columns = work.empty((k + 1,), torch.int32, device)
-    counter = work.counters(1 + -(-k // 32), device)
+    columns, counter = plan.empty((k + 1,), torch.int32), plan.counters(1 + -(-k // 32))
     args.columns, args.counter = columns.data_ptr(), counter.data_ptr()
     return columns, counter
 
 
 def _started(
-    x: Tensor,
+    x: Symbolic,
     p: PackedWeight,
     traits: layout.EightBitTraits,
-    up: Tensor | None,
-    norm: Tensor | None,
+    up: Symbolic | None,
+    norm: Symbolic | None,
     eps: float,
-) -> tuple[QuantizeCall, list[Tensor]]:
+) -> tuple[QuantizeCall, list[Any]]:
     """A call with the activations' addresses set, and the tensors that it reads.
 
     Raises:
-        ValueError: `up` or `norm` has another dtype or shape than x requires, or is not contiguous.
+        ValueError: `up` or `norm` has another dtype or shape than x requires.
     """
     m, k = x.shape
     for name, t, shape in (("up", up, (m, k)), ("norm", norm, (k,))):
-        if t is not None and (
-            t.dtype != x.dtype or tuple(t.shape) != shape or not t.is_contiguous()
-        ):
+        if t is not None and (t.dtype != x.dtype or t.shape != shape):
             raise ValueError(
-                f"{name}: expected contiguous {x.dtype} of shape {shape}, "
-                f"got {t.dtype} {tuple(t.shape)}"
+                f"{name}: expected {x.dtype} of shape {shape}, got {t.dtype} {t.shape}"
             )
     call = _quantize_call(p, traits, x.dtype, m, eps)
     args = call.args
@@ -325,39 +316,37 @@ def _quantize_call(
 
 # ---------------------------------------------------------------------- the product
 def multiply(
+    plan: Plan,
     a: Activations,
     p: PackedWeight,
-    bias: Tensor | None,
+    bias: Symbolic | None,
     problem: Problem,
+    y: Symbolic,
     config: Config | None = None,
-    out: Tensor | None = None,
-    work: Work = NOW,
-) -> Tensor:
-    """The product of quantized activations and a weight: y (M, N), in the dtype of `a.x`.
+) -> None:
+    """The product of quantized activations and a weight, into y.
 
     `a` may be a slice of the problem's rows: the result has the same bits as with all rows.
 
     Args:
+        plan: takes the launch and its scratch memory.
         a: the quantized activations.
         p: the weight, in the EIGHT_BIT layout.
-        bias: (N), or None.
+        bias: (N) in x's dtype, or None.
         problem: the product to compute.
+        y: (M, N), in x's dtype.
         config: kernel and block sizes; by default those of the problem.
-        out: (M, N), or None; y is written to it.
-        work: starts kernels and allocates scratch memory.
     """
     traits, storage = traits_of(problem), p.storage
-    n, m, device = p.shape[0], a.x.shape[0], a.x.device
-    config = config or configured(problem, device)
-    y = torch.empty(m, n, dtype=a.x.dtype, device=device) if out is None else out
-    bias = None if bias is None else bias.to(a.x.dtype).contiguous()
+    m, n = y.shape
+    config = config or configured(problem, plan.device)
     call = _product_call(p, traits, a.x.dtype, m, problem.batch_invariant, config)
     args, partial, counter = call.args, None, None
     if config.split > 1 and config.rows:
         tile = config.rows * (GEMV_N if config.gemv else TILE_N)
         blocks = -(-n // GEMV_N) if config.gemv else -(-n // TILE_N) * -(-m // config.rows)
-        partial = work.empty((config.split * blocks * tile,), torch.float32, device)
-        counter = work.counters(blocks, device)
+        partial = plan.empty((config.split * blocks * tile,), torch.float32)
+        counter = plan.counters(blocks)
         args.partial, args.counter = partial.data_ptr(), counter.data_ptr()
     args.x, args.x_scale, args.x16, args.y = (t.data_ptr() for t in (a.codes, a.scale, a.x, y))
     if a.columns is not None:
@@ -365,8 +354,7 @@ def multiply(
     if bias is not None:
         args.bias = bias.data_ptr()
     reads = _present(a.codes, a.scale, a.x, a.columns, bias, *storage.values())
-    start(f"eight_bit_{traits.kind}", call, reads, _present(y, partial, counter), work)
-    return y
+    start(plan, f"eight_bit_{traits.kind}", call, reads, _present(y, partial, counter))
 
 
 def _product_call(
@@ -398,45 +386,27 @@ def _product_call(
     return call
 
 
-def compute(
-    x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem, y: Tensor, work: Work = NOW
-) -> None:
-    """Write x @ W^T + bias to y (M, N).
+def declare(plan: Plan, p: PackedWeight, problem: Problem) -> None:
+    """A `launch.Declare`.
 
     If rows are computed in slices and depend on each other, a first launch finds the outlier
     columns of all rows.
-
-    Args:
-        x: (M, K), contiguous, float16 or bfloat16.
-        p: the weight, in the EIGHT_BIT layout.
-        bias: (N), in x's dtype, or None.
-        problem: the product to compute.
-        y: (M, N), in x's dtype.
-        work: starts kernels and allocates scratch memory.
     """
-    slices = work.slices(x.shape[0], scratch_bytes(problem, x.device))
-    columns = outlier_columns(x, p, problem) if len(slices) > 1 else None
-    for rows in slices:
-        # The codes have no name, so that those of two slices never exist at the same time.
-        multiply(
-            quantize(x[rows], p, problem, columns=columns, work=work),
-            p,
-            bias,
-            problem,
-            out=y[rows],
-            work=work,
-        )
+    whole_x, bias = plan.operands
+    columns = None
+
+    def before_slices() -> None:
+        nonlocal columns
+        columns = columns_of(plan, whole_x, p, problem)
+
+    def rows(x: Symbolic, y: Symbolic) -> None:
+        a = quantize(plan, x, p, problem, columns=columns)
+        multiply(plan, a, p, bias, problem, y)
+
+    plan.by_rows(rows, whole_x, plan.y, before_slices=before_slices)
 
 
-run = whole(compute)
-
-
-def scratch_bytes(problem: Problem, device: torch.device, made: bool = False) -> int:
-    """Bytes of scratch memory per row of x: `row_bytes`, plus partial sums."""
-    n = problem.shape[0]
-    config = configured(problem, device)
-    partial = config.split * -(-n // TILE_N) * TILE_N * 4 if config.split > 1 and config.rows else 0
-    return row_bytes(problem, made) + partial
+run = whole(declare)
 
 
 def configuration(problem: Problem) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from ...layouts import weight_only as layout
 from ...layouts.codecs import CodeKind
 from .. import workspace
 from ..device import sm_count
-from ..plan import NOW, Work
+from ..plan import Plan, Symbolic
 from . import k_slices, launch, transforms
 from . import weight_only as gemv
 from .calls import WeightOnlyCall
@@ -45,118 +45,116 @@ def rejects(problem: Problem) -> str | None:
     return gemv.unsupported(problem)
 
 
-def compute(
-    x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem, y: Tensor, work: Work = NOW
-) -> None:
-    """A `plan.Compute`: x @ W^T + bias into y.
+def declare(plan: Plan, p: PackedWeight, problem: Problem) -> None:
+    """A `launch.Declare`.
 
     If x must be copied or transformed, that is done for a slice of its rows at a time. The
     number of split-K slices depends on all rows of the problem, so slices of rows change no bit.
     """
     assert p.layout == layouts.WEIGHT_ONLY
     traits = gemv.traits_of(problem)
+    x, bias = plan.operands
     call = gemv.call_of(p, traits, x.dtype, kernel=1)
-    m, n = x.shape[0], p.shape[0]
-    copied = row_bytes(x, p, traits)
     count = k_slices_for(problem, x.device)
     call.args.k_slice = k_slices.steps_of(call.args.tiles, count)
-    partial = count * -(-n // ROWS) * ROWS * 4 if count > 1 else 0  # bytes per row of x
 
-    def multiply(x: Tensor, bias: Tensor | None, y: Tensor) -> None:
-        _launch(x, y, p, bias, call, traits, count, work)
+    def multiply(x: Symbolic, bias: Symbolic | None, y: Symbolic) -> None:
+        _launch(plan, x, y, p, bias, call, traits, count)
 
-    for rows in work.slices(m, copied + partial if copied else 0, copied_once(x, traits)):
-        transforms.around(multiply, x[rows], p, bias, traits, y[rows], work)
+    def rows(x: Symbolic, y: Symbolic) -> None:
+        transforms.around(plan, multiply, x, p, bias, traits, y)
+
+    plan.by_rows(rows, x, plan.y)
 
 
-run = launch.whole(compute)
+run = launch.whole(declare)
 
 
 def _launch(
-    x: Tensor,
-    y: Tensor,
+    plan: Plan,
+    x: Symbolic,
+    y: Symbolic,
     p: PackedWeight,
-    bias: Tensor | None,
+    bias: Symbolic | None,
     call: WeightOnlyCall,
     traits: layout.WeightOnlyTraits,
     count: int,
-    work: Work,
 ) -> None:
-    """Launch the kernel with `count` split-K slices on some rows, without transforms.
+    """Declare the kernel's launch with `count` split-K slices on some rows, without transforms.
 
     x is in the order of codes. y is in x's dtype, or in float32 if a transform follows.
     """
-    args, device = call.args, x.device
+    args = call.args
     m, n = y.shape
     columns = columns_of(traits.codes)
-    blocks_n, blocks_m = -(-n // ROWS), -(-m // columns)
-    call.grid_x, call.grid_y = blocks_n * blocks_m, count
+    blocks = -(-n // ROWS) * -(-m // columns)
+    call.grid_x, call.grid_y = blocks, count
     call.shared = shared_bytes(traits.codes)
-    scratch: list[Tensor] = []
+    scratch: list[Symbolic] = []
     if count > 1:
-        partial = work.empty((count * blocks_n * blocks_m * ROWS * columns,), torch.float32, device)
-        counter = work.counters(blocks_n * blocks_m, device)
-        args.partial, args.counter = partial.data_ptr(), counter.data_ptr()
-        scratch = [partial, counter]
-    start(x, y, p, bias, call, traits, scratch, work)
+        scratch = [
+            plan.empty((count * blocks * ROWS * columns,), torch.float32), plan.counters(blocks)
+        ]  # fmt: skip
+        args.partial, args.counter = (t.data_ptr() for t in scratch)
+    start(plan, x, y, p, bias, call, traits, scratch)
 
 
 def start(
-    x: Tensor,
-    y: Tensor,
+    plan: Plan,
+    x: Symbolic,
+    y: Symbolic,
     p: PackedWeight,
-    bias: Tensor | None,
+    bias: Symbolic | None,
     call: WeightOnlyCall,
     traits: layout.WeightOnlyTraits,
-    scratch: list[Tensor],
-    work: Work,
+    scratch: list[Symbolic],
 ) -> None:
     """Start a kernel that reads x in 16-byte chunks, on some rows. scratch: what else it writes."""
     args = call.args
-    reads = [*p.storage.values(), *([] if bias is None else [bias])]
+    reads: list[Any] = [*p.storage.values(), *([] if bias is None else [bias])]
     if traits.outliers:
-        columns_x = work.by_torch(by_columns(x))
+        columns_x = _by_columns(plan, x)
         args.x_columns, args.x_rows = columns_x.data_ptr(), columns_x.shape[1]
         reads.append(columns_x)
-    chunks = in_chunks(x, p.storage.get("perm"))
-    x = chunks if chunks is x else work.by_torch(chunks)
+    x = _in_chunks(plan, x, p.storage.get("perm"))
     args.m, args.x, args.y, args.x_stride = y.shape[0], x.data_ptr(), y.data_ptr(), x.shape[1]
     args.bias = None if bias is None else bias.data_ptr()
-    launch.start(gemv.kernel_of(traits), call, [x, *reads], [y, *scratch], work)
+    launch.start(plan, gemv.kernel_of(traits), call, [x, *reads], [y, *scratch])
 
 
-def row_bytes(x: Tensor, p: PackedWeight, traits: layout.WeightOnlyTraits) -> int:
-    """Bytes per row of x that copies and transforms allocate at most."""
-    k, aligned, size = x.shape[1], x.data_ptr() % 16 == 0, 0
-    if traits.transform_scales is not None:
-        k, aligned, size = transforms.width_of(k, traits), True, transforms.row_bytes(p, traits)
-    if traits.outliers:
-        size += 2 * k
-    if "perm" in p.storage:
-        kp = p.storage["perm"].numel()
-        return size + 2 * (k + 1) + 2 * kp + (2 * (kp + 7) if kp % 8 else 0)
-    return size + (2 * (k + 7) if k % 8 or not aligned else 0)
-
-
-def copied_once(x: Tensor, traits: layout.WeightOnlyTraits) -> int:
-    """Bytes that a slice allocates whatever its number of rows: `by_columns` pads rows."""
-    return 14 * x.shape[1] if traits.outliers else 0
-
-
-def in_chunks(x: Tensor, perm: Tensor | None) -> Tensor:
+def _in_chunks(plan: Plan, x: Symbolic, perm: Tensor | None) -> Symbolic:
     """x in kernel order with rows of whole 16-byte chunks; gathered or padded only if needed."""
-    if perm is not None:
-        padded = torch.nn.functional.pad(x, (0, 1))
-        x = padded.index_select(1, torch.where(perm < 0, x.shape[1], perm))
-    if x.shape[1] % 8:
-        x = torch.nn.functional.pad(x, (0, -x.shape[1] % 8))
-    return x if x.data_ptr() % 16 == 0 else x.clone()
+    if perm is None and x.shape[1] % 8 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    k = x.shape[1] if perm is None else perm.numel()
+    y = plan.empty((x.shape[0], -(-k // 8) * 8), x.dtype)
+    if perm is None:
+        plan.by_torch(_padded, x, y)
+    else:
+        index, pad = plan.empty(tuple(perm.shape), perm.dtype), plan.empty((k,), torch.bool)
+        plan.by_torch(_gathered, x, perm, index, pad, y)
+    return y
 
 
-def by_columns(x: Tensor) -> Tensor:
+def _padded(x: Tensor, y: Tensor) -> None:
+    """Copy x to y, whose rows may be longer: zeros are after x's features."""
+    y[:, : x.shape[1]] = x
+    y[:, x.shape[1] :] = 0
+
+
+def _gathered(x: Tensor, perm: Tensor, index: Tensor, pad: Tensor, y: Tensor) -> None:
+    """x in the order of `perm`, zeros where it is -1 and after it. index, pad: scratch memory."""
+    k = perm.numel()
+    torch.clamp(perm, min=0, out=index)
+    torch.index_select(x, 1, index, out=y[:, :k])
+    y[:, :k].masked_fill_(torch.lt(perm, 0, out=pad), 0)
+    y[:, k:] = 0
+
+
+def _by_columns(plan: Plan, x: Symbolic) -> Symbolic:
     """x (M, K) -> x^T (K, M padded with zeros to a multiple of 8), for outliers."""
-    columns = torch.zeros(x.shape[1], x.shape[0] + -x.shape[0] % 8, dtype=x.dtype, device=x.device)
-    columns[:, : x.shape[0]] = x.T
+    columns = plan.empty((x.shape[1], -(-x.shape[0] // 8) * 8), x.dtype)
+    plan.by_torch(lambda x, columns: _padded(x.T, columns), x, columns)
     return columns
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from ... import layouts
 from ...layouts import weight_only as layout
 from ...layouts.codecs import CodeKind
 from ..device import sm_count
-from ..plan import NOW, Work
+from ..plan import Plan, Symbolic
 from . import gemm, transforms
 from . import weight_only as gemv
 from .launch import whole
@@ -49,28 +47,29 @@ def rejects(problem: Problem) -> str | None:
     return gemv.unsupported(problem)
 
 
-def compute(
-    x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem, y: Tensor, work: Work = NOW
-) -> None:
-    """A `plan.Compute`: x @ W^T + bias into y.
+def declare(plan: Plan, p: PackedWeight, problem: Problem) -> None:
+    """A `launch.Declare`.
 
     If x must be copied or transformed, that is done for a slice of its rows at a time, as in
     gemm.py.
     """
     assert p.layout == layouts.WEIGHT_ONLY
     traits = gemv.traits_of(problem)
+    x, bias = plan.operands
     call = gemv.call_of(p, traits, x.dtype, kernel=2)
     n = p.shape[0]
 
-    def multiply(x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    def multiply(x: Symbolic, bias: Symbolic | None, y: Symbolic) -> None:
         call.grid_x, call.grid_y = min(_tiles(n, y.shape[0], traits), sm_count(x.device)), 1
-        gemm.start(x, y, p, bias, call, traits, [], work)
+        gemm.start(plan, x, y, p, bias, call, traits, [])
 
-    for rows in work.slices(x.shape[0], gemm.row_bytes(x, p, traits), gemm.copied_once(x, traits)):
-        transforms.around(multiply, x[rows], p, bias, traits, y[rows], work)
+    def rows(x: Symbolic, y: Symbolic) -> None:
+        transforms.around(plan, multiply, x, p, bias, traits, y)
+
+    plan.by_rows(rows, x, plan.y)
 
 
-run = whole(compute)
+run = whole(declare)
 
 
 def _tiles(n: int, m: int, traits: layout.WeightOnlyTraits) -> int:

@@ -1,21 +1,21 @@
-"""Starts the extension's kernels: once, or in replays that only write new addresses into the calls.
+"""Runs plans of the extension's kernels: a run only writes addresses into the calls.
 
-A recording has the call structs of one product one after another in one buffer. A replay copies the
-buffer, because several threads may use one weight, and writes addresses and the stream into the
-copy.
+A plan has the call structs of one product one after another in one buffer. A run copies the buffer,
+because several threads may use one weight, and writes addresses and the stream into the copy.
 """
 
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .. import cuda
 from ..device import supports_pdl
-from ..plan import NOW, Compute, Recording, Work, Y, view
+from ..plan import Plan, Plans, Product, Symbolic, TorchStep, Y, run_at_once
 from .calls import Call
 
 if TYPE_CHECKING:
@@ -26,102 +26,135 @@ if TYPE_CHECKING:
 _WORD = ctypes.sizeof(ctypes.c_uint64)
 
 
-class Launch:
-    """A kernel with its call struct. It is called with the tensors that the struct points to.
+class Step(NamedTuple):
+    """A kernel's launch in a plan: its call struct, and the tensors that the struct points to.
 
-    reads: the number of tensors that the kernel reads; it writes the tensors after them.
+    Addresses of the call's memory are symbolic.
     """
 
-    def __init__(self, name: str, call: Call, reads: int) -> None:
-        self.name, self.call, self.reads = name, call, reads
-        self.call_bytes = bytes(call)
+    name: str
+    call: Call
+    reads: Sequence[Tensor | Symbolic]
+    writes: Sequence[Tensor | Symbolic]
 
-    def __call__(self, *tensors: Tensor) -> None:
-        if cuda.emulator is not None:
-            self.emulate(self.call, list(tensors))
-            return
-        call, index = self.call, tensors[0].get_device()
-        call.stream = cuda.stream_of(index)
-        # With PDL a kernel reads its weight before the last kernel is done. The last kernel may be
-        # the one that wrote the weight, so the first call of a weight runs without PDL.
-        template = call.template or call
-        call.pdl = int(template.launched and supports_pdl(index))
-        template.launched = True
-        cuda.run(self.name, ctypes.addressof(call), index)
-
-    def emulate(self, call: Call, tensors: list[Tensor]) -> None:
-        """Run in the emulator, which checks every access of the kernel."""
+    def emulate(self, call: Call, memory: Sequence[Tensor | None]) -> None:
+        """Run `call` in the emulator, which checks every access of the kernel."""
         assert cuda.emulator is not None
-        error = cuda.emulator(self.name, call, tensors[: self.reads], tensors[self.reads :])
+        reads, writes = (
+            [t if isinstance(t, Tensor) else t.within(memory) for t in tensors]
+            for tensors in (self.reads, self.writes)
+        )
+        error = cuda.emulator(self.name, call, reads, writes)
         if error:
             raise RuntimeError(f"qkernels: CUDA kernel {self.name}: {error}")
 
 
 def start(
-    name: str, call: Call, reads: list[Tensor], writes: list[Tensor], work: Work = NOW
+    plan: Plan,
+    name: str,
+    call: Call,
+    reads: Sequence[Tensor | Symbolic],
+    writes: Sequence[Tensor | Symbolic],
 ) -> None:
-    """Start kernel `name`. The caller may change `call` afterwards."""
-    work.start(Launch(name, call, len(reads)), *reads, *writes)
+    """Add the launch of kernel `name` to a plan. The caller may change `call` afterwards."""
+    plan.steps.append(Step(name, call.copy(), reads, writes))
 
 
-def whole(compute: Compute) -> Run:
-    """A `run` that calls `compute` with a new y, and with the bias cast to x's dtype."""
+class Compiled:
+    """A plan that runs. It keeps only the addresses of the weight."""
 
-    def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-        y = torch.empty(x.shape[0], p.shape[0], dtype=x.dtype, device=x.device)
-        compute(x, p, None if bias is None else bias.to(x.dtype).contiguous(), problem, y, NOW)
-        return y
-
-    return run
-
-
-class Replay:
-    """Replays a recording, for operands of the same shapes, dtypes, device and alignment."""
-
-    def __init__(self, recording: Recording, y: Tensor) -> None:
-        self._index = y.get_device()
-        #: for each call: its launch, its offset in the buffer, and its tensors for the emulator
-        self._starts: list[tuple[Launch, int, list[Any]]] = []
+    def __init__(self, plan: Plan) -> None:
+        self._index = -1 if plan.device.type == "cpu" else plan.device.index
+        self._memory = plan.memory()
+        #: for each step: the kernel's name, the offset of its call in the buffer, and the step
+        #: itself for torch and the emulator
+        self._starts: list[tuple[str, int, Any]] = []
         #: each word with an address: index of the word, index of the base address, offset
         self._places: list[tuple[int, int, int]] = []
         #: indices of the words with the stream
         self._streams: list[int] = []
-        buffer = bytearray()
-        for launch, tensors, _ in recording.steps:
-            call = type(launch.call).from_buffer_copy(launch.call_bytes)
-            # A recording is not the weight's first call, so it may use PDL: see `Launch`.
-            call.pdl = supports_pdl(self._index)
-            word = len(buffer) // _WORD
-            emulated = [recording.moving(t) for t in tensors] if cuda.emulator is not None else []
-            self._starts.append((launch, len(buffer), emulated))
+        buffer, later = bytearray(), bytearray()
+        #: templates of this plan's calls that were not launched before
+        self._templates: list[Call] = []
+        for step in plan.steps:
+            if isinstance(step, TorchStep):
+                self._starts.append(("", 0, step))
+                continue
+            assert isinstance(step, Step)
+            call, word = step.call, len(buffer) // _WORD
+            emulated = None if cuda.emulator is None else step
+            self._starts.append((step.name, len(buffer), emulated))
             self._streams.append(word + type(call).stream.offset // _WORD)
             for name, kind in call.args._fields_:
                 address = getattr(call.args, name) if kind is ctypes.c_void_p else None
-                place = None if address is None else recording.place(address)
+                place = None if address is None else plan.place(address)
                 if place is not None:
                     self._places.append(
                         (word + getattr(type(call.args), name).offset // _WORD, *place)
                     )
-            buffer += bytes(call) + bytes(-ctypes.sizeof(call) % _WORD)
-        self._buffer, self._words = bytes(buffer), ctypes.c_uint64 * (len(buffer) // _WORD)
-        self._memory = recording.memory()
+            # With PDL a kernel reads its weight before the last kernel is done. The last kernel may
+            # be the one that wrote the weight, so the first call of a weight runs without PDL.
+            template = call.template or call
+            if not template.launched:
+                self._templates.append(template)
+            padding = bytes(-ctypes.sizeof(call) % _WORD)
+            call.pdl = supports_pdl(self._index)
+            later += bytes(call) + padding
+            call.pdl &= template.launched
+            buffer += bytes(call) + padding
+        self._buffer, self._later = bytes(buffer), bytes(later)
+        self._words = ctypes.c_uint64 * (len(buffer) // _WORD)
 
-    def __call__(self, operands: tuple[Tensor | None, ...], addresses: list[int]) -> Tensor:
+    def run(self, operands: Sequence[Tensor | None], addresses: list[int]) -> list[Any]:
+        """As in `plan.Compiled`."""
         tensors, bases = self._memory.take(operands, addresses)
-        y = tensors[Y]
-        assert y is not None
         words = self._words.from_buffer_copy(self._buffer)
         for word, base, offset in self._places:
             words[word] = bases[base] + offset
-        if cuda.emulator is not None:
-            for launch, first, emulated in self._starts:
-                call = type(launch.call).from_buffer(words, first)
-                launch.emulate(call, [view(tensors, t) for t in emulated])
-            return y
-        stream = cuda.stream_of(self._index)
-        for word in self._streams:
-            words[word] = stream
+        if cuda.emulator is None:
+            stream = cuda.stream_of(self._index)
+            for word in self._streams:
+                words[word] = stream
         address = ctypes.addressof(words)
-        for launch, first, _ in self._starts:
-            cuda.run(launch.name, address + first, self._index)
+        for name, first, step in self._starts:
+            if step is None:
+                cuda.run(name, address + first, self._index)
+            elif isinstance(step, TorchStep):
+                step.run(tensors)
+            else:
+                step.emulate(type(step.call).from_buffer(words, first), tensors)
+        if self._templates:
+            for template in self._templates:
+                template.launched = True
+            self._buffer, self._templates = self._later, []
+        return tensors
+
+
+#: `run_at_once` of CUDA's plans
+at_once = partial(run_at_once, Compiled)
+
+#: (plan, weight, problem): declares x @ W^T + bias. The plan's operands are x (M, K) and the bias
+#: (N) or None, both contiguous and of x's dtype; the weight is in the kernel's layout.
+Declare = Callable[[Plan, "PackedWeight", "Problem"], None]
+
+
+def product(declare: Declare) -> Product:
+    """The product of one weight and problem."""
+
+    def first(
+        plans: Plans, operands: tuple[Tensor, Tensor | None], p: PackedWeight, problem: Problem
+    ) -> Tensor:
+        shape = (operands[0].shape[0], p.shape[0])
+        y: Tensor = plans.add(Compiled, lambda plan: declare(plan, p, problem), operands, shape)[Y]
         return y
+
+    return Product(first, cast_bias=True)
+
+
+def whole(declare: Declare) -> Run:
+    """A `registry.Kernel.run` that plans at every call."""
+
+    def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
+        return product(declare)(x, p, bias, problem)
+
+    return run

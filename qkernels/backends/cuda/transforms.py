@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...layouts import weight_only as layout
-from ..plan import NOW, Work
+from ..plan import Plan, Symbolic
 from .calls import Call
 from .launch import start
 
@@ -62,71 +62,56 @@ class Box(NamedTuple):
 
 
 def around(
-    multiply: Callable[[Tensor, Tensor | None, Tensor], None],
-    x: Tensor,
+    plan: Plan,
+    multiply: Callable[[Symbolic, Symbolic | None, Symbolic], None],
+    x: Symbolic,
     p: PackedWeight,
-    bias: Tensor | None,
+    bias: Symbolic | None,
     traits: layout.WeightOnlyTraits,
-    y: Tensor,
-    work: Work = NOW,
+    y: Symbolic,
 ) -> None:
     """Transform x, multiply it by the codes, and transform the result to the weight's output.
 
     Without transforms it only multiplies.
 
     Args:
-        multiply: (x, bias, y) writes the product of the codes and x to y.
-        x: (M, K), a slice of the rows; `row_bytes` has the scratch memory of a row.
+        plan: takes the launches and the scratch memory.
+        multiply: (x, bias, y) declares the product of the codes and x into y.
+        x: (M, K), a slice of the rows.
         p: the weight, in the WEIGHT_ONLY layout.
-        bias: (N), or None.
+        bias: (N) in x's dtype, or None.
         traits: codes, scales and transforms of the weight.
         y: (M, N), the output.
-        work: starts kernels and allocates scratch memory.
     """
     if traits.transform_scales is None:
         multiply(x, bias, y)
         return
-    inside = work.empty(tuple(y.shape), torch.float32, y.device)
-    multiply(before(x, p, traits, work), None, inside)
-    after(inside, p, traits, bias, y.dtype, y, work)
+    inside = plan.empty(y.shape, torch.float32)
+    multiply(before(plan, x, p, traits), None, inside)
+    after(plan, inside, p, traits, bias, y)
 
 
-def width_of(k: int, traits: layout.WeightOnlyTraits) -> int:
-    """Features of a row that `before` returns."""
-    return traits.group_size if traits.codes.codebook else k
-
-
-def row_bytes(p: PackedWeight, traits: layout.WeightOnlyTraits) -> int:
-    """Bytes of scratch memory per row in `around`, without those of `multiply`."""
-    n, k = p.shape
-    return 2 * width_of(k, traits) + 4 * n
-
-
-def before(x: Tensor, p: PackedWeight, traits: layout.WeightOnlyTraits, work: Work = NOW) -> Tensor:
+def before(plan: Plan, x: Symbolic, p: PackedWeight, traits: layout.WeightOnlyTraits) -> Symbolic:
     """Transform x (M, K), contiguous, for the product with the codes.
 
     Returns (M, K) in x's dtype; for codes of a codebook (M, whole tiles).
     """
-    y = work.empty((x.shape[0], width_of(x.shape[1], traits)), x.dtype, x.device)
-    return _launch(x, y, p, traits, "input", None, work)
+    width = traits.group_size if traits.codes.codebook else x.shape[1]
+    y = plan.empty((x.shape[0], width), x.dtype)
+    _launch(plan, x, y, p, traits, "input", None)
+    return y
 
 
 def after(
-    y: Tensor,
+    plan: Plan,
+    x: Symbolic,
     p: PackedWeight,
     traits: layout.WeightOnlyTraits,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    out: Tensor | None = None,
-    work: Work = NOW,
-) -> Tensor:
-    """Transform products (M, N), float32, to the weight's output with bias, (M, N) of `dtype`.
-
-    out: (M, N), or None; the result is written to it.
-    """
-    z = torch.empty(y.shape, dtype=dtype, device=y.device) if out is None else out
-    bias = None if bias is None else bias.to(dtype).contiguous()
-    return _launch(y, z, p, traits, "output", bias, work)
+    bias: Symbolic | None,
+    y: Symbolic,
+) -> None:
+    """Transform products x (M, N), float32, to the weight's output y (M, N) with bias."""
+    _launch(plan, x, y, p, traits, "output", bias)
 
 
 def box_of(n: int, orders: tuple[int, ...]) -> Box:
@@ -154,15 +139,15 @@ def shared_bytes(box: Box, orders: tuple[int, ...]) -> int:
 
 
 def _launch(
-    x: Tensor,
-    y: Tensor,
+    plan: Plan,
+    x: Symbolic,
+    y: Symbolic,
     p: PackedWeight,
     traits: layout.WeightOnlyTraits,
     side: str,
-    bias: Tensor | None,
-    work: Work,
-) -> Tensor:
-    """Launch the transform of x to y. side: "input" (before the product) or "output" (after it)."""
+    bias: Symbolic | None,
+) -> None:
+    """Declare the transform of x to y. side: "input" (before the product) or "output" (after)."""
     tensors = {
         k.removeprefix(side + "."): v for k, v in p.storage.items() if k.startswith(side + ".")
     }
@@ -175,9 +160,7 @@ def _launch(
     args.is_aligned = int(whole_units and "perm" not in tensors and addresses % 16 == 0)
     call.rows = min(x.shape[0], ROWS)
     reads = [x, *tensors.values(), *([] if bias is None else [bias])]
-    if x.shape[0]:
-        start("transform_rows", call, reads, [y], work)
-    return y
+    start(plan, "transform_rows", call, reads, [y])
 
 
 def _call_of(

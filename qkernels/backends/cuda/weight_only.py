@@ -17,7 +17,7 @@ from ...layouts import codecs
 from ...layouts import weight_only as layout
 from ...layouts.codecs import CodeKind
 from ..device import sm_count
-from ..plan import NOW, Work
+from ..plan import Plan, Symbolic
 from . import k_slices, transforms
 from .calls import SCALE_TYPES, WeightOnlyArgs, WeightOnlyCall
 from .launch import start, whole
@@ -71,41 +71,37 @@ def kernel_of(traits: layout.WeightOnlyTraits) -> str:
     return name
 
 
-def compute(
-    x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem, y: Tensor, work: Work = NOW
-) -> None:
-    """A `plan.Compute`: x @ W^T + bias into y.
+def declare(plan: Plan, p: PackedWeight, problem: Problem) -> None:
+    """A `launch.Declare`.
 
     A weight between transforms is computed for slices of rows. The order of sums does not depend on
     M, so slices change no bit.
     """
     assert p.layout == layouts.WEIGHT_ONLY
     traits = traits_of(problem)
+    x, bias = plan.operands
     call = call_of(p, traits, x.dtype)
 
-    def multiply(x: Tensor, bias: Tensor | None, y: Tensor) -> None:
-        _multiply(x, p, bias, y, call, traits, work)
+    def multiply(x: Symbolic, bias: Symbolic | None, y: Symbolic) -> None:
+        _multiply(plan, x, p, bias, y, call, traits)
 
-    if traits.transform_scales is None:
-        multiply(x, bias, y)
-        return
-    count = k_slices_for(p.shape, traits, x.device)
-    partial_bytes = 4 * partial_elements(p.shape[0], min(x.shape[0], MAX_ROWS), count)
-    for rows in work.slices(x.shape[0], transforms.row_bytes(p, traits), partial_bytes):
-        transforms.around(multiply, x[rows], p, bias, traits, y[rows], work)
+    def rows(x: Symbolic, y: Symbolic) -> None:
+        transforms.around(plan, multiply, x, p, bias, traits, y)
+
+    plan.by_rows(rows, x, plan.y)
 
 
-run = whole(compute)
+run = whole(declare)
 
 
 def _multiply(
-    x: Tensor,
+    plan: Plan,
+    x: Symbolic,
     p: PackedWeight,
-    bias: Tensor | None,
-    y: Tensor,
+    bias: Symbolic | None,
+    y: Symbolic,
     call: WeightOnlyCall,
     traits: layout.WeightOnlyTraits,
-    work: Work,
 ) -> None:
     """Multiply without transforms, MAX_ROWS rows at a time.
 
@@ -113,27 +109,24 @@ def _multiply(
     """
     for first in range(0, x.shape[0], MAX_ROWS):
         rows = slice(first, first + MAX_ROWS)
-        part, into = (x, y) if x.shape[0] <= MAX_ROWS else (x[rows], y[rows])
-        if part.data_ptr() % 4:  # the kernel reads two features at a time
-            part = work.by_torch(part.clone())
-        _launch(part, p, bias, into, call, traits, work)
-
-
-def partial_elements(n: int, m: int, count: int) -> int:
-    """Number of partial sums of a launch with `count` split-K slices."""
-    return count * -(-n // ROWS) * -(-m // COLUMNS) * ROWS * COLUMNS if count > 1 else 0
+        with plan.reused():
+            part = x[rows]
+            if part.data_ptr() % 4:  # the kernel reads two features at a time
+                part = plan.empty(part.shape, x.dtype)
+                plan.by_torch(Tensor.copy_, part, x[rows])
+            _launch(plan, part, p, bias, y[rows], call, traits)
 
 
 def _launch(
-    x: Tensor,
+    plan: Plan,
+    x: Symbolic,
     p: PackedWeight,
-    bias: Tensor | None,
-    y: Tensor,
+    bias: Symbolic | None,
+    y: Symbolic,
     call: WeightOnlyCall,
     traits: layout.WeightOnlyTraits,
-    work: Work,
 ) -> None:
-    """Launch the kernel for at most MAX_ROWS rows."""
+    """Declare the kernel's launch for at most MAX_ROWS rows."""
     m, n = x.shape[0], p.shape[0]
     args = call.args
     blocks_n, blocks_m = -(-n // ROWS), -(-m // COLUMNS)
@@ -144,14 +137,15 @@ def _launch(
     args.bias = None if bias is None else bias.data_ptr()
     call.grid_x, call.grid_y = blocks_n * blocks_m, count
     call.shared = shared_bytes(traits.codes, m, args.k_slice, outliers=traits.outliers)
-    scratch: list[Tensor] = []
-    if elements := partial_elements(n, m, count):
-        partial = work.empty((elements,), torch.float32, x.device)
-        counter = work.counters(blocks_n * blocks_m, x.device)
-        args.partial, args.counter = partial.data_ptr(), counter.data_ptr()
-        scratch = [partial, counter]
+    scratch: list[Symbolic] = []
+    if count > 1:
+        blocks = blocks_n * blocks_m
+        scratch = [
+            plan.empty((count * blocks * ROWS * COLUMNS,), torch.float32), plan.counters(blocks)
+        ]  # fmt: skip
+        args.partial, args.counter = (t.data_ptr() for t in scratch)
     reads = [x, *p.storage.values(), *([] if bias is None else [bias])]
-    start(kernel_of(traits), call, reads, [y, *scratch], work)
+    start(plan, kernel_of(traits), call, reads, [y, *scratch])
 
 
 def call_of(

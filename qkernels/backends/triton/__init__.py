@@ -70,15 +70,20 @@ def _module(name: str) -> ModuleType:
 
 _quantized = registry.Quantized(
     lambda *args, **kwargs: _module(layouts.EIGHT_BIT).quantize(*args, **kwargs),
-    lambda *args, **kwargs: _module(layouts.EIGHT_BIT).multiply(*args, **kwargs),
-    lambda problem: int(_module(layouts.EIGHT_BIT).row_bytes(problem, fused=True)),
+    lambda *args: _module(layouts.EIGHT_BIT).multiply(*args),
     lambda *args, **kwargs: _module(layouts.EIGHT_BIT).columns_of(*args, **kwargs),
+    lambda plan: _module("launch").Compiled(plan),
+    tune=lambda *args: _module(layouts.EIGHT_BIT).tune(*args),
 )
 
 
 def _rejects_experts(problem: Problem, layout: str) -> str | None:
     reason = _rejects(problem, layout) or _module("experts").obstacle(problem, layout)
     return None if reason is None else str(reason)
+
+
+def _grouped(problem: Problem) -> Any:
+    return _module("experts").Grouped(problem)
 
 
 def _layer(*args: Any) -> Any:
@@ -109,6 +114,7 @@ def _register_experts(name: str, layout: str) -> None:
             run,
             _automatic,
             configuration,
+            _grouped,
             _fused,
             _layer,
         )

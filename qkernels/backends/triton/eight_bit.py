@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ... import layouts
 from ...layouts import eight_bit as layout
-from .. import workspace
 from ..device import sm_count
-from ..eight_bit import Activations, row_bytes, traits_of
-from ..plan import NOW, Recorded, Work
+from ..eight_bit import Activations, traits_of
+from ..plan import Plan, Product, Symbolic
 from . import autotune, configs, interpreted, outlier_columns
-from .launch import Launch, Replay, pdl, prefetch
+from .launch import prefetch, start
 from .outlier_columns import row_block, row_warps
+from .product import product
 from .weight_only import split_of
 
 if TYPE_CHECKING:
@@ -55,23 +55,41 @@ def has_fp8(capability: tuple[int, int] | None) -> bool:
 
 def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
     """x (M, K) contiguous float16 or bfloat16, p in the EIGHT_BIT layout -> y (M, N)."""
-    y = torch.empty(x.shape[0], p.shape[0], dtype=x.dtype, device=x.device)
-    slices = list(workspace.slices(x.shape[0], row_bytes(problem)))
-    columns = columns_of(x, p, problem) if len(slices) > 1 else None
-    for rows in slices:
-        multiply(quantize(x[rows], p, problem, columns=columns), p, bias, problem, y[rows])
-    return y
+    return bind(p, problem)(x, p, bias, problem)
+
+
+def bind(p: PackedWeight, problem: Problem) -> Product:
+    """`run` for this weight and problem alone."""
+    return product(family(traits_of(problem)), tabled(problem), _declare)
+
+
+def _declare(plan: Plan, p: PackedWeight, config: configs.GemmConfig, problem: Problem) -> None:
+    """A `product.Declare`."""
+    whole, bias = plan.operands
+    assert whole is not None
+    columns = None
+
+    def before_slices() -> None:
+        nonlocal columns
+        columns = columns_of(plan, whole, p, problem)
+
+    def rows(x: Symbolic, y: Symbolic) -> None:
+        a = quantize(plan, x, p, problem, columns=columns)
+        _launch(plan, a, y, p, bias, config, problem)
+
+    plan.by_rows(rows, whole, plan.y, before_slices=before_slices)
 
 
 def columns_of(
-    x: Tensor,
+    plan: Plan,
+    x: Symbolic,
     p: PackedWeight,
     problem: Problem,
     *,
-    up: Tensor | None = None,
-    norm: Tensor | None = None,
+    up: Symbolic | None = None,
+    norm: Symbolic | None = None,
     eps: float = 0.0,
-) -> Tensor | None:
+) -> Symbolic | None:
     """The outlier columns of all rows of the problem, in the form of `Activations.columns`.
 
     None if a row's result does not depend on the other rows. The operands are those of `quantize`.
@@ -79,7 +97,7 @@ def columns_of(
     threshold = traits_of(problem).threshold
     if not threshold or problem.batch_invariant:
         return None
-    return outlier_columns.find(x, threshold, up=up, norm=norm, eps=eps)
+    return outlier_columns.find(plan, x, threshold, up=up, norm=norm, eps=eps)
 
 
 def configuration(problem: Problem) -> str:
@@ -89,19 +107,18 @@ def configuration(problem: Problem) -> str:
 
 # ---------------------------------------------------------------------- activations
 def quantize(
-    x: Tensor,
+    plan: Plan,
+    x: Symbolic,
     p: PackedWeight,
     problem: Problem,
     *,
-    up: Tensor | None = None,
-    norm: Tensor | None = None,
+    up: Symbolic | None = None,
+    norm: Symbolic | None = None,
     eps: float = 0.0,
-    columns: Tensor | None = None,
-    work: Work = NOW,
+    columns: Symbolic | None = None,
 ) -> Activations:
     """x (M, K) -> its codes and scales, of the kind that the weight `p` is multiplied with.
 
-    x: contiguous, like all operands.
     up: (M, K); silu(x) * up is quantized.
     norm: (K); RMSNorm with this weight comes first. Both round to x's dtype where models do.
     columns: the result of `columns_of` for all rows, if x is a slice of them.
@@ -110,29 +127,36 @@ def quantize(
 
     assert p.layout == layouts.EIGHT_BIT
     traits = traits_of(problem)
-    (m, k), device = x.shape, x.device
+    m, k = x.shape
     kp = layout.padded(k)
     int8 = traits.kind == "int8"
     # The kernel writes the bits of fp8 codes, because older GPUs have no such type.
-    codes = work.empty((m, kp), torch.int8 if int8 else torch.uint8, device)
-    if traits.activation == "tensor":
-        scale = p.storage["input_scale"]
-    else:
+    codes = plan.empty((m, kp), torch.int8 if int8 else torch.uint8)
+    scale: Any = p.storage.get("input_scale")
+    if traits.activation != "tensor":
         groups = (-(-k // layout.BLOCK),) if traits.activation == "group" else ()
-        scale = work.empty((*groups, m), torch.float32, device)
+        scale = plan.empty((*groups, m), torch.float32)
     # A pointer that is never used needs an address, so x stands in.
     normed, listed, flags = x, x, x
     outliers = int(traits.threshold > 0)
     if outliers:
         if columns is None:
-            listed = work.empty((k + 1,), torch.int32, device)
-            flags = work.counters(1 + k, device)
+            listed = plan.empty((k + 1,), torch.int32)
+            flags = plan.counters(1 + k)
         else:
             listed, outliers = columns, 2
         if norm is not None or up is not None:
-            normed = work.empty((m, k), x.dtype, device)
+            normed = plan.empty((m, k), x.dtype)
     block = row_block(kp)
-    fixed = {
+    arguments = {
+        "x_ptr": x,
+        "up_ptr": x if up is None else up,
+        "q_ptr": codes,
+        "scale_ptr": scale,
+        "norm_ptr": x if norm is None else norm,
+        "normed_ptr": normed,
+        "columns_ptr": listed,
+        "counter_ptr": flags,
         "zero_ptr": p.storage.get("input_zero_point", p.storage["weight_scale"]),
         "eps": eps,
         "threshold": traits.threshold,
@@ -148,71 +172,33 @@ def quantize(
         "NATIVE": has_fp8(problem.capability) and not interpreted(),
         "BLOCK": block,
         "num_warps": row_warps(block),
-        **pdl(device),
     }
-    slots = (
-        "x_ptr", "up_ptr", "q_ptr", "scale_ptr", "norm_ptr", "normed_ptr",
-        "columns_ptr", "counter_ptr",
-    )  # fmt: skip
-    gate, weight = x if up is None else up, x if norm is None else norm
-    launch = Launch(quantize_rows, (m, 1), fixed, slots)
-    work.start(launch, x, gate, codes, scale, weight, normed, listed, flags)
+    start(plan, quantize_rows, (m, 1), arguments)
     codes = codes if int8 else codes.view(torch.float8_e4m3fn)
     return Activations(codes, scale, normed, listed if outliers else None)
 
 
-def rms_norm_quantize(
-    x: Tensor, weight: Tensor, eps: float, p: PackedWeight, problem: Problem
-) -> Activations:
-    """RMSNorm of x (M, K) with `weight` (K), quantized for `p`.
-
-    x is read once, and the result of the norm is not written, unless LLM.int8() needs it in 16
-    bits. It rounds to x's dtype where a model's norm does. `multiply` takes the result, for p and
-    for weights of the same format and shape.
-
-    Raises:
-        ValueError: x or weight does not fit p.
-    """
-    k = p.shape[1]
-    if x.dim() != 2 or x.shape[1] != k or x.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(
-            f"x: expected float16 or bfloat16 of shape (M, {k}), got {x.dtype} {tuple(x.shape)}"
-        )
-    if tuple(weight.shape) != (k,) or not weight.is_floating_point():
-        raise ValueError(
-            f"weight: expected floats of shape ({k},), got {weight.dtype} {tuple(weight.shape)}"
-        )
-    return quantize(x.contiguous(), p, problem, norm=weight.contiguous(), eps=eps)
-
-
 # ---------------------------------------------------------------------- the product
 def multiply(
+    plan: Plan,
     a: Activations,
     p: PackedWeight,
-    bias: Tensor | None,
+    bias: Symbolic | None,
     problem: Problem,
-    out: Tensor | None = None,
-) -> Tensor:
-    """y (M, N) = quantized activations `a` times W^T, plus bias, in the dtype of `a.x`.
+    y: Symbolic,
+) -> None:
+    """y (M, N) = quantized activations `a` times W^T, plus bias.
 
-    `a` may hold only some rows of the problem; their results are the same as with all rows. out:
-    the tensor to write y into.
+    `a` may hold only some rows of the problem; their results are the same as with all rows.
     """
-    traits = traits_of(problem)
-    weight = arguments(a, p, traits, problem)
-    y = (
-        torch.empty(a.x.shape[0], p.shape[0], dtype=a.x.dtype, device=a.x.device)
-        if out is None
-        else out
-    )
-    bias = None if bias is None else bias.contiguous()
+    config = autotune.tuned(family(traits_of(problem)), problem) or tabled(problem)
+    _launch(plan, a, y, p, bias, config, problem)
 
-    def launch(config: configs.GemmConfig) -> Tensor:
-        _launch(a, y, bias, weight, config, problem)
-        return y
 
-    config = autotune.best(family(traits), problem, tabled(problem), launch, a.x.device)
-    return autotune.timed_first(problem, config, lambda: launch(config))
+def tune(x: Tensor, p: PackedWeight, problem: Problem) -> None:
+    """Tune the product, if tuning is on and no call has done it."""
+    if autotune.enabled() and autotune.tuned(family(traits_of(problem)), problem) is None:
+        run(x, p, None, problem)
 
 
 def constants(
@@ -260,42 +246,34 @@ def arguments(
 
 
 def _launch(
+    plan: Plan,
     a: Activations,
-    y: Tensor,
-    bias: Tensor | None,
-    weight: dict[str, Any],
+    y: Symbolic,
+    p: PackedWeight,
+    bias: Symbolic | None,
     config: configs.GemmConfig,
     problem: Problem,
-    work: Work = NOW,
 ) -> None:
-    """Launch the product for some rows of the problem. weight: `arguments`."""
+    """Declare the product's launch for some rows of the problem."""
     from ...triton_kernels.eight_bit import eight_bit_gemm
 
     m, n = y.shape
+    weight = arguments(a, p, traits_of(problem), problem)
     blocks_n, blocks_m = -(-n // config.block_n), -(-m // config.block_m)
     # The number of K slices depends on all rows of the problem, because each row's result does.
     all_blocks = blocks_n if problem.batch_invariant else blocks_n * -(-problem.m // config.block_m)
-    k_slices = configs.k_slices_of(config, -(-weight["KP"] // STEP), all_blocks, sm_count(y.device))
-    scratch = sum(t.numel() * t.element_size() for t in (a.codes, a.scale))
-    split = split_of(k_slices, blocks_n * blocks_m, config, scratch)
-    partial = counter = weight["weight_ptr"]  # a pointer that is never read needs an address
-    if split > 1:
-        elements = split * blocks_n * blocks_m * config.block_n * config.block_m
-        sums = torch.int32 if weight["KIND"] == "int8" else torch.float32
-        partial = work.empty((elements,), sums, y.device)
-        counter = work.counters(blocks_n * blocks_m, y.device)
-    calls = {
-        "x_ptr": weight["x_ptr"],
-        "x_scale_ptr": weight["x_scale_ptr"],
-        "x16_ptr": weight["x16_ptr"],
-        "columns_ptr": weight["columns_ptr"],
+    steps = -(-weight["KP"] // STEP)
+    k_slices = configs.k_slices_of(config, steps, all_blocks, sm_count(plan.device))
+    split = split_of(k_slices, blocks_n * blocks_m, config, plan.used)
+    unread = weight["weight_ptr"]  # a pointer that is never read needs an address
+    elements = split * blocks_n * blocks_m * config.block_n * config.block_m
+    sums = torch.int32 if weight["KIND"] == "int8" else torch.float32
+    launched = {
+        **weight,
         "bias_ptr": a.x if bias is None else bias,
         "y_ptr": y,
-        "partial_ptr": partial,
-        "counter_ptr": counter,
-    }
-    fixed = {
-        **{name: value for name, value in weight.items() if name not in calls},
+        "partial_ptr": plan.empty((elements,), sums) if split > 1 else unread,
+        "counter_ptr": plan.counters(blocks_n * blocks_m) if split > 1 else unread,
         "M": m,
         "HAS_BIAS": bias is not None,
         "BLOCK_M": config.block_m,
@@ -306,26 +284,5 @@ def _launch(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         "PREFETCH": prefetch(config.block_m),
-        **pdl(y.device),
     }
-    launch = Launch(eight_bit_gemm, (blocks_n * blocks_m, split), fixed, tuple(calls))
-    work.start(launch, *calls.values())
-
-
-def bind(p: PackedWeight, problem: Problem) -> Recorded | None:
-    """`run` for this weight and problem alone, which from its third call on only starts kernels.
-
-    None if `run` computes the rows in slices.
-    """
-    if not workspace.fits(problem.m, row_bytes(problem)):
-        return None
-
-    def compute(
-        x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem, y: Tensor, work: Work
-    ) -> None:
-        traits = traits_of(problem)
-        a = quantize(x, p, problem, work=work)
-        config = autotune.tuned(family(traits), problem) or tabled(problem)
-        _launch(a, y, bias, arguments(a, p, traits, problem), config, problem, work)
-
-    return Recorded(run, compute, Replay)
+    start(plan, eight_bit_gemm, (blocks_n * blocks_m, split), launched)

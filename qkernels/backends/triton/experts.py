@@ -17,10 +17,9 @@ from torch import Tensor
 
 from ... import formats, layouts
 from ...layouts import eight_bit as codes_layout
-from .. import workspace
-from ..plan import NOW, Replays, Work
+from ..plan import Plan, Plans, Symbolic, Y
 from . import autotune, configs, eight_bit, interpreted, weight_only
-from .launch import Launch, Replay, overtakes, pdl
+from .launch import Compiled, overtakes, start
 
 if TYPE_CHECKING:
     from ...triton_kernels.weight_only import Method
@@ -39,8 +38,8 @@ class Sorted(NamedTuple):
     Products with the same ids and the same block_m can use the same one.
     """
 
-    slots: Tensor
-    experts: Tensor
+    slots: Symbolic
+    experts: Symbolic
     block_m: int
 
 
@@ -103,48 +102,81 @@ def run(
 
     x (T, K) or (T, top_k, K), ids and weights (T, top_k), bias (E, N).
     """
-    config = tabled(problem)
-    y = torch.empty(*ids.shape, experts.shape[0], dtype=x.dtype, device=x.device)
-
-    def call() -> None:
-        for tokens in workspace.slices(
-            x.shape[0], x[:1].numel() // x.shape[-1] * row_bytes(problem)
-        ):
-            slots = sort(ids[tokens], experts.count, config.block_m)
-            factors = None if weights is None else weights[tokens]
-            rows, results = x[tokens], y[tokens]
-            _product(rows, experts, slots, ids[tokens], factors, bias, problem, config, results)
-
-    autotune.timed_first(problem, config, call)
-    return y
+    return Grouped(problem)(x, experts, ids, weights, bias)
 
 
-def row_bytes(problem: Problem) -> int:
-    """Bytes of scratch memory for a row of x: its codes and scales, if x is quantized."""
-    return eight_bit.row_bytes(problem) if _eight_bit(problem) else 0
+class Grouped(Plans):
+    """`run` for given experts and operands of one shape: a `registry.BoundExperts`."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__()
+        self._problem = problem
+
+    def __call__(
+        self,
+        x: Tensor,
+        experts: PackedExperts,
+        ids: Tensor,
+        weights: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        problem, config = self._problem, tabled(self._problem)
+        operands = (x, ids, weights, None if bias is None else bias.contiguous())
+
+        def declare(plan: Plan) -> None:
+            *rows, bias = plan.operands
+
+            def product(x: Symbolic, ids: Symbolic, weights: Symbolic | None, y: Symbolic) -> None:
+                slots = sort(plan, ids, experts.count, config.block_m)
+                _product(plan, x, experts, slots, ids, weights, bias, problem, config, y)
+
+            plan.by_rows(product, *rows, plan.y)
+
+        shape = (*ids.shape, experts.shape[0])
+        y: Tensor = autotune.timed_first(
+            problem, config, lambda: self.add(Compiled, declare, operands, shape)[Y]
+        )
+        return y
+
+    def run(
+        self, x: Tensor, ids: Tensor, weights: Tensor | None, bias: Tensor | None
+    ) -> Tensor | None:
+        """As in `registry.BoundExperts`."""
+        memory = self.memory(x, ids, weights, None if bias is None else bias.contiguous())
+        return None if memory is None else memory[Y]
 
 
-class Layer(Replays):
-    """`fused` for given experts, activation and operands of one shape.
-
-    The second call is recorded, later calls are replayed.
-    """
+class Layer(Plans):
+    """`fused` for given experts, activation and operands of one shape: a `registry.BoundLayer`."""
 
     def __init__(self, activation: str, problems: tuple[Problem, Problem]) -> None:
-        super().__init__(Replay)
+        super().__init__()
         self._activation, self._problems = activation, problems
 
     def __call__(
         self, x: Tensor, gate_up: PackedExperts, down: PackedExperts, weights: Tensor, ids: Tensor
     ) -> Tensor:
-        arguments = (x, gate_up, down, weights, ids, self._activation, self._problems)
-        return self.call(
-            (x, weights, ids),
-            (x.shape[0], down.shape[0]),
-            (*gate_up.storage.values(), *down.storage.values()),
-            lambda: fused(*arguments),
-            lambda y, work: fused(*arguments, y, work),
-        )
+        first, second = (tabled(problem) for problem in self._problems)
+        # Both products use one order of slots. A block with fewer rows always fits.
+        block_m = min(first.block_m, second.block_m)
+        sizes = (first._replace(block_m=block_m), second._replace(block_m=block_m))
+
+        def declare(plan: Plan) -> None:
+            def layer(x: Symbolic, weights: Symbolic, ids: Symbolic, y: Symbolic) -> None:
+                _layer(
+                    plan, x, gate_up, down, weights, ids, self._activation, self._problems, sizes, y
+                )
+
+            plan.by_rows(layer, *plan.operands, plan.y)
+
+        operands, shape = (x, weights, ids), (x.shape[0], down.shape[0])
+        y: Tensor = self.add(Compiled, declare, operands, shape)[Y]
+        return y
+
+    def run(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor | None:
+        """As in `registry.BoundLayer`."""
+        memory = self.memory(x, weights, ids)
+        return None if memory is None else memory[Y]
 
 
 def fused(
@@ -155,55 +187,48 @@ def fused(
     ids: Tensor,
     activation: str,
     problems: tuple[Problem, Problem],
-    y: Tensor | None = None,
-    work: Work = NOW,
 ) -> Tensor:
     """A whole layer: gate_up, activation, down, and the weighted sum over the choices.
 
-    x (T, K), weights and ids (T, top_k) -> y (T, N of down), into `y` if it is given.
+    x (T, K), weights and ids (T, top_k) -> y (T, N of down).
     """
-    if y is None:
-        y = torch.empty(x.shape[0], down.shape[0], dtype=x.dtype, device=x.device)
-    first, second = (tabled(problem) for problem in problems)
-    # Both products use one order of slots. A block with fewer rows always fits.
-    block_m = min(first.block_m, second.block_m)
-    sizes = (first._replace(block_m=block_m), second._replace(block_m=block_m))
-    scratch = max(row_bytes(problems[0]), ids.shape[1] * row_bytes(problems[1]))
-    for tokens in work.slices(x.shape[0], scratch):
-        operands = (x[tokens], gate_up, down, weights[tokens], ids[tokens])
-        _layer(*operands, activation, problems, sizes, y[tokens], work)
-    return y
+    return Layer(activation, problems)(x, gate_up, down, weights, ids)
 
 
 def _layer(
-    x: Tensor,
+    plan: Plan,
+    x: Symbolic,
     gate_up: PackedExperts,
     down: PackedExperts,
-    weights: Tensor,
-    ids: Tensor,
+    weights: Symbolic,
+    ids: Symbolic,
     activation: str,
     problems: tuple[Problem, Problem],
     sizes: tuple[configs.GemmConfig, configs.GemmConfig],
-    y: Tensor,
-    work: Work,
+    y: Symbolic,
 ) -> None:
-    """`fused` for some tokens, into y."""
+    """Declare `fused` for some tokens, into y."""
     from ...triton_kernels.experts import combine, gate
 
-    in_order = sort(ids, gate_up.count, sizes[0].block_m, work)
+    in_order = sort(plan, ids, gate_up.count, sizes[0].block_m)
     slots, inner, n = ids.numel(), down.shape[1], down.shape[0]
-    h = work.empty((*ids.shape, gate_up.shape[0]), x.dtype, x.device)
-    _product(x, gate_up, in_order, ids, None, None, problems[0], sizes[0], h, work)
-    gated = work.empty((*ids.shape, inner), x.dtype, x.device)
-    fixed = {"N": inner, "ACTIVATION": activation, "BLOCK": _BLOCK, **pdl(x.device)}
-    work.start(Launch(gate, (slots, -(-inner // _BLOCK)), fixed, ("h_ptr", "y_ptr")), h, gated)
-    h = work.empty((*ids.shape, n), x.dtype, x.device)
-    _product(gated, down, in_order, ids, None, None, problems[1], sizes[1], h, work)
-    fixed = {"TOP_K": ids.shape[1], "N": n, "BLOCK": _BLOCK, **pdl(x.device)}
-    launch = Launch(
-        combine, (x.shape[0], -(-n // _BLOCK)), fixed, ("h_ptr", "weights_ptr", "y_ptr")
-    )
-    work.start(launch, h, weights, y)
+    # The limit of scratch memory is for codes: a layer of torch allocates these three, too.
+    gated = plan.empty((*ids.shape, inner), x.dtype, limited=False)
+    with plan.reused():
+        h = plan.empty((*ids.shape, gate_up.shape[0]), x.dtype, limited=False)
+        with plan.reused():  # the codes of x
+            _product(plan, x, gate_up, in_order, ids, None, None, problems[0], sizes[0], h)
+        arguments = {
+            "h_ptr": h, "y_ptr": gated, "N": inner, "ACTIVATION": activation, "BLOCK": _BLOCK,
+        }  # fmt: skip
+        start(plan, gate, (slots, -(-inner // _BLOCK)), arguments)
+    h = plan.empty((*ids.shape, n), x.dtype, limited=False)
+    _product(plan, gated, down, in_order, ids, None, None, problems[1], sizes[1], h)
+    arguments = {
+        "h_ptr": h, "weights_ptr": weights, "y_ptr": y, "TOP_K": ids.shape[1], "N": n,
+        "BLOCK": _BLOCK,
+    }  # fmt: skip
+    start(plan, combine, (x.shape[0], -(-n // _BLOCK)), arguments)
 
 
 # ---------------------------------------------------------------------- slots
@@ -213,25 +238,26 @@ def most_blocks(slots: int, experts: int, block_m: int) -> int:
     return (slots + used * (block_m - 1)) // block_m
 
 
-def sort(ids: Tensor, experts: int, block_m: int, work: Work = NOW) -> Sorted:
+def sort(plan: Plan, ids: Symbolic, experts: int, block_m: int) -> Sorted:
     """Sort the slots of ids (T, top_k) by expert."""
     from ...triton_kernels.experts import sort_slots
 
     count = ids.numel()
     blocks = most_blocks(count, experts, block_m)
-    slots = work.empty((blocks * block_m,), torch.int32, ids.device)
-    block_experts = work.empty((blocks,), torch.int32, ids.device)
-    fixed = {
+    slots = plan.empty((blocks * block_m,), torch.int32)
+    block_experts = plan.empty((blocks,), torch.int32)
+    arguments = {
+        "ids_ptr": ids,
+        "slots_ptr": slots,
+        "experts_ptr": block_experts,
         "S": count,
         "EXPERTS": experts,
         "BLOCKS": blocks,
         "BLOCK_M": block_m,
         "BINS": _bins(experts),
         "CHUNK": _CHUNK,
-        **pdl(ids.device),
     }
-    launch = Launch(sort_slots, (experts + 1, 1), fixed, ("ids_ptr", "slots_ptr", "experts_ptr"))
-    work.start(launch, ids, slots, block_experts)
+    start(plan, sort_slots, (experts + 1, 1), arguments)
     return Sorted(slots, block_experts, block_m)
 
 
@@ -242,18 +268,18 @@ def _bins(experts: int) -> int:
 
 # ---------------------------------------------------------------------- products
 def _product(
-    x: Tensor,
+    plan: Plan,
+    x: Symbolic,
     experts: PackedExperts,
     in_order: Sorted,
-    ids: Tensor,
-    weights: Tensor | None,
-    bias: Tensor | None,
+    ids: Symbolic,
+    weights: Symbolic | None,
+    bias: Symbolic | None,
     problem: Problem,
     config: configs.GemmConfig,
-    y: Tensor,
-    work: Work = NOW,
+    y: Symbolic,
 ) -> None:
-    """Launch the product of some tokens, into y. `problem` is that of all tokens."""
+    """Declare the product of some tokens, into y. `problem` is that of all tokens."""
     from ...triton_kernels.experts import experts_eight_bit, experts_weight_only
 
     n, k = experts.shape
@@ -261,26 +287,22 @@ def _product(
     blocks = in_order.experts.numel()
     is_codes = experts.layout == layouts.EIGHT_BIT
     if is_codes:
-        arguments = _eight_bit_arguments(x, experts, problem, work)
+        operands = _eight_bit_arguments(plan, x, experts, problem)
     else:
         upcast = x.dtype == torch.bfloat16 and interpreted()
         permuted = "perm" in experts.storage
-        arguments = _weight_only_arguments(experts, problem) | {
+        operands = _weight_only_arguments(experts, problem) | {
             "x_ptr": x,
             "METHOD": method(config, problem, permuted=permuted, upcast=upcast),
             "WARPS": config.num_warps,
         }
-    calls = {
-        "x_ptr": arguments["x_ptr"],
-        "bias_ptr": x if bias is None else bias.contiguous(),
+    arguments = {
+        **operands,
+        "bias_ptr": x if bias is None else bias,
         "weights_ptr": x if weights is None else weights,
         "y_ptr": y,
         "slots_ptr": in_order.slots,
         "experts_ptr": in_order.experts,
-        **({"x_scale_ptr": arguments["x_scale_ptr"]} if is_codes else {}),
-    }
-    fixed = {
-        **{name: value for name, value in arguments.items() if name not in calls},
         "S": ids.numel(),
         "EXPERTS": experts.count,
         "BLOCKS": blocks,
@@ -294,11 +316,9 @@ def _product(
         "GROUP_N": config.group_n,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-        **pdl(x.device),
     }
     kernel = experts_eight_bit if is_codes else experts_weight_only
-    launch = Launch(kernel, (-(-n // config.block_n) * blocks, 1), fixed, tuple(calls))
-    work.start(launch, *calls.values())
+    start(plan, kernel, (-(-n // config.block_n) * blocks, 1), arguments)
 
 
 def _stride(tensor: Tensor) -> int:
@@ -331,11 +351,11 @@ def _weight_only_arguments(experts: PackedExperts, problem: Problem) -> dict[str
 
 
 def _eight_bit_arguments(
-    x: Tensor, experts: PackedExperts, problem: Problem, work: Work
+    plan: Plan, x: Symbolic, experts: PackedExperts, problem: Problem
 ) -> dict[str, Any]:
     """The quantized x, once for all experts, and the arguments that depend on the weights alone."""
     one = problem._replace(m=x.shape[0], experts=0)
-    a = eight_bit.quantize(x, experts.expert(0), one, work=work)
+    a = eight_bit.quantize(plan, x, experts.expert(0), one)
     fixed = _codes_constants(experts.shape, one)
     weight, codes = experts.storage["weight"], a.codes
     if fixed["WIDEN"]:  # these GPUs have no fp8 type

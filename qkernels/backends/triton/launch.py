@@ -1,22 +1,23 @@
-"""Launches kernels, and replays recorded launches without triton's work on the host.
+"""Runs plans of Triton kernels, from the second time on without triton's work on the host.
 
 `kernel[grid](...)` costs the host tens of microseconds: triton binds the arguments, derives the
-specialization and looks up the compiled kernel. If all arguments except a few addresses stay the
-same from call to call, the compiled kernels and their argument lists are kept, and a call only
-fills in the addresses.
+specialization and looks up the compiled kernel. All arguments except a few addresses stay the same
+from call to call. So the compiled kernels and their argument lists are kept, and a call only fills
+in the addresses.
 """
 
 from __future__ import annotations
 
 import importlib
-from functools import lru_cache
-from typing import Any
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..device import supports_pdl
-from ..plan import Recording, Y, view
+from ..plan import OPERANDS, Plan, Symbolic, TorchStep, run_at_once
 
 #: up to so many rows of x in a block, a program fetches its first PREFETCH_TILES tiles of W before
 #: it waits for x: these products are limited by the bytes of W
@@ -48,117 +49,116 @@ def prefetch(block_m: int) -> int:
     return PREFETCH_TILES if block_m <= PREFETCH_ROWS else 0
 
 
-class Launch:
-    """A kernel with its grid and all its arguments except some tensors.
+class Step(NamedTuple):
+    """A kernel's launch in a plan: all its arguments, launch options (num_warps, ...) included.
 
-    kernel: the @triton.jit function.
-    fixed: argument -> value, launch options (num_warps, ...) included.
-    slots: names of the tensor arguments that each call gives.
+    Tensors of the call among the arguments are symbolic.
     """
 
-    def __init__(
-        self, kernel: Any, grid: tuple[int, int], fixed: dict[str, Any], slots: tuple[str, ...]
-    ) -> None:
-        self.kernel, self.grid, self.fixed, self.slots = kernel, grid, fixed, slots
+    kernel: Any
+    grid: tuple[int, int]
+    arguments: dict[str, Any]
 
-    def __call__(self, *tensors: Tensor) -> Any:
+    def run(self, memory: Sequence[Tensor | None]) -> Any:
         """Start the kernel through triton, on the current stream of the tensors' device.
 
         triton compiles it if necessary. Returns the compiled kernel; None from the interpreter.
         """
-        with torch.cuda.device_of(tensors[0]):
-            return self.kernel[self.grid](
-                **dict(zip(self.slots, tensors, strict=True)), **self.fixed
-            )
-
-    def arguments(self) -> tuple[list[Any], list[int]]:
-        """The arguments in the kernel's order, None for the slots, and the index of each slot."""
-        names = list(self.kernel.signature.parameters)
-        values = [None if name in self.slots else _address(self.fixed[name]) for name in names]
-        return values, [names.index(slot) for slot in self.slots]
+        arguments = {
+            name: value.within(memory) if isinstance(value, Symbolic) else value
+            for name, value in self.arguments.items()
+        }
+        with torch.cuda.device_of(memory[OPERANDS]):
+            return self.kernel[self.grid](**arguments)
 
 
-class Replay:
-    """The recorded launches of a call, for operands of the same shapes, dtypes and alignment.
+def start(plan: Plan, kernel: Any, grid: tuple[int, int], arguments: dict[str, Any]) -> None:
+    """Add the launch of a @triton.jit function to a plan."""
+    plan.steps.append(Step(kernel, grid, {**arguments, **pdl(plan.device)}))
 
-    The device is the same, too.
+
+class Compiled:
+    """A plan that runs, for operands of the same shapes, dtypes, device and alignment.
+
+    Its first run goes through triton, which compiles the kernels. From then on it starts the
+    compiled kernels, and keeps only the addresses of the weight.
     """
 
-    def __init__(self, recording: Recording, y: Tensor) -> None:
-        self._index = y.get_device()
-        self._steps = [_Step(recording, *step) for step in recording.steps]
-        self._compiled = any(step.compiled is not None for step in self._steps)
-        self._memory = recording.memory()
+    def __init__(self, plan: Plan) -> None:
+        self._index = -1 if plan.device.type == "cpu" else plan.device.index
+        self._memory = plan.memory()
+        #: the steps until they are compiled: the interpreter never compiles
+        self._steps: list[Any] | None = plan.steps
+        self._launches: list[_Launch] = []
 
-    def __call__(self, operands: tuple[Tensor | None, ...], addresses: list[int]) -> Tensor:
-        stream, enter, leave = 0, None, None
-        if self._compiled:
-            active = _runtime().driver.active
-            current = active.get_current_device()
-            if self._index not in (-1, current):  # triton launches on the current device
-                with torch.cuda.device(self._index):
-                    return self(operands, addresses)
-            stream = active.get_current_stream(current)
-            enter, leave = _hooks()
+    def run(self, operands: Sequence[Tensor | None], addresses: list[int]) -> list[Any]:
+        """As in `plan.Compiled`."""
+        steps = self._steps
+        if steps is not None:
+            return self._first(steps, operands, addresses)
+        active = _runtime().driver.active
+        current = active.get_current_device()
+        if self._index not in (-1, current):  # triton launches on the current device
+            with torch.cuda.device(self._index):
+                return self.run(operands, addresses)
+        stream = active.get_current_stream(current)
+        enter, leave = _hooks()
         tensors, bases = self._memory.take(operands, addresses)
-        for step in self._steps:
-            if step.compiled is None:
-                step.slowly(tensors)
+        for launch in self._launches:
+            if launch.compiled is None:
+                launch.step.run(tensors)
                 continue
-            arguments = step.arguments.copy()
-            for place, base, offset in step.places:
+            arguments = launch.arguments.copy()
+            for place, base, offset in launch.places:
                 arguments[place] = bases[base] + offset
             # The same as triton's own code at the end of `kernel[grid](...)`, in 3.6 to 3.9.
-            compiled, (blocks_x, blocks_y) = step.compiled, step.grid
+            compiled, (blocks_x, blocks_y) = launch.compiled, launch.grid
             metadata = None
             if enter is not None:
-                metadata = compiled.launch_metadata(step.grid, stream, *arguments)
+                metadata = compiled.launch_metadata(launch.grid, stream, *arguments)
             compiled.run(
                 blocks_x, blocks_y, 1, stream, compiled.function, compiled.packed_metadata,
                 metadata, enter, leave, *arguments,
             )  # fmt: skip
-        y = tensors[Y]
-        assert y is not None
-        return y
+        return tensors
+
+    def _first(
+        self, steps: list[Any], operands: Sequence[Tensor | None], addresses: list[int]
+    ) -> list[Any]:
+        """`run` through triton."""
+        tensors, _ = self._memory.take(operands, addresses)
+        launches = [_Launch(step, step.run(tensors)) for step in steps]
+        if all(one.compiled is not None or isinstance(one.step, TorchStep) for one in launches):
+            self._launches = launches
+            self._steps = None  # last, because another thread may be in `run`
+        return tensors
 
 
-class _Step:
-    """One recorded launch of a kernel, or a transposing copy.
+#: `run_at_once` of Triton's plans
+at_once = partial(run_at_once, Compiled)
 
-    compiled: the compiled kernel; None if torch or the interpreter runs the step.
+
+class _Launch:
+    """A step as later runs start it.
+
+    compiled: the compiled kernel; None for a step of torch, and from the interpreter.
     """
 
-    def __init__(
-        self,
-        recording: Recording,
-        launch: Launch | None,
-        tensors: tuple[Tensor, ...],
-        compiled: Any,
-    ) -> None:
+    def __init__(self, step: Any, compiled: Any) -> None:
         self.compiled = compiled
         if compiled is None:
-            self._launch, self._tensors = launch, [recording.moving(t) for t in tensors]
+            self.step = step
             return
-        assert launch is not None
-        places = [recording.place(t.data_ptr()) for t in tensors]
         # Only addresses of the weight are kept, so a kept step does not keep the weight alive.
-        self.grid = launch.grid
-        self.arguments, slots = launch.arguments()
+        self.grid = step.grid
+        values = [step.arguments[name] for name in step.kernel.signature.parameters]
+        self.arguments = [_address(value) for value in values]
         #: arguments that change with each call: index of the argument, base, offset
         self.places = [
-            (slot, *place) for slot, place in zip(slots, places, strict=True) if place is not None
+            (i, value.base, value.offset)
+            for i, value in enumerate(values)
+            if isinstance(value, Symbolic)
         ]
-        for slot, t, place in zip(slots, tensors, places, strict=True):
-            if place is None:
-                self.arguments[slot] = t.data_ptr()
-
-    def slowly(self, memory: list[Tensor | None]) -> None:
-        """Run the step through torch or the interpreter, on views of the call's memory."""
-        tensors = [view(memory, t) for t in self._tensors]
-        if self._launch is None:
-            tensors[1].copy_(tensors[0].T)
-        else:
-            self._launch(*tensors)
 
 
 @lru_cache(maxsize=1)

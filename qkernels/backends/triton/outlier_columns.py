@@ -7,21 +7,21 @@ the outliers of all slices. Reading x a second time needs no scratch memory, unl
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from ...layouts import eight_bit as layout
-from ..plan import NOW
-from .launch import Launch, pdl
+from ..plan import Plan, Symbolic
+from .launch import start
 
 
 def find(
-    x: Tensor,
+    plan: Plan,
+    x: Symbolic,
     threshold: float,
     *,
-    up: Tensor | None = None,
-    norm: Tensor | None = None,
+    up: Symbolic | None = None,
+    norm: Symbolic | None = None,
     eps: float = 0.0,
-) -> Tensor:
+) -> Symbolic:
     """int32 (K + 1): the outlier columns in order, and at K their number.
 
     A column is one if it has an element of at least `threshold` after `up` and `norm`. The result
@@ -32,8 +32,13 @@ def find(
 
     m, k = x.shape
     block = row_block(layout.padded(k))
-    columns = torch.empty(k + 1, dtype=torch.int32, device=x.device)
-    fixed = {
+    columns = plan.empty((k + 1,), torch.int32)
+    arguments = {
+        "x_ptr": x,
+        "up_ptr": x if up is None else up,
+        "norm_ptr": x if norm is None else norm,
+        "columns_ptr": columns,
+        "counter_ptr": plan.counters(1 + k),
         "eps": eps,
         "threshold": threshold,
         "M": m,
@@ -42,12 +47,8 @@ def find(
         "GATED": up is not None,
         "BLOCK": block,
         "num_warps": row_warps(block),
-        **pdl(x.device),
     }
-    slots = ("x_ptr", "up_ptr", "norm_ptr", "columns_ptr", "counter_ptr")
-    launch = Launch(outlier_columns, (m, 1), fixed, slots)
-    counter = NOW.counters(1 + k, x.device)
-    launch(x, x if up is None else up, x if norm is None else norm, columns, counter)
+    start(plan, outlier_columns, (m, 1), arguments)
     return columns
 
 

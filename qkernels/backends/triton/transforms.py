@@ -13,29 +13,25 @@ from typing import Any
 from torch import Tensor
 
 from ...layouts.weight_only import section, whole_tiles
-from ..plan import NOW, Work
-from .launch import Launch, pdl
+from ..plan import Plan, Symbolic
+from .launch import start
 
 #: features of a program, of which two tf32 copies fit in shared memory on every architecture
 LARGEST_BOX = 4096
 #: the same for at most DECODE_ROWS rows, where several SMs work on one row
 DECODE_BOX, DECODE_ROWS = 2048, 16
-_SLOTS = (
-    "x_ptr", "y_ptr", "pre_ptr", "post_ptr", "bias_ptr", "gather_ptr", "scatter_ptr",
-    "factor0_ptr", "factor1_ptr", "factor2_ptr",
-)  # fmt: skip
 #: features of one warp
 _ELEMENTS_PER_WARP = 1024
 
 
 def before(
-    x: Tensor,
+    plan: Plan,
+    x: Symbolic,
     storage: Mapping[str, Tensor],
     divisor: float,
     codebook: bool,
     few: bool,
-    work: Work = NOW,
-) -> Tensor:
+) -> Symbolic:
     """x (M, K) -> the transformed x that the codes multiply, (M, K) in the dtype of x.
 
     divisor: the transform scale of the input (`WeightOnlyTraits.transform_scales`).
@@ -45,31 +41,24 @@ def before(
     """
     width = whole_tiles(x.shape[1]) if codebook else x.shape[1]
     # Whole tiles are multiplied, so the elements after the last feature must not be NaN.
-    empty = work.empty if width == x.shape[1] else work.zeros
-    y = empty((x.shape[0], width), x.dtype, x.device)
+    empty = plan.empty if width == x.shape[1] else plan.zeros
+    y = empty((x.shape[0], width), x.dtype)
     side = section(storage, "input.")
-    return _launch(
-        x,
-        y,
-        side,
-        divisor,
-        few,
-        work,
-        pre=side["diagonal"],
-        gather=side.get("perm"),
-        codebook=codebook,
-        transposed=True,
-    )
+    _launch(
+        plan, x, y, side, divisor, few, pre=side["diagonal"], gather=side.get("perm"),
+        codebook=codebook, transposed=True,
+    )  # fmt: skip
+    return y
 
 
 def after(
-    x: Tensor,
-    y: Tensor,
+    plan: Plan,
+    x: Symbolic,
+    y: Symbolic,
     storage: Mapping[str, Tensor],
     divisor: float,
-    bias: Tensor | None,
+    bias: Symbolic | None,
     few: bool,
-    work: Work = NOW,
 ) -> None:
     """The products x (M, N), float32 -> y (M, N), transformed, plus bias.
 
@@ -77,44 +66,41 @@ def after(
     """
     side = section(storage, "output.")
     _launch(
-        x,
-        y,
-        side,
-        divisor,
-        few,
-        work,
-        post=side["diagonal"],
-        bias=bias,
-        scatter=side.get("perm"),
+        plan, x, y, side, divisor, few, post=side["diagonal"], bias=bias, scatter=side.get("perm")
     )
 
 
 def _launch(
-    x: Tensor,
-    y: Tensor,
+    plan: Plan,
+    x: Symbolic,
+    y: Symbolic,
     side: Mapping[str, Tensor],
     divisor: float,
     few: bool,
-    work: Work = NOW,
     *,
     pre: Tensor | None = None,
     post: Tensor | None = None,
-    bias: Tensor | None = None,
+    bias: Symbolic | None = None,
     gather: Tensor | None = None,
     scatter: Tensor | None = None,
     codebook: bool = False,
     transposed: bool = False,
-) -> Tensor:
+) -> None:
     from ...triton_kernels.kronecker import kronecker_rows
 
     factors = [side[f"factor{i}"] for i in range(3) if f"factor{i}" in side]
     orders = tuple(f.shape[0] for f in factors)
     m, n = x.shape
     options, warps = constants(n, orders, few)
-    unused = side.get("diagonal", x)  # a pointer that is never read needs an address
+    unread = side.get("diagonal", x)  # a pointer that is never read needs an address
     if len(factors) < 3:  # the factors of the kernel's axes a0, c and a2
-        factors = [*factors[:1], unused, *factors[1:], unused, unused][:3]
-    fixed = {
+        factors = [*factors[:1], unread, *factors[1:], unread, unread][:3]
+    pointers = {"pre": pre, "post": post, "bias": bias, "gather": gather, "scatter": scatter}
+    arguments = {
+        "x_ptr": x,
+        "y_ptr": y,
+        **{f"{name}_ptr": unread if t is None else t for name, t in pointers.items()},
+        **{f"factor{i}_ptr": factor for i, factor in enumerate(factors)},
         "scale": 1 / divisor,
         "M": m,
         "STRIDE": y.shape[1],
@@ -127,17 +113,8 @@ def _launch(
         "CODEBOOK_ORDER": codebook,
         "TRANSPOSED": transposed,
         "num_warps": warps,
-        **pdl(x.device),
     }
-    launch = Launch(kronecker_rows, (-(-m // options["ROWS"]), options["C"]), fixed, _SLOTS)
-    work.start(
-        launch,
-        x,
-        y,
-        *(unused if t is None else t for t in (pre, post, bias, gather, scatter)),
-        *factors,
-    )
-    return y
+    start(plan, kronecker_rows, (-(-m // options["ROWS"]), options["C"]), arguments)
 
 
 @lru_cache(maxsize=256)

@@ -13,9 +13,10 @@ from ... import formats, layouts
 from ...layouts import weight_only as layout
 from .. import workspace
 from ..device import sm_count
-from ..plan import NOW, Recorded, Work
+from ..plan import Plan, Product, Symbolic
 from . import autotune, configs, interpreted, transforms
-from .launch import Launch, Replay, overtakes, pdl, prefetch
+from .launch import overtakes, prefetch, start
+from .product import product
 
 if TYPE_CHECKING:
     from ...triton_kernels.weight_only import KernelTraits, Method
@@ -153,96 +154,51 @@ def scaler_tensors(traits: layout.WeightOnlyTraits) -> tuple[str, ...]:
 
 
 def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Tensor:
-    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout -> y (M, N).
+    """x (M, K) contiguous float16 or bfloat16, p in the WEIGHT_ONLY layout -> y (M, N)."""
+    return bind(p, problem)(x, p, bias, problem)
+
+
+def bind(p: PackedWeight, problem: Problem) -> Product:
+    """`run` for this weight and problem alone."""
+    return product(family(traits_of(problem)), tabled(problem), _declare)
+
+
+def _declare(plan: Plan, p: PackedWeight, config: configs.GemmConfig, problem: Problem) -> None:
+    """A `product.Declare`.
 
     If x has to be gathered, transposed or transformed, that copies one slice of its rows at a time.
-    Each slice is computed exactly as with all rows at once, so the results are the same bits.
+    Every decision depends on the number of all rows, so each slice is computed exactly as with all
+    rows at once, and the results are the same bits.
     """
     assert p.layout == layouts.WEIGHT_ONLY
     traits = traits_of(problem)
-    weight = arguments(p, traits)
-    bias = None if bias is None else bias.contiguous()
-    y = torch.empty(x.shape[0], p.shape[0], dtype=x.dtype, device=x.device)
-    scratch = row_bytes(p, traits, problem)
-
-    def launch(config: configs.GemmConfig) -> Tensor:
-        for rows in workspace.slices(x.shape[0], scratch):
-            _rows(x[rows], y[rows], p, bias, weight, config, problem)
-        return y
-
-    config = autotune.best(family(traits), problem, tabled(problem), launch, x.device)
-    return autotune.timed_first(problem, config, lambda: launch(config))
-
-
-def bind(p: PackedWeight, problem: Problem) -> Recorded | None:
-    """`run` for this weight and problem alone, which from its third call on only starts kernels.
-
-    None if `run` computes the rows in slices.
-    """
-    traits = traits_of(problem)
-    if not workspace.fits(problem.m, row_bytes(p, traits, problem)):
-        return None
-
-    def compute(
-        x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem, y: Tensor, work: Work
-    ) -> None:
-        config = autotune.tuned(family(traits), problem) or tabled(problem)
-        _rows(x, y, p, bias, arguments(p, traits), config, problem, work)
-
-    return Recorded(run, compute, Replay)
-
-
-def row_bytes(p: PackedWeight, traits: layout.WeightOnlyTraits, problem: Problem) -> int:
-    """Bytes of scratch memory that `_rows` needs for a row of x, without the partial sums."""
-    n, k = p.shape
-    size = 0
-    if traits.outliers and problem.m >= TRANSPOSE_ROWS:
-        size += 2 * k
-    if traits.transform_scales:
-        size += 2 * (traits.group_size if traits.codes.codebook else k) + 4 * n
-    if "perm" in p.storage and problem.m >= GATHER_ROWS:
-        size += 2 * p.storage["perm"].numel()
-    return size
-
-
-def _rows(
-    x: Tensor,
-    y: Tensor,
-    p: PackedWeight,
-    bias: Tensor | None,
-    weight: dict[str, Any],
-    config: configs.GemmConfig,
-    problem: Problem,
-    work: Work = NOW,
-) -> None:
-    """The product of some rows of x, into the same rows of y. `problem` is that of all rows.
-
-    Every decision depends on the number of all rows, so that the last slice of rows is computed
-    like the others.
-    """
-    traits = traits_of(problem)
-    scratch = x.shape[0] * row_bytes(p, traits, problem)
+    x, bias = plan.operands
     few = problem.m <= transforms.DECODE_ROWS or problem.batch_invariant
-    sparse_x = x
-    if traits.outliers:
-        strides = (x.shape[1], 1)
-        if problem.m >= TRANSPOSE_ROWS:
-            sparse_x, strides = work.transposed(x), (1, x.shape[0])
-        weight = {**weight, "outlier_args": (*_outliers(p), *strides)}
-    if traits.transform_scales:
-        x = transforms.before(
-            x, p.storage, traits.transform_scales[0], traits.codes.codebook, few, work
-        )
-    permuted = "perm" in p.storage
-    if permuted and problem.m >= GATHER_ROWS:
-        x = _gathered(x, p.storage["perm"], work)
-        weight, permuted = {**weight, "K": x.shape[1], "KP": x.shape[1]}, False
-    if traits.transform_scales is None:
-        _launch(x, sparse_x, y, bias, weight, config, problem, permuted, scratch, work)
-        return
-    inner_y = work.empty(tuple(y.shape), torch.float32, y.device)
-    _launch(x, sparse_x, inner_y, None, weight, config, problem, permuted, scratch, work)
-    transforms.after(inner_y, y, p.storage, traits.transform_scales[1], bias, few, work)
+
+    def rows(x: Symbolic, y: Symbolic) -> None:
+        weight, sparse_x = arguments(p, traits), x
+        if traits.outliers:
+            strides = (x.shape[1], 1)
+            if problem.m >= TRANSPOSE_ROWS:
+                sparse_x, strides = _transposed(plan, x), (1, x.shape[0])
+            weight["outlier_args"] = (*_outliers(p), *strides)
+        if traits.transform_scales:
+            divisor = traits.transform_scales[0]
+            x = transforms.before(plan, x, p.storage, divisor, traits.codes.codebook, few)
+        permuted = "perm" in p.storage
+        if permuted and problem.m >= GATHER_ROWS:
+            x = _gathered(plan, x, p.storage["perm"])
+            weight["K"] = weight["KP"] = x.shape[1]
+            permuted = False
+        if traits.transform_scales is None:
+            _launch(plan, x, sparse_x, y, bias, weight, config, problem, permuted)
+            return
+        inner_y = plan.empty(y.shape, torch.float32)
+        _launch(plan, x, sparse_x, inner_y, None, weight, config, problem, permuted)
+        transforms.after(plan, inner_y, y, p.storage, traits.transform_scales[1], bias, few)
+
+    assert x is not None
+    plan.by_rows(rows, x, plan.y)
 
 
 def configuration(problem: Problem) -> str:
@@ -251,21 +207,20 @@ def configuration(problem: Problem) -> str:
 
 
 def _launch(
-    x: Tensor,
-    sparse_x: Tensor,
-    y: Tensor,
-    bias: Tensor | None,
+    plan: Plan,
+    x: Symbolic,
+    sparse_x: Symbolic,
+    y: Symbolic,
+    bias: Symbolic | None,
     weight: dict[str, Any],
     config: configs.GemmConfig,
     problem: Problem,
     permuted: bool = False,
-    scratch: int = 0,
-    work: Work = NOW,
 ) -> None:
-    """Launch the kernel for some rows of the problem.
+    """Declare the kernel's launch for some rows of the problem.
 
     sparse_x: the x that outliers multiply. weight: `arguments`. permuted: whether the kernel
-    gathers x. scratch: bytes of scratch memory that are already in use.
+    gathers x.
     """
     from ...triton_kernels.weight_only import weight_only_gemm
 
@@ -275,14 +230,17 @@ def _launch(
     tiles = -(-weight["KP"] // traits.tile)
     # The number of K slices depends on all rows of the problem, because each row's result does.
     all_blocks = blocks_n if problem.batch_invariant else blocks_n * -(-problem.m // config.block_m)
-    k_slices = configs.k_slices_of(config, tiles, all_blocks, sm_count(x.device))
-    split = split_of(k_slices, blocks_n * blocks_m, config, scratch)
-    partial = counter = weight["weight_args"][0]  # a pointer that is never read needs an address
-    if split > 1:
-        elements = split * blocks_n * blocks_m * config.block_n * config.block_m
-        partial = work.empty((elements,), torch.float32, x.device)
-        counter = work.counters(blocks_n * blocks_m, x.device)
-    fixed = {
+    k_slices = configs.k_slices_of(config, tiles, all_blocks, sm_count(plan.device))
+    split = split_of(k_slices, blocks_n * blocks_m, config, plan.used)
+    unread = weight["weight_args"][0]  # a pointer that is never read needs an address
+    elements = split * blocks_n * blocks_m * config.block_n * config.block_m
+    arguments = {
+        "x_ptr": x,
+        "sparse_x_ptr": sparse_x,
+        "bias_ptr": x if bias is None else bias,
+        "y_ptr": y,
+        "partial_ptr": plan.empty((elements,), torch.float32) if split > 1 else unread,
+        "counter_ptr": plan.counters(blocks_n * blocks_m) if split > 1 else unread,
         "M": m,
         "METHOD": method(
             traits,
@@ -302,12 +260,9 @@ def _launch(
         "num_stages": config.num_stages,
         "outlier_args": (),
         "PREFETCH": prefetch(config.block_m),
-        **pdl(x.device),
         **weight,
     }
-    slots = ("x_ptr", "sparse_x_ptr", "bias_ptr", "y_ptr", "partial_ptr", "counter_ptr")
-    launch = Launch(weight_only_gemm, (blocks_n * blocks_m, split), fixed, slots)
-    work.start(launch, x, sparse_x, x if bias is None else bias, y, partial, counter)
+    start(plan, weight_only_gemm, (blocks_n * blocks_m, split), arguments)
 
 
 def method(
@@ -374,13 +329,21 @@ def _outliers(p: PackedWeight) -> tuple[Tensor, Tensor]:
     return (offsets, values) if values.numel() else (offsets, offsets)
 
 
-def _gathered(x: Tensor, perm: Tensor, work: Work) -> Tensor:
+def _transposed(plan: Plan, x: Symbolic) -> Symbolic:
+    """x (M, K) -> (K, M)."""
+    y = plan.empty((x.shape[1], x.shape[0]), x.dtype)
+    plan.by_torch(lambda x, y: y.copy_(x.T), x, y)
+    return y
+
+
+def _gathered(plan: Plan, x: Symbolic, perm: Tensor) -> Symbolic:
     """x (M, K) -> (M, KP) in kernel order, zeros in the padding."""
     from ...triton_kernels.gather import gather_columns
 
     m, kp = x.shape[0], perm.numel()
-    y = work.empty((m, kp), x.dtype, x.device)
-    fixed = {"K": x.shape[1], "KP": kp, "BLOCK": 1024, **pdl(x.device)}
-    launch = Launch(gather_columns, (m, -(-kp // 1024)), fixed, ("x_ptr", "perm_ptr", "y_ptr"))
-    work.start(launch, x, perm, y)
+    y = plan.empty((m, kp), x.dtype)
+    arguments = {
+        "x_ptr": x, "perm_ptr": perm, "y_ptr": y, "K": x.shape[1], "KP": kp, "BLOCK": 1024,
+    }  # fmt: skip
+    start(plan, gather_columns, (m, -(-kp // 1024)), arguments)
     return y
