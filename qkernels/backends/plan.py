@@ -360,23 +360,3 @@ class Product(Plans):
         if bias is None:
             return None
         return (bias.to(x.dtype) if self._cast_bias else bias).contiguous()
-
-
-def run_at_once(compiled: type[Compiled], declare: Callable[..., Any], *operands: Any) -> Any:
-    """What `declare(plan, *operands)` returns, symbolic tensors, computed for these operands.
-
-    compiled: the language's `Compiled`. operands: contiguous tensors and None.
-    """
-    for i, t in enumerate(operands):
-        if t is not None and not t.is_contiguous():
-            raise ValueError(f"operand {i}: expected a contiguous tensor, got strides {t.stride()}")
-    plan = Plan(operands)
-    result = declare(plan, *plan.operands)
-    memory = compiled(plan).run(operands, addresses_of(operands))
-
-    def computed(value: Any) -> Any:
-        if isinstance(value, tuple):  # a NamedTuple
-            return type(value)(*map(computed, value))
-        return value.within(memory) if isinstance(value, Symbolic) else value
-
-    return computed(result)

@@ -14,6 +14,7 @@ from qkernels.backends.cuda import eight_bit, launch
 from qkernels.backends.plan import Plan, Symbolic
 
 from ..conftest import DEVICE, case_id
+from ..plans import at_once
 from . import conftest as emulation
 
 pytest.importorskip("triton")
@@ -51,7 +52,7 @@ def test_structs_of_another_version_are_refused() -> None:
             launch.start(plan, name, wrong, [x], [])
 
         with pytest.raises(RuntimeError, match="different versions"):
-            launch.at_once(declare, x)
+            at_once(launch.Compiled, declare, x)
 
 
 # ---------------------------------------------------------------------- activations

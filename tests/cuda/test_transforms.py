@@ -10,7 +10,7 @@ from torch import Tensor
 
 import qkernels as qk
 from qkernels.backends.cuda import transforms
-from qkernels.backends.cuda.launch import at_once
+from qkernels.backends.cuda.launch import Compiled
 from qkernels.backends.plan import Plan, Symbolic
 from qkernels.formats import quip_sharp
 from qkernels.formats import transforms as math_of
@@ -18,6 +18,7 @@ from qkernels.formats.incoherent import Side
 from qkernels.layouts import weight_only as layout
 
 from ..conftest import DEVICE
+from ..plans import at_once
 from ..reference import assert_fused_close
 
 pytestmark = pytest.mark.usefixtures("emulated", "poisoned")
@@ -79,7 +80,7 @@ def bound(side: Side, x: Tensor, n: int, after: bool) -> Tensor:
 
 
 def before(x: Tensor, p: qk.PackedWeight, traits: layout.WeightOnlyTraits) -> Tensor:
-    y: Tensor = at_once(lambda plan, x: transforms.before(plan, x, p, traits), x)
+    y: Tensor = at_once(Compiled, lambda plan, x: transforms.before(plan, x, p, traits), x)
     return y
 
 
@@ -95,7 +96,7 @@ def after(
     def declare(plan: Plan, x: Symbolic, y: Symbolic, bias: Symbolic | None) -> None:
         transforms.after(plan, x, p, traits, bias, y)
 
-    at_once(declare, x, y, bias)
+    at_once(Compiled, declare, x, y, bias)
     return y
 
 

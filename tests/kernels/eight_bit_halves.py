@@ -13,9 +13,11 @@ from qkernels.backends.eight_bit import Activations
 from qkernels.backends.plan import Plan, Symbolic
 from qkernels.backends.problem import Problem
 
+from ..plans import at_once
 
-def _at_once(module: Any) -> Any:
-    return importlib.import_module(f"{module.__package__}.launch").at_once
+
+def _compiled(module: Any) -> Any:
+    return importlib.import_module(f"{module.__package__}.launch").Compiled
 
 
 def quantize(
@@ -31,7 +33,7 @@ def quantize(
     def declare(plan: Plan, x: Symbolic, up: Symbolic | None, norm: Symbolic | None) -> Any:
         return module.quantize(plan, x, p, problem, up=up, norm=norm, **more)
 
-    codes: Activations = _at_once(module)(declare, x, up, norm)
+    codes: Activations = at_once(_compiled(module), declare, x, up, norm)
     return codes
 
 
@@ -48,5 +50,5 @@ def multiply(
     def declare(plan: Plan, y: Symbolic, bias: Symbolic | None, *codes: Any) -> None:
         module.multiply(plan, Activations(*codes), p, bias, problem, y, *more)
 
-    _at_once(module)(declare, y, bias, *a)
+    at_once(_compiled(module), declare, y, bias, *a)
     return y

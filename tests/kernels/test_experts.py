@@ -11,6 +11,7 @@ from torch import Tensor
 import qkernels as qk
 
 from ..conftest import CASES, DEVICE, case_id, k_of, layout_of
+from ..plans import at_once
 from ..reference import ROUNDOFF, assert_fused_close
 from .test_eight_bit import assert_close as assert_eight_bit_close
 
@@ -18,7 +19,7 @@ pytest.importorskip("triton")
 from qkernels.backends.problem import Problem, problem_of
 from qkernels.backends.triton import configs, eight_bit, weight_only
 from qkernels.backends.triton import experts as backend
-from qkernels.backends.triton.launch import at_once
+from qkernels.backends.triton.launch import Compiled
 
 from .instances import decoder_of
 
@@ -233,7 +234,7 @@ def test_sorted_slots(slots: int, experts: int, block_m: int) -> None:
     one = torch.full((slots, 1), experts - 1, device=DEVICE)
     each = torch.arange(slots, device=DEVICE)[:, None] % (experts + 1)
     for ids in (spread, one, each):
-        found = at_once(lambda plan, ids: backend.sort(plan, ids, experts, block_m), ids)
+        found = at_once(Compiled, lambda plan, ids: backend.sort(plan, ids, experts, block_m), ids)
         owners = found.experts.tolist()
         rows = found.slots.view(-1, block_m)
         assert len(owners) == rows.shape[0] == backend.most_blocks(slots, experts, block_m)

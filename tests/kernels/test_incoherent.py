@@ -16,10 +16,11 @@ from qkernels.layouts import weight_only as layout
 from qkernels.layouts.codecs import CODES
 
 from ..conftest import DEVICE
+from ..plans import at_once
 from ..reference import ROUNDOFF, assert_fused_close
 
 pytest.importorskip("triton")
-from qkernels.backends.triton.launch import at_once
+from qkernels.backends.triton.launch import Compiled
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 #: sizes whose Hadamard matrix has one factor or several, with and without an odd part, split or not
@@ -79,7 +80,9 @@ def test_transforms(make: object, n: int, m: int, dtype: torch.dtype) -> None:
     x = torch.randn(m, n).to(dtype)
     stored = on_device(storage, "input")
     found = at_once(
-        lambda plan, x: launcher.before(plan, x, stored, side.scale, False, m <= 16), x.to(DEVICE)
+        Compiled,
+        lambda plan, x: launcher.before(plan, x, stored, side.scale, False, m <= 16),
+        x.to(DEVICE),
     )
     want = side.inner(x.double())
     # an upper bound of every output
@@ -91,7 +94,7 @@ def test_transforms(make: object, n: int, m: int, dtype: torch.dtype) -> None:
     y, bias = torch.randn(m, n), torch.randn(n).to(dtype)
     out = torch.full((m, n), float("nan"), dtype=dtype, device=DEVICE)
     stored = on_device(storage, "output")
-    at_once(
+    at_once(Compiled, 
         lambda plan, y, out, bias: launcher.after(
             plan, y, out, stored, side.scale, bias, m <= 16
         ),
@@ -118,7 +121,7 @@ def test_rows_do_not_depend_on_their_company() -> None:
     def before(plan: Plan, x: Symbolic) -> Symbolic:
         return launcher.before(plan, x, storage, side.scale, False, True)
 
-    assert torch.equal(at_once(before, x[7:8])[0], at_once(before, x)[7])
+    assert torch.equal(at_once(Compiled, before, x[7:8])[0], at_once(Compiled, before, x)[7])
 
 
 ODD = [
@@ -206,7 +209,10 @@ def inner_product(x: torch.Tensor, p: qk.PackedWeight) -> torch.Tensor:
     config = weight_only.tabled(problem)
     y = torch.empty(x.shape[0], p.shape[0], dtype=torch.float32, device=x.device)
     at_once(
-        lambda plan, x, y: weight_only._launch(plan, x, x, y, None, weight, config, problem), x, y
+        Compiled,
+        lambda plan, x, y: weight_only._launch(plan, x, x, y, None, weight, config, problem),
+        x,
+        y,
     )
     return y
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ..conftest import DEVICE
+from ..plans import at_once
 
 pytest.importorskip("triton")
 from qkernels.backends.plan import Plan, Symbolic
 from qkernels.backends.triton import eight_bit, outlier_columns
-from qkernels.backends.triton.launch import at_once
+from qkernels.backends.triton.launch import Compiled
 from qkernels.triton_kernels.activations import quantize_rows
 
 from . import eight_bit_halves
@@ -40,7 +41,7 @@ def found(x: Tensor, **given: Any) -> Tensor:
         more = dict(zip(names, operands, strict=True))
         return outlier_columns.find(plan, x, THRESHOLD, eps=given.get("eps", 0.0), **more)
 
-    columns: Tensor = at_once(find, x, *(given[name] for name in names))
+    columns: Tensor = at_once(Compiled, find, x, *(given[name] for name in names))
     return columns
 
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from .. import cuda
 from ..device import supports_pdl
-from ..plan import Plan, Plans, Product, Symbolic, TorchStep, Y, run_at_once
+from ..plan import Plan, Plans, Product, Symbolic, TorchStep, Y
 from .calls import Call
 
 if TYPE_CHECKING:
@@ -129,9 +128,6 @@ class Compiled:
             self._buffer, self._templates = self._later, []
         return tensors
 
-
-#: `run_at_once` of CUDA's plans
-at_once = partial(run_at_once, Compiled)
 
 #: (plan, weight, problem): declares x @ W^T + bias. The plan's operands are x (M, K) and the bias
 #: (N) or None, both contiguous and of x's dtype; the weight is in the kernel's layout.

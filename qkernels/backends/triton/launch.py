@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..device import supports_pdl
-from ..plan import OPERANDS, Plan, Symbolic, TorchStep, run_at_once
+from ..plan import OPERANDS, Plan, Symbolic, TorchStep
 
 #: up to so many rows of x in a block, a program fetches its first PREFETCH_TILES tiles of W before
 #: it waits for x: these products are limited by the bytes of W
@@ -132,10 +132,6 @@ class Compiled:
             self._launches = launches
             self._steps = None  # last, because another thread may be in `run`
         return tensors
-
-
-#: `run_at_once` of Triton's plans
-at_once = partial(run_at_once, Compiled)
 
 
 class _Launch:
