@@ -41,11 +41,12 @@ def compiled_bytes() -> list[int]:
         config = configs.GemmConfig(*sizes)
         kernel: Any = expert_jobs if name == "gptq" else jobs
         label = f"{name} bits={bits} " if name in ("gptq", "quip_sharp") else f"{name} "
-        tabled, kernel.tabled = kernel.tabled, lambda problem, config=config: config
+        launcher = kernel.launcher
+        tabled, launcher.tabled = launcher.tabled, lambda problem, config=config: config
         job = next(
             j for j in kernel.compile_jobs(ARCH) if j.label.startswith(label) and "bf16" in j.label
         )
-        kernel.tabled = tabled
+        launcher.tabled = tabled
         found.append(_compiled(job).metadata.shared)
     return found
 
@@ -62,7 +63,7 @@ def traits() -> list[weight_only.layout.WeightOnlyTraits]:
     for name, bits, _ in JOBS:
         params = next(
             params
-            for job_name, params, _ in jobs.formats_and_types()
+            for job_name, params in jobs.formats_of_jobs()
             if job_name == name and params.get("bits", bits) == bits
         )
         fmt = weight_only.formats.get(name)

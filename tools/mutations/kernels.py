@@ -82,7 +82,7 @@ PLANS = [
     (PLAN, "(address & 15) << 4 * i", "0"),
     (PLAN, "del self.steps[steps:]", "pass"),
     (PLAN, "fixed += excess", "break"),
-    (PLAN, "offset - operand.low", "offset"),
+    (PLAN, "offset - (self.operands[base - OPERANDS].low", "offset - (0"),
     ("qkernels/backends/triton/launch.py", "bases[base] + offset", "bases[base]"),
     ("qkernels/backends/cuda/launch.py", "bases[base] + offset", "bases[base]"),
     ("qkernels/backends/cuda/launch.py", "words[word] = stream", "words[word] = 0"),

@@ -5,23 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from qkernels import layouts
+from qkernels.backends.plan import Plan
 from qkernels.backends.problem import Problem
-from qkernels.backends.triton import configs
+from qkernels.backends.triton import experts as launcher
 from qkernels.backends.triton.eight_bit import STEP
-from qkernels.backends.triton.experts import (
-    _CHUNK,
-    _bins,
-    _codes_constants,
-    method,
-    obstacle,
-    tabled,
-)
-from qkernels.backends.triton.weight_only import kernel_traits, sizes, traits_of
-from qkernels.triton_kernels.experts import experts_eight_bit, experts_weight_only, sort_slots
+from qkernels.backends.triton.weight_only import sizes, traits_of
 
 from . import eight_bit, weight_only
-from .base import CompileJob, label, problem_of
+from .base import CompileJob, job_of, label, operand, problem_of, weight
 
 #: about Mixtral-8x7B: experts, and the shape of one expert's matrix
 _JOB_EXPERTS, _JOB_SHAPE = 8, (8192, 4096)
@@ -37,121 +31,61 @@ def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
     both. subset: only a few of them.
     """
     yield _sort_job(arch)
-    for number, (name, params, pointers) in enumerate(weight_only.formats_and_types()):
+    for number, (name, params) in enumerate(weight_only.formats_of_jobs()):
         problem = _problem(arch, name, params, 1, "fp16")
-        if obstacle(problem, layouts.WEIGHT_ONLY):
+        if launcher.obstacle(problem, layouts.WEIGHT_ONLY):
             continue
         for dtype in ("bf16", "fp16") if number == 0 else ("bf16",):
             for slots in _JOB_SLOTS:
                 if subset and (number, dtype, slots) != (0, "bf16", _JOB_SLOTS[0]):
                     continue
-                yield _weight_only_job(arch, name, params, pointers, dtype, slots)
+                yield _product_job(arch, name, params, dtype, slots)
     for name, params, has_zero in eight_bit.JOBS:
         problem = _problem(arch, name, params, 1, "fp16")
-        if obstacle(problem, layouts.EIGHT_BIT) or has_zero:
+        if launcher.obstacle(problem, layouts.EIGHT_BIT) or has_zero:
             continue
         for slots in _JOB_SLOTS:
             if not subset or (params.get("granularity") == "block" and slots == _JOB_SLOTS[1]):
-                yield _eight_bit_job(arch, name, params, slots)
+                yield _product_job(arch, name, params, "bf16", slots)
 
 
 def _problem(arch: int, name: str, params: dict[str, Any], slots: int, dtype: str) -> Problem:
     return problem_of(arch, name, params, _JOB_SHAPE, slots, dtype, experts=_JOB_EXPERTS)
 
 
-_COMMON_TYPES = {
-    "slots_ptr": "*i32", "experts_ptr": "*i32", "weights_ptr": "*fp32",
-    **dict.fromkeys(("S", "EXPERTS", "BLOCKS", "M", "PER_ROW", "N", "KP"), "i32"),
-}  # fmt: skip
-
-
-def _common_constants(config: configs.GemmConfig, arch: int) -> dict[str, Any]:
-    return {
-        "HAS_BIAS": True,
-        "HAS_WEIGHTS": True,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "GROUP_N": config.group_n,
-        "PDL": arch >= 90,
-    }
-
-
-def _weight_only_job(
-    arch: int, name: str, params: dict[str, Any], pointers: tuple[str, ...], dtype: str, slots: int
+def _product_job(
+    arch: int, name: str, params: dict[str, Any], dtype: str, slots: int
 ) -> CompileJob:
     problem = _problem(arch, name, params, slots, dtype)
-    config, traits = tabled(problem), traits_of(problem)
-    pointer = "*" + dtype
-    return CompileJob(
-        kernel="experts_weight_only",
-        label=label(name, params, dtype, f"slots={slots}"),
-        arch=arch,
-        fn=experts_weight_only,
-        types={
-            **_COMMON_TYPES,
-            **dict.fromkeys(("x_ptr", "bias_ptr", "y_ptr"), pointer),
-            "K": "i32",
-            "weight_args": weight_only.WEIGHT_ARGS,
-            "weight_strides": ("i32",) * len(weight_only.WEIGHT_ARGS),
-            "scaler_args": pointers,
-            "scaler_strides": ("i32",) * len(pointers),
-        },
-        constants={
-            "TRAITS": kernel_traits(traits, _JOB_SHAPE, group_lookup=False),
-            "METHOD": method(config, problem, permuted=bool(params.get("act_order")), upcast=False),
-            **_common_constants(config, arch),
-            "WARPS": config.num_warps,
-        },
-        aligned=(
-            *_ALIGNED,
-            "K",
-            *weight_only.ALIGNED_WEIGHT_ARGS,
-            *(name.replace("args", "strides") for name in weight_only.ALIGNED_WEIGHT_ARGS),
-        ),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        weights=config.block_n * sizes(traits).features,
+    config, (n, k), top_k = launcher.tabled(problem), _JOB_SHAPE, 2
+    p = weight(name, params, _JOB_SHAPE, _JOB_EXPERTS)
+    operands = (
+        operand(dtype, slots // top_k, k),
+        operand(torch.int64, slots // top_k, top_k),
+        operand(torch.float32, slots // top_k, top_k),
+        operand(dtype, _JOB_EXPERTS, n),
     )
-
-
-def _eight_bit_job(arch: int, name: str, params: dict[str, Any], slots: int) -> CompileJob:
-    problem = _problem(arch, name, params, slots, "bf16")
-    config, fixed = tabled(problem), _codes_constants(_JOB_SHAPE, problem)
-    weight, codes = ("*u8", "*u8") if fixed["WIDEN"] else eight_bit.CODES[fixed["KIND"]]
-    return CompileJob(
-        kernel="experts_eight_bit",
-        label=label(name, params, "bf16", f"slots={slots}"),
-        arch=arch,
-        fn=experts_eight_bit,
-        types={
-            **_COMMON_TYPES,
-            "x_ptr": codes,
-            "weight_ptr": weight,
-            **dict.fromkeys(("x_scale_ptr", "w_scale_ptr"), "*fp32"),
-            **dict.fromkeys(("bias_ptr", "y_ptr"), "*bf16"),
-            **dict.fromkeys(("weight_stride", "w_scale_stride"), "i32"),
-        },
-        constants={**fixed, **_common_constants(config, arch)},
-        aligned=(*_ALIGNED, "weight_ptr", "weight_stride", "x_scale_ptr", "w_scale_ptr"),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        weights=config.block_n * STEP,
+    plan = Plan(operands, (slots // top_k, top_k, n))
+    launcher.declare(plan, p, config, problem)
+    if p.layout == layouts.EIGHT_BIT:
+        read = ("weight_ptr", "weight_stride", "x_scale_ptr", "w_scale_ptr")
+        kernel, features = "experts_eight_bit", STEP
+    else:
+        strides = (name.replace("args", "strides") for name in weight_only.ALIGNED_WEIGHT_ARGS)
+        read = ("K", *weight_only.ALIGNED_WEIGHT_ARGS, *strides)
+        kernel, features = "experts_weight_only", sizes(traits_of(problem)).features
+    return job_of(
+        plan,
+        kernel,
+        label(name, params, dtype, f"slots={slots}"),
+        arch,
+        (*_ALIGNED, *read),
+        weights=config.block_n * features,
     )
 
 
 def _sort_job(arch: int) -> CompileJob:
-    return CompileJob(
-        kernel="sort_slots",
-        label="128 experts",
-        arch=arch,
-        fn=sort_slots,
-        types={
-            "ids_ptr": "*i64", "slots_ptr": "*i32", "experts_ptr": "*i32",
-            **dict.fromkeys(("S", "EXPERTS", "BLOCKS"), "i32"),
-        },
-        constants={"BLOCK_M": 64, "BINS": _bins(128), "CHUNK": _CHUNK, "PDL": arch >= 90},
-        aligned=("ids_ptr", "slots_ptr", "experts_ptr"),
-        num_warps=4,
-        num_stages=3,
-        tensor_core=False,
-    )  # fmt: skip
+    plan = Plan((operand(torch.int64, 256, 2),))
+    launcher.sort(plan, plan.operands[0], 128, 64)
+    aligned = ("ids_ptr", "slots_ptr", "experts_ptr")
+    return job_of(plan, "sort_slots", "128 experts", arch, aligned, tensor_core=False)

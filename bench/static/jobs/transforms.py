@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qkernels.backends.triton.transforms import constants
-from qkernels.triton_kernels.kronecker import kronecker_rows
+import torch
 
-from .base import CompileJob
+from qkernels.backends.plan import Plan
+from qkernels.backends.triton import transforms
+
+from .base import CompileJob, job_of, operand
 
 #: features of models' layers, and the orders of the stored factors: none, the one that is no power
 #: of two, or those of QuIP
@@ -24,33 +26,29 @@ def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
     """
     for n, stored in _JOBS:
         for m in (1, 4096):
-            options, warps = constants(n, stored, m == 1)
-            permuted = len(stored) > 1
-            for before in (True, False):
-                if subset and (n, m, before) != (28672, 4096, True):
-                    continue
-                side, factors = "input" if before else "output", "x".join(map(str, stored)) or "-"
-                yield CompileJob(
-                    kernel="kronecker_rows",
-                    label=f"{side} {n} kept={factors} M={m}",
-                    arch=arch,
-                    fn=kronecker_rows,
-                    types={
-                        "x_ptr": "*bf16" if before else "*fp32", "y_ptr": "*bf16",
-                        "pre_ptr": "*fp16", "post_ptr": "*fp16", "bias_ptr": "*bf16",
-                        "gather_ptr": "*i32", "scatter_ptr": "*i32",
-                        "factor0_ptr": "*fp16", "factor1_ptr": "*fp16", "factor2_ptr": "*fp16",
-                        "scale": "fp32", "M": "i32", "STRIDE": "i32",
-                    },
-                    constants={
-                        **options,
-                        "HAS_PRE": before, "HAS_POST": not before, "HAS_BIAS": not before,
-                        "GATHERED": before and permuted, "SCATTERED": not before and permuted,
-                        "CODEBOOK_ORDER": before and not permuted, "TRANSPOSED": before,
-                        "PDL": arch >= 90,
-                    },
-                    aligned=("x_ptr", "y_ptr", "pre_ptr", "post_ptr", "bias_ptr", "STRIDE"),
-                    num_warps=warps,
-                    num_stages=1,
-                    tensor_core=False,
-                )  # fmt: skip
+            for side in ("input", "output"):
+                if not subset or (n, m, side) == (28672, 4096, "input"):
+                    yield _job(arch, n, stored, m, side)
+
+
+def _job(arch: int, n: int, stored: tuple[int, ...], m: int, side: str) -> CompileJob:
+    storage = {f"{side}.factor{i}": operand("fp16", order, order) for i, order in enumerate(stored)}
+    storage[f"{side}.diagonal"] = operand("fp16", n)
+    if len(stored) > 1:
+        storage[f"{side}.perm"] = operand(torch.int32, n)
+    if side == "input":
+        plan = Plan((operand("bf16", m, n),))
+        transforms.before(plan, plan.operands[0], storage, 1.0, len(stored) < 2, m == 1)
+    else:
+        operands = operand(torch.float32, m, n), operand("bf16", m, n), operand("bf16", n)
+        plan = Plan(operands)
+        x, y, bias = plan.operands
+        transforms.after(plan, x, y, storage, 1.0, bias, m == 1)
+    return job_of(
+        plan,
+        "kronecker_rows",
+        f"{side} {n} kept={'x'.join(map(str, stored)) or '-'} M={m}",
+        arch,
+        ("x_ptr", "y_ptr", "pre_ptr", "post_ptr", "bias_ptr", "STRIDE"),
+        tensor_core=False,
+    )

@@ -60,10 +60,10 @@ def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Te
 
 def bind(p: PackedWeight, problem: Problem) -> Product:
     """`run` for this weight and problem alone."""
-    return product(family(traits_of(problem)), tabled(problem), _declare)
+    return product(family(traits_of(problem)), tabled(problem), declare)
 
 
-def _declare(plan: Plan, p: PackedWeight, config: configs.GemmConfig, problem: Problem) -> None:
+def declare(plan: Plan, p: PackedWeight, config: configs.GemmConfig, problem: Problem) -> None:
     """A `product.Declare`."""
     whole, bias = plan.operands
     assert whole is not None

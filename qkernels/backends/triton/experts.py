@@ -123,18 +123,13 @@ class Grouped(Plans):
         problem, config = self._problem, tabled(self._problem)
         operands = (x, ids, weights, None if bias is None else bias.contiguous())
 
-        def declare(plan: Plan) -> None:
-            *rows, bias = plan.operands
-
-            def product(x: Symbolic, ids: Symbolic, weights: Symbolic | None, y: Symbolic) -> None:
-                slots = sort(plan, ids, experts.count, config.block_m)
-                _product(plan, x, experts, slots, ids, weights, bias, problem, config, y)
-
-            plan.by_rows(product, *rows, plan.y)
-
         shape = (*ids.shape, experts.shape[0])
         y: Tensor = autotune.timed_first(
-            problem, config, lambda: self.add(Compiled, declare, operands, shape)[Y]
+            problem,
+            config,
+            lambda: self.add(
+                Compiled, lambda plan: declare(plan, experts, config, problem), operands, shape
+            )[Y],
         )
         return y
 
@@ -144,6 +139,19 @@ class Grouped(Plans):
         """As in `registry.BoundExperts`."""
         memory = self.memory(x, ids, weights, None if bias is None else bias.contiguous())
         return None if memory is None else memory[Y]
+
+
+def declare(
+    plan: Plan, experts: PackedExperts, config: configs.GemmConfig, problem: Problem
+) -> None:
+    """The product of each slot with its expert. Operands: x, ids, weights or None, bias or None."""
+    *rows, bias = plan.operands
+
+    def product(x: Symbolic, ids: Symbolic, weights: Symbolic | None, y: Symbolic) -> None:
+        slots = sort(plan, ids, experts.count, config.block_m)
+        _product(plan, x, experts, slots, ids, weights, bias, problem, config, y)
+
+    plan.by_rows(product, *rows, plan.y)
 
 
 class Layer(Plans):

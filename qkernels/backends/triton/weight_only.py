@@ -160,10 +160,10 @@ def run(x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem) -> Te
 
 def bind(p: PackedWeight, problem: Problem) -> Product:
     """`run` for this weight and problem alone."""
-    return product(family(traits_of(problem)), tabled(problem), _declare)
+    return product(family(traits_of(problem)), tabled(problem), declare)
 
 
-def _declare(plan: Plan, p: PackedWeight, config: configs.GemmConfig, problem: Problem) -> None:
+def declare(plan: Plan, p: PackedWeight, config: configs.GemmConfig, problem: Problem) -> None:
     """A `product.Declare`.
 
     If x has to be gathered, transposed or transformed, that copies one slice of its rows at a time.
