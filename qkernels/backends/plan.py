@@ -90,6 +90,8 @@ class Symbolic:
         """The tensor of one call. memory: its bases."""
         whole = memory[self.base]
         assert whole is not None
+        if (self.offset, self.dtype, self.shape) == (0, whole.dtype, whole.shape):
+            return whole
         bytes_ = whole.view(-1).view(torch.uint8)[self.offset : self.offset + self.nbytes]
         return bytes_.view(self.dtype).view(self.shape)
 
