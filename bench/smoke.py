@@ -5,8 +5,8 @@
 
 The checks, for each format and backend, at 4096 x 4096 and at an odd shape, for each class of M:
 
-    error       three calls (the first, the one that is recorded, the first replay) agree with the
-                float64 product on the GPU; memory that a call allocates is poisoned with NaN
+    error       three calls (the first by a new plan, two by the kept one) agree with the float64
+                product on the GPU; memory that a call allocates is poisoned with NaN
     repeat      many more calls give the same bits
     graph       y = (x W) W from a CUDA graph has the bits of eager calls with a wait in between: a
                 kernel that PDL starts early must not read what is not written yet

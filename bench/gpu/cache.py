@@ -153,7 +153,7 @@ def compile_all(tasks: list[Product], arch: int) -> tuple[int, int]:
             with pretend_gpu.visible(), mock.patch.dict(os.environ, QKERNELS_PDL="1"):
                 on_gpu = p.to("cuda")
                 for call in calls:
-                    on_gpu.plans.clear()  # a recorded call would start the kernel itself
+                    on_gpu.plans.clear()  # a kept plan would start the kernel itself
                     x = torch.ones(call.m, p.shape[1], dtype=call.dtype).to("cuda")
                     with starts.late(on_gpu) if call.late else contextlib.nullcontext():
                         qk.matmul(x, on_gpu, backend="triton", batch_invariant=call.invariant)

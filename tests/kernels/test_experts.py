@@ -373,7 +373,7 @@ def test_allocations_do_not_depend_on_the_data(
     gate_up, down = make(*case, 4, 128, 64), make(*case, 4, 40, 64)
     x, weights = activations(8, 64), torch.rand(8, 2, device=DEVICE)
     spread, one = route(8, 2, 4), torch.zeros(8, 2, dtype=torch.int64, device=DEVICE)
-    for _ in range(3):  # it is run, recorded, and from then on replayed
+    for _ in range(3):  # the plan is kept
         qk.fused_moe(x, gate_up, down, weights, spread, backend="triton")
     sizes: list[tuple[object, ...]] = []
     real = torch.empty

@@ -42,7 +42,7 @@ def test_allocations_do_not_depend_on_the_data(
     calm = torch.randn(5, k_of(name, 576)).half().to(DEVICE)
     wild = calm.clone()
     wild[:, ::3] *= 20  # outliers, for LLM.int8()
-    for _ in range(3):  # run, recorded, and from then on replayed
+    for _ in range(3):  # the plan is kept
         layer(calm)
     sizes: list[tuple[object, ...]] = []
     real = torch.empty

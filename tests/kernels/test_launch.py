@@ -1,4 +1,4 @@
-"""Recorded and replayed products: the same kernels with the same arguments, and the same results.
+"""Kept plans of products: the same kernels with the same arguments, and the same results.
 
 To compare arguments, a stand-in for the driver takes the launches of kernels compiled for sm_90, so
 no GPU is needed. That runs in a separate process, because in this one kernels may be interpreted.
@@ -45,7 +45,7 @@ def launched(name: str, params: dict[str, object], bias: bool, m: int) -> None:
     ):
         for x in (plain, odd):
             taken = []
-            for _ in range(4):  # triton's, triton's and recorded, replayed, replayed
+            for _ in range(4):  # triton's, then those of the kept plan
                 driver.launches.clear()
                 with torch.inference_mode():
                     y = qk.matmul(x, p, added)
@@ -109,7 +109,7 @@ def test_kept_launches_are_tritons_own(case: tuple[str, dict[str, object], bool,
 
 
 def freed() -> None:
-    """Recordings of an operator do not keep its weight alive. Needs a process without the
+    """Plans of an operator do not keep its weight alive. Needs a process without the
     interpreter.
     """
     p = qk.quantize(torch.randn(96, 256), "gptq", group_size=64)
@@ -183,7 +183,7 @@ def planned(p: qk.PackedWeight) -> Plans:
 
 
 def kept_runs(storage: dict[str, torch.Tensor]) -> list[Any]:
-    """The recorded products that operators keep for a weight of these tensors."""
+    """The products that operators keep for a weight of these tensors."""
     return [
         plan.bound
         for weight, plans in operator_plans._PLANS.values()
@@ -249,7 +249,7 @@ def test_replays_equal_runs_for_many_rows(
     replays(*case, torch.float16, monkeypatch)
 
 
-def test_operands_of_another_alignment_are_recorded_anew() -> None:
+def test_operands_of_another_alignment_are_planned_anew() -> None:
     p = qk.quantize(torch.randn(40, 192), "spqr").to(DEVICE)
     room = torch.randn(4 * 192 + 1).half().to(DEVICE)
     biases = torch.randn(41).half().to(DEVICE)
