@@ -159,7 +159,7 @@ class Quantized:
             None if a row's result does not depend on the other rows.
         compiled: (plan) -> the plan that runs.
         cast_bias: whether `multiply` takes the bias in x's dtype.
-        tune: (x, weight, problem): tunes the product, if tuning is on and no call has done it.
+        tune: (x, weight, problem): tunes the product, if a call has to do it now.
     """
 
     quantize: Callable[..., Any]

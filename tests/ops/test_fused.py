@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import qkernels as qk
 from qkernels.backends import cuda, registry
-from qkernels.backends.problem import problem_of
+from qkernels.backends.problem import Problem, problem_of
 from qkernels.nn import fused
 
 from ..conftest import DEVICE, case_id
@@ -188,6 +188,24 @@ def test_launches_are_planned_once(quantizations: list[str]) -> None:
         before = normed(x, norm, 1e-6, "triton")
         for y, p, b in zip(found, ps, (None, bias, None), strict=True):
             assert torch.equal(y, qk.matmul(before, p, b, backend="triton"))
+
+
+def test_products_are_tuned_before_they_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qkernels.backends.triton import autotune
+
+    q, k = weights("w8a8", {}, 8, 16)
+    x, norm = torch.randn(3, K).half().to(DEVICE), torch.ones(K).half().to(DEVICE)
+    tuned: list[tuple[int, int]] = []
+
+    def tune(family: str, problem: Problem, tabled: Any, launch: Any, seconds: Any) -> Any:
+        tuned.append(problem.shape)
+        return tabled
+
+    monkeypatch.setattr(autotune, "due", lambda family, problem, device: problem.shape not in tuned)
+    monkeypatch.setattr(autotune, "tune", tune)
+    for _ in range(2):
+        fused.rms_norm_matmul(x, norm, 1e-6, [q, k], backend="triton")
+        assert tuned == [q.shape, k.shape]
 
 
 def test_rows_by_slices_and_batch_invariance(

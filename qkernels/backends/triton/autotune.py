@@ -55,14 +55,20 @@ def best(
     device: torch.device,
 ) -> configs.GemmConfig:
     """The configuration to launch now: tuned earlier, tuned by this call, or the table's."""
-    if problem.batch_invariant or not enabled():
-        return tabled
-    config = tuned(family, problem)
-    if config is not None:
-        return config
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return tabled
-    return tune(family, problem, tabled, launch, cuda_seconds)
+    if due(family, problem, device):
+        return tune(family, problem, tabled, launch, cuda_seconds)
+    return tuned(family, problem) or tabled
+
+
+def due(family: str, problem: Problem, device: torch.device) -> bool:
+    """Whether a call has to tune the problem now."""
+    return (
+        not problem.batch_invariant
+        and enabled()
+        and tuned(family, problem) is None
+        and device.type == "cuda"
+        and not torch.cuda.is_current_stream_capturing()
+    )
 
 
 def tuned(family: str, problem: Problem) -> configs.GemmConfig | None:

@@ -196,8 +196,8 @@ def multiply(
 
 
 def tune(x: Tensor, p: PackedWeight, problem: Problem) -> None:
-    """Tune the product, if tuning is on and no call has done it."""
-    if autotune.enabled() and autotune.tuned(family(traits_of(problem)), problem) is None:
+    """Tune the product, if a call has to do it now."""
+    if autotune.due(family(traits_of(problem)), problem, x.device):
         run(x, p, None, problem)
 
 
