@@ -295,6 +295,26 @@ def test_scratch_memory_of_a_plan() -> None:
     assert [None if t is None else t.nbytes for t in memory[:4]] == [1600, None, 2048, 512]
 
 
+def test_addresses_of_a_plan() -> None:
+    """They tell the alignment, and where the tensor is in a call's memory."""
+    x = torch.randn(101)[1:].view(10, 10)
+    assert x.data_ptr() % 16 == 4
+    plan = Plan((x,))
+    (operand,) = plan.operands
+    for symbolic, real in (
+        (operand, x),
+        (operand[3:], x[3:]),
+        (operand[2:7].view(-1, 25), x[2:7].view(-1, 25)),
+        (operand.view(torch.int32), x.view(torch.int32)),
+    ):
+        assert symbolic.shape == real.shape
+        assert (symbolic.nbytes, symbolic.dtype) == (real.nbytes, real.dtype)
+        assert symbolic.data_ptr() % 16 == real.data_ptr() % 16
+        assert plan.place(symbolic.data_ptr()) == (4, real.data_ptr() - x.data_ptr())
+        assert torch.equal(symbolic.within([None] * 4 + [x]), real)
+        assert symbolic.within([None] * 4 + [x]).data_ptr() == real.data_ptr()
+
+
 def test_rows_go_in_slices_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also if what a slice needs is not proportional to its rows."""
     monkeypatch.setattr(workspace, "BYTES", 20_000)
