@@ -39,8 +39,9 @@ if TYPE_CHECKING:
 Y, COUNTERS, SCRATCH, ZEROS, OPERANDS = range(5)
 #: parts of the scratch memory begin at multiples of this, as torch's own allocations do
 _ALIGNMENT = 512
-#: marks addresses of symbolic tensors: base << _BASE_BIT, and the offset
-_SYMBOLIC, _BASE_BIT = 1 << 63, 56
+#: marks addresses of symbolic tensors: base << _BASE_BIT, and the offset. That is room for 2^15
+#: bases: a fused product has two for each weight
+_SYMBOLIC, _BASE_BIT = 1 << 63, 48
 
 
 @dataclass(frozen=True, slots=True)

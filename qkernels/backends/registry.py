@@ -37,7 +37,10 @@ RunExperts: TypeAlias = (
 
 
 class Bound(Protocol):
-    """A `Kernel.run` for one weight and problem, which works out once what its calls share."""
+    """A `Kernel.run` for one weight and problem, which works out once what its calls share.
+
+    All calls have a bias of one dtype, or none of them has a bias.
+    """
 
     def __call__(
         self, x: Tensor, p: PackedWeight, bias: Tensor | None, problem: Problem

@@ -179,8 +179,11 @@ class _Prologue(NamedTuple):
 
     def needs_operator(self, biases: Sequence[Tensor | None]) -> bool:
         """Whether autograd, torch.compile or another part of torch must see every step."""
-        trained = [t for t in (self.up, self.norm, *biases) if t is not None and t.requires_grad]
-        return ops.needs_operator(self.x, None) or (torch.is_grad_enabled() and bool(trained))
+        trains = torch.is_grad_enabled()
+        return ops.needs_operator(self.x, None) or any(
+            t is not None and (t.is_neg() or (trains and t.requires_grad))
+            for t in (self.up, self.norm, *biases)
+        )
 
 
 def _why_separate(problem: Problem, kernel: registry.Kernel) -> str | None:
@@ -204,7 +207,8 @@ def _activation_key(p: PackedWeight) -> Any:
     Read from the device once for each weight.
     """
     key = "fused.activations"
-    if key not in p.plans:
+    parameters = p.plans.get(key)
+    if parameters is None:
         traits = formats.get(p.format).eight_bit_traits(p.shape, p.params)
         # The kernel layout's names of the tensors, also for a weight in the checkpoint layout.
         tensors = p.storage
@@ -216,8 +220,9 @@ def _activation_key(p: PackedWeight) -> Any:
             float(tensors[name].float()) if name in tensors else None
             for name in ("input_scale", "input_zero_point")
         )
-        p.plans[key] = (traits.kind == "int8", traits.activation, traits.threshold, *static)
-    return p.plans[key]
+        parameters = (traits.kind == "int8", traits.activation, traits.threshold, *static)
+        p.plans[key] = parameters
+    return parameters
 
 
 def _products(
@@ -322,7 +327,8 @@ def _plans_of(
 
     They have addresses of the weights' tensors, and keep none of them alive.
     """
-    tensors = [next(iter(p.storage.values())) for p, _, _ in parts]
+    # All of them, because a module's buffers can be replaced one by one.
+    tensors = [t for p, _, _ in parts for t in p.storage.values()]
     shared = parts[0][0].plans
     kinds = tuple(None if bias is None else bias.dtype for bias in biases)
     invariant = parts[0][2].batch_invariant

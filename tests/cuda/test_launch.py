@@ -14,7 +14,7 @@ import torch
 import qkernels as qk
 from bench import host
 from qkernels.backends import registry
-from qkernels.backends.cuda.calls import WeightOnlyCall
+from qkernels.backends.cuda.calls import Call, WeightOnlyCall
 from qkernels.backends.cuda.eight_bit import EightBitCall, QuantizeCall
 from qkernels.backends.cuda.transforms import TransformCall
 from qkernels.backends.plan import Product
@@ -58,6 +58,33 @@ def test_kept_plans_equal_new_ones(case: tuple[str, dict[str, Any]], m: int) -> 
         assert bool(want.isfinite().all())
         assert torch.equal(y, want), f"call {call}"
     assert list(kept(p)) == [0]
+
+
+class Forgetful(dict[Any, Any]):
+    """The plans of a weight that another thread clears all the time, and copies before that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copied: list[Any] = []
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.copied.append(value.copy() if isinstance(value, Call) else value)
+
+
+@pytest.mark.usefixtures("emulated", "poisoned")
+@cases
+@pytest.mark.parametrize("m", [1, 12])
+def test_other_threads_clear_and_read_the_plans(case: tuple[str, dict[str, Any]], m: int) -> None:
+    name, params = case
+    p = qk.quantize(torch.randn(40, 256), name, **params).to(DEVICE)
+    x = torch.randn(m, 256).half().to(DEVICE)
+    want = qk.matmul(x, p, backend="cuda")
+    p.plans = plans = Forgetful()
+    assert torch.equal(qk.matmul(x, p, backend="cuda"), want)
+    products = [call for call in plans.copied if isinstance(call, WeightOnlyCall)]
+    assert all(call.kernel == int(m > 8) for call in products)
+    (normed,) = qk.fused.rms_norm_matmul(x, x[0], 1e-6, [p], backend="cuda")
+    assert bool(normed.isfinite().all())
 
 
 @pytest.mark.usefixtures("emulated", "poisoned")

@@ -190,6 +190,48 @@ def test_launches_are_planned_once(quantizations: list[str]) -> None:
             assert torch.equal(y, qk.matmul(before, p, b, backend="triton"))
 
 
+def test_any_tensor_of_a_weight_can_be_replaced(backend: str) -> None:
+    """A plan has the addresses of all tensors, and a module's buffers are replaced one by one."""
+    layers = [qk.QuantLinear(p, backend=backend) for p in weights("w8a8", {}, 8, 16)]
+    module = fused.FusedNormLinear(torch.rand(K).half(), 1e-6, layers).to(DEVICE)
+    x = torch.randn(3, K).half().to(DEVICE)
+    with torch.no_grad():
+        module(x)
+        (name,) = (name for name in layers[1]._buffers if name.endswith("packed_weight_scale"))
+        layers[1]._buffers[name] = 2 * layers[1].get_buffer(name)
+        before = normed(x, module.weight, 1e-6, backend)
+        for y, layer in zip(module(x), layers, strict=True):
+            assert torch.equal(y, layer(before))
+
+
+def test_more_weights_than_a_model_has(backend: str) -> None:
+    ps = weights("w8a8", {}, 8) * 62
+    x, norm = torch.randn(2, K).half().to(DEVICE), torch.rand(K).half().to(DEVICE)
+    found = fused.rms_norm_matmul(x, norm, 1e-6, ps, backend=backend)
+    want = qk.matmul(normed(x, norm, 1e-6, backend), ps[0], backend=backend)
+    assert all(torch.equal(y, want) for y in found)
+
+
+@pytest.mark.parametrize("which", ["up", "norm", "bias"])
+def test_negated_operands(which: str, backend: str) -> None:
+    """Tensors of which torch negates the numbers as it reads them, as it does for z.conj().imag."""
+    (p,) = weights("w8a8", {}, 8)
+    x = torch.randn(3, K).half().to(DEVICE)
+
+    def product(operands: dict[str, Tensor]) -> Tensor:
+        up, norm, bias = (operands[name] for name in ("up", "norm", "bias"))
+        if which == "up":
+            return fused.silu_mul_matmul(x, up, p, bias, backend)
+        return fused.rms_norm_matmul(x, norm, 1e-6, [p], [bias], backend)[0]
+
+    shapes = {"up": (3, K), "norm": (K,), "bias": (8,)}
+    operands = {name: torch.randn(shape).half().to(DEVICE) for name, shape in shapes.items()}
+    before = dict(operands)
+    operands[which] = torch._neg_view(-before[which])
+    # The gate or the norm runs in plain torch then, which rounds like the kernel but for a bit.
+    torch.testing.assert_close(product(operands), product(before), rtol=0.02, atol=0.1)
+
+
 def test_products_are_tuned_before_they_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     from qkernels.backends.triton import autotune
 

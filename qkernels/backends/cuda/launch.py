@@ -60,7 +60,10 @@ def start(
 
 
 class Compiled:
-    """A plan that runs. It keeps only the addresses of the weight."""
+    """A plan that runs.
+
+    It keeps the addresses of the weight alone, except for the `perm` that a step of torch reads.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self._index = -1 if plan.device.type == "cpu" else plan.device.index

@@ -172,7 +172,8 @@ def _call_of(
 ) -> TransformCall:
     """A copy of the weight's call template, in which x, y and the bias are not set."""
     key = ("cuda.transform", side, dtype)
-    if key not in p.plans:
+    template: TransformCall | None = p.plans.get(key)
+    if template is None:
         is_after = side == "output"
         assert traits.transform_scales is not None
         n = p.shape[0] if is_after else p.shape[1]
@@ -192,9 +193,8 @@ def _call_of(
             setattr(args, f"factor{axis}", factor.data_ptr())
         if "perm" in tensors:
             args.perm = tensors["perm"].data_ptr()
-        p.plans[key] = TransformCall(
+        template = p.plans[key] = TransformCall(
             args=args, shared=shared_bytes(box, orders), is_bfloat=dtype == torch.bfloat16,
             is_after=is_after, size=ctypes.sizeof(TransformCall),
         )  # fmt: skip
-    template: TransformCall = p.plans[key]
     return template.copy()

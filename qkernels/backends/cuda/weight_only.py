@@ -153,10 +153,11 @@ def call_of(
 ) -> WeightOnlyCall:
     """A copy of the weight's call template, in which x, y and scratch memory are not set."""
     key = ("cuda.weight_only", dtype, kernel)
-    if key not in p.plans:
-        p.plans[key] = _call_template(p, traits, dtype)
-        p.plans[key].kernel = kernel
-    template: WeightOnlyCall = p.plans[key]
+    template: WeightOnlyCall | None = p.plans.get(key)
+    if template is None:
+        template = _call_template(p, traits, dtype)
+        template.kernel = kernel
+        p.plans[key] = template  # last, because other threads copy it from now on
     return template.copy()
 
 
