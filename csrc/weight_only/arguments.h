@@ -8,7 +8,10 @@ namespace qk {
 struct Words4;
 struct Words2;
 
-/// Dtypes of scales. qkernels/backends/cuda/calls.py has the same numbers.
+/// Kinds of the scaler `Plain`, which one kernel distinguishes at run time, and dtypes of scales.
+/// qkernels/backends/cuda/calls.py has the same numbers. The kind is one number, because with a
+/// flag for each property ptxas spills registers.
+enum Scaling : int { kGroup, kScale, kScaleFlat, kNested, kNestedFlat };
 enum ScaleType : int { kFloat32, kFloat16, kBFloat16 };
 
 struct WeightOnlyArgs {
@@ -30,8 +33,7 @@ struct WeightOnlyArgs {
     int tiles, k_slice;          // tiles of 16 words along K: in all, and in a split-K slice
     int group, shift;            // features in a group, and log2 of it or -1
     int row_group, scale_group;  // rows, and features of a tile, that have the same scale
-    int flat, nested, has_zero;  // of `Plain`: as in the scales' row in codecs.py
-    int scale_type;              // of `Plain`: dtype of scaler[0], a ScaleType
+    int scaling, scale_type;     // of `Plain`: the kind, and the dtype of scaler[0]
     int x_stride;                // gemm: features of a row of x, in kernel order, a multiple of 8
     int chunk;                   // gemv: tiles whose activations are in shared memory at a time
     int x_rows;    // gemm with outliers: rows of x, padded with zeros to a multiple of 8

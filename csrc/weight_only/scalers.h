@@ -16,8 +16,8 @@
 //               call `get` together, for one scale group after another
 //
 // `Plain` is the scaler of GPTQ, bitsandbytes and FP8: of the kinds that have `AnyPlain` in
-// qkernels/layouts/codecs.py. The kind (`flat`, `nested`, `has_zero`) is the same for every thread,
-// so its branches cost little and one kernel serves all kinds. quad_scalers.h has the other
+// qkernels/layouts/codecs.py. The kind (`Scaling`) is the same for every thread, so its
+// branches cost little and one kernel serves all kinds. quad_scalers.h has the other
 // scalers.
 #pragma once
 #include "../ptx/arithmetic.h"
@@ -50,18 +50,18 @@ class RowScales {
         }
         kk = kk < args.kp ? kk : args.kp - 1;
         int64_t at;
-        if (args.flat) {
+        if (args.scaling == kScaleFlat || args.scaling == kNestedFlat) {
             at = block(args, kk);
         } else if (args.slice_group != nullptr) {
             at = int64_t(load_global(args.slice_group + kk / 16)) * stride_ + row_;
         } else {
             at = int64_t(args.shift >= 0 ? kk >> args.shift : kk / args.group) * stride_ + row_;
         }
-        if (args.nested) {
+        if (args.scaling == kNested || args.scaling == kNestedFlat) {
             const float outer = item<float>(args, 2, block(args, kk) / 256);
             return {item<uint8_t>(args, 0, at), float_to_bits(outer)};
         }
-        const uint32_t zero = args.has_zero ? item<uint8_t>(args, 1, at) : 0;
+        const uint32_t zero = args.scaling == kGroup ? item<uint8_t>(args, 1, at) : 0;
         if (args.scale_type == kFloat32) {
             return {item<uint32_t>(args, 0, at), zero};
         }
@@ -69,7 +69,7 @@ class RowScales {
     }
 
     QK_DEVICE static ScaleZero finish(const WeightOnlyArgs& args, const RawScale& raw) {
-        if (args.nested) {
+        if (args.scaling == kNested || args.scaling == kNestedFlat) {
             const float inner = item<float>(args, 1, raw.bits) * bits_to_float(raw.other);
             return {inner + item<float>(args, 3, 0), 0};
         }

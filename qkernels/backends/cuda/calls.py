@@ -10,6 +10,14 @@ import torch
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+#: (zero, flat, nested) of the row of `Plain` scales -> their number in arguments.h
+SCALINGS = {
+    ("point", False, False): 0,
+    ("none", False, False): 1,
+    ("none", True, False): 2,
+    ("none", False, True): 3,
+    ("none", True, True): 4,
+}
 #: dtype of scales -> its number in arguments.h
 SCALE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -20,7 +28,7 @@ _POINTERS = [
 ]  # fmt: skip
 _SIZES = [
     "m", "n", "k", "kp", "tiles", "k_slice", "group", "shift",
-    "row_group", "scale_group", "flat", "nested", "has_zero", "scale_type",
+    "row_group", "scale_group", "scaling", "scale_type",
     "x_stride", "chunk", "x_rows", "is_float",
 ]  # fmt: skip
 

@@ -19,7 +19,7 @@ from ...layouts.codecs import CodeKind
 from ..device import sm_count
 from ..plan import Plan, Symbolic
 from . import k_slices, transforms
-from .calls import SCALE_TYPES, WeightOnlyArgs, WeightOnlyCall
+from .calls import SCALE_TYPES, SCALINGS, WeightOnlyArgs, WeightOnlyCall
 from .launch import start, whole
 
 if TYPE_CHECKING:
@@ -177,7 +177,8 @@ def _call_template(
         n=n, k=k, kp=kp, tiles=-(-kp // codes.tile),
         group=group, row_group=traits.row_group, scale_group=scale_group,
         shift=group.bit_length() - 1 if group & (group - 1) == 0 else -1,
-        flat=scales.flat, nested=scales.nested, has_zero=scales.zero == "point",
+        # kernels of one scaler ignore it
+        scaling=SCALINGS.get((scales.zero, scales.flat, scales.nested), 0),
         scale_type=SCALE_TYPES.get(scaler[0].dtype, 0),  # unused for codes of scales
         is_float=traits.transform_scales is not None,
     )  # fmt: skip
