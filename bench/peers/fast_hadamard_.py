@@ -48,7 +48,7 @@ class _Ours(nn.Module):
         from qkernels.backends.triton.transforms import _launch
 
         plans = self._plans.setdefault(x.shape, Plans())
-        memory = plans.memory(x)
+        memory = plans.start(x)
         if memory is None:
 
             def declare(plan: Plan) -> None:

@@ -11,11 +11,11 @@ offset).
 A call allocates y and the scratch memory in one piece each, fills in the addresses, and starts the
 kernels. That is the `Compiled` of each language, in triton/launch.py and cuda/launch.py.
 
-    Symbolic   a tensor of a plan
-    Plan       scratch memory and steps
-    Memory     what a call allocates
-    Plans      the plans of one product, by alignment of the operands
-    Product    `Plans` as a `registry.Bound`
+    Symbolic    a tensor of a plan
+    Plan        scratch memory and steps
+    Allocation  what a call allocates
+    Plans       the plans of one product, by alignment of the operands
+    Product     `Plans` as a `registry.Bound`
 """
 
 from __future__ import annotations
@@ -212,9 +212,9 @@ class Plan:
         base, offset = divmod(address - _SYMBOLIC, 1 << _BASE_BIT)
         return base, offset - (self.operands[base - OPERANDS].low if base >= OPERANDS else 0)
 
-    def memory(self) -> Memory:
+    def allocation(self) -> Allocation:
         """What a call allocates."""
-        return Memory(self.device, self.y, self._most, self._counters)
+        return Allocation(self.device, self.y, self._most, self._counters)
 
     def _add(self, part: Symbolic, size: _Sizes) -> Symbolic:
         self._now = _Sizes(
@@ -232,7 +232,7 @@ class _Sizes(NamedTuple):
     limited: int = 0
 
 
-class Memory:
+class Allocation:
     """What a call allocates: y, and the scratch memory in one piece."""
 
     def __init__(
@@ -288,7 +288,7 @@ class Plans:
     def __init__(self) -> None:
         self._plans: dict[int, Compiled] = {}
 
-    def memory(self, *operands: Tensor | None) -> list[Any] | None:
+    def start(self, *operands: Tensor | None) -> list[Any] | None:
         """Run the plan of these contiguous operands; None if there is none yet.
 
         Returns the tensors of the call's memory, by base.
@@ -309,7 +309,7 @@ class Plans:
     ) -> list[Any]:
         """Declare a plan, run it, and keep it for operands of this alignment.
 
-        compiled: the language's `Compiled`. shape: of y, as in `Plan`. Returns what `memory` does.
+        compiled: the language's `Compiled`. shape: of y, as in `Plan`. Returns what `start` does.
         """
         plan = Plan(operands, shape)
         declare(plan)
@@ -355,7 +355,7 @@ class Product(Plans):
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
         """The product without the weight; None if there is no plan for these operands yet."""
-        memory = self.memory(x, None if bias is None else self._operand(bias, x))
+        memory = self.start(x, None if bias is None else self._operand(bias, x))
         return None if memory is None else memory[Y]
 
     def _operand(self, bias: Tensor | None, x: Tensor) -> Tensor | None:

@@ -283,7 +283,7 @@ def _fused_products(
     ys = [torch.empty(m, p.shape[0], dtype=x.dtype, device=x.device) for p, _, _ in parts]
     operands = (x, up, norm, *biases, *ys)
     plans = _plans_of(prologue, kernel, parts, m, biases)
-    if plans.memory(*operands) is not None:
+    if plans.start(*operands) is not None:
         return ys
     for p, _, problem in parts:
         halves.tune(x, p, problem)

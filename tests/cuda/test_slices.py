@@ -82,7 +82,7 @@ def test_a_call_in_slices_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     (plan,) = [plan for plan in p.plans.values() if isinstance(getattr(plan, "run", None), Product)]
     (compiled,) = plan.run._plans.values()
     assert len(compiled._starts) > 3, "one slice: this test compared nothing"
-    assert compiled._memory._scratch <= workspace.BYTES
+    assert compiled._allocation._scratch <= workspace.BYTES
 
 
 EXPLAINED: list[tuple[Any, str, dict[str, object], int, int]] = [

@@ -291,7 +291,7 @@ def test_scratch_memory_of_a_plan() -> None:
         assert plan.used == 3 * 512
     again = plan.zeros((3,), torch.uint8), plan.empty((3,), torch.uint8)
     assert [t.offset for t in (third, apart, *again)] == [1024, 1536, 0, 1024]
-    memory, _ = plan.memory().take((torch.randn(100, 8), None), [0, 0])
+    memory, _ = plan.allocation().take((torch.randn(100, 8), None), [0, 0])
     assert [None if t is None else t.nbytes for t in memory[:4]] == [1600, None, 2048, 512]
 
 
@@ -336,7 +336,7 @@ def test_rows_go_in_slices_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         assert sum(n for _, n in taken) == rows
         most = max(n for _, n in taken)
         assert most * row + whole <= workspace.BYTES or most == 1
-        assert plan.memory()._scratch >= most * row + whole
+        assert plan.allocation()._scratch >= most * row + whole
 
 
 @pytest.mark.parametrize(

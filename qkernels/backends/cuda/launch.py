@@ -67,7 +67,7 @@ class Compiled:
 
     def __init__(self, plan: Plan) -> None:
         self._index = -1 if plan.device.type == "cpu" else plan.device.index
-        self._memory = plan.memory()
+        self._allocation = plan.allocation()
         #: for each step: the kernel's name, the offset of its call in the buffer, and the step
         #: itself for torch and the emulator
         self._starts: list[tuple[str, int, Any]] = []
@@ -109,7 +109,7 @@ class Compiled:
 
     def run(self, operands: Sequence[Tensor | None], addresses: list[int]) -> list[Any]:
         """As in `plan.Compiled`."""
-        tensors, bases = self._memory.take(operands, addresses)
+        tensors, bases = self._allocation.take(operands, addresses)
         words = self._words.from_buffer_copy(self._buffer)
         for word, base, offset in self._places:
             words[word] = bases[base] + offset

@@ -137,7 +137,7 @@ class Grouped(Plans):
         self, x: Tensor, ids: Tensor, weights: Tensor | None, bias: Tensor | None
     ) -> Tensor | None:
         """As in `registry.BoundExperts`."""
-        memory = self.memory(x, ids, weights, None if bias is None else bias.contiguous())
+        memory = self.start(x, ids, weights, None if bias is None else bias.contiguous())
         return None if memory is None else memory[Y]
 
 
@@ -183,7 +183,7 @@ class Layer(Plans):
 
     def run(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor | None:
         """As in `registry.BoundLayer`."""
-        memory = self.memory(x, weights, ids)
+        memory = self.start(x, weights, ids)
         return None if memory is None else memory[Y]
 
 

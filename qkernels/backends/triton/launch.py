@@ -86,7 +86,7 @@ class Compiled:
 
     def __init__(self, plan: Plan) -> None:
         self._index = -1 if plan.device.type == "cpu" else plan.device.index
-        self._memory = plan.memory()
+        self._allocation = plan.allocation()
         #: the steps until they are compiled: the interpreter never compiles
         self._steps: list[Any] | None = plan.steps
         self._launches: list[_Launch] = []
@@ -103,7 +103,7 @@ class Compiled:
                 return self.run(operands, addresses)
         stream = active.get_current_stream(current)
         enter, leave = _hooks()
-        tensors, bases = self._memory.take(operands, addresses)
+        tensors, bases = self._allocation.take(operands, addresses)
         for launch in self._launches:
             if launch.compiled is None:
                 launch.step.run(tensors)
@@ -126,7 +126,7 @@ class Compiled:
         self, steps: list[Any], operands: Sequence[Tensor | None], addresses: list[int]
     ) -> list[Any]:
         """`run` through triton."""
-        tensors, _ = self._memory.take(operands, addresses)
+        tensors, _ = self._allocation.take(operands, addresses)
         launches = [_Launch(step, step.run(tensors)) for step in steps]
         if all(one.compiled is not None or isinstance(one.step, TorchStep) for one in launches):
             self._launches = launches
