@@ -178,12 +178,12 @@ class Plan:
         self,
         declare: Callable[..., None],
         *tensors: Symbolic | None,
-        before_slices: Callable[[], None] | None = None,
+        before_slices: Callable[[], Any] | None = None,
     ) -> None:
         """`declare(*tensors)`; if that needs more than workspace.BYTES, slices of their rows.
 
         The slices use the same scratch memory, one after another. before_slices: declares what all
-        of them need, if there are any.
+        slices need. `declare` is given its result as `shared`, and no `shared` for whole rows.
         """
         steps, now, most = len(self.steps), self._now, self._most
         rows, fixed = self.operands[0].shape[0], now.limited
@@ -196,12 +196,11 @@ class Plan:
         while excess > 0 and len(parts) < rows:
             del self.steps[steps:]
             self._now, self._most = now, most
-            if before_slices is not None:
-                before_slices()
+            shared = {} if before_slices is None else {"shared": before_slices()}
             parts = list(workspace.slices(rows, row_bytes, fixed))
             for part in parts:
                 with self.reused():
-                    declare(*(None if t is None else t[part] for t in tensors))
+                    declare(*(None if t is None else t[part] for t in tensors), **shared)
             excess = self._most.limited - workspace.BYTES
             fixed += excess
 

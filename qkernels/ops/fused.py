@@ -301,19 +301,19 @@ def _declare(
     all_x, all_up, norm, *rest = plan.operands
     biases, all_ys = rest[: len(parts)], rest[len(parts) :]
     first, _, problem = parts[0]
-    columns = None
 
-    def before_slices() -> None:
-        nonlocal columns
-        columns = halves.columns(plan, all_x, first, problem, up=all_up, norm=norm, eps=eps)
+    def columns() -> Symbolic | None:
+        return halves.columns(plan, all_x, first, problem, up=all_up, norm=norm, eps=eps)
 
-    def rows(x: Symbolic, up: Symbolic | None, *ys: Symbolic) -> None:
-        codes = halves.quantize(plan, x, first, problem, up=up, norm=norm, eps=eps, columns=columns)
+    def rows(
+        x: Symbolic, up: Symbolic | None, *ys: Symbolic, shared: Symbolic | None = None
+    ) -> None:
+        codes = halves.quantize(plan, x, first, problem, up=up, norm=norm, eps=eps, columns=shared)
         for (p, _, one), bias, y in zip(parts, biases, ys, strict=True):
             with plan.reused():
                 halves.multiply(plan, codes, p, bias, one, y)
 
-    plan.by_rows(rows, all_x, all_up, *all_ys, before_slices=before_slices)
+    plan.by_rows(rows, all_x, all_up, *all_ys, before_slices=columns)
 
 
 def _plans_of(

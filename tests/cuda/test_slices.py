@@ -58,11 +58,10 @@ def test_slices_change_no_bit(
 
     def by_rows(plan: Plan, declare: Any, *tensors: Any, before_slices: Any = None) -> None:
         """16 rows at a time, without changing the limit, on which split-K depends."""
-        if before_slices is not None:
-            before_slices()
+        shared = {} if before_slices is None else {"shared": before_slices()}
         for first in range(0, m, 16):
             with plan.reused():
-                declare(*(t[first : first + 16] for t in tensors))
+                declare(*(t[first : first + 16] for t in tensors), **shared)
                 counted.append(plan.used)
 
     monkeypatch.setattr(Plan, "by_rows", by_rows)

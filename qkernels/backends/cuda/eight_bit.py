@@ -393,17 +393,12 @@ def declare(plan: Plan, p: PackedWeight, problem: Problem) -> None:
     columns of all rows.
     """
     whole_x, bias = plan.operands
-    columns = None
 
-    def before_slices() -> None:
-        nonlocal columns
-        columns = columns_of(plan, whole_x, p, problem)
-
-    def rows(x: Symbolic, y: Symbolic) -> None:
-        a = quantize(plan, x, p, problem, columns=columns)
+    def rows(x: Symbolic, y: Symbolic, shared: Symbolic | None = None) -> None:
+        a = quantize(plan, x, p, problem, columns=shared)
         multiply(plan, a, p, bias, problem, y)
 
-    plan.by_rows(rows, whole_x, plan.y, before_slices=before_slices)
+    plan.by_rows(rows, whole_x, plan.y, before_slices=lambda: columns_of(plan, whole_x, p, problem))
 
 
 run = whole(declare)

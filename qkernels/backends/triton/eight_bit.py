@@ -67,17 +67,12 @@ def declare(plan: Plan, p: PackedWeight, config: configs.GemmConfig, problem: Pr
     """A `product.Declare`."""
     whole, bias = plan.operands
     assert whole is not None
-    columns = None
 
-    def before_slices() -> None:
-        nonlocal columns
-        columns = columns_of(plan, whole, p, problem)
-
-    def rows(x: Symbolic, y: Symbolic) -> None:
-        a = quantize(plan, x, p, problem, columns=columns)
+    def rows(x: Symbolic, y: Symbolic, shared: Symbolic | None = None) -> None:
+        a = quantize(plan, x, p, problem, columns=shared)
         _launch(plan, a, y, p, bias, config, problem)
 
-    plan.by_rows(rows, whole, plan.y, before_slices=before_slices)
+    plan.by_rows(rows, whole, plan.y, before_slices=lambda: columns_of(plan, whole, p, problem))
 
 
 def columns_of(
