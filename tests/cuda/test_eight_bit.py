@@ -268,7 +268,7 @@ def test_split_and_sequential_k_slices_sum_alike(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(eight_bit, "PARTIAL_BYTES", 0)
     config = eight_bit.configure("e4m3", p.shape, 5, True, 8)
     assert config.split == 1
-    p.plans.clear()  # a recording would not ask again
+    p.plans.clear()  # a kept plan would not ask again
     assert torch.equal(product(x, p, invariant=True), split)
     p.plans.clear()
     monkeypatch.setattr(eight_bit, "configure", lambda *a: config._replace(k_slice=16))

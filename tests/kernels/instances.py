@@ -2,7 +2,7 @@
 
 Many formats share a kernel instance: the same sums in the same order with other codes. Each format
 is compared with the reference in test_weight_only.py and test_eight_bit.py; properties that hold
-for an instance (its bits do not depend on M, its launches can be replayed) are tested once for each
+for an instance (its bits do not depend on M, its plans are kept) are tested once for each
 instance. On a GPU they are tested for every case: there the compiler makes its own of each.
 """
 

@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("triton")
 from bench.static.jobs import experts as expert_jobs
 from bench.static.jobs import weight_only as jobs
+from qkernels import formats
 from qkernels.backends.triton import configs, weight_only
 
 #: format, bits and configuration. In all of them decoded weights pass through shared memory, with
@@ -66,7 +67,7 @@ def traits() -> list[weight_only.layout.WeightOnlyTraits]:
             for job_name, params in jobs.formats_of_jobs()
             if job_name == name and params.get("bits", bits) == bits
         )
-        fmt = weight_only.formats.get(name)
+        fmt = formats.get(name)
         found.append(fmt.weight_only_traits((8192, 8192), fmt.resolve((8192, 8192), params)))
     return found
 

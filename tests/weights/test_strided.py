@@ -208,7 +208,7 @@ def test_experts(backend: str, lay: str) -> None:
         stack = PackedExperts._restored(stack.spec, lain, 0)
         assert all(t.is_contiguous() for t in stack.storage.values())
     spec, storage = down.spec, [sliced(t) for t in down.storage.values()]
-    for _ in range(3):  # a recording must not have the addresses of a call's copies
+    for _ in range(3):  # a kept plan must not have the addresses of a call's copies
         y = torch.ops.qkernels.fused_moe(
             x,
             list(experts.storage.values()),

@@ -12,7 +12,8 @@ from qkernels.backends.plan import Plan
 from qkernels.backends.problem import Problem
 from qkernels.backends.triton import experts as launcher
 from qkernels.backends.triton.eight_bit import STEP
-from qkernels.backends.triton.weight_only import sizes, traits_of
+from qkernels.backends.triton.weight_only import sizes
+from qkernels.backends.weight_only import traits_of
 
 from . import eight_bit, weight_only
 from .base import CompileJob, job_of, label, operand, problem_of, weight

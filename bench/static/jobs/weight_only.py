@@ -8,6 +8,7 @@ from typing import Any
 
 from qkernels import formats, layouts
 from qkernels.backends.triton import weight_only as launcher
+from qkernels.backends.weight_only import traits_of
 
 from .base import DTYPES, CompileJob, job_of, label, plan_of, problem_of, sms, weight
 
@@ -74,5 +75,5 @@ def _job(arch: int, name: str, params: dict[str, Any], m: int, dtype: str) -> Co
         label(name, params, dtype, f"M={m}"),
         arch,
         ("x_ptr", *ALIGNED_WEIGHT_ARGS, "y_ptr", "N", "K", "KP"),
-        weights=config.block_n * launcher.sizes(launcher.traits_of(problem)).features,
+        weights=config.block_n * launcher.sizes(traits_of(problem)).features,
     )

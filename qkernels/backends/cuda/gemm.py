@@ -13,6 +13,7 @@ from ...layouts.codecs import CodeKind
 from .. import workspace
 from ..device import sm_count
 from ..plan import Plan, Symbolic
+from ..weight_only import traits_of
 from . import k_slices, launch, transforms
 from . import weight_only as gemv
 from .calls import WeightOnlyCall
@@ -52,7 +53,7 @@ def declare(plan: Plan, p: PackedWeight, problem: Problem) -> None:
     number of split-K slices depends on all rows of the problem, so slices of rows change no bit.
     """
     assert p.layout == layouts.WEIGHT_ONLY
-    traits = gemv.traits_of(problem)
+    traits = traits_of(problem)
     x, bias = plan.operands
     call = gemv.call_of(p, traits, x.dtype, kernel=1)
     count = k_slices_for(problem, x.device)
@@ -163,7 +164,7 @@ def k_slices_for(problem: Problem, device: torch.device) -> int:
 
     Partial sums fit in the workspace. If copies of x need it too, rows are computed in slices.
     """
-    traits = gemv.traits_of(problem)
+    traits = traits_of(problem)
     columns = columns_of(traits.codes)
     blocks = -(-problem.shape[0] // ROWS) * -(-problem.m // columns)
     most = min(gemv.MAX_K_SLICES, workspace.BYTES // (blocks * ROWS * columns * 4))
@@ -173,7 +174,7 @@ def k_slices_for(problem: Problem, device: torch.device) -> int:
 
 def configuration(problem: Problem) -> str:
     """Block sizes and split-K slices in words, for `explain`."""
-    traits = gemv.traits_of(problem)
+    traits = traits_of(problem)
     columns = columns_of(traits.codes)
     count = k_slices_for(problem, torch.device(problem.device))
     return f"{columns} rows of x and {ROWS} of W a block, K in {count} slices"

@@ -9,6 +9,7 @@ from ...layouts import weight_only as layout
 from ...layouts.codecs import CodeKind
 from ..device import sm_count
 from ..plan import Plan, Symbolic
+from ..weight_only import traits_of
 from . import gemm, transforms
 from . import weight_only as gemv
 from .launch import whole
@@ -54,7 +55,7 @@ def declare(plan: Plan, p: PackedWeight, problem: Problem) -> None:
     gemm.py.
     """
     assert p.layout == layouts.WEIGHT_ONLY
-    traits = gemv.traits_of(problem)
+    traits = traits_of(problem)
     x, bias = plan.operands
     call = gemv.call_of(p, traits, x.dtype, kernel=2)
     n = p.shape[0]
@@ -79,7 +80,7 @@ def _tiles(n: int, m: int, traits: layout.WeightOnlyTraits) -> int:
 
 def configuration(problem: Problem) -> str:
     """Tile sizes in words, for `explain`."""
-    traits = gemv.traits_of(problem)
+    traits = traits_of(problem)
     tiles = _tiles(problem.shape[0], problem.m, traits)
     columns = columns_of(traits.codes, traits.outliers)
     return f"wgmma, {columns} rows of x and {ROWS} of W a tile, {tiles} tiles"

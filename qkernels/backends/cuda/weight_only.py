@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ... import formats, layouts
+from ... import layouts
 from ...layouts import codecs
 from ...layouts import weight_only as layout
 from ...layouts.codecs import CodeKind
 from ..device import sm_count
 from ..plan import Plan, Symbolic
+from ..weight_only import traits_of
 from . import k_slices, transforms
 from .calls import SCALE_TYPES, SCALINGS, WeightOnlyArgs, WeightOnlyCall
 from .launch import start, whole
@@ -40,12 +41,6 @@ BLOCKS_PER_SM = 4
 MAX_K_SLICES = 32
 #: rows of x in one launch, so that the workspace stays small
 MAX_ROWS = 384
-
-
-@lru_cache(maxsize=4096)
-def traits_of(problem: Problem) -> layout.WeightOnlyTraits:
-    """Codes, scales and transforms of the problem's weight."""
-    return formats.get(problem.format).weight_only_traits(problem.shape, dict(problem.params))
 
 
 def rejects(problem: Problem) -> str | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ... import formats, layouts
 from ...layouts import eight_bit as codes_layout
 from ..plan import Plan, Plans, Symbolic, Y
+from ..weight_only import traits_of
 from . import autotune, configs, eight_bit, interpreted, weight_only
 from .launch import Compiled, overtakes, start
 
@@ -348,7 +349,7 @@ def _weight_only_arguments(experts: PackedExperts, problem: Problem) -> dict[str
     They are those of the kernel for one matrix, and a stride for each tensor.
     """
     assert experts.layout == layouts.WEIGHT_ONLY
-    traits = weight_only.traits_of(problem)
+    traits = traits_of(problem)
     weight, scalers = weight_only.pointers(experts.storage, traits)
     return weight_only.arguments(experts.expert(0), traits) | {
         "weight_args": weight,

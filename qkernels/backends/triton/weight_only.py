@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ... import formats, layouts
+from ... import layouts
 from ...layouts import weight_only as layout
 from .. import workspace
 from ..device import sm_count
 from ..plan import Plan, Product, Symbolic
+from ..weight_only import traits_of
 from . import autotune, configs, interpreted, transforms
 from .launch import overtakes, prefetch, start
 from .product import product
@@ -30,10 +31,6 @@ GATHER_ROWS = 17
 MOST_DOTS = 2
 #: M from which outliers read a transposed copy of x, where the rows of one feature are contiguous
 TRANSPOSE_ROWS = 64
-
-
-def traits_of(problem: Problem) -> layout.WeightOnlyTraits:
-    return formats.get(problem.format).weight_only_traits(problem.shape, dict(problem.params))
 
 
 def sizes(traits: layout.WeightOnlyTraits) -> configs.StepSizes:
@@ -60,8 +57,8 @@ def sizes(traits: layout.WeightOnlyTraits) -> configs.StepSizes:
 def family(traits: layout.WeightOnlyTraits) -> str:
     """The family's name in the table of configurations.
 
-    Tiles of 2- and 3-bit codes ("wide") need more registers, the zero points of SpQR, which are no
-    integers, still more. Codes of a byte move twice as many bytes.
+    Tiles of 2- and 3-bit codes ("wide") need more registers, the two levels of SpQR's scales still
+    more. Codes of a byte move twice as many bytes.
     """
     if f"weight_only.{traits.scaler}" in configs.FAMILIES:
         return f"weight_only.{traits.scaler}"
