@@ -155,7 +155,12 @@ def test_folding_scales_preserves_the_function(kind: str) -> None:
             scale = torch.rand(layers[0].in_features, dtype=torch.float64) * 3 + 0.2
             folded += architectures.fold(block.get_submodule(rule.before), scale, layers)
     assert folded == 8
-    torch.testing.assert_close(logits(model), want, rtol=1e-9, atol=1e-9)
+    # The RMSNorm of transformers rounds its input to float32 even in a float64 model. So the last
+    # bit of a float64 may become a step between two float32 values: at most 2^-23 of a normalized
+    # value, and those are below 8. Eight such steps are allowed: 8e-6. One layer that misses its
+    # scale shows 8e-3 at least (seen in 50 models).
+    tolerance = 8 * 8 * 2**-23
+    torch.testing.assert_close(logits(model), want, rtol=tolerance, atol=tolerance)
 
 
 def test_grouped_query_attention_is_not_folded_into_values() -> None:
