@@ -204,9 +204,11 @@ def _why_separate(problem: Problem, kernel: registry.Kernel) -> str | None:
 def _activation_key(p: PackedWeight) -> Any:
     """The parameters of the activations that `p` takes: weights with equal ones can share codes.
 
-    Read from the device once for each weight.
+    Read from the device once for each weight, and again when a static scale was changed in place.
     """
-    key = "fused.activations"
+    names = ("input_scale", "input_zero_point")
+    scales = [p.storage.get(name) for name in names]
+    key = ("fused.activations", *map(_version, scales))
     parameters = p.plans.get(key)
     if parameters is None:
         traits = formats.get(p.format).eight_bit_traits(p.shape, p.params)
@@ -216,13 +218,15 @@ def _activation_key(p: PackedWeight) -> Any:
             tensors = layouts.pack(
                 formats.get(p.format), p.shape, p.params, p.tensors, layouts.EIGHT_BIT
             )
-        static = tuple(
-            float(tensors[name].float()) if name in tensors else None
-            for name in ("input_scale", "input_zero_point")
-        )
+        static = tuple(float(tensors[name].float()) if name in tensors else None for name in names)
         parameters = (traits.kind == "int8", traits.activation, traits.threshold, *static)
         p.plans[key] = parameters
     return parameters
+
+
+def _version(tensor: Tensor | None) -> int | None:
+    """torch's count of changes in place; None where torch does not count, in inference mode."""
+    return None if tensor is None or tensor.is_inference() else tensor._version
 
 
 def _products(

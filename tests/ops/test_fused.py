@@ -204,6 +204,20 @@ def test_any_tensor_of_a_weight_can_be_replaced(backend: str) -> None:
             assert torch.equal(y, layer(before))
 
 
+def test_a_static_scale_can_be_changed_in_place(backend: str) -> None:
+    """Weights share codes as long as their scales are equal, which is read from their numbers."""
+    params = {"activation": "static", "input_scale": 0.03}
+    q, k = (weights("w8a8", params, n)[0] for n in (8, 16))
+    x, norm = torch.randn(3, K).half().to(DEVICE), torch.ones(K).half().to(DEVICE)
+    before = normed(x, norm, 1e-6, backend)
+    for factor in (1, 2, 0.5):
+        k.storage["input_scale"].mul_(factor)
+        for y, p in zip(
+            fused.rms_norm_matmul(x, norm, 1e-6, [q, k], backend=backend), (q, k), strict=True
+        ):
+            assert torch.equal(y, qk.matmul(before, p, backend=backend))
+
+
 def test_more_weights_than_a_model_has(backend: str) -> None:
     ps = weights("w8a8", {}, 8) * 62
     x, norm = torch.randn(2, K).half().to(DEVICE), torch.rand(K).half().to(DEVICE)
