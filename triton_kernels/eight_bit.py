@@ -85,7 +85,7 @@ def _half(codes, E4M3: tl.constexpr, FINITE: tl.constexpr):
 
 @triton.jit
 def accumulate_codes(
-    begin, end, w_rows, x_rows, w_scale_ptr, x_scale_ptr, first_n, n, m, M, KP,
+    begin, end, w_rows, x_rows, w_scale_ptr, x_scale_ptr, first_n, m, M, KP,
     KIND: tl.constexpr, BLOCKS: tl.constexpr, WIDEN: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -109,11 +109,9 @@ def accumulate_codes(
                 part = tl.dot(w, x)
             if BLOCKS:
                 scale = tl.load(x_scale_ptr + step * M + m)[None, :]
+                tl.static_assert(BLOCK_N <= STEP)  # the block's rows have one scale
                 blocks_k = tl.cdiv(KP, STEP)
-                if BLOCK_N <= STEP:
-                    scale *= tl.load(w_scale_ptr + first_n // STEP * blocks_k + step)
-                else:
-                    scale = scale * tl.load(w_scale_ptr + n // STEP * blocks_k + step)[:, None]
+                scale *= tl.load(w_scale_ptr + first_n // STEP * blocks_k + step)
                 part *= scale
             acc += part
     return acc
@@ -195,7 +193,7 @@ def eight_bit_gemm(
         begin = tl.program_id(1) * slice_steps
         acc = accumulate_codes(
             begin, tl.minimum(begin + slice_steps, steps), w_rows, x_rows, w_scale_ptr, x_scale_ptr,
-            first_n, n, m, M, KP, KIND, BLOCKS, WIDEN, EVEN_K, BLOCK_M, BLOCK_N,
+            first_n, m, M, KP, KIND, BLOCKS, WIDEN, EVEN_K, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     else:
         acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32 if KIND == "int8" else tl.float32)
@@ -203,7 +201,7 @@ def eight_bit_gemm(
             begin = s * slice_steps
             acc += accumulate_codes(
                 begin, tl.minimum(begin + slice_steps, steps), w_rows, x_rows, w_scale_ptr,
-                x_scale_ptr, first_n, n, m, M, KP, KIND, BLOCKS, WIDEN, EVEN_K, BLOCK_M, BLOCK_N,
+                x_scale_ptr, first_n, m, M, KP, KIND, BLOCKS, WIDEN, EVEN_K, BLOCK_M, BLOCK_N,
             )  # fmt: skip
 
     last = True

@@ -176,8 +176,8 @@ def experts_eight_bit(
     w_scale_ptr += e * w_scale_stride
     steps = tl.where(here, tl.cdiv(KP, STEP), 0)
     acc = accumulate_codes(
-        0, steps, w_rows, x_rows, w_scale_ptr, x_scale_ptr, pid_n * BLOCK_N, n,
-        m, M, KP, KIND, BLOCK_SCALES, WIDEN, EVEN_K, BLOCK_M, BLOCK_N,
+        0, steps, w_rows, x_rows, w_scale_ptr, x_scale_ptr, pid_n * BLOCK_N, m, M, KP, KIND,
+        BLOCK_SCALES, WIDEN, EVEN_K, BLOCK_M, BLOCK_N,
     ).to(tl.float32)  # fmt: skip
     if not BLOCK_SCALES:
         acc *= tl.load(x_scale_ptr + m)[None, :]

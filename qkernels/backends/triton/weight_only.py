@@ -185,7 +185,7 @@ def declare(plan: Plan, p: PackedWeight, config: configs.GemmConfig, problem: Pr
         permuted = "perm" in p.storage
         if permuted and problem.m >= GATHER_ROWS:
             x = _gathered(plan, x, p.storage["perm"])
-            weight["K"] = weight["KP"] = x.shape[1]
+            weight["K"] = x.shape[1]
             permuted = False
         if traits.transform_scales is None:
             _launch(plan, x, sparse_x, y, bias, weight, config, problem, permuted)
