@@ -16,6 +16,7 @@ from ..reference import ROUNDOFF, assert_fused_close
 from .test_eight_bit import assert_close as assert_eight_bit_close
 
 pytest.importorskip("triton")
+from qkernels.backends.plan import Plan, Symbolic
 from qkernels.backends.problem import Problem, problem_of
 from qkernels.backends.triton import configs, eight_bit, weight_only
 from qkernels.backends.triton import experts as backend
@@ -285,6 +286,32 @@ def test_whole_layer(
     assert bool(torch.isfinite(y).all())
     assert (y.double() - want).norm() <= bound * want.norm() + one_code + 1e-6
     assert torch.equal(y[5], torch.zeros_like(y[5]))
+
+
+@pytest.mark.parametrize("sizes", [(64, 32), (32, 64)])
+def test_both_products_of_a_layer_take_the_smaller_block(
+    sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They share one order of slots, and a block of more rows might not fit in shared memory."""
+    gate_up, down = (make("gptq", {"group_size": 32}, 3, *shape) for shape in ((128, 32), (96, 64)))
+    block_m = {gate_up.shape: sizes[0], down.shape: sizes[1]}
+    tabled, sort = backend.tabled, backend.sort
+    sorted_by: list[int] = []
+
+    def tabled_by_shape(problem: Problem) -> configs.GemmConfig:
+        return tabled(problem)._replace(block_m=block_m[problem.shape])
+
+    def observed_sort(plan: Plan, ids: Symbolic, experts: int, rows: int) -> Any:
+        sorted_by.append(rows)
+        return sort(plan, ids, experts, rows)
+
+    monkeypatch.setattr(backend, "tabled", tabled_by_shape)
+    monkeypatch.setattr(backend, "sort", observed_sort)
+    x, ids, weights = activations(5, 32), route(5, 2, 3), torch.rand(5, 2, device=DEVICE)
+    y = qk.fused_moe(x, gate_up, down, weights, ids, backend="triton")
+    want = qk.fused_moe(x.double(), gate_up, down, weights, ids, backend="reference")
+    assert sorted_by == [32]
+    assert (y.double() - want).norm() <= 4 * ROUNDOFF[torch.float16] * want.norm()
 
 
 def largest_term(

@@ -203,7 +203,7 @@ EXPERTS = [
     (EXPERTS_KERNEL, "tl.load(row + N, ", "tl.load(row, "),
     (EXPERTS_KERNEL, "slot = token * TOP_K + choice", "slot = token * TOP_K"),
     (EXPERTS_LAUNCH, "used = min(slots, experts + 1)", "used = min(slots, experts)"),
-    (EXPERTS_LAUNCH, "block_m = min(first.block_m, second.block_m)", "block_m = first.block_m // 2"),
+    (EXPERTS_LAUNCH, "block_m = min(first.block_m, second.block_m)", "block_m = first.block_m"),
 ]  # fmt: skip
 
 #: reads and writes beyond a tensor, of which the interpreter says nothing
