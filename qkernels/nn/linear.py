@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..backends.problem import resolve_batch_invariant
 from ..ops import matmul as ops
-from ..weights.packed import PackedWeight, quantize
+from ..weights.packed import PackedWeight, quantize, shown
 from .base import Holder, mangled
 
 #: attributes of nn.Module with the hooks of its calls
@@ -190,10 +190,9 @@ class QuantLinear(Holder):
 
     def extra_repr(self) -> str:
         format, _, params, layout = self._meta
-        shown = ", ".join(f"{k}={v!r}" for k, v in params.items())
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, format={format!r}, {shown}, layout={layout!r}"
+            f"bias={self.bias is not None}, format={format!r}, {shown(params)}layout={layout!r}"
         )
 
 

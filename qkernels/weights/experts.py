@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import counters, formats, layouts
 from ..tensors import whole
-from .packed import PackedWeight, Prepackable, quantize
+from .packed import PackedWeight, Prepackable, quantize, shown
 
 
 @lru_cache(maxsize=4096)
@@ -199,10 +199,9 @@ class PackedExperts(Prepackable):
         )
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{k}={v!r}" for k, v in self.params.items())
         return (
-            f"PackedExperts({self.count} x {self.format!r}, shape={self.shape}, {shown}, "
-            f"device={str(self.device)!r})"
+            f"PackedExperts({self.count} x {self.format!r}, shape={self.shape}, "
+            f"{shown(self.params)}device={str(self.device)!r})"
         )
 
 

@@ -14,6 +14,11 @@ from ..formats.base import check_weight
 from ..tensors import plain, whole
 
 
+def shown(params: Mapping[str, Any]) -> str:
+    """A format's parameters in a `repr`: "name=value, " for each."""
+    return "".join(f"{name}={value!r}, " for name, value in params.items())
+
+
 class Snapshot(NamedTuple):
     """A weight's layout and the tensors in that layout, which only ever change together."""
 
@@ -165,9 +170,8 @@ class PackedWeight(Prepackable):
         return PackedWeight, (self.format, self.shape, storage, self.params, layout)
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{k}={v!r}" for k, v in self.params.items())
         return (
-            f"PackedWeight({self.format!r}, shape={self.shape}, {shown}, "
+            f"PackedWeight({self.format!r}, shape={self.shape}, {shown(self.params)}"
             f"bits_per_weight={self.bits_per_weight:.3f}, device={str(self.device)!r})"
         )
 

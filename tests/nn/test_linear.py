@@ -127,6 +127,21 @@ def test_deepcopy_and_memory_stay_packed() -> None:
     assert nbytes == layer.packed.nbytes
 
 
+@pytest.mark.parametrize(
+    ("name", "between"), [("q4_0", ", "), ("fp4", ", block_size=64, double_quant=False")]
+)
+def test_text_of_formats_with_and_without_parameters(name: str, between: str) -> None:
+    p, experts = (
+        qk.quantize(torch.randn(8, 64), name),
+        qk.quantize_experts(torch.randn(1, 8, 64), name),
+    )
+    assert f"'{name}', shape=(8, 64){between}" in repr(p)
+    assert f"'{name}', shape=(8, 64){between}" in repr(experts)
+    assert f"format='{name}'{between}" in repr(qk.QuantLinear(p))
+    for text in (repr(p), repr(experts), repr(qk.QuantLinear(p))):
+        assert ", ," not in text
+
+
 def test_prepack_keeps_one_copy() -> None:
     pytest.importorskip("triton")
     layer = qk.QuantLinear(
