@@ -204,13 +204,12 @@ def _why_separate(problem: Problem, kernel: registry.Kernel) -> str | None:
 def _activation_key(p: PackedWeight) -> Any:
     """The parameters of the activations that `p` takes: weights with equal ones can share codes.
 
-    Read from the device once for each weight, and again when a static scale was changed in place.
+    Read from the device once for each weight, and again after its tensors were changed in place.
     """
-    names = ("input_scale", "input_zero_point")
-    scales = [p.storage.get(name) for name in names]
-    key = ("fused.activations", *map(_version, scales))
-    parameters = p.plans.get(key)
-    if parameters is None:
+    key = "fused.activations"
+    versions = [_version(t) for t in p.storage.values()]
+    read_at, parameters = p.plans.get(key, (None, None))
+    if read_at != versions:
         traits = formats.get(p.format).eight_bit_traits(p.shape, p.params)
         # The kernel layout's names of the tensors, also for a weight in the checkpoint layout.
         tensors = p.storage
@@ -218,15 +217,18 @@ def _activation_key(p: PackedWeight) -> Any:
             tensors = layouts.pack(
                 formats.get(p.format), p.shape, p.params, p.tensors, layouts.EIGHT_BIT
             )
-        static = tuple(float(tensors[name].float()) if name in tensors else None for name in names)
+        static = tuple(
+            float(tensors[name].float()) if name in tensors else None
+            for name in ("input_scale", "input_zero_point")
+        )
         parameters = (traits.kind == "int8", traits.activation, traits.threshold, *static)
-        p.plans[key] = parameters
+        p.plans[key] = versions, parameters
     return parameters
 
 
-def _version(tensor: Tensor | None) -> int | None:
+def _version(tensor: Tensor) -> int | None:
     """torch's count of changes in place; None where torch does not count, in inference mode."""
-    return None if tensor is None or tensor.is_inference() else tensor._version
+    return None if tensor.is_inference() else tensor._version
 
 
 def _products(

@@ -216,6 +216,11 @@ def test_a_static_scale_can_be_changed_in_place(backend: str) -> None:
             fused.rms_norm_matmul(x, norm, 1e-6, [q, k], backend=backend), (q, k), strict=True
         ):
             assert torch.equal(y, qk.matmul(before, p, backend=backend))
+    plans = len(k.plans)
+    for _ in range(3):
+        k.storage["input_scale"].mul_(0.9)
+        fused.rms_norm_matmul(x, norm, 1e-6, [q, k], backend=backend)
+    assert len(k.plans) == plans  # nothing is kept for scales that are gone
 
 
 def test_more_weights_than_a_model_has(backend: str) -> None:
