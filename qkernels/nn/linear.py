@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..backends.problem import resolve_batch_invariant
 from ..ops import matmul as ops
-from ..weights.packed import PackedWeight, quantize, shown
+from ..weights.packed import PackedWeight, params_text, quantize
 from .base import Holder, mangled
 
 #: attributes of nn.Module with the hooks of its calls
@@ -192,7 +192,8 @@ class QuantLinear(Holder):
         format, _, params, layout = self._meta
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, format={format!r}, {shown(params)}layout={layout!r}"
+            f"bias={self.bias is not None}, format={format!r}, "
+            f"{params_text(params)}layout={layout!r}"
         )
 
 

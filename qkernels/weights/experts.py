@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import counters, formats, layouts
 from ..tensors import whole
-from .packed import PackedWeight, Prepackable, quantize, shown
+from .packed import PackedWeight, Prepackable, params_text, quantize
 
 
 @lru_cache(maxsize=4096)
@@ -201,7 +201,7 @@ class PackedExperts(Prepackable):
     def __repr__(self) -> str:
         return (
             f"PackedExperts({self.count} x {self.format!r}, shape={self.shape}, "
-            f"{shown(self.params)}device={str(self.device)!r})"
+            f"{params_text(self.params)}device={str(self.device)!r})"
         )
 
 

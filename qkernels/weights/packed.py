@@ -14,7 +14,7 @@ from ..formats.base import check_weight
 from ..tensors import plain, whole
 
 
-def shown(params: Mapping[str, Any]) -> str:
+def params_text(params: Mapping[str, Any]) -> str:
     """A format's parameters in a `repr`: "name=value, " for each."""
     return "".join(f"{name}={value!r}, " for name, value in params.items())
 
@@ -171,7 +171,7 @@ class PackedWeight(Prepackable):
 
     def __repr__(self) -> str:
         return (
-            f"PackedWeight({self.format!r}, shape={self.shape}, {shown(self.params)}"
+            f"PackedWeight({self.format!r}, shape={self.shape}, {params_text(self.params)}"
             f"bits_per_weight={self.bits_per_weight:.3f}, device={str(self.device)!r})"
         )
 
