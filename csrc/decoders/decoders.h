@@ -12,6 +12,13 @@
 //   finish           subtracts the constant and the zero point
 //   kFinished        whether `split` gives final values, so that `finish` returns its argument
 //
+// The decode kernel does not finish weights: it subtracts constants and zero points from sums.
+//
+//   raw              word -> pairs[s] = value + kZero + added(s), divided by kFactor
+//   added            see raw; 0 for decoders whose `split` gives these values
+//   kTogether        the period of `added`
+//   kZero, kFactor   see raw
+//
 // Integer codes become floats without a conversion: OR-ing a code into the low mantissa bits of 2^m
 // (m = 10 in float16, 7 in bfloat16) makes the float 2^m + code, in both halves of a word at once.
 #pragma once
@@ -31,6 +38,10 @@ struct Table {
 struct Basic {
     static constexpr int kHigh = 0, kHighStep = 0, kBook = 0;
     static constexpr bool kTable = false, kFinished = false;
+    static constexpr float kZero = 0, kFactor = 1;
+    static constexpr int kTogether = 1;
+
+    static QK_HOST_DEVICE constexpr float added(int) { return 0; }
 };
 
 template <typename T>
@@ -96,11 +107,45 @@ struct Linear : Basic {
     static QK_HOST_DEVICE uint32_t finish(uint32_t values, uint32_t offset) {
         return fma2<T>(offset, Magic<T>::kMinusOne, values);
     }
+
+    /// Several codes of a half have a place in the mantissa after one shift. The higher the place,
+    /// the smaller the constant that is added, and the less a sum loses by its subtraction.
+    static constexpr int kFits = (Magic<T>::kMantissa - BITS) / kWidth + 1;
+    static constexpr int kTogether = kFits < 3 ? kFits : 3;
+#ifdef QK_HIGH
+    static constexpr int kLowest =
+        kTogether == 1 ? 0 : Magic<T>::kMantissa - BITS - (kTogether - 1) * kWidth;
+#else
+    static constexpr int kLowest =
+        kTogether == 1 || BITS == 4 ? 0 : Magic<T>::kMantissa - BITS - (kTogether - 1) * kWidth;
+#endif
+
+    /// Lowest bit of the mantissa that the code of pair s has in `raw`.
+    static QK_HOST_DEVICE constexpr int place(int s) { return kLowest + s % kTogether * kWidth; }
+    static QK_HOST_DEVICE constexpr float added(int s) { return float(1 << (Magic<T>::kMantissa - place(s))); }
+
+    static QK_HOST_DEVICE void raw(uint32_t word, uint32_t high, const Table&,
+                                   uint32_t (&pairs)[kPairs]) {
+        constexpr uint32_t mask = ((1u << kWidth) - 1) * 0x10001;
+        constexpr uint32_t high_mask = (((1u << kHighStep) - 1) << kWidth) * 0x10001;
+        QK_UNROLL
+        for (int s = 0; s < kPairs; s++) {
+            const int shift = s / kTogether * kTogether * kWidth - kLowest;
+            // 2^(mantissa - place), whose mantissa counts in steps of 2^-place
+            const uint32_t base =
+                Magic<T>::kBits - (uint32_t(place(s)) << Magic<T>::kMantissa) * 0x10001;
+            pairs[s] = lop3<kAndOr>(shifted_right(word, shift), mask << place(s), base);
+            if (kHigh > 0) {
+                pairs[s] = lop3<kAndOr>(shifted_right(high, shift - kWidth), high_mask << place(s),
+                                        pairs[s]);
+            }
+        }
+    }
 };
 
 /// The bits of a normal number in both halves, at compile time: conversions to T are instructions.
 template <typename T>
-constexpr uint32_t constant2(float value) {
+QK_HOST_DEVICE constexpr uint32_t constant2(float value) {
     const bool negative = value < 0;
     float size = negative ? -value : value;
     int exponent = 0;
@@ -119,6 +164,8 @@ constexpr uint32_t constant2(float value) {
 /// Signed codes: unsigned integers minus 2^(BITS - 1).
 template <typename T, int BITS>
 struct Signed : Linear<T, BITS> {
+    static constexpr float kZero = 1 << (BITS - 1);
+
     static QK_HOST_DEVICE uint32_t offset(float) { return 0; }
     static QK_HOST_DEVICE uint32_t finish(uint32_t values, uint32_t) {
         constexpr uint32_t less = constant2<T>(-(Linear<T, BITS>::kAdded + (1 << (BITS - 1))));
@@ -147,6 +194,8 @@ QK_HOST_DEVICE uint32_t halved(uint32_t values) {
 /// Half-integer codes: unsigned integers minus half of the largest one.
 template <typename T, int BITS>
 struct HalfInteger : Linear<T, BITS> {
+    static constexpr float kZero = float((1 << BITS) - 1) / 2;
+
     static QK_HOST_DEVICE void split(uint32_t word, uint32_t high, const Table&,
                                      uint32_t (&pairs)[Linear<T, BITS>::kPairs]) {
         Linear<T, BITS>::template spread<1>(word, high, Magic<T>::kBits | 0x10001, pairs);
@@ -173,6 +222,10 @@ struct Linear<BFloat, 8> : Basic {
                 bits_to_float(prmt(word, 0x4B000000, s ? 0x7443 : 0x7442)) - 8388608.0f;
             pairs[s] = prmt(float_to_bits(even), float_to_bits(odd), 0x7632);
         }
+    }
+    static QK_HOST_DEVICE void raw(uint32_t word, uint32_t high, const Table& table,
+                                   uint32_t (&pairs)[kPairs]) {
+        split(word, high, table, pairs);
     }
     static QK_HOST_DEVICE uint32_t offset(float zero) { return broadcast<BFloat>(zero); }
     static QK_HOST_DEVICE uint32_t finish(uint32_t values, uint32_t offset) {
@@ -202,6 +255,10 @@ struct Lut16 : Basic {
             bit3 >>= 16;
         }
     }
+    static QK_HOST_DEVICE void raw(uint32_t word, uint32_t high, const Table& table,
+                                   uint32_t (&pairs)[kPairs]) {
+        split(word, high, table, pairs);
+    }
     static QK_HOST_DEVICE uint32_t offset(float) { return 0; }
     static QK_HOST_DEVICE uint32_t finish(uint32_t values, uint32_t) { return values; }
 };
@@ -230,6 +287,18 @@ struct Float8 : Basic {
         // 2^(bias of T - bias of the code): 2^8 in float16, 2^120 or 2^112 in bfloat16
         constexpr uint32_t factor = kIsHalf ? 0x5C005C00 : EXPONENT == 4 ? 0x7B807B80 : 0x77807780;
         return fma2<T>(values, factor, Magic<T>::kMinusZero);
+    }
+    /// In float16 the sums are multiplied by 2^8; in bfloat16 they would be too small for float32.
+    static constexpr float kFactor = kIsHalf && EXPONENT == 4 ? 256 : 1;
+    static QK_HOST_DEVICE void raw(uint32_t word, uint32_t high, const Table& table,
+                                   uint32_t (&pairs)[kPairs]) {
+        split(word, high, table, pairs);
+        if (!kIsHalf) {
+            QK_UNROLL
+            for (int s = 0; s < kPairs; s++) {
+                pairs[s] = finish(pairs[s], 0);
+            }
+        }
     }
 };
 

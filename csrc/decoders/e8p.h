@@ -54,6 +54,26 @@ struct E8p : Basic {
     static QK_HOST_DEVICE uint32_t finish(uint32_t values, uint32_t) {
         return halved<T, 8>(values);
     }
+
+    /// A word of nibbles is a word of 4-bit codes.
+    using Nibbles = Linear<T, 4>;
+    static constexpr float kZero = 7.5f;
+    static constexpr int kTogether = Nibbles::kTogether;
+    static QK_HOST_DEVICE constexpr float added(int s) { return Nibbles::added(s % 4); }
+    static QK_DEVICE void raw(uint32_t word, uint32_t, const Table& table,
+                              uint32_t (&pairs)[kPairs]) {
+        uint32_t nibbles[2];
+        e8p_nibbles(word, table.book, nibbles);
+        QK_UNROLL
+        for (int c = 0; c < 2; c++) {
+            uint32_t four[4];
+            Nibbles::raw(nibbles[c], 0, table, four);
+            QK_UNROLL
+            for (int s = 0; s < 4; s++) {
+                pairs[c * 4 + s] = four[s];
+            }
+        }
+    }
 };
 
 /// 3 and 4 bits: a second code for the residual of the first, added in float32 and rounded once.
@@ -95,6 +115,10 @@ struct E8pResidual : Basic {
             }
             pairs[s] = pair(values[0], values[1]);
         }
+    }
+    static QK_DEVICE void raw(uint32_t word, uint32_t high, const Table& table,
+                              uint32_t (&pairs)[kPairs]) {
+        split(word, high, table, pairs);
     }
     static QK_HOST_DEVICE uint32_t offset(float) { return 0; }
     static QK_HOST_DEVICE uint32_t finish(uint32_t values, uint32_t) { return values; }

@@ -45,6 +45,23 @@ QK_HOST_DEVICE uint32_t prmt(uint32_t a, uint32_t b, uint32_t pick) {
 #endif
 }
 
+/// The high 32 bits of a product.
+QK_HOST_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+    return __umulhi(a, b);
+#else
+    return uint32_t(uint64_t(a) * b >> 32);
+#endif
+}
+
+/// The value, in a register: the compiler may not make it again from a constant for each use.
+QK_HOST_DEVICE uint32_t in_register(uint32_t value) {
+#ifdef __CUDA_ARCH__
+    asm volatile("mov.b32 %0, %0;" : "+r"(value));
+#endif
+    return value;
+}
+
 QK_HOST_DEVICE float bits_to_float(uint32_t bits) {
     float f;
     memcpy(&f, &bits, 4);

@@ -107,6 +107,18 @@ QK_DEVICE void store_shared(T* p, T value) {
     *p = value;
 }
 
+#ifndef __CUDACC__
+inline void emulated_copy(void* to, const void* from, uint32_t bytes, uint32_t live) {
+    emulation::check_aligned(to, bytes);
+    emulation::check_aligned(from, bytes);
+    emulation::check_global(from, live, false);
+    emulation::note_shared_write(to, bytes, true);
+    emulation::Machine::get().me().uncommitted.push_back({static_cast<unsigned char*>(to),
+                                                          static_cast<const unsigned char*>(from),
+                                                          bytes, live});
+}
+#endif
+
 /// cp.async: copies 16 bytes from global to shared memory; only the first `live` are read, the rest
 /// are zero.
 QK_DEVICE void copy_async(void* to, const void* from, uint32_t live) {
@@ -115,12 +127,39 @@ QK_DEVICE void copy_async(void* to, const void* from, uint32_t live) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(live)
                  : "memory");
 #else
-    emulation::check_aligned(to, 16);
-    emulation::check_aligned(from, 16);
-    emulation::check_global(from, live, false);
-    emulation::note_shared_write(to, 16, true);
-    emulation::Machine::get().me().uncommitted.push_back(
-        {static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), 16, live});
+    emulated_copy(to, from, 16, live);
+#endif
+}
+/// `copy_async` of bytes that other blocks of the SM copy too: they stay in the L1.
+QK_DEVICE void copy_async_l1(void* to, const void* from, uint32_t live) {
+#ifdef __CUDACC__
+    const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(live)
+                 : "memory");
+#else
+    emulated_copy(to, from, 16, live);
+#endif
+}
+/// `copy_async` of 16, 8 or 4 bytes that are read once; the policy is for the L2.
+QK_DEVICE void copy_async_stream(Words4* to, const Words4* from, uint64_t policy) {
+#ifdef __CUDACC__
+    const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(at),
+                 "l"(from), "l"(policy)
+                 : "memory");
+#else
+    emulated_copy(to, from, 16, 16);
+#endif
+}
+template <typename Words>
+QK_DEVICE void copy_async_stream(Words* to, const Words* from, uint64_t policy) {
+#ifdef __CUDACC__
+    const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], %2, %3;" ::"r"(at),
+                 "l"(from), "n"(sizeof(Words)), "l"(policy)
+                 : "memory");
+#else
+    emulated_copy(to, from, sizeof(Words), sizeof(Words));
 #endif
 }
 QK_DEVICE void copy_async_commit() {

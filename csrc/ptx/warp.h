@@ -8,6 +8,15 @@ namespace qk {
 QK_DEVICE uint32_t lane_index() { return thread_index() % 32; }
 QK_DEVICE uint32_t warp_index() { return thread_index() / 32; }
 
+/// The same, in a way that tells the compiler that all lanes have the same value.
+QK_DEVICE uint32_t uniform_warp_index() {
+#ifdef __CUDACC__
+    return __shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0);
+#else
+    return warp_index();
+#endif
+}
+
 /// The value of lane (mine ^ mask).
 QK_DEVICE uint32_t shuffle_xor(uint32_t value, uint32_t mask) {
 #ifdef __CUDACC__

@@ -28,14 +28,17 @@ struct WeightOnlyArgs {
     const void* bias;          // (N) or null
     void* y;                   // (M, N)
     float* partial;            // (split-K slices, blocks, rows of a block x columns of a block)
-    int* counter;              // (blocks), zero before and after
+    int* counter;              // (blocks, or decode's row tiles), zero before and after
     int m, n, k, kp;
     int tiles, k_slice;          // tiles of 16 words along K: in all, and in a split-K slice
     int group, shift;            // features in a group, and log2 of it or -1
     int row_group, scale_group;  // rows, and features of a tile, that have the same scale
     int scaling, scale_type;     // of `Plain`: the kind, and the dtype of scaler[0]
     int x_stride;                // gemm: features of a row of x, in kernel order, a multiple of 8
-    int chunk;                   // gemv: tiles whose activations are in shared memory at a time
+    int x_chunks;  // decode: whether x is in kernel order, in whole 16-byte chunks, which are aligned
+    // decode: see `Grouped` in scalers.h
+    int scale_stride, last_group;         // rows of scales of a group; number of the last group
+    uint32_t group_divisor, row_divisor;  // scale groups in a group, rows that share a scale
     int x_rows;    // gemm with outliers: rows of x, padded with zeros to a multiple of 8
     int is_float;  // whether y is float32
 };
@@ -45,7 +48,7 @@ struct WeightOnlyCall {
     WeightOnlyArgs args;
     uint64_t stream;
     uint32_t grid_x, grid_y, shared;
-    int kernel;        // 0: gemv, 1: gemm, 2: hopper
+    int kernel;        // 0: decode, 1: gemm, 2: hopper
     int is_bfloat;     // of x, y and bias
     int scale_groups;  // of `Plain`: scale groups in a tile of one row, 1, 2, 4, or 0 for any
     int pdl;           // programmatic dependent launch (sm_90+)

@@ -9,11 +9,12 @@
 //                                                                    c ^ (m % 8), for ldmatrix
 //
 // Codes are decoded to operands of mma.m16n8k16 in registers, and each operand is used COLUMNS / 8
-// times. Either the sums of a scale group are scaled, as in gemv.h, or each weight is scaled and
+// times. Either the sums of a scale group are scaled, as in decode.h, or each weight is scaled and
 // rounded to 16 bits once, which costs less than adding COLUMNS sums if scale groups are short. K
 // is cut into split-K slices, which the block that finishes last adds in order.
 #pragma once
-#include "gemv.h"
+#include "outliers.h"
+#include "tile.h"
 
 namespace qk {
 
@@ -82,12 +83,21 @@ QK_DEVICE void fetch_codes(const WeightOnlyArgs& args, const GemmBlock<D>& block
 template <typename T, typename D>
 QK_DEVICE void fetch_x(const WeightOnlyArgs& args, const GemmBlock<D>& block, int step) {
     constexpr int chunks = kTile<D> / 8;
-    for (int i = thread_index(); i < kGemmColumns<D> * chunks; i += kGemvThreads) {
+    for (int i = thread_index(); i < kGemmColumns<D> * chunks; i += kThreads) {
         const int m = i / chunks, c = i % chunks, k = (block.begin + step) * kTile<D> + c * 8;
         const bool live =
             block.begin + step < block.end && block.m0 + m < args.m && k < args.x_stride;
         const int64_t at = live ? int64_t(block.m0 + m) * args.x_stride + k : 0;
         copy_async(block.chunk(step, m, c), static_cast<const T*>(args.x) + at, live ? 16 : 0);
+    }
+}
+
+/// A lane's part of a tile's scales, loaded before it is used. S: a scaler, see scalers.h.
+template <typename D, typename S>
+QK_DEVICE void fetch_scales(typename S::Raw& raw, const WeightOnlyArgs& args, int tile, int end,
+                            const typename S::Rows& scale_rows) {
+    if (tile < end) {
+        S::fetch(raw, args, scale_rows, tile, kTile<D>);
     }
 }
 
@@ -112,11 +122,11 @@ QK_DEVICE Packed<D> packed_of(const GemmBlock<D>& block, int step) {
 /// acc += one step.
 template <typename T, typename D, typename S>
 QK_DEVICE void multiply_step(float (&acc)[kGemmColumns<D> / 8][4], const WeightOnlyArgs& args,
-                             const GemmBlock<D>& block, int step, const FetchedTile<D, S>& fetched,
+                             const GemmBlock<D>& block, int step, const typename S::Raw& raw,
                              const Table& table, const typename S::Rows& scale_rows) {
     constexpr int columns = kGemmColumns<D> / 8;
     const Values<D> values = decode<D>(packed_of<D>(block, step), table);
-    S scales(args, fetched.raw, block.begin + step);
+    S scales(args, raw, block.begin + step);
     const int j = lane_index() % 4;
     const bool by_element = S::kGroups == 0 && args.scale_group < kSlice;
     const int scale_group = S::kGroups == 0 ? args.scale_group : kTile<D> / kGroupsLoaded<S>;
@@ -178,21 +188,21 @@ QK_DEVICE bool reduce_slices(float (&acc)[COUNT][4], const WeightOnlyArgs& args,
     if (k_slices == 1) {
         return true;
     }
-    const int64_t block = block_index_x(), blocks = blocks_x(), outputs = COUNT * 4 * kGemvThreads;
+    const int64_t block = block_index_x(), blocks = blocks_x(), outputs = COUNT * 4 * kThreads;
     float* mine = args.partial + (block_index_y() * blocks + block) * outputs + t;
     QK_UNROLL
     for (int i = 0; i < COUNT * 4; i++) {
-        store_global(mine + i * kGemvThreads, acc[i / 4][i % 4]);
+        store_global(mine + i * kThreads, acc[i / 4][i % 4]);
         acc[i / 4][i % 4] = 0;
     }
-    if (!is_last_slice(args, last)) {
+    if (!is_last_part(args.counter + block_index_x(), k_slices, last)) {
         return false;
     }
     for (int s = 0; s < k_slices; s++) {
         const float* theirs = args.partial + (s * blocks + block) * outputs + t;
         QK_UNROLL
         for (int i = 0; i < COUNT * 4; i++) {
-            acc[i / 4][i % 4] += load_l2(theirs + i * kGemvThreads);
+            acc[i / 4][i % 4] += load_l2(theirs + i * kThreads);
         }
     }
     return true;
@@ -209,7 +219,7 @@ __global__ void __launch_bounds__(kThreads, (kGemmBlocks<D>))
                              begin + args.k_slice < args.tiles ? begin + args.k_slice : args.tiles,
                              shared_memory() + kBookBytes<D>};
     const int q = lane_index() / 4, j = lane_index() % 4, first = block.n0 + warp_index() * 16 + q;
-    const typename S::Rows scale_rows(args, first);
+    const typename S::Rows scale_rows = rows_from<S>(args, first);
 
     // The last kernel may write x, but not the weight, so the loads of the weight start before the
     // wait.
@@ -217,8 +227,8 @@ __global__ void __launch_bounds__(kThreads, (kGemmBlocks<D>))
     for (int step = 0; step < kStages - 1; step++) {
         fetch_codes<D>(args, block, step);
     }
-    FetchedTile<D, S> fetched = {}, next = {};
-    fetch_scales(fetched, args, block.begin, block.end, scale_rows);
+    typename S::Raw raw = {}, next = {};
+    fetch_scales<D, S>(raw, args, block.begin, block.end, scale_rows);
     auto* const book = reinterpret_cast<uint32_t*>(shared_memory());
     load_book<D>(args, book, kThreads);
     const Table table = load_table<D>(args, book);
@@ -240,9 +250,9 @@ __global__ void __launch_bounds__(kThreads, (kGemmBlocks<D>))
         fetch_codes<D>(args, block, step + kStages - 1);
         fetch_x<T, D>(args, block, step + kStages - 1);
         copy_async_commit();
-        fetch_scales(next, args, block.begin + step + 1, block.end, scale_rows);
-        multiply_step<T, D, S>(acc, args, block, step, fetched, table, scale_rows);
-        fetched = next;
+        fetch_scales<D, S>(next, args, block.begin + step + 1, block.end, scale_rows);
+        multiply_step<T, D, S>(acc, args, block, step, raw, table, scale_rows);
+        raw = next;
     }
     copy_async_wait<0>();
     sync_block();

@@ -228,7 +228,7 @@ QK_DEVICE void finish_products(const Consumer<D, COLUMNS>& me) {
 template <typename T, typename D, int COLUMNS, typename S, bool ROW_SCALE>
 QK_DEVICE void multiply_tile(float (&sums)[COLUMNS / 2], uint32_t (&a)[2][4],
                              const WeightOnlyArgs& args, Consumer<D, COLUMNS>& me, int tile,
-                             int live, const FetchedTile<D, S>& fetched, const Table& table,
+                             int live, const typename S::Raw& raw, const Table& table,
                              const typename S::Rows& scale_rows) {
     const int lane = lane_index(), q = lane / 4, j = lane % 4;
     barrier_wait(me.shared.codes_full(me.codes.index), me.codes.parity);
@@ -251,7 +251,7 @@ QK_DEVICE void multiply_tile(float (&sums)[COLUMNS / 2], uint32_t (&a)[2][4],
     if (drain && !in_place && tile > 0) {
         finish_products(me);
     }
-    S scales(args, fetched.raw, tile);
+    S scales(args, raw, tile);
     const bool by_element = S::kGroups == 0 && args.scale_group < kSlice;
     const int scale_group = S::kGroups == 0 ? args.scale_group : kTile<D> / kGroupsLoaded<S>;
     GroupScales<D, S> group_scales;
@@ -309,20 +309,20 @@ QK_DEVICE void multiply_all(const HopperArgs& args, const HopperShared<D, COLUMN
     for (int work = block_index_x(); work < WorkTile<COLUMNS>::count(w); work += blocks_x()) {
         const WorkTile<COLUMNS> work_tile(w, work);
         const int row = work_tile.n0 + me.warpgroup * 64 + warp_index() % 4 * 16 + lane_index() / 4;
-        const typename S::Rows scale_rows(w, row);
-        FetchedTile<D, S> fetched = {}, next = {};
-        fetch_scales(fetched, w, 0, w.tiles, scale_rows);
+        const typename S::Rows scale_rows = rows_from<S>(w, row);
+        typename S::Raw raw = {}, next = {};
+        fetch_scales<D, S>(raw, w, 0, w.tiles, scale_rows);
         float sums[COLUMNS / 2];
         uint32_t a[2][4];
         QK_NO_UNROLL
         for (int tile = 0; tile < w.tiles; tile++) {
             if (!ROW_SCALE) {
-                fetch_scales(next, w, tile + 1, w.tiles, scale_rows);
+                fetch_scales<D, S>(next, w, tile + 1, w.tiles, scale_rows);
             }
             multiply_tile<T, D, COLUMNS, S, ROW_SCALE>(sums, a, w, me, tile, w.n - work_tile.n0,
-                                                       fetched, table, scale_rows);
+                                                       raw, table, scale_rows);
             if (!ROW_SCALE) {
-                fetched = next;
+                raw = next;
             }
         }
         finish_products(me);
@@ -331,7 +331,7 @@ QK_DEVICE void multiply_all(const HopperArgs& args, const HopperShared<D, COLUMN
             add_sparse<T>(reinterpret_cast<float (&)[COLUMNS / 8][4]>(sums), w, row, work_tile.m0);
         }
         if constexpr (ROW_SCALE) {
-            const S scales(w, fetched.raw, 0);
+            const S scales(w, raw, 0);
             const float factor[2] = {scales.get(w, scale_rows, 0, 0, 0).scale,
                                      scales.get(w, scale_rows, 1, 0, 0).scale};
             store_scaled<COLUMNS>(w, sums, work_tile, row, factor);

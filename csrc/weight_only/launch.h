@@ -3,6 +3,8 @@
 // there.
 #pragma once
 #include "../ptx/launch.h"
+#include "decode.h"
+#include "gemm.h"
 #include "hopper.h"
 
 namespace qk {
@@ -24,18 +26,45 @@ struct HopperKernel {
     }
 };
 
-/// Kernels of the scaler `Plain`, one for each number of scale groups in a tile.
+/// The decode kernel for the call's rows of x.
+template <typename T, typename D, typename S>
+WeightOnlyKernel decode_kernel(const WeightOnlyCall& call) {
+    return call.args.m <= 8 ? WeightOnlyKernel(weight_only_decode<T, D, S, 1>)
+                            : WeightOnlyKernel(weight_only_decode<T, D, S, 2>);
+}
+
+/// Kernels of the scaler `Plain`, one for each number of scale groups in a tile. The decode kernel
+/// is made for each of KINDS, too.
+template <int... KINDS>
 struct AnyPlain {
     template <typename T, typename D>
     static WeightOnlyKernel find(const WeightOnlyCall& call) {
-        const WeightOnlyKernel gemv[] = {
-            weight_only_gemv<T, D, Plain<0>>, weight_only_gemv<T, D, Plain<1>>,
-            weight_only_gemv<T, D, Plain<2>>, nullptr, weight_only_gemv<T, D, Plain<4>>};
+        if (call.kernel == 0) {
+            WeightOnlyKernel kernel = nullptr;
+            ((kernel = call.args.scaling == KINDS ? find_decode<T, D, KINDS>(call) : kernel), ...);
+            return kernel == nullptr ? decode_kernel<T, D, Plain<0>>(call) : kernel;
+        }
         // A tile with two scales runs as one with four scale groups: each scale is loaded twice.
-        const WeightOnlyKernel gemm[] = {
-            weight_only_gemm<T, D, Plain<0>>, weight_only_gemm<T, D, Plain<1>>,
-            weight_only_gemm<T, D, Plain<4>>, nullptr, weight_only_gemm<T, D, Plain<4>>};
-        return call.kernel == 0 ? gemv[call.scale_groups] : gemm[call.scale_groups];
+        return call.scale_groups == 0   ? weight_only_gemm<T, D, Plain<0>>
+               : call.scale_groups == 1 ? weight_only_gemm<T, D, Plain<1>>
+                                        : weight_only_gemm<T, D, Plain<4>>;
+    }
+    template <typename T, typename D, int KIND>
+    static WeightOnlyKernel find_decode(const WeightOnlyCall& call) {
+        if constexpr (KIND == kScaleFlat || KIND == kNestedFlat) {
+            return nullptr;
+        } else if (KIND == kGroup && call.args.scale_type == kFloat32) {
+            return nullptr;
+        } else {
+            return find_grouped<T, D, KIND>(call);
+        }
+    }
+    template <typename T, typename D, int KIND>
+    static WeightOnlyKernel find_grouped(const WeightOnlyCall& call) {
+        return call.scale_groups == 1   ? decode_kernel<T, D, Grouped<1, KIND>>(call)
+               : call.scale_groups == 2 ? decode_kernel<T, D, Grouped<2, KIND>>(call)
+               : call.scale_groups == 4 ? decode_kernel<T, D, Grouped<4, KIND>>(call)
+                                        : nullptr;
     }
     template <typename T, typename D>
     static HopperKernel find_hopper(const WeightOnlyCall& call) {
@@ -55,7 +84,7 @@ struct Only {
         if (call.args.scale_group % (kTile<D> / S::kGroups) != 0) {
             return nullptr;
         }
-        return call.kernel == 0 ? WeightOnlyKernel(weight_only_gemv<T, D, S>)
+        return call.kernel == 0 ? decode_kernel<T, D, S>(call)
                                 : WeightOnlyKernel(weight_only_gemm<T, D, S>);
     }
     template <typename T, typename D>
@@ -66,14 +95,15 @@ struct Only {
 
 template <typename T, typename D, typename Scalers>
 std::string launch_weight_only(const WeightOnlyCall& call) {
-    // The gemv or gemm kernel; null if there is none for groups this short. A Hopper call asks only
+    // The decode or gemm kernel; null if there is none for groups this short. A Hopper call asks only
     // for this check.
     const WeightOnlyKernel kernel = Scalers::template find<T, D>(call);
     if (kernel == nullptr) {
         return "it is made for longer groups than these";
     }
     if (call.kernel != 2) {
-        const Grid grid{call.grid_x, call.grid_y, kGemvThreads, call.shared};
+        const Grid grid{call.grid_x, call.grid_y,
+                        uint32_t(call.kernel == 0 ? kDecodeThreads : kThreads), call.shared};
         return launch<WeightOnlyArgs>(kernel, grid, call.args, call.stream, call.pdl != 0);
     }
     const HopperKernel hopper = Scalers::template find_hopper<T, D>(call);

@@ -7,17 +7,21 @@
 
 namespace qk {
 
-/// Shared memory of the gemv: sums of 8 threads per row, each for 16 x 8 outputs; padded, because
-/// otherwise all 8 would write to the same banks.
-constexpr int kSparseParts = 8, kSparseStride = 16 * 8 + 4;
-constexpr int kSparseBytes = kSparseParts * kSparseStride * 4;
+/// Outliers of the decode kernel: 8 threads a row sum for themselves. Their sums of a block of
+/// COLUMNS rows of x are padded, because otherwise all 8 would write to the same banks.
+constexpr int kSparseParts = 8;
+template <int THREADS, int COLUMNS>
+constexpr int kSparseStride = THREADS / kSparseParts * COLUMNS + 4;
+template <int THREADS, int COLUMNS>
+constexpr int kSparseBytes = kSparseParts * kSparseStride<THREADS, COLUMNS> * 4;
 
-/// Sparse sums of a gemv block with 128 threads: rows n0.. of W times rows m0.. of x. sums: shared
+/// Sparse sums of the rows n0.. of W, one for every 8 threads, times rows m0.. of x. sums: shared
 /// memory.
-template <typename T>
+template <typename T, int THREADS, int COLUMNS>
 QK_DEVICE void sparse_sums(const WeightOnlyArgs& args, float* sums, int n0, int m0) {
+    constexpr int rows = THREADS / kSparseParts;
     const int part = thread_index() % kSparseParts, row = thread_index() / kSparseParts;
-    float acc[8] = {};
+    float acc[COLUMNS] = {};
     if (n0 + row < args.n) {
         const int end = load_global(args.row_offsets + n0 + row + 1);
         int i = load_global(args.row_offsets + n0 + row) + block_index_y() * kSparseParts + part;
@@ -26,7 +30,7 @@ QK_DEVICE void sparse_sums(const WeightOnlyArgs& args, float* sums, int n0, int 
             const float value = to_float(Half{uint16_t(entry >> 16)});
             const T* x = static_cast<const T*>(args.x) + (entry & 0xFFFF);
             QK_UNROLL
-            for (int m = 0; m < 8; m++) {
+            for (int m = 0; m < COLUMNS; m++) {
                 if (m0 + m < args.m) {
                     acc[m] += value * to_float(load_global(x + int64_t(m0 + m) * args.k));
                 }
@@ -34,17 +38,18 @@ QK_DEVICE void sparse_sums(const WeightOnlyArgs& args, float* sums, int n0, int 
         }
     }
     QK_UNROLL
-    for (int m = 0; m < 8; m++) {
-        store_shared(sums + part * kSparseStride + m * 16 + row, acc[m]);
+    for (int m = 0; m < COLUMNS; m++) {
+        store_shared(sums + part * kSparseStride<THREADS, COLUMNS> + m * rows + row, acc[m]);
     }
 }
 
 /// Adds the parts of output t of the block.
+template <int THREADS, int COLUMNS>
 QK_DEVICE float sparse_total(const float* sums, int t) {
     float total = 0;
     QK_UNROLL
     for (int part = 0; part < kSparseParts; part++) {
-        total += load_shared(sums + part * kSparseStride + t);
+        total += load_shared(sums + part * kSparseStride<THREADS, COLUMNS> + t);
     }
     return total;
 }

@@ -29,24 +29,24 @@ template <int SCALE_GROUPS, bool HAS_MIN, int DEPTH>
 struct Quad {
     static constexpr int kGroups = SCALE_GROUPS;
     static constexpr bool kHasMin = HAS_MIN, kElements = true, kOutliers = false;
+    static constexpr bool kHasZero = false;
     static constexpr int kDepth = DEPTH;
 
     struct Rows {
         int row[2];
-        QK_DEVICE Rows(const WeightOnlyArgs&, int first) : row{first, first + 8} {}
+        QK_DEVICE Rows(const WeightOnlyArgs&, int first, int second) : row{first, second} {}
     };
     /// 32 bits per row.
     struct Raw {
         uint32_t w[2];
     };
 
-    /// words[r] = word(row) for rows that exist, 0 for others.
+    /// words[r] = word(row)
     template <typename F>
-    QK_DEVICE static void load_rows(uint32_t (&words)[2], const WeightOnlyArgs& args,
-                                    const Rows& rows, F word) {
+    QK_DEVICE static void load_rows(uint32_t (&words)[2], const Rows& rows, F word) {
         QK_UNROLL
         for (int r = 0; r < 2; r++) {
-            words[r] = rows.row[r] < args.n ? word(rows.row[r]) : 0;
+            words[r] = word(rows.row[r]);
         }
     }
 };
@@ -81,7 +81,7 @@ struct Blocks : Quad<SCALE_GROUPS, HAS_MIN, 4> {
     QK_DEVICE static void fetch(Raw& raw, const WeightOnlyArgs& args, const Rows& rows, int tile,
                                 int) {
         const int at = group_of_lane<SCALE_GROUPS>(args, tile);
-        Base::load_rows(raw.w, args, rows, [&](int row) {
+        Base::load_rows(raw.w, rows, [&](int row) {
             return HAS_MIN ? halves(args, args.scaler[0], args.scaler[1], at, row)
                            : item<uint16_t>(args, args.scaler[0], at, row);
         });
@@ -106,7 +106,7 @@ struct E8M0 : Quad<SCALE_GROUPS, false, 4> {
     QK_DEVICE static void fetch(Raw& raw, const WeightOnlyArgs& args, const Rows& rows, int tile,
                                 int) {
         const int at = group_of_lane<SCALE_GROUPS>(args, tile);
-        Base::load_rows(raw.w, args, rows,
+        Base::load_rows(raw.w, rows,
                         [&](int row) { return item<uint8_t>(args, args.scaler[0], at, row); });
     }
 
@@ -126,7 +126,7 @@ struct Q4K : Quad<4, true, 4> {
     QK_DEVICE static void fetch(Raw& raw, const WeightOnlyArgs& args, const Rows& rows, int tile,
                                 int) {
         const int block = tile / 2, j = lane_index() % 4;
-        load_rows(raw.w, args, rows, [&](int row) {
+        load_rows(raw.w, rows, [&](int row) {
             return j < 3 ? item<uint32_t>(args, args.scaler[0], block * 3 + j, row)
                          : halves(args, args.scaler[1], args.scaler[2], block, row);
         });
@@ -163,7 +163,7 @@ struct Q2K : Quad<16, true, 2> {
     };
     QK_DEVICE static void fetch(Raw& raw, const WeightOnlyArgs& args, const Rows& rows, int tile,
                                 int) {
-        load_rows(raw.w, args, rows, [&](int row) {
+        load_rows(raw.w, rows, [&](int row) {
             const int at = tile * 16 + lane_index() % 4 * 4;
             uint32_t four = 0;
             QK_UNROLL
@@ -172,7 +172,7 @@ struct Q2K : Quad<16, true, 2> {
             }
             return four;
         });
-        load_rows(raw.d, args, rows,
+        load_rows(raw.d, rows,
                   [&](int row) { return halves(args, args.scaler[1], args.scaler[2], tile, row); });
     }
 
@@ -195,7 +195,7 @@ struct Q3K : Quad<16, false, 2> {
     QK_DEVICE static void fetch(Raw& raw, const WeightOnlyArgs& args, const Rows& rows, int tile,
                                 int) {
         const int j = lane_index() % 4;
-        load_rows(raw.w, args, rows, [&](int row) {
+        load_rows(raw.w, rows, [&](int row) {
             return j < 3 ? item<uint32_t>(args, args.scaler[0], tile * 3 + j, row)
                          : item<uint16_t>(args, args.scaler[1], tile, row);
         });
@@ -228,7 +228,7 @@ struct Q6K : Quad<8, false, 4> {
     QK_DEVICE static void fetch(Raw& raw, const WeightOnlyArgs& args, const Rows& rows, int tile,
                                 int) {
         const int at = tile * 8 + lane_index() % 4 * 2;
-        load_rows(raw.w, args, rows, [&](int row) {
+        load_rows(raw.w, rows, [&](int row) {
             return item<uint8_t>(args, args.scaler[0], at, row) |
                    item<uint8_t>(args, args.scaler[0], at + 1, row) << 8 |
                    item<uint16_t>(args, args.scaler[1], tile / 2, row) << 16;
@@ -253,7 +253,7 @@ struct Q6K : Quad<8, false, 4> {
 struct Iq4Xs : Quad<4, false, 2> {
     QK_DEVICE static void fetch(Raw& raw, const WeightOnlyArgs& args, const Rows& rows, int tile,
                                 int) {
-        load_rows(raw.w, args, rows, [&](int row) {
+        load_rows(raw.w, rows, [&](int row) {
             return lane_index() % 2 == 0
                        ? item<uint32_t>(args, args.scaler[0], tile / 2, row)
                        : halves(args, args.scaler[1], args.scaler[2], tile / 2, row);
@@ -307,14 +307,10 @@ struct TwoLevel : Quad<SCALE_GROUPS, true, 2> {
                                                           : slice * 16 / args.group;
             QK_UNROLL
             for (int r = 0; r < 2; r++) {
-                raw.second[r][i] = {};
-                if (rows.row[r] < args.n) {
-                    raw.stats[r] |= item<uint8_t>(args, args.scaler[0], group, rows.row[r])
-                                    << 8 * i;
-                    const int row_groups = (args.n + args.row_group - 1) / args.row_group;
-                    const int64_t at = int64_t(group) * row_groups + rows.row[r] / args.row_group;
-                    raw.second[r][i] = load_global(static_cast<const Words2*>(args.scaler[1]) + at);
-                }
+                raw.stats[r] |= item<uint8_t>(args, args.scaler[0], group, rows.row[r]) << 8 * i;
+                const int row_groups = (args.n + args.row_group - 1) / args.row_group;
+                const int64_t at = int64_t(group) * row_groups + rows.row[r] / args.row_group;
+                raw.second[r][i] = load_global(static_cast<const Words2*>(args.scaler[1]) + at);
             }
         }
     }

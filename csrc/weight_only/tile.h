@@ -13,7 +13,7 @@
 
 namespace qk {
 
-/// Threads of a block of the gemv and the gemm; features of a slice, the K of one mma.
+/// Threads of a block of the gemm; features of a slice, the K of one mma.
 constexpr int kThreads = 128;
 constexpr int kSlice = 16;
 
@@ -50,25 +50,6 @@ struct Packed {
     Words4 low[2];
     HighWords<D> high[2];
 };
-
-/// Loads a lane's bytes; zeros past the last tile and the last row.
-template <typename D>
-QK_DEVICE Packed<D> load_packed(const WeightOnlyArgs& args, int tile, int end, const int (&rows)[2],
-                                uint64_t policy) {
-    Packed<D> packed = {};
-    QK_UNROLL
-    for (int r = 0; r < 2; r++) {
-        if (tile < end && rows[r] < args.n) {
-            const int64_t at = (int64_t(tile) * args.n + rows[r]) * 4 + lane_index() % 4;
-            packed.low[r] = load_stream(args.qdata + at, policy);
-            if (D::kHigh > 0) {
-                packed.high[r] =
-                    load_stream(static_cast<const HighWords<D>*>(args.qhigh) + at, policy);
-            }
-        }
-    }
-    return packed;
-}
 
 /// A tile's decoded values: pairs[row][p][h][s] holds feature s*32 + p*16 + h*8 + 2j of the tile
 /// and the next one.
@@ -110,6 +91,14 @@ QK_DEVICE void operand(uint32_t (&a)[4], const Values<D>& values, int s, int p,
 /// Scale groups of a tile whose scales a lane loads before it uses the tile.
 template <typename S>
 constexpr int kGroupsLoaded = S::kGroups == 0 ? 1 : S::kGroups;
+
+/// The `Rows` of rows first and first + 8. Rows past the last one read the scales of the last one;
+/// their products are never stored.
+template <typename S>
+QK_DEVICE typename S::Rows rows_from(const WeightOnlyArgs& args, int first) {
+    const int last = args.n - 1, second = first + 8;
+    return typename S::Rows(args, first < last ? first : last, second < last ? second : last);
+}
 
 /// The scale and the minimum or zero point of one scale group, for each of a lane's two rows.
 /// factor: the scale. minimum: subtracted after scaling, with kHasMin. offset: the zero point, as
@@ -189,6 +178,21 @@ QK_DEVICE void store_output(const WeightOnlyArgs& args, int m, int n, float valu
     } else {
         store_global(static_cast<T*>(args.y) + at, from_float<T>(value));
     }
+}
+
+/// Whether this block is the last of `count` that have stored parts of the same outputs; then the
+/// parts of all are visible. counter: 0 before and after. flag: shared memory.
+QK_DEVICE bool is_last_part(int* counter, int count, int* flag) {
+    sync_block();  // all stores of this block are done before one thread counts it
+    if (thread_index() == 0) {
+        const bool last = atomic_add_acq_rel(counter, 1) == count - 1;
+        if (last) {
+            store_global(counter, 0);  // the next call expects 0
+        }
+        store_shared(flag, int(last));
+    }
+    sync_block();
+    return load_shared(flag) != 0;
 }
 
 /// Features kk and kk + 1, in kernel order, of row m of x; 0 for features that do not exist.

@@ -93,7 +93,9 @@ class ScaleKind(NamedTuple):
         zero: what the scales come with: "point" (a zero point), "min" or "none".
         triton: its function in triton_kernels/scalers.py.
         cuda: the scalers that a CUDA kernel of these scales is compiled for
-            (csrc/weight_only/launch.h). {groups} stands for the scale groups of a tile.
+            (csrc/weight_only/launch.h). {groups} stands for the scale groups of a tile. A name that
+            begins with "k" is a `Scaling` of csrc/weight_only/arguments.h: codes have one kernel
+            for all of them.
         codes: names of the codes that have such a CUDA kernel.
         group: features that share a scale, if the kind fixes the number. None: any.
         flat: whether groups run over the flattened (N, K) matrix instead of along K.
@@ -140,18 +142,18 @@ _CODES = (
 #: (decoder, bits) -> its row
 CODES = {(kind.decoder, kind.bits): kind for kind in _CODES}
 
-# One CUDA kernel takes all kinds of scales of "AnyPlain", which it distinguishes at run time.
-_PLAIN = ("linear2", "linear3", "linear4", "linear8", "lut16", "e4m3", "e5m2")
+_LINEAR = ("linear2", "linear3", "linear4", "linear8")
+_FLOATS = ("lut16", "e4m3", "e5m2")
 _NESTED = ("absmax", "nested_map", "nested_absmax", "offset")
 _TRANSFORMED = (*(f"half_integer{bits}" for bits in (2, 3, 4)), "e8p2", "e8p3", "e8p4")
 #: scaler -> its row
 SCALES = {
-    "group": ScaleKind(("scales", "zeros"), "point", "group", "AnyPlain", _PLAIN, lookup=True),
-    "scale": ScaleKind(("absmax",), "none", "scale", "AnyPlain", _PLAIN),
-    "scale_flat": ScaleKind(("absmax",), "none", "scale_flat", "AnyPlain", _PLAIN, flat=True),
-    "nested": ScaleKind(_NESTED, "none", "nested", "AnyPlain", _PLAIN, nested=True),
+    "group": ScaleKind(("scales", "zeros"), "point", "group", "kGroup", _LINEAR, lookup=True),
+    "scale": ScaleKind(("absmax",), "none", "scale", "kScale", _FLOATS),
+    "scale_flat": ScaleKind(("absmax",), "none", "scale_flat", "kScaleFlat", ("lut16",), flat=True),
+    "nested": ScaleKind(_NESTED, "none", "nested", "kNested", ("lut16",), nested=True),
     "nested_flat": ScaleKind(
-        _NESTED, "none", "nested_flat", "AnyPlain", _PLAIN, flat=True, nested=True
+        _NESTED, "none", "nested_flat", "kNestedFlat", ("lut16",), flat=True, nested=True
     ),
     "row_scale": ScaleKind(("absmax",), "none", "scale", "Only<Plain<1>, true>", _TRANSFORMED),
     "block_scale": ScaleKind(
@@ -185,15 +187,18 @@ def cuda_kernel(codes: CodeKind, scaler: str) -> str | None:
     scales = SCALES[scaler]
     if codes.name not in scales.codes:
         return None
-    return f"weight_only_{codes.name}" + ("" if scales.cuda == "AnyPlain" else f"_{scaler}")
+    return f"weight_only_{codes.name}" + ("" if scales.cuda.startswith("k") else f"_{scaler}")
 
 
 def cuda_kernels() -> dict[str, tuple[CodeKind, str]]:
     """Name -> (codes, C++ scalers) of every weight-only CUDA kernel, in the order of tables."""
-    kernels = {}
+    kernels: dict[str, tuple[CodeKind, list[str]]] = {}
     for scaler, scales in SCALES.items():
         for codes in CODES.values():
             if name := cuda_kernel(codes, scaler):
                 groups = codes.tile // (scales.group or SLICE)
-                kernels[name] = codes, scales.cuda.format(groups=groups)
-    return kernels
+                kernels.setdefault(name, (codes, []))[1].append(scales.cuda.format(groups=groups))
+    return {
+        name: (codes, f"AnyPlain<{', '.join(kinds)}>" if kinds[0].startswith("k") else kinds[0])
+        for name, (codes, kinds) in kernels.items()
+    }

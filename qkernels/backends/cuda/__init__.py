@@ -94,7 +94,7 @@ _quantized = registry.Quantized(
 def register_kernels() -> None:
     """Register each kernel with the module that launches it."""
     kernels = (
-        ("cuda.weight_only_gemv", "weight_only", layouts.WEIGHT_ONLY),
+        ("cuda.weight_only_decode", "weight_only", layouts.WEIGHT_ONLY),
         ("cuda.weight_only_hopper", "hopper", layouts.WEIGHT_ONLY),
         ("cuda.weight_only_gemm", "gemm", layouts.WEIGHT_ONLY),
         ("cuda.eight_bit", "eight_bit", layouts.EIGHT_BIT),

@@ -29,8 +29,14 @@ _POINTERS = [
 _SIZES = [
     "m", "n", "k", "kp", "tiles", "k_slice", "group", "shift",
     "row_group", "scale_group", "scaling", "scale_type",
-    "x_stride", "chunk", "x_rows", "is_float",
+    "x_stride", "x_chunks", "scale_stride", "last_group", "group_divisor", "row_divisor",
+    "x_rows", "is_float",
 ]  # fmt: skip
+
+
+def divisor(number: int, count: int) -> int:
+    """`number` as `divided` of csrc/weight_only/scalers.h takes it, to divide 0 .. count - 1."""
+    return 0 if number >= count else -(-(2**31) // number)
 
 
 class WeightOnlyArgs(ctypes.Structure):

@@ -1,4 +1,4 @@
-"""Launches the weight-only GEMM of csrc/weight_only/gemm.h, for 9 rows of x and more."""
+"""Launches the weight-only GEMM of csrc/weight_only/gemm.h, for 17 rows of x and more."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..device import sm_count
 from ..plan import Plan, Symbolic
 from ..weight_only import traits_of
 from . import k_slices, launch, transforms
-from . import weight_only as gemv
+from . import weight_only as decode
 from .calls import WeightOnlyCall
 
 if TYPE_CHECKING:
@@ -39,11 +39,9 @@ def shared_bytes(codes: CodeKind) -> int:
 
 def rejects(problem: Problem) -> str | None:
     """Why this kernel does not take the problem, or None."""
-    if problem.m <= gemv.COLUMNS:
-        return f"for more than {gemv.COLUMNS} rows of x"
-    if problem.batch_invariant:
-        return "the GEMV takes these to sum in an order that does not depend on M"
-    return gemv.unsupported(problem)
+    if decode.rejects(problem) is None:
+        return "the decode kernel takes these"
+    return decode.unsupported(problem)
 
 
 def declare(plan: Plan, p: PackedWeight, problem: Problem) -> None:
@@ -55,7 +53,7 @@ def declare(plan: Plan, p: PackedWeight, problem: Problem) -> None:
     assert p.layout == layouts.WEIGHT_ONLY
     traits = traits_of(problem)
     x, bias = plan.operands
-    call = gemv.call_of(p, traits, x.dtype, kernel=1)
+    call = decode.call_of(p, traits, x.dtype, kernel=1)
     count = k_slices_for(problem, x.device)
     call.args.k_slice = k_slices.steps_of(call.args.tiles, count)
 
@@ -120,7 +118,7 @@ def start(
     x = _in_chunks(plan, x, p.storage.get("perm"))
     args.m, args.x, args.y, args.x_stride = y.shape[0], x.data_ptr(), y.data_ptr(), x.shape[1]
     args.bias = None if bias is None else bias.data_ptr()
-    launch.start(plan, gemv.kernel_of(traits), call, [x, *reads], [y, *scratch])
+    launch.start(plan, decode.kernel_of(traits), call, [x, *reads], [y, *scratch])
 
 
 def _in_chunks(plan: Plan, x: Symbolic, perm: Tensor | None) -> Symbolic:
@@ -167,8 +165,8 @@ def k_slices_for(problem: Problem, device: torch.device) -> int:
     traits = traits_of(problem)
     columns = columns_of(traits.codes)
     blocks = -(-problem.shape[0] // ROWS) * -(-problem.m // columns)
-    most = min(gemv.MAX_K_SLICES, workspace.BYTES // (blocks * ROWS * columns * 4))
-    tiles = gemv.tiles_of(problem.shape, traits)
+    most = min(decode.MAX_K_SLICES, workspace.BYTES // (blocks * ROWS * columns * 4))
+    tiles = decode.tiles_of(problem.shape, traits)
     return k_slices.count_for(tiles, blocks, 2 * sm_count(device), STAGES, most)
 
 

@@ -11,7 +11,7 @@ from ..device import sm_count
 from ..plan import Plan, Symbolic
 from ..weight_only import traits_of
 from . import gemm, transforms
-from . import weight_only as gemv
+from . import weight_only as decode
 from .launch import whole
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def rejects(problem: Problem) -> str | None:
         return f"for {MIN_ROWS} rows of x and more"
     if problem.batch_invariant:
         return "the GEMV takes these to sum in an order that does not depend on M"
-    return gemv.unsupported(problem)
+    return decode.unsupported(problem)
 
 
 def declare(plan: Plan, p: PackedWeight, problem: Problem) -> None:
@@ -57,7 +57,7 @@ def declare(plan: Plan, p: PackedWeight, problem: Problem) -> None:
     assert p.layout == layouts.WEIGHT_ONLY
     traits = traits_of(problem)
     x, bias = plan.operands
-    call = gemv.call_of(p, traits, x.dtype, kernel=2)
+    call = decode.call_of(p, traits, x.dtype, kernel=2)
     n = p.shape[0]
 
     def multiply(x: Symbolic, bias: Symbolic | None, y: Symbolic) -> None:

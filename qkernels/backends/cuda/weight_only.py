@@ -1,4 +1,4 @@
-"""Launches the weight-only GEMV of csrc/weight_only/gemv.h, for up to 8 rows of x.
+"""Launches the weight-only decode kernel of csrc/weight_only/decode.h, for up to 16 rows of x.
 
 It also fills in the arguments of a packed weight for the other weight-only kernels.
 """
@@ -20,23 +20,20 @@ from ..device import sm_count
 from ..plan import Plan, Symbolic
 from ..weight_only import traits_of
 from . import k_slices, transforms
-from .calls import SCALE_TYPES, SCALINGS, WeightOnlyArgs, WeightOnlyCall
+from .calls import SCALE_TYPES, SCALINGS, WeightOnlyArgs, WeightOnlyCall, divisor
 from .launch import start, whole
 
 if TYPE_CHECKING:
     from ...weights.packed import PackedWeight
     from ..problem import Problem
 
-#: as in csrc/weight_only/gemv.h: warps of a block, rows of W and of x of a block
-WARPS, ROWS, COLUMNS = 4, 16, 8
-#: tiles of activations in shared memory are a multiple of this: warps x tiles in flight
-CHUNK = 16
-#: bytes of shared memory for activations
-STAGED_BYTES = 32 * 1024
-#: bytes of shared memory for sums of outliers, as in csrc/weight_only/outliers.h
-SPARSE_BYTES = 4 * 8 * (ROWS * COLUMNS + 4)
-#: blocks that run on an SM at a time: 128 threads of 128 registers
-BLOCKS_PER_SM = 4
+#: as in csrc/weight_only/decode.h: warps of a block, tiles that each has in flight, rows of W of a
+#: block, and the most rows of x
+WARPS, STAGES, ROWS, COLUMNS = 8, 4, 32, 16
+#: bytes of shared memory for sums of outliers, as in csrc/weight_only/outliers.h: 8 threads a row
+SPARSE_BYTES = {columns: 4 * 8 * (ROWS * columns + 4) for columns in (8, 16)}
+#: blocks that run on an SM at a time
+BLOCKS_PER_SM = 2
 #: the most split-K slices of a launch
 MAX_K_SLICES = 32
 #: rows of x in one launch, so that the workspace stays small
@@ -47,6 +44,8 @@ def rejects(problem: Problem) -> str | None:
     """Why this kernel does not take the problem, or None."""
     if problem.m > COLUMNS and not problem.batch_invariant:
         return f"for up to {COLUMNS} rows of x"
+    if problem.shape[0] < ROWS:
+        return f"for {ROWS} rows of W and more"
     return unsupported(problem)
 
 
@@ -123,20 +122,19 @@ def _launch(
 ) -> None:
     """Declare the kernel's launch for at most MAX_ROWS rows."""
     m, n = x.shape[0], p.shape[0]
-    args = call.args
-    blocks_n, blocks_m = -(-n // ROWS), -(-m // COLUMNS)
+    args, columns = call.args, columns_for(m)
+    blocks = -(-n // ROWS) * -(-m // columns)
     count = k_slices_for(p.shape, traits, x.device)
     args.k_slice = k_slices.steps_of(args.tiles, count)
-    args.chunk = chunk_of(args.k_slice, traits.codes.tile, m)
     args.m, args.x, args.y = m, x.data_ptr(), y.data_ptr()
+    args.x_chunks = int("perm" not in p.storage and x.shape[1] % 8 == 0 and args.x % 16 == 0)
     args.bias = None if bias is None else bias.data_ptr()
-    call.grid_x, call.grid_y = blocks_n * blocks_m, count
-    call.shared = shared_bytes(traits.codes, m, args.k_slice, outliers=traits.outliers)
+    call.grid_x, call.grid_y = blocks, count
+    call.shared = shared_bytes(traits.codes, m, outliers=traits.outliers)
     scratch: list[Symbolic] = []
     if count > 1:
-        blocks = blocks_n * blocks_m
         scratch = [
-            plan.empty((count * blocks * ROWS * COLUMNS,), torch.float32), plan.counters(blocks)
+            plan.empty((count * blocks * ROWS * columns,), torch.float32), plan.counters(blocks)
         ]  # fmt: skip
         args.partial, args.counter = (t.data_ptr() for t in scratch)
     reads = [x, *p.storage.values(), *([] if bias is None else [bias])]
@@ -172,6 +170,9 @@ def _call_template(
         n=n, k=k, kp=kp, tiles=-(-kp // codes.tile),
         group=group, row_group=traits.row_group, scale_group=scale_group,
         shift=group.bit_length() - 1 if group & (group - 1) == 0 else -1,
+        scale_stride=-(-n // traits.row_group), last_group=(kp - 1) // group,
+        group_divisor=divisor(max(1, group // scale_group), -(-kp // scale_group)),
+        row_divisor=divisor(traits.row_group, n),
         # kernels of one scaler ignore it
         scaling=SCALINGS.get((scales.zero, scales.flat, scales.nested), 0),
         scale_type=SCALE_TYPES.get(scaler[0].dtype, 0),  # unused for codes of scales
@@ -215,23 +216,20 @@ def k_slices_for(
     return k_slices.count_for(tiles_of(shape, traits), blocks_n, resident, WARPS, MAX_K_SLICES)
 
 
-@lru_cache(maxsize=4096)
-def chunk_of(k_slice: int, tile: int, m: int) -> int:
-    """Tiles whose activations are in shared memory at a time."""
-    fits = STAGED_BYTES // (2 * min(m, COLUMNS) * tile * CHUNK)
-    return CHUNK * max(1, min(fits, -(-k_slice // CHUNK)))
+def columns_for(m: int) -> int:
+    """Rows of x of a block."""
+    return 8 if m <= 8 else COLUMNS
 
 
 @lru_cache(maxsize=4096)
-def shared_bytes(
-    codes: CodeKind, m: int = COLUMNS, k_slice: int = 2**20, *, outliers: bool = False
-) -> int:
+def shared_bytes(codes: CodeKind, m: int = COLUMNS, *, outliers: bool = False) -> int:
     """Shared memory of a block; by default of the largest launch."""
-    tile = codes.tile
-    staged = max(
-        2 * min(m, COLUMNS) * chunk_of(k_slice, tile, m) * tile, 4 * WARPS * ROWS * COLUMNS
-    )
-    return 4 * codes.book_words + staged + (SPARSE_BYTES if outliers else 0)
+    columns = columns_for(m)
+    rows = min(m, columns)
+    stage = ROWS * (64 + 4 * codes.high_words) + rows * codes.tile * 2
+    sums = 4 * WARPS * ROWS * rows + 256
+    sparse = SPARSE_BYTES[columns] if outliers else 0
+    return 4 * codes.book_words + sums + sparse + WARPS * STAGES * stage
 
 
 def configuration(problem: Problem) -> str:
@@ -240,4 +238,5 @@ def configuration(problem: Problem) -> str:
     again = (
         f", which reads the weight {-(-problem.m // COLUMNS)} times" if problem.m > COLUMNS else ""
     )
-    return f"{COLUMNS} rows of x and {ROWS} of W a block, K in {count} slices{again}"
+    columns = columns_for(problem.m)
+    return f"{columns} rows of x and {ROWS} of W a block, K in {count} slices{again}"
