@@ -75,7 +75,8 @@ def sass(text: str) -> Program:
             predicate, opcode, operands = line_parts.groups()
             target = _SASS_TARGET.search(operands)
             # the predicate can be an operand, too: BRA.U UP0, `(.L_x_1)
-            conditional = bool(predicate) or bool(target and operands[: target.start()].strip())
+            has_operand = bool(target and operands[: target.start()].strip())
+            conditional = bool(predicate) or (has_operand and opcode.startswith("BRA"))
             label_of = target[1] if target else None
             before = (predicate or "").strip().removeprefix("@")
             instructions.append(Instruction(opcode, operands, label_of, conditional, before))

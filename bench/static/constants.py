@@ -89,7 +89,7 @@ def _operands(instruction: Instruction) -> list[str]:
 def _run(instruction: Instruction, state: State, known: dict[int, int]) -> None:
     """Change `state` as the instruction does."""
     runs = _predicate(instruction.predicate, state) if instruction.predicate else 1
-    if runs == 0:
+    if runs == 0 or instruction.target is not None:  # jumps write nothing
         return
     before = dict(state) if runs is None else state
     results = dict(_results(instruction, state, known))

@@ -17,7 +17,7 @@ from qkernels.backends.cuda import weight_only as launcher
 from qkernels.backends.cuda.calls import WeightOnlyArgs
 from qkernels.backends.weight_only import traits_of
 from qkernels.layouts import codecs
-from qkernels.layouts.codecs import SLICE, CodeKind
+from qkernels.layouts.codecs import CodeKind
 
 from . import assembly, constants, dynamic
 from .facts import tools
