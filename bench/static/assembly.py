@@ -35,13 +35,14 @@ class Instruction(NamedTuple):
     """One instruction of SASS or PTX.
 
     opcode: with its suffixes. target: the label that a jump names. conditional: whether a predicate
-    decides that it runs.
+    decides that it runs. predicate: the one before the opcode, such as "!P0", or "".
     """
 
     opcode: str
     operands: str
     target: str | None
     conditional: bool
+    predicate: str = ""
 
     @property
     def name(self) -> str:
@@ -74,10 +75,11 @@ def sass(text: str) -> Program:
             predicate, opcode, operands = line_parts.groups()
             target = _SASS_TARGET.search(operands)
             # the predicate can be an operand, too: BRA.U UP0, `(.L_x_1)
-            conditional = bool(predicate) or bool(target and operands[: target.start()].strip())
-            instructions.append(
-                Instruction(opcode, operands, target[1] if target else None, conditional)
-            )
+            has_operand = bool(target and operands[: target.start()].strip())
+            conditional = bool(predicate) or (has_operand and opcode.startswith("BRA"))
+            label_of = target[1] if target else None
+            before = (predicate or "").strip().removeprefix("@")
+            instructions.append(Instruction(opcode, operands, label_of, conditional, before))
     return Program(instructions, labels)
 
 
@@ -124,7 +126,7 @@ _JUMPS = ("BRA", "JMP", "CALL", "WARPSYNC", "bra")
 _ENDS = ("BRA", "JMP", "RET", "EXIT", "bra", "ret", "exit")
 
 
-def _blocks(program: Program) -> tuple[list[range], list[list[int]]]:
+def basic_blocks(program: Program) -> tuple[list[range], list[list[int]]]:
     """Basic blocks as ranges of instructions, and the successors of each."""
     code, labels = program
     starts = {0, *labels.values()}
@@ -144,7 +146,7 @@ def _blocks(program: Program) -> tuple[list[range], list[list[int]]]:
     return blocks, following
 
 
-def _dominators(following: list[list[int]]) -> dict[int, set[int]]:
+def dominators_of(following: list[list[int]]) -> dict[int, set[int]]:
     """Block -> the blocks on every path to it from the first. Unreachable blocks are left out."""
     reached, waiting = {0}, [0]
     while waiting:
@@ -172,8 +174,8 @@ def loops(program: Program) -> list[set[int]]:
     """Each natural loop as the indices of its instructions."""
     if not program.instructions:
         return []
-    blocks, following = _blocks(program)
-    dominators = _dominators(following)
+    blocks, following = basic_blocks(program)
+    dominators = dominators_of(following)
     bodies: dict[int, set[int]] = {}  # head -> blocks; loops that share a head are one
     for tail in dominators:
         for head in following[tail]:
@@ -189,22 +191,26 @@ def loops(program: Program) -> list[set[int]]:
     return [{i for b in body for i in blocks[b]} for body in bodies.values()]
 
 
-def _is_tensor(instruction: Instruction) -> bool:
+def is_tensor(instruction: Instruction) -> bool:
     return bool(_SASS_TENSOR.fullmatch(instruction.name) or _PTX_TENSOR.match(instruction.opcode))
 
 
 def main_loop(program: Program) -> list[Instruction]:
     """The instructions of the main loop (see the module's docstring); empty without a loop."""
+    return [program.instructions[i] for i in sorted(main_body(program))]
+
+
+def main_body(program: Program) -> set[int]:
+    """The indices of the instructions of `main_loop`."""
     code = program.instructions
     bodies = loops(program)
-    for matches in (_is_tensor, lambda i: bool(_SASS_LOAD.match(i.opcode))):
+    for matches in (is_tensor, lambda i: bool(_SASS_LOAD.match(i.opcode))):
         counts = [sum(matches(code[i]) for i in body) for body in bodies]
         matching = [(body, n) for body, n in zip(bodies, counts, strict=True) if n]
         inner = [(n, body) for body, n in matching if not any(b < body for b, _ in matching)]
         if inner:
-            _, body = max(inner, key=lambda pair: (pair[0], len(pair[1])))
-            return [code[i] for i in sorted(body)]
-    return []
+            return max(inner, key=lambda pair: (pair[0], len(pair[1])))[1]
+    return set()
 
 
 def steps(sass_loop: list[Instruction], ptx_loop: list[Instruction]) -> int:
@@ -214,14 +220,14 @@ def steps(sass_loop: list[Instruction], ptx_loop: list[Instruction]) -> int:
     kernel's loop, because triton peels steps off but does not unroll, and LLVM cannot unroll past a
     barrier.
     """
-    in_sass, in_ptx = (sum(map(_is_tensor, loop)) for loop in (sass_loop, ptx_loop))
+    in_sass, in_ptx = (sum(map(is_tensor, loop)) for loop in (sass_loop, ptx_loop))
     return max(1, round(in_sass / in_ptx)) if in_ptx else 1
 
 
 # ---------------------------------------------------------------------- tensor cores and loads
 def tensor_core(code: list[Instruction]) -> str | None:
     """The most frequent tensor-core instruction, with its suffixes; None without one."""
-    counts = Counter(instruction.opcode for instruction in code if _is_tensor(instruction))
+    counts = Counter(instruction.opcode for instruction in code if is_tensor(instruction))
     return counts.most_common(1)[0][0] if counts else None
 
 

@@ -1,18 +1,26 @@
-"""Print what limits decoding at M = 1, by SASS: instructions to issue, or bytes to move.
+"""Print instructions per weight and memory bounds of decoding, CUDA and Triton side by side.
 
-    python -m bench.static.decode [--gpu H200] [--shape 8192x8192]
+    python -m bench.static.decode --output bench/results/static_decode.md
+    python -m bench.static.decode --only gptq --only q4_k
 
 An SM issues instructions of four warps in a cycle, so a product takes at least
 
     instructions per weight * N * K / (SMs * 4 * 32 * clock)
 
-however fast the memory is. That is a bound, not a prediction: kernels reach neither limit. No GPU
-is needed.
+however fast the memory is. That is a bound, not a prediction: kernels reach neither limit.
+dynamic.py says which instructions count. This needs nvcc and triton, but no GPU.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -21,11 +29,47 @@ from qkernels.benchmark import shapes
 from qkernels.quantizers.specs import FormatSpec
 
 from ..model import bytes_per_weight
-from . import facts
+from . import cuda_kernels, facts
+from .jobs import weight_only as jobs
+from .jobs.base import DTYPES
+from .workers import start_worker
 
+ROWS = (1, 8, 16)
+GPUS = ("H100", "H200")
 #: of an SM of sm_90 in one cycle: lanes of the instructions that it issues, bf16 operations of its
 #: tensor cores
 _LANES, _OPERATIONS = 128, 4096
+
+#: format -> instructions a weight that its CUDA kernels may have: with up to 8 rows of x in float16
+#: and bfloat16, with 16 rows in float16 and bfloat16. tests/kernels/test_decode_counts.py compiles
+#: these and fails above a figure. The figures are what was measured last, and only ever sink;
+#: bench/targets.md has what they are to become.
+CEILINGS: dict[str, tuple[float, float, float, float]] = {
+    "gptq:bits=4,group_size=128": (5.91, 5.91, 13.4, 13.4),
+    "nf4:block_size=64": (9.17, 9.17, 22.25, 22.25),
+    "q4_k": (6.47, 6.47, 15.05, 15.04),
+    "gptq:bits=8,group_size=128": (8.54, 10.22, 21.44, 23.16),
+    "fp8:float_format=e4m3": (9.59, 9.59, 22.44, 22.44),
+    "gptq:bits=2,group_size=128": (5.65, 5.65, 11.73, 11.71),
+    "gptq:bits=3,group_size=128": (6.73, 6.73, 13.11, 13.11),
+    "q5_k": (7.59, 7.59, 16.04, 16.04),
+    "q6_k": (7.22, 7.22, 16.22, 16.21),
+    "iq4_xs": (8.26, 8.26, 16.11, 16.11),
+    "spqr": (10.58, 10.58, 15.5, 15.5),
+    "quip_sharp:bits=2": (6.49, 6.49, 9.77, 9.77),
+    "quip_sharp:bits=4": (15.06, 15.06, 18.49, 18.49),
+}
+
+
+class Row(NamedTuple):
+    """One format. cuda, triton: (dtype, M) -> instructions a weight. cuda is empty without a
+    kernel. bits: packed bits of a weight, scales included.
+    """
+
+    format: str
+    bits: float
+    cuda: dict[tuple[str, int], float]
+    triton: dict[tuple[str, int], float]
 
 
 def clock(gpu: roofline.Gpu) -> float:
@@ -33,56 +77,130 @@ def clock(gpu: roofline.Gpu) -> float:
     return gpu.bf16 * 1e12 / (gpu.sm_count * _OPERATIONS)
 
 
-def rows(
-    gpu: roofline.Gpu, shape: tuple[int, int], only: set[str] | None = None
-) -> list[tuple[str, float, float, float]]:
-    """Rows of the table, those that wait longest for instructions first.
-
-    Each has the format, instructions per weight, least microseconds to issue them, and least
-    microseconds to move the packed weight. only: the formats to compile; None for all.
-    """
-    table = []
-    for job in facts.jobs("weight_only", 90, False):
-        if not job.label.endswith("bf16 M=1"):
-            continue
-        spec = FormatSpec(job.label.split()[0], dict(_pairs(job.label)))
-        if only is not None and str(spec) not in only:
-            continue
-        fact = facts.facts_of("weight_only", job)
-        if fact.error or fact.per_weight is None:
-            raise RuntimeError(f"{job.label}: {fact.error}")
-        weights = shape[0] * shape[1]
-        issue = fact.per_weight * weights / (gpu.sm_count * _LANES * clock(gpu))
-        memory = bytes_per_weight(spec.name, spec.params) * weights
-        memory /= gpu.bandwidth * 1e9 * roofline.COPY_FRACTION
-        table.append((str(spec), fact.per_weight, issue * 1e6, memory * 1e6))
-    return sorted(table, key=lambda row: row[3] / row[2])
+def issue_us(gpu: roofline.Gpu, per_weight: float, weights: int) -> float:
+    """Least microseconds to issue the instructions."""
+    return per_weight * weights / (gpu.sm_count * _LANES * clock(gpu)) * 1e6
 
 
-def _pairs(label: str) -> list[tuple[str, object]]:
-    """The parameters in a job's label, as (name, value)."""
-    pairs: list[tuple[str, object]] = []
-    for name, _, text in (part.partition("=") for part in label.split()[1:-2]):
-        value = {"True": True, "False": False}.get(text, text)
-        pairs.append((name, int(text) if text.isdigit() else value))
-    return pairs
+def memory_us(gpu: roofline.Gpu, bits: float, weights: int) -> float:
+    """Least microseconds to read the packed weight."""
+    return bits / 8 * weights / (gpu.bandwidth * 1e9 * roofline.COPY_FRACTION) * 1e6
+
+
+def row_of(name: str, params: dict[str, Any], cache: Path) -> Row:
+    """The row of a format. cache: a folder that keeps compiled kernels."""
+    cuda = cuda_kernels.counts(name, params, ROWS, cache)
+    triton = {}
+    for dtype in DTYPES:
+        for m in ROWS:
+            fact = facts.facts_of("weight_only", jobs.job(90, name, params, m, dtype))
+            if fact.error or fact.per_weight is None:
+                raise RuntimeError(f"{fact.name}: {fact.error}")
+            triton[dtype, m] = fact.per_weight
+    bits = 8 * bytes_per_weight(name, params)
+    return Row(str(FormatSpec(name, params)), bits, cuda, triton)
+
+
+def too_many(format: str, counts: dict[tuple[str, int], float]) -> list[str]:
+    """A line for each count above the format's figure in CEILINGS."""
+    few_half, few_bfloat, half, bfloat = CEILINGS[format]
+    most = {"fp16": (few_half, half), "bf16": (few_bfloat, bfloat)}
+    return [
+        f"{format} {dtype} M={m}: expected at most {ceiling} instructions a weight, got {count:.2f}"
+        for (dtype, m), count in counts.items()
+        if count > (ceiling := most[dtype][m > 8]) + 0.005
+    ]
+
+
+def page(rows: list[Row], shape: tuple[int, int]) -> str:
+    """The table as Markdown, those that wait longest for instructions first."""
+    import triton
+
+    weights = shape[0] * shape[1]
+    gpus = [gpu for gpu in roofline.GPUS if gpu.name in GPUS]
+    languages = [f"{language} {dtype}" for language in ("CUDA", "Triton") for dtype in DTYPES]
+    headings = [
+        "format", "bits", *languages, "issue CUDA, us", "issue Triton, us",
+        *(f"memory {gpu.name}, us" for gpu in gpus),
+    ]  # fmt: skip
+    lines = ["| " + " | ".join(headings) + " |", "| --- |" + " ---: |" * (len(headings) - 1)]
+    for row in sorted(rows, key=lambda row: row.bits / row.cuda["bf16", 1]):
+        cells = [row.format, f"{row.bits:.2f}"]
+        for counts in (row.cuda, row.triton):
+            cells += [" / ".join(f"{counts[dtype, m]:.2f}" for m in ROWS) for dtype in DTYPES]
+        for counts in (row.cuda, row.triton):
+            cells.append(f"{issue_us(gpus[0], counts['bf16', 1], weights):.1f}")
+        cells += [f"{memory_us(gpu, row.bits, weights):.1f}" for gpu in gpus]
+        lines.append("| " + " | ".join(cells) + " |")
+    slow = {
+        language: sum(
+            issue_us(gpus[-1], counts(row)["bf16", 1], weights)
+            > memory_us(gpus[-1], row.bits, weights)
+            for row in rows
+        )
+        for language, counts in (("CUDA", lambda r: r.cuda), ("Triton", lambda r: r.triton))
+    }
+    return (
+        "# What limits decoding, by SASS\n\n"
+        f"Made by `python -m bench.static.decode` (nvcc {_nvcc()}, triton {triton.__version__}, "
+        f"sm_90a, {time.strftime('%Y-%m-%d')}). **No GPU took part.** Instructions of a lane per "
+        "weight, in one pass of the main loop, by the way that a full tile takes "
+        f"(`bench/static/dynamic.py`), with M = {' / '.join(map(str, ROWS))} rows of x. Times are "
+        f"for a {shape[0]}x{shape[1]} matrix, bfloat16, M = 1: to issue the instructions, on "
+        f"{' and '.join(GPUS)} alike, and to read the packed weight at "
+        f"{roofline.COPY_FRACTION:.0%} of the data sheet's bandwidth. Both are bounds that no "
+        "kernel reaches. Those that wait longest for instructions come first.\n\n"
+        + "\n".join(lines)
+        + f"\n\nOf these {len(rows)} formats, {slow['CUDA']} in CUDA and {slow['Triton']} in "
+        f"Triton wait for instructions rather than for the memory of an {GPUS[-1]}.\n"
+    )
+
+
+def _nvcc() -> str:
+    import re
+    import subprocess
+
+    from qkernels.backends.cuda import build
+
+    text = subprocess.run([str(build.nvcc()), "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"V([\d.]+)", text)
+    return release[1] if release else "of unknown version"
 
 
 def main(
-    gpu: Annotated[str, typer.Option(help="H100 or H200.")] = "H200",
+    only: Annotated[list[str] | None, typer.Option(help="Formats with this in their name.")] = None,
     shape: Annotated[str, typer.Option(help="NxK")] = "8192x8192",
+    output: Annotated[Path | None, typer.Option(help="Write the page to this file.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Keep compiled kernels here.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that compile.")] = 2,
 ) -> None:
-    """Print instructions and bytes of each weight-only format at M = 1, as Markdown."""
-    model = roofline.find(gpu)
-    if model is None or model.name not in ("H100", "H200"):
-        raise typer.BadParameter(f"--gpu: expected H100 or H200, got {gpu!r}")
+    """Print the page of all weight-only formats, as Markdown."""
     (size,) = shapes.shapes_of(shape)
-    print(f"{model.name}, {shape}, M = 1, bfloat16\n")
-    print("| format | instr/weight | issue, us | memory, us | limit |")
-    print("| --- | ---: | ---: | ---: | --- |")
-    for name, per_weight, issue, memory in rows(model, size):
-        limit = "issue" if issue > memory else "memory"
-        print(f"| {name} | {per_weight:.2f} | {issue:.1f} | {memory:.1f} | {limit} |")
+    chosen = [
+        (name, params)
+        for name, params in jobs.formats_of_jobs()
+        if any(text in str(FormatSpec(name, params)) for text in only or [""])
+    ]
+    if not chosen:
+        raise typer.BadParameter(f"--only: expected a part of a format's name, got {only}")
+    with tempfile.TemporaryDirectory() as empty:
+        kept = cache or Path(empty)
+        os.environ.pop("TRITON_INTERPRET", None)
+        os.environ["TRITON_CACHE_DIR"] = str(kept)
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, context, start_worker) as pool:
+            rows = list(pool.map(row_of, *zip(*chosen, strict=True), [kept] * len(chosen)))
+    text = page(rows, size)
+    if output:
+        output.write_text(text)
+    print(text)
+    wrong = [
+        line for row in rows if row.format in CEILINGS for line in too_many(row.format, row.cuda)
+    ]
+    for line in wrong:
+        print(line, file=sys.stderr)
+    if wrong:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkernels.backends.triton.configs import SHARED_KIB
 
-from . import assembly, hazards
+from . import assembly, dynamic, hazards
 from . import jobs as job_modules
 from .occupancy import occupancy
 
@@ -47,7 +47,8 @@ class Facts:
     - loads: pointer argument -> bytes of the widest load through it. weight_load: the smallest of
       these among pointers to packed weights.
     - steps: how often ptxas unrolled the main loop. loop: opcode -> count in the main loop.
-    - per_weight: instructions of all threads of a block in one step, per weight decoded in it.
+    - per_weight: instructions of all threads of a block in one step, per weight decoded in it:
+      those of the way that a full tile takes (dynamic.py).
     - too_early: an access to memory before the wait for the previous kernel (with PDL).
     - overtaken: a write to registers that an unfinished wgmma reads.
     """
@@ -171,7 +172,8 @@ def facts_of(family: str, job: CompileJob, keep: Path | None = None) -> Facts:
     facts.loop = dict(Counter(instruction.opcode for instruction in loop).most_common())
     facts.loop_spills = sum(instruction.name in ("LDL", "STL") for instruction in loop)
     if job.weights:
-        facts.per_weight = round(len(loop) * 32 * job.num_warps / (facts.steps * job.weights), 3)
+        issued = dynamic.main_pass(program).instructions * 32 * job.num_warps
+        facts.per_weight = round(issued / (facts.steps * job.weights), 3)
 
     names = _parameters(job)
     facts.loads = {names[i]: width for i, width in sorted(assembly.load_bytes(source).items())}

@@ -21,7 +21,7 @@ from .facts import Facts, facts_of, jobs
 Task = tuple[str, int, int]
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
     import torch
 
     torch.set_num_threads(1)
@@ -54,7 +54,7 @@ def compile_all(
     with tempfile.TemporaryDirectory() as empty, progress:
         os.environ["TRITON_CACHE_DIR"] = str(cache or empty)
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker) as pool:
             waiting = {pool.submit(_work, task, subset, keep): task for task in tasks}
             for done in progress.track(as_completed(waiting), total=len(tasks)):
                 facts[waiting[done]] = done.result()

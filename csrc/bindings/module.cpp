@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <map>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -40,6 +41,18 @@ std::vector<std::string> names() {
     return all;
 }
 
+/// The architectures of the build, QK_ARCHS such as 80_90a.
+#define QK_TEXT_OF(x) #x
+#define QK_TEXT(x) QK_TEXT_OF(x)
+std::vector<std::string> archs() {
+    std::vector<std::string> all;
+    std::stringstream text(QK_TEXT(QK_ARCHS));
+    for (std::string arch; std::getline(text, arch, '_');) {
+        all.push_back(arch);
+    }
+    return all;
+}
+
 int version(cudaError_t (*ask)(int*)) {
     int number = 0;
     return ask(&number) == cudaSuccess ? number : 0;
@@ -51,6 +64,7 @@ PYBIND11_MODULE(_cuda, m) {
     m.doc() = "CUDA kernels of qkernels; see qkernels.backends.cuda.";
     m.def("run", run, "Start a kernel. Returns an empty string, or CUDA's error message.");
     m.def("kernels", names, "The names that `run` takes.");
+    m.attr("archs") = archs();
     m.def("toolkit_version", [] { return CUDART_VERSION; }, "13000 for CUDA 13.0");
     m.def("driver_version", [] { return version(cudaDriverGetVersion); }, "0 without a driver");
 }

@@ -73,6 +73,8 @@ def explain(
         )
     else:
         reason = "fused: multiplies straight from the packed bytes"
+        if resolve_backend(backend) == "auto" and (first := kernel.first(problem)):
+            reason += f"; taken first, because {first}"
         if kernel.layout != p.layout:
             reason += f"; the first call moves the weight to the {kernel.layout!r} layout, once"
         if configuration := kernel.configuration(problem):

@@ -2,13 +2,14 @@
 
 Kernels register themselves here in order of preference. `select` takes the first one that is
 available and accepts the problem; `explain` puts the same choice into words. backend="auto" first
-asks which backend measured faster on this GPU (backends/measured.py).
+asks the kernels themselves (`KernelBase.first`), and then which backend measured faster on this GPU
+(backends/measured.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -95,6 +96,8 @@ class KernelBase:
         automatic: (problem) -> why backend="auto" must not choose the kernel here, or None.
         configuration: (problem) -> words for `explain`: tile sizes, where they come from, and what
             the first call costs.
+        first: (problem) -> why backend="auto" takes the kernel, if it can run, before kernels that
+            were registered earlier or measured faster; or None.
     """
 
     name: str
@@ -105,6 +108,7 @@ class KernelBase:
     run: Callable[..., Tensor]
     automatic: Callable[[Problem], str | None] = lambda problem: None
     configuration: Callable[[Problem], str] = lambda problem: ""
+    first: Callable[[Problem], str | None] = field(default=lambda problem: None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -249,8 +253,9 @@ def choose(problem: Problem, backend: str) -> tuple[KernelBase | None, list[tupl
     rejected: list[tuple[str, str]] = []
     candidates = kernels_for(problem)
     faster = measured.faster(problem) if backend == "auto" else None
-    # Kernels of the faster backend come first; the sort keeps the order of registration otherwise.
-    candidates.sort(key=lambda kernel: kernel.backend != faster)
+    # Next come kernels of the faster backend; the sort keeps the order of registration otherwise.
+    reasons = {kernel.name: backend == "auto" and kernel.first(problem) for kernel in candidates}
+    candidates.sort(key=lambda kernel: (not reasons[kernel.name], kernel.backend != faster))
     for kernel in candidates:
         why = None
         if backend not in ("auto", kernel.backend):
@@ -260,7 +265,9 @@ def choose(problem: Problem, backend: str) -> tuple[KernelBase | None, list[tupl
             why = kernel.automatic(problem)
         if why is None and chosen is not None:
             why = f"{chosen.name} is preferred"
-            if chosen.backend == faster and kernel.backend not in (faster, "reference"):
+            if reasons[chosen.name] and kernel.backend != "reference":
+                why += f": {reasons[chosen.name]}"
+            elif chosen.backend == faster and kernel.backend not in (faster, "reference"):
                 why = measured.words(chosen.backend)
         if why is None:
             chosen = kernel

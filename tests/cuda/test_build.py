@@ -5,15 +5,19 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import qkernels as qk
 from bench import static_cuda
-from qkernels.backends import cuda
-from qkernels.backends.cuda import build, calls
+from qkernels.backends import cuda, problem, registry
+from qkernels.backends.cuda import build, calls, weight_only
 from qkernels.backends.problem import problem_of
 
 from . import host
@@ -145,15 +149,84 @@ def test_auto_starts_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     p = qk.quantize(torch.randn(64, 128), "gptq", group_size=64)
-    problem = problem_of(p, 1, torch.float16, torch.device("cpu"))
+    few = problem_of(p, 1, torch.float16, torch.device("cpu"))
     assert not build.is_built()
-    assert "not compiled yet: backend='cuda' compiles it" in str(cuda._automatic(problem))
+    assert "not compiled yet: backend='cuda' compiles it" in str(cuda._automatic(few))
     for arch, built in (("80", False), ("90a", True)):
         module = build.cached((arch,))
         module.parent.mkdir(parents=True)
         module.touch()
         assert build.is_built() is built
-    assert cuda._automatic(problem) is None
+    assert cuda._automatic(few) is None
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An H200 with a compiled extension, as far as the choice of a kernel goes."""
+    for function, value in (
+        ("is_available", True), ("get_device_capability", (9, 0)),
+        ("get_device_name", "NVIDIA H200"),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, function, lambda *_, value=value: value)
+    monkeypatch.setattr(build, "unavailable", lambda: None)
+    monkeypatch.setattr(build, "is_built", lambda: True)
+    monkeypatch.setattr(weight_only, "sm_count", lambda device: 132)
+    problem._capability.cache_clear()
+    build.obstacle.cache_clear()
+    registry.choose.cache_clear()
+    yield
+    problem._capability.cache_clear()
+    build.obstacle.cache_clear()
+    registry.choose.cache_clear()
+
+
+@pytest.mark.usefixtures("hopper")
+def test_auto_takes_cuda_for_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for NF4, for which Triton measured faster (backends/measured.py)."""
+    p = qk.quantize(torch.randn(64, 128), "nf4")
+
+    def chosen(m: int, backend: str = "auto", batch_invariant: bool = False) -> Any:
+        return qk.explain(p, m, torch.bfloat16, "cuda", backend, batch_invariant)
+
+    decode, triton = "cuda.weight_only_gemv", "triton.weight_only_gemm"
+    most = weight_only.COLUMNS
+    assert [chosen(m).kernel for m in (1, most, most + 1, 512)] == [decode, decode, triton, triton]
+    few, why = chosen(1), "it issues fewer instructions a weight"
+    assert f"taken first, because {why}" in few.reason
+    assert f"{decode} is preferred: {why}" in dict(few.rejected)[triton]
+    assert dict(few.rejected)["reference.dequantize"] == f"{decode} is preferred"
+    assert chosen(1, "triton").kernel == triton
+    assert why not in str(chosen(1, "cuda"))
+    # One kernel takes all M, and this one would read the weight M / 8 times.
+    assert {chosen(m, batch_invariant=True).kernel for m in (1, 512)} == {triton}
+    registry.choose.cache_clear()
+    monkeypatch.setattr(build, "is_built", lambda: False)
+    assert chosen(1).kernel == triton
+    assert dict(chosen(1).rejected)[decode].startswith("not compiled yet")
+
+
+@pytest.mark.usefixtures("hopper")
+def test_an_extension_for_other_gpus_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    extension = SimpleNamespace(
+        archs=["80", "90a"], toolkit_version=lambda: 13000, driver_version=lambda: 13000
+    )
+    monkeypatch.setattr(build, "built_in", lambda: True)
+    monkeypatch.setitem(sys.modules, "qkernels._cuda", extension)
+    assert build.state() == "compiled with the package for sm_80, sm_90a"
+    assert [build.obstacle(*gpu) for gpu in ((8, 0), (8, 9), (9, 0))] == [None] * 3
+    for major, minor in ((7, 5), (10, 0), (12, 0)):
+        assert build.obstacle(major, minor) == (
+            "the extension was built with the package for sm_80 and sm_90a, "
+            f"and this GPU is sm_{major}{minor}"
+        )
+    p = qk.quantize(torch.randn(64, 128), "nf4")
+    assert qk.explain(p, 1, device="cuda").backend == "cuda"
+    extension.driver_version = lambda: 12080
+    build.obstacle.cache_clear()
+    registry.choose.cache_clear()
+    old = qk.explain(p, 1, device="cuda")
+    assert old.backend == "triton"
+    assert "the driver knows CUDA up to 12.8" in dict(old.rejected)["cuda.weight_only_gemv"]
 
 
 def test_code_is_loaded_only_from_where_nobody_else_can_write(

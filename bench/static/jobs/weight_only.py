@@ -61,10 +61,11 @@ def compile_jobs(arch: int, subset: bool = False) -> Iterator[CompileJob]:
         for m in _JOB_ROWS_90 if arch == 90 else _JOB_ROWS:
             for dtype in DTYPES:
                 if not subset or (number, dtype) in ((0, "fp16"), (4, "bf16"), (7, "bf16")):
-                    yield _job(arch, name, params, m, dtype)
+                    yield job(arch, name, params, m, dtype)
 
 
-def _job(arch: int, name: str, params: dict[str, Any], m: int, dtype: str) -> CompileJob:
+def job(arch: int, name: str, params: dict[str, Any], m: int, dtype: str) -> CompileJob:
+    """The job of a format's product with m rows of x, in the configuration of the table."""
     problem = problem_of(arch, name, params, _JOB_SHAPE, m, dtype)
     config, plan = launcher.tabled(problem), plan_of(problem)
     with sms(launcher, _JOB_SMS):

@@ -40,6 +40,8 @@ def _rejects(problem: Problem, module: str, layout: str) -> str | None:
     """Why the kernel that `module` launches does not take the problem, or None."""
     on_device = problem.device == ("cpu" if emulator else "cuda")
     device_reason = None if on_device else f"no kernel for device {problem.device!r}"
+    if on_device and emulator is None and problem.capability is not None:
+        device_reason = build.obstacle(*problem.capability)
     why = common_reason(problem, layout, device_reason) or _module(module).rejects(problem)
     return str(why) if why else None
 
@@ -49,6 +51,17 @@ def _automatic(problem: Problem) -> str | None:
     if build.is_built():
         return None
     return "not compiled yet: backend='cuda' compiles it, or QKERNELS_CUDA_ARCHS at install time"
+
+
+def _first(problem: Problem) -> str | None:
+    """Why backend="auto" takes the kernel for few rows of x before Triton's, or None.
+
+    None where a row's bits must not depend on M: there one kernel takes all M, and this one would
+    read the weight once for every few rows.
+    """
+    if problem.batch_invariant:
+        return None
+    return "it issues fewer instructions a weight for few rows of x (python -m bench.static.decode)"
 
 
 def stream_of(index: int) -> int:
@@ -93,13 +106,13 @@ _quantized = registry.Quantized(
 
 def register_kernels() -> None:
     """Register each kernel with the module that launches it."""
-    kernels = (
-        ("cuda.weight_only_decode", "weight_only", layouts.WEIGHT_ONLY),
-        ("cuda.weight_only_hopper", "hopper", layouts.WEIGHT_ONLY),
-        ("cuda.weight_only_gemm", "gemm", layouts.WEIGHT_ONLY),
-        ("cuda.eight_bit", "eight_bit", layouts.EIGHT_BIT),
+    kernels: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
+        ("cuda.weight_only_decode", "weight_only", layouts.WEIGHT_ONLY, {"first": _first}),
+        ("cuda.weight_only_hopper", "hopper", layouts.WEIGHT_ONLY, {}),
+        ("cuda.weight_only_gemm", "gemm", layouts.WEIGHT_ONLY, {}),
+        ("cuda.eight_bit", "eight_bit", layouts.EIGHT_BIT, {"quantized": _quantized}),
     )
-    for name, module, layout in kernels:
+    for name, module, layout, more in kernels:
 
         def run(
             x: Tensor,
@@ -119,7 +132,6 @@ def register_kernels() -> None:
             return str(_module(module).configuration(problem))
 
         rejects = partial(_rejects, module=module, layout=layout)
-        quantized = _quantized if layout == layouts.EIGHT_BIT else None
         registry.register(
             registry.Kernel(
                 name,
@@ -131,6 +143,6 @@ def register_kernels() -> None:
                 _automatic,
                 configuration,
                 bind=bind,
-                quantized=quantized,
+                **more,
             )
         )

@@ -87,10 +87,43 @@ def unavailable() -> str | None:
     return None
 
 
+@lru_cache(maxsize=16)
+def obstacle(major: int, minor: int) -> str | None:
+    """Why the extension that came with the package does not run on a GPU, or None.
+
+    An extension that is built at the first call is built for that GPU.
+    """
+    if not built_in():
+        return None
+    module = importlib.import_module("qkernels._cuda")
+    try:
+        check_versions(module.toolkit_version(), module.driver_version())
+    except RuntimeError as error:
+        return str(error).removeprefix("qkernels: no CUDA kernels: ").removeprefix("qkernels: ")
+    if any(runs_on(arch, major, minor) for arch in module.archs):
+        return None
+    archs = " and ".join(f"sm_{arch}" for arch in module.archs)
+    return (
+        f"the extension was built with the package for {archs}, and this GPU is sm_{major}{minor}"
+    )
+
+
+def runs_on(arch: str, major: int, minor: int) -> bool:
+    """Whether code for `arch`, such as "80" or "90a", runs on GPUs of capability major.minor.
+
+    Code with "a" runs on that capability alone, other code also on those of a higher minor number.
+    """
+    number = int(arch.rstrip("a"))
+    if arch.endswith("a"):
+        return number == major * 10 + minor
+    return number // 10 == major and number % 10 <= minor
+
+
 def state() -> str:
     """Whether the kernels are compiled, or can be, in words for `qkernels info`."""
     if built_in():
-        return "compiled with the package"
+        archs = importlib.import_module("qkernels._cuda").archs
+        return f"compiled with the package for {', '.join(f'sm_{arch}' for arch in archs)}"
     why = unavailable()
     return "compiled at the first call on a GPU" if why is None else f"not to be had: {why}"
 
@@ -277,6 +310,7 @@ def ninja_file(target: Path, archs: tuple[str, ...], folder: Path) -> str:
         "  depfile = $out.d",
         "rule host",
         f"  command = {compiler} {common} -Xcompiler=-DPYBIND11_DETAILED_ERROR_MESSAGES {includes} "
+        f"-DQK_ARCHS={'_'.join(archs)} "
         f"-isystem {home / 'include'} -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "rule link",

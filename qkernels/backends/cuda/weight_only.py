@@ -216,6 +216,11 @@ def k_slices_for(
     return k_slices.count_for(tiles_of(shape, traits), blocks_n, resident, WARPS, MAX_K_SLICES)
 
 
+def has_constants(codes: CodeKind) -> bool:
+    """Whether the kernel decodes weights off by constants, which a product more puts right."""
+    return codes.offset is not None or (codes.codebook and codes.bits == 2)
+
+
 def columns_for(m: int) -> int:
     """Rows of x of a block."""
     return 8 if m <= 8 else COLUMNS
