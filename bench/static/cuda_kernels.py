@@ -12,9 +12,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from qkernels.backends.cuda import build, gemm
 from qkernels.backends.cuda import weight_only as launcher
-from qkernels.backends.cuda.calls import SCALINGS, WeightOnlyArgs
+from qkernels.backends.cuda.calls import SCALE_TYPES, SCALINGS, WeightOnlyArgs
 from qkernels.backends.weight_only import traits_of
 from qkernels.layouts import codecs
 from qkernels.layouts.codecs import CodeKind
@@ -31,7 +33,7 @@ _FEATURES, _COLUMNS = 16, 8
 _OF_WEIGHT = (
     "qdata", "qhigh", "perm", "slice_group", "table", "scaler0", "scaler1", "scaler2", "scaler3",
     "row_offsets", "col_vals", "n", "k", "kp", "tiles", "group", "shift", "row_group",
-    "scale_group", "scaling", "scale_type", "is_float", "m", "x_chunks", "last_group",
+    "scale_group", "scaling", "scale_type", "is_float", "m", "x_chunks", "stage_bytes", "last_group",
 )  # fmt: skip
 
 
@@ -92,7 +94,7 @@ def counts(
     for (dtype, m), instance in instances.items():
         weights = decoders[m].rows * codes.tile / 32
         mma = decoders[m].mma_per_tile(codes)
-        call.args.m = m
+        call.args.m, call.args.stage_bytes = m, launcher.stage_bytes(codes, m)
         known = dict(_words(call.args))
         result[dtype, m] = dynamic.per_weight(programs[instance], mma, weights, known)
     return result
@@ -112,6 +114,8 @@ def _instance(template: str, dtype: str, traits: Any, scale_groups: int) -> str:
     kernel = launcher.kernel_of(traits)
     codes, scalers = codecs.cuda_kernels()[kernel]
     scaler = re.sub(r"^Only<(.*?)(, true)?>$", r"\1", scalers)
+    if scaler == "Plain<1>" and "decode" in template:
+        scaler = f"Grouped<1, {SCALINGS['none', False, False]}, -1>"
     if scalers.startswith("AnyPlain"):  # as in csrc/weight_only/launch.h
         scales = traits.scales
         if "gemm" in template:
@@ -120,7 +124,8 @@ def _instance(template: str, dtype: str, traits: Any, scale_groups: int) -> str:
             scaler = "Plain<0>"
         else:
             kind = SCALINGS[scales.zero, scales.flat, scales.nested]
-            scaler = f"Grouped<{scale_groups}, {kind}>"
+            type = SCALE_TYPES[torch.float16] if scales.zero == "point" else -1
+            scaler = f"Grouped<{scale_groups}, {kind}, {type}>"
     words = {"T": dtype, "D": re.sub(r"\bT\b", dtype, codes.cuda), "S": scaler}
     return re.sub(r"\b[TDS]\b", lambda match: words[match[0]], template)
 

@@ -54,14 +54,6 @@ QK_HOST_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) {
 #endif
 }
 
-/// The value, in a register: the compiler may not make it again from a constant for each use.
-QK_HOST_DEVICE uint32_t in_register(uint32_t value) {
-#ifdef __CUDA_ARCH__
-    asm volatile("mov.b32 %0, %0;" : "+r"(value));
-#endif
-    return value;
-}
-
 QK_HOST_DEVICE float bits_to_float(uint32_t bits) {
     float f;
     memcpy(&f, &bits, 4);

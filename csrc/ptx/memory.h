@@ -130,14 +130,20 @@ QK_DEVICE void copy_async(void* to, const void* from, uint32_t live) {
     emulated_copy(to, from, 16, live);
 #endif
 }
-/// `copy_async` of bytes that other blocks of the SM copy too: they stay in the L1.
-QK_DEVICE void copy_async_l1(void* to, const void* from, uint32_t live) {
+/// `copy_async` of bytes that other blocks of the SM copy too: they stay in the L1. Does nothing
+/// unless `on`.
+QK_DEVICE void copy_async_l1(void* to, const void* from, uint32_t live, bool on = true) {
 #ifdef __CUDACC__
     const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(live)
-                 : "memory");
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %3, 0;\n"
+        "@p cp.async.ca.shared.global [%0], [%1], 16, %2;\n}" ::"r"(at),
+        "l"(from), "r"(live), "r"(uint32_t(on))
+        : "memory");
 #else
-    emulated_copy(to, from, 16, live);
+    if (on) {
+        emulated_copy(to, from, 16, live);
+    }
 #endif
 }
 /// `copy_async` of 16, 8 or 4 bytes that are read once; the policy is for the L2.

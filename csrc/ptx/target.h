@@ -64,6 +64,13 @@ QK_DEVICE uint32_t block_index_y() {
     return emulation::Machine::get().block.y;
 #endif
 }
+QK_DEVICE uint32_t threads_x() {
+#ifdef __CUDACC__
+    return blockDim.x;
+#else
+    return emulation::Machine::get().block_size.x;
+#endif
+}
 QK_DEVICE uint32_t blocks_x() {
 #ifdef __CUDACC__
     return gridDim.x;

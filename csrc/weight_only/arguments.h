@@ -36,6 +36,7 @@ struct WeightOnlyArgs {
     int scaling, scale_type;     // of `Plain`: the kind, and the dtype of scaler[0]
     int x_stride;                // gemm: features of a row of x, in kernel order, a multiple of 8
     int x_chunks;  // decode: whether x is in kernel order, in whole 16-byte chunks, which are aligned
+    int stage_bytes;  // decode: shared memory of a tile of a warp
     // decode: see `Grouped` in scalers.h
     int scale_stride, last_group;         // rows of scales of a group; number of the last group
     uint32_t group_divisor, row_divisor;  // scale groups in a group, rows that share a scale

@@ -126,7 +126,8 @@ QK_DEVICE void multiply_step(float (&acc)[kGemmColumns<D> / 8][4], const WeightO
                              const Table& table, const typename S::Rows& scale_rows) {
     constexpr int columns = kGemmColumns<D> / 8;
     const Values<D> values = decode<D>(packed_of<D>(block, step), table);
-    S scales(args, raw, block.begin + step);
+    S scales;
+    scales.take(args, raw, block.begin + step);
     const int j = lane_index() % 4;
     const bool by_element = S::kGroups == 0 && args.scale_group < kSlice;
     const int scale_group = S::kGroups == 0 ? args.scale_group : kTile<D> / kGroupsLoaded<S>;

@@ -251,7 +251,8 @@ QK_DEVICE void multiply_tile(float (&sums)[COLUMNS / 2], uint32_t (&a)[2][4],
     if (drain && !in_place && tile > 0) {
         finish_products(me);
     }
-    S scales(args, raw, tile);
+    S scales;
+    scales.take(args, raw, tile);
     const bool by_element = S::kGroups == 0 && args.scale_group < kSlice;
     const int scale_group = S::kGroups == 0 ? args.scale_group : kTile<D> / kGroupsLoaded<S>;
     GroupScales<D, S> group_scales;
@@ -331,7 +332,8 @@ QK_DEVICE void multiply_all(const HopperArgs& args, const HopperShared<D, COLUMN
             add_sparse<T>(reinterpret_cast<float (&)[COLUMNS / 8][4]>(sums), w, row, work_tile.m0);
         }
         if constexpr (ROW_SCALE) {
-            const S scales(w, raw, 0);
+            S scales;
+            scales.take(w, raw, 0);
             const float factor[2] = {scales.get(w, scale_rows, 0, 0, 0).scale,
                                      scales.get(w, scale_rows, 1, 0, 0).scale};
             store_scaled<COLUMNS>(w, sums, work_tile, row, factor);

@@ -26,6 +26,16 @@ struct HopperKernel {
     }
 };
 
+/// The decode kernel's scaler for codes that have only scaler S.
+template <typename S>
+struct DecodeScaler {
+    using Type = S;
+};
+template <>
+struct DecodeScaler<Plain<1>> {
+    using Type = Grouped<1, kScale>;
+};
+
 /// The decode kernel for the call's rows of x.
 template <typename T, typename D, typename S>
 WeightOnlyKernel decode_kernel(const WeightOnlyCall& call) {
@@ -49,21 +59,24 @@ struct AnyPlain {
                : call.scale_groups == 1 ? weight_only_gemm<T, D, Plain<1>>
                                         : weight_only_gemm<T, D, Plain<4>>;
     }
+    /// The decode kernel for scales of KIND; null if their groups are too short or do not follow
+    /// one another along K.
     template <typename T, typename D, int KIND>
     static WeightOnlyKernel find_decode(const WeightOnlyCall& call) {
-        if constexpr (KIND == kScaleFlat || KIND == kNestedFlat) {
-            return nullptr;
-        } else if (KIND == kGroup && call.args.scale_type == kFloat32) {
-            return nullptr;
-        } else {
-            return find_grouped<T, D, KIND>(call);
+        if constexpr (KIND == kGroup) {
+            return call.args.scale_type == kFloat16    ? grouped<T, D, KIND, kFloat16>(call)
+                   : call.args.scale_type == kBFloat16 ? grouped<T, D, KIND, kBFloat16>(call)
+                                                       : nullptr;
+        } else if constexpr (KIND == kScale || KIND == kNested) {
+            return grouped<T, D, KIND, -1>(call);
         }
+        return nullptr;
     }
-    template <typename T, typename D, int KIND>
-    static WeightOnlyKernel find_grouped(const WeightOnlyCall& call) {
-        return call.scale_groups == 1   ? decode_kernel<T, D, Grouped<1, KIND>>(call)
-               : call.scale_groups == 2 ? decode_kernel<T, D, Grouped<2, KIND>>(call)
-               : call.scale_groups == 4 ? decode_kernel<T, D, Grouped<4, KIND>>(call)
+    template <typename T, typename D, int KIND, int TYPE>
+    static WeightOnlyKernel grouped(const WeightOnlyCall& call) {
+        return call.scale_groups == 1   ? decode_kernel<T, D, Grouped<1, KIND, TYPE>>(call)
+               : call.scale_groups == 2 ? decode_kernel<T, D, Grouped<2, KIND, TYPE>>(call)
+               : call.scale_groups == 4 ? decode_kernel<T, D, Grouped<4, KIND, TYPE>>(call)
                                         : nullptr;
     }
     template <typename T, typename D>
@@ -84,7 +97,7 @@ struct Only {
         if (call.args.scale_group % (kTile<D> / S::kGroups) != 0) {
             return nullptr;
         }
-        return call.kernel == 0 ? decode_kernel<T, D, S>(call)
+        return call.kernel == 0 ? decode_kernel<T, D, typename DecodeScaler<S>::Type>(call)
                                 : WeightOnlyKernel(weight_only_gemm<T, D, S>);
     }
     template <typename T, typename D>

@@ -7,49 +7,44 @@
 
 namespace qk {
 
-/// Outliers of the decode kernel: 8 threads a row sum for themselves. Their sums of a block of
-/// COLUMNS rows of x are padded, because otherwise all 8 would write to the same banks.
-constexpr int kSparseParts = 8;
-template <int THREADS, int COLUMNS>
-constexpr int kSparseStride = THREADS / kSparseParts * COLUMNS + 4;
-template <int THREADS, int COLUMNS>
-constexpr int kSparseBytes = kSparseParts * kSparseStride<THREADS, COLUMNS> * 4;
+/// Outliers of the decode kernel, for 32 rows of W and COLUMNS rows of x: each warp sums a share of
+/// every row. A warp's sums are padded, because otherwise all would write to the same banks.
+template <int COLUMNS>
+constexpr int kSparseFloats = 32 * COLUMNS + 4;
 
-/// Sparse sums of the rows n0.. of W, one for every 8 threads, times rows m0.. of x. sums: shared
-/// memory.
-template <typename T, int THREADS, int COLUMNS>
+/// Sparse sums of the rows n0.. of W times rows m0.. of x. sums: shared memory, kSparseFloats for
+/// each warp.
+template <typename T, int COLUMNS>
 QK_DEVICE void sparse_sums(const WeightOnlyArgs& args, float* sums, int n0, int m0) {
-    constexpr int rows = THREADS / kSparseParts;
-    const int part = thread_index() % kSparseParts, row = thread_index() / kSparseParts;
+    const int parts = threads_x() / 32;
+    const int part = thread_index() % parts, row = thread_index() / parts;
     float acc[COLUMNS] = {};
-    if (n0 + row < args.n) {
-        const int end = load_global(args.row_offsets + n0 + row + 1);
-        int i = load_global(args.row_offsets + n0 + row) + block_index_y() * kSparseParts + part;
-        for (; i < end; i += blocks_y() * kSparseParts) {
-            const uint32_t entry = load_global(args.col_vals + i);
-            const float value = to_float(Half{uint16_t(entry >> 16)});
-            const T* x = static_cast<const T*>(args.x) + (entry & 0xFFFF);
-            QK_UNROLL
-            for (int m = 0; m < COLUMNS; m++) {
-                if (m0 + m < args.m) {
-                    acc[m] += value * to_float(load_global(x + int64_t(m0 + m) * args.k));
-                }
+    const int end = load_global(args.row_offsets + n0 + row + 1);
+    int i = load_global(args.row_offsets + n0 + row) + block_index_y() * parts + part;
+    for (; i < end; i += blocks_y() * parts) {
+        const uint32_t entry = load_global(args.col_vals + i);
+        const float value = to_float(Half{uint16_t(entry >> 16)});
+        const T* x = static_cast<const T*>(args.x) + (entry & 0xFFFF);
+        QK_UNROLL
+        for (int m = 0; m < COLUMNS; m++) {
+            if (m0 + m < args.m) {
+                acc[m] += value * to_float(load_global(x + int64_t(m0 + m) * args.k));
             }
         }
     }
     QK_UNROLL
     for (int m = 0; m < COLUMNS; m++) {
-        store_shared(sums + part * kSparseStride<THREADS, COLUMNS> + m * rows + row, acc[m]);
+        store_shared(sums + part * kSparseFloats<COLUMNS> + m * 32 + row, acc[m]);
     }
 }
 
 /// Adds the parts of output t of the block.
-template <int THREADS, int COLUMNS>
+template <int COLUMNS>
 QK_DEVICE float sparse_total(const float* sums, int t) {
     float total = 0;
-    QK_UNROLL
-    for (int part = 0; part < kSparseParts; part++) {
-        total += load_shared(sums + part * kSparseStride<THREADS, COLUMNS> + t);
+    const int parts = threads_x() / 32;
+    for (int part = 0; part < parts; part++) {
+        total += load_shared(sums + part * kSparseFloats<COLUMNS> + t);
     }
     return total;
 }

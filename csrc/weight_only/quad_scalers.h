@@ -34,6 +34,7 @@ struct Quad {
 
     struct Rows {
         int row[2];
+        Rows() = default;
         QK_DEVICE Rows(const WeightOnlyArgs&, int first, int second) : row{first, second} {}
     };
     /// 32 bits per row.
@@ -88,7 +89,7 @@ struct Blocks : Quad<SCALE_GROUPS, HAS_MIN, 4> {
     }
 
     Raw raw;
-    QK_DEVICE Blocks(const WeightOnlyArgs&, const Raw& fetched, int) : raw(fetched) {}
+    QK_DEVICE void take(const WeightOnlyArgs&, const Raw& fetched, int) { raw = fetched; }
 
     QK_DEVICE ScaleZero get(const WeightOnlyArgs&, const Rows&, int r, int group, int) const {
         const uint32_t word = from_quad(raw.w[r], group);
@@ -111,7 +112,7 @@ struct E8M0 : Quad<SCALE_GROUPS, false, 4> {
     }
 
     Raw raw;
-    QK_DEVICE E8M0(const WeightOnlyArgs&, const Raw& fetched, int) : raw(fetched) {}
+    QK_DEVICE void take(const WeightOnlyArgs&, const Raw& fetched, int) { raw = fetched; }
 
     QK_DEVICE ScaleZero get(const WeightOnlyArgs&, const Rows&, int r, int group, int) const {
         const uint32_t code = from_quad(raw.w[r], group);
@@ -135,7 +136,7 @@ struct Q4K : Quad<4, true, 4> {
     /// A byte per scale group: scales and minima of the tile's four.
     uint32_t scales[2], minima[2];
     float d[2], dmin[2];
-    QK_DEVICE Q4K(const WeightOnlyArgs&, const Raw& raw, int tile) {
+    QK_DEVICE void take(const WeightOnlyArgs&, const Raw& raw, int tile) {
         QK_UNROLL
         for (int r = 0; r < 2; r++) {
             const uint32_t a = from_quad(raw.w[r], 0), b = from_quad(raw.w[r], 1);
@@ -176,9 +177,9 @@ struct Q2K : Quad<16, true, 2> {
                   [&](int row) { return halves(args, args.scaler[1], args.scaler[2], tile, row); });
     }
 
-    const Raw& raw;
+    Raw raw;
     uint32_t four[2];
-    QK_DEVICE Q2K(const WeightOnlyArgs&, const Raw& fetched, int) : raw(fetched), four{} {}
+    QK_DEVICE void take(const WeightOnlyArgs&, const Raw& fetched, int) { raw = fetched; }
 
     QK_DEVICE ScaleZero get(const WeightOnlyArgs&, const Rows&, int r, int group, int) {
         if (group % 4 == 0) {
@@ -205,7 +206,7 @@ struct Q3K : Quad<16, false, 2> {
     /// ones, four bytes per word. high: the top two bits of each scale.
     uint32_t low[2][2], high[2];
     float d[2];
-    QK_DEVICE Q3K(const WeightOnlyArgs&, const Raw& raw, int) {
+    QK_DEVICE void take(const WeightOnlyArgs&, const Raw& raw, int) {
         QK_UNROLL
         for (int r = 0; r < 2; r++) {
             low[r][0] = from_quad(raw.w[r], 0);
@@ -237,7 +238,7 @@ struct Q6K : Quad<8, false, 4> {
 
     Raw raw;
     uint32_t two[2];
-    QK_DEVICE Q6K(const WeightOnlyArgs&, const Raw& fetched, int) : raw(fetched), two{} {}
+    QK_DEVICE void take(const WeightOnlyArgs&, const Raw& fetched, int) { raw = fetched; }
 
     QK_DEVICE ScaleZero get(const WeightOnlyArgs&, const Rows&, int r, int group, int) {
         if (group % 2 == 0) {
@@ -262,7 +263,7 @@ struct Iq4Xs : Quad<4, false, 2> {
 
     uint32_t low[2], high[2];
     float d[2];
-    QK_DEVICE Iq4Xs(const WeightOnlyArgs&, const Raw& raw, int tile) {
+    QK_DEVICE void take(const WeightOnlyArgs&, const Raw& raw, int tile) {
         QK_UNROLL
         for (int r = 0; r < 2; r++) {
             const uint32_t word = from_quad(raw.w[r], 1);
@@ -315,10 +316,9 @@ struct TwoLevel : Quad<SCALE_GROUPS, true, 2> {
         }
     }
 
-    const Raw& raw;
+    Raw raw;
     float scale[2], minimum[2];  // of this lane's scale group among the four in use
-    QK_DEVICE TwoLevel(const WeightOnlyArgs&, const Raw& fetched, int)
-        : raw(fetched), scale{}, minimum{} {}
+    QK_DEVICE void take(const WeightOnlyArgs&, const Raw& fetched, int) { raw = fetched; }
 
     QK_DEVICE ScaleZero get(const WeightOnlyArgs&, const Rows&, int r, int group, int) {
         if (group % 4 == 0) {

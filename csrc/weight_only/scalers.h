@@ -13,8 +13,8 @@
 //   Rows        what is the same for all tiles of two rows, which must exist
 //   Raw         registers that `fetch` fills
 //   fetch       loads, and does nothing else, so it can run long before the scales are used
-//   (object)    the scales of one tile while it is multiplied. All lanes of a warp construct it and
-//               call `get` together, for one scale group after another
+//   take        makes the object hold the scales of one tile; all lanes of a warp call it together
+//   get         the scales of a scale group; all lanes call it together, for one group after another
 //
 // `Plain` and `Grouped` are the scalers of GPTQ, bitsandbytes and FP8: of the kinds that have a
 // `Scaling` in qkernels/layouts/codecs.py. `Plain` looks at the kind at run time, so one kernel
@@ -42,6 +42,7 @@ QK_DEVICE int divided(int x, uint32_t divisor) { return multiply_high(2 * x + 1,
 /// The scales of one output row.
 class RowScales {
   public:
+    RowScales() = default;
     QK_DEVICE RowScales(const WeightOnlyArgs& args, int row)
         : row_(row / args.row_group),
           stride_((args.n + args.row_group - 1) / args.row_group),
@@ -114,6 +115,7 @@ struct Plain {
 
     struct Rows {
         RowScales scales[2];
+        Rows() = default;
         QK_DEVICE Rows(const WeightOnlyArgs& args, int first, int second)
             : scales{RowScales(args, first), RowScales(args, second)} {}
     };
@@ -136,8 +138,8 @@ struct Plain {
         }
     }
 
-    const Raw& raw;
-    QK_DEVICE Plain(const WeightOnlyArgs&, const Raw& fetched, int) : raw(fetched) {}
+    Raw raw;
+    QK_DEVICE void take(const WeightOnlyArgs&, const Raw& fetched, int) { raw = fetched; }
 
     /// The scale of row r (0 or 1). group: scale group of the tile; kk: its first feature.
     QK_DEVICE ScaleZero get(const WeightOnlyArgs& args, const Rows& rows, int r, int group,
@@ -147,29 +149,38 @@ struct Plain {
     }
 };
 
-/// Scales of kind KIND, in 16 bits if there are zero points. Their groups follow one another along K: SCALE_GROUPS in a tile, 1, 2 or 4,
-/// or fewer than one.
-template <int SCALE_GROUPS, int KIND>
+/// Scales of kind KIND, whose groups follow one another along K: SCALE_GROUPS in a tile, 1, 2 or 4,
+/// or fewer than one. TYPE: the dtype of scales with zero points; other scales are of any dtype.
+template <int SCALE_GROUPS, int KIND, int TYPE = -1>
 struct Grouped {
     static_assert(KIND == kGroup || KIND == kScale || KIND == kNested, "");
+    static_assert((KIND == kGroup) == (TYPE == kFloat16 || TYPE == kBFloat16), "");
     static constexpr int kGroups = SCALE_GROUPS;
     static constexpr bool kHasMin = false, kOutliers = false, kHasZero = KIND == kGroup;
 
-    /// The column of each row in the scales' tensor; of nested scales also the row's first block in
-    /// the flattened matrix. Scales with zero points belong to one row each.
+    /// The scales of the first group of each row, and its zero points or, for nested scales, the
+    /// row's first block in the flattened matrix. Zero points belong to one row each.
     struct Rows {
-        int column[2], first[2];
-        QK_DEVICE Rows(const WeightOnlyArgs& args, int first_row, int second_row)
-            : column{first_row, second_row}, first{} {
+        const unsigned char *scales[2], *zeros[2];
+        int first[2];
+        Rows() = default;
+        QK_DEVICE Rows(const WeightOnlyArgs& args, int first_row, int second_row) {
             QK_UNROLL
             for (int r = 0; r < 2; r++) {
-                if (KIND != kGroup) {
-                    column[r] = divided(column[r], args.row_divisor);
-                }
-                first[r] = KIND == kNested ? column[r] * (args.last_group + 1) : 0;
+                const int row = r == 0 ? first_row : second_row;
+                const int column = KIND == kGroup ? row : divided(row, args.row_divisor);
+                scales[r] = static_cast<const unsigned char*>(args.scaler[0]) +
+                            int64_t(column) * scale_bytes(args);
+                zeros[r] = static_cast<const unsigned char*>(args.scaler[1]) + column;
+                first[r] = KIND == kNested ? column * (args.last_group + 1) : 0;
             }
         }
     };
+    QK_DEVICE static int scale_bytes(const WeightOnlyArgs& args) {
+        return KIND == kNested                                    ? 1
+               : KIND == kScale && args.scale_type == kFloat32 ? 4
+                                                                  : 2;
+    }
     /// other: the zero point, or the outer scale.
     struct Raw {
         uint32_t bits[SCALE_GROUPS][2], other[SCALE_GROUPS][2];
@@ -181,61 +192,44 @@ struct Grouped {
         for (int g = 0; g < SCALE_GROUPS; g++) {
             const int number = divided(tile * SCALE_GROUPS + g, args.group_divisor);
             const int group = number < args.last_group ? number : args.last_group;
-            const int at = group * args.scale_stride;
-            if (KIND == kNested) {
-                load<uint8_t>(raw.bits[g], args.scaler[0], at, rows);
-                QK_UNROLL
-                for (int r = 0; r < 2; r++) {
-                    const int outer = (rows.first[r] + group) >> 8;
-                    raw.other[g][r] =
-                        load_global(static_cast<const uint32_t*>(args.scaler[2]) + outer);
+            const int64_t at = int64_t(group) * args.scale_stride;
+            QK_UNROLL
+            for (int r = 0; r < 2; r++) {
+                const unsigned char* const scale = rows.scales[r] + at * scale_bytes(args);
+                if (KIND == kNested) {
+                    raw.bits[g][r] = load_global(scale);
+                    raw.other[g][r] = load_global(static_cast<const uint32_t*>(args.scaler[2]) +
+                                                  ((rows.first[r] + group) >> 8));
+                } else if (KIND == kScale && args.scale_type == kFloat32) {
+                    raw.bits[g][r] = load_global(reinterpret_cast<const uint32_t*>(scale));
+                } else {
+                    raw.bits[g][r] = load_global(reinterpret_cast<const uint16_t*>(scale));
                 }
-            } else if (KIND == kScale && args.scale_type == kFloat32) {
-                load<uint32_t>(raw.bits[g], args.scaler[0], at, rows);
-            } else {
-                load<uint16_t>(raw.bits[g], args.scaler[0], at, rows);
+                if (KIND == kGroup) {
+                    raw.other[g][r] = load_global(rows.zeros[r] + at);
+                }
             }
-            if (KIND == kGroup) {
-                load<uint8_t>(raw.other[g], args.scaler[1], at, rows);
-            }
-        }
-    }
-    /// Loads the scales of both rows from row `at` of the tensor.
-    template <typename V>
-    QK_DEVICE static void load(uint32_t (&to)[2], const void* tensor, int at, const Rows& rows) {
-        const V* const from = static_cast<const V*>(tensor) + at;
-        QK_UNROLL
-        for (int r = 0; r < 2; r++) {
-            to[r] = load_global(from + rows.column[r]);
         }
     }
 
     ScaleZero scales[SCALE_GROUPS][2];
-    QK_DEVICE Grouped(const WeightOnlyArgs& args, const Raw& raw, int) {
+    QK_DEVICE void take(const WeightOnlyArgs& args, const Raw& raw, int) {
         QK_UNROLL
         for (int i = 0; i < SCALE_GROUPS * 2; i++) {
             const int g = i / 2, r = i % 2;
-            scales[g][r].zero = KIND == kGroup ? float(raw.other[g][r]) : 0;
-            scales[g][r].scale = bits_to_float(raw.bits[g][r]);
-            if (KIND == kNested) {
-                const float* map = static_cast<const float*>(args.scaler[1]);
-                const float* offset = static_cast<const float*>(args.scaler[3]);
-                scales[g][r].scale = load_global(map + raw.bits[g][r]) *
-                                         bits_to_float(raw.other[g][r]) +
-                                     load_global(offset);
-            }
+            scales[g][r] = {scale_of(args, raw.bits[g][r], raw.other[g][r]),
+                            KIND == kGroup ? float(raw.other[g][r]) : 0};
         }
-        if (KIND != kNested && args.scale_type == kFloat16) {
-            QK_UNROLL
-            for (int i = 0; i < SCALE_GROUPS * 2; i++) {
-                scales[i / 2][i % 2].scale = to_float(Half{uint16_t(raw.bits[i / 2][i % 2])});
-            }
-        } else if (KIND != kNested && args.scale_type == kBFloat16) {
-            QK_UNROLL
-            for (int i = 0; i < SCALE_GROUPS * 2; i++) {
-                scales[i / 2][i % 2].scale = bits_to_float(raw.bits[i / 2][i % 2] << 16);
-            }
+    }
+    QK_DEVICE static float scale_of(const WeightOnlyArgs& args, uint32_t bits, uint32_t other) {
+        if (KIND == kNested) {
+            const float* const map = static_cast<const float*>(args.scaler[1]);
+            const float offset = load_global(static_cast<const float*>(args.scaler[3]));
+            return load_global(map + bits) * bits_to_float(other) + offset;
         }
+        const int type = KIND == kGroup ? TYPE : args.scale_type;
+        return type == kFloat16 ? to_float(Half{uint16_t(bits)})
+                                : bits_to_float(type == kBFloat16 ? bits << 16 : bits);
     }
     QK_DEVICE ScaleZero get(const WeightOnlyArgs&, const Rows&, int r, int group, int) const {
         return scales[group][r];

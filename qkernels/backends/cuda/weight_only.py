@@ -130,6 +130,7 @@ def _launch(
     args.x_chunks = int("perm" not in p.storage and x.shape[1] % 8 == 0 and args.x % 16 == 0)
     args.bias = None if bias is None else bias.data_ptr()
     call.grid_x, call.grid_y = blocks, count
+    args.stage_bytes = stage_bytes(traits.codes, m)
     call.shared = shared_bytes(traits.codes, m, outliers=traits.outliers)
     scratch: list[Symbolic] = []
     if count > 1:
@@ -230,11 +231,14 @@ def columns_for(m: int) -> int:
 def shared_bytes(codes: CodeKind, m: int = COLUMNS, *, outliers: bool = False) -> int:
     """Shared memory of a block; by default of the largest launch."""
     columns = columns_for(m)
-    rows = min(m, columns)
-    stage = ROWS * (64 + 4 * codes.high_words) + rows * codes.tile * 2
-    sums = 4 * WARPS * ROWS * rows + 256
+    sums = 4 * WARPS * ROWS * min(m, columns) + 256
     sparse = SPARSE_BYTES[columns] if outliers else 0
-    return 4 * codes.book_words + sums + sparse + WARPS * STAGES * stage
+    return 4 * codes.book_words + sums + sparse + WARPS * STAGES * stage_bytes(codes, m)
+
+
+def stage_bytes(codes: CodeKind, m: int) -> int:
+    """Shared memory of a tile of a warp: codes, their high bits, and x."""
+    return ROWS * (64 + 4 * codes.high_words) + min(m, columns_for(m)) * codes.tile * 2
 
 
 def configuration(problem: Problem) -> str:
