@@ -147,6 +147,17 @@ def test_a_conditional_branch_with_two_predicates() -> None:
     assert constants.feasible(code, {})[0] == [1]
 
 
+@pytest.mark.parametrize("other", [1, 2])
+def test_where_ways_meet_only_what_both_say_is_known(other: int) -> None:
+    code = program(
+        "@P5 BRA `(.left)", "MOV R1, 0x1", "BRA `(.both)",
+        ".left:", f"MOV R1, {other:#x}",
+        ".both:", "ISETP.EQ.AND P0, PT, R1, 0x1, PT", "@P0 BRA `(.there)", "EXIT",
+        ".there:", "EXIT",
+    )  # fmt: skip
+    assert constants.feasible(code, {})[3] == ([5] if other == 1 else [5, 4])
+
+
 def test_counts_above_a_figure_are_named() -> None:
     format, (few, *_) = next(iter(decode.CEILINGS.items()))
     assert decode.too_many(format, {("fp16", 1): few, ("fp16", 16): 0.0}) == []
