@@ -15,8 +15,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
+import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -25,6 +28,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from qkernels.backends import roofline
+from qkernels.backends.cuda import build
 from qkernels.benchmark import shapes
 from qkernels.quantizers.specs import FormatSpec
 
@@ -140,8 +144,7 @@ def page(rows: list[Row], shape: tuple[int, int]) -> str:
         )
         for language, counts in (("CUDA", lambda r: r.cuda), ("Triton", lambda r: r.triton))
     }
-    return (
-        "# What limits decoding, by SASS\n\n"
+    words = (
         f"Made by `python -m bench.static.decode` (nvcc {_nvcc()}, triton {triton.__version__}, "
         f"sm_90a, {time.strftime('%Y-%m-%d')}). **No GPU took part.** Instructions of a lane per "
         "weight, in one pass of the main loop, by the way that a full tile takes "
@@ -149,20 +152,20 @@ def page(rows: list[Row], shape: tuple[int, int]) -> str:
         f"for a {shape[0]}x{shape[1]} matrix, bfloat16, M = 1: to issue the instructions, on "
         f"{' and '.join(GPUS)} alike, and to read the packed weight at "
         f"{roofline.COPY_FRACTION:.0%} of the data sheet's bandwidth. Both are bounds that no "
-        "kernel reaches. Those that wait longest for instructions come first.\n\n"
-        + "\n".join(lines)
-        + f"\n\nOf these {len(rows)} formats, {slow['CUDA']} in CUDA and {slow['Triton']} in "
-        f"Triton wait for instructions rather than for the memory of an {GPUS[-1]}.\n"
+        "kernel reaches. Those that wait longest for instructions come first."
     )
+    end = (
+        f"Of these {len(rows)} formats, {slow['CUDA']} in CUDA and {slow['Triton']} in "
+        f"Triton wait for instructions rather than for the memory of an {GPUS[-1]}."
+    )
+    parts = ["# What limits decoding, by SASS", textwrap.fill(words, 120), "\n".join(lines), end]
+    return "\n\n".join(parts) + "\n"
 
 
 def _nvcc() -> str:
-    import re
-    import subprocess
-
-    from qkernels.backends.cuda import build
-
-    text = subprocess.run([str(build.nvcc()), "--version"], capture_output=True, text=True).stdout
+    """The version of nvcc."""
+    command = [str(build.nvcc()), "--version"]
+    text = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     release = re.search(r"V([\d.]+)", text)
     return release[1] if release else "of unknown version"
 

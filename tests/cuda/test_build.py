@@ -216,11 +216,14 @@ def test_an_extension_for_other_gpus_is_not_taken(monkeypatch: pytest.MonkeyPatc
     assert [build.obstacle(*gpu) for gpu in ((8, 0), (8, 9), (9, 0))] == [None] * 3
     for major, minor in ((7, 5), (10, 0), (12, 0)):
         assert build.obstacle(major, minor) == (
-            "the extension was built with the package for sm_80 and sm_90a, "
+            "the extension was built with the package for sm_80, sm_90a, "
             f"and this GPU is sm_{major}{minor}"
         )
     p = qk.quantize(torch.randn(64, 128), "nf4")
     assert qk.explain(p, 1, device="cuda").backend == "cuda"
+    del extension.archs
+    build.obstacle.cache_clear()
+    assert "for unknown GPUs, and this GPU is sm_90" in str(build.obstacle(9, 0))
     extension.driver_version = lambda: 12080
     build.obstacle.cache_clear()
     registry.choose.cache_clear()

@@ -147,11 +147,39 @@ def test_a_conditional_branch_with_two_predicates() -> None:
     assert constants.feasible(code, {})[0] == [1]
 
 
+@pytest.mark.parametrize("other", [1, 2])
+def test_where_ways_meet_only_what_both_say_is_known(other: int) -> None:
+    code = program(
+        "@P5 BRA `(.left)", "MOV R1, 0x1", "BRA `(.both)",
+        ".left:", f"MOV R1, {other:#x}",
+        ".both:", "ISETP.EQ.AND P0, PT, R1, 0x1, PT", "@P0 BRA `(.there)", "EXIT",
+        ".there:", "EXIT",
+    )  # fmt: skip
+    assert constants.feasible(code, {})[3] == ([5] if other == 1 else [5, 4])
+
+
 def test_counts_above_a_figure_are_named() -> None:
     format, (few, *_) = next(iter(decode.CEILINGS.items()))
     assert decode.too_many(format, {("fp16", 1): few, ("fp16", 16): 0.0}) == []
     (line,) = decode.too_many(format, {("fp16", 8): few + 0.02, ("bf16", 1): 0.0})
     assert f"{format} fp16 M=8: expected at most {few} instructions a weight" in line
+
+
+def test_the_page_has_the_slowest_format_first() -> None:
+    def row(format: str, cuda: float, triton: float) -> decode.Row:
+        keys = [(dtype, m) for dtype in ("bf16", "fp16") for m in decode.ROWS]
+        return decode.Row(format, 4.5, dict.fromkeys(keys, cuda), dict.fromkeys(keys, triton))
+
+    lines = decode.page([row("fast", 1.5, 5.0), row("slow", 6.0, 3.0)], (8192, 8192)).splitlines()
+    table = [line.split(" | ") for line in lines if line.startswith("|")]
+    assert [cells[0] for cells in table[2:]] == ["| slow", "| fast"]
+    # 6 instructions a weight, 132 SMs of 128 lanes at 1.83 GHz; 4.5 bits at 90% of 3.35 TB/s
+    assert table[2][1:3] == ["4.50", "6.00 / 6.00 / 6.00"]
+    assert [cell.strip(" |") for cell in table[2][6:]] == ["13.0", "6.5", "12.5", "8.7"]
+    assert lines[-1] == (
+        "Of these 2 formats, 1 in CUDA and 1 in Triton wait for instructions rather than for the "
+        "memory of an H200."
+    )
 
 
 def test_the_codes_of_a_weight_give_its_products() -> None:

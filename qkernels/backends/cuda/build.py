@@ -100,12 +100,18 @@ def obstacle(major: int, minor: int) -> str | None:
         check_versions(module.toolkit_version(), module.driver_version())
     except RuntimeError as error:
         return str(error).removeprefix("qkernels: no CUDA kernels: ").removeprefix("qkernels: ")
-    if any(runs_on(arch, major, minor) for arch in module.archs):
+    if any(runs_on(arch, major, minor) for arch in getattr(module, "archs", [])):
         return None
-    archs = " and ".join(f"sm_{arch}" for arch in module.archs)
     return (
-        f"the extension was built with the package for {archs}, and this GPU is sm_{major}{minor}"
+        f"the extension was built with the package for {_archs_in_words()}, "
+        f"and this GPU is sm_{major}{minor}"
     )
+
+
+def _archs_in_words() -> str:
+    """Of the extension that came with the package; one of an older version does not say."""
+    archs = getattr(importlib.import_module("qkernels._cuda"), "archs", [])
+    return ", ".join(f"sm_{arch}" for arch in archs) or "unknown GPUs"
 
 
 def runs_on(arch: str, major: int, minor: int) -> bool:
@@ -122,8 +128,7 @@ def runs_on(arch: str, major: int, minor: int) -> bool:
 def state() -> str:
     """Whether the kernels are compiled, or can be, in words for `qkernels info`."""
     if built_in():
-        archs = importlib.import_module("qkernels._cuda").archs
-        return f"compiled with the package for {', '.join(f'sm_{arch}' for arch in archs)}"
+        return f"compiled with the package for {_archs_in_words()}"
     why = unavailable()
     return "compiled at the first call on a GPU" if why is None else f"not to be had: {why}"
 
