@@ -20,6 +20,7 @@ from qkernels.backends.cuda.calls import SCALE_TYPES, SCALINGS, WeightOnlyArgs
 from qkernels.backends.weight_only import traits_of
 from qkernels.layouts import codecs
 from qkernels.layouts.codecs import CodeKind
+from qkernels.layouts.weight_only import WeightOnlyTraits
 
 from . import assembly, constants, dynamic
 from .facts import tools
@@ -52,15 +53,19 @@ class Decoder(NamedTuple):
 
     def mma_per_tile(self, codes: CodeKind) -> int:
         """Tensor-core instructions of a warp for one tile."""
-        products = (self.rows // 16 + self.sums) * self.columns // _COLUMNS
+        products = (self.rows // 16 + self.sums) * max(1, self.columns // _COLUMNS)
         return codes.tile // _FEATURES * products
 
 
-def decoder_of(m: int, codes: CodeKind, zero: str) -> Decoder:
-    """The kernel for m rows of x. zero: as in `codecs.ScaleKind`."""
-    if m <= launcher.COLUMNS:
-        columns = launcher.columns_for(m)
-        sums = int(zero != "none" or launcher.has_constants(codes))
+def decoder_of(m: int, traits: WeightOnlyTraits, scale_groups: int) -> Decoder:
+    """The kernel for m rows of x.
+
+    scale_groups: scale groups in a tile that the decode kernel is compiled for.
+    """
+    codes = traits.codes
+    if m <= launcher.MOST:
+        columns = launcher.columns_for(m, traits, scale_groups, False)
+        sums = int(traits.scales.zero != "none" or launcher.has_constants(codes))
         template = f"weight_only_decode<T, D, S, {columns // _COLUMNS}>"
         return Decoder(template, launcher.ROWS, columns, sums)
     return Decoder("weight_only_gemm<T, D, S>", 16, gemm.columns_of(codes))
@@ -80,10 +85,11 @@ def counts(
     if why := launcher.unsupported(problem):
         raise RuntimeError(f"{name}: {why}")
     traits = traits_of(problem)
-    codes, scales = traits.codes, traits.scales
+    codes = traits.codes
     call = launcher._call_template(weight(name, params, SHAPE), traits, DTYPES["fp16"])
     call.args.x_chunks = 1
-    decoders = {m: decoder_of(m, codes, scales.zero) for m in rows}
+    groups = launcher.decode_groups(traits, call)
+    decoders = {m: decoder_of(m, traits, groups) for m in rows}
     instances = {
         (dtype, m): _instance(decoder.template, CPP_TYPES[dtype], traits, call.scale_groups)
         for m, decoder in decoders.items()
@@ -94,7 +100,11 @@ def counts(
     for (dtype, m), instance in instances.items():
         weights = decoders[m].rows * codes.tile / 32
         mma = decoders[m].mma_per_tile(codes)
-        call.args.m, call.args.stage_bytes = m, launcher.stage_bytes(codes, m)
+        decoder = decoders[m]
+        call.args.m = m
+        call.args.stage_bytes = launcher.stage_bytes(
+            codes, decoder.columns, min(m, decoder.columns)
+        )
         known = dict(_words(call.args))
         result[dtype, m] = dynamic.per_weight(programs[instance], mma, weights, known)
     return result

@@ -48,10 +48,11 @@ struct WeightOnlyArgs {
 struct WeightOnlyCall {
     WeightOnlyArgs args;
     uint64_t stream;
-    uint32_t grid_x, grid_y, shared;
+    uint32_t grid_x, grid_y, threads, shared;
     int kernel;        // 0: decode, 1: gemm, 2: hopper
     int is_bfloat;     // of x, y and bias
     int scale_groups;  // of `Plain`: scale groups in a tile of one row, 1, 2, 4, or 0 for any
+    int columns;       // decode: rows of x of a block
     int pdl;           // programmatic dependent launch (sm_90+)
     int size;          // bytes of this struct in the caller's build
 };

@@ -1,8 +1,8 @@
 // y = x @ W^T + bias for up to 16 rows of x: as fast as the weight can be read.
 //
-// A block has 32 or 64 rows of W (kRows), operands of 16 rows each, and one split-K slice. Its
-// warps take the tiles of the slice in turn, each with a pipeline of its own in shared memory, so
-// no warp waits for another until the sums are complete:
+// A block has 32 rows of W, two operands of 16 rows, and one split-K slice. Its warps take the
+// tiles of the slice in turn, each with a pipeline of its own in shared memory, so no warp waits
+// for another until the sums are complete:
 //
 //          K: tiles of a split-K slice         columns = rows of x
 //         w0  w1  w2 ... w7  w0  w1 ...        +---+
@@ -13,12 +13,22 @@
 // cp.async copies the packed bytes of a tile and its activations, kDecodeStages tiles of the warp at a
 // time. A lane reads only codes that it copied itself. The rows of x, 8 or 16, are the columns of
 // mma.m16n8k16; rows that do not exist are copies of another, and their sums are not stored. If N
-// is no multiple of kRows, the last block begins earlier: it computes some rows again, but does not
+// is no multiple of 32, the last block begins earlier: it computes some rows again, but does not
 // store them.
 //
 // Weights enter the product as `D::raw` makes them: off by a constant, and without zero points. The
 // sums are put right once a scale group, by one more product: its first operand has ones in rows
 // 0-7, which give the group's sum of x, and the constants in rows 8-15.
+//
+// With one row of x the columns are slices of 16 features instead: column c has the row's features
+// of slices c and c + 8 of a tile, and zeros elsewhere. So the sums of all slices come apart in one
+// product, and each lane scales only those of its own two columns, 2j and 2j + 1:
+//
+//          K: slices of a tile                 columns = slices
+//         s0  s1  s2  s3  s4  s5  s6  s7       +---+
+//       +---+---+---+---+---+---+---+---+      |x  |
+//    16 |   |   |   |   |   |   |   |   | times| x |  = 16 x 8 sums, to be scaled and added
+//       +---+---+---+---+---+---+---+---+      |  x|
 //
 // The sums of warps are added in order; then the block that finishes last adds the split-K slices
 // in order. So the order of every sum depends on the weight, the number of slices and that of
@@ -29,14 +39,12 @@
 
 namespace qk {
 
-/// Tiles of a warp that are in shared memory at a time.
-constexpr int kDecodeStages = 3;
-
-/// Operands of 16 rows of W of a warp. More of them share the work for x, but need registers.
-template <typename D, typename S, int COLUMN_TILES>
-constexpr int kRowTiles =
-    COLUMN_TILES == 1 && S::kGroups > 0 && S::kGroups <= 2 && D::kHigh == 0 && D::kBook == 0 ? 4
-                                                                                             : 2;
+/// Operands of 16 rows of W of a warp, and rows of W of a block.
+constexpr int kRowTiles = 2, kDecodeRows = kRowTiles * 16;
+/// Tiles of a warp that are in shared memory at a time. COLUMN_TILES: 8 rows of x each; 0 for one
+/// row.
+template <int COLUMN_TILES>
+constexpr int kDecodeStages = COLUMN_TILES == 0 ? 4 : 3;
 
 /// Whether every constant that `raw` adds, with kZero, is a number of T.
 template <typename T, typename D>
@@ -114,17 +122,16 @@ QK_NOINLINE void gather_chunks(const WeightOnlyArgs* args, Words4* to, int tile,
     }
 }
 
-/// Shared memory of a tile of a warp: codes, their high bits, and rows of x.
-template <typename D, int ROW_TILES>
-struct StageBytes {
-    static constexpr int kCodes = ROW_TILES * 16 * 64, kHigh = ROW_TILES * 16 * 16 * D::kHigh;
-    static constexpr int kX = kTile<D> * 2;  // of a row
-};
+/// Shared memory of a tile of a warp: codes, their high bits, and rows of x. With one row of x, 16
+/// bytes of zeros and padding follow.
+constexpr int kStageCodes = kDecodeRows * 64;
+template <typename D>
+constexpr int kStageHigh = kDecodeRows * 16 * D::kHigh;
 
 /// The memory of a warp's pipeline: its first stage; stages follow one another.
-template <typename D, int ROW_TILES>
+template <typename D, int COLUMN_TILES>
 struct Ring {
-    using Bytes = StageBytes<D, ROW_TILES>;
+    static constexpr bool kOneRow = COLUMN_TILES == 0;
     static constexpr int kChunks = kTile<D> / 8;  // of a row of x, 16 bytes each
     /// A lane's own codes and high bits, and the warp's chunks of x.
     unsigned char *codes, *high, *x;
@@ -133,17 +140,23 @@ struct Ring {
     unsigned char* matrix[D::kPairs];
     int next_rows;
 
-    QK_DEVICE Ring(unsigned char* warp, int rows_x)
+    QK_DEVICE Ring(unsigned char* warp, int rows_x, int stage_bytes)
         : codes(kept(warp + lane_index() * 16)),
-          high(warp + Bytes::kCodes + lane_index() * int(sizeof(HighWords<D>))),
-          x(kept(warp + Bytes::kCodes + Bytes::kHigh)) {
+          high(warp + kStageCodes + lane_index() * int(sizeof(HighWords<D>))),
+          x(kept(warp + kStageCodes + kStageHigh<D>)) {
         if (D::kHigh > 0) {
             high = kept(high);
         }
-        const int row = lane_index() % 8, m = row < rows_x ? row : 0;
+        const int row = lane_index() % 8, m = row < rows_x ? row : 0, part = lane_index() / 8;
         QK_UNROLL
         for (int s = 0; s < D::kPairs; s++) {
-            matrix[s] = kept(x + chunk_at<kChunks>(m, s * 4 + lane_index() / 8) * 16);
+            const bool zero = kOneRow && (s * 2 + part / 2) % 8 != row;
+            const int chunk = kOneRow ? s * 4 + part : chunk_at<kChunks>(m, s * 4 + part);
+            matrix[s] = kept(x + (zero ? kChunks : chunk) * 16);
+        }
+        if (kOneRow && lane_index() < kDecodeStages<0>) {
+            auto* const zeros = reinterpret_cast<Words4*>(x + lane_index() * stage_bytes);
+            store_shared(zeros + kChunks, Words4{});
         }
         next_rows = kept(m + 8 < rows_x ? 8 * kChunks * 16 : 0);
     }
@@ -165,7 +178,7 @@ struct Ring {
 };
 
 /// Where a lane's next tile is in global memory.
-template <typename T, typename D, int ROW_TILES, int COLUMN_TILES>
+template <typename T, typename D, int COLUMN_TILES>
 class Source {
   public:
     static constexpr int kChunks = kTile<D> / 8;
@@ -173,53 +186,57 @@ class Source {
     /// n0, m0: the block's first rows of W and of x. tile, x_tile: the first tile of the weight and
     /// of x that is copied.
     QK_DEVICE Source(const WeightOnlyArgs& args, int n0, int m0, int rows_x, int tile, int x_tile)
-        : policy_(evict_first()), rows_x_(kept_in_all(rows_x)) {
+        : policy_(evict_first()),
+          step_(kept_in_all(args.n * 4 * int(threads_x()) / 32)),
+          x_step_(kept_in_all(int(threads_x()) / 32 * kTile<D>)) {
         const int64_t unit =
             (int64_t(tile) * args.n + n0 + lane_index() / 4) * 4 + lane_index() % 4;
         codes_ = args.qdata + unit;
         high_ = static_cast<const HighWords<D>*>(args.qhigh) + unit;
-        kk_ = x_tile * kTile<D> + int(lane_index() % kChunks) * 8;
-        m_ = lane_index() / kChunks;
-        at_ = kept(chunk_at<kChunks>(m_, lane_index() % kChunks));
-        x_ = static_cast<const T*>(args.x) + int64_t(m0 + m_) * args.k + kk_;
+        const int kk = x_tile * kTile<D> + int(lane_index() % kChunks) * 8;
+        const int m = lane_index() / kChunks;
+        rows_left_ = kept(rows_x - m);
+        at_ = kept(chunk_at<kChunks>(m, lane_index() % kChunks));
+        x_ = static_cast<const T*>(args.x) + int64_t(m0 + m) * args.k + kk;
     }
 
-    /// Starts the copies of the codes, and moves on to the warp's next tile. warps: of the block.
-    QK_DEVICE void fetch_codes(const WeightOnlyArgs& args, const Ring<D, ROW_TILES>& ring,
-                               int stage, int warps) {
+    /// Starts the copies of the codes, and moves on to the warp's next tile.
+    QK_DEVICE void fetch_codes(const Ring<D, COLUMN_TILES>& ring, int stage) {
         auto* codes = reinterpret_cast<Words4*>(ring.codes + stage);
         auto* high = reinterpret_cast<HighWords<D>*>(ring.high + stage);
         QK_UNROLL
-        for (int r = 0; r < ROW_TILES * 2; r++) {
+        for (int r = 0; r < kRowTiles * 2; r++) {
             copy_async_stream(codes + r * 32, codes_ + r * 32, policy_);
             if (D::kHigh > 0) {
                 copy_async_stream(high + r * 32, high_ + r * 32, policy_);
             }
         }
-        codes_ += int64_t(args.n) * (4 * warps);
+        codes_ += step_;
         if (D::kHigh > 0) {
-            high_ += int64_t(args.n) * (4 * warps);
+            high_ += step_;
         }
     }
 
-    /// The same for activations. They must be in kernel order, in whole chunks.
-    QK_DEVICE void fetch_x(const WeightOnlyArgs& args, const Ring<D, ROW_TILES>& ring, int stage,
-                           int warps) {
+    /// The same for the activations of `tile`. They must be in kernel order, in whole chunks.
+    QK_DEVICE void fetch_x(const WeightOnlyArgs& args, const Ring<D, COLUMN_TILES>& ring, int stage,
+                           int tile) {
         constexpr int step = 32 / kChunks;
         auto* x = reinterpret_cast<Words4*>(ring.x + stage);
-        const uint32_t live = kk_ < args.k ? 16 : 0;
-        copy_async_l1(x + at_, x_, live, m_ < rows_x_);
+        uint32_t live = 16;
+        if ((tile + 1) * kTile<D> > args.k) {  // K ends inside the tile
+            live = tile * kTile<D> + int(lane_index() % kChunks) * 8 < args.k ? 16 : 0;
+        }
+        copy_async_l1(x + at_, x_, live, rows_left_ > 0);
         if (args.m > step) {
             const T* from = x_;
             QK_UNROLL
             for (int i = 1; i < COLUMN_TILES * 8 / step; i++) {
                 from += int64_t(step) * args.k;
                 copy_async_l1(x + (at_ ^ i * step % 8) + i * 32, from, live,
-                              m_ + i * step < rows_x_);
+                              rows_left_ > i * step);
             }
         }
-        x_ += warps * kTile<D>;
-        kk_ += warps * kTile<D>;
+        x_ += x_step_;
     }
 
   private:
@@ -227,8 +244,9 @@ class Source {
     const HighWords<D>* high_;
     const T* x_;
     uint64_t policy_;
-    int kk_, rows_x_;
-    int m_, at_;  // the lane's first row of x, and the place of its chunk in a stage
+    int step_, x_step_;  // from tile to tile of the warp
+    int rows_left_;  // rows of x from the lane's first one on
+    int at_;         // the place of the lane's chunk in a stage
 };
 
 /// The first operands of the products that put sums right, one for each constant of `D::raw`.
@@ -253,36 +271,45 @@ struct Constants {
 /// Sums of a lane: rows q, q, q + 8 and q + 8 of W times columns 2j, 2j + 1, 2j and 2j + 1.
 using Sums = float[4];
 
-/// acc += the sums of a scale group, put right and scaled. ones: the product of `Constants`.
+/// acc += the sum of a scale group, put right and scaled. sum_x: the group's sum of x; constants:
+/// what the constants of `D::raw` have added.
 template <typename T, typename D, typename S>
-QK_DEVICE void add_group(Sums& acc, const Sums& group, const Sums& ones,
-                         const ScaleZero (&scales)[2]) {
+QK_DEVICE void add_group(float& acc, float sum, float sum_x, float constants,
+                         const ScaleZero& scale) {
     using Traits = Decoding<T, D, S>;
-    QK_UNROLL
-    for (int i = 0; i < 4; i++) {
-        const ScaleZero& scale = scales[i / 2];
-        const float sum_x = ones[i % 2];
-        float sum = group[i];
-        if (Traits::kConstants) {
-            sum -= ones[2 + i % 2];
-        }
-        if (Traits::kRaw && D::kZero != 0 && !Traits::kZeroInConstants) {
-            sum -= D::kZero * sum_x;
-        }
-        if (S::kHasMin) {
-            acc[i] -= scale.zero * sum_x;
-        } else if (Traits::kRaw && S::kHasZero) {
-            sum -= scale.zero * sum_x;
-        }
-        acc[i] += scale.scale * sum;
+    if (Traits::kConstants) {
+        sum -= constants;
     }
+    if (Traits::kRaw && D::kZero != 0 && !Traits::kZeroInConstants) {
+        sum -= D::kZero * sum_x;
+    }
+    if (S::kHasMin) {
+        acc -= scale.zero * sum_x;
+    } else if (Traits::kRaw && S::kHasZero) {
+        sum -= scale.zero * sum_x;
+    }
+    acc += scale.scale * (Traits::kRaw ? D::kFactor : 1) * sum;
 }
 
-/// acc += a tile's weights times its activations.
-template <typename T, typename D, typename S, int ROW_TILES, int COLUMN_TILES>
-QK_DEVICE void multiply(Sums (&acc)[ROW_TILES][COLUMN_TILES], const WeightOnlyArgs& args,
-                        const Ring<D, ROW_TILES>& ring, int stage, int tile, const Table& table,
-                        S (&scalers)[ROW_TILES], const typename S::Rows (&rows)[ROW_TILES],
+/// A lane's values as `D::raw` makes them.
+template <typename D>
+QK_DEVICE Values<D> raw_values(const Packed<D>& packed, const Table& table) {
+    Values<D> values;
+    QK_UNROLL
+    for (int i = 0; i < 8; i++) {
+        const int row = i / 4, p = i / 2 % 2, h = i % 2;
+        const uint32_t high = high_bits<D>(packed.high[row], p, h);
+        D::raw(packed.low[row].w[p * 2 + h], high, table, values.pairs[row][p][h]);
+    }
+    return values;
+}
+
+/// acc += a tile's weights times its activations. raw: the tile's scales; then those of next_tile.
+template <typename T, typename D, typename S, int COLUMN_TILES>
+QK_DEVICE void multiply(Sums (&acc)[kRowTiles][COLUMN_TILES], const WeightOnlyArgs& args,
+                        const Ring<D, COLUMN_TILES>& ring, int stage, int tile, int next_tile,
+                        const Table& table, typename S::Raw (&raw)[kRowTiles],
+                        const typename S::Rows (&rows)[kRowTiles],
                         const Constants<T, D, S>& constants) {
     using Traits = Decoding<T, D, S>;
     constexpr int slices = 2 * D::kPairs, groups = S::kGroups > 0 ? S::kGroups : slices;
@@ -290,6 +317,7 @@ QK_DEVICE void multiply(Sums (&acc)[ROW_TILES][COLUMN_TILES], const WeightOnlyAr
     // Scale groups whose sums of x are in registers at a time.
     constexpr int together = groups * COLUMN_TILES <= 4 ? groups : 4 / COLUMN_TILES;
     const bool by_element = S::kGroups == 0 && args.scale_group < kSlice;
+    S scalers[kRowTiles];
     uint32_t x[COLUMN_TILES][D::kPairs][4];
     QK_UNROLL
     for (int i = 0; i < COLUMN_TILES * D::kPairs; i++) {
@@ -309,20 +337,14 @@ QK_DEVICE void multiply(Sums (&acc)[ROW_TILES][COLUMN_TILES], const WeightOnlyAr
             }
         }
         QK_UNROLL
-        for (int r = 0; r < ROW_TILES; r++) {
-            const Packed<D> packed = ring.packed(stage, r);
-            Values<D> values;
-            QK_UNROLL
-            for (int i = 0; i < 8; i++) {
-                const int row = i / 4, p = i / 2 % 2, h = i % 2;
-                const uint32_t high = high_bits<D>(packed.high[row], p, h);
-                const uint32_t low = packed.low[row].w[p * 2 + h];
-                if (Traits::kRaw) {
-                    D::raw(low, high, table, values.pairs[row][p][h]);
-                } else {
-                    D::split(low, high, table, values.pairs[row][p][h]);
-                }
+        for (int r = 0; r < kRowTiles; r++) {
+            if (first == 0) {
+                scalers[r].take(args, raw[r], tile);
+                S::fetch(raw[r], args, rows[r], next_tile, kTile<D>);
             }
+            const Packed<D> packed = ring.packed(stage, r);
+            const Values<D> values =
+                Traits::kRaw ? raw_values<D>(packed, table) : decode<D>(packed, table);
             QK_UNROLL
             for (int g = 0; g < together; g++) {
                 const int group_slice = (first + g) * slices_of_group;
@@ -334,7 +356,6 @@ QK_DEVICE void multiply(Sums (&acc)[ROW_TILES][COLUMN_TILES], const WeightOnlyAr
                     for (int i = 0; i < 2; i++) {
                         scales[i] = scalers[r].get(args, rows[r], i, first + g, kk);
                         offset[i] = D::offset(S::kHasMin ? 0 : scales[i].zero);
-                        scales[i].scale *= Traits::kRaw ? D::kFactor : 1;
                     }
                 }
                 Sums sums[COLUMN_TILES] = {};
@@ -358,37 +379,122 @@ QK_DEVICE void multiply(Sums (&acc)[ROW_TILES][COLUMN_TILES], const WeightOnlyAr
                     }
                 }
                 QK_UNROLL
-                for (int c = 0; c < COLUMN_TILES; c++) {
-                    add_group<T, D, S>(acc[r][c], sums[c], ones[g][c], scales);
+                for (int i = 0; i < COLUMN_TILES * 4; i++) {
+                    const int c = i / 4, e = i % 4;
+                    add_group<T, D, S>(acc[r][c][e], sums[c][e], ones[g][c][e % 2],
+                                       ones[g][c][2 + e % 2], scales[e / 2]);
                 }
             }
         }
     }
 }
 
-/// The sums of output `at` of 16 ROW_TILES x rows_x of this block: of its warps, and its outliers.
-/// sums: shared memory (warps, rows_x, 16 ROW_TILES).
-template <typename S, int COLUMN_TILES>
+/// `multiply` for one row of x, whose slices are the columns of `ring.matrix`. acc: the lane's share
+/// of the sums of rows q and q + 8.
+template <typename T, typename D, typename S>
+QK_DEVICE void multiply_row(float (&acc)[kRowTiles][2], const WeightOnlyArgs& args,
+                            const Ring<D, 0>& ring, int stage, int tile, int next_tile,
+                            const Table& table, typename S::Own (&raw)[kRowTiles],
+                            const typename S::Rows (&rows)[kRowTiles],
+                            const Constants<T, D, S>& constants) {
+    using Traits = Decoding<T, D, S>;
+    constexpr int slices = 2 * D::kPairs, halves = S::own_halves(slices) ? 2 : 1;
+    constexpr bool odd = S::own_odd(slices);
+    uint32_t x[D::kPairs][4];
+    Sums ones[halves] = {};
+    QK_UNROLL
+    for (int s = 0; s < D::kPairs; s++) {
+        load_matrix(x[s], ring.matrix[s] + stage);
+    }
+    if (Traits::kOnes || Traits::kConstants) {
+        QK_UNROLL
+        for (int i = 0; i < slices; i++) {
+            const uint32_t* b = x[i / 2] + i % 2 * 2;
+            mma<T>(ones[i / 8 % halves], constants.of[i / 2 % D::kTogether], b[0], b[1]);
+        }
+    }
+    QK_UNROLL
+    for (int r = 0; r < kRowTiles; r++) {
+        ScaleZero scales[2][halves][2];
+        QK_UNROLL
+        for (int i = 0; i < 2 * halves * (odd ? 2 : 1); i++) {
+            const int row = i % 2, half = i / 2 % halves, e = i / 2 / halves;
+            scales[row][half][e] = S::own(args, raw[r], row, half, e, tile);
+        }
+        S::fetch_own(raw[r], args, rows[r], next_tile, kTile<D>);
+        const Values<D> values = raw_values<D>(ring.packed(stage, r), table);
+        Sums sums[halves] = {};
+        QK_UNROLL
+        for (int i = 0; i < slices; i++) {
+            const int s = i / 2, p = i % 2;
+            uint32_t a[4];
+            QK_UNROLL
+            for (int e = 0; e < 4; e++) {
+                a[e] = values.pairs[e % 2][p][e / 2][s];
+            }
+            mma<T>(sums[i / 8 % halves], a, x[s][p * 2], x[s][p * 2 + 1]);
+        }
+        QK_UNROLL
+        for (int half = 0; half < halves; half++) {
+            QK_UNROLL
+            for (int row = 0; row < 2; row++) {
+                const float* sum = sums[half] + row * 2;
+                QK_UNROLL
+                for (int e = 0; e < (odd ? 2 : 1); e++) {
+                    // The lane's two columns have one scale, or one each.
+                    const float* one = ones[half];
+                    add_group<T, D, S>(acc[r][row], odd ? sum[e] : sum[0] + sum[1],
+                                       odd ? one[e] : one[0] + one[1],
+                                       odd ? one[2 + e] : one[2] + one[3], scales[row][half][e]);
+                }
+            }
+        }
+    }
+}
+
+/// The sums of output `at` of 32 x rows_x of this block: of its warps, and its outliers.
+/// sums: shared memory (warps, rows_x, 32).
+template <typename S, int COLUMNS>
 QK_DEVICE float total_of(const float* sums, const float* sparse, int outputs, int at) {
     float total = 0;
     const int warps = threads_x() / 32;
     for (int w = 0; w < warps; w++) {
         total += load_shared(sums + w * outputs + at);
     }
-    return S::kOutliers ? total + sparse_total<COLUMN_TILES * 8>(sparse, at) : total;
+    return S::kOutliers ? total + sparse_total<COLUMNS>(sparse, at) : total;
 }
 
-/// Grid: (blocks of 8 COLUMN_TILES rows of x, fastest, and of rows of W; split-K slices).
+/// The scales that a lane loads of a tile.
+template <typename S, bool ONE_ROW>
+struct RawScales {
+    using Type = typename S::Raw;
+    QK_DEVICE static void fetch(Type& raw, const WeightOnlyArgs& args,
+                                const typename S::Rows& rows, int tile, int features) {
+        S::fetch(raw, args, rows, tile, features);
+    }
+};
+template <typename S>
+struct RawScales<S, true> {
+    using Type = typename S::Own;
+    QK_DEVICE static void fetch(Type& raw, const WeightOnlyArgs& args,
+                                const typename S::Rows& rows, int tile, int features) {
+        S::fetch_own(raw, args, rows, tile, features);
+    }
+};
+
+/// Grid: (blocks of 8 COLUMN_TILES rows of x, or of 1 with 0, fastest, and of rows of W; split-K
+/// slices).
 template <typename T, typename D, typename S, int COLUMN_TILES>
-__global__ void __launch_bounds__(256, (kRowTiles<D, S, COLUMN_TILES> > 2 ? 1 : 2))
+__global__ void __launch_bounds__(256, 2)
     weight_only_decode(const __grid_constant__ WeightOnlyArgs args) {
-    constexpr int columns = COLUMN_TILES * 8, features = kTile<D>;
-    constexpr int row_tiles = kRowTiles<D, S, COLUMN_TILES>, block_rows = row_tiles * 16;
+    constexpr bool one_row = COLUMN_TILES == 0;
+    constexpr int columns = one_row ? 1 : COLUMN_TILES * 8, features = kTile<D>;
+    constexpr int depth = kDecodeStages<COLUMN_TILES>;
     const int warps = threads_x() / 32;
     const int blocks_m = (args.m + columns - 1) / columns;
     const int m0 = block_index_x() % blocks_m * columns;
-    const int first_row = block_index_x() / blocks_m * block_rows;
-    const int n0 = first_row + block_rows <= args.n ? first_row : args.n - block_rows;
+    const int first_row = block_index_x() / blocks_m * kDecodeRows;
+    const int n0 = first_row + kDecodeRows <= args.n ? first_row : args.n - kDecodeRows;
     const int rows_x = args.m - m0 < columns ? args.m - m0 : columns;
     const int begin = block_index_y() * args.k_slice;
     const int end = begin + args.k_slice < args.tiles ? begin + args.k_slice : args.tiles;
@@ -397,32 +503,34 @@ __global__ void __launch_bounds__(256, (kRowTiles<D, S, COLUMN_TILES> > 2 ? 1 : 
     unsigned char* const shared = shared_memory();
     auto* const book = reinterpret_cast<uint32_t*>(shared);
     auto* const sums = reinterpret_cast<float*>(shared + kBookBytes<D>);
-    auto* const sparse = sums + warps * rows_x * block_rows + 64;
+    auto* const sparse = sums + warps * rows_x * kDecodeRows + 64;
     auto* const stages = reinterpret_cast<unsigned char*>(
         sparse + (S::kOutliers ? kSparseFloats<columns> * int(threads_x()) / 32 : 0));
-    const Ring<D, row_tiles> ring(stages + warp_index() * kDecodeStages * args.stage_bytes, rows_x);
+    const Ring<D, COLUMN_TILES> ring(stages + warp_index() * depth * args.stage_bytes, rows_x,
+                                     args.stage_bytes);
 
     // The last kernel may write x, but not the weight: the copies of the weight start before the
     // wait.
     int tile = begin + int(uniform_warp_index());
     const int count = (end - tile + warps - 1) / warps;  // tiles of this warp, if any
-    Source<T, D, row_tiles, COLUMN_TILES> source(args, n0, m0, rows_x, tile,
-                                                 tile + kDecodeStages * warps);
+    Source<T, D, COLUMN_TILES> source(args, n0, m0, rows_x, tile,
+                                                 tile + depth * warps);
     QK_UNROLL
-    for (int i = 0; i < kDecodeStages; i++) {
+    for (int i = 0; i < depth; i++) {
         if (i < count) {
-            source.fetch_codes(args, ring, i * args.stage_bytes, warps);
+            source.fetch_codes(ring, i * args.stage_bytes);
         }
         copy_async_commit();
     }
     const int row = kept(n0 + lane_index() / 4);
-    typename S::Rows rows[row_tiles];
-    typename S::Raw raw[row_tiles] = {};
+    typename S::Rows rows[kRowTiles];
+    using Raw = RawScales<S, one_row>;
+    typename Raw::Type raw[kRowTiles] = {};
     QK_UNROLL
-    for (int r = 0; r < row_tiles; r++) {
+    for (int r = 0; r < kRowTiles; r++) {
         rows[r] = typename S::Rows(args, row + r * 16, row + r * 16 + 8);
         if (count > 0) {
-            S::fetch(raw[r], args, rows[r], tile, features);
+            Raw::fetch(raw[r], args, rows[r], tile, features);
         }
     }
     load_book<D>(args, book, threads_x());
@@ -430,7 +538,7 @@ __global__ void __launch_bounds__(256, (kRowTiles<D, S, COLUMN_TILES> > 2 ? 1 : 
     const Constants<T, D, S> constants;
     let_next_kernel_start();
     wait_for_last_kernel();
-    for (int i = 0; i < kDecodeStages && i < count; i++) {
+    for (int i = 0; i < depth && i < count; i++) {
         auto* const x = reinterpret_cast<Words4*>(ring.x + i * args.stage_bytes);
         if (args.x_chunks) {
             load_chunks<T, features>(&args, x, tile + i * warps, m0, rows_x);
@@ -445,59 +553,65 @@ __global__ void __launch_bounds__(256, (kRowTiles<D, S, COLUMN_TILES> > 2 ? 1 : 
         sync_block();
     }
 
-    Sums acc[row_tiles][COLUMN_TILES] = {};
+    std::conditional_t<one_row, float[kRowTiles][2], Sums[kRowTiles][COLUMN_TILES + one_row]> acc =
+        {};
     int stage = 0;
     for (int left = count; left > 0; left--) {
-        copy_async_wait<kDecodeStages - 1>();
+        copy_async_wait<depth - 1>();
         sync_warp();  // other lanes' copies of x are there, too
-        {
-            S scalers[row_tiles];
-            QK_UNROLL
-            for (int r = 0; r < row_tiles; r++) {
-                scalers[r].take(args, raw[r], tile);
-            }
-            if (left > 1) {
-                QK_UNROLL
-                for (int r = 0; r < row_tiles; r++) {
-                    S::fetch(raw[r], args, rows[r], tile + warps, features);
-                }
-            }
-            multiply<T, D, S, row_tiles, COLUMN_TILES>(acc, args, ring, stage, tile, table,
-                                                       scalers, rows, constants);
+        const int next_tile = left > 1 ? tile + warps : tile;
+        if constexpr (one_row) {
+            multiply_row<T, D, S>(acc, args, ring, stage, tile, next_tile, table, raw,
+                                             rows, constants);
+        } else {
+            multiply<T, D, S, COLUMN_TILES>(acc, args, ring, stage, tile, next_tile,
+                                                       table, raw, rows, constants);
         }
         sync_warp();  // no lane still reads the stage
-        if (left > kDecodeStages) {
-            source.fetch_codes(args, ring, stage, warps);
+        if (left > depth) {
+            source.fetch_codes(ring, stage);
             if (args.x_chunks) {
-                source.fetch_x(args, ring, stage, warps);
+                source.fetch_x(args, ring, stage, tile + depth * warps);
             } else {
                 gather_chunks<T, features>(&args, reinterpret_cast<Words4*>(ring.x + stage),
-                                           tile + kDecodeStages * warps, m0, rows_x);
+                                           tile + depth * warps, m0, rows_x);
             }
         }
         copy_async_commit();
         tile += warps;
         stage += args.stage_bytes;
-        stage = stage < kDecodeStages * args.stage_bytes ? stage : 0;
+        stage = stage < depth * args.stage_bytes ? stage : 0;
     }
 
-    const int q = lane_index() / 4, j = lane_index() % 4, outputs = rows_x * block_rows;
-    QK_UNROLL
-    for (int i = 0; i < row_tiles * COLUMN_TILES * 4; i++) {
-        const int r = i / (COLUMN_TILES * 4), c = i / 4 % COLUMN_TILES, e = i % 4;
-        const int column = c * 8 + j * 2 + e % 2;
-        if (column < rows_x) {
-            const int at = column * block_rows + r * 16 + q + e / 2 * 8;
-            store_shared(sums + warp_index() * outputs + at, acc[r][c][e]);
+    const int q = lane_index() / 4, j = lane_index() % 4, outputs = rows_x * kDecodeRows;
+    if constexpr (one_row) {
+        QK_UNROLL
+        for (int i = 0; i < kRowTiles * 2; i++) {
+            float sum = acc[i / 2][i % 2];
+            sum += shuffle_xor(sum, 1);
+            sum += shuffle_xor(sum, 2);
+            if (j == 0) {
+                store_shared(sums + warp_index() * outputs + i * 8 + q, sum);
+            }
+        }
+    } else {
+        QK_UNROLL
+        for (int i = 0; i < kRowTiles * COLUMN_TILES * 4; i++) {
+            const int r = i / (COLUMN_TILES * 4), c = i / 4 % COLUMN_TILES, e = i % 4;
+            const int column = c * 8 + j * 2 + e % 2;
+            if (column < rows_x) {
+                const int at = column * kDecodeRows + r * 16 + q + e / 2 * 8;
+                store_shared(sums + warp_index() * outputs + at, acc[r][c][e]);
+            }
         }
     }
     sync_block();
     const int k_slices = blocks_y();
-    float* const parts = args.partial + int64_t(block_index_x()) * k_slices * columns * block_rows;
+    float* const parts = args.partial + int64_t(block_index_x()) * k_slices * columns * kDecodeRows;
     if (k_slices > 1) {
         for (int at = thread_index(); at < outputs; at += threads_x()) {
-            store_global(parts + block_index_y() * columns * block_rows + at,
-                         total_of<S, COLUMN_TILES>(sums, sparse, outputs, at));
+            store_global(parts + block_index_y() * columns * kDecodeRows + at,
+                         total_of<S, columns>(sums, sparse, outputs, at));
         }
         int* const flag = reinterpret_cast<int*>(sums + warps * outputs);
         if (!is_last_part(args.counter + block_index_x(), k_slices, flag)) {
@@ -507,14 +621,14 @@ __global__ void __launch_bounds__(256, (kRowTiles<D, S, COLUMN_TILES> > 2 ? 1 : 
     for (int at = thread_index(); at < outputs; at += threads_x()) {
         float total = 0;
         if (k_slices == 1) {
-            total = total_of<S, COLUMN_TILES>(sums, sparse, outputs, at);
+            total = total_of<S, columns>(sums, sparse, outputs, at);
         }
         for (int s = 0; k_slices > 1 && s < k_slices; s++) {
-            total += load_l2(parts + s * columns * block_rows + at);
+            total += load_l2(parts + s * columns * kDecodeRows + at);
         }
-        const int n = n0 + at % block_rows;
+        const int n = n0 + at % kDecodeRows;
         if (n >= first_row) {
-            store_output<T>(args, m0 + at / block_rows, n, total);
+            store_output<T>(args, m0 + at / kDecodeRows, n, total);
         }
     }
 }

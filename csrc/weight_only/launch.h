@@ -36,11 +36,20 @@ struct DecodeScaler<Plain<1>> {
     using Type = Grouped<1, kScale>;
 };
 
-/// The decode kernel for the call's rows of x.
+/// The decode kernel for the rows of x of the call's blocks, or null.
 template <typename T, typename D, typename S>
 WeightOnlyKernel decode_kernel(const WeightOnlyCall& call) {
-    return call.args.m <= 8 ? WeightOnlyKernel(weight_only_decode<T, D, S, 1>)
-                            : WeightOnlyKernel(weight_only_decode<T, D, S, 2>);
+    if constexpr (S::kGroups > 0) {
+        if (call.columns == 1) {
+            return weight_only_decode<T, D, S, 0>;
+        }
+    }
+    if constexpr (kTile<D> < 256) {  // longer tiles of 16 rows of x take too much shared memory
+        if (call.columns == 16) {
+            return weight_only_decode<T, D, S, 2>;
+        }
+    }
+    return call.columns == 8 ? weight_only_decode<T, D, S, 1> : nullptr;
 }
 
 /// Kernels of the scaler `Plain`, one for each number of scale groups in a tile. The decode kernel
@@ -52,7 +61,7 @@ struct AnyPlain {
         if (call.kernel == 0) {
             WeightOnlyKernel kernel = nullptr;
             ((kernel = call.args.scaling == KINDS ? find_decode<T, D, KINDS>(call) : kernel), ...);
-            return kernel == nullptr ? decode_kernel<T, D, Plain<0>>(call) : kernel;
+            return call.scale_groups == 0 ? decode_kernel<T, D, Plain<0>>(call) : kernel;
         }
         // A tile with two scales runs as one with four scale groups: each scale is loaded twice.
         return call.scale_groups == 0   ? weight_only_gemm<T, D, Plain<0>>
@@ -112,11 +121,10 @@ std::string launch_weight_only(const WeightOnlyCall& call) {
     // for this check.
     const WeightOnlyKernel kernel = Scalers::template find<T, D>(call);
     if (kernel == nullptr) {
-        return "it is made for longer groups than these";
+        return "it is made for longer groups than these, or for other blocks";
     }
     if (call.kernel != 2) {
-        const Grid grid{call.grid_x, call.grid_y,
-                        uint32_t(call.kernel == 0 ? kDecodeThreads : kThreads), call.shared};
+        const Grid grid{call.grid_x, call.grid_y, call.threads, call.shared};
         return launch<WeightOnlyArgs>(kernel, grid, call.args, call.stream, call.pdl != 0);
     }
     const HopperKernel hopper = Scalers::template find_hopper<T, D>(call);

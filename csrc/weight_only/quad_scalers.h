@@ -92,8 +92,22 @@ struct Blocks : Quad<SCALE_GROUPS, HAS_MIN, 4> {
     QK_DEVICE void take(const WeightOnlyArgs&, const Raw& fetched, int) { raw = fetched; }
 
     QK_DEVICE ScaleZero get(const WeightOnlyArgs&, const Rows&, int r, int group, int) const {
-        const uint32_t word = from_quad(raw.w[r], group);
+        return scale_of(from_quad(raw.w[r], group));
+    }
+    QK_DEVICE static ScaleZero scale_of(uint32_t word) {
         return {half_bits(word), HAS_MIN ? -half_bits(word >> 16) : 0};
+    }
+
+    // A lane has the scales of its own group already.
+    QK_HOST_DEVICE static constexpr bool own_halves(int) { return false; }
+    QK_HOST_DEVICE static constexpr bool own_odd(int) { return false; }
+    using Own = Raw;
+    QK_DEVICE static void fetch_own(Own& raw, const WeightOnlyArgs& args, const Rows& rows,
+                                    int tile, int features) {
+        fetch(raw, args, rows, tile, features);
+    }
+    QK_DEVICE static ScaleZero own(const WeightOnlyArgs&, const Own& raw, int r, int, int, int) {
+        return scale_of(raw.w[r]);
     }
 };
 
@@ -115,9 +129,23 @@ struct E8M0 : Quad<SCALE_GROUPS, false, 4> {
     QK_DEVICE void take(const WeightOnlyArgs&, const Raw& fetched, int) { raw = fetched; }
 
     QK_DEVICE ScaleZero get(const WeightOnlyArgs&, const Rows&, int r, int group, int) const {
-        const uint32_t code = from_quad(raw.w[r], group);
+        return scale_of(from_quad(raw.w[r], group));
+    }
+    QK_DEVICE static ScaleZero scale_of(uint32_t code) {
         // The exponent of a float32; 2^-127 is not a normal number.
         return {bits_to_float(code != 0 ? code << 23 : 0x00400000), 0};
+    }
+
+    // A lane has the scales of its own group already.
+    QK_HOST_DEVICE static constexpr bool own_halves(int) { return false; }
+    QK_HOST_DEVICE static constexpr bool own_odd(int) { return false; }
+    using Own = Raw;
+    QK_DEVICE static void fetch_own(Own& raw, const WeightOnlyArgs& args, const Rows& rows,
+                                    int tile, int features) {
+        fetch(raw, args, rows, tile, features);
+    }
+    QK_DEVICE static ScaleZero own(const WeightOnlyArgs&, const Own& raw, int r, int, int, int) {
+        return scale_of(raw.w[r]);
     }
 };
 
@@ -154,6 +182,37 @@ struct Q4K : Quad<4, true, 4> {
         return {d[r] * float(scales[r] >> 8 * group & 0xFF),
                 dmin[r] * float(minima[r] >> 8 * group & 0xFF)};
     }
+
+    /// Byte j of the block's three words, for group j of the tile; d and dmin.
+    QK_HOST_DEVICE static constexpr bool own_halves(int) { return false; }
+    QK_HOST_DEVICE static constexpr bool own_odd(int) { return false; }
+    struct Own {
+        uint32_t a[2], b[2], c[2], d[2];
+    };
+    QK_DEVICE static void fetch_own(Own& raw, const WeightOnlyArgs& args, const Rows& rows,
+                                    int tile, int) {
+        const int block = tile / 2, j = lane_index() % 4;
+        const auto* bytes = static_cast<const uint8_t*>(args.scaler[0]) + j;
+        const auto byte = [&](int word) {
+            return [=, &args](int row) -> uint32_t {
+                return load_global(bytes + (int64_t(block * 3 + word) * args.n + row) * 4);
+            };
+        };
+        load_rows(raw.a, rows, byte(0));
+        load_rows(raw.b, rows, byte(1));
+        load_rows(raw.c, rows, byte(2));
+        load_rows(raw.d, rows, [&](int row) {
+            return halves(args, args.scaler[1], args.scaler[2], block, row);
+        });
+    }
+    QK_DEVICE static ScaleZero own(const WeightOnlyArgs&, const Own& raw, int r, int, int,
+                                   int tile) {
+        const bool second_half = tile % 2 != 0;  // of the block
+        const uint32_t a = raw.a[r], b = raw.b[r], c = raw.c[r];
+        const uint32_t scale = second_half ? (c & 15) | (a >> 2 & 0x30) : a & 63;
+        const uint32_t minimum = second_half ? c >> 4 | (b >> 2 & 0x30) : b & 63;
+        return {half_bits(raw.d[r]) * float(scale), half_bits(raw.d[r] >> 16) * float(minimum)};
+    }
 };
 
 /// q2_k: a byte per 16 features, with the scale in the low nibble and the minimum in the high one.
@@ -185,9 +244,33 @@ struct Q2K : Quad<16, true, 2> {
         if (group % 4 == 0) {
             four[r] = from_quad(raw.w[r], group / 4);
         }
-        const uint32_t word = four[r] >> 8 * (group % 4);
-        return {half_bits(raw.d[r]) * float(word & 15),
-                half_bits(raw.d[r] >> 16) * float(word >> 4 & 15)};
+        return scale_of(four[r] >> 8 * (group % 4), raw.d[r]);
+    }
+    QK_DEVICE static ScaleZero scale_of(uint32_t byte, uint32_t d) {
+        return {half_bits(d) * float(byte & 15), half_bits(d >> 16) * float(byte >> 4 & 15)};
+    }
+
+    /// The bytes of groups 2j, 2j + 1, 8 + 2j and 9 + 2j.
+    QK_HOST_DEVICE static constexpr bool own_halves(int) { return true; }
+    QK_HOST_DEVICE static constexpr bool own_odd(int) { return true; }
+    using Own = Raw;
+    QK_DEVICE static void fetch_own(Own& raw, const WeightOnlyArgs& args, const Rows& rows,
+                                    int tile, int) {
+        load_rows(raw.w, rows, [&](int row) {
+            uint32_t four = 0;
+            QK_UNROLL
+            for (int i = 0; i < 4; i++) {
+                const int at = tile * 16 + i / 2 * 8 + lane_index() % 4 * 2 + i % 2;
+                four |= item<uint8_t>(args, args.scaler[0], at, row) << 8 * i;
+            }
+            return four;
+        });
+        load_rows(raw.d, rows,
+                  [&](int row) { return halves(args, args.scaler[1], args.scaler[2], tile, row); });
+    }
+    QK_DEVICE static ScaleZero own(const WeightOnlyArgs&, const Own& raw, int r, int half,
+                                   int odd, int) {
+        return scale_of(raw.w[r] >> 8 * (half * 2 + odd), raw.d[r]);
     }
 };
 
@@ -221,6 +304,34 @@ struct Q3K : Quad<16, false, 2> {
         const uint32_t top = high[r] >> (group % 4 * 8 + group / 4 * 2) & 3;
         return {signed_six(d[r], nibble, top), 0};
     }
+
+    /// low: a byte for each of two groups, whose nibbles belong to the halves of the tile; high: a
+    /// byte for each, too.
+    QK_HOST_DEVICE static constexpr bool own_halves(int) { return true; }
+    QK_HOST_DEVICE static constexpr bool own_odd(int) { return true; }
+    struct Own {
+        uint32_t low[2], high[2], d[2];
+    };
+    QK_DEVICE static void fetch_own(Own& raw, const WeightOnlyArgs& args, const Rows& rows,
+                                    int tile, int) {
+        const int j = lane_index() % 4;
+        const auto* halves16 = static_cast<const uint16_t*>(args.scaler[0]) + j % 2;
+        load_rows(raw.low, rows, [&](int row) -> uint32_t {
+            return load_global(halves16 + (int64_t(tile * 3 + j / 2) * args.n + row) * 2);
+        });
+        load_rows(raw.high, rows, [&](int row) -> uint32_t {
+            return load_global(halves16 + (int64_t(tile * 3 + 2) * args.n + row) * 2);
+        });
+        load_rows(raw.d, rows,
+                  [&](int row) { return item<uint16_t>(args, args.scaler[1], tile, row); });
+    }
+    QK_DEVICE static ScaleZero own(const WeightOnlyArgs&, const Own& raw, int r, int half,
+                                   int odd, int) {
+        const int j = lane_index() % 4;
+        const uint32_t nibble = raw.low[r] >> (odd * 8 + half * 4) & 15;
+        const uint32_t top = raw.high[r] >> (odd * 8 + half * 4) >> j / 2 * 2 & 3;
+        return {signed_six(half_bits(raw.d[r]), nibble, top), 0};
+    }
 };
 
 /// q6_k: an int8 scale per 16 features; a tile is half a block. Lane j has scale groups 2j and
@@ -244,8 +355,23 @@ struct Q6K : Quad<8, false, 4> {
         if (group % 2 == 0) {
             two[r] = from_quad(raw.w[r], group / 2);
         }
-        const float scale = float(int8_t(two[r] >> 8 * (group % 2) & 0xFF));
-        return {half_bits(raw.w[r] >> 16) * scale, 0};
+        return scale_of(two[r] >> 8 * (group % 2), raw.w[r]);
+    }
+    QK_DEVICE static ScaleZero scale_of(uint32_t byte, uint32_t word) {
+        return {half_bits(word >> 16) * float(int8_t(byte & 0xFF)), 0};
+    }
+
+    // A lane has the scales of its own two groups already.
+    QK_HOST_DEVICE static constexpr bool own_halves(int) { return false; }
+    QK_HOST_DEVICE static constexpr bool own_odd(int) { return true; }
+    using Own = Raw;
+    QK_DEVICE static void fetch_own(Own& raw, const WeightOnlyArgs& args, const Rows& rows,
+                                    int tile, int features) {
+        fetch(raw, args, rows, tile, features);
+    }
+    QK_DEVICE static ScaleZero own(const WeightOnlyArgs&, const Own& raw, int r, int, int odd,
+                                   int) {
+        return scale_of(raw.w[r] >> 8 * odd, raw.w[r]);
     }
 };
 
@@ -277,6 +403,28 @@ struct Iq4Xs : Quad<4, false, 2> {
         const uint32_t nibble = low[r] >> group * 4 & 15, top = high[r] >> group * 2 & 3;
         return {signed_six(d[r], nibble, top), 0};
     }
+
+    /// The block's words, of which a lane uses the bits of group j of the tile.
+    QK_HOST_DEVICE static constexpr bool own_halves(int) { return false; }
+    QK_HOST_DEVICE static constexpr bool own_odd(int) { return false; }
+    struct Own {
+        uint32_t low[2], high[2];
+    };
+    QK_DEVICE static void fetch_own(Own& raw, const WeightOnlyArgs& args, const Rows& rows,
+                                    int tile, int) {
+        load_rows(raw.low, rows,
+                  [&](int row) { return item<uint32_t>(args, args.scaler[0], tile / 2, row); });
+        load_rows(raw.high, rows, [&](int row) {
+            return halves(args, args.scaler[1], args.scaler[2], tile / 2, row);
+        });
+    }
+    QK_DEVICE static ScaleZero own(const WeightOnlyArgs&, const Own& raw, int r, int, int,
+                                   int tile) {
+        const int group = tile % 2 * 4 + lane_index() % 4;
+        const uint32_t nibble = raw.low[r] >> group * 4 & 15;
+        const uint32_t top = raw.high[r] >> (16 + group * 2) & 3;
+        return {signed_six(half_bits(raw.high[r]), nibble, top), 0};
+    }
 };
 
 /// SpQR: a group of a row has 3-bit codes of its scale and zero point; a group of `row_group` rows
@@ -297,22 +445,26 @@ struct TwoLevel : Quad<SCALE_GROUPS, true, 2> {
     };
     QK_DEVICE static void fetch(Raw& raw, const WeightOnlyArgs& args, const Rows& rows, int tile,
                                 int) {
-        raw.stats[0] = raw.stats[1] = 0;
         QK_UNROLL
         for (int i = 0; i < kLaneGroups; i++) {
-            int slice = tile * SCALE_GROUPS + i * 4 + lane_index() % 4;
-            const int slices = (args.kp + 15) / 16;
-            slice = slice < slices ? slice : slices - 1;
-            const int group = args.slice_group != nullptr ? load_global(args.slice_group + slice)
-                              : args.shift >= 0           ? slice * 16 >> args.shift
-                                                          : slice * 16 / args.group;
-            QK_UNROLL
-            for (int r = 0; r < 2; r++) {
-                raw.stats[r] |= item<uint8_t>(args, args.scaler[0], group, rows.row[r]) << 8 * i;
-                const int row_groups = (args.n + args.row_group - 1) / args.row_group;
-                const int64_t at = int64_t(group) * row_groups + rows.row[r] / args.row_group;
-                raw.second[r][i] = load_global(static_cast<const Words2*>(args.scaler[1]) + at);
-            }
+            load(raw, i, args, rows, tile * SCALE_GROUPS + i * 4 + lane_index() % 4);
+        }
+    }
+    /// Loads number i of a lane's scale groups, which is slice `slice`.
+    QK_DEVICE static void load(Raw& raw, int i, const WeightOnlyArgs& args, const Rows& rows,
+                               int slice) {
+        const int slices = (args.kp + 15) / 16;
+        slice = slice < slices ? slice : slices - 1;
+        const int group = args.slice_group != nullptr ? load_global(args.slice_group + slice)
+                          : args.shift >= 0           ? slice * 16 >> args.shift
+                                                      : slice * 16 / args.group;
+        QK_UNROLL
+        for (int r = 0; r < 2; r++) {
+            const uint32_t stat = item<uint8_t>(args, args.scaler[0], group, rows.row[r]) << 8 * i;
+            raw.stats[r] = i == 0 ? stat : raw.stats[r] | stat;
+            const int row_groups = (args.n + args.row_group - 1) / args.row_group;
+            const int64_t at = int64_t(group) * row_groups + rows.row[r] / args.row_group;
+            raw.second[r][i] = load_global(static_cast<const Words2*>(args.scaler[1]) + at);
         }
     }
 
@@ -322,13 +474,34 @@ struct TwoLevel : Quad<SCALE_GROUPS, true, 2> {
 
     QK_DEVICE ScaleZero get(const WeightOnlyArgs&, const Rows&, int r, int group, int) {
         if (group % 4 == 0) {
-            const uint32_t stat = raw.stats[r] >> 8 * (group / 4);
-            const Words2 second = raw.second[r][group / 4];
-            scale[r] = half_bits(second.w[0]) * (float(stat & 7) - half_bits(second.w[1]));
-            minimum[r] = scale[r] * (half_bits(second.w[0] >> 16) *
-                                     (float(stat >> 3 & 7) - half_bits(second.w[1] >> 16)));
+            const ScaleZero of_lane = scale_of(raw, r, group / 4);
+            scale[r] = of_lane.scale;
+            minimum[r] = of_lane.zero;
         }
         return {from_quad(scale[r], group % 4), from_quad(minimum[r], group % 4)};
+    }
+    QK_DEVICE static ScaleZero scale_of(const Raw& raw, int r, int i) {
+        const uint32_t stat = raw.stats[r] >> 8 * i;
+        const Words2 second = raw.second[r][i];
+        const float scale = half_bits(second.w[0]) * (float(stat & 7) - half_bits(second.w[1]));
+        return {scale, scale * (half_bits(second.w[0] >> 16) *
+                                (float(stat >> 3 & 7) - half_bits(second.w[1] >> 16)))};
+    }
+
+    QK_HOST_DEVICE static constexpr bool own_halves(int slices) { return slices > 8; }
+    QK_HOST_DEVICE static constexpr bool own_odd(int) { return true; }
+    using Own = Raw;
+    QK_DEVICE static void fetch_own(Own& raw, const WeightOnlyArgs& args, const Rows& rows,
+                                    int tile, int) {
+        QK_UNROLL
+        for (int i = 0; i < kLaneGroups; i++) {
+            load(raw, i, args, rows,
+                 tile * SCALE_GROUPS + i / 2 * 8 + lane_index() % 4 * 2 + i % 2);
+        }
+    }
+    QK_DEVICE static ScaleZero own(const WeightOnlyArgs&, const Own& raw, int r, int half,
+                                   int odd, int) {
+        return scale_of(raw, r, half * 2 + odd);
     }
 };
 

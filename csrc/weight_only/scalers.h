@@ -15,6 +15,12 @@
 //   fetch       loads, and does nothing else, so it can run long before the scales are used
 //   take        makes the object hold the scales of one tile; all lanes of a warp call it together
 //   get         the scales of a scale group; all lanes call it together, for one group after another
+// In the decode kernel for one row of x the four lanes share the slices of a tile: lane j has slices
+// 2j and 2j + 1 of each eight. `Plain` has no such kernel.
+//
+//   Own, fetch_own, own  registers, their loads, and the scales of a row (0 or 1) for slice
+//               8 half + 2j + odd
+//   own_halves, own_odd  whether these depend on the half, and on `odd`, if a tile has `slices`
 //
 // `Plain` and `Grouped` are the scalers of GPTQ, bitsandbytes and FP8: of the kinds that have a
 // `Scaling` in qkernels/layouts/codecs.py. `Plain` looks at the kind at run time, so one kernel
@@ -23,7 +29,7 @@
 //
 #pragma once
 #include "../ptx/arithmetic.h"
-#include "../ptx/memory.h"
+#include "../ptx/warp.h"
 #include "arguments.h"
 
 namespace qk {
@@ -190,26 +196,56 @@ struct Grouped {
                                 int) {
         QK_UNROLL
         for (int g = 0; g < SCALE_GROUPS; g++) {
-            const int number = divided(tile * SCALE_GROUPS + g, args.group_divisor);
-            const int group = number < args.last_group ? number : args.last_group;
-            const int64_t at = int64_t(group) * args.scale_stride;
-            QK_UNROLL
-            for (int r = 0; r < 2; r++) {
-                const unsigned char* const scale = rows.scales[r] + at * scale_bytes(args);
-                if (KIND == kNested) {
-                    raw.bits[g][r] = load_global(scale);
-                    raw.other[g][r] = load_global(static_cast<const uint32_t*>(args.scaler[2]) +
-                                                  ((rows.first[r] + group) >> 8));
-                } else if (KIND == kScale && args.scale_type == kFloat32) {
-                    raw.bits[g][r] = load_global(reinterpret_cast<const uint32_t*>(scale));
-                } else {
-                    raw.bits[g][r] = load_global(reinterpret_cast<const uint16_t*>(scale));
-                }
-                if (KIND == kGroup) {
-                    raw.other[g][r] = load_global(rows.zeros[r] + at);
-                }
+            load(raw.bits[g], raw.other[g], args, rows, tile * SCALE_GROUPS + g);
+        }
+    }
+    /// Loads the scales of both rows for scale group `number`.
+    QK_DEVICE static void load(uint32_t (&bits)[2], uint32_t (&other)[2],
+                               const WeightOnlyArgs& args, const Rows& rows, int number) {
+        number = divided(number, args.group_divisor);
+        const int group = number < args.last_group ? number : args.last_group;
+        const int64_t at = int64_t(group) * args.scale_stride;
+        QK_UNROLL
+        for (int r = 0; r < 2; r++) {
+            const unsigned char* const scale = rows.scales[r] + at * scale_bytes(args);
+            if (KIND == kNested) {
+                bits[r] = load_global(scale);
+                other[r] = load_global(static_cast<const uint32_t*>(args.scaler[2]) +
+                                       ((rows.first[r] + group) >> 8));
+            } else if (KIND == kScale && args.scale_type == kFloat32) {
+                bits[r] = load_global(reinterpret_cast<const uint32_t*>(scale));
+            } else {
+                bits[r] = load_global(reinterpret_cast<const uint16_t*>(scale));
+            }
+            if (KIND == kGroup) {
+                other[r] = load_global(rows.zeros[r] + at);
             }
         }
+    }
+
+    struct Own {
+        uint32_t bits[SCALE_GROUPS == 1 ? 1 : 2][2], other[SCALE_GROUPS == 1 ? 1 : 2][2];
+    };
+    QK_HOST_DEVICE static constexpr bool own_halves(int slices) {
+        return SCALE_GROUPS > 1 && slices > 8;
+    }
+    QK_HOST_DEVICE static constexpr bool own_odd(int slices) { return slices == SCALE_GROUPS; }
+    QK_DEVICE static void fetch_own(Own& raw, const WeightOnlyArgs& args, const Rows& rows,
+                                    int tile, int features) {
+        const int slices = features / 16, j = lane_index() % 4;
+        const bool halves = own_halves(slices);
+        QK_UNROLL
+        for (int i = 0; i < (halves || own_odd(slices) ? 2 : 1); i++) {
+            const int slice = (halves ? i * 8 + j * 2 : j * 2 + i) % slices;
+            load(raw.bits[i], raw.other[i], args, rows,
+                 tile * SCALE_GROUPS + slice * SCALE_GROUPS / slices);
+        }
+    }
+    QK_DEVICE static ScaleZero own(const WeightOnlyArgs& args, const Own& raw, int r, int half,
+                                   int odd, int) {
+        const int i = SCALE_GROUPS == 1 ? 0 : half + odd;
+        return {scale_of(args, raw.bits[i][r], raw.other[i][r]),
+                KIND == kGroup ? float(raw.other[i][r]) : 0};
     }
 
     ScaleZero scales[SCALE_GROUPS][2];

@@ -20,6 +20,16 @@ def sm_count(device: torch.device) -> int:
 
 
 @lru_cache(maxsize=64)
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that a block of a GPU may have; for other devices, that of the smallest GPU."""
+    smallest = 99 * 1024  # sm_86, sm_89, sm_120
+    if device.type != "cuda":
+        return smallest
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", smallest))
+
+
+@lru_cache(maxsize=64)
 def supports_pdl(index: int | None) -> bool:
     """Whether kernels on GPU `index` use programmatic dependent launch (PDL, sm_90 and later).
 

@@ -69,10 +69,12 @@ class WeightOnlyCall(Call):
         ("stream", ctypes.c_uint64),
         ("grid_x", ctypes.c_uint32),
         ("grid_y", ctypes.c_uint32),
+        ("threads", ctypes.c_uint32),
         ("shared", ctypes.c_uint32),
         ("kernel", ctypes.c_int),
         ("is_bfloat", ctypes.c_int),
         ("scale_groups", ctypes.c_int),
+        ("columns", ctypes.c_int),
         ("pdl", ctypes.c_int),
         ("size", ctypes.c_int),
     ]

@@ -16,6 +16,7 @@ from ... import layouts
 from ...layouts import codecs
 from ...layouts import weight_only as layout
 from ...layouts.codecs import CodeKind
+from ..device import shared_bytes as device_shared_bytes
 from ..device import sm_count
 from ..plan import Plan, Symbolic
 from ..weight_only import traits_of
@@ -27,23 +28,25 @@ if TYPE_CHECKING:
     from ...weights.packed import PackedWeight
     from ..problem import Problem
 
-#: as in csrc/weight_only/decode.h: warps of a block, tiles that each has in flight, rows of W of a
-#: block, and the most rows of x
-WARPS, STAGES, ROWS, COLUMNS = 8, 4, 32, 16
-#: bytes of shared memory for sums of outliers, as in csrc/weight_only/outliers.h: 8 threads a row
-SPARSE_BYTES = {columns: 4 * 8 * (ROWS * columns + 4) for columns in (8, 16)}
-#: blocks that run on an SM at a time
-BLOCKS_PER_SM = 2
+#: as in csrc/weight_only/decode.h: rows of W of a block; rows of x of a block -> tiles of a warp in
+#: shared memory
+ROWS, STAGES = 32, {1: 4, 8: 3, 16: 3}
+#: the most rows of x
+MOST = 16
+#: warps of a block: the first number with which every launch for a weight fits in shared memory
+WARPS = (8, 4, 2)
 #: the most split-K slices of a launch
 MAX_K_SLICES = 32
+#: threads of a block of the GEMM
+THREADS = 128
 #: rows of x in one launch, so that the workspace stays small
 MAX_ROWS = 384
 
 
 def rejects(problem: Problem) -> str | None:
     """Why this kernel does not take the problem, or None."""
-    if problem.m > COLUMNS and not problem.batch_invariant:
-        return f"for up to {COLUMNS} rows of x"
+    if problem.m > MOST and not problem.batch_invariant:
+        return f"for up to {MOST} rows of x"
     if problem.shape[0] < ROWS:
         return f"for {ROWS} rows of W and more"
     return unsupported(problem)
@@ -77,7 +80,7 @@ def declare(plan: Plan, p: PackedWeight, problem: Problem) -> None:
     call = call_of(p, traits, x.dtype)
 
     def multiply(x: Symbolic, bias: Symbolic | None, y: Symbolic) -> None:
-        _multiply(plan, x, p, bias, y, call, traits)
+        _multiply(plan, x, p, bias, y, call, traits, problem.batch_invariant)
 
     def rows(x: Symbolic, y: Symbolic) -> None:
         transforms.around(plan, multiply, x, p, bias, traits, y)
@@ -96,6 +99,7 @@ def _multiply(
     y: Symbolic,
     call: WeightOnlyCall,
     traits: layout.WeightOnlyTraits,
+    invariant: bool,
 ) -> None:
     """Multiply without transforms, MAX_ROWS rows at a time.
 
@@ -108,7 +112,7 @@ def _multiply(
             if part.data_ptr() % 4:  # the kernel reads two features at a time
                 part = plan.empty(part.shape, x.dtype)
                 plan.by_torch(Tensor.copy_, part, x[rows])
-            _launch(plan, part, p, bias, y[rows], call, traits)
+            _launch(plan, part, p, bias, y[rows], call, traits, invariant)
 
 
 def _launch(
@@ -119,19 +123,20 @@ def _launch(
     y: Symbolic,
     call: WeightOnlyCall,
     traits: layout.WeightOnlyTraits,
+    invariant: bool,
 ) -> None:
     """Declare the kernel's launch for at most MAX_ROWS rows."""
     m, n = x.shape[0], p.shape[0]
-    args, columns = call.args, columns_for(m)
+    args, columns = call.args, columns_for(m, traits, call.scale_groups, invariant)
     blocks = -(-n // ROWS) * -(-m // columns)
-    count = k_slices_for(p.shape, traits, x.device)
+    count, warps = k_slices_for(p.shape, traits, x.device), warps_for(traits, x.device)
     args.k_slice = k_slices.steps_of(args.tiles, count)
     args.m, args.x, args.y = m, x.data_ptr(), y.data_ptr()
     args.x_chunks = int("perm" not in p.storage and x.shape[1] % 8 == 0 and args.x % 16 == 0)
     args.bias = None if bias is None else bias.data_ptr()
-    call.grid_x, call.grid_y = blocks, count
-    args.stage_bytes = stage_bytes(traits.codes, m)
-    call.shared = shared_bytes(traits.codes, m, outliers=traits.outliers)
+    args.stage_bytes = stage_bytes(traits.codes, columns, min(m, columns))
+    call.grid_x, call.grid_y, call.threads, call.columns = blocks, count, 32 * warps, columns
+    call.shared = shared_bytes(traits, columns, min(m, columns), warps)
     scratch: list[Symbolic] = []
     if count > 1:
         scratch = [
@@ -151,6 +156,8 @@ def call_of(
     if template is None:
         template = _call_template(p, traits, dtype)
         template.kernel = kernel
+        if kernel == 0:
+            template.scale_groups = decode_groups(traits, template)
         p.plans[key] = template  # last, because other threads copy it from now on
     return template.copy()
 
@@ -196,6 +203,7 @@ def _call_template(
     return WeightOnlyCall(
         args=args,
         scale_groups=scale_groups if scale_groups in (1, 2, 4) else 0,
+        threads=THREADS,
         is_bfloat=int(dtype == torch.bfloat16),
         size=ctypes.sizeof(WeightOnlyCall),
     )
@@ -212,9 +220,35 @@ def tiles_of(shape: tuple[int, int], traits: layout.WeightOnlyTraits) -> int:
 def k_slices_for(
     shape: tuple[int, int], traits: layout.WeightOnlyTraits, device: torch.device
 ) -> int:
-    """Split-K slices of every launch for a weight. They depend on the GPU, and never on M."""
-    blocks_n, resident = -(-shape[0] // ROWS), BLOCKS_PER_SM * sm_count(device)
-    return k_slices.count_for(tiles_of(shape, traits), blocks_n, resident, WARPS, MAX_K_SLICES)
+    """Split-K slices of every launch for a weight. They depend on the GPU, and never on M.
+
+    All blocks together are near twice the number of SMs, which hold two blocks each.
+    """
+    blocks, resident = -(-shape[0] // ROWS), 2 * sm_count(device)
+    tiles, warps = tiles_of(shape, traits), warps_for(traits, device)
+    return k_slices.count_for(tiles, blocks, resident + blocks // 2, warps, MAX_K_SLICES)
+
+
+def decode_groups(traits: layout.WeightOnlyTraits, call: WeightOnlyCall) -> int:
+    """Scale groups in a tile that the decode kernel is compiled for; 0 for any (`Plain<0>`)."""
+    codes, scales = traits.codes, traits.scales
+    if not scales.cuda.startswith("k"):  # kernels of one scaler
+        return 1 if traits.scaler == "row_scale" else codes.tile // (scales.group or layout.SLICE)
+    in_float = scales.zero == "point" and call.args.scale_type == SCALE_TYPES[torch.float32]
+    return 0 if scales.flat or in_float else call.scale_groups
+
+
+def columns_for(
+    m: int, traits: layout.WeightOnlyTraits, scale_groups: int, invariant: bool
+) -> int:
+    """Rows of x of a block.
+
+    One row has a kernel of its own, unless its sums must be in the order of more rows' or scales
+    are looked up one by one (scale_groups = 0). 16 rows of long tiles take too much shared memory.
+    """
+    if m == 1 and scale_groups and not invariant:
+        return 1
+    return 8 if m <= 8 or traits.codes.tile == 256 else 16
 
 
 def has_constants(codes: CodeKind) -> bool:
@@ -222,30 +256,43 @@ def has_constants(codes: CodeKind) -> bool:
     return codes.offset is not None or (codes.codebook and codes.bits == 2)
 
 
-def columns_for(m: int) -> int:
-    """Rows of x of a block."""
-    return 8 if m <= 8 else COLUMNS
-
-
 @lru_cache(maxsize=4096)
-def shared_bytes(codes: CodeKind, m: int = COLUMNS, *, outliers: bool = False) -> int:
-    """Shared memory of a block; by default of the largest launch."""
-    columns = columns_for(m)
-    sums = 4 * WARPS * ROWS * min(m, columns) + 256
-    sparse = SPARSE_BYTES[columns] if outliers else 0
-    return 4 * codes.book_words + sums + sparse + WARPS * STAGES * stage_bytes(codes, m)
+def warps_for(traits: layout.WeightOnlyTraits, device: torch.device) -> int:
+    """Warps of a block, for any M: the order of sums depends on them."""
+    columns = columns_for(MOST, traits, 0, False)
+    for warps in WARPS:
+        largest = max(shared_bytes(traits, each, each, warps) for each in (1, 8, columns))
+        if largest <= device_shared_bytes(device):
+            return warps
+    raise RuntimeError(f"{traits}: no block fits in the shared memory of {device}")
 
 
-def stage_bytes(codes: CodeKind, m: int) -> int:
-    """Shared memory of a tile of a warp: codes, their high bits, and x."""
-    return ROWS * (64 + 4 * codes.high_words) + min(m, columns_for(m)) * codes.tile * 2
+def stage_bytes(codes: CodeKind, columns: int, rows_x: int) -> int:
+    """Shared memory of a tile of a warp: codes, their high bits, and rows of x.
+
+    With one row, a chunk of zeros and padding follow.
+    """
+    zeros = 128 if columns == 1 else 0
+    return ROWS * (64 + 4 * codes.high_words) + rows_x * codes.tile * 2 + zeros
+
+
+def shared_bytes(traits: layout.WeightOnlyTraits, columns: int, rows_x: int, warps: int) -> int:
+    """Shared memory of a block: codebook, sums and a flag, sums of outliers, and stages."""
+    sums = 4 * warps * ROWS * rows_x + 256
+    sparse = 4 * warps * (32 * columns + 4) if traits.outliers else 0
+    stages = warps * STAGES[columns] * stage_bytes(traits.codes, columns, rows_x)
+    return 4 * traits.codes.book_words + sums + sparse + stages
 
 
 def configuration(problem: Problem) -> str:
     """Block sizes and split-K slices in words, for `explain`."""
-    count = k_slices_for(problem.shape, traits_of(problem), torch.device(problem.device))
-    again = (
-        f", which reads the weight {-(-problem.m // COLUMNS)} times" if problem.m > COLUMNS else ""
+    traits, device = traits_of(problem), torch.device(problem.device)
+    # As for scales that are not looked up one by one: few weights have others.
+    columns = columns_for(problem.m, traits, 1, problem.batch_invariant)
+    count = k_slices_for(problem.shape, traits, device)
+    again = f", which reads the weight {-(-problem.m // columns)} times"
+    rows = "1 row" if columns == 1 else f"{columns} rows"
+    return (
+        f"{rows} of x and {ROWS} of W a block of {warps_for(traits, device)} warps, K in "
+        f"{count} slices{again if problem.m > columns else ''}"
     )
-    columns = columns_for(problem.m)
-    return f"{columns} rows of x and {ROWS} of W a block, K in {count} slices{again}"
