@@ -34,7 +34,7 @@ _FEATURES, _COLUMNS = 16, 8
 _OF_WEIGHT = (
     "qdata", "qhigh", "perm", "slice_group", "table", "scaler0", "scaler1", "scaler2", "scaler3",
     "row_offsets", "col_vals", "n", "k", "kp", "tiles", "group", "shift", "row_group",
-    "scale_group", "scaling", "scale_type", "is_float", "m", "x_chunks", "stage_bytes", "last_group",
+    "scale_group", "scaling", "scale_type", "is_float", "m", "x_chunks", "x_tail", "stage_bytes", "last_group",
 )  # fmt: skip
 
 
@@ -64,10 +64,10 @@ def decoder_of(m: int, traits: WeightOnlyTraits, scale_groups: int) -> Decoder:
     """
     codes = traits.codes
     if m <= launcher.MOST:
-        columns = launcher.columns_for(m, traits, scale_groups, False)
+        columns = launcher.columns_for(m, SHAPE[0], traits, scale_groups, False)
         sums = int(traits.scales.zero != "none" or launcher.has_constants(codes))
         template = f"weight_only_decode<T, D, S, {columns // _COLUMNS}>"
-        return Decoder(template, launcher.ROWS, columns, sums)
+        return Decoder(template, launcher.rows_for(traits, columns), columns, sums)
     return Decoder("weight_only_gemm<T, D, S>", 16, gemm.columns_of(codes))
 
 
@@ -103,7 +103,7 @@ def counts(
         decoder = decoders[m]
         call.args.m = m
         call.args.stage_bytes = launcher.stage_bytes(
-            codes, decoder.columns, min(m, decoder.columns)
+            traits, decoder.columns, min(m, decoder.columns)
         )
         known = dict(_words(call.args))
         result[dtype, m] = dynamic.per_weight(programs[instance], mma, weights, known)

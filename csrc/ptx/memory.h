@@ -130,19 +130,28 @@ QK_DEVICE void copy_async(void* to, const void* from, uint32_t live) {
     emulated_copy(to, from, 16, live);
 #endif
 }
-/// `copy_async` of bytes that other blocks of the SM copy too: they stay in the L1. Does nothing
-/// unless `on`.
-QK_DEVICE void copy_async_l1(void* to, const void* from, uint32_t live, bool on = true) {
+/// `copy_async` of bytes that other blocks of the SM copy too: they stay in the L1.
+QK_DEVICE void copy_async_l1(void* to, const void* from, uint32_t live) {
+#ifdef __CUDACC__
+    const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(live)
+                 : "memory");
+#else
+    emulated_copy(to, from, 16, live);
+#endif
+}
+/// `copy_async_l1` of 16 bytes, or nothing.
+QK_DEVICE void copy_async_l1_if(bool condition, void* to, const void* from) {
 #ifdef __CUDACC__
     const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
     asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %3, 0;\n"
-        "@p cp.async.ca.shared.global [%0], [%1], 16, %2;\n}" ::"r"(at),
-        "l"(from), "r"(live), "r"(uint32_t(on))
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n"
+        "@p cp.async.ca.shared.global [%0], [%1], 16;\n}" ::"r"(at),
+        "l"(from), "r"(uint32_t(condition))
         : "memory");
 #else
-    if (on) {
-        emulated_copy(to, from, 16, live);
+    if (condition) {
+        emulated_copy(to, from, 16, 16);
     }
 #endif
 }

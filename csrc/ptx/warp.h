@@ -28,8 +28,8 @@ QK_DEVICE uint32_t kept(uint32_t value) {
 #endif
 }
 
-/// The same for a value that all lanes have.
-QK_DEVICE uint32_t kept_in_all(uint32_t value);
+/// The same for a value that all lanes have. Other numbers `copy` give other registers.
+QK_DEVICE uint32_t kept_in_all(uint32_t value, int copy = 0);
 /// The same for an address in shared memory.
 template <typename P>
 QK_DEVICE P* kept(P* p) {
@@ -63,10 +63,11 @@ QK_DEVICE uint32_t shuffle_from(uint32_t value, uint32_t from) {
 QK_DEVICE float shuffle_from(float value, uint32_t from) {
     return bits_to_float(shuffle_from(float_to_bits(value), from));
 }
-QK_DEVICE uint32_t kept_in_all(uint32_t value) {
+QK_DEVICE uint32_t kept_in_all(uint32_t value, int copy) {
 #ifdef __CUDACC__
-    return shuffle_from(value + lane_index(), 0);
+    return shuffle_from(value + lane_index() - copy, copy);
 #else
+    (void)copy;
     return value;
 #endif
 }

@@ -36,9 +36,11 @@ struct WeightOnlyArgs {
     int scaling, scale_type;     // of `Plain`: the kind, and the dtype of scaler[0]
     int x_stride;                // gemm: features of a row of x, in kernel order, a multiple of 8
     int x_chunks;  // decode: whether x is in kernel order, in whole 16-byte chunks, which are aligned
+    int x_tail;       // decode: whether K ends inside a tile
     int stage_bytes;  // decode: shared memory of a tile of a warp
     // decode: see `Grouped` in scalers.h
-    int scale_stride, last_group;         // rows of scales of a group; number of the last group
+    int scale_stride, scale_row_bytes;    // scales of a group: their number and bytes
+    int last_group;                       // number of the last group
     uint32_t group_divisor, row_divisor;  // scale groups in a group, rows that share a scale
     int x_rows;    // gemm with outliers: rows of x, padded with zeros to a multiple of 8
     int is_float;  // whether y is float32
@@ -52,7 +54,7 @@ struct WeightOnlyCall {
     int kernel;        // 0: decode, 1: gemm, 2: hopper
     int is_bfloat;     // of x, y and bias
     int scale_groups;  // of `Plain`: scale groups in a tile of one row, 1, 2, 4, or 0 for any
-    int columns;       // decode: rows of x of a block
+    int rows, columns;  // decode: rows of W and of x of a block
     int pdl;           // programmatic dependent launch (sm_90+)
     int size;          // bytes of this struct in the caller's build
 };

@@ -1,6 +1,6 @@
 // y = x @ W^T + bias for up to 16 rows of x: as fast as the weight can be read.
 //
-// A block has 32 rows of W, two operands of 16 rows, and one split-K slice. Its warps take the
+// A block has 32 or 64 rows of W, operands of 16 rows, and one split-K slice. Its warps take the
 // tiles of the slice in turn, each with a pipeline of its own in shared memory, so no warp waits
 // for another until the sums are complete:
 //
@@ -13,7 +13,7 @@
 // cp.async copies the packed bytes of a tile and its activations, kDecodeStages tiles of the warp at a
 // time. A lane reads only codes that it copied itself. The rows of x, 8 or 16, are the columns of
 // mma.m16n8k16; rows that do not exist are copies of another, and their sums are not stored. If N
-// is no multiple of 32, the last block begins earlier: it computes some rows again, but does not
+// is no multiple of them, the last block begins earlier: it computes some rows again, but does not
 // store them.
 //
 // Weights enter the product as `D::raw` makes them: off by a constant, and without zero points. The
@@ -39,12 +39,15 @@
 
 namespace qk {
 
-/// Operands of 16 rows of W of a warp, and rows of W of a block.
-constexpr int kRowTiles = 2, kDecodeRows = kRowTiles * 16;
-/// Tiles of a warp that are in shared memory at a time. COLUMN_TILES: 8 rows of x each; 0 for one
-/// row.
-template <int COLUMN_TILES>
-constexpr int kDecodeStages = COLUMN_TILES == 0 ? 4 : 3;
+/// Operands of 16 rows of W of a warp. COLUMN_TILES: 8 rows of x each; 0 for one row, which leaves
+/// registers for more operands, unless the codes take many.
+template <typename D, typename S, int COLUMN_TILES>
+constexpr int kRowTiles = COLUMN_TILES == 0 && D::kHigh == 0 && D::kBook == 0 && !D::kTable &&
+                                  !S::kOutliers
+                              ? 4
+                              : 2;
+/// Tiles of a warp that are in shared memory at a time.
+constexpr int kDecodeStages = 3;
 
 /// Whether every constant that `raw` adds, with kZero, is a number of T.
 template <typename T, typename D>
@@ -67,7 +70,8 @@ struct Decoding {
     /// Groups that change inside a slice scale each weight, which must be finished before.
     static constexpr bool kRaw = S::kGroups > 0;
     static constexpr bool kZeroInConstants = kRaw && zero_is_exact<T, D>();
-    static constexpr bool kConstants = kRaw && D::added(0) + D::kZero != 0 && D::added(0) != 0;
+    static constexpr bool kConstants =
+        kRaw && (D::added(0) != 0 || (D::kZero != 0 && kZeroInConstants));
     static constexpr bool kOnes =
         S::kHasMin || (kRaw && (S::kHasZero || (D::kZero != 0 && !kZeroInConstants)));
 
@@ -124,14 +128,15 @@ QK_NOINLINE void gather_chunks(const WeightOnlyArgs* args, Words4* to, int tile,
 
 /// Shared memory of a tile of a warp: codes, their high bits, and rows of x. With one row of x, 16
 /// bytes of zeros and padding follow.
-constexpr int kStageCodes = kDecodeRows * 64;
-template <typename D>
-constexpr int kStageHigh = kDecodeRows * 16 * D::kHigh;
+template <typename D, int ROW_TILES>
+struct StageBytes {
+    static constexpr int kCodes = ROW_TILES * 16 * 64, kHigh = ROW_TILES * 16 * 16 * D::kHigh;
+};
 
 /// The memory of a warp's pipeline: its first stage; stages follow one another.
-template <typename D, int COLUMN_TILES>
+template <typename D, int ROW_TILES, bool ONE_ROW>
 struct Ring {
-    static constexpr bool kOneRow = COLUMN_TILES == 0;
+    using Bytes = StageBytes<D, ROW_TILES>;
     static constexpr int kChunks = kTile<D> / 8;  // of a row of x, 16 bytes each
     /// A lane's own codes and high bits, and the warp's chunks of x.
     unsigned char *codes, *high, *x;
@@ -142,19 +147,19 @@ struct Ring {
 
     QK_DEVICE Ring(unsigned char* warp, int rows_x, int stage_bytes)
         : codes(kept(warp + lane_index() * 16)),
-          high(warp + kStageCodes + lane_index() * int(sizeof(HighWords<D>))),
-          x(kept(warp + kStageCodes + kStageHigh<D>)) {
+          high(warp + Bytes::kCodes + lane_index() * int(sizeof(HighWords<D>))),
+          x(kept(warp + Bytes::kCodes + Bytes::kHigh)) {
         if (D::kHigh > 0) {
             high = kept(high);
         }
         const int row = lane_index() % 8, m = row < rows_x ? row : 0, part = lane_index() / 8;
         QK_UNROLL
         for (int s = 0; s < D::kPairs; s++) {
-            const bool zero = kOneRow && (s * 2 + part / 2) % 8 != row;
-            const int chunk = kOneRow ? s * 4 + part : chunk_at<kChunks>(m, s * 4 + part);
+            const bool zero = ONE_ROW && (s * 2 + part / 2) % 8 != row;
+            const int chunk = ONE_ROW ? s * 4 + part : chunk_at<kChunks>(m, s * 4 + part);
             matrix[s] = kept(x + (zero ? kChunks : chunk) * 16);
         }
-        if (kOneRow && lane_index() < kDecodeStages<0>) {
+        if (ONE_ROW && lane_index() < kDecodeStages) {
             auto* const zeros = reinterpret_cast<Words4*>(x + lane_index() * stage_bytes);
             store_shared(zeros + kChunks, Words4{});
         }
@@ -178,21 +183,22 @@ struct Ring {
 };
 
 /// Where a lane's next tile is in global memory.
-template <typename T, typename D, int COLUMN_TILES>
+template <typename T, typename D, int ROW_TILES, int COLUMN_TILES>
 class Source {
   public:
+    using Memory = Ring<D, ROW_TILES, COLUMN_TILES == 0>;
     static constexpr int kChunks = kTile<D> / 8;
 
     /// n0, m0: the block's first rows of W and of x. tile, x_tile: the first tile of the weight and
     /// of x that is copied.
     QK_DEVICE Source(const WeightOnlyArgs& args, int n0, int m0, int rows_x, int tile, int x_tile)
         : policy_(evict_first()),
-          step_(kept_in_all(args.n * 4 * int(threads_x()) / 32)),
-          x_step_(kept_in_all(int(threads_x()) / 32 * kTile<D>)) {
+          step_(kept_in_all(args.n * 4 * (threads_x() / 32))),
+          x_step_(kept_in_all(threads_x() / 32 * kTile<D>)) {
         const int64_t unit =
             (int64_t(tile) * args.n + n0 + lane_index() / 4) * 4 + lane_index() % 4;
-        codes_ = args.qdata + unit;
-        high_ = static_cast<const HighWords<D>*>(args.qhigh) + unit;
+        codes_ = reinterpret_cast<const unsigned char*>(args.qdata) + unit * 16;
+        high_ = static_cast<const unsigned char*>(args.qhigh) + unit * int(sizeof(HighWords<D>));
         const int kk = x_tile * kTile<D> + int(lane_index() % kChunks) * 8;
         const int m = lane_index() / kChunks;
         rows_left_ = kept(rows_x - m);
@@ -201,50 +207,59 @@ class Source {
     }
 
     /// Starts the copies of the codes, and moves on to the warp's next tile.
-    QK_DEVICE void fetch_codes(const Ring<D, COLUMN_TILES>& ring, int stage) {
-        auto* codes = reinterpret_cast<Words4*>(ring.codes + stage);
-        auto* high = reinterpret_cast<HighWords<D>*>(ring.high + stage);
+    QK_DEVICE void fetch_codes(const Memory& ring, int stage) {
+        auto* to = reinterpret_cast<Words4*>(ring.codes + stage);
+        const auto* from = reinterpret_cast<const Words4*>(codes_);
+        auto* high_to = reinterpret_cast<HighWords<D>*>(ring.high + stage);
+        const auto* high_from = reinterpret_cast<const HighWords<D>*>(high_);
         QK_UNROLL
-        for (int r = 0; r < kRowTiles * 2; r++) {
-            copy_async_stream(codes + r * 32, codes_ + r * 32, policy_);
+        for (int r = 0; r < ROW_TILES * 2; r++) {
+            copy_async_stream(to + r * 32, from + r * 32, policy_);
             if (D::kHigh > 0) {
-                copy_async_stream(high + r * 32, high_ + r * 32, policy_);
+                copy_async_stream(high_to + r * 32, high_from + r * 32, policy_);
             }
         }
-        codes_ += step_;
+        codes_ += step_ * 16;
         if (D::kHigh > 0) {
-            high_ += step_;
+            high_ += step_ * unsigned(sizeof(HighWords<D>));
         }
     }
 
     /// The same for the activations of `tile`. They must be in kernel order, in whole chunks.
-    QK_DEVICE void fetch_x(const WeightOnlyArgs& args, const Ring<D, COLUMN_TILES>& ring, int stage,
+    QK_DEVICE void fetch_x(const WeightOnlyArgs& args, const Memory& ring, int stage,
                            int tile) {
-        constexpr int step = 32 / kChunks;
         auto* x = reinterpret_cast<Words4*>(ring.x + stage);
-        uint32_t live = 16;
-        if ((tile + 1) * kTile<D> > args.k) {  // K ends inside the tile
-            live = tile * kTile<D> + int(lane_index() % kChunks) * 8 < args.k ? 16 : 0;
-        }
-        copy_async_l1(x + at_, x_, live, rows_left_ > 0);
-        if (args.m > step) {
-            const T* from = x_;
+        if (args.x_tail && (tile + 1) * kTile<D> > args.k) {  // K ends inside the tile
+            const bool live = tile * kTile<D> + int(lane_index() % kChunks) * 8 < args.k;
             QK_UNROLL
-            for (int i = 1; i < COLUMN_TILES * 8 / step; i++) {
-                from += int64_t(step) * args.k;
-                copy_async_l1(x + (at_ ^ i * step % 8) + i * 32, from, live,
-                              rows_left_ > i * step);
+            for (int i = 0; i < kTimes; i++) {
+                if (rows_left_ > i * step) {
+                    copy_async_l1(x + place(i), x_ + int64_t(i * step) * args.k, live ? 16 : 0);
+                }
+            }
+            return;
+        }
+        copy_async_l1_if(rows_left_ > 0, x + place(0), x_);
+        if (args.m > step) {
+            QK_UNROLL
+            for (int i = 1; i < kTimes; i++) {
+                const T* from = x_ + int64_t(i * step) * args.k;
+                copy_async_l1_if(rows_left_ > i * step, x + place(i), from);
             }
         }
         x_ += x_step_;
     }
 
   private:
-    const Words4* codes_;
-    const HighWords<D>* high_;
+    /// Rows of x that a warp copies at a time, and how often; with one row it copies once.
+    static constexpr int step = 32 / kChunks, kTimes = COLUMN_TILES == 0 ? 1 : COLUMN_TILES * 8 / step;
+    /// The place of the lane's chunk of its row number i in a stage.
+    QK_DEVICE int place(int i) const { return (at_ ^ i * step % 8) + i * 32; }
+
+    const unsigned char *codes_, *high_;
     const T* x_;
     uint64_t policy_;
-    int step_, x_step_;  // from tile to tile of the warp
+    uint32_t step_, x_step_;  // from tile to tile of the warp: lanes' codes, features
     int rows_left_;  // rows of x from the lane's first one on
     int at_;         // the place of the lane's chunk in a stage
 };
@@ -262,7 +277,7 @@ struct Constants {
                 Decoding<T, D, S>::kConstants ? Decoding<T, D, S>::constants(s) : one;
             QK_UNROLL
             for (int i = 0; i < 4; i++) {
-                of[s][i] = kept_in_all(i % 2 == 0 ? one : constant);
+                of[s][i] = kept_in_all(i % 2 == 0 ? one : constant, s * 4 + i);
             }
         }
     }
@@ -305,11 +320,11 @@ QK_DEVICE Values<D> raw_values(const Packed<D>& packed, const Table& table) {
 }
 
 /// acc += a tile's weights times its activations. raw: the tile's scales; then those of next_tile.
-template <typename T, typename D, typename S, int COLUMN_TILES>
-QK_DEVICE void multiply(Sums (&acc)[kRowTiles][COLUMN_TILES], const WeightOnlyArgs& args,
-                        const Ring<D, COLUMN_TILES>& ring, int stage, int tile, int next_tile,
-                        const Table& table, typename S::Raw (&raw)[kRowTiles],
-                        const typename S::Rows (&rows)[kRowTiles],
+template <typename T, typename D, typename S, int ROW_TILES, int COLUMN_TILES>
+QK_DEVICE void multiply(Sums (&acc)[ROW_TILES][COLUMN_TILES], const WeightOnlyArgs& args,
+                        const Ring<D, ROW_TILES, false>& ring, int stage, int tile, int next_tile,
+                        const Table& table, typename S::Raw (&raw)[ROW_TILES],
+                        const typename S::Rows (&rows)[ROW_TILES],
                         const Constants<T, D, S>& constants) {
     using Traits = Decoding<T, D, S>;
     constexpr int slices = 2 * D::kPairs, groups = S::kGroups > 0 ? S::kGroups : slices;
@@ -317,7 +332,7 @@ QK_DEVICE void multiply(Sums (&acc)[kRowTiles][COLUMN_TILES], const WeightOnlyAr
     // Scale groups whose sums of x are in registers at a time.
     constexpr int together = groups * COLUMN_TILES <= 4 ? groups : 4 / COLUMN_TILES;
     const bool by_element = S::kGroups == 0 && args.scale_group < kSlice;
-    S scalers[kRowTiles];
+    S scalers[ROW_TILES];
     uint32_t x[COLUMN_TILES][D::kPairs][4];
     QK_UNROLL
     for (int i = 0; i < COLUMN_TILES * D::kPairs; i++) {
@@ -337,7 +352,7 @@ QK_DEVICE void multiply(Sums (&acc)[kRowTiles][COLUMN_TILES], const WeightOnlyAr
             }
         }
         QK_UNROLL
-        for (int r = 0; r < kRowTiles; r++) {
+        for (int r = 0; r < ROW_TILES; r++) {
             if (first == 0) {
                 scalers[r].take(args, raw[r], tile);
                 S::fetch(raw[r], args, rows[r], next_tile, kTile<D>);
@@ -391,11 +406,11 @@ QK_DEVICE void multiply(Sums (&acc)[kRowTiles][COLUMN_TILES], const WeightOnlyAr
 
 /// `multiply` for one row of x, whose slices are the columns of `ring.matrix`. acc: the lane's share
 /// of the sums of rows q and q + 8.
-template <typename T, typename D, typename S>
-QK_DEVICE void multiply_row(float (&acc)[kRowTiles][2], const WeightOnlyArgs& args,
-                            const Ring<D, 0>& ring, int stage, int tile, int next_tile,
-                            const Table& table, typename S::Own (&raw)[kRowTiles],
-                            const typename S::Rows (&rows)[kRowTiles],
+template <typename T, typename D, typename S, int ROW_TILES>
+QK_DEVICE void multiply_row(float (&acc)[ROW_TILES][2], const WeightOnlyArgs& args,
+                            const Ring<D, ROW_TILES, true>& ring, int stage, int tile, int next_tile,
+                            const Table& table, typename S::Own (&raw)[ROW_TILES],
+                            const typename S::Rows (&rows)[ROW_TILES],
                             const Constants<T, D, S>& constants) {
     using Traits = Decoding<T, D, S>;
     constexpr int slices = 2 * D::kPairs, halves = S::own_halves(slices) ? 2 : 1;
@@ -414,14 +429,13 @@ QK_DEVICE void multiply_row(float (&acc)[kRowTiles][2], const WeightOnlyArgs& ar
         }
     }
     QK_UNROLL
-    for (int r = 0; r < kRowTiles; r++) {
+    for (int r = 0; r < ROW_TILES; r++) {
         ScaleZero scales[2][halves][2];
         QK_UNROLL
         for (int i = 0; i < 2 * halves * (odd ? 2 : 1); i++) {
             const int row = i % 2, half = i / 2 % halves, e = i / 2 / halves;
             scales[row][half][e] = S::own(args, raw[r], row, half, e, tile);
         }
-        S::fetch_own(raw[r], args, rows[r], next_tile, kTile<D>);
         const Values<D> values = raw_values<D>(ring.packed(stage, r), table);
         Sums sums[halves] = {};
         QK_UNROLL
@@ -449,11 +463,13 @@ QK_DEVICE void multiply_row(float (&acc)[kRowTiles][2], const WeightOnlyArgs& ar
                 }
             }
         }
+        sync_warp();  // keeps the compiler from loading codes early, for which it has no registers
+        S::fetch_own(raw[r], args, rows[r], next_tile, kTile<D>);
     }
 }
 
-/// The sums of output `at` of 32 x rows_x of this block: of its warps, and its outliers.
-/// sums: shared memory (warps, rows_x, 32).
+/// The sums of output `at` of the rows of W x rows_x of this block: of its warps, and its outliers.
+/// sums: shared memory (warps, outputs).
 template <typename S, int COLUMNS>
 QK_DEVICE float total_of(const float* sums, const float* sparse, int outputs, int at) {
     float total = 0;
@@ -489,12 +505,13 @@ __global__ void __launch_bounds__(256, 2)
     weight_only_decode(const __grid_constant__ WeightOnlyArgs args) {
     constexpr bool one_row = COLUMN_TILES == 0;
     constexpr int columns = one_row ? 1 : COLUMN_TILES * 8, features = kTile<D>;
-    constexpr int depth = kDecodeStages<COLUMN_TILES>;
+    constexpr int depth = kDecodeStages;
+    constexpr int row_tiles = kRowTiles<D, S, COLUMN_TILES>, block_rows = row_tiles * 16;
     const int warps = threads_x() / 32;
     const int blocks_m = (args.m + columns - 1) / columns;
     const int m0 = block_index_x() % blocks_m * columns;
-    const int first_row = block_index_x() / blocks_m * kDecodeRows;
-    const int n0 = first_row + kDecodeRows <= args.n ? first_row : args.n - kDecodeRows;
+    const int first_row = block_index_x() / blocks_m * block_rows;
+    const int n0 = first_row + block_rows <= args.n ? first_row : args.n - block_rows;
     const int rows_x = args.m - m0 < columns ? args.m - m0 : columns;
     const int begin = block_index_y() * args.k_slice;
     const int end = begin + args.k_slice < args.tiles ? begin + args.k_slice : args.tiles;
@@ -503,17 +520,17 @@ __global__ void __launch_bounds__(256, 2)
     unsigned char* const shared = shared_memory();
     auto* const book = reinterpret_cast<uint32_t*>(shared);
     auto* const sums = reinterpret_cast<float*>(shared + kBookBytes<D>);
-    auto* const sparse = sums + warps * rows_x * kDecodeRows + 64;
+    auto* const sparse = sums + warps * rows_x * block_rows + 64;
     auto* const stages = reinterpret_cast<unsigned char*>(
         sparse + (S::kOutliers ? kSparseFloats<columns> * int(threads_x()) / 32 : 0));
-    const Ring<D, COLUMN_TILES> ring(stages + warp_index() * depth * args.stage_bytes, rows_x,
+    const Ring<D, row_tiles, one_row> ring(stages + warp_index() * depth * args.stage_bytes, rows_x,
                                      args.stage_bytes);
 
     // The last kernel may write x, but not the weight: the copies of the weight start before the
     // wait.
     int tile = begin + int(uniform_warp_index());
     const int count = (end - tile + warps - 1) / warps;  // tiles of this warp, if any
-    Source<T, D, COLUMN_TILES> source(args, n0, m0, rows_x, tile,
+    Source<T, D, row_tiles, COLUMN_TILES> source(args, n0, m0, rows_x, tile,
                                                  tile + depth * warps);
     QK_UNROLL
     for (int i = 0; i < depth; i++) {
@@ -523,11 +540,11 @@ __global__ void __launch_bounds__(256, 2)
         copy_async_commit();
     }
     const int row = kept(n0 + lane_index() / 4);
-    typename S::Rows rows[kRowTiles];
+    typename S::Rows rows[row_tiles];
     using Raw = RawScales<S, one_row>;
-    typename Raw::Type raw[kRowTiles] = {};
+    typename Raw::Type raw[row_tiles] = {};
     QK_UNROLL
-    for (int r = 0; r < kRowTiles; r++) {
+    for (int r = 0; r < row_tiles; r++) {
         rows[r] = typename S::Rows(args, row + r * 16, row + r * 16 + 8);
         if (count > 0) {
             Raw::fetch(raw[r], args, rows[r], tile, features);
@@ -553,7 +570,7 @@ __global__ void __launch_bounds__(256, 2)
         sync_block();
     }
 
-    std::conditional_t<one_row, float[kRowTiles][2], Sums[kRowTiles][COLUMN_TILES + one_row]> acc =
+    std::conditional_t<one_row, float[row_tiles][2], Sums[row_tiles][COLUMN_TILES + one_row]> acc =
         {};
     int stage = 0;
     for (int left = count; left > 0; left--) {
@@ -561,10 +578,10 @@ __global__ void __launch_bounds__(256, 2)
         sync_warp();  // other lanes' copies of x are there, too
         const int next_tile = left > 1 ? tile + warps : tile;
         if constexpr (one_row) {
-            multiply_row<T, D, S>(acc, args, ring, stage, tile, next_tile, table, raw,
+            multiply_row<T, D, S, row_tiles>(acc, args, ring, stage, tile, next_tile, table, raw,
                                              rows, constants);
         } else {
-            multiply<T, D, S, COLUMN_TILES>(acc, args, ring, stage, tile, next_tile,
+            multiply<T, D, S, row_tiles, COLUMN_TILES>(acc, args, ring, stage, tile, next_tile,
                                                        table, raw, rows, constants);
         }
         sync_warp();  // no lane still reads the stage
@@ -583,10 +600,10 @@ __global__ void __launch_bounds__(256, 2)
         stage = stage < depth * args.stage_bytes ? stage : 0;
     }
 
-    const int q = lane_index() / 4, j = lane_index() % 4, outputs = rows_x * kDecodeRows;
+    const int q = lane_index() / 4, j = lane_index() % 4, outputs = rows_x * block_rows;
     if constexpr (one_row) {
         QK_UNROLL
-        for (int i = 0; i < kRowTiles * 2; i++) {
+        for (int i = 0; i < row_tiles * 2; i++) {
             float sum = acc[i / 2][i % 2];
             sum += shuffle_xor(sum, 1);
             sum += shuffle_xor(sum, 2);
@@ -596,21 +613,21 @@ __global__ void __launch_bounds__(256, 2)
         }
     } else {
         QK_UNROLL
-        for (int i = 0; i < kRowTiles * COLUMN_TILES * 4; i++) {
+        for (int i = 0; i < row_tiles * COLUMN_TILES * 4; i++) {
             const int r = i / (COLUMN_TILES * 4), c = i / 4 % COLUMN_TILES, e = i % 4;
             const int column = c * 8 + j * 2 + e % 2;
             if (column < rows_x) {
-                const int at = column * kDecodeRows + r * 16 + q + e / 2 * 8;
+                const int at = column * block_rows + r * 16 + q + e / 2 * 8;
                 store_shared(sums + warp_index() * outputs + at, acc[r][c][e]);
             }
         }
     }
     sync_block();
     const int k_slices = blocks_y();
-    float* const parts = args.partial + int64_t(block_index_x()) * k_slices * columns * kDecodeRows;
+    float* const parts = args.partial + int64_t(block_index_x()) * k_slices * columns * block_rows;
     if (k_slices > 1) {
         for (int at = thread_index(); at < outputs; at += threads_x()) {
-            store_global(parts + block_index_y() * columns * kDecodeRows + at,
+            store_global(parts + block_index_y() * columns * block_rows + at,
                          total_of<S, columns>(sums, sparse, outputs, at));
         }
         int* const flag = reinterpret_cast<int*>(sums + warps * outputs);
@@ -624,11 +641,11 @@ __global__ void __launch_bounds__(256, 2)
             total = total_of<S, columns>(sums, sparse, outputs, at);
         }
         for (int s = 0; k_slices > 1 && s < k_slices; s++) {
-            total += load_l2(parts + s * columns * kDecodeRows + at);
+            total += load_l2(parts + s * columns * block_rows + at);
         }
-        const int n = n0 + at % kDecodeRows;
+        const int n = n0 + at % block_rows;
         if (n >= first_row) {
-            store_output<T>(args, m0 + at / kDecodeRows, n, total);
+            store_output<T>(args, m0 + at / block_rows, n, total);
         }
     }
 }

@@ -40,16 +40,16 @@ struct DecodeScaler<Plain<1>> {
 template <typename T, typename D, typename S>
 WeightOnlyKernel decode_kernel(const WeightOnlyCall& call) {
     if constexpr (S::kGroups > 0) {
-        if (call.columns == 1) {
+        if (call.columns == 1 && call.rows == 16 * kRowTiles<D, S, 0>) {
             return weight_only_decode<T, D, S, 0>;
         }
     }
     if constexpr (kTile<D> < 256) {  // longer tiles of 16 rows of x take too much shared memory
-        if (call.columns == 16) {
+        if (call.columns == 16 && call.rows == 32) {
             return weight_only_decode<T, D, S, 2>;
         }
     }
-    return call.columns == 8 ? weight_only_decode<T, D, S, 1> : nullptr;
+    return call.columns == 8 && call.rows == 32 ? weight_only_decode<T, D, S, 1> : nullptr;
 }
 
 /// Kernels of the scaler `Plain`, one for each number of scale groups in a tile. The decode kernel

@@ -207,7 +207,8 @@ struct Grouped {
         const int64_t at = int64_t(group) * args.scale_stride;
         QK_UNROLL
         for (int r = 0; r < 2; r++) {
-            const unsigned char* const scale = rows.scales[r] + at * scale_bytes(args);
+            const unsigned char* const scale =
+                rows.scales[r] + int64_t(group) * args.scale_row_bytes;
             if (KIND == kNested) {
                 bits[r] = load_global(scale);
                 other[r] = load_global(static_cast<const uint32_t*>(args.scaler[2]) +

@@ -29,7 +29,8 @@ _POINTERS = [
 _SIZES = [
     "m", "n", "k", "kp", "tiles", "k_slice", "group", "shift",
     "row_group", "scale_group", "scaling", "scale_type",
-    "x_stride", "x_chunks", "stage_bytes", "scale_stride", "last_group", "group_divisor", "row_divisor",
+    "x_stride", "x_chunks", "x_tail", "stage_bytes",
+    "scale_stride", "scale_row_bytes", "last_group", "group_divisor", "row_divisor",
     "x_rows", "is_float",
 ]  # fmt: skip
 
@@ -74,6 +75,7 @@ class WeightOnlyCall(Call):
         ("kernel", ctypes.c_int),
         ("is_bfloat", ctypes.c_int),
         ("scale_groups", ctypes.c_int),
+        ("rows", ctypes.c_int),
         ("columns", ctypes.c_int),
         ("pdl", ctypes.c_int),
         ("size", ctypes.c_int),

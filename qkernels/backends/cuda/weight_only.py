@@ -28,9 +28,8 @@ if TYPE_CHECKING:
     from ...weights.packed import PackedWeight
     from ..problem import Problem
 
-#: as in csrc/weight_only/decode.h: rows of W of a block; rows of x of a block -> tiles of a warp in
-#: shared memory
-ROWS, STAGES = 32, {1: 4, 8: 3, 16: 3}
+#: as in csrc/weight_only/decode.h: the fewest rows of W of a block; tiles of a warp in shared memory
+ROWS, STAGES = 32, 3
 #: the most rows of x
 MOST = 16
 #: warps of a block: the first number with which every launch for a weight fits in shared memory
@@ -127,20 +126,22 @@ def _launch(
 ) -> None:
     """Declare the kernel's launch for at most MAX_ROWS rows."""
     m, n = x.shape[0], p.shape[0]
-    args, columns = call.args, columns_for(m, traits, call.scale_groups, invariant)
-    blocks = -(-n // ROWS) * -(-m // columns)
+    args, columns = call.args, columns_for(m, n, traits, call.scale_groups, invariant)
+    rows = rows_for(traits, columns)
+    blocks = -(-n // rows) * -(-m // columns)
     count, warps = k_slices_for(p.shape, traits, x.device), warps_for(traits, x.device)
     args.k_slice = k_slices.steps_of(args.tiles, count)
     args.m, args.x, args.y = m, x.data_ptr(), y.data_ptr()
     args.x_chunks = int("perm" not in p.storage and x.shape[1] % 8 == 0 and args.x % 16 == 0)
     args.bias = None if bias is None else bias.data_ptr()
-    args.stage_bytes = stage_bytes(traits.codes, columns, min(m, columns))
-    call.grid_x, call.grid_y, call.threads, call.columns = blocks, count, 32 * warps, columns
+    args.stage_bytes = stage_bytes(traits, columns, min(m, columns))
+    call.grid_x, call.grid_y, call.threads = blocks, count, 32 * warps
+    call.rows, call.columns = rows, columns
     call.shared = shared_bytes(traits, columns, min(m, columns), warps)
     scratch: list[Symbolic] = []
     if count > 1:
         scratch = [
-            plan.empty((count * blocks * ROWS * columns,), torch.float32), plan.counters(blocks)
+            plan.empty((count * blocks * rows * columns,), torch.float32), plan.counters(blocks)
         ]  # fmt: skip
         args.partial, args.counter = (t.data_ptr() for t in scratch)
     reads = [x, *p.storage.values(), *([] if bias is None else [bias])]
@@ -179,6 +180,8 @@ def _call_template(
         group=group, row_group=traits.row_group, scale_group=scale_group,
         shift=group.bit_length() - 1 if group & (group - 1) == 0 else -1,
         scale_stride=-(-n // traits.row_group), last_group=(kp - 1) // group,
+        scale_row_bytes=-(-n // traits.row_group) * scaler[0].element_size(),
+        x_tail=int(k % codes.tile != 0),
         group_divisor=divisor(max(1, group // scale_group), -(-kp // scale_group)),
         row_divisor=divisor(traits.row_group, n),
         # kernels of one scaler ignore it
@@ -239,16 +242,23 @@ def decode_groups(traits: layout.WeightOnlyTraits, call: WeightOnlyCall) -> int:
 
 
 def columns_for(
-    m: int, traits: layout.WeightOnlyTraits, scale_groups: int, invariant: bool
+    m: int, n: int, traits: layout.WeightOnlyTraits, scale_groups: int, invariant: bool
 ) -> int:
     """Rows of x of a block.
 
     One row has a kernel of its own, unless its sums must be in the order of more rows' or scales
     are looked up one by one (scale_groups = 0). 16 rows of long tiles take too much shared memory.
     """
-    if m == 1 and scale_groups and not invariant:
+    if m == 1 and scale_groups and not invariant and n >= rows_for(traits, 1):
         return 1
     return 8 if m <= 8 or traits.codes.tile == 256 else 16
+
+
+def rows_for(traits: layout.WeightOnlyTraits, columns: int) -> int:
+    """Rows of W of a block: `kRowTiles` of csrc/weight_only/decode.h."""
+    codes = traits.codes
+    many_registers = codes.high_words or codes.codebook or codes.table or traits.outliers
+    return 64 if columns == 1 and not many_registers else ROWS
 
 
 def has_constants(codes: CodeKind) -> bool:
@@ -259,28 +269,29 @@ def has_constants(codes: CodeKind) -> bool:
 @lru_cache(maxsize=4096)
 def warps_for(traits: layout.WeightOnlyTraits, device: torch.device) -> int:
     """Warps of a block, for any M: the order of sums depends on them."""
-    columns = columns_for(MOST, traits, 0, False)
+    most = columns_for(MOST, ROWS, traits, 0, False)
     for warps in WARPS:
-        largest = max(shared_bytes(traits, each, each, warps) for each in (1, 8, columns))
+        largest = max(shared_bytes(traits, columns, columns, warps) for columns in (1, 8, most))
         if largest <= device_shared_bytes(device):
             return warps
     raise RuntimeError(f"{traits}: no block fits in the shared memory of {device}")
 
 
-def stage_bytes(codes: CodeKind, columns: int, rows_x: int) -> int:
+def stage_bytes(traits: layout.WeightOnlyTraits, columns: int, rows_x: int) -> int:
     """Shared memory of a tile of a warp: codes, their high bits, and rows of x.
 
     With one row, a chunk of zeros and padding follow.
     """
-    zeros = 128 if columns == 1 else 0
-    return ROWS * (64 + 4 * codes.high_words) + rows_x * codes.tile * 2 + zeros
+    codes, zeros = traits.codes, 128 if columns == 1 else 0
+    packed = rows_for(traits, columns) * (64 + 4 * codes.high_words)
+    return packed + rows_x * codes.tile * 2 + zeros
 
 
 def shared_bytes(traits: layout.WeightOnlyTraits, columns: int, rows_x: int, warps: int) -> int:
     """Shared memory of a block: codebook, sums and a flag, sums of outliers, and stages."""
-    sums = 4 * warps * ROWS * rows_x + 256
+    sums = 4 * warps * rows_for(traits, columns) * rows_x + 256
     sparse = 4 * warps * (32 * columns + 4) if traits.outliers else 0
-    stages = warps * STAGES[columns] * stage_bytes(traits.codes, columns, rows_x)
+    stages = warps * STAGES * stage_bytes(traits, columns, rows_x)
     return 4 * traits.codes.book_words + sums + sparse + stages
 
 
@@ -288,11 +299,11 @@ def configuration(problem: Problem) -> str:
     """Block sizes and split-K slices in words, for `explain`."""
     traits, device = traits_of(problem), torch.device(problem.device)
     # As for scales that are not looked up one by one: few weights have others.
-    columns = columns_for(problem.m, traits, 1, problem.batch_invariant)
+    columns = columns_for(problem.m, problem.shape[0], traits, 1, problem.batch_invariant)
     count = k_slices_for(problem.shape, traits, device)
     again = f", which reads the weight {-(-problem.m // columns)} times"
     rows = "1 row" if columns == 1 else f"{columns} rows"
     return (
-        f"{rows} of x and {ROWS} of W a block of {warps_for(traits, device)} warps, K in "
+        f"{rows} of x and {rows_for(traits, columns)} of W a block of {warps_for(traits, device)} warps, K in "
         f"{count} slices{again if problem.m > columns else ''}"
     )
