@@ -29,8 +29,9 @@ constexpr int kGroupUnits = 128 / kUnit;
 /// The smallest scale of a token and the smallest absmax of a group, as in formats/fp8.py.
 constexpr float kTokenFloor = 1.0f / (448 * 512), kGroupFloor = 1e-4f;
 
-template <typename T>
-QK_DEVICE T element(const Words4& unit, int i) {
+/// Element i of a unit: of eight 16-bit numbers in a Words4, or of four in a Words2.
+template <typename T, typename Unit>
+QK_DEVICE T element(const Unit& unit, int i) {
     return i % 2 ? high_of<T>(unit.w[i / 2]) : low_of<T>(unit.w[i / 2]);
 }
 
@@ -112,24 +113,46 @@ QK_DEVICE Words4 normed(const QuantizeArgs& args, Words4 unit, int u, float inve
     return unit;
 }
 
-QK_DEVICE bool is_outlier(const QuantizeArgs& args, float x) {
-    return args.columns != nullptr && fabsf(x) >= args.threshold;
+/// The outliers are the elements of at least `threshold`, if there can be any.
+struct Outliers {
+    bool any = false;
+    float threshold = 0;
+};
+QK_DEVICE bool is_outlier(const Outliers& outliers, float x) {
+    return outliers.any && fabsf(x) >= outliers.threshold;
 }
-/// The largest |x| of a unit as bits, which have the same order; NaN is largest. Outliers are
-/// skipped.
-template <typename T>
-QK_DEVICE uint32_t largest(const QuantizeArgs& args, const Words4& unit) {
-    uint32_t size = 0;
+
+QK_DEVICE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
+/// The larger of `size` and the largest |x| of a unit as bits, which have the same order; NaN is
+/// largest. Outliers are skipped.
+template <typename T, typename Unit>
+QK_DEVICE uint32_t largest(const Outliers& outliers, const Unit& unit, uint32_t size = 0) {
     QK_UNROLL
-    for (int i = 0; i < kUnit; i++) {
+    for (int i = 0; i < int(sizeof(Unit) / 2); i++) {
         const float x = to_float(element<T>(unit, i));
-        const uint32_t bits = is_outlier(args, x) ? 0 : float_to_bits(x) & 0x7FFFFFFF;
-        size = bits > size ? bits : size;
+        size = larger(size, is_outlier(outliers, x) ? 0 : float_to_bits(x) & 0x7FFFFFFF);
     }
     return size;
 }
 
-QK_DEVICE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+/// The scale of a token that is stored, and the number that makes codes: int8 multiplies by it,
+/// e4m3 divides.
+struct TokenScale {
+    float stored, codes;
+};
+template <bool INT8>
+QK_DEVICE TokenScale token_scale(float absmax) {
+    if (INT8) {
+        return {absmax / 127.0f, absmax == 0 ? 0 : 127.0f * (1.0f / absmax)};
+    }
+    const float scale = absmax / 448.0f;
+    const float floored = scale < kTokenFloor ? kTokenFloor : scale;  // passes NaN, unlike fmaxf
+    return {floored, floored};
+}
+QK_DEVICE float group_scale(float absmax) {
+    return (absmax < kGroupFloor ? kGroupFloor : absmax) / 448.0f;
+}
 
 /// The sum over the block, in a fixed order, for every thread. slots: 8 words of shared memory that
 /// nothing else uses.
@@ -150,10 +173,7 @@ QK_DEVICE float block_sum(float value, float* slots) {
     return value;
 }
 QK_DEVICE uint32_t block_largest(uint32_t value, uint32_t* slots) {
-    QK_UNROLL
-    for (int d = 16; d > 0; d /= 2) {
-        value = larger(value, shuffle_xor(value, d));
-    }
+    value = warp_largest(value);
     if (lane_index() == 0) {
         store_shared(slots + warp_index(), value);
     }
@@ -167,18 +187,36 @@ QK_DEVICE uint32_t block_largest(uint32_t value, uint32_t* slots) {
 
 /// int8 code of x as a byte. `scale` multiplies per token, and divides otherwise.
 template <int GRANULARITY>
-QK_DEVICE uint32_t int8_code(const QuantizeArgs& args, float x, float scale, float zero,
+QK_DEVICE uint32_t int8_code(const Outliers& outliers, float x, float scale, float zero,
                              bool live) {
     float value;
     if (GRANULARITY == kToken) {
         value = x * scale;
-        value = is_outlier(args, x) ? 0 : round_even(fminf(fmaxf(value, -127.0f), 127.0f));
+        value = is_outlier(outliers, x) ? 0 : round_even(fminf(fmaxf(value, -127.0f), 127.0f));
     } else {
         // Codes of larger values are the same, and integers up to 1024 are exact.
         value = round_even(fminf(fmaxf(x / scale, -1024.0f), 1024.0f)) + zero;
         value = live ? fminf(fmaxf(value, -128.0f), 127.0f) : 0;
     }
     return uint32_t(int(value)) & 0xFF;
+}
+
+/// Codes of a unit, four a word. live: how many features from the unit's first one exist.
+template <typename T, bool INT8, int GRANULARITY, typename Unit>
+QK_DEVICE void codes_of(uint32_t (&codes)[sizeof(Unit) / 8], const Unit& unit,
+                        const Outliers& outliers, float scale, float zero, int live) {
+    QK_UNROLL
+    for (int e = 0; e < int(sizeof(Unit) / 2); e += 2) {
+        const float low = to_float(element<T>(unit, e)), high = to_float(element<T>(unit, e + 1));
+        uint32_t two;
+        if (INT8) {
+            two = int8_code<GRANULARITY>(outliers, low, scale, zero, e < live) |
+                  int8_code<GRANULARITY>(outliers, high, scale, zero, e + 1 < live) << 8;
+        } else {
+            two = e4m3_codes(low / scale, high / scale);
+        }
+        codes[e / 4] = e % 4 == 0 ? two : codes[e / 4] | two << 16;
+    }
 }
 
 /// Writes the outlier columns of the mask, in order, and their number; clears mask and counter.
@@ -262,30 +300,22 @@ __global__ void __launch_bounds__(kRowThreads) quantize_kernel(QuantizeArgs args
         }
     }
 
+    const Outliers outliers{args.columns != nullptr, args.threshold};
     float scale = 1;
     if (GRANULARITY == kToken && args.codes != nullptr) {
         uint32_t size = 0;
         QK_UNROLL
         for (int i = 0; i < kCached; i++) {
-            size = larger(size, largest<T>(args, cached[i]));
+            size = largest<T>(outliers, cached[i], size);
         }
         for (int u = t + kCached * kRowThreads; u < units; u += kRowThreads) {
-            const Words4 unit = normed<T>(args, incoming<T>(args, u), u, inverse);
-            size = larger(size, largest<T>(args, unit));
+            size = largest<T>(outliers, normed<T>(args, incoming<T>(args, u), u, inverse), size);
         }
-        const float absmax =
-            bits_to_float(block_largest(size, reinterpret_cast<uint32_t*>(slots + kRowWarps)));
-        float stored;
-        if (INT8) {
-            stored = absmax / 127.0f;
-            scale = absmax == 0 ? 0 : 127.0f * (1.0f / absmax);
-        } else {
-            stored = absmax / 448.0f;
-            stored = stored < kTokenFloor ? kTokenFloor : stored;  // passes NaN on, unlike fmaxf
-            scale = stored;
-        }
+        const TokenScale token = token_scale<INT8>(
+            bits_to_float(block_largest(size, reinterpret_cast<uint32_t*>(slots + kRowWarps))));
+        scale = token.codes;
         if (t == 0) {
-            store_global(args.scale + row, stored);
+            store_global(args.scale + row, token.stored);
         }
     } else if (GRANULARITY == kTensor) {
         scale = load_global(args.scale);
@@ -306,35 +336,18 @@ __global__ void __launch_bounds__(kRowThreads) quantize_kernel(QuantizeArgs args
             unit = normed<T>(args, incoming<T>(args, u), u, inverse);
         }
         if (GRANULARITY == kGroup128) {
-            uint32_t size = largest<T>(args, unit);
+            uint32_t size = largest<T>(outliers, unit);
             QK_UNROLL
             for (int d = kGroupUnits / 2; d > 0; d /= 2) {
                 size = larger(size, shuffle_xor(size, d));
             }
-            const float absmax = bits_to_float(size);
-            scale = (absmax < kGroupFloor ? kGroupFloor : absmax) / 448.0f;
+            scale = group_scale(bits_to_float(size));
             if (live && u % kGroupUnits == 0 && u * kUnit < args.k) {
                 store_global(args.scale + int64_t(u / kGroupUnits) * args.m + row, scale);
             }
         }
-        Words2 codes = {};
-        uint32_t outliers = 0;
-        QK_UNROLL
-        for (int e = 0; e < kUnit; e += 2) {
-            const float low = to_float(element<T>(unit, e)),
-                        high = to_float(element<T>(unit, e + 1));
-            uint32_t two_codes;
-            if (INT8) {
-                const int k = u * kUnit + e;
-                two_codes = int8_code<GRANULARITY>(args, low, scale, zero, k < args.k) |
-                            int8_code<GRANULARITY>(args, high, scale, zero, k + 1 < args.k) << 8;
-            } else {
-                two_codes = e4m3_codes(low / scale, high / scale);
-            }
-            codes.w[e / 4] |= two_codes << e % 4 * 8;
-            outliers |= (uint32_t(is_outlier(args, low)) | uint32_t(is_outlier(args, high)) << 1)
-                        << e;
-        }
+        Words2 codes;
+        codes_of<T, INT8, GRANULARITY>(codes.w, unit, outliers, scale, zero, args.k - u * kUnit);
         if (live && args.codes != nullptr) {
             store_global(reinterpret_cast<Words2*>(args.codes + int64_t(row) * args.kp) + u, codes);
             if (args.rounded != nullptr) {
@@ -342,12 +355,16 @@ __global__ void __launch_bounds__(kRowThreads) quantize_kernel(QuantizeArgs args
             }
         }
         if (INT8 && GRANULARITY == kToken && args.counter != nullptr) {
-            // The bits of four neighbours are a word of the mask.
-            outliers <<= lane_index() % 4 * 8;
-            outliers |= shuffle_xor(outliers, 1);
-            outliers |= shuffle_xor(outliers, 2);
-            if (outliers != 0 && lane_index() % 4 == 0) {
-                atomic_or(reinterpret_cast<uint32_t*>(args.counter + 1) + u / 4, outliers);
+            uint32_t bits = 0;
+            QK_UNROLL
+            for (int e = 0; e < kUnit; e++) {
+                bits |= uint32_t(is_outlier(outliers, to_float(element<T>(unit, e)))) << e;
+            }
+            bits <<= lane_index() % 4 * 8;  // the bits of four neighbours are a word of the mask
+            bits |= shuffle_xor(bits, 1);
+            bits |= shuffle_xor(bits, 2);
+            if (bits != 0 && lane_index() % 4 == 0) {
+                atomic_or(reinterpret_cast<uint32_t*>(args.counter + 1) + u / 4, bits);
             }
         }
     }

@@ -30,6 +30,18 @@ QK_DEVICE uint32_t shuffle_from(uint32_t value, uint32_t from) {
 QK_DEVICE float shuffle_from(float value, uint32_t from) {
     return bits_to_float(shuffle_from(float_to_bits(value), from));
 }
+/// The largest value of the warp's lanes.
+QK_DEVICE uint32_t warp_largest(uint32_t value) {
+#ifdef __CUDACC__
+    return __reduce_max_sync(0xFFFFFFFF, value);
+#else
+    const auto met = emulation::Machine::get().meet("redux.max", value);
+    for (uint32_t i = 0; i < 32; i++) {
+        value = met.lane(i) > value ? met.lane(i) : value;
+    }
+    return value;
+#endif
+}
 /// Bit i: whether lane i's predicate holds.
 QK_DEVICE uint32_t ballot(bool predicate) {
 #ifdef __CUDACC__

@@ -73,7 +73,7 @@ CUDA_EIGHT_BIT = [
     (EIGHT_BIT_GEMV, "args.counter + block_index_x(), 0)", "args.counter + block_index_x(), 1)"),
     (EIGHT_BIT_GEMV, "    sync_block();  // no thread still reads `shared`", ""),
     (EIGHT_BIT_ROWS, "store_global(mask + w, 0u);", ""),
-    (EIGHT_BIT_ROWS, "outliers != 0 && lane_index() % 4 == 0", "outliers != 0 && lane_index() % 8 == 0"),
+    (EIGHT_BIT_ROWS, "bits != 0 && lane_index() % 4 == 0", "bits != 0 && lane_index() % 8 == 0"),
     (OUTLIERS, "x -= float(int8_t(load_global(args.x + int64_t(m) * args.kp + k))) * scale;", ""),
 ]  # fmt: skip
 
