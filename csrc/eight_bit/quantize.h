@@ -124,16 +124,26 @@ QK_DEVICE bool is_outlier(const Outliers& outliers, float x) {
 
 QK_DEVICE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
-/// The larger of `size` and the largest |x| of a unit as bits, which have the same order; NaN is
-/// largest. Outliers are skipped.
+/// The larger of `sizes` and |x| of a unit, a maximum in each half; NaN is largest. Outliers are
+/// skipped.
 template <typename T, typename Unit>
-QK_DEVICE uint32_t largest(const Outliers& outliers, const Unit& unit, uint32_t size = 0) {
+QK_DEVICE uint32_t largest(const Outliers& outliers, const Unit& unit, uint32_t sizes = 0) {
     QK_UNROLL
-    for (int i = 0; i < int(sizeof(Unit) / 2); i++) {
-        const float x = to_float(element<T>(unit, i));
-        size = larger(size, is_outlier(outliers, x) ? 0 : float_to_bits(x) & 0x7FFFFFFF);
+    for (int w = 0; w < int(sizeof(Unit) / 4); w++) {
+        uint32_t two = unit.w[w];
+        if (outliers.any) {
+            two &= is_outlier(outliers, to_float(low_of<T>(two))) ? 0xFFFF0000 : 0xFFFFFFFF;
+            two &= is_outlier(outliers, to_float(high_of<T>(two))) ? 0x0000FFFF : 0xFFFFFFFF;
+        }
+        sizes = larger_sizes<T>(sizes, two);
     }
-    return size;
+    return sizes;
+}
+/// The maximum of both halves as bits of a float32, which have the same order.
+template <typename T>
+QK_DEVICE uint32_t size_of(uint32_t sizes) {
+    return larger(float_to_bits(to_float(low_of<T>(sizes))),
+                  float_to_bits(to_float(high_of<T>(sizes))));
 }
 
 /// The scale of a token that is stored, and the number that makes codes: int8 multiplies by it,
@@ -201,7 +211,8 @@ QK_DEVICE uint32_t int8_code(const Outliers& outliers, float x, float scale, flo
     return uint32_t(int(value)) & 0xFF;
 }
 
-/// Codes of a unit, four a word. live: how many features from the unit's first one exist.
+/// Sets `codes`, which are zero, to those of a unit, four a word. live: how many features from the
+/// unit's first one exist.
 template <typename T, bool INT8, int GRANULARITY, typename Unit>
 QK_DEVICE void codes_of(uint32_t (&codes)[sizeof(Unit) / 8], const Unit& unit,
                         const Outliers& outliers, float scale, float zero, int live) {
@@ -215,7 +226,7 @@ QK_DEVICE void codes_of(uint32_t (&codes)[sizeof(Unit) / 8], const Unit& unit,
         } else {
             two = e4m3_codes(low / scale, high / scale);
         }
-        codes[e / 4] = e % 4 == 0 ? two : codes[e / 4] | two << 16;
+        codes[e / 4] |= two << e % 4 * 8;
     }
 }
 
@@ -303,16 +314,16 @@ __global__ void __launch_bounds__(kRowThreads) quantize_kernel(QuantizeArgs args
     const Outliers outliers{args.columns != nullptr, args.threshold};
     float scale = 1;
     if (GRANULARITY == kToken && args.codes != nullptr) {
-        uint32_t size = 0;
+        uint32_t sizes = 0;
         QK_UNROLL
         for (int i = 0; i < kCached; i++) {
-            size = largest<T>(outliers, cached[i], size);
+            sizes = largest<T>(outliers, cached[i], sizes);
         }
         for (int u = t + kCached * kRowThreads; u < units; u += kRowThreads) {
-            size = largest<T>(outliers, normed<T>(args, incoming<T>(args, u), u, inverse), size);
+            sizes = largest<T>(outliers, normed<T>(args, incoming<T>(args, u), u, inverse), sizes);
         }
-        const TokenScale token = token_scale<INT8>(
-            bits_to_float(block_largest(size, reinterpret_cast<uint32_t*>(slots + kRowWarps))));
+        const TokenScale token = token_scale<INT8>(bits_to_float(
+            block_largest(size_of<T>(sizes), reinterpret_cast<uint32_t*>(slots + kRowWarps))));
         scale = token.codes;
         if (t == 0) {
             store_global(args.scale + row, token.stored);
@@ -336,7 +347,7 @@ __global__ void __launch_bounds__(kRowThreads) quantize_kernel(QuantizeArgs args
             unit = normed<T>(args, incoming<T>(args, u), u, inverse);
         }
         if (GRANULARITY == kGroup128) {
-            uint32_t size = largest<T>(outliers, unit);
+            uint32_t size = size_of<T>(largest<T>(outliers, unit));
             QK_UNROLL
             for (int d = kGroupUnits / 2; d > 0; d /= 2) {
                 size = larger(size, shuffle_xor(size, d));
@@ -346,7 +357,7 @@ __global__ void __launch_bounds__(kRowThreads) quantize_kernel(QuantizeArgs args
                 store_global(args.scale + int64_t(u / kGroupUnits) * args.m + row, scale);
             }
         }
-        Words2 codes;
+        Words2 codes = {};
         codes_of<T, INT8, GRANULARITY>(codes.w, unit, outliers, scale, zero, args.k - u * kUnit);
         if (live && args.codes != nullptr) {
             store_global(reinterpret_cast<Words2*>(args.codes + int64_t(row) * args.kp) + u, codes);

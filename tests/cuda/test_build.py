@@ -52,9 +52,13 @@ def test_eight_bit_kernels_compile_without_spills() -> None:
     assert {f.kernel.replace(", blocks", "") for f in facts} == {
         *(f"gemv {rows} rows" for rows in (8, 16)),
         *(f"gemm {rows} rows" for rows in (16, 32, 64, 128)),
+        *(
+            f"gemv {rows} rows, quantizes per {which}"
+            for rows in (1, 8) for which in ("token", "group", "tensor")
+        ),
         "wgmma",
     }  # fmt: skip
-    assert len(facts) == 14
+    assert len(facts) == 14 + 2 * 6
     assert [f.problems for f in facts if f.problems] == []
 
 
