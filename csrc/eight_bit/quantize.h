@@ -146,22 +146,41 @@ QK_DEVICE uint32_t size_of(uint32_t sizes) {
                   float_to_bits(to_float(high_of<T>(sizes))));
 }
 
-/// The scale of a token that is stored, and the number that makes codes: int8 multiplies by it,
-/// e4m3 divides.
-struct TokenScale {
-    float stored, codes;
+/// A scale, and its inverse as codes need it: int8 codes per token are x * inverse, rounded, and
+/// all others are of `quotient`. power: of a tensor's scale.
+struct alignas(16) Scale {
+    float value, inverse, power;
 };
 template <bool INT8>
-QK_DEVICE TokenScale token_scale(float absmax) {
+QK_DEVICE Scale token_scale(float absmax) {
     if (INT8) {
         return {absmax / 127.0f, absmax == 0 ? 0 : 127.0f * (1.0f / absmax)};
     }
-    const float scale = absmax / 448.0f;
-    const float floored = scale < kTokenFloor ? kTokenFloor : scale;  // passes NaN, unlike fmaxf
-    return {floored, floored};
+    float scale = absmax / 448.0f;
+    scale = scale < kTokenFloor ? kTokenFloor : scale;  // passes NaN on, unlike fmaxf
+    return {scale, 1.0f / scale};
 }
-QK_DEVICE float group_scale(float absmax) {
-    return (absmax < kGroupFloor ? kGroupFloor : absmax) / 448.0f;
+QK_DEVICE Scale group_scale(float absmax) {
+    const float scale = (absmax < kGroupFloor ? kGroupFloor : absmax) / 448.0f;
+    return {scale, 1.0f / scale};
+}
+/// A tensor's scale may have any size. `value` and x times a power of two have the same quotients,
+/// and normal inverses and remainders.
+QK_DEVICE Scale tensor_scale(float scale) {
+    const float power = scale > 0x1p100f ? 0x1p-60f : scale < 0x1p-80f ? 0x1p62f : 1.0f;
+    return {scale * power, 1.0f / (scale * power), power};
+}
+
+/// x / scale as IEEE division gives it, for a 16-bit float x: x * inverse, clamped far above the
+/// largest code, and one correction by the exact remainder. That is right for every significand of
+/// x (11 bits) and of a scale (24 bits), as trying all of them shows. Remainders are exact unless
+/// the quotient is below 2^-22, and its code zero. The clamp lets inf stay inf. All quotients of a
+/// scale that is inf are NaN; one of them, inf / inf, has to be.
+template <int GRANULARITY>
+QK_DEVICE float quotient(float x, const Scale& scale) {
+    x = GRANULARITY == kTensor ? x * scale.power : x;
+    const float near = fminf(fmaxf(x * scale.inverse, -4096.0f), 4096.0f);
+    return fmaf(-fmaf(near, scale.value, -x), scale.inverse, near);
 }
 
 /// The sum over the block, in a fixed order, for every thread. slots: 8 words of shared memory that
@@ -195,37 +214,39 @@ QK_DEVICE uint32_t block_largest(uint32_t value, uint32_t* slots) {
     return value;
 }
 
-/// int8 code of x as a byte. `scale` multiplies per token, and divides otherwise.
+/// int8 code of a scaled number, as a byte.
 template <int GRANULARITY>
-QK_DEVICE uint32_t int8_code(const Outliers& outliers, float x, float scale, float zero,
-                             bool live) {
-    float value;
+QK_DEVICE uint32_t int8_code(float value, float zero, bool live) {
     if (GRANULARITY == kToken) {
-        value = x * scale;
-        value = is_outlier(outliers, x) ? 0 : round_even(fminf(fmaxf(value, -127.0f), 127.0f));
+        value = round_even(fminf(fmaxf(value, -127.0f), 127.0f));
     } else {
         // Codes of larger values are the same, and integers up to 1024 are exact.
-        value = round_even(fminf(fmaxf(x / scale, -1024.0f), 1024.0f)) + zero;
-        value = live ? fminf(fmaxf(value, -128.0f), 127.0f) : 0;
+        value = round_even(fminf(fmaxf(value, -1024.0f), 1024.0f)) + zero;
+        value = fminf(fmaxf(value, -128.0f), 127.0f);
     }
-    return uint32_t(int(value)) & 0xFF;
+    return uint32_t(int(live ? value : 0)) & 0xFF;
 }
 
 /// Sets `codes`, which are zero, to those of a unit, four a word. live: how many features from the
 /// unit's first one exist.
 template <typename T, bool INT8, int GRANULARITY, typename Unit>
 QK_DEVICE void codes_of(uint32_t (&codes)[sizeof(Unit) / 8], const Unit& unit,
-                        const Outliers& outliers, float scale, float zero, int live) {
+                        const Outliers& outliers, const Scale& scale, float zero, int live) {
     QK_UNROLL
     for (int e = 0; e < int(sizeof(Unit) / 2); e += 2) {
-        const float low = to_float(element<T>(unit, e)), high = to_float(element<T>(unit, e + 1));
-        uint32_t two;
-        if (INT8) {
-            two = int8_code<GRANULARITY>(outliers, low, scale, zero, e < live) |
-                  int8_code<GRANULARITY>(outliers, high, scale, zero, e + 1 < live) << 8;
-        } else {
-            two = e4m3_codes(low / scale, high / scale);
+        uint32_t code[2];
+        float value[2];
+        QK_UNROLL
+        for (int i = 0; i < 2; i++) {
+            const float x = to_float(element<T>(unit, e + i));
+            if (INT8 && GRANULARITY == kToken) {
+                code[i] = int8_code<kToken>(x * scale.inverse, 0, !is_outlier(outliers, x));
+            } else {
+                value[i] = quotient<GRANULARITY>(x, scale);
+                code[i] = int8_code<kTensor>(value[i], zero, e + i < live);
+            }
         }
+        const uint32_t two = INT8 ? code[0] | code[1] << 8 : e4m3_codes(value[0], value[1]);
         codes[e / 4] |= two << e % 4 * 8;
     }
 }
@@ -312,7 +333,7 @@ __global__ void __launch_bounds__(kRowThreads) quantize_kernel(QuantizeArgs args
     }
 
     const Outliers outliers{args.columns != nullptr, args.threshold};
-    float scale = 1;
+    Scale scale = {};
     if (GRANULARITY == kToken && args.codes != nullptr) {
         uint32_t sizes = 0;
         QK_UNROLL
@@ -322,14 +343,13 @@ __global__ void __launch_bounds__(kRowThreads) quantize_kernel(QuantizeArgs args
         for (int u = t + kCached * kRowThreads; u < units; u += kRowThreads) {
             sizes = largest<T>(outliers, normed<T>(args, incoming<T>(args, u), u, inverse), sizes);
         }
-        const TokenScale token = token_scale<INT8>(bits_to_float(
+        scale = token_scale<INT8>(bits_to_float(
             block_largest(size_of<T>(sizes), reinterpret_cast<uint32_t*>(slots + kRowWarps))));
-        scale = token.codes;
         if (t == 0) {
-            store_global(args.scale + row, token.stored);
+            store_global(args.scale + row, scale.value);
         }
     } else if (GRANULARITY == kTensor) {
-        scale = load_global(args.scale);
+        scale = tensor_scale(load_global(args.scale));
     }
     const float zero = args.zero != nullptr ? float(load_global(args.zero)) : 0;
 
@@ -354,7 +374,7 @@ __global__ void __launch_bounds__(kRowThreads) quantize_kernel(QuantizeArgs args
             }
             scale = group_scale(bits_to_float(size));
             if (live && u % kGroupUnits == 0 && u * kUnit < args.k) {
-                store_global(args.scale + int64_t(u / kGroupUnits) * args.m + row, scale);
+                store_global(args.scale + int64_t(u / kGroupUnits) * args.m + row, scale.value);
             }
         }
         Words2 codes = {};

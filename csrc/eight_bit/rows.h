@@ -71,9 +71,9 @@ template <typename T, bool INT8, int GRANULARITY, int ROWS>
 struct QuantizedRows {
     static constexpr int COLUMNS = 1, kRowWords = 48;
     static constexpr bool kQuantizes = true;
-    /// codes of each warp's step; maxima of each warp; scales of rows: stored, and for codes
+    /// codes of each warp's step; maxima of each warp; scales of rows
     static constexpr int kCodes = kEightWarps * ROWS * kRowWords, kMaxima = kEightWarps * ROWS;
-    static constexpr int kShared = (kCodes + kMaxima + 2 * ROWS) * 4;
+    static constexpr int kShared = (kCodes + kMaxima) * 4 + ROWS * int(sizeof(Scale));
     struct Part {
         Words2 x[ROWS];  // four features of each row
     };
@@ -81,8 +81,8 @@ struct QuantizedRows {
     const EightBitArgs& args;
     const GemvPlace& at;
     uint32_t *words, *maxima;
-    float *stored, *for_codes;
-    float scale = 1, zero = 0;
+    Scale *scales, scale = {};
+    float zero = 0;
 
     QK_DEVICE QuantizedRows(const EightBitArgs& its_args, const GemvPlace& its_place,
                             unsigned char* shared)
@@ -90,8 +90,7 @@ struct QuantizedRows {
         auto* all = reinterpret_cast<uint32_t*>(shared);
         words = all + warp_index() * (ROWS * kRowWords);
         maxima = all + kCodes;
-        stored = reinterpret_cast<float*>(maxima + kMaxima);
-        for_codes = stored + ROWS;
+        scales = reinterpret_cast<Scale*>(maxima + kMaxima);
     }
 
     QK_DEVICE bool has_row(int m) const { return m < ROWS && m < args.m; }
@@ -110,7 +109,7 @@ struct QuantizedRows {
     /// The scales of rows: each block reads all of x for them.
     QK_DEVICE void find_scales() {
         if (GRANULARITY == kTensor) {
-            scale = load_global(args.x_scale);
+            scale = tensor_scale(load_global(args.x_scale));
             zero = args.zero != nullptr ? float(load_global(args.zero)) : 0;
         }
         if (GRANULARITY != kToken) {
@@ -153,9 +152,7 @@ struct QuantizedRows {
             for (int w = 0; w < kEightWarps; w++) {
                 absmax = larger(absmax, load_shared(maxima + t * kEightWarps + w));
             }
-            const TokenScale token = token_scale<INT8>(bits_to_float(absmax));
-            store_shared(stored + t, token.stored);
-            store_shared(for_codes + t, token.codes);
+            store_shared(scales + t, token_scale<INT8>(bits_to_float(absmax)));
         }
         sync_block();
     }
@@ -170,12 +167,12 @@ struct QuantizedRows {
                 continue;
             }
             if (GRANULARITY == kToken) {
-                scale = load_shared(for_codes + m);
+                scale = load_shared(scales + m);
             } else if (GRANULARITY == kGroup128) {
                 const uint32_t size = warp_largest(size_of<T>(largest<T>({}, part.x[m])));
                 scale = qk::group_scale(bits_to_float(size));
                 if (lane == 0) {
-                    store_shared(words + m * kRowWords + 32, float_to_bits(scale));
+                    store_shared(words + m * kRowWords + 32, float_to_bits(scale.value));
                 }
             }
             uint32_t codes[1] = {};
@@ -196,7 +193,9 @@ struct QuantizedRows {
         return bits_to_float(load_shared(words + m * kRowWords + 32));
     }
     QK_DEVICE float row_scale(int m) const {
-        return GRANULARITY == kTensor ? scale : has_row(m) ? load_shared(stored + m) : 0;
+        return GRANULARITY == kTensor ? scale_of_row(args, m)
+               : has_row(m)           ? load_shared(scales + m).value
+                                      : 0;
     }
 };
 

@@ -39,9 +39,11 @@ GEMV_THREADS, GEMM_THREADS, QUANTIZE_SHARED = 128, 256, 128
 HOPPER_M, HOPPER_N, HOPPER_THREADS = 128, {"int8": 256, "e4m3": 128, "e5m2": 128}, 384
 #: the Hopper kernel is used for at least this many rows of x
 HOPPER_ROWS = 129
-#: the GEMV quantizes at most so many rows of x itself: every block quantizes them again, and with
-#: more rows that takes more instructions than the time of the block's loads of W has room for
-QUANTIZED_ROWS = 8
+#: the GEMV quantizes at most so many rows of x itself, by what shares a scale. Every block
+#: quantizes them again: a step of a warp takes 100 (int8) or 150 instructions (fp8, sm_90a), and 30
+#: more for each row (53 with groups, and for int8 with one scale). An SM of an H200 issues 300 to
+#: 400 while a step of W arrives (an estimate from bandwidths)
+QUANTIZED_ROWS = {"token": 8, "group": 4, "tensor": 4}
 #: and, for scales of rows, at most so many elements: each block reads them all for their absmax
 #: while its first loads of W are in flight. On an SM of an H200 those of 4 blocks are 64 KiB, which
 #: take about 2 us (an estimate from bandwidths), as 2^16 elements a block do from the L1 cache
@@ -176,7 +178,8 @@ def quantizes(problem: Problem, config: Config) -> bool:
     traits, m, k = traits_of(problem), problem.m, problem.shape[1]
     small = traits.activation != "token" or m * k <= ABSMAX_ELEMENTS
     # LLM.int8() must know the outlier columns of all rows before the first product.
-    return config.gemv and m <= QUANTIZED_ROWS and small and k % 8 == 0 and not traits.threshold
+    few = config.gemv and m <= QUANTIZED_ROWS[traits.activation]
+    return few and small and k % 8 == 0 and not traits.threshold
 
 
 def shared_bytes(gemv: bool, rows: int, quantized: int = 0) -> int:
@@ -185,7 +188,7 @@ def shared_bytes(gemv: bool, rows: int, quantized: int = 0) -> int:
     quantized: rows that the GEMV quantizes itself: codes of four warps, maxima and scales.
     """
     if gemv:
-        return (4 * rows * 20 + 4 + quantized * (4 * 48 + 4 + 2)) * 4
+        return (4 * rows * 20 + 4 + quantized * (4 * 48 + 4 + 4)) * 4
     return (3 if rows == 128 else 4) * (rows + TILE_N) * STEP
 
 
