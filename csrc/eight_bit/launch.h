@@ -13,13 +13,22 @@ std::string launch_gemv(const EightBitCall& call) {
     const Grid grid{blocks, call.split, kEightThreads, gemv_shared<Rows>()};
     return launch(eight_bit_gemv<KIND, BLOCKS, Rows>, grid, call.args, call.stream, call.pdl != 0);
 }
-/// The GEMV that quantizes x: one row, or up to 8.
+/// The GEMV that quantizes x: one row, up to 4, and up to 8 with scales of tokens.
 template <int KIND, bool BLOCKS, typename T, int GRANULARITY>
 std::string launch_quantizing(const EightBitCall& call) {
     constexpr bool INT8 = KIND == kInt8;
-    return call.args.m == 1
-               ? launch_gemv<KIND, BLOCKS, QuantizedRows<T, INT8, GRANULARITY, 1>>(call)
-               : launch_gemv<KIND, BLOCKS, QuantizedRows<T, INT8, GRANULARITY, 8>>(call);
+    if (call.args.m == 1) {
+        return launch_gemv<KIND, BLOCKS, QuantizedRows<T, INT8, GRANULARITY, 1>>(call);
+    }
+    if (call.args.m <= 4) {
+        return launch_gemv<KIND, BLOCKS, QuantizedRows<T, INT8, GRANULARITY, 4>>(call);
+    }
+    if constexpr (GRANULARITY == kToken) {
+        if (call.args.m <= 8) {
+            return launch_gemv<KIND, BLOCKS, QuantizedRows<T, INT8, GRANULARITY, 8>>(call);
+        }
+    }
+    return "x has more rows than the GEMV quantizes";
 }
 template <int KIND, bool BLOCKS, typename T>
 std::string launch_quantizing(const EightBitCall& call) {

@@ -177,7 +177,7 @@ struct QuantizedRows {
             }
             uint32_t codes[1] = {};
             codes_of<T, INT8, GRANULARITY>(codes, part.x[m], {}, scale, zero, args.k - k);
-            store_shared(words + m * kRowWords + lane, k < args.kp ? codes[0] : 0);
+            store_shared(words + m * kRowWords + lane, codes[0]);
         }
         sync_warp();
         StepCodes<1> result;
