@@ -44,7 +44,11 @@ _NAME = re.compile(
 )
 #: `Plain` with the number of scale groups in a tile; other scalers have one fixed number
 _SCALE_GROUPS = re.compile(r"\d+PlainILi(\d+)E")
-_EIGHT_BIT = re.compile(r"eight_bit_(?P<kernel>gem[vm])ILi\d+ELb(?P<blocks>\d)ELi(?P<rows>\d+)E")
+_EIGHT_BIT = re.compile(r"eight_bit_gemmILi\d+ELb(?P<blocks>\d)ELi(?P<rows>\d+)E")
+_EIGHT_GEMV = re.compile(
+    r"eight_bit_gemvILi\d+ELb(?P<blocks>\d)ENS_\d+(StoredRowsILi(?P<stored>\d+)E|"
+    r"QuantizedRowsINS_\d+(?P<dtype>Half|BFloat)ELb\dELi(?P<granularity>\d)ELi(?P<rows>\d+)E)"
+)
 _QUANTIZE = re.compile(
     r"quantize_kernelINS_\d+(?P<dtype>Half|BFloat)ELb(?P<int8>\d)ELi(?P<granularity>\d)E"
 )
@@ -222,24 +226,32 @@ def _kernel(mangled: str, source: str) -> tuple[str, str, int, int, int]:
     if name := _NAME.search(mangled):
         return _weight_only(name, source)
     if name := _EIGHT_BIT.search(mangled):
-        is_gemv, rows = name["kernel"] == "gemv", int(name["rows"])
-        rows = rows * 8 if is_gemv else rows
-        label = f"{name['kernel']} {rows} rows{', blocks' * int(name['blocks'])}"
-        threads = eight_bit.GEMV_THREADS if is_gemv else eight_bit.GEMM_THREADS
-        return label, "", -1, eight_bit.shared_bytes(is_gemv, rows), threads
+        label = f"gemm {name['rows']} rows{', blocks' * int(name['blocks'])}"
+        shared = eight_bit.shared_bytes(False, int(name["rows"]))
+        return label, "", -1, shared, eight_bit.GEMM_THREADS
+    if name := _EIGHT_GEMV.search(mangled):
+        rows = int(name["rows"] or int(name["stored"]) * 8)
+        label = f"gemv {rows} rows{', blocks' * int(name['blocks'])}"
+        if name["rows"]:
+            label += f", quantizes per {_granularity(name['granularity'])}"
+        shared = eight_bit.shared_bytes(True, -(-rows // 8) * 8, rows if name["rows"] else 0)
+        return label, name["dtype"] or "", -1, shared, eight_bit.GEMV_THREADS
     if name := _HOPPER_EIGHT.search(mangled):
         kind = source.removeprefix("eight_bit_")
         label = f"wgmma{', blocks' * int(name['blocks'])}"
         return label, "", -1, eight_bit.hopper_shared_bytes(kind), eight_bit.HOPPER_THREADS
     if name := _QUANTIZE.search(mangled):
-        granularities = {number: name for name, number in eight_bit.GRANULARITIES.items()}
-        granularity = granularities[int(name["granularity"])]
+        granularity = _granularity(name["granularity"])
         label = f"{'int8' if name['int8'] == '1' else 'e4m3'} per {granularity}"
         return label, name["dtype"], -1, eight_bit.QUANTIZE_SHARED, eight_bit.GEMM_THREADS
     if name := _TRANSFORM.search(mangled):
         label = "transform after" if name["after"] == "1" else "transform before"
         return label, name["dtype"], -1, transforms.LARGEST_SHARED, transforms.THREADS
     raise RuntimeError(f"a kernel of another kind: {mangled}")
+
+
+def _granularity(number: str) -> str:
+    return {str(value): name for name, value in eight_bit.GRANULARITIES.items()}[number]
 
 
 def _weight_only(name: re.Match[str], source: str) -> tuple[str, str, int, int, int]:

@@ -25,9 +25,9 @@ struct QuantizeArgs {
 };
 
 struct EightBitArgs {
-    const uint8_t* x;       // (M, KP) codes
+    const uint8_t* x;       // (M, KP) codes; or null: the GEMV quantizes x16
     const uint8_t* weight;  // (N, KP) codes
-    const float* x_scale;   // (M), (1) or, with blocks, (groups, M)
+    const float* x_scale;   // (M), (1) or, with blocks, (groups, M); without codes (1) or null
     const float* w_scale;   // (N) or (ceil(N / 128), ceil(K / 128))
     const int8_t* zero;     // (1) or null
     const int* row_sum;     // (N), with `zero`

@@ -14,30 +14,19 @@
 //
 // Sums of warps are added in order; then the block that finishes last adds the split-K slices.
 #pragma once
-#include "outliers.h"
+#include "rows.h"
 
 namespace qk {
 
-constexpr int kStep = 128;
-constexpr int kGemvBlock = 16, kEightWarps = 4, kEightThreads = 32 * kEightWarps, kEightDepth = 2;
 /// Words between columns in shared memory, so that a warp's stores use all banks.
 constexpr int kColumnStride = 20;
 
-/// A lane's codes of one step. COLUMNS: rows of x, in units of 8.
-template <int COLUMNS>
-struct StepCodes {
-    Words4 w[2][2];        // rows q and q + 8, halves of the step
-    Words4 x[COLUMNS][2];  // row q of each 8
+/// A lane's codes of W for one step: rows q and q + 8, halves of the step.
+struct WeightCodes {
+    Words4 w[2][2];
 };
-
-/// n: the block's first row of W; q, j: the lane's row and column of four.
-struct GemvPlace {
-    int n, q, j;
-};
-
-template <int COLUMNS>
-QK_DEVICE void load_weight(StepCodes<COLUMNS>& to, const EightBitArgs& args, const GemvPlace& at,
-                           int step, int end, uint64_t policy) {
+QK_DEVICE void load_weight(WeightCodes& to, const EightBitArgs& args, const GemvPlace& at, int step,
+                           int end, uint64_t policy) {
     QK_UNROLL
     for (int h = 0; h < 2; h++) {
         const int k = step * kStep + h * 64 + at.j * 16;
@@ -53,35 +42,21 @@ QK_DEVICE void load_weight(StepCodes<COLUMNS>& to, const EightBitArgs& args, con
         }
     }
 }
-template <int COLUMNS>
-QK_DEVICE void load_codes(StepCodes<COLUMNS>& to, const EightBitArgs& args, const GemvPlace& at,
-                          int step, int end) {
-    QK_UNROLL
-    for (int h = 0; h < 2; h++) {
-        const int k = step * kStep + h * 64 + at.j * 16;
-        QK_UNROLL
-        for (int c = 0; c < COLUMNS; c++) {
-            const int m = c * 8 + at.q;
-            to.x[c][h] = step < end && k < args.kp && m < args.m
-                             ? load_global(reinterpret_cast<const Words4*>(
-                                   args.x + int64_t(m) * args.kp + k))
-                             : Words4{};
-        }
-    }
-}
 
 /// acc += one step. An fp8 step is summed separately, and scaled if scales are of blocks.
-template <int KIND, bool BLOCKS, int COLUMNS, typename Sum>
-QK_DEVICE void multiply_step(Sum (&acc)[COLUMNS][4], const StepCodes<COLUMNS>& codes,
-                             const EightBitArgs& args, const GemvPlace& at, int step) {
+template <int KIND, bool BLOCKS, typename Rows, typename Sum>
+QK_DEVICE void multiply_step(Sum (&acc)[Rows::COLUMNS][4], const WeightCodes& weight,
+                             const typename Rows::Part& part, Rows& rows, const EightBitArgs& args,
+                             const GemvPlace& at, int step) {
+    const StepCodes<Rows::COLUMNS> codes = rows.codes(part, step);
     QK_UNROLL
-    for (int c = 0; c < COLUMNS; c++) {
+    for (int c = 0; c < Rows::COLUMNS; c++) {
         Sum part[4] = {};
         QK_UNROLL
         for (int i = 0; i < 4; i++) {
             const int h = i / 2, word = i % 2 * 2;
-            const uint32_t a[4] = {codes.w[0][h].w[word], codes.w[1][h].w[word],
-                                   codes.w[0][h].w[word + 1], codes.w[1][h].w[word + 1]};
+            const uint32_t a[4] = {weight.w[0][h].w[word], weight.w[1][h].w[word],
+                                   weight.w[0][h].w[word + 1], weight.w[1][h].w[word + 1]};
             const uint32_t b[2] = {codes.x[c][h].w[word], codes.x[c][h].w[word + 1]};
             if constexpr (KIND == kInt8) {
                 MmaCodes<kInt8, kInt8>::run(acc[c], a, b);
@@ -99,9 +74,7 @@ QK_DEVICE void multiply_step(Sum (&acc)[COLUMNS][4], const StepCodes<COLUMNS>& c
             QK_UNROLL
             for (int b = 0; b < 2; b++) {
                 const int m = c * 8 + at.j * 2 + b;
-                scale[b] = m < args.m
-                               ? w_scale * load_global(args.x_scale + int64_t(step) * args.m + m)
-                               : 0;
+                scale[b] = m < args.m ? w_scale * rows.group_scale(m, step) : 0;
             }
         }
         QK_UNROLL
@@ -212,13 +185,16 @@ QK_DEVICE float without_zero(const EightBitArgs& args, Sum acc, int n) {
     return float(acc);
 }
 
-/// Grid: (blocks of 16 rows of W, split-K slices). Shared memory: gemv_shared<COLUMNS>().
+/// Grid: (blocks of 16 rows of W, split-K slices). Shared memory: gemv_shared<Rows>().
 template <int COLUMNS>
+constexpr size_t kGemvSums = (kEightWarps * COLUMNS * 8 * kColumnStride + 4) * 4;
+template <typename Rows>
 constexpr size_t gemv_shared() {
-    return (kEightWarps * COLUMNS * 8 * kColumnStride + 4) * 4;
+    return kGemvSums<Rows::COLUMNS> + Rows::kShared;
 }
-template <int KIND, bool BLOCKS, int COLUMNS>
+template <int KIND, bool BLOCKS, typename Rows>
 __global__ void __launch_bounds__(kEightThreads) eight_bit_gemv(EightBitArgs args) {
+    constexpr int COLUMNS = Rows::COLUMNS;
     using Sum = typename MmaCodes<KIND, KIND == kInt8 ? kInt8 : kE4M3>::Sum;
     const GemvPlace at{int(block_index_x()) * kGemvBlock, int(lane_index() / 4),
                        int(lane_index() % 4)};
@@ -228,27 +204,30 @@ __global__ void __launch_bounds__(kEightThreads) eight_bit_gemv(EightBitArgs arg
     const int first = begin + warp_index();
     const uint64_t policy = evict_first();
 
-    StepCodes<COLUMNS> codes[kEightDepth];
+    WeightCodes weight[kEightDepth];
     QK_UNROLL
     for (int d = 0; d < kEightDepth; d++) {
-        load_weight(codes[d], args, at, first + d * kEightWarps, end, policy);
+        load_weight(weight[d], args, at, first + d * kEightWarps, end, policy);
     }
     let_next_kernel_start();
     wait_for_last_kernel();
+    Rows rows(args, at, shared_memory() + kGemvSums<COLUMNS>);
+    typename Rows::Part part[kEightDepth];
     QK_UNROLL
     for (int d = 0; d < kEightDepth; d++) {
-        load_codes(codes[d], args, at, first + d * kEightWarps, end);
+        rows.load(part[d], first + d * kEightWarps, end);
     }
+    rows.find_scales();
     Sum acc[COLUMNS][4] = {};
     for (int round = first; round < end; round += kEightDepth * kEightWarps) {
         QK_UNROLL
         for (int d = 0; d < kEightDepth; d++) {
             const int step = round + d * kEightWarps, later = step + kEightDepth * kEightWarps;
             if (step < end) {
-                multiply_step<KIND, BLOCKS, COLUMNS, Sum>(acc, codes[d], args, at, step);
+                multiply_step<KIND, BLOCKS>(acc, weight[d], part[d], rows, args, at, step);
             }
-            load_weight(codes[d], args, at, later, end, policy);
-            load_codes(codes[d], args, at, later, end);
+            load_weight(weight[d], args, at, later, end, policy);
+            rows.load(part[d], later, end);
         }
     }
 
@@ -259,7 +238,7 @@ __global__ void __launch_bounds__(kEightThreads) eight_bit_gemv(EightBitArgs arg
         return;
     }
     float outliers[COLUMNS] = {};
-    if (KIND == kInt8 && args.columns != nullptr) {
+    if (KIND == kInt8 && !Rows::kQuantizes && args.columns != nullptr) {
         float sums[COLUMNS][4] = {};
         if (args.is_bfloat) {
             gemv_outliers<BFloat, COLUMNS>(sums, args, at);
@@ -274,7 +253,7 @@ __global__ void __launch_bounds__(kEightThreads) eight_bit_gemv(EightBitArgs arg
         if (n < args.n && m < args.m) {
             float y = without_zero(args, total[c], n);
             if (!BLOCKS) {
-                y = (y * scale_of_row(args, m) + outliers[c]) * load_global(args.w_scale + n);
+                y = (y * rows.row_scale(m) + outliers[c]) * load_global(args.w_scale + n);
             }
             if (args.bias != nullptr) {
                 y += load_16(args.bias, n, args.is_bfloat);

@@ -7,12 +7,37 @@
 
 namespace qk {
 
-template <int KIND, bool BLOCKS, int COLUMNS>
+template <int KIND, bool BLOCKS, typename Rows>
 std::string launch_gemv(const EightBitCall& call) {
     const uint32_t blocks = (call.args.n + kGemvBlock - 1) / kGemvBlock;
-    const Grid grid{blocks, call.split, kEightThreads, gemv_shared<COLUMNS>()};
-    return launch(eight_bit_gemv<KIND, BLOCKS, COLUMNS>, grid, call.args, call.stream,
-                  call.pdl != 0);
+    const Grid grid{blocks, call.split, kEightThreads, gemv_shared<Rows>()};
+    return launch(eight_bit_gemv<KIND, BLOCKS, Rows>, grid, call.args, call.stream, call.pdl != 0);
+}
+/// The GEMV that quantizes x: one row, up to 4, and up to 8 with scales of tokens.
+template <int KIND, bool BLOCKS, typename T, int GRANULARITY>
+std::string launch_quantizing(const EightBitCall& call) {
+    constexpr bool INT8 = KIND == kInt8;
+    if (call.args.m == 1) {
+        return launch_gemv<KIND, BLOCKS, QuantizedRows<T, INT8, GRANULARITY, 1>>(call);
+    }
+    if (call.args.m <= 4) {
+        return launch_gemv<KIND, BLOCKS, QuantizedRows<T, INT8, GRANULARITY, 4>>(call);
+    }
+    if constexpr (GRANULARITY == kToken) {
+        if (call.args.m <= 8) {
+            return launch_gemv<KIND, BLOCKS, QuantizedRows<T, INT8, GRANULARITY, 8>>(call);
+        }
+    }
+    return "x has more rows than the GEMV quantizes";
+}
+template <int KIND, bool BLOCKS, typename T>
+std::string launch_quantizing(const EightBitCall& call) {
+    if constexpr (BLOCKS) {
+        return launch_quantizing<KIND, BLOCKS, T, kGroup128>(call);
+    } else {
+        return call.args.one_scale ? launch_quantizing<KIND, BLOCKS, T, kTensor>(call)
+                                   : launch_quantizing<KIND, BLOCKS, T, kToken>(call);
+    }
 }
 
 template <int KIND, bool BLOCKS, int ROWS>
@@ -45,9 +70,13 @@ std::string launch_eight_bit(const EightBitCall& call) {
     if (call.rows == 0) {
         return launch_hopper<KIND, BLOCKS>(call);
     }
+    if (call.is_gemv && call.args.x == nullptr) {
+        return call.args.is_bfloat ? launch_quantizing<KIND, BLOCKS, BFloat>(call)
+                                   : launch_quantizing<KIND, BLOCKS, Half>(call);
+    }
     if (call.is_gemv) {
-        return call.rows == 8 ? launch_gemv<KIND, BLOCKS, 1>(call)
-                              : launch_gemv<KIND, BLOCKS, 2>(call);
+        return call.rows == 8 ? launch_gemv<KIND, BLOCKS, StoredRows<1>>(call)
+                              : launch_gemv<KIND, BLOCKS, StoredRows<2>>(call);
     }
     return call.rows == 16   ? launch_gemm<KIND, BLOCKS, 16>(call)
            : call.rows == 32 ? launch_gemm<KIND, BLOCKS, 32>(call)

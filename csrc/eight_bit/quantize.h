@@ -29,8 +29,9 @@ constexpr int kGroupUnits = 128 / kUnit;
 /// The smallest scale of a token and the smallest absmax of a group, as in formats/fp8.py.
 constexpr float kTokenFloor = 1.0f / (448 * 512), kGroupFloor = 1e-4f;
 
-template <typename T>
-QK_DEVICE T element(const Words4& unit, int i) {
+/// Element i of a unit: of eight 16-bit numbers in a Words4, or of four in a Words2.
+template <typename T, typename Unit>
+QK_DEVICE T element(const Unit& unit, int i) {
     return i % 2 ? high_of<T>(unit.w[i / 2]) : low_of<T>(unit.w[i / 2]);
 }
 
@@ -112,24 +113,75 @@ QK_DEVICE Words4 normed(const QuantizeArgs& args, Words4 unit, int u, float inve
     return unit;
 }
 
-QK_DEVICE bool is_outlier(const QuantizeArgs& args, float x) {
-    return args.columns != nullptr && fabsf(x) >= args.threshold;
-}
-/// The largest |x| of a unit as bits, which have the same order; NaN is largest. Outliers are
-/// skipped.
-template <typename T>
-QK_DEVICE uint32_t largest(const QuantizeArgs& args, const Words4& unit) {
-    uint32_t size = 0;
-    QK_UNROLL
-    for (int i = 0; i < kUnit; i++) {
-        const float x = to_float(element<T>(unit, i));
-        const uint32_t bits = is_outlier(args, x) ? 0 : float_to_bits(x) & 0x7FFFFFFF;
-        size = bits > size ? bits : size;
-    }
-    return size;
+/// The outliers are the elements of at least `threshold`, if there can be any.
+struct Outliers {
+    bool any = false;
+    float threshold = 0;
+};
+QK_DEVICE bool is_outlier(const Outliers& outliers, float x) {
+    return outliers.any && fabsf(x) >= outliers.threshold;
 }
 
 QK_DEVICE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
+/// The larger of `sizes` and |x| of a unit, a maximum in each half; NaN is largest. Outliers are
+/// skipped.
+template <typename T, typename Unit>
+QK_DEVICE uint32_t largest(const Outliers& outliers, const Unit& unit, uint32_t sizes = 0) {
+    QK_UNROLL
+    for (int w = 0; w < int(sizeof(Unit) / 4); w++) {
+        uint32_t two = unit.w[w];
+        if (outliers.any) {
+            two &= is_outlier(outliers, to_float(low_of<T>(two))) ? 0xFFFF0000 : 0xFFFFFFFF;
+            two &= is_outlier(outliers, to_float(high_of<T>(two))) ? 0x0000FFFF : 0xFFFFFFFF;
+        }
+        sizes = larger_sizes<T>(sizes, two);
+    }
+    return sizes;
+}
+/// The maximum of both halves as bits of a float32, which have the same order.
+template <typename T>
+QK_DEVICE uint32_t size_of(uint32_t sizes) {
+    return larger(float_to_bits(to_float(low_of<T>(sizes))),
+                  float_to_bits(to_float(high_of<T>(sizes))));
+}
+
+/// A scale, and its inverse as codes need it: int8 codes per token are x * inverse, rounded, and
+/// all others are of `quotient`. power: of a tensor's scale.
+struct alignas(16) Scale {
+    float value, inverse, power;
+};
+template <bool INT8>
+QK_DEVICE Scale token_scale(float absmax) {
+    if (INT8) {
+        return {absmax / 127.0f, absmax == 0 ? 0 : 127.0f * (1.0f / absmax)};
+    }
+    float scale = absmax / 448.0f;
+    scale = scale < kTokenFloor ? kTokenFloor : scale;  // passes NaN on, unlike fmaxf
+    return {scale, 1.0f / scale};
+}
+QK_DEVICE Scale group_scale(float absmax) {
+    const float scale = (absmax < kGroupFloor ? kGroupFloor : absmax) / 448.0f;
+    return {scale, 1.0f / scale};
+}
+/// A tensor's scale may have any size. `value` and x times a power of two have the same quotients,
+/// and normal inverses and remainders.
+QK_DEVICE Scale tensor_scale(float scale) {
+    const float power = scale > 0x1p100f ? 0x1p-60f : scale < 0x1p-80f ? 0x1p62f : 1.0f;
+    return {scale * power, 1.0f / (scale * power), power};
+}
+
+/// x / scale as IEEE division gives it, for a 16-bit float x: x * inverse, clamped far above the
+/// largest code, and one correction by the exact remainder. That is right for every significand of
+/// x (11 bits) and of a scale (24 bits), as trying all of them shows. Remainders are exact unless
+/// the quotient is below 2^-22, and its code zero. The clamp lets inf stay inf. All quotients of a
+/// scale that is inf are NaN; one of them, inf / inf, has to be.
+template <int GRANULARITY>
+QK_DEVICE float quotient(float x, const Scale& scale) {
+    x = GRANULARITY == kTensor ? x * scale.power : x;
+    const float near = fminf(fmaxf(x * scale.inverse, -4096.0f), 4096.0f);
+    return fmaf(-fmaf(near, scale.value, -x), scale.inverse, near);
+}
 
 /// The sum over the block, in a fixed order, for every thread. slots: 8 words of shared memory that
 /// nothing else uses.
@@ -150,10 +202,7 @@ QK_DEVICE float block_sum(float value, float* slots) {
     return value;
 }
 QK_DEVICE uint32_t block_largest(uint32_t value, uint32_t* slots) {
-    QK_UNROLL
-    for (int d = 16; d > 0; d /= 2) {
-        value = larger(value, shuffle_xor(value, d));
-    }
+    value = warp_largest(value);
     if (lane_index() == 0) {
         store_shared(slots + warp_index(), value);
     }
@@ -165,20 +214,41 @@ QK_DEVICE uint32_t block_largest(uint32_t value, uint32_t* slots) {
     return value;
 }
 
-/// int8 code of x as a byte. `scale` multiplies per token, and divides otherwise.
+/// int8 code of a scaled number, as a byte.
 template <int GRANULARITY>
-QK_DEVICE uint32_t int8_code(const QuantizeArgs& args, float x, float scale, float zero,
-                             bool live) {
-    float value;
+QK_DEVICE uint32_t int8_code(float value, float zero, bool live) {
     if (GRANULARITY == kToken) {
-        value = x * scale;
-        value = is_outlier(args, x) ? 0 : round_even(fminf(fmaxf(value, -127.0f), 127.0f));
+        value = round_even(fminf(fmaxf(value, -127.0f), 127.0f));
     } else {
         // Codes of larger values are the same, and integers up to 1024 are exact.
-        value = round_even(fminf(fmaxf(x / scale, -1024.0f), 1024.0f)) + zero;
-        value = live ? fminf(fmaxf(value, -128.0f), 127.0f) : 0;
+        value = round_even(fminf(fmaxf(value, -1024.0f), 1024.0f)) + zero;
+        value = fminf(fmaxf(value, -128.0f), 127.0f);
     }
-    return uint32_t(int(value)) & 0xFF;
+    return uint32_t(int(live ? value : 0)) & 0xFF;
+}
+
+/// Sets `codes`, which are zero, to those of a unit, four a word. live: how many features from the
+/// unit's first one exist.
+template <typename T, bool INT8, int GRANULARITY, typename Unit>
+QK_DEVICE void codes_of(uint32_t (&codes)[sizeof(Unit) / 8], const Unit& unit,
+                        const Outliers& outliers, const Scale& scale, float zero, int live) {
+    QK_UNROLL
+    for (int e = 0; e < int(sizeof(Unit) / 2); e += 2) {
+        uint32_t code[2];
+        float value[2];
+        QK_UNROLL
+        for (int i = 0; i < 2; i++) {
+            const float x = to_float(element<T>(unit, e + i));
+            if (INT8 && GRANULARITY == kToken) {
+                code[i] = int8_code<kToken>(x * scale.inverse, 0, !is_outlier(outliers, x));
+            } else {
+                value[i] = quotient<GRANULARITY>(x, scale);
+                code[i] = int8_code<kTensor>(value[i], zero, e + i < live);
+            }
+        }
+        const uint32_t two = INT8 ? code[0] | code[1] << 8 : e4m3_codes(value[0], value[1]);
+        codes[e / 4] |= two << e % 4 * 8;
+    }
 }
 
 /// Writes the outlier columns of the mask, in order, and their number; clears mask and counter.
@@ -262,33 +332,24 @@ __global__ void __launch_bounds__(kRowThreads) quantize_kernel(QuantizeArgs args
         }
     }
 
-    float scale = 1;
+    const Outliers outliers{args.columns != nullptr, args.threshold};
+    Scale scale = {};
     if (GRANULARITY == kToken && args.codes != nullptr) {
-        uint32_t size = 0;
+        uint32_t sizes = 0;
         QK_UNROLL
         for (int i = 0; i < kCached; i++) {
-            size = larger(size, largest<T>(args, cached[i]));
+            sizes = largest<T>(outliers, cached[i], sizes);
         }
         for (int u = t + kCached * kRowThreads; u < units; u += kRowThreads) {
-            const Words4 unit = normed<T>(args, incoming<T>(args, u), u, inverse);
-            size = larger(size, largest<T>(args, unit));
+            sizes = largest<T>(outliers, normed<T>(args, incoming<T>(args, u), u, inverse), sizes);
         }
-        const float absmax =
-            bits_to_float(block_largest(size, reinterpret_cast<uint32_t*>(slots + kRowWarps)));
-        float stored;
-        if (INT8) {
-            stored = absmax / 127.0f;
-            scale = absmax == 0 ? 0 : 127.0f * (1.0f / absmax);
-        } else {
-            stored = absmax / 448.0f;
-            stored = stored < kTokenFloor ? kTokenFloor : stored;  // passes NaN on, unlike fmaxf
-            scale = stored;
-        }
+        scale = token_scale<INT8>(bits_to_float(
+            block_largest(size_of<T>(sizes), reinterpret_cast<uint32_t*>(slots + kRowWarps))));
         if (t == 0) {
-            store_global(args.scale + row, stored);
+            store_global(args.scale + row, scale.value);
         }
     } else if (GRANULARITY == kTensor) {
-        scale = load_global(args.scale);
+        scale = tensor_scale(load_global(args.scale));
     }
     const float zero = args.zero != nullptr ? float(load_global(args.zero)) : 0;
 
@@ -306,35 +367,18 @@ __global__ void __launch_bounds__(kRowThreads) quantize_kernel(QuantizeArgs args
             unit = normed<T>(args, incoming<T>(args, u), u, inverse);
         }
         if (GRANULARITY == kGroup128) {
-            uint32_t size = largest<T>(args, unit);
+            uint32_t size = size_of<T>(largest<T>(outliers, unit));
             QK_UNROLL
             for (int d = kGroupUnits / 2; d > 0; d /= 2) {
                 size = larger(size, shuffle_xor(size, d));
             }
-            const float absmax = bits_to_float(size);
-            scale = (absmax < kGroupFloor ? kGroupFloor : absmax) / 448.0f;
+            scale = group_scale(bits_to_float(size));
             if (live && u % kGroupUnits == 0 && u * kUnit < args.k) {
-                store_global(args.scale + int64_t(u / kGroupUnits) * args.m + row, scale);
+                store_global(args.scale + int64_t(u / kGroupUnits) * args.m + row, scale.value);
             }
         }
         Words2 codes = {};
-        uint32_t outliers = 0;
-        QK_UNROLL
-        for (int e = 0; e < kUnit; e += 2) {
-            const float low = to_float(element<T>(unit, e)),
-                        high = to_float(element<T>(unit, e + 1));
-            uint32_t two_codes;
-            if (INT8) {
-                const int k = u * kUnit + e;
-                two_codes = int8_code<GRANULARITY>(args, low, scale, zero, k < args.k) |
-                            int8_code<GRANULARITY>(args, high, scale, zero, k + 1 < args.k) << 8;
-            } else {
-                two_codes = e4m3_codes(low / scale, high / scale);
-            }
-            codes.w[e / 4] |= two_codes << e % 4 * 8;
-            outliers |= (uint32_t(is_outlier(args, low)) | uint32_t(is_outlier(args, high)) << 1)
-                        << e;
-        }
+        codes_of<T, INT8, GRANULARITY>(codes.w, unit, outliers, scale, zero, args.k - u * kUnit);
         if (live && args.codes != nullptr) {
             store_global(reinterpret_cast<Words2*>(args.codes + int64_t(row) * args.kp) + u, codes);
             if (args.rounded != nullptr) {
@@ -342,12 +386,16 @@ __global__ void __launch_bounds__(kRowThreads) quantize_kernel(QuantizeArgs args
             }
         }
         if (INT8 && GRANULARITY == kToken && args.counter != nullptr) {
-            // The bits of four neighbours are a word of the mask.
-            outliers <<= lane_index() % 4 * 8;
-            outliers |= shuffle_xor(outliers, 1);
-            outliers |= shuffle_xor(outliers, 2);
-            if (outliers != 0 && lane_index() % 4 == 0) {
-                atomic_or(reinterpret_cast<uint32_t*>(args.counter + 1) + u / 4, outliers);
+            uint32_t bits = 0;
+            QK_UNROLL
+            for (int e = 0; e < kUnit; e++) {
+                bits |= uint32_t(is_outlier(outliers, to_float(element<T>(unit, e)))) << e;
+            }
+            bits <<= lane_index() % 4 * 8;  // the bits of four neighbours are a word of the mask
+            bits |= shuffle_xor(bits, 1);
+            bits |= shuffle_xor(bits, 2);
+            if (bits != 0 && lane_index() % 4 == 0) {
+                atomic_or(reinterpret_cast<uint32_t*>(args.counter + 1) + u / 4, bits);
             }
         }
     }

@@ -1,5 +1,7 @@
 // Arithmetic on registers: bit logic, bytes, 16-bit floats in pairs.
 #pragma once
+#include <type_traits>
+
 #include "target.h"
 
 namespace qk {
@@ -194,6 +196,27 @@ QK_HOST_DEVICE uint32_t fma2<BFloat>(uint32_t a, uint32_t b, uint32_t c) {
     return d;
 #else
     return fma2_model<BFloat>(a, b, c);
+#endif
+}
+
+/// The larger sizes |.| of the lower and of the upper halves of `sizes` and of `values`. `sizes`
+/// has no signs; NaN is largest.
+template <typename T>
+QK_HOST_DEVICE uint32_t larger_sizes(uint32_t sizes, uint32_t values) {
+    values &= 0x7FFF7FFF;
+#ifdef __CUDA_ARCH__
+    uint32_t d;
+    if (std::is_same<T, BFloat>::value) {
+        asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(sizes), "r"(values));
+    } else {
+        asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(d) : "r"(sizes), "r"(values));
+    }
+    return d;
+#else
+    // Without signs the bits of 16-bit floats have the order of the numbers.
+    const uint32_t low = (values & 0xFFFF) > (sizes & 0xFFFF) ? values : sizes;
+    const uint32_t high = values >> 16 > sizes >> 16 ? values : sizes;
+    return (low & 0xFFFF) | (high & 0xFFFF0000);
 #endif
 }
 

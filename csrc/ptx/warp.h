@@ -17,30 +17,6 @@ QK_DEVICE uint32_t uniform_warp_index() {
 #endif
 }
 
-/// The value, in a register that stays: the compiler cannot know it, and so not compute it again.
-QK_DEVICE uint32_t kept(uint32_t value) {
-#ifdef __CUDACC__
-    uint32_t same;
-    asm volatile("shfl.sync.bfly.b32 %0, %1, 0, 31, 0xFFFFFFFF;" : "=r"(same) : "r"(value));
-    return same;
-#else
-    return value;
-#endif
-}
-
-/// The same for a value that all lanes have. Other numbers `copy` give other registers.
-QK_DEVICE uint32_t kept_in_all(uint32_t value, int copy = 0);
-/// The same for an address in shared memory.
-template <typename P>
-QK_DEVICE P* kept(P* p) {
-#ifdef __CUDACC__
-    const uint32_t at = kept(static_cast<uint32_t>(__cvta_generic_to_shared(p)));
-    return static_cast<P*>(__cvta_shared_to_generic(at));
-#else
-    return p;
-#endif
-}
-
 /// The value of lane (mine ^ mask).
 QK_DEVICE uint32_t shuffle_xor(uint32_t value, uint32_t mask) {
 #ifdef __CUDACC__
@@ -63,11 +39,45 @@ QK_DEVICE uint32_t shuffle_from(uint32_t value, uint32_t from) {
 QK_DEVICE float shuffle_from(float value, uint32_t from) {
     return bits_to_float(shuffle_from(float_to_bits(value), from));
 }
-QK_DEVICE uint32_t kept_in_all(uint32_t value, int copy) {
+/// The value, in a register that stays: the compiler cannot know it, and so not compute it again.
+QK_DEVICE uint32_t kept(uint32_t value) {
+#ifdef __CUDACC__
+    uint32_t same;
+    asm volatile("shfl.sync.bfly.b32 %0, %1, 0, 31, 0xFFFFFFFF;" : "=r"(same) : "r"(value));
+    return same;
+#else
+    return value;
+#endif
+}
+/// The same for an address in shared memory.
+template <typename P>
+QK_DEVICE P* kept(P* p) {
+#ifdef __CUDACC__
+    const uint32_t at = kept(static_cast<uint32_t>(__cvta_generic_to_shared(p)));
+    return static_cast<P*>(__cvta_shared_to_generic(at));
+#else
+    return p;
+#endif
+}
+/// The same for a value that all lanes have. Other numbers `copy` give other registers.
+QK_DEVICE uint32_t kept_in_all(uint32_t value, uint32_t copy = 0) {
 #ifdef __CUDACC__
     return shuffle_from(value + lane_index() - copy, copy);
 #else
     (void)copy;
+    return value;
+#endif
+}
+
+/// The largest value of the warp's lanes.
+QK_DEVICE uint32_t warp_largest(uint32_t value) {
+#ifdef __CUDACC__
+    return __reduce_max_sync(0xFFFFFFFF, value);
+#else
+    const auto met = emulation::Machine::get().meet("redux.max", value);
+    for (uint32_t i = 0; i < 32; i++) {
+        value = met.lane(i) > value ? met.lane(i) : value;
+    }
     return value;
 #endif
 }

@@ -16,8 +16,9 @@ class Activations(NamedTuple):
     Weights of one kind and one input scale may share it.
 
     Attributes:
-        codes: int8 or float8_e4m3fn, (M, K padded to 16).
-        scale: float32, (M) per token, (groups, M) per group, (1) per tensor.
+        codes: int8 or float8_e4m3fn, (M, K padded to 16); None if the product quantizes `x` itself.
+        scale: float32, (M) per token, (groups, M) per group, (1) per tensor. Without codes only per
+            tensor, else None.
         x: the values before quantization, in 16 bits: outliers are multiplied in 16 bits.
         columns: int32 (K + 1), the outlier columns, and at index K their number; None without a
             threshold.

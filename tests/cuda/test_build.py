@@ -56,9 +56,14 @@ def test_eight_bit_kernels_compile_without_spills() -> None:
     assert {f.kernel.replace(", blocks", "") for f in facts} == {
         *(f"gemv {rows} rows" for rows in (8, 16)),
         *(f"gemm {rows} rows" for rows in (16, 32, 64, 128)),
+        *(
+            f"gemv {rows} rows, quantizes per {which}"
+            for rows in (1, 4) for which in ("token", "group", "tensor")
+        ),
+        "gemv 8 rows, quantizes per token",
         "wgmma",
     }  # fmt: skip
-    assert len(facts) == 14
+    assert len(facts) == 14 + 2 * 7
     assert [f.problems for f in facts if f.problems] == []
 
 

@@ -75,6 +75,25 @@ def test_codes_bit_for_bit(
         assert_codes(eight_bit_halves.quantize(eight_bit, x, p, problem(p, x)), x, p)
 
 
+@dtypes
+@pytest.mark.parametrize("scale", [1e-42, 3e-36, 2e-25, 0.0173, 1.0, 771.3, 1e18, 6e29, 3e38])
+def test_scales_of_every_size(dtype: torch.dtype, scale: float) -> None:
+    """Quotients of all 16-bit numbers are those of IEEE division."""
+    x = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype).to(DEVICE)
+    x = torch.where(x.isnan(), 0, x)[None]
+    for name, more in (
+        ("fp8", {"granularity": "tensor"}),
+        ("w8a8", {}),
+        ("w8a8", {"input_zero_point": -7}),
+    ):
+        p = packed(name, {"activation": "static", "input_scale": scale, **more}, x.shape[1], n=1)
+        assert_codes(eight_bit_halves.quantize(eight_bit, x, p, problem(p, x)), x, p)
+    x = torch.where(x.isfinite() & (x.double().abs() <= 100 * scale), x, 0)
+    for params in ({}, {"granularity": "block"}):
+        p = packed("fp8", {"activation": "dynamic", **params}, x.shape[1], n=1)
+        assert_codes(eight_bit_halves.quantize(eight_bit, x, p, problem(p, x)), x, p)
+
+
 def test_rows_that_are_not_aligned() -> None:
     x = torch.randn(4 * 64 + 1).half().to(DEVICE)[1:].view(4, 64)
     p = packed("w8a8", {}, 64, n=1)

@@ -8,8 +8,8 @@ GEMV, GEMM, TILE, CUDA_SCALERS = (
 QUAD, SPARSE = (f"csrc/weight_only/{f}.h" for f in ("quad_scalers", "outliers"))
 CODECS = "qkernels/layouts/codecs.py"
 CUDA_DECODERS, MEMORY = "csrc/decoders/decoders.h", "csrc/ptx/memory.h"
-EIGHT_BIT_GEMM, EIGHT_BIT_GEMV, EIGHT_BIT_ROWS, OUTLIERS = (
-    f"csrc/eight_bit/{f}.h" for f in ("gemm", "gemv", "quantize", "outliers")
+EIGHT_BIT_GEMM, EIGHT_BIT_GEMV, EIGHT_BIT_ROWS, GEMV_ROWS, OUTLIERS = (
+    f"csrc/eight_bit/{f}.h" for f in ("gemm", "gemv", "quantize", "rows", "outliers")
 )
 HOPPER, HOPPER8 = "csrc/weight_only/hopper.h", "csrc/eight_bit/hopper.h"
 CUDA_LAUNCH = "csrc/weight_only/launch.h"
@@ -73,8 +73,21 @@ CUDA_EIGHT_BIT = [
     (EIGHT_BIT_GEMV, "args.counter + block_index_x(), 0)", "args.counter + block_index_x(), 1)"),
     (EIGHT_BIT_GEMV, "    sync_block();  // no thread still reads `shared`", ""),
     (EIGHT_BIT_ROWS, "store_global(mask + w, 0u);", ""),
-    (EIGHT_BIT_ROWS, "outliers != 0 && lane_index() % 4 == 0", "outliers != 0 && lane_index() % 8 == 0"),
+    (EIGHT_BIT_ROWS, "bits != 0 && lane_index() % 4 == 0", "bits != 0 && lane_index() % 8 == 0"),
     (OUTLIERS, "x -= float(int8_t(load_global(args.x + int64_t(m) * args.kp + k))) * scale;", ""),
+]  # fmt: skip
+
+ROWS_IN_THE_GEMV = [
+    (GEMV_ROWS, "        sync_warp();  // no lane still reads the last step\n", ""),
+    (GEMV_ROWS, "first += kAhead * kEightThreads", "first += (kAhead + 1) * kEightThreads"),
+    (GEMV_ROWS, "maxima + t * kEightWarps + w", "maxima + t * kEightWarps + w % 2"),
+    (GEMV_ROWS, "zero, args.k - k)", "zero, 4)"),
+    (GEMV_ROWS, "scale = load_shared(scales + m);", "scale = load_shared(scales);"),
+    (GEMV_ROWS, "words + m * kRowWords + 32));", "words + 32));"),
+    (EIGHT_BIT_ROWS, "fminf(fmaxf(x * scale.inverse, -4096.0f), 4096.0f)", "x * scale.inverse"),
+    (EIGHT_BIT_ROWS, "fmaf(-fmaf(near, scale.value, -x), scale.inverse, near)", "near"),
+    (EIGHT_BIT_ROWS, "fmaf(near, scale.value, -x), scale.inverse", "fmaf(-near, scale.value, x), -scale.inverse"),
+    (EIGHT_BIT_ROWS, "scale < 0x1p-80f ? 0x1p62f : 1.0f", "1.0f"),
 ]  # fmt: skip
 
 HOPPERS = [
@@ -109,5 +122,6 @@ HOPPERS = [
 SUITES = (
     (CUDA, ("tests/cuda",)),
     (CUDA_EIGHT_BIT, ("tests/cuda/test_eight_bit.py",)),
+    (ROWS_IN_THE_GEMV, ("tests/cuda/test_quantized_rows.py", "tests/cuda/test_eight_bit.py")),
     (HOPPERS, ("tests/cuda/test_hopper.py",)),
 )

@@ -1,5 +1,6 @@
 """Launches csrc/eight_bit: one kernel quantizes the activations, a second one multiplies the codes.
 
+The GEMV quantizes a few rows itself (`quantizes`), which saves the first kernel.
 The structs mirror csrc/eight_bit/arguments.h, field for field.
 """
 
@@ -38,6 +39,15 @@ GEMV_THREADS, GEMM_THREADS, QUANTIZE_SHARED = 128, 256, 128
 HOPPER_M, HOPPER_N, HOPPER_THREADS = 128, {"int8": 256, "e4m3": 128, "e5m2": 128}, 384
 #: the Hopper kernel is used for at least this many rows of x
 HOPPER_ROWS = 129
+#: the GEMV quantizes at most so many rows of x itself, by what shares a scale. Every block
+#: quantizes them again: a step of a warp takes 100 (int8) or 150 instructions (fp8, sm_90a), and 30
+#: more for each row (53 with groups, and for int8 with one scale). An SM of an H200 issues 300 to
+#: 400 while a step of W arrives (an estimate from bandwidths)
+QUANTIZED_ROWS = {"token": 8, "group": 4, "tensor": 4}
+#: and, for scales of rows, at most so many elements: each block reads them all for their absmax
+#: while its first loads of W are in flight. On an SM of an H200 those of 4 blocks are 64 KiB, which
+#: take about 2 us (an estimate from bandwidths), as 2^16 elements a block do from the L1 cache
+ABSMAX_ELEMENTS = 1 << 16
 #: blocks of the GEMV that an SM holds at a time
 GEMV_BLOCKS = 4
 #: the most bytes of partial sums of one product
@@ -163,14 +173,28 @@ def configured(problem: Problem, device: torch.device) -> Config:
     )
 
 
-def shared_bytes(gemv: bool, rows: int) -> int:
-    """Shared memory of a block: for the GEMV sums of four warps, for the GEMM the ring of steps."""
+def quantizes(problem: Problem, config: Config) -> bool:
+    """Whether the product quantizes x itself, if x is aligned to 16 bytes; see QUANTIZED_ROWS."""
+    traits, m, k = traits_of(problem), problem.m, problem.shape[1]
+    small = traits.activation != "token" or m * k <= ABSMAX_ELEMENTS
+    # LLM.int8() must know the outlier columns of all rows before the first product.
+    few = config.gemv and m <= QUANTIZED_ROWS[traits.activation]
+    # Before sm_89, rounding to fp8 takes 115 instructions a row and step instead of 30.
+    slow = traits.kind != "int8" and problem.capability is not None and problem.capability < (8, 9)
+    return few and small and k % 8 == 0 and not traits.threshold and not slow
+
+
+def shared_bytes(gemv: bool, rows: int, quantized: int = 0) -> int:
+    """Shared memory of a block: for the GEMV sums of four warps, for the GEMM the ring of steps.
+
+    quantized: rows that the GEMV quantizes itself: codes of four warps, maxima and scales.
+    """
     if gemv:
-        return (4 * rows * 20 + 4) * 4
+        return (4 * rows * 20 + 4 + quantized * (4 * 48 + 4 + 4)) * 4
     return (3 if rows == 128 else 4) * (rows + TILE_N) * STEP
 
 
-def _address(t: Tensor | None) -> int | None:
+def _address(t: Tensor | Symbolic | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
@@ -330,7 +354,7 @@ def multiply(
 
     Args:
         plan: takes the launch and its scratch memory.
-        a: the quantized activations.
+        a: the quantized activations; or without codes, if `quantizes` says that the GEMV takes x.
         p: the weight, in the EIGHT_BIT layout.
         bias: (N) in x's dtype, or None.
         problem: the product to compute.
@@ -348,11 +372,10 @@ def multiply(
         partial = plan.empty((config.split * blocks * tile,), torch.float32)
         counter = plan.counters(blocks)
         args.partial, args.counter = partial.data_ptr(), counter.data_ptr()
-    args.x, args.x_scale, args.x16, args.y = (t.data_ptr() for t in (a.codes, a.scale, a.x, y))
-    if a.columns is not None:
-        args.columns = a.columns.data_ptr()
-    if bias is not None:
-        args.bias = bias.data_ptr()
+    args.x16, args.y = a.x.data_ptr(), y.data_ptr()
+    args.x, args.x_scale, args.columns, args.bias = map(
+        _address, (a.codes, a.scale, a.columns, bias)
+    )
     reads = _present(a.codes, a.scale, a.x, a.columns, bias, *storage.values())
     start(plan, f"eight_bit_{traits.kind}", call, reads, _present(y, partial, counter))
 
@@ -393,9 +416,13 @@ def declare(plan: Plan, p: PackedWeight, problem: Problem) -> None:
     columns of all rows.
     """
     whole_x, bias = plan.operands
+    at_once = quantizes(problem, configured(problem, plan.device)) and whole_x.data_ptr() % 16 == 0
 
     def rows(x: Symbolic, y: Symbolic, shared: Symbolic | None = None) -> None:
-        a = quantize(plan, x, p, problem, columns=shared)
+        if at_once:
+            a = Activations(None, p.storage.get("input_scale"), x)
+        else:
+            a = quantize(plan, x, p, problem, columns=shared)
         multiply(plan, a, p, bias, problem, y)
 
     plan.by_rows(rows, whole_x, plan.y, before_slices=lambda: columns_of(plan, whole_x, p, problem))
@@ -411,4 +438,6 @@ def configuration(problem: Problem) -> str:
         tile = f"{HOPPER_M} rows of x and {HOPPER_N[traits_of(problem).kind]} of W a tile"
         return f"wgmma, {tile}, {config.split} blocks; activations quantized before"
     name = "GEMV, 16 rows of W" if config.gemv else f"GEMM, tiles of {TILE_N} rows of W"
-    return f"{name} by {config.rows} of x, {config.split} slices of K; activations quantized before"
+    when = "in it" if quantizes(problem, config) else "before"
+    tile = f"{name} by {config.rows} of x, {config.split} slices of K"
+    return f"{tile}; activations quantized {when}"
