@@ -64,7 +64,9 @@ def matmul(
 
         - y may be NaN instead of an infinity where the kernel multiplies a part of the weight by
           itself: the minima of GGUF's q4_1, q5_1, q2_k, q4_k and q5_k and of SpQR, SpQR's sparse
-          weights, and zero points with up to 8 rows.
+          weights, and zero points with up to 8 rows. The CUDA kernel for up to 16 rows, which
+          takes any number with `batch_invariant`, also does so with a constant that it adds to
+          integer codes.
         - No number of the row stays finite in QuIP and QuIP#, which mix all of x, and where rows of
           x are quantized to 8 bits by their own maximum.
         - A static input scale saturates instead, and has no code for NaN.

@@ -7,6 +7,7 @@ import torch
 
 import qkernels as qk
 from qkernels import counters
+from qkernels.backends import cuda
 from qkernels.layouts import codecs
 
 from ..conftest import CASES, DEVICE, case_id, k_of, layout_of
@@ -53,9 +54,10 @@ def test_what_has_no_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @fused_cases
 @dtypes
-@pytest.mark.parametrize("m", [1, 8, 33])
+@pytest.mark.parametrize("m", [1, 7, 13, 33])
 def test_every_format(name: str, params: dict[str, object], m: int, dtype: torch.dtype) -> None:
-    y, x, p, bias = run(name, params, 40, k_of(name, 192), m, dtype)
+    """N is between one and two blocks of 64 rows of W, which take one row of x, and of 32 rows."""
+    y, x, p, bias = run(name, params, 72 if m == 1 else 40, k_of(name, 192), m, dtype)
     assert p.layout == "weight_only"
     assert_fused_close(y, x, p, bias)
 
@@ -82,8 +84,9 @@ ONE_SCALER = [
 def test_odd_shapes(
     name: str, params: dict[str, object], n: int, k: int, dtype: torch.dtype
 ) -> None:
-    for m in (5, 17):
-        y, x, p, bias = run(name, params, n, k, m, dtype)
+    """N is below 32, where the GEMM takes any M, and 64 more."""
+    for m, rows in ((5, n), (1, n + 64), (11, n + 64), (17, n)):
+        y, x, p, bias = run(name, params, rows, k, m, dtype)
         assert_fused_close(y, x, p, bias)
 
 
@@ -92,9 +95,9 @@ def test_odd_shapes(
 def test_short_last_groups(
     name: str, params: dict[str, object], n: int, k: int, dtype: torch.dtype
 ) -> None:
-    """In the GEMV and the GEMM. The emulator reports reads past the last scale."""
-    for m in (1, 3, 17):
-        y, x, p, bias = run(name, params, n, k, m, dtype)
+    """In each kernel. The emulator reports reads past the last scale."""
+    for m, rows in ((1, n + 64), (3, n + 32), (17, n)):
+        y, x, p, bias = run(name, params, rows, k, m, dtype)
         assert_fused_close(y, x, p, bias)
 
 
@@ -110,8 +113,8 @@ def test_nested_scales_of_several_outer_blocks(m: int, k: int) -> None:
 
 def test_x_that_starts_anywhere() -> None:
     """A slice of a larger tensor may be less aligned than the kernels' loads."""
-    p = qk.quantize(torch.randn(24, 64), "gptq", group_size=32).to(DEVICE)
-    for m in (3, 10):
+    p = qk.quantize(torch.randn(64, 64), "gptq", group_size=32).to(DEVICE)
+    for m in (1, 3, 10, 20):
         x = torch.randn(m * 64 + 1).half().to(DEVICE)[1:].view(m, 64)
         assert x.data_ptr() % 4 != 0
         assert_fused_close(qk.matmul(x, p, backend="cuda"), x, p)
@@ -137,11 +140,11 @@ def k_slices(p: qk.PackedWeight, m: int) -> int:
     return int(words.split("K in ")[1].split(" slices")[0])
 
 
-@pytest.mark.parametrize("m", [3, 9])
+@pytest.mark.parametrize("m", [1, 3, 9, 17])
 @pytest.mark.parametrize(("name", "params"), LONG, ids=str)
 def test_split_k_in_any_order_of_blocks(name: str, params: dict[str, object], m: int) -> None:
     """Split-K is right, and bitwise the same whichever block is last. The counters end at 0."""
-    y, x, p, bias = run(name, params, 20, LONG_K.get(name, 4480), m, torch.float16)
+    y, x, p, bias = run(name, params, 70, LONG_K.get(name, 4480), m, torch.float16)
     assert k_slices(p, m) > 1
     assert_fused_close(y, x, p, bias)
     for order in (1, 2, 3):
@@ -151,9 +154,11 @@ def test_split_k_in_any_order_of_blocks(name: str, params: dict[str, object], m:
 
 
 @fused_cases
-def test_rows_do_not_depend_on_m(name: str, params: dict[str, object]) -> None:
+@pytest.mark.parametrize("n", [24, 40])
+def test_rows_do_not_depend_on_m(name: str, params: dict[str, object], n: int) -> None:
+    """The GEMM takes weights of fewer than 32 rows."""
     dtype, k = torch.bfloat16, k_of(name, 1152)
-    p = qk.quantize(torch.randn(24, k), name, **params).to(DEVICE)
+    p = qk.quantize(torch.randn(n, k), name, **params).to(DEVICE)
     x = torch.randn(19, k).to(dtype).to(DEVICE)
     full = qk.matmul(x, p, backend="cuda", batch_invariant=True)
     assert_fused_close(full, x, p)
@@ -163,20 +168,38 @@ def test_rows_do_not_depend_on_m(name: str, params: dict[str, object]) -> None:
         )
 
 
-def test_activations_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A split-K slice that is longer than the activations in shared memory."""
-    monkeypatch.setattr("qkernels.backends.cuda.weight_only.STAGED_BYTES", 1024)
+@pytest.mark.parametrize("warps", [8, 4, 2])
+@pytest.mark.parametrize(("name", "params"), LONG, ids=str)
+def test_shared_memory_decides_the_warps_of_a_block(
+    name: str, params: dict[str, object], warps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From that of an H100 down to less than any GPU's."""
+    kib = {8: 227, 4: 99, 2: 60}[warps]
+    monkeypatch.setattr("qkernels.backends.cuda.weight_only.device_shared_bytes",
+                        lambda device: kib * 1024)  # fmt: skip
+    cuda.weight_only.warps_for.cache_clear()
     monkeypatch.setattr("qkernels.backends.cuda.weight_only.sm_count", lambda device: 1)
-    y, x, p, bias = run(
-        "gptq", {"bits": 8, "group_size": 64}, 72, 2500 // 64 * 64, 2, torch.float16
-    )
-    assert k_slices(p, 2) == 1
-    assert_fused_close(y, x, p, bias)
+    for m in (1, 6, 12):
+        y, x, p, bias = run(name, params, 70, k_of(name, 1024), m, torch.float16)
+        assert_fused_close(y, x, p, bias)
+        assert f"a block of {warps} warps" in str(qk.explain(p, m, backend="cuda"))
+    cuda.weight_only.warps_for.cache_clear()
+
+
+def test_scales_with_zero_points_of_any_dtype() -> None:
+    """float32 scales are looked up; those of 16 bits have kernels of their own."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        tensors = dict(qk.quantize(torch.randn(72, 256), "gptq", group_size=64).tensors)
+        tensors["scales"] = tensors["scales"].to(dtype)
+        p = qk.pack("gptq", tensors, shape=(72, 256), group_size=64).to(DEVICE)
+        for m in (1, 4, 12):
+            x = torch.randn(m, 256).bfloat16().to(DEVICE)
+            assert_fused_close(qk.matmul(x, p, backend="cuda"), x, p)
 
 
 def test_many_rows_go_in_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qkernels.backends.cuda.weight_only.MAX_ROWS", 16)
-    y, x, p, bias = run("gptq", {"group_size": 32}, 8, 64, 35, torch.float16, batch_invariant=True)
+    y, x, p, bias = run("gptq", {"group_size": 32}, 40, 64, 35, torch.float16, batch_invariant=True)
     assert_fused_close(y, x, p, bias)
 
 
@@ -228,14 +251,14 @@ def test_uneven_groups_of_act_order() -> None:
 
 
 def test_auto_prefers_others_and_explain_says_why() -> None:
-    p = qk.quantize(torch.randn(16, 64), "nf4").to(DEVICE)
-    assert "cuda.weight_only_gemv: not compiled yet" in str(qk.explain(p, 1))
+    p = qk.quantize(torch.randn(32, 64), "nf4").to(DEVICE)
+    assert "cuda.weight_only_decode: not compiled yet" in str(qk.explain(p, 1))
     assert "K in 1 slices" in str(qk.explain(p, 1, backend="cuda"))
 
 
 @pytest.mark.parametrize("m", [8, 512])
 def test_every_power_of_two_as_a_scale(m: int) -> None:
-    """As in tests/kernels/test_decoders.py, by the gemv and the gemm."""
+    """As in tests/kernels/test_decoders.py, by the decode kernel and the GEMM."""
     p = every_power("mxfp4").to(DEVICE)
     x = torch.eye(512, dtype=torch.bfloat16, device=DEVICE)
     weight = p.dequantize(torch.bfloat16).T
