@@ -112,17 +112,14 @@ struct Linear : Basic {
     /// the smaller the constant that is added, and the less a sum loses by its subtraction.
     static constexpr int kFits = (Magic<T>::kMantissa - BITS) / kWidth + 1;
     static constexpr int kTogether = kFits < 3 ? kFits : 3;
-#ifdef QK_HIGH
     static constexpr int kLowest =
         kTogether == 1 ? 0 : Magic<T>::kMantissa - BITS - (kTogether - 1) * kWidth;
-#else
-    static constexpr int kLowest =
-        kTogether == 1 || BITS == 4 ? 0 : Magic<T>::kMantissa - BITS - (kTogether - 1) * kWidth;
-#endif
 
     /// Lowest bit of the mantissa that the code of pair s has in `raw`.
     static QK_HOST_DEVICE constexpr int place(int s) { return kLowest + s % kTogether * kWidth; }
-    static QK_HOST_DEVICE constexpr float added(int s) { return float(1 << (Magic<T>::kMantissa - place(s))); }
+    static QK_HOST_DEVICE constexpr float added(int s) {
+        return float(1 << (Magic<T>::kMantissa - place(s)));
+    }
 
     static QK_HOST_DEVICE void raw(uint32_t word, uint32_t high, const Table&,
                                    uint32_t (&pairs)[kPairs]) {
@@ -130,6 +127,10 @@ struct Linear : Basic {
         constexpr uint32_t high_mask = (((1u << kHighStep) - 1) << kWidth) * 0x10001;
         QK_UNROLL
         for (int s = 0; s < kPairs; s++) {
+            if (BITS == 8) {  // bytes s and s + 2, each below a byte of the constant
+                pairs[s] = prmt(word, Magic<T>::kBits, 0x5250 + s * 0x101);
+                continue;
+            }
             const int shift = s / kTogether * kTogether * kWidth - kLowest;
             // 2^(mantissa - place), whose mantissa counts in steps of 2^-place
             const uint32_t base =

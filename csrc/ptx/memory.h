@@ -113,9 +113,8 @@ inline void emulated_copy(void* to, const void* from, uint32_t bytes, uint32_t l
     emulation::check_aligned(from, bytes);
     emulation::check_global(from, live, false);
     emulation::note_shared_write(to, bytes, true);
-    emulation::Machine::get().me().uncommitted.push_back({static_cast<unsigned char*>(to),
-                                                          static_cast<const unsigned char*>(from),
-                                                          bytes, live});
+    emulation::Machine::get().me().uncommitted.push_back(
+        {static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), bytes, live});
 }
 #endif
 

@@ -35,7 +35,8 @@ struct WeightOnlyArgs {
     int row_group, scale_group;  // rows, and features of a tile, that have the same scale
     int scaling, scale_type;     // of `Plain`: the kind, and the dtype of scaler[0]
     int x_stride;                // gemm: features of a row of x, in kernel order, a multiple of 8
-    int x_chunks;  // decode: whether x is in kernel order, in whole 16-byte chunks, which are aligned
+    int x_chunks;     // decode: whether x is in kernel order, in whole 16-byte chunks, which are
+                      // aligned
     int x_tail;       // decode: whether K ends inside a tile
     int stage_bytes;  // decode: shared memory of a tile of a warp
     // decode: see `Grouped` in scalers.h
@@ -51,12 +52,12 @@ struct WeightOnlyCall {
     WeightOnlyArgs args;
     uint64_t stream;
     uint32_t grid_x, grid_y, threads, shared;
-    int kernel;        // 0: decode, 1: gemm, 2: hopper
-    int is_bfloat;     // of x, y and bias
-    int scale_groups;  // of `Plain`: scale groups in a tile of one row, 1, 2, 4, or 0 for any
+    int kernel;         // 0: decode, 1: gemm, 2: hopper
+    int is_bfloat;      // of x, y and bias
+    int scale_groups;   // of `Plain`: scale groups in a tile of one row, 1, 2, 4, or 0 for any
     int rows, columns;  // decode: rows of W and of x of a block
-    int pdl;           // programmatic dependent launch (sm_90+)
-    int size;          // bytes of this struct in the caller's build
+    int pdl;            // programmatic dependent launch (sm_90+)
+    int size;           // bytes of this struct in the caller's build
 };
 
 }  // namespace qk

@@ -10,11 +10,11 @@
 //    32 |   |   |   |   |   |   |   |  times   |   |  = 32 x 8 (or 16) sums in float32 a warp
 //       +---+---+---+   +---+---+---+          +---+
 //
-// cp.async copies the packed bytes of a tile and its activations, kDecodeStages tiles of the warp at a
-// time. A lane reads only codes that it copied itself. The rows of x, 8 or 16, are the columns of
-// mma.m16n8k16; rows that do not exist are copies of another, and their sums are not stored. If N
-// is no multiple of them, the last block begins earlier: it computes some rows again, but does not
-// store them.
+// cp.async copies the packed bytes of a tile and its activations, kDecodeStages tiles of the warp
+// at a time. A lane reads only codes that it copied itself. The rows of x, 8 or 16, are the columns
+// of mma.m16n8k16; rows that do not exist are copies of another, and their sums are not stored. If
+// N is no multiple of them, the last block begins earlier: it computes some rows again, but does
+// not store them.
 //
 // Weights enter the product as `D::raw` makes them: off by a constant, and without zero points. The
 // sums are put right once a scale group, by one more product: its first operand has ones in rows
@@ -42,10 +42,8 @@ namespace qk {
 /// Operands of 16 rows of W of a warp. COLUMN_TILES: 8 rows of x each; 0 for one row, which leaves
 /// registers for more operands, unless the codes take many.
 template <typename D, typename S, int COLUMN_TILES>
-constexpr int kRowTiles = COLUMN_TILES == 0 && D::kHigh == 0 && D::kBook == 0 && !D::kTable &&
-                                  !S::kOutliers
-                              ? 4
-                              : 2;
+constexpr int kRowTiles =
+    COLUMN_TILES == 0 && D::kHigh == 0 && D::kBook == 0 && !D::kTable && !S::kOutliers ? 4 : 2;
 /// Tiles of a warp that are in shared memory at a time.
 constexpr int kDecodeStages = 3;
 
@@ -226,8 +224,7 @@ class Source {
     }
 
     /// The same for the activations of `tile`. They must be in kernel order, in whole chunks.
-    QK_DEVICE void fetch_x(const WeightOnlyArgs& args, const Memory& ring, int stage,
-                           int tile) {
+    QK_DEVICE void fetch_x(const WeightOnlyArgs& args, const Memory& ring, int stage, int tile) {
         auto* x = reinterpret_cast<Words4*>(ring.x + stage);
         if (args.x_tail && (tile + 1) * kTile<D> > args.k) {  // K ends inside the tile
             const bool live = tile * kTile<D> + int(lane_index() % kChunks) * 8 < args.k;
@@ -252,7 +249,8 @@ class Source {
 
   private:
     /// Rows of x that a warp copies at a time, and how often; with one row it copies once.
-    static constexpr int step = 32 / kChunks, kTimes = COLUMN_TILES == 0 ? 1 : COLUMN_TILES * 8 / step;
+    static constexpr int step = 32 / kChunks,
+                         kTimes = COLUMN_TILES == 0 ? 1 : COLUMN_TILES * 8 / step;
     /// The place of the lane's chunk of its row number i in a stage.
     QK_DEVICE int place(int i) const { return (at_ ^ i * step % 8) + i * 32; }
 
@@ -260,8 +258,8 @@ class Source {
     const T* x_;
     uint64_t policy_;
     uint32_t step_, x_step_;  // from tile to tile of the warp: lanes' codes, features
-    int rows_left_;  // rows of x from the lane's first one on
-    int at_;         // the place of the lane's chunk in a stage
+    int rows_left_;           // rows of x from the lane's first one on
+    int at_;                  // the place of the lane's chunk in a stage
 };
 
 /// The first operands of the products that put sums right, one for each constant of `D::raw`.
@@ -404,12 +402,12 @@ QK_DEVICE void multiply(Sums (&acc)[ROW_TILES][COLUMN_TILES], const WeightOnlyAr
     }
 }
 
-/// `multiply` for one row of x, whose slices are the columns of `ring.matrix`. acc: the lane's share
-/// of the sums of rows q and q + 8.
+/// `multiply` for one row of x, whose slices are the columns of `ring.matrix`. acc: the lane's
+/// share of the sums of rows q and q + 8.
 template <typename T, typename D, typename S, int ROW_TILES>
 QK_DEVICE void multiply_row(float (&acc)[ROW_TILES][2], const WeightOnlyArgs& args,
-                            const Ring<D, ROW_TILES, true>& ring, int stage, int tile, int next_tile,
-                            const Table& table, typename S::Own (&raw)[ROW_TILES],
+                            const Ring<D, ROW_TILES, true>& ring, int stage, int tile,
+                            int next_tile, const Table& table, typename S::Own (&raw)[ROW_TILES],
                             const typename S::Rows (&rows)[ROW_TILES],
                             const Constants<T, D, S>& constants) {
     using Traits = Decoding<T, D, S>;
@@ -484,16 +482,16 @@ QK_DEVICE float total_of(const float* sums, const float* sparse, int outputs, in
 template <typename S, bool ONE_ROW>
 struct RawScales {
     using Type = typename S::Raw;
-    QK_DEVICE static void fetch(Type& raw, const WeightOnlyArgs& args,
-                                const typename S::Rows& rows, int tile, int features) {
+    QK_DEVICE static void fetch(Type& raw, const WeightOnlyArgs& args, const typename S::Rows& rows,
+                                int tile, int features) {
         S::fetch(raw, args, rows, tile, features);
     }
 };
 template <typename S>
 struct RawScales<S, true> {
     using Type = typename S::Own;
-    QK_DEVICE static void fetch(Type& raw, const WeightOnlyArgs& args,
-                                const typename S::Rows& rows, int tile, int features) {
+    QK_DEVICE static void fetch(Type& raw, const WeightOnlyArgs& args, const typename S::Rows& rows,
+                                int tile, int features) {
         S::fetch_own(raw, args, rows, tile, features);
     }
 };
@@ -524,14 +522,13 @@ __global__ void __launch_bounds__(256, 2)
     auto* const stages = reinterpret_cast<unsigned char*>(
         sparse + (S::kOutliers ? kSparseFloats<columns> * int(threads_x()) / 32 : 0));
     const Ring<D, row_tiles, one_row> ring(stages + warp_index() * depth * args.stage_bytes, rows_x,
-                                     args.stage_bytes);
+                                           args.stage_bytes);
 
     // The last kernel may write x, but not the weight: the copies of the weight start before the
     // wait.
     int tile = begin + int(uniform_warp_index());
     const int count = (end - tile + warps - 1) / warps;  // tiles of this warp, if any
-    Source<T, D, row_tiles, COLUMN_TILES> source(args, n0, m0, rows_x, tile,
-                                                 tile + depth * warps);
+    Source<T, D, row_tiles, COLUMN_TILES> source(args, n0, m0, rows_x, tile, tile + depth * warps);
     QK_UNROLL
     for (int i = 0; i < depth; i++) {
         if (i < count) {

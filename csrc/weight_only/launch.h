@@ -117,8 +117,8 @@ struct Only {
 
 template <typename T, typename D, typename Scalers>
 std::string launch_weight_only(const WeightOnlyCall& call) {
-    // The decode or gemm kernel; null if there is none for groups this short. A Hopper call asks only
-    // for this check.
+    // The decode or gemm kernel; null if there is none for groups this short. A Hopper call asks
+    // only for this check.
     const WeightOnlyKernel kernel = Scalers::template find<T, D>(call);
     if (kernel == nullptr) {
         return "it is made for longer groups than these, or for other blocks";

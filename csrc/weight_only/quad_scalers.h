@@ -25,12 +25,11 @@ QK_DEVICE float signed_six(float d, uint32_t nibble, uint32_t top) {
 QK_DEVICE float half_bits(uint32_t bits) { return to_float(Half{uint16_t(bits & 0xFFFF)}); }
 
 /// Base of the scalers in this file.
-template <int SCALE_GROUPS, bool HAS_MIN, int DEPTH>
+template <int SCALE_GROUPS, bool HAS_MIN>
 struct Quad {
     static constexpr int kGroups = SCALE_GROUPS;
     static constexpr bool kHasMin = HAS_MIN, kElements = true, kOutliers = false;
     static constexpr bool kHasZero = false;
-    static constexpr int kDepth = DEPTH;
 
     struct Rows {
         int row[2];
@@ -74,8 +73,8 @@ QK_DEVICE int group_of_lane(const WeightOnlyArgs& args, int tile) {
 /// GGUF's q4_0, q5_0 and q8_0: a scale d per 32 features. With HAS_MIN, q4_1 and q5_1: also m, and
 /// weight = d * value + m.
 template <int SCALE_GROUPS, bool HAS_MIN>
-struct Blocks : Quad<SCALE_GROUPS, HAS_MIN, 4> {
-    using Base = Quad<SCALE_GROUPS, HAS_MIN, 4>;
+struct Blocks : Quad<SCALE_GROUPS, HAS_MIN> {
+    using Base = Quad<SCALE_GROUPS, HAS_MIN>;
     using typename Base::Raw;
     using typename Base::Rows;
 
@@ -113,8 +112,8 @@ struct Blocks : Quad<SCALE_GROUPS, HAS_MIN, 4> {
 
 /// MXFP4: a scale 2^(code - 127) per 32 features, as a byte.
 template <int SCALE_GROUPS>
-struct E8M0 : Quad<SCALE_GROUPS, false, 4> {
-    using Base = Quad<SCALE_GROUPS, false, 4>;
+struct E8M0 : Quad<SCALE_GROUPS, false> {
+    using Base = Quad<SCALE_GROUPS, false>;
     using typename Base::Raw;
     using typename Base::Rows;
 
@@ -151,7 +150,7 @@ struct E8M0 : Quad<SCALE_GROUPS, false, 4> {
 
 /// q4_k and q5_k: a 6-bit scale and a 6-bit minimum per 32 features. Lane j < 3 has word j of a
 /// block's three, lane 3 has d and dmin.
-struct Q4K : Quad<4, true, 4> {
+struct Q4K : Quad<4, true> {
     QK_DEVICE static void fetch(Raw& raw, const WeightOnlyArgs& args, const Rows& rows, int tile,
                                 int) {
         const int block = tile / 2, j = lane_index() % 4;
@@ -217,7 +216,7 @@ struct Q4K : Quad<4, true, 4> {
 
 /// q2_k: a byte per 16 features, with the scale in the low nibble and the minimum in the high one.
 /// Lane j has the bytes of scale groups 4j .. 4j + 3.
-struct Q2K : Quad<16, true, 2> {
+struct Q2K : Quad<16, true> {
     struct Raw {
         uint32_t w[2], d[2];
     };
@@ -268,14 +267,14 @@ struct Q2K : Quad<16, true, 2> {
         load_rows(raw.d, rows,
                   [&](int row) { return halves(args, args.scaler[1], args.scaler[2], tile, row); });
     }
-    QK_DEVICE static ScaleZero own(const WeightOnlyArgs&, const Own& raw, int r, int half,
-                                   int odd, int) {
+    QK_DEVICE static ScaleZero own(const WeightOnlyArgs&, const Own& raw, int r, int half, int odd,
+                                   int) {
         return scale_of(raw.w[r] >> 8 * (half * 2 + odd), raw.d[r]);
     }
 };
 
 /// q3_k: a 6-bit scale per 16 features. Lane j < 3 has word j of a block's three, lane 3 has d.
-struct Q3K : Quad<16, false, 2> {
+struct Q3K : Quad<16, false> {
     QK_DEVICE static void fetch(Raw& raw, const WeightOnlyArgs& args, const Rows& rows, int tile,
                                 int) {
         const int j = lane_index() % 4;
@@ -325,8 +324,8 @@ struct Q3K : Quad<16, false, 2> {
         load_rows(raw.d, rows,
                   [&](int row) { return item<uint16_t>(args, args.scaler[1], tile, row); });
     }
-    QK_DEVICE static ScaleZero own(const WeightOnlyArgs&, const Own& raw, int r, int half,
-                                   int odd, int) {
+    QK_DEVICE static ScaleZero own(const WeightOnlyArgs&, const Own& raw, int r, int half, int odd,
+                                   int) {
         const int j = lane_index() % 4;
         const uint32_t nibble = raw.low[r] >> (odd * 8 + half * 4) & 15;
         const uint32_t top = raw.high[r] >> (odd * 8 + half * 4) >> j / 2 * 2 & 3;
@@ -336,7 +335,7 @@ struct Q3K : Quad<16, false, 2> {
 
 /// q6_k: an int8 scale per 16 features; a tile is half a block. Lane j has scale groups 2j and
 /// 2j + 1 in the low half of its word, and d in the high half.
-struct Q6K : Quad<8, false, 4> {
+struct Q6K : Quad<8, false> {
     QK_DEVICE static void fetch(Raw& raw, const WeightOnlyArgs& args, const Rows& rows, int tile,
                                 int) {
         const int at = tile * 8 + lane_index() % 4 * 2;
@@ -377,7 +376,7 @@ struct Q6K : Quad<8, false, 4> {
 
 /// iq4_xs: a 6-bit scale per 32 features. Even lanes have the low nibbles of a block's scales, odd
 /// lanes have d in the low half and the top bits of the scales in the high half.
-struct Iq4Xs : Quad<4, false, 2> {
+struct Iq4Xs : Quad<4, false> {
     QK_DEVICE static void fetch(Raw& raw, const WeightOnlyArgs& args, const Rows& rows, int tile,
                                 int) {
         load_rows(raw.w, rows, [&](int row) {
@@ -433,8 +432,8 @@ struct Iq4Xs : Quad<4, false, 2> {
 ///
 ///   weight = scale * (code - zero) = scale * code - minimum, because zero is not an integer
 template <int SCALE_GROUPS>
-struct TwoLevel : Quad<SCALE_GROUPS, true, 2> {
-    using typename Quad<SCALE_GROUPS, true, 2>::Rows;
+struct TwoLevel : Quad<SCALE_GROUPS, true> {
+    using typename Quad<SCALE_GROUPS, true>::Rows;
     static constexpr bool kOutliers = true;
     static constexpr int kLaneGroups = SCALE_GROUPS / 4;
 
@@ -499,8 +498,8 @@ struct TwoLevel : Quad<SCALE_GROUPS, true, 2> {
                  tile * SCALE_GROUPS + i / 2 * 8 + lane_index() % 4 * 2 + i % 2);
         }
     }
-    QK_DEVICE static ScaleZero own(const WeightOnlyArgs&, const Own& raw, int r, int half,
-                                   int odd, int) {
+    QK_DEVICE static ScaleZero own(const WeightOnlyArgs&, const Own& raw, int r, int half, int odd,
+                                   int) {
         return scale_of(raw, r, half * 2 + odd);
     }
 };

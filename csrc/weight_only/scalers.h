@@ -9,14 +9,14 @@
 //   kElements   the gemm scales each weight, because scale groups are short; otherwise it scales
 //               the sum of a scale group
 //   kOutliers   sparse weights are added
-//   kDepth      tiles that a warp of the gemv has in flight
 //   Rows        what is the same for all tiles of two rows, which must exist
 //   Raw         registers that `fetch` fills
 //   fetch       loads, and does nothing else, so it can run long before the scales are used
 //   take        makes the object hold the scales of one tile; all lanes of a warp call it together
-//   get         the scales of a scale group; all lanes call it together, for one group after another
-// In the decode kernel for one row of x the four lanes share the slices of a tile: lane j has slices
-// 2j and 2j + 1 of each eight. `Plain` has no such kernel.
+//   get         the scales of a scale group; all lanes call it together, for one group after
+//   another
+// In the decode kernel for one row of x the four lanes share the slices of a tile: lane j has
+// slices 2j and 2j + 1 of each eight. `Plain` has no such kernel.
 //
 //   Own, fetch_own, own  registers, their loads, and the scales of a row (0 or 1) for slice
 //               8 half + 2j + odd
@@ -42,7 +42,8 @@ struct ScaleZero {
     float scale, zero;
 };
 
-/// x / divisor for x < 2^24, by the number that qkernels/backends/cuda/calls.py makes of the divisor.
+/// x / divisor for x < 2^24, by the number that qkernels/backends/cuda/calls.py makes of the
+/// divisor.
 QK_DEVICE int divided(int x, uint32_t divisor) { return multiply_high(2 * x + 1, divisor); }
 
 /// The scales of one output row.
@@ -117,7 +118,6 @@ struct Plain {
     static constexpr int kGroups = SCALE_GROUPS, kLoaded = SCALE_GROUPS == 0 ? 1 : SCALE_GROUPS;
     static constexpr bool kHasMin = false, kElements = false, kOutliers = false;
     static constexpr bool kHasZero = true;
-    static constexpr int kDepth = SCALE_GROUPS == 1 || SCALE_GROUPS == 2 ? 4 : 2;
 
     struct Rows {
         RowScales scales[2];
@@ -183,9 +183,7 @@ struct Grouped {
         }
     };
     QK_DEVICE static int scale_bytes(const WeightOnlyArgs& args) {
-        return KIND == kNested                                    ? 1
-               : KIND == kScale && args.scale_type == kFloat32 ? 4
-                                                                  : 2;
+        return KIND == kNested ? 1 : KIND == kScale && args.scale_type == kFloat32 ? 4 : 2;
     }
     /// other: the zero point, or the outer scale.
     struct Raw {

@@ -22,7 +22,7 @@ from qkernels.backends import cuda, workspace
 from qkernels.backends.cuda import eight_bit as cuda_eight_bit
 from qkernels.backends.cuda import gemm as cuda_gemm
 from qkernels.backends.cuda import hopper
-from qkernels.backends.cuda import weight_only as cuda_gemv
+from qkernels.backends.cuda import weight_only as cuda_decode
 from qkernels.backends.problem import problem_of
 from qkernels.backends.triton import eight_bit, weight_only
 
@@ -139,17 +139,17 @@ def test_triton_stays_within_32_mb(
 
 
 def cuda_kernels(name: str) -> list[str]:
-    """The CUDA kernels that may copy x. The GEMV takes many rows only in batch-invariant mode, and
+    """The CUDA kernels that may copy x. The decode kernel takes many rows only in batch-invariant mode, and
     copies in its own loop.
     """
     if name in ("w8a8", "fp8", "int8"):
         return ["eight_bit"]
-    return ["gemv", "gemm", "hopper"] if name.startswith("quip") else ["gemm", "hopper"]
+    return ["decode", "gemm", "hopper"] if name.startswith("quip") else ["gemm", "hopper"]
 
 
 CUDA = [(*case, kernel) for case in COPYING for kernel in cuda_kernels(case[0])]
 CUDA_RUN = {
-    "eight_bit": cuda_eight_bit.run, "gemv": cuda_gemv.run, "gemm": cuda_gemm.run,
+    "eight_bit": cuda_eight_bit.run, "decode": cuda_decode.run, "gemm": cuda_gemm.run,
     "hopper": hopper.run,
 }  # fmt: skip
 
@@ -165,7 +165,7 @@ def test_cuda_stays_within_32_mb(
     p = weights[case_id((name, params))]
     for m in (60, 1000, 70_000):
         no_kernels.clear()
-        extra = extra_bytes(CUDA_RUN[kernel], p, m, kernel == "gemv")
+        extra = extra_bytes(CUDA_RUN[kernel], p, m, kernel == "decode")
         assert extra <= 32 * 2**20, f"M={m}: {extra / 2**20:.1f} MB"
     assert no_kernels.products() > 1
     assert extra >= 16 * 2**20
@@ -173,11 +173,11 @@ def test_cuda_stays_within_32_mb(
 
 @pytest.mark.parametrize("k", [1021, 1024])
 def test_cuda_rows_that_are_no_whole_chunks(k: int, no_kernels: NoKernels) -> None:
-    """Rows that need padding, and x at an odd address: the GEMV's loop copies slices, too."""
+    """Rows that need padding, and x at an odd address: the decode kernel's loop copies slices, too."""
     p = qk.quantize(torch.randn(64, k), "gptq", group_size=-1).prepack_("weight_only")
     m = 40_000
     x = torch.empty(m * k + 1, dtype=torch.float16)[1:].view(m, k)
-    for run, invariant in ((cuda_gemm.run, False), (cuda_gemv.run, True)):
+    for run, invariant in ((cuda_gemm.run, False), (cuda_decode.run, True)):
         problem = problem_of(p, m, x.dtype, x.device, invariant)
         with Peak() as counted:
             y = run(x, p, None, problem)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-GEMV, GEMM, TILE, CUDA_SCALERS = (
-    f"csrc/weight_only/{f}.h" for f in ("gemv", "gemm", "tile", "scalers")
+DECODE, GEMM, TILE, CUDA_SCALERS = (
+    f"csrc/weight_only/{f}.h" for f in ("decode", "gemm", "tile", "scalers")
 )
 QUAD, SPARSE = (f"csrc/weight_only/{f}.h" for f in ("quad_scalers", "outliers"))
 CODECS = "qkernels/layouts/codecs.py"
@@ -15,12 +15,24 @@ HOPPER, HOPPER8 = "csrc/weight_only/hopper.h", "csrc/eight_bit/hopper.h"
 CUDA_LAUNCH = "csrc/weight_only/launch.h"
 
 CUDA = [
-    (GEMV, "acc[i] += group_scales.factor[i / 2] * sums[i]", "acc[i] += group_scales.factor[0] * sums[i]"),
-    (GEMV, "    sync_block();  // no thread still reads the activations", ""),
-    (GEMV, "        sync_block();\n        stage<T, D>", "        stage<T, D>"),
-    (GEMV, "store_global(counter, 0)", "store_global(counter, 1)"),
-    (GEMV, "w < kGemvWarps; w++", "w < kGemvWarps - 1; w++"),
-    (GEMV, "for (int s = 0; s < k_slices; s++)", "for (int s = 1; s < k_slices; s++)"),
+    (DECODE, "sum -= constants;", ""),
+    (DECODE, "sum -= scale.zero * sum_x;", ""),
+    (DECODE, "acc -= scale.zero * sum_x;", ""),
+    (DECODE, "sum -= D::kZero * sum_x;", ""),
+    (DECODE, "(Traits::kRaw ? D::kFactor : 1)", "1"),
+    (DECODE, "copy_async_wait<depth - 1>();", "copy_async_wait<depth>();"),
+    (DECODE, "        sync_warp();  // other lanes' copies of x are there, too\n", ""),
+    (DECODE, "        sync_warp();  // no lane still reads the stage\n", ""),
+    (DECODE, "k_slices > 1 && s < k_slices; s++", "k_slices > 1 && s < k_slices - 1; s++"),
+    (DECODE, "w < warps; w++", "w < warps - 1; w++"),
+    (DECODE, "if (n >= first_row) {", "if (n > first_row) {"),
+    (DECODE, "if (args.x_tail &&", "if (false &&"),
+    (DECODE, "sum += shuffle_xor(sum, 2);", ""),
+    (DECODE, "const bool zero = ONE_ROW &&", "const bool zero = false &&"),
+    (DECODE, "m + 8 < rows_x ? 8 * kChunks * 16 : 0", "0"),
+    (DECODE, "left > 1 ? tile + warps : tile", "tile"),
+    (DECODE, "total + sparse_total<COLUMNS>(sparse, at)", "total"),
+    (TILE, "store_global(counter, 0)", "store_global(counter, 1)"),
     (GEMM, "copy_async_wait<kStages - 2>", "copy_async_wait<kStages - 1>"),
     (GEMM, "        sync_block();  // all threads have this step's", "        // all threads have this step's"),
     (GEMM, "acc[c][i] += group_scales.factor[i / 2] * sums", "acc[c][i] += group_scales.factor[i % 2] * sums"),
@@ -29,20 +41,24 @@ CUDA = [
     (GEMM, "x[c][p * 2], x[c][p * 2 + 1]", "x[c][p * 2 + 1], x[c][p * 2]"),
     (TILE, "words.w[h] >> p * D::kHighStep", "words.w[h]"),
     (TILE, "word >> (p * 2 + h) * D::kHighStep", "word >> (h * 2 + p) * D::kHighStep"),
-    (TILE, "tile < end && rows[r] < args.n", "tile < end && rows[r] <= args.n"),
     (TILE, "scale_at(&args, scales[i % 2], at + 1)", "scale_at(&args, scales[i % 2], at)"),
     (TILE, "if (k >= 0)", "if (k > 0)"),
     (CUDA_SCALERS, "kk = kk < args.kp ? kk : args.kp - 1;", ""),
     (CUDA_SCALERS, "/ 256);", "/ 255);"),
     (CUDA_SCALERS, "row_(row / args.row_group)", "row_(row % args.row_group)"),
     (CUDA_SCALERS, "inner + item<float>(args, 3, 0)", "inner"),
-    (GEMV, "minimum[i / 2] * x_sums[i]", "minimum[0] * x_sums[i]"),
-    (GEMV, "x_sums[i] = 0;", ""),
-    (GEMV, "total += sparse_total(sparse, t);", ""),
     (GEMM, "minimum[i % 2]);", "minimum[0]);"),
     (GEMM, "add_sparse<T>(acc, args, first, block.m0);", ""),
     (QUAD, "group < last ? group : last", "group"),
-    (QUAD, "rows.row[r] < args.n ? word(rows.row[r]) : 0", "word(rows.row[r])"),
+    (TILE, "first < last ? first : last, second < last ? second : last", "first, second"),
+    (QUAD, "8 * (half * 2 + odd), raw.d[r]", "8 * (odd * 2 + half), raw.d[r]"),
+    (QUAD, "(16 + group * 2) & 3", "16 & 3"),
+    (QUAD, "raw.w[r] >> 8 * odd", "raw.w[r]"),
+    (CUDA_SCALERS, "return slices == SCALE_GROUPS; }", "return false; }"),
+    (CUDA_SCALERS, "number < args.last_group ? number : args.last_group", "number"),
+    (CUDA_SCALERS, "multiply_high(2 * x + 1, divisor)", "multiply_high(2 * x, divisor)"),
+    (CUDA_DECODERS, "shifted_right(high, shift - kWidth)", "shifted_right(high, shift)"),
+    (CUDA_DECODERS, "kIsHalf && EXPONENT == 4 ? 256 : 1", "1"),
     (QUAD, "code << 23 : 0x00400000", "code << 23 : 0"),
     (CODECS, '"Unsigned<T, 5>", 0', '"Unsigned<T, 4>", 0'),
     (CODECS, "Only<Blocks<{groups}, true>>", "Only<Blocks<{groups}, false>>"),
@@ -54,7 +70,7 @@ CUDA = [
     (QUAD, "from_quad(raw.w[r], group / 4)", "raw.w[r]"),
     (QUAD, "slice < slices ? slice : slices - 1", "slice"),
     (QUAD, "rows.row[r] / args.row_group", "rows.row[r] / 16"),
-    (SPARSE, "i += blocks_y() * kSparseParts", "i += kSparseParts"),
+    (SPARSE, "i += blocks_y() * parts", "i += parts"),
     (SPARSE, "const bool live = i + o * k_slices < end &&", "const bool live ="),
     (SPARSE, "m + c * 8 < args.x_rows", "true"),
     (CUDA_DECODERS, "shifted_right(high, (s - 1) * kWidth - UP)", "shifted_right(high, s * kWidth - UP)"),

@@ -44,7 +44,7 @@ def rejects(problem: Problem) -> str | None:
     if problem.m < MIN_ROWS:
         return f"for {MIN_ROWS} rows of x and more"
     if problem.batch_invariant:
-        return "the GEMV takes these to sum in an order that does not depend on M"
+        return "other kernels take these to sum in an order that does not depend on M"
     return decode.unsupported(problem)
 
 
