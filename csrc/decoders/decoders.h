@@ -28,7 +28,7 @@
 namespace qk {
 
 /// w: the 16 entries of a table, split into bytes: low bytes of entries 0-3, ... 12-15, then high
-/// bytes. book: the codebook in shared memory.
+/// bytes. book: the codebook in shared memory; or a table of pairs, and 4 * lane in w[0].
 struct Table {
     uint32_t w[8];
     const uint32_t* book;
@@ -256,9 +256,15 @@ struct Lut16 : Basic {
             bit3 >>= 16;
         }
     }
-    static QK_HOST_DEVICE void raw(uint32_t word, uint32_t high, const Table& table,
-                                   uint32_t (&pairs)[kPairs]) {
-        split(word, high, table, pairs);
+    /// Looks up a byte, which is two codes, in the table of pairs (`fill_pairs`).
+    static QK_DEVICE void raw(uint32_t word, uint32_t, const Table& table,
+                              uint32_t (&pairs)[kPairs]) {
+        const auto* book = reinterpret_cast<const unsigned char*>(table.book);
+        QK_UNROLL
+        for (int s = 0; s < kPairs; s++) {
+            const uint32_t at = prmt(word, table.w[0], 0x5504 + s * 0x10);  // byte * 256 + lane * 4
+            pairs[s] = load_shared(reinterpret_cast<const uint32_t*>(book + at));
+        }
     }
     static QK_HOST_DEVICE uint32_t offset(float) { return 0; }
     static QK_HOST_DEVICE uint32_t finish(uint32_t values, uint32_t) { return values; }

@@ -43,7 +43,7 @@ namespace qk {
 /// registers for more operands, unless the codes take many.
 template <typename D, typename S, int COLUMN_TILES>
 constexpr int kRowTiles =
-    COLUMN_TILES == 0 && D::kHigh == 0 && D::kBook == 0 && !D::kTable && !S::kOutliers ? 4 : 2;
+    COLUMN_TILES == 0 && D::kHigh == 0 && D::kBook == 0 && !S::kOutliers ? 4 : 2;
 /// Tiles of a warp that are in shared memory at a time.
 constexpr int kDecodeStages = 3;
 
@@ -78,6 +78,30 @@ struct Decoding {
         return constant2<T>(D::added(s) + (kZeroInConstants ? D::kZero : 0));
     }
 };
+
+/// Bytes at the start of shared memory: the codebook, or the table of pairs, which is 256 entries
+/// of a word for each lane, 256 bytes apart. No two lanes read from one bank, whatever their codes.
+template <typename T, typename D, typename S>
+constexpr bool kHasPairs = Decoding<T, D, S>::kRaw && D::kTable;
+template <typename T, typename D, typename S>
+constexpr int kDecodeBookBytes = kHasPairs<T, D, S> ? 64 * 1024 : kBookBytes<D>;
+
+/// Entry b of the table of pairs: the values of codes b % 16 and b / 16.
+QK_DEVICE void fill_pairs(const Table& entries, uint32_t* pairs) {
+    const auto value = [&](uint32_t code) {
+        uint32_t bytes = 0;
+        QK_UNROLL
+        for (int i = 0; i < 4; i++) {  // a byte of entries 4 i .. 4 i + 3, for each plane
+            const uint32_t pick = code % 4 | (code % 4 + 4) << 4;
+            const uint32_t both = prmt(entries.w[i], entries.w[4 + i], pick) & 0xFFFF;
+            bytes = code / 4 == uint32_t(i) ? both : bytes;
+        }
+        return bytes;
+    };
+    for (uint32_t b = warp_index(); b < 256; b += threads_x() / 32) {
+        store_shared(pairs + b * 64 + lane_index(), value(b % 16) | value(b / 16) << 16);
+    }
+}
 
 /// Index of chunk c of row m of x in a stage. Rows turn their chunks, so that `load_matrix` reads
 /// from all banks.
@@ -517,7 +541,7 @@ __global__ void __launch_bounds__(256, 2)
     // Shared memory: the codebook, sums of warps and a flag, sums of outliers, stages.
     unsigned char* const shared = shared_memory();
     auto* const book = reinterpret_cast<uint32_t*>(shared);
-    auto* const sums = reinterpret_cast<float*>(shared + kBookBytes<D>);
+    auto* const sums = reinterpret_cast<float*>(shared + kDecodeBookBytes<T, D, S>);
     auto* const sparse = sums + warps * rows_x * block_rows + 64;
     auto* const stages = reinterpret_cast<unsigned char*>(
         sparse + (S::kOutliers ? kSparseFloats<columns> * int(threads_x()) / 32 : 0));
@@ -548,7 +572,11 @@ __global__ void __launch_bounds__(256, 2)
         }
     }
     load_book<D>(args, book, threads_x());
-    const Table table = load_table<D>(args, book);
+    Table table = load_table<D>(args, book);
+    if (kHasPairs<T, D, S>) {
+        fill_pairs(table, book);
+        table.w[0] = kept(lane_index() * 4);
+    }
     const Constants<T, D, S> constants;
     let_next_kernel_start();
     wait_for_last_kernel();
@@ -563,7 +591,7 @@ __global__ void __launch_bounds__(256, 2)
     if (S::kOutliers) {
         sparse_sums<T, columns>(args, sparse, n0, m0);
     }
-    if (D::kBook > 0) {
+    if (kDecodeBookBytes<T, D, S> > 0) {
         sync_block();
     }
 

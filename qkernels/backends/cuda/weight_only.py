@@ -33,7 +33,7 @@ ROWS, STAGES = 32, 3
 #: the most rows of x
 MOST = 16
 #: warps of a block: the first number with which every launch for a weight fits in shared memory
-WARPS = (8, 4, 2)
+WARPS = (8, 4, 2, 1)
 #: the most split-K slices of a launch
 MAX_K_SLICES = 32
 #: threads of a block of the GEMM
@@ -257,7 +257,7 @@ def columns_for(
 def rows_for(traits: layout.WeightOnlyTraits, columns: int) -> int:
     """Rows of W of a block: `kRowTiles` of csrc/weight_only/decode.h."""
     codes = traits.codes
-    many_registers = codes.high_words or codes.codebook or codes.table or traits.outliers
+    many_registers = codes.high_words or codes.codebook or traits.outliers
     return 64 if columns == 1 and not many_registers else ROWS
 
 
@@ -288,11 +288,15 @@ def stage_bytes(traits: layout.WeightOnlyTraits, columns: int, rows_x: int) -> i
 
 
 def shared_bytes(traits: layout.WeightOnlyTraits, columns: int, rows_x: int, warps: int) -> int:
-    """Shared memory of a block: codebook, sums and a flag, sums of outliers, and stages."""
+    """Shared memory of a block: codebook, sums and a flag, sums of outliers, and stages.
+
+    A table of 16 values becomes one of pairs, for each lane.
+    """
+    book = 64 * 1024 if traits.codes.table else 4 * traits.codes.book_words
     sums = 4 * warps * rows_for(traits, columns) * rows_x + 256
     sparse = 4 * warps * (32 * columns + 4) if traits.outliers else 0
     stages = warps * STAGES * stage_bytes(traits, columns, rows_x)
-    return 4 * traits.codes.book_words + sums + sparse + stages
+    return book + sums + sparse + stages
 
 
 def configuration(problem: Problem) -> str:
