@@ -39,10 +39,10 @@ struct WeightOnlyArgs {
                       // aligned
     int x_tail;       // decode: whether K ends inside a tile
     int stage_bytes;  // decode: shared memory of a tile of a warp
-    // decode: see `Grouped` in scalers.h
+    // `Grouped` and `TwoLevel`
     int scale_stride, scale_row_bytes;    // scales of a group: their number and bytes
     int last_group;                       // number of the last group
-    uint32_t group_divisor, row_divisor;  // scale groups in a group, rows that share a scale
+    uint32_t group_divisor, row_divisor;  // scale groups (or slices) in a group, rows that share
     int x_rows;    // gemm with outliers: rows of x, padded with zeros to a multiple of 8
     int is_float;  // whether y is float32
 };

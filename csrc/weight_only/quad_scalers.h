@@ -433,10 +433,17 @@ struct Iq4Xs : Quad<4, false> {
 ///   weight = scale * (code - zero) = scale * code - minimum, because zero is not an integer
 template <int SCALE_GROUPS>
 struct TwoLevel : Quad<SCALE_GROUPS, true> {
-    using typename Quad<SCALE_GROUPS, true>::Rows;
     static constexpr bool kOutliers = true;
     static constexpr int kLaneGroups = SCALE_GROUPS / 4;
 
+    /// second: the group of rows of each row.
+    struct Rows {
+        int row[2], second[2];
+        Rows() = default;
+        QK_DEVICE Rows(const WeightOnlyArgs& args, int first_row, int second_row)
+            : row{first_row, second_row},
+              second{divided(first_row, args.row_divisor), divided(second_row, args.row_divisor)} {}
+    };
     /// stats: the codes of scale and zero point, a byte per scale group of this lane.
     struct Raw {
         uint32_t stats[2];
@@ -455,14 +462,12 @@ struct TwoLevel : Quad<SCALE_GROUPS, true> {
         const int slices = (args.kp + 15) / 16;
         slice = slice < slices ? slice : slices - 1;
         const int group = args.slice_group != nullptr ? load_global(args.slice_group + slice)
-                          : args.shift >= 0           ? slice * 16 >> args.shift
-                                                      : slice * 16 / args.group;
+                                                      : divided(slice, args.group_divisor);
         QK_UNROLL
         for (int r = 0; r < 2; r++) {
             const uint32_t stat = item<uint8_t>(args, args.scaler[0], group, rows.row[r]) << 8 * i;
             raw.stats[r] = i == 0 ? stat : raw.stats[r] | stat;
-            const int row_groups = (args.n + args.row_group - 1) / args.row_group;
-            const int64_t at = int64_t(group) * row_groups + rows.row[r] / args.row_group;
+            const int64_t at = int64_t(group) * args.scale_stride + rows.second[r];
             raw.second[r][i] = load_global(static_cast<const Words2*>(args.scaler[1]) + at);
         }
     }

@@ -175,6 +175,7 @@ def _call_template(
     kp = storage["perm"].numel() if "perm" in storage else k
     scale_group = layout.scale_group(traits, k, group_lookup="slice_group" in storage)
     group = traits.group_size
+    unit = layout.SLICE if traits.scaler == "two_level" else scale_group
     args = WeightOnlyArgs(
         n=n, k=k, kp=kp, tiles=-(-kp // codes.tile),
         group=group, row_group=traits.row_group, scale_group=scale_group,
@@ -182,7 +183,7 @@ def _call_template(
         scale_stride=-(-n // traits.row_group), last_group=(kp - 1) // group,
         scale_row_bytes=-(-n // traits.row_group) * scaler[0].element_size(),
         x_tail=int(k % codes.tile != 0),
-        group_divisor=divisor(max(1, group // scale_group), -(-kp // scale_group)),
+        group_divisor=divisor(max(1, group // unit), -(-kp // unit)),
         row_divisor=divisor(traits.row_group, n),
         # kernels of one scaler ignore it
         scaling=SCALINGS.get((scales.zero, scales.flat, scales.nested), 0),
