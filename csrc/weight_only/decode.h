@@ -46,6 +46,12 @@ constexpr int kRowTiles =
     COLUMN_TILES == 0 && D::kHigh == 0 && D::kBook == 0 && !S::kOutliers ? 4 : 2;
 /// Tiles of a warp that are in shared memory at a time.
 constexpr int kDecodeStages = 3;
+/// Whether the compiler has enough registers if an SM is to hold two blocks. Other kernels would
+/// spill.
+template <typename D, typename S, int COLUMN_TILES>
+constexpr bool kFewRegisters = D::kHigh == 0 && D::kBook == 0 && !S::kHasMin && D::kFactor == 1 &&
+                               (D::kTable ? S::kGroups == 2 && COLUMN_TILES < 2
+                                          : D::kWidth < 8 && D::kZero == 0 && S::kGroups == 1);
 
 /// Whether every constant that `raw` adds, with kZero, is a number of T.
 template <typename T, typename D>
@@ -523,7 +529,7 @@ struct RawScales<S, true> {
 /// Grid: (blocks of 8 COLUMN_TILES rows of x, or of 1 with 0, fastest, and of rows of W; split-K
 /// slices).
 template <typename T, typename D, typename S, int COLUMN_TILES>
-__global__ void __launch_bounds__(256, 2)
+__global__ void __launch_bounds__(256, (kFewRegisters<D, S, COLUMN_TILES> ? 2 : 1))
     weight_only_decode(const __grid_constant__ WeightOnlyArgs args) {
     constexpr bool one_row = COLUMN_TILES == 0;
     constexpr int columns = one_row ? 1 : COLUMN_TILES * 8, features = kTile<D>;

@@ -206,10 +206,14 @@ struct Q4K : Quad<4, true> {
     }
     QK_DEVICE static ScaleZero own(const WeightOnlyArgs&, const Own& raw, int r, int, int,
                                    int tile) {
-        const bool second_half = tile % 2 != 0;  // of the block
-        const uint32_t a = raw.a[r], b = raw.b[r], c = raw.c[r];
-        const uint32_t scale = second_half ? (c & 15) | (a >> 2 & 0x30) : a & 63;
-        const uint32_t minimum = second_half ? c >> 4 | (b >> 2 & 0x30) : b & 63;
+        // The first half of a block has six bits of a and of b, the second half four bits of c and
+        // two of a and of b.
+        const bool second_half = tile % 2 != 0;
+        const uint32_t low = second_half ? 15 : 63, high = second_half ? 0x30 : 0;
+        const uint32_t scale =
+            lop3<kAndOr>(raw.a[r] >> 2, high, (second_half ? raw.c[r] : raw.a[r]) & low);
+        const uint32_t minimum =
+            lop3<kAndOr>(raw.b[r] >> 2, high, (second_half ? raw.c[r] >> 4 : raw.b[r]) & low);
         return {half_bits(raw.d[r]) * float(scale), half_bits(raw.d[r] >> 16) * float(minimum)};
     }
 };
