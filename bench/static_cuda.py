@@ -329,8 +329,8 @@ def page(facts: list[Facts]) -> str:
         f"# CUDA kernels, by ptxas\n\nMade by `python -m bench.static_cuda{chosen}`, nvcc "
         f"{release[0] if release else 'of unknown version'}. Blocks have {THREADS} threads, those "
         "of decode 256, or fewer where shared memory is short, of the 8-bit GEMM, of quantize_rows "
-        "and transform_rows 256, of wgmma 384 (whose consumers take 240 registers, whatever is said "
-        "here). Per architecture: registers a thread (blocks "
+        "and transform_rows 256, of wgmma 384 (whose consumers take 240 registers, whatever is "
+        "said here). Per architecture: registers a thread (blocks "
         "that fit on a multiprocessor), the larger of float16 and bfloat16; spills in bytes, the "
         "largest; shared memory of the largest launch.\n\n" + table(facts) + "\n"
     )

@@ -160,8 +160,11 @@ def _by_columns(plan: Plan, x: Symbolic) -> Symbolic:
 def k_slices_for(problem: Problem, device: torch.device) -> int:
     """Split-K slices of the launches for a problem: every SM has a block or two.
 
-    Partial sums fit in the workspace. If copies of x need it too, rows are computed in slices.
+    One if the order of sums must not depend on M: the decode kernel takes these problems, except
+    for weights of too few rows. Partial sums fit in the workspace. If copies of x need it too, rows are computed in slices.
     """
+    if problem.batch_invariant:
+        return 1
     traits = traits_of(problem)
     columns = columns_of(traits.codes)
     blocks = -(-problem.shape[0] // ROWS) * -(-problem.m // columns)

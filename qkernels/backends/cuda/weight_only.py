@@ -238,7 +238,8 @@ def decode_groups(traits: layout.WeightOnlyTraits, call: WeightOnlyCall) -> int:
     if not scales.cuda.startswith("k"):  # kernels of one scaler
         return 1 if traits.scaler == "row_scale" else codes.tile // (scales.group or layout.SLICE)
     in_float = scales.zero == "point" and call.args.scale_type == SCALE_TYPES[torch.float32]
-    return 0 if scales.flat or in_float else call.scale_groups
+    looked_up = bool(call.args.slice_group)  # groups do not follow one another along K
+    return 0 if scales.flat or in_float or looked_up else call.scale_groups
 
 
 def columns_for(
