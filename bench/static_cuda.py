@@ -18,12 +18,13 @@ import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 from bench.static import assembly, hazards
 from bench.static.facts import tools
 from qkernels.backends.cuda import build, eight_bit, gemm, hopper, transforms
-from qkernels.backends.cuda import weight_only as gemv
+from qkernels.backends.cuda import weight_only as decode
 from qkernels.backends.triton.configs import SHARED_KIB
 from qkernels.layouts.codecs import cuda_kernels
 
@@ -40,10 +41,12 @@ _ENTRY = re.compile(
     re.S,
 )
 _NAME = re.compile(
-    r"weight_only_(?P<kernel>gem[vm]|hopper)INS_\d+(?P<dtype>Half|BFloat)E(?P<classes>\w+)"
+    r"weight_only_(?P<kernel>decode|gemm|hopper)INS_\d+(?P<dtype>Half|BFloat)E(?P<classes>\w+)"
 )
-#: `Plain` with the number of scale groups in a tile; other scalers have one fixed number
-_SCALE_GROUPS = re.compile(r"\d+PlainILi(\d+)E")
+#: `Plain` and `Grouped` with the number of scale groups in a tile; other scalers have one number
+_SCALE_GROUPS = re.compile(r"\d+(?:Plain|Grouped)ILi(\d+)E")
+#: the last argument of the decode kernel's template: columns of 8 rows of x, 0 for one row
+_COLUMN_TILES = re.compile(r"ELi(\d)EEEvNS_\d+WeightOnlyArgsE")
 _EIGHT_BIT = re.compile(r"eight_bit_gemmILi\d+ELb(?P<blocks>\d)ELi(?P<rows>\d+)E")
 _EIGHT_GEMV = re.compile(
     r"eight_bit_gemvILi\d+ELb(?P<blocks>\d)ENS_\d+(StoredRowsILi(?P<stored>\d+)E|"
@@ -68,12 +71,10 @@ SOURCES = {
 }
 
 #: (kernel, source, scale groups in a tile, architecture) -> bytes that nvcc 13.0 is known to spill:
-#: a value or two around a call or a wait. Except for the last entry, these kernels are for group
-#: sizes that few checkpoints have. More bytes, or spills of other kernels, are a problem.
+#: more bytes, or spills of other kernels, are a problem. FP8 with four scales in 64 features is in
+#: no checkpoint that we know.
 KNOWN_SPILLS = {
-    ("gemv", "e4m3", 0, "100a"): 8,
-    ("gemv", "e5m2", 0, "100a"): 8,
-    ("gemv", "e5m2", 0, "120a"): 8,
+    ("decode 1 row", "e4m3", 4, "90a"): 96,
     ("gemm", "unsigned4_two_level", -1, "90a"): 8,
 }
 
@@ -122,7 +123,7 @@ class Facts(NamedTuple):
             "GMMA"
             if self.kernel.startswith("wgmma")
             else "MMA"
-            if self.kernel.startswith("gem")
+            if self.kernel.startswith(("gem", "decode"))
             else ""
         )
         if instruction not in self.tensor:
@@ -205,7 +206,7 @@ def parse(text: str, source: str, arch: str, tensor: dict[str, tuple[str, str]])
     for entry in _ENTRY.finditer(text):
         if entry["arch"] != arch or ("_hopper" in entry["name"] and arch != "90a"):
             continue  # Hopper kernels are empty for other architectures
-        kernel, dtype, scale_groups, dynamic, threads = _kernel(entry["name"], source)
+        kernel, dtype, scale_groups, dynamic, threads = _kernel(entry["name"], source, arch)
         spilled = int(entry["stores"]) + int(entry["loads"])
         facts.append(
             Facts(
@@ -221,10 +222,10 @@ def parse(text: str, source: str, arch: str, tensor: dict[str, tuple[str, str]])
     return facts
 
 
-def _kernel(mangled: str, source: str) -> tuple[str, str, int, int, int]:
+def _kernel(mangled: str, source: str, arch: str) -> tuple[str, str, int, int, int]:
     """Kernel, dtype, scale groups, shared memory and threads, from a kernel's mangled name."""
     if name := _NAME.search(mangled):
-        return _weight_only(name, source)
+        return _weight_only(name, source, arch)
     if name := _EIGHT_BIT.search(mangled):
         label = f"gemm {name['rows']} rows{', blocks' * int(name['blocks'])}"
         shared = eight_bit.shared_bytes(False, int(name["rows"]))
@@ -254,17 +255,24 @@ def _granularity(number: str) -> str:
     return {str(value): name for name, value in eight_bit.GRANULARITIES.items()}[number]
 
 
-def _weight_only(name: re.Match[str], source: str) -> tuple[str, str, int, int, int]:
+def _weight_only(name: re.Match[str], source: str, arch: str) -> tuple[str, str, int, int, int]:
     (codes, scalers), threads = WEIGHT_ONLY[source], THREADS
     outliers = "TwoLevel" in scalers
-    kernel, plain = name["kernel"], _SCALE_GROUPS.search(name["classes"])
+    kernel, groups = name["kernel"], _SCALE_GROUPS.search(name["classes"])
     if kernel == "hopper":
         kernel, dynamic, threads = "wgmma", hopper.shared_bytes(codes, outliers), hopper.THREADS
     elif kernel == "gemm":
         dynamic = gemm.shared_bytes(codes)
     else:
-        dynamic = gemv.shared_bytes(codes, outliers=outliers)
-    return kernel, name["dtype"], int(plain[1]) if plain else -1, dynamic, threads
+        tiles = _COLUMN_TILES.search(name["classes"])
+        assert tiles is not None
+        columns = 8 * int(tiles[1]) or 1
+        kernel = f"decode {columns} row{'s' * (columns > 1)}"
+        traits: Any = SimpleNamespace(codes=codes, outliers=outliers)
+        warps = decode.warps_in(traits, SHARED_KIB[int(arch.rstrip("a"))] * 1024)
+        dynamic = decode.shared_bytes(traits, columns, columns, warps)
+        threads = 32 * warps
+    return kernel, name["dtype"], int(groups[1]) if groups else -1, dynamic, threads
 
 
 def table(facts: list[Facts]) -> str:
@@ -320,8 +328,9 @@ def page(facts: list[Facts]) -> str:
     return (
         f"# CUDA kernels, by ptxas\n\nMade by `python -m bench.static_cuda{chosen}`, nvcc "
         f"{release[0] if release else 'of unknown version'}. Blocks have {THREADS} threads, those "
-        "of the 8-bit GEMM, of quantize_rows and transform_rows 256, of wgmma 384 (whose consumers "
-        "take 240 registers, whatever is said here). Per architecture: registers a thread (blocks "
+        "of decode 256, or fewer where shared memory is short, of the 8-bit GEMM, of quantize_rows "
+        "and transform_rows 256, of wgmma 384 (whose consumers take 240 registers, whatever is "
+        "said here). Per architecture: registers a thread (blocks "
         "that fit on a multiprocessor), the larger of float16 and bfloat16; spills in bytes, the "
         "largest; shared memory of the largest launch.\n\n" + table(facts) + "\n"
     )

@@ -29,7 +29,8 @@ ptxas info    : Function properties for NAME
 ptxas info    : Used 120 registers, used 1 barriers, 64 bytes cumulative stack size
 """.replace(
     "NAME",
-    "_ZN2qk16weight_only_gemvINS_4HalfELi2ENS_5PlainILi4EEEEEvNS_14WeightOnlyArgsE",
+    "_ZN2qk18weight_only_decodeINS_4HalfENS_6LinearIS1_Li4EEENS_7GroupedILi4ELi0ELi1EEELi1EEEv"
+    "NS_14WeightOnlyArgsE",
 )
 
 
@@ -40,7 +41,9 @@ def test_kernels_compile_without_spills() -> None:
     assert {(f.kernel, f.dtype, f.scale_groups) for f in facts} == {
         (kernel, dtype, scale_groups)
         for kernel, all_scale_groups in (
-            ("gemv", (0, 1, 2, 4)),
+            ("decode 1 row", (1, 2, 4)),
+            ("decode 8 rows", (0, 1, 2, 4)),
+            ("decode 16 rows", (0, 1, 2, 4)),
             ("gemm", (0, 1, 4)),
             ("wgmma", (0, 1, 4)),
         )
@@ -83,7 +86,7 @@ def test_the_static_table_sees_spills_and_missing_kernels() -> None:
     good, bad = (
         static_cuda.parse(PTXAS.format(stores=n), "linear4", "80", tensor)[0] for n in (0, 8)
     )
-    assert (good.registers, good.stack, good.blocks, good.problems) == (120, 64, 4, [])
+    assert (good.registers, good.stack, good.blocks, good.problems) == (120, 64, 1, [])
     assert bad.problems == ["spills 8 bytes"]
     assert static_cuda.parse(PTXAS.format(stores=0), "linear4", "80", {})[0].problems == [
         "no MMA instruction"
@@ -96,7 +99,7 @@ def test_the_static_table_sees_spills_and_missing_kernels() -> None:
     hazard = {entry[1]: ("HGMMA", "MOV writes R8, which a product under way reads")}
     overtaken = static_cuda.parse(PTXAS.format(stores=0), "linear4", "80", hazard)[0]
     assert overtaken.problems == ["MOV writes R8, which a product under way reads"]
-    assert "| gemv | linear4 | 4 | 120 (4) | 8 |" in static_cuda.table([good, bad])
+    assert "| decode 8 rows | linear4 | 4 | 120 (1) | 8 |" in static_cuda.table([good, bad])
     with pytest.raises(RuntimeError, match="ptxas said nothing of any kernel"):
         static_cuda.parse("", "linear4", "80", {})
 
@@ -176,6 +179,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(build, "unavailable", lambda: None)
     monkeypatch.setattr(build, "is_built", lambda: True)
     monkeypatch.setattr(weight_only, "sm_count", lambda device: 132)
+    monkeypatch.setattr(weight_only, "device_shared_bytes", lambda device: 227 * 1024)
     problem._capability.cache_clear()
     build.obstacle.cache_clear()
     registry.choose.cache_clear()
@@ -193,8 +197,8 @@ def test_auto_takes_cuda_for_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(m: int, backend: str = "auto", batch_invariant: bool = False) -> Any:
         return qk.explain(p, m, torch.bfloat16, "cuda", backend, batch_invariant)
 
-    decode, triton = "cuda.weight_only_gemv", "triton.weight_only_gemm"
-    most = weight_only.COLUMNS
+    decode, triton = "cuda.weight_only_decode", "triton.weight_only_gemm"
+    most = weight_only.MOST
     assert [chosen(m).kernel for m in (1, most, most + 1, 512)] == [decode, decode, triton, triton]
     few, why = chosen(1), "it issues fewer instructions a weight"
     assert f"taken first, because {why}" in few.reason
@@ -234,7 +238,7 @@ def test_an_extension_for_other_gpus_is_not_taken(monkeypatch: pytest.MonkeyPatc
     registry.choose.cache_clear()
     old = qk.explain(p, 1, device="cuda")
     assert old.backend == "triton"
-    assert "the driver knows CUDA up to 12.8" in dict(old.rejected)["cuda.weight_only_gemv"]
+    assert "the driver knows CUDA up to 12.8" in dict(old.rejected)["cuda.weight_only_decode"]
 
 
 def test_code_is_loaded_only_from_where_nobody_else_can_write(
@@ -303,5 +307,5 @@ def test_failed_build_shows_the_compilers_words(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing without a GPU")
 def test_without_a_gpu_the_backend_says_so() -> None:
     p = qk.quantize(torch.randn(16, 64), "gptq", group_size=32)
-    with pytest.raises(ValueError, match="cuda.weight_only_gemv: no CUDA device is visible"):
+    with pytest.raises(ValueError, match="cuda.weight_only_decode: no CUDA device is visible"):
         qk.matmul(torch.randn(1, 64).half(), p, backend="cuda")

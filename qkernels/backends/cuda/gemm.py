@@ -160,14 +160,15 @@ def _by_columns(plan: Plan, x: Symbolic) -> Symbolic:
 def k_slices_for(problem: Problem, device: torch.device) -> int:
     """Split-K slices of the launches for a problem: every SM has a block or two.
 
-    In batch-invariant mode they do not depend on M.
-
-    Partial sums fit in the workspace. If copies of x need it too, rows are computed in slices.
+    One if the order of sums must not depend on M: the decode kernel takes these problems, except
+    for weights of few rows. Partial sums fit in the workspace. If copies of x need it too, rows are
+    computed in slices.
     """
+    if problem.batch_invariant:
+        return 1
     traits = traits_of(problem)
     columns = columns_of(traits.codes)
-    m = 1 if problem.batch_invariant else problem.m
-    blocks = -(-problem.shape[0] // ROWS) * -(-m // columns)
+    blocks = -(-problem.shape[0] // ROWS) * -(-problem.m // columns)
     most = min(decode.MAX_K_SLICES, workspace.BYTES // (blocks * ROWS * columns * 4))
     tiles = decode.tiles_of(problem.shape, traits)
     return k_slices.count_for(tiles, blocks, 2 * sm_count(device), STAGES, most)

@@ -239,7 +239,8 @@ def decode_groups(traits: layout.WeightOnlyTraits, call: WeightOnlyCall) -> int:
     if not scales.cuda.startswith("k"):  # kernels of one scaler
         return 1 if traits.scaler == "row_scale" else codes.tile // (scales.group or layout.SLICE)
     in_float = scales.zero == "point" and call.args.scale_type == SCALE_TYPES[torch.float32]
-    return 0 if scales.flat or in_float else call.scale_groups
+    looked_up = bool(call.args.slice_group)  # groups do not follow one another along K
+    return 0 if scales.flat or in_float or looked_up else call.scale_groups
 
 
 def columns_for(
@@ -270,12 +271,17 @@ def has_constants(codes: CodeKind) -> bool:
 @lru_cache(maxsize=4096)
 def warps_for(traits: layout.WeightOnlyTraits, device: torch.device) -> int:
     """Warps of a block, for any M: the order of sums depends on them."""
+    return warps_in(traits, device_shared_bytes(device))
+
+
+def warps_in(traits: layout.WeightOnlyTraits, shared: int) -> int:
+    """`warps_for` a GPU whose blocks may have `shared` bytes of shared memory."""
     most = columns_for(MOST, ROWS, traits, 0, False)
     for warps in WARPS:
         largest = max(shared_bytes(traits, columns, columns, warps) for columns in (1, 8, most))
-        if largest <= device_shared_bytes(device):
+        if largest <= shared:
             return warps
-    raise RuntimeError(f"{traits}: no block fits in the shared memory of {device}")
+    raise RuntimeError(f"{traits}: expected a block to fit in {shared} bytes of shared memory")
 
 
 def stage_bytes(traits: layout.WeightOnlyTraits, columns: int, rows_x: int) -> int:
