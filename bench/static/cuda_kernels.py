@@ -12,11 +12,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from qkernels.backends.cuda import build, gemm
 from qkernels.backends.cuda import weight_only as launcher
-from qkernels.backends.cuda.calls import SCALE_TYPES, SCALINGS, WeightOnlyArgs
+from qkernels.backends.cuda.calls import SCALINGS, WeightOnlyArgs
 from qkernels.backends.weight_only import traits_of
 from qkernels.layouts import codecs
 from qkernels.layouts.codecs import CodeKind
@@ -125,7 +123,7 @@ def _instance(template: str, dtype: str, traits: Any, scale_groups: int) -> str:
     codes, scalers = codecs.cuda_kernels()[kernel]
     scaler = re.sub(r"^Only<(.*?)(, true)?>$", r"\1", scalers)
     if scaler == "Plain<1>" and "decode" in template:
-        scaler = f"Grouped<1, {SCALINGS['none', False, False]}, -1>"
+        scaler = f"Grouped<1, {SCALINGS['none', False, False]}>"
     if scalers.startswith("AnyPlain"):  # as in csrc/weight_only/launch.h
         scales = traits.scales
         if "gemm" in template:
@@ -134,8 +132,7 @@ def _instance(template: str, dtype: str, traits: Any, scale_groups: int) -> str:
             scaler = "Plain<0>"
         else:
             kind = SCALINGS[scales.zero, scales.flat, scales.nested]
-            type = SCALE_TYPES[torch.float16] if scales.zero == "point" else -1
-            scaler = f"Grouped<{scale_groups}, {kind}, {type}>"
+            scaler = f"Grouped<{scale_groups}, {kind}>"
     words = {"T": dtype, "D": re.sub(r"\bT\b", dtype, codes.cuda), "S": scaler}
     return re.sub(r"\b[TDS]\b", lambda match: words[match[0]], template)
 

@@ -39,7 +39,8 @@ struct DecodeScaler<Plain<1>> {
 /// The decode kernel for the rows of x of the call's blocks, or null.
 template <typename T, typename D, typename S>
 WeightOnlyKernel decode_kernel(const WeightOnlyCall& call) {
-    if constexpr (S::kGroups > 0) {
+    // SpQR's scales of long tiles take too many registers.
+    if constexpr (S::kGroups > 0 && !(S::kOutliers && kTile<D> == 256)) {
         if (call.columns == 1 && call.rows == 16 * kRowTiles<D, S, 0>) {
             return weight_only_decode<T, D, S, 0>;
         }
@@ -72,21 +73,13 @@ struct AnyPlain {
     /// one another along K.
     template <typename T, typename D, int KIND>
     static WeightOnlyKernel find_decode(const WeightOnlyCall& call) {
-        if constexpr (KIND == kGroup) {
-            return call.args.scale_type == kFloat16    ? grouped<T, D, KIND, kFloat16>(call)
-                   : call.args.scale_type == kBFloat16 ? grouped<T, D, KIND, kBFloat16>(call)
-                                                       : nullptr;
-        } else if constexpr (KIND == kScale || KIND == kNested) {
-            return grouped<T, D, KIND, -1>(call);
+        if constexpr (KIND == kGroup || KIND == kScale || KIND == kNested) {
+            return call.scale_groups == 1   ? decode_kernel<T, D, Grouped<1, KIND>>(call)
+                   : call.scale_groups == 2 ? decode_kernel<T, D, Grouped<2, KIND>>(call)
+                   : call.scale_groups == 4 ? decode_kernel<T, D, Grouped<4, KIND>>(call)
+                                            : nullptr;
         }
         return nullptr;
-    }
-    template <typename T, typename D, int KIND, int TYPE>
-    static WeightOnlyKernel grouped(const WeightOnlyCall& call) {
-        return call.scale_groups == 1   ? decode_kernel<T, D, Grouped<1, KIND, TYPE>>(call)
-               : call.scale_groups == 2 ? decode_kernel<T, D, Grouped<2, KIND, TYPE>>(call)
-               : call.scale_groups == 4 ? decode_kernel<T, D, Grouped<4, KIND, TYPE>>(call)
-                                        : nullptr;
     }
     template <typename T, typename D>
     static HopperKernel find_hopper(const WeightOnlyCall& call) {

@@ -155,12 +155,11 @@ struct Plain {
     }
 };
 
-/// Scales of kind KIND, whose groups follow one another along K: SCALE_GROUPS in a tile, 1, 2 or 4,
-/// or fewer than one. TYPE: the dtype of scales with zero points; other scales are of any dtype.
-template <int SCALE_GROUPS, int KIND, int TYPE = -1>
+/// Scales of kind KIND, in 16 bits if there are zero points. Their groups follow one another along
+/// K: SCALE_GROUPS in a tile, 1, 2 or 4, or fewer than one.
+template <int SCALE_GROUPS, int KIND>
 struct Grouped {
     static_assert(KIND == kGroup || KIND == kScale || KIND == kNested, "");
-    static_assert((KIND == kGroup) == (TYPE == kFloat16 || TYPE == kBFloat16), "");
     static constexpr int kGroups = SCALE_GROUPS;
     static constexpr bool kHasMin = false, kOutliers = false, kHasZero = KIND == kGroup;
 
@@ -262,9 +261,10 @@ struct Grouped {
             const float offset = load_global(static_cast<const float*>(args.scaler[3]));
             return load_global(map + bits) * bits_to_float(other) + offset;
         }
-        const int type = KIND == kGroup ? TYPE : args.scale_type;
-        return type == kFloat16 ? to_float(Half{uint16_t(bits)})
-                                : bits_to_float(type == kBFloat16 ? bits << 16 : bits);
+        if (args.scale_type == kFloat16) {
+            return to_float(Half{uint16_t(bits)});
+        }
+        return bits_to_float(KIND == kGroup || args.scale_type == kBFloat16 ? bits << 16 : bits);
     }
     QK_DEVICE ScaleZero get(const WeightOnlyArgs&, const Rows&, int r, int group, int) const {
         return scales[group][r];

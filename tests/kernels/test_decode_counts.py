@@ -185,7 +185,8 @@ def test_the_page_has_the_slowest_format_first() -> None:
 def test_the_codes_of_a_weight_give_its_products() -> None:
     codes = codecs.CODES["linear", 4]
     assert cuda_kernels.Decoder("", 16, 8).mma_per_tile(codes) == 8
-    assert cuda_kernels.Decoder("", 32, 16, sums=1).mma_per_tile(codes) == 8 * (2 * 2 + 1)
+    assert cuda_kernels.Decoder("", 32, 16, sums=1).mma_per_tile(codes) == 8 * (2 + 1) * 2
+    assert cuda_kernels.Decoder("", 64, 1, sums=1).mma_per_tile(codes) == 8 * (4 + 1)
 
 
 @pytest.mark.skipif(build.nvcc() is None, reason="no nvcc")

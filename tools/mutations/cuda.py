@@ -5,7 +5,9 @@ from __future__ import annotations
 DECODE, GEMM, TILE, CUDA_SCALERS = (
     f"csrc/weight_only/{f}.h" for f in ("decode", "gemm", "tile", "scalers")
 )
-QUAD, SPARSE = (f"csrc/weight_only/{f}.h" for f in ("quad_scalers", "outliers"))
+QUAD, SPARSE, DECODE_MEMORY = (
+    f"csrc/weight_only/{f}.h" for f in ("quad_scalers", "outliers", "decode_memory")
+)
 CODECS = "qkernels/layouts/codecs.py"
 CUDA_DECODERS, MEMORY = "csrc/decoders/decoders.h", "csrc/ptx/memory.h"
 EIGHT_BIT_GEMM, EIGHT_BIT_GEMV, EIGHT_BIT_ROWS, GEMV_ROWS, OUTLIERS = (
@@ -26,10 +28,10 @@ CUDA = [
     (DECODE, "k_slices > 1 && s < k_slices; s++", "k_slices > 1 && s < k_slices - 1; s++"),
     (DECODE, "w < warps; w++", "w < warps - 1; w++"),
     (DECODE, "if (n >= first_row) {", "if (n > first_row) {"),
-    (DECODE, "if (args.x_tail &&", "if (false &&"),
+    (DECODE_MEMORY, "if (args.x_tail &&", "if (false &&"),
     (DECODE, "sum += shuffle_xor(sum, 2);", ""),
-    (DECODE, "const bool zero = ONE_ROW &&", "const bool zero = false &&"),
-    (DECODE, "m + 8 < rows_x ? 8 * kChunks * 16 : 0", "0"),
+    (DECODE_MEMORY, "const bool zero = ONE_ROW &&", "const bool zero = false &&"),
+    (DECODE_MEMORY, "m + 8 < rows_x ? 8 * kChunks * 16 : 0", "0"),
     (DECODE, "left > 1 ? tile + warps : tile", "tile"),
     (DECODE, "total + sparse_total<COLUMNS>(sparse, at)", "total"),
     (TILE, "store_global(counter, 0)", "store_global(counter, 1)"),
@@ -69,7 +71,7 @@ CUDA = [
     (QUAD, "from_quad(raw.w[r], group / 2)", "raw.w[r]"),
     (QUAD, "from_quad(raw.w[r], group / 4)", "raw.w[r]"),
     (QUAD, "slice < slices ? slice : slices - 1", "slice"),
-    (QUAD, "rows.row[r] / args.row_group", "rows.row[r] / 16"),
+    (QUAD, "divided(second_row, args.row_divisor)", "divided(second_row, args.group_divisor)"),
     (SPARSE, "i += blocks_y() * parts", "i += parts"),
     (SPARSE, "const bool live = i + o * k_slices < end &&", "const bool live ="),
     (SPARSE, "m + c * 8 < args.x_rows", "true"),

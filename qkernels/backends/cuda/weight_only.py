@@ -248,10 +248,11 @@ def columns_for(
 ) -> int:
     """Rows of x of a block.
 
-    One row has a kernel of its own, unless its sums must be in the order of more rows' or scales
-    are looked up one by one (scale_groups = 0). 16 rows of long tiles take too much shared memory.
+    One row has a kernel of its own, unless its sums must be in the order of more rows', scales are
+    looked up one by one (scale_groups = 0), or SpQR's scales take too many registers. 16 rows of long tiles take too much shared memory.
     """
-    if m == 1 and scale_groups and not invariant and n >= rows_for(traits, 1):
+    own_kernel = scale_groups and not (traits.outliers and traits.codes.tile == 256)
+    if m == 1 and own_kernel and not invariant and n >= rows_for(traits, 1):
         return 1
     return 8 if m <= 8 or traits.codes.tile == 256 else 16
 
