@@ -62,7 +62,7 @@ def decoder_of(m: int, traits: WeightOnlyTraits, scale_groups: int) -> Decoder:
     """
     codes = traits.codes
     if m <= launcher.MOST:
-        columns = launcher.columns_for(m, SHAPE[0], traits, scale_groups, False)
+        columns = launcher.columns_for(m, SHAPE[0], traits, scale_groups, False, _LARGE)
         sums = int(traits.scales.zero != "none" or launcher.has_constants(codes))
         template = f"weight_only_decode<T, D, S, {columns // _COLUMNS}>"
         return Decoder(template, launcher.rows_for(traits, columns), columns, sums)

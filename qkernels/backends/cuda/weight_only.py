@@ -33,7 +33,7 @@ ROWS, STAGES = 32, 3
 #: the most rows of x
 MOST = 16
 #: warps of a block: the first number with which every launch for a weight fits in shared memory
-WARPS = (8, 4, 2, 1)
+WARPS = (8, 4, 2)
 #: the most split-K slices of a launch
 MAX_K_SLICES = 32
 #: threads of a block of the GEMM
@@ -126,7 +126,7 @@ def _launch(
 ) -> None:
     """Declare the kernel's launch for at most MAX_ROWS rows."""
     m, n = x.shape[0], p.shape[0]
-    args, columns = call.args, columns_for(m, n, traits, call.scale_groups, invariant)
+    args, columns = call.args, columns_for(m, n, traits, call.scale_groups, invariant, x.device)
     rows = rows_for(traits, columns)
     blocks = -(-n // rows) * -(-m // columns)
     count, warps = k_slices_for(p.shape, traits, x.device), warps_for(traits, x.device)
@@ -244,7 +244,12 @@ def decode_groups(traits: layout.WeightOnlyTraits, call: WeightOnlyCall) -> int:
 
 
 def columns_for(
-    m: int, n: int, traits: layout.WeightOnlyTraits, scale_groups: int, invariant: bool
+    m: int,
+    n: int,
+    traits: layout.WeightOnlyTraits,
+    scale_groups: int,
+    invariant: bool,
+    device: torch.device,
 ) -> int:
     """Rows of x of a block.
 
@@ -254,7 +259,9 @@ def columns_for(
     own_kernel = scale_groups and not (traits.outliers and traits.codes.tile == 256)
     if m == 1 and own_kernel and not invariant and n >= rows_for(traits, 1):
         return 1
-    return 8 if m <= 8 or traits.codes.tile == 256 else 16
+    codes = traits.codes
+    no_room = codes.tile == 256 or (codes.table and device_shared_bytes(device) < 160 * 1024)
+    return 8 if m <= 8 or no_room else 16
 
 
 def rows_for(traits: layout.WeightOnlyTraits, columns: int) -> int:
@@ -277,7 +284,7 @@ def warps_for(traits: layout.WeightOnlyTraits, device: torch.device) -> int:
 
 def warps_in(traits: layout.WeightOnlyTraits, shared: int) -> int:
     """`warps_for` a GPU whose blocks may have `shared` bytes of shared memory."""
-    most = columns_for(MOST, ROWS, traits, 0, False)
+    most = columns_for(MOST, ROWS, traits, 0, False, device)
     for warps in WARPS:
         largest = max(shared_bytes(traits, columns, columns, warps) for columns in (1, 8, most))
         if largest <= shared:
@@ -311,7 +318,7 @@ def configuration(problem: Problem) -> str:
     """Block sizes and split-K slices in words, for `explain`."""
     traits, device = traits_of(problem), torch.device(problem.device)
     # As for scales that are not looked up one by one: few weights have others.
-    columns = columns_for(problem.m, problem.shape[0], traits, 1, problem.batch_invariant)
+    columns = columns_for(problem.m, problem.shape[0], traits, 1, problem.batch_invariant, device)
     count = k_slices_for(problem.shape, traits, device)
     again = f", which reads the weight {-(-problem.m // columns)} times"
     rows = "1 row" if columns == 1 else f"{columns} rows"
