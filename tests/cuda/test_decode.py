@@ -36,3 +36,11 @@ def test_few_rows_of_w_do_not_depend_on_m() -> None:
     assert_fused_close(y, x, p)
     for m in (1, 17, 64, 65):
         assert torch.equal(qk.matmul(x[:m], p, backend="cuda", batch_invariant=True), y[:m]), m
+
+
+@pytest.mark.parametrize("size", [45, 70])
+def test_a_single_group_that_ends_inside_a_slice(size: int) -> None:
+    p = qk.quantize(torch.randn(64, size), "spqr", bits=4, group_size=size, row_group=16).to(DEVICE)
+    for m in (1, 2):
+        x = torch.randn(m, size).half().to(DEVICE)
+        assert_fused_close(qk.matmul(x, p, backend="cuda"), x, p)
