@@ -44,3 +44,13 @@ def test_a_single_group_that_ends_inside_a_slice(size: int) -> None:
     for m in (1, 2):
         x = torch.randn(m, size).half().to(DEVICE)
         assert_fused_close(qk.matmul(x, p, backend="cuda"), x, p)
+
+
+def test_scales_of_many_rows() -> None:
+    """The last row of the first scale's, where the quotient without division is one too large."""
+    rows = 32950
+    weight = torch.randn(rows + 1, 16)
+    weight[-1] *= 100
+    p = qk.quantize(weight, "fp8", granularity="block", block_rows=rows, block_columns=16)
+    p, x = p.to(DEVICE), torch.randn(1, 16).half().to(DEVICE)
+    assert_fused_close(qk.matmul(x, p, backend="cuda"), x, p)
