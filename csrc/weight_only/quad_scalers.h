@@ -446,7 +446,7 @@ struct TwoLevel : Quad<SCALE_GROUPS, true> {
         Rows() = default;
         QK_DEVICE Rows(const WeightOnlyArgs& args, int first_row, int second_row)
             : row{first_row, second_row},
-              second{divided(first_row, args.row_divisor), divided(second_row, args.row_divisor)} {}
+              second{row_group_of(args, first_row), row_group_of(args, second_row)} {}
     };
     /// stats: the codes of scale and zero point, a byte per scale group of this lane.
     struct Raw {

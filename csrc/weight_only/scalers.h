@@ -42,9 +42,16 @@ struct ScaleZero {
     float scale, zero;
 };
 
-/// x / divisor for x < 2^24, by the number that qkernels/backends/cuda/calls.py makes of the
-/// divisor.
+/// x / divisor, by the number that qkernels/backends/cuda/calls.py makes of the divisor. x < 2^24
+/// and x * divisor < 2^30, as for the scale groups of up to 2^19 features.
 QK_DEVICE int divided(int x, uint32_t divisor) { return multiply_high(2 * x + 1, divisor); }
+
+/// The number of the rows' group, which share scales, that `row` is in. For long groups `divided`
+/// may be one more.
+QK_DEVICE int row_group_of(const WeightOnlyArgs& args, int row) {
+    const int group = divided(row, args.row_divisor);
+    return group - int(group * args.row_group > row);
+}
 
 /// The scales of one output row.
 class RowScales {
@@ -173,7 +180,7 @@ struct Grouped {
             QK_UNROLL
             for (int r = 0; r < 2; r++) {
                 const int row = r == 0 ? first_row : second_row;
-                const int column = KIND == kGroup ? row : divided(row, args.row_divisor);
+                const int column = KIND == kGroup ? row : row_group_of(args, row);
                 scales[r] = static_cast<const unsigned char*>(args.scaler[0]) +
                             int64_t(column) * scale_bytes(args);
                 zeros[r] = static_cast<const unsigned char*>(args.scaler[1]) + column;

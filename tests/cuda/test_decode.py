@@ -36,3 +36,21 @@ def test_few_rows_of_w_do_not_depend_on_m() -> None:
     assert_fused_close(y, x, p)
     for m in (1, 17, 64, 65):
         assert torch.equal(qk.matmul(x[:m], p, backend="cuda", batch_invariant=True), y[:m]), m
+
+
+@pytest.mark.parametrize("size", [45, 70])
+def test_a_single_group_that_ends_inside_a_slice(size: int) -> None:
+    p = qk.quantize(torch.randn(64, size), "spqr", bits=4, group_size=size, row_group=16).to(DEVICE)
+    for m in (1, 2):
+        x = torch.randn(m, size).half().to(DEVICE)
+        assert_fused_close(qk.matmul(x, p, backend="cuda"), x, p)
+
+
+def test_scales_of_many_rows() -> None:
+    """The last row of the first scale's, where the quotient without division is one too large."""
+    rows = 32950
+    weight = torch.randn(rows + 1, 16)
+    weight[-1] *= 100
+    p = qk.quantize(weight, "fp8", granularity="block", block_rows=rows, block_columns=16)
+    p, x = p.to(DEVICE), torch.randn(1, 16).half().to(DEVICE)
+    assert_fused_close(qk.matmul(x, p, backend="cuda"), x, p)

@@ -183,7 +183,7 @@ def _call_template(
         scale_stride=-(-n // traits.row_group), last_group=(kp - 1) // group,
         scale_row_bytes=-(-n // traits.row_group) * scaler[0].element_size(),
         x_tail=int(k % codes.tile != 0),
-        group_divisor=divisor(max(1, group // unit), -(-kp // unit)),
+        group_divisor=divisor(-(-group // unit), -(-kp // unit)),
         row_divisor=divisor(traits.row_group, n),
         # kernels of one scaler ignore it
         scaling=SCALINGS.get((scales.zero, scales.flat, scales.nested), 0),
