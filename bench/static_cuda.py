@@ -73,9 +73,23 @@ SOURCES = {
 #: (kernel, source, scale groups in a tile, architecture) -> bytes that nvcc 13.0 is known to spill:
 #: more bytes, or spills of other kernels, are a problem
 KNOWN_SPILLS = {
-    ("decode 1 row", "unsigned2_two_level", -1, "90a"): 24,
-    ("decode 1 row", "unsigned3_two_level", -1, "90a"): 72,
+    ("decode 8 rows", "linear3", 4, "100a"): 24,
+    ("decode 8 rows", "linear3", 4, "120a"): 8,
+    ("decode 8 rows", "signed3_q3_k", -1, "80"): 24,
+    ("decode 8 rows", "unsigned2_two_level", -1, "80"): 40,
+    ("decode 8 rows", "unsigned2_two_level", -1, "100a"): 32,
+    ("decode 8 rows", "unsigned2_two_level", -1, "120a"): 16,
+    ("decode 8 rows", "unsigned3_two_level", -1, "80"): 88,
+    ("decode 8 rows", "unsigned3_two_level", -1, "100a"): 80,
+    ("decode 8 rows", "unsigned3_two_level", -1, "120a"): 80,
+    ("decode 16 rows", "signed6_q6_k", -1, "120a"): 8,
+    ("gemm", "linear2", 4, "100a"): 8,
+    ("gemm", "linear3", 4, "100a"): 8,
+    ("gemm", "lut16_iq4_xs", -1, "80"): 56,
+    ("gemm", "unsigned5_q4_k", -1, "90a"): 24,
     ("gemm", "unsigned4_two_level", -1, "90a"): 8,
+    ("gemm", "unsigned4_two_level", -1, "100a"): 28,
+    ("gemm", "unsigned4_two_level", -1, "120a"): 8,
 }
 
 

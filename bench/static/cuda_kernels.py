@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from qkernels.backends.cuda import build, gemm
 from qkernels.backends.cuda import weight_only as launcher
 from qkernels.backends.cuda.calls import SCALINGS, WeightOnlyArgs
+from qkernels.backends.triton.configs import SHARED_KIB
 from qkernels.backends.weight_only import traits_of
 from qkernels.layouts import codecs
 from qkernels.layouts.codecs import CodeKind
@@ -25,6 +26,7 @@ from .facts import tools
 from .jobs.base import DTYPES, problem_of, weight
 
 ARCH, SHAPE = "90a", (8192, 8192)
+_SHARED = SHARED_KIB[90] * 1024
 CPP_TYPES = {"fp16": "Half", "bf16": "BFloat"}
 #: features along K of one m16n8k16, and the rows of x that are its columns
 _FEATURES, _COLUMNS = 16, 8
@@ -32,7 +34,8 @@ _FEATURES, _COLUMNS = 16, 8
 _OF_WEIGHT = (
     "qdata", "qhigh", "perm", "slice_group", "table", "scaler0", "scaler1", "scaler2", "scaler3",
     "row_offsets", "col_vals", "n", "k", "kp", "tiles", "group", "shift", "row_group",
-    "scale_group", "scaling", "scale_type", "is_float", "m", "x_chunks", "x_tail", "stage_bytes", "last_group",
+    "scale_group", "scaling", "scale_type", "is_float", "m", "x_chunks", "x_tail",
+    "stage_bytes", "last_group",
 )  # fmt: skip
 
 
@@ -62,7 +65,7 @@ def decoder_of(m: int, traits: WeightOnlyTraits, scale_groups: int) -> Decoder:
     """
     codes = traits.codes
     if m <= launcher.MOST:
-        columns = launcher.columns_for(m, SHAPE[0], traits, scale_groups, False, _LARGE)
+        columns = launcher.columns_for(m, SHAPE[0], traits, scale_groups, False, _SHARED)
         sums = int(traits.scales.zero != "none" or launcher.has_constants(codes))
         template = f"weight_only_decode<T, D, S, {columns // _COLUMNS}>"
         return Decoder(template, launcher.rows_for(traits, columns), columns, sums)

@@ -27,6 +27,13 @@
 
 namespace qk {
 
+/// Whether the code is compiled for Hopper.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+constexpr bool kIsHopper = true;
+#else
+constexpr bool kIsHopper = false;
+#endif
+
 /// 16-bit floats as bits; the wrappers have their arithmetic.
 struct Half {
     uint16_t bits;

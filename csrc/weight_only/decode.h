@@ -45,11 +45,12 @@ template <typename D, typename S, int COLUMN_TILES>
 constexpr int kRowTiles =
     COLUMN_TILES == 0 && D::kHigh == 0 && D::kBook == 0 && !S::kOutliers ? 4 : 2;
 /// Whether the compiler has enough registers if an SM is to hold two blocks. Other kernels would
-/// spill.
+/// spill; elsewhere than on Hopper these, too, by a few bytes.
 template <typename D, typename S, int COLUMN_TILES>
-constexpr bool kFewRegisters = D::kHigh == 0 && D::kBook == 0 && !S::kHasMin && D::kFactor == 1 &&
-                               (D::kTable ? S::kGroups == 2 && COLUMN_TILES < 2
-                                          : D::kWidth < 8 && D::kZero == 0 && S::kGroups == 1);
+constexpr bool kFewRegisters =
+    kIsHopper && D::kHigh == 0 && D::kBook == 0 && !S::kHasMin && D::kFactor == 1 &&
+    (D::kTable ? S::kGroups == 2 && COLUMN_TILES < 2
+               : D::kWidth < 8 && D::kZero == 0 && S::kGroups == 1);
 
 /// Whether every constant that `raw` adds, with kZero, is a number of T.
 template <typename T, typename D>

@@ -70,7 +70,8 @@ def assert_as_weights_say(
     """Compare rows with infinities to the dequantized weight in x's dtype (0 * infinity is NaN).
 
     NaN is allowed where a min or a sparse weight is multiplied separately, and, for few rows, a
-    zero point. CUDA's decode kernel also does that with what it adds to integer codes. Very small weights are left out, because two ways to compute them may round only one
+    zero point. CUDA's decode kernel also does that with what it adds to integer codes. Very small
+    weights are left out, because two ways to compute them may round only one
     of them to 0.
     """
     traits = qk.formats.get(p.format).weight_only_traits(p.shape, p.params)

@@ -139,7 +139,8 @@ def test_triton_stays_within_32_mb(
 
 
 def cuda_kernels(name: str) -> list[str]:
-    """The CUDA kernels that may copy x. The decode kernel takes many rows only in batch-invariant mode, and
+    """The CUDA kernels that may copy x. The decode kernel takes many rows only in
+    batch-invariant mode, and
     copies in its own loop.
     """
     if name in ("w8a8", "fp8", "int8"):
@@ -173,7 +174,7 @@ def test_cuda_stays_within_32_mb(
 
 @pytest.mark.parametrize("k", [1021, 1024])
 def test_cuda_rows_that_are_no_whole_chunks(k: int, no_kernels: NoKernels) -> None:
-    """Rows that need padding, and x at an odd address: the decode kernel's loop copies slices, too."""
+    """Rows that need padding, and x at an odd address: the decode kernel's loop copies, too."""
     p = qk.quantize(torch.randn(64, k), "gptq", group_size=-1).prepack_("weight_only")
     m = 40_000
     x = torch.empty(m * k + 1, dtype=torch.float16)[1:].view(m, k)

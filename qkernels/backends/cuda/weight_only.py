@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ...weights.packed import PackedWeight
     from ..problem import Problem
 
-#: as in csrc/weight_only/decode.h: the fewest rows of W of a block; tiles of a warp in shared memory
+#: as in csrc/weight_only: the fewest rows of W of a block, tiles of a warp in shared memory
 ROWS, STAGES = 32, 3
 #: the most rows of x
 MOST = 16
@@ -126,7 +126,8 @@ def _launch(
 ) -> None:
     """Declare the kernel's launch for at most MAX_ROWS rows."""
     m, n = x.shape[0], p.shape[0]
-    args, columns = call.args, columns_for(m, n, traits, call.scale_groups, invariant, x.device)
+    args = call.args
+    columns = columns_for(m, n, traits, call.scale_groups, invariant, device_shared_bytes(x.device))
     rows = rows_for(traits, columns)
     blocks = -(-n // rows) * -(-m // columns)
     count, warps = k_slices_for(p.shape, traits, x.device), warps_for(traits, x.device)
@@ -249,18 +250,19 @@ def columns_for(
     traits: layout.WeightOnlyTraits,
     scale_groups: int,
     invariant: bool,
-    device: torch.device,
+    shared: int,
 ) -> int:
-    """Rows of x of a block.
+    """Rows of x of a block, which may have `shared` bytes of shared memory.
 
     One row has a kernel of its own, unless its sums must be in the order of more rows', scales are
-    looked up one by one (scale_groups = 0), or SpQR's scales take too many registers. 16 rows of long tiles take too much shared memory.
+    looked up one by one (scale_groups = 0), or SpQR's scales take too many registers. 16 rows of
+    long tiles take too much shared memory, and those of tables where there is little.
     """
     own_kernel = scale_groups and not (traits.outliers and traits.codes.tile == 256)
     if m == 1 and own_kernel and not invariant and n >= rows_for(traits, 1):
         return 1
     codes = traits.codes
-    no_room = codes.tile == 256 or (codes.table and device_shared_bytes(device) < 160 * 1024)
+    no_room = codes.tile == 256 or (codes.table and shared < 160 * 1024)
     return 8 if m <= 8 or no_room else 16
 
 
@@ -284,7 +286,7 @@ def warps_for(traits: layout.WeightOnlyTraits, device: torch.device) -> int:
 
 def warps_in(traits: layout.WeightOnlyTraits, shared: int) -> int:
     """`warps_for` a GPU whose blocks may have `shared` bytes of shared memory."""
-    most = columns_for(MOST, ROWS, traits, 0, False, device)
+    most = columns_for(MOST, ROWS, traits, 0, False, shared)
     for warps in WARPS:
         largest = max(shared_bytes(traits, columns, columns, warps) for columns in (1, 8, most))
         if largest <= shared:
@@ -318,11 +320,14 @@ def configuration(problem: Problem) -> str:
     """Block sizes and split-K slices in words, for `explain`."""
     traits, device = traits_of(problem), torch.device(problem.device)
     # As for scales that are not looked up one by one: few weights have others.
-    columns = columns_for(problem.m, problem.shape[0], traits, 1, problem.batch_invariant, device)
+    columns = columns_for(
+        problem.m, problem.shape[0], traits, 1, problem.batch_invariant, device_shared_bytes(device)
+    )
     count = k_slices_for(problem.shape, traits, device)
     again = f", which reads the weight {-(-problem.m // columns)} times"
     rows = "1 row" if columns == 1 else f"{columns} rows"
     return (
-        f"{rows} of x and {rows_for(traits, columns)} of W a block of {warps_for(traits, device)} warps, K in "
+        f"{rows} of x and {rows_for(traits, columns)} of W a block of "
+        f"{warps_for(traits, device)} warps, K in "
         f"{count} slices{again if problem.m > columns else ''}"
     )
