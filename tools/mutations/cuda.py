@@ -71,7 +71,7 @@ CUDA = [
     (QUAD, "from_quad(raw.w[r], group / 2)", "raw.w[r]"),
     (QUAD, "from_quad(raw.w[r], group / 4)", "raw.w[r]"),
     (QUAD, "slice < slices ? slice : slices - 1", "slice"),
-    (QUAD, "divided(second_row, args.row_divisor)", "divided(second_row, args.group_divisor)"),
+    (QUAD, "row_group_of(args, second_row)", "row_group_of(args, first_row)"),
     (SPARSE, "i += blocks_y() * parts", "i += parts"),
     (SPARSE, "const bool live = i + o * k_slices < end &&", "const bool live ="),
     (SPARSE, "m + c * 8 < args.x_rows", "true"),
