@@ -283,8 +283,11 @@ def _weight_only(name: re.Match[str], source: str, arch: str) -> tuple[str, str,
         columns = 8 * int(tiles[1]) or 1
         kernel = f"decode {columns} row{'s' * (columns > 1)}"
         traits: Any = SimpleNamespace(codes=codes, outliers=outliers)
-        warps = decode.warps_in(traits, SHARED_KIB[int(arch.rstrip("a"))] * 1024)
-        dynamic = decode.shared_bytes(traits, columns, columns, warps)
+        shared = SHARED_KIB[int(arch.rstrip("a"))] * 1024
+        warps = decode.warps_in(traits, shared)
+        most = decode.columns_for(decode.MOST, decode.ROWS, traits, 0, False, shared)
+        # Where memory is short, no launch has 16 rows.
+        dynamic = decode.shared_bytes(traits, columns, columns, warps) if columns <= most else 0
         threads = 32 * warps
     return kernel, name["dtype"], int(groups[1]) if groups else -1, dynamic, threads
 
