@@ -57,29 +57,6 @@ QK_DEVICE Words4 load_stream(const Words4* p, uint64_t policy) {
     return load_global(p);
 #endif
 }
-QK_DEVICE Words2 load_stream(const Words2* p, uint64_t policy) {
-#ifdef __CUDACC__
-    Words2 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v2.b32 {%0, %1}, [%2], %3;"
-                 : "=r"(v.w[0]), "=r"(v.w[1])
-                 : "l"(p), "l"(policy));
-    return v;
-#else
-    return load_global(p);
-#endif
-}
-QK_DEVICE uint32_t load_stream(const uint32_t* p, uint64_t policy) {
-#ifdef __CUDACC__
-    uint32_t v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.b32 %0, [%1], %2;"
-                 : "=r"(v)
-                 : "l"(p), "l"(policy));
-    return v;
-#else
-    return load_global(p);
-#endif
-}
-
 template <typename T>
 QK_DEVICE void store_global(T* p, T value) {
 #ifndef __CUDACC__

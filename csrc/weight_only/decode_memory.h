@@ -13,6 +13,7 @@ namespace qk {
 
 /// Tiles of a warp that are in shared memory at a time.
 constexpr int kDecodeStages = 3;
+
 /// Index of chunk c of row m of x in a stage. Rows turn their chunks, so that `load_matrix` reads
 /// from all banks.
 template <int CHUNKS>

@@ -70,81 +70,66 @@ QK_DEVICE int group_of_lane(const WeightOnlyArgs& args, int tile) {
     return group < last ? group : last;
 }
 
+/// Base of the scalers whose lanes have one scale group of the tile each, in one word a row.
+/// Scaler: its static `scale_of` makes the scales of a word.
+template <typename Scaler, int SCALE_GROUPS, bool HAS_MIN>
+struct GroupALane : Quad<SCALE_GROUPS, HAS_MIN> {
+    using typename Quad<SCALE_GROUPS, HAS_MIN>::Raw;
+    using typename Quad<SCALE_GROUPS, HAS_MIN>::Rows;
+
+    Raw raw;
+    QK_DEVICE void take(const WeightOnlyArgs&, const Raw& fetched, int) { raw = fetched; }
+
+    QK_DEVICE ScaleZero get(const WeightOnlyArgs&, const Rows&, int r, int group, int) const {
+        return Scaler::scale_of(from_quad(raw.w[r], group));
+    }
+
+    // A lane has the scales of its own group already.
+    QK_HOST_DEVICE static constexpr bool own_halves(int) { return false; }
+    QK_HOST_DEVICE static constexpr bool own_odd(int) { return false; }
+    using Own = Raw;
+    QK_DEVICE static void fetch_own(Own& raw, const WeightOnlyArgs& args, const Rows& rows,
+                                    int tile, int features) {
+        Scaler::fetch(raw, args, rows, tile, features);
+    }
+    QK_DEVICE static ScaleZero own(const WeightOnlyArgs&, const Own& raw, int r, int, int, int) {
+        return Scaler::scale_of(raw.w[r]);
+    }
+};
+
 /// GGUF's q4_0, q5_0 and q8_0: a scale d per 32 features. With HAS_MIN, q4_1 and q5_1: also m, and
 /// weight = d * value + m.
 template <int SCALE_GROUPS, bool HAS_MIN>
-struct Blocks : Quad<SCALE_GROUPS, HAS_MIN> {
+struct Blocks : GroupALane<Blocks<SCALE_GROUPS, HAS_MIN>, SCALE_GROUPS, HAS_MIN> {
     using Base = Quad<SCALE_GROUPS, HAS_MIN>;
-    using typename Base::Raw;
-    using typename Base::Rows;
 
-    QK_DEVICE static void fetch(Raw& raw, const WeightOnlyArgs& args, const Rows& rows, int tile,
-                                int) {
+    QK_DEVICE static void fetch(typename Base::Raw& raw, const WeightOnlyArgs& args,
+                                const typename Base::Rows& rows, int tile, int) {
         const int at = group_of_lane<SCALE_GROUPS>(args, tile);
         Base::load_rows(raw.w, rows, [&](int row) {
             return HAS_MIN ? halves(args, args.scaler[0], args.scaler[1], at, row)
                            : item<uint16_t>(args, args.scaler[0], at, row);
         });
     }
-
-    Raw raw;
-    QK_DEVICE void take(const WeightOnlyArgs&, const Raw& fetched, int) { raw = fetched; }
-
-    QK_DEVICE ScaleZero get(const WeightOnlyArgs&, const Rows&, int r, int group, int) const {
-        return scale_of(from_quad(raw.w[r], group));
-    }
     QK_DEVICE static ScaleZero scale_of(uint32_t word) {
         return {half_bits(word), HAS_MIN ? -half_bits(word >> 16) : 0};
-    }
-
-    // A lane has the scales of its own group already.
-    QK_HOST_DEVICE static constexpr bool own_halves(int) { return false; }
-    QK_HOST_DEVICE static constexpr bool own_odd(int) { return false; }
-    using Own = Raw;
-    QK_DEVICE static void fetch_own(Own& raw, const WeightOnlyArgs& args, const Rows& rows,
-                                    int tile, int features) {
-        fetch(raw, args, rows, tile, features);
-    }
-    QK_DEVICE static ScaleZero own(const WeightOnlyArgs&, const Own& raw, int r, int, int, int) {
-        return scale_of(raw.w[r]);
     }
 };
 
 /// MXFP4: a scale 2^(code - 127) per 32 features, as a byte.
 template <int SCALE_GROUPS>
-struct E8M0 : Quad<SCALE_GROUPS, false> {
+struct E8M0 : GroupALane<E8M0<SCALE_GROUPS>, SCALE_GROUPS, false> {
     using Base = Quad<SCALE_GROUPS, false>;
-    using typename Base::Raw;
-    using typename Base::Rows;
 
-    QK_DEVICE static void fetch(Raw& raw, const WeightOnlyArgs& args, const Rows& rows, int tile,
-                                int) {
+    QK_DEVICE static void fetch(typename Base::Raw& raw, const WeightOnlyArgs& args,
+                                const typename Base::Rows& rows, int tile, int) {
         const int at = group_of_lane<SCALE_GROUPS>(args, tile);
         Base::load_rows(raw.w, rows,
                         [&](int row) { return item<uint8_t>(args, args.scaler[0], at, row); });
     }
-
-    Raw raw;
-    QK_DEVICE void take(const WeightOnlyArgs&, const Raw& fetched, int) { raw = fetched; }
-
-    QK_DEVICE ScaleZero get(const WeightOnlyArgs&, const Rows&, int r, int group, int) const {
-        return scale_of(from_quad(raw.w[r], group));
-    }
     QK_DEVICE static ScaleZero scale_of(uint32_t code) {
         // The exponent of a float32; 2^-127 is not a normal number.
         return {bits_to_float(code != 0 ? code << 23 : 0x00400000), 0};
-    }
-
-    // A lane has the scales of its own group already.
-    QK_HOST_DEVICE static constexpr bool own_halves(int) { return false; }
-    QK_HOST_DEVICE static constexpr bool own_odd(int) { return false; }
-    using Own = Raw;
-    QK_DEVICE static void fetch_own(Own& raw, const WeightOnlyArgs& args, const Rows& rows,
-                                    int tile, int features) {
-        fetch(raw, args, rows, tile, features);
-    }
-    QK_DEVICE static ScaleZero own(const WeightOnlyArgs&, const Own& raw, int r, int, int, int) {
-        return scale_of(raw.w[r]);
     }
 };
 

@@ -87,7 +87,7 @@ def _launch(
     m, n = y.shape
     columns = columns_of(traits.codes)
     blocks = -(-n // ROWS) * -(-m // columns)
-    call.grid_x, call.grid_y = blocks, count
+    call.grid_x, call.grid_y, call.threads = blocks, count, THREADS
     call.shared = shared_bytes(traits.codes)
     scratch: list[Symbolic] = []
     if count > 1:

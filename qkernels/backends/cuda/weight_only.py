@@ -36,8 +36,6 @@ MOST = 16
 WARPS = (8, 4, 2)
 #: the most split-K slices of a launch
 MAX_K_SLICES = 32
-#: threads of a block of the GEMM
-THREADS = 128
 #: rows of x in one launch, so that the workspace stays small
 MAX_ROWS = 384
 
@@ -208,7 +206,6 @@ def _call_template(
     return WeightOnlyCall(
         args=args,
         scale_groups=scale_groups if scale_groups in (1, 2, 4) else 0,
-        threads=THREADS,
         is_bfloat=int(dtype == torch.bfloat16),
         size=ctypes.sizeof(WeightOnlyCall),
     )
