@@ -65,8 +65,7 @@ struct Magic<BFloat> {
 
 template <typename T>
 QK_HOST_DEVICE uint32_t broadcast(float value) {
-    const T v = from_float<T>(value);
-    return pair(v, v);
+    return round_pair<T>(value, value);
 }
 
 /// word >> right; a negative `right` shifts to the left.

@@ -182,16 +182,16 @@ QK_DEVICE void multiply_tiles(const EightBitArgs& args, int warpgroup) {
 
 /// Grid: one block per SM, or fewer. Shared memory: HopperTiling::kShared.
 template <int KIND, bool BLOCKS>
-__global__ void __launch_bounds__(kHopperThreads, 1)
+__global__ void __launch_bounds__(hopper_threads(2), 1)
     eight_bit_hopper(const __grid_constant__ EightBitHopperArgs all) {
     if constexpr (kOnHopper) {
         using P = HopperTiling<KIND>;
         if (thread_index() == 0) {
-            init_ring(P::full(0), P::empty(0), P::kStages);
+            init_ring(P::full(0), P::empty(0), P::kStages, 2);
             barrier_init_done();
         }
-        run_pipeline([&] { copy_codes<P>(all); },
-                     [&](int warpgroup) { multiply_tiles<KIND, BLOCKS>(all.args, warpgroup); });
+        run_pipeline<2>([&] { copy_codes<P>(all); },
+                        [&](int warpgroup) { multiply_tiles<KIND, BLOCKS>(all.args, warpgroup); });
     }
 }
 

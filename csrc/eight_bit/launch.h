@@ -61,8 +61,8 @@ std::string launch_hopper(const EightBitCall& call) {
     if (!error.empty()) {
         return error;
     }
-    return launch(eight_bit_hopper<KIND, BLOCKS>, {call.split, 1, kHopperThreads, P::kShared}, all,
-                  call.stream, call.pdl != 0);
+    return launch(eight_bit_hopper<KIND, BLOCKS>, {call.split, 1, hopper_threads(2), P::kShared},
+                  all, call.stream, call.pdl != 0);
 }
 
 template <int KIND, bool BLOCKS>

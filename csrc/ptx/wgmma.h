@@ -123,11 +123,13 @@ void finish_8(const emulation::Product& p) {
 #define QK_8(X, v, i)                                                                      \
     X(v[i]), X(v[i + 1]), X(v[i + 2]), X(v[i + 3]), X(v[i + 4]), X(v[i + 5]), X(v[i + 6]), \
         X(v[i + 7])
-#define QK_64(X, v, i)                                                                            \
-    QK_8(X, v, i), QK_8(X, v, i + 8), QK_8(X, v, i + 16), QK_8(X, v, i + 24), QK_8(X, v, i + 32), \
-        QK_8(X, v, i + 40), QK_8(X, v, i + 48), QK_8(X, v, i + 56)
+#define QK_32(X, v, i) QK_8(X, v, i), QK_8(X, v, i + 8), QK_8(X, v, i + 16), QK_8(X, v, i + 24)
+#define QK_64(X, v, i) QK_32(X, v, i), QK_32(X, v, i + 32)
 #define QK_FLOAT_SUM(v) "+f"(v)
 #define QK_INT_SUM(v) "+r"(v)
+#define QK_SUMS_32                                                                     \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, " \
+    "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define QK_SUMS_64                                                                     \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, " \
     "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, " \
@@ -144,37 +146,36 @@ void finish_8(const emulation::Product& p) {
     "%111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, "   \
     "%124, %125, %126, %127"
 
-/// sums (64, N) [+]= a (64, 16) * b (N, 16)^T. `a` is in registers, which must not change until the
+/// sums (64, N) += a (64, 16) * b (N, 16)^T. `a` is in registers, which must not change until the
 /// product is waited for.
 template <typename T, int N>
-QK_DEVICE void product(float (&sums)[N / 2], uint32_t (&a)[4], Operand b, bool accumulate) {
-    static_assert(N == 128 || N == 256, "");
+QK_DEVICE void product(float (&sums)[N / 2], uint32_t (&a)[4], Operand b) {
+    static_assert(N == 64 || N == 128, "");
 #ifndef __CUDACC__
     emulation::product_issue(
-        {{}, a, sums, nullptr, reinterpret_cast<const void*>(b.bits), accumulate, finish_16<T, N>});
+        {{}, a, sums, nullptr, reinterpret_cast<const void*>(b.bits), true, finish_16<T, N>});
 #elif QK_HOPPER
-#define QK_PRODUCT(TYPE, COLUMNS, COUNT, A0, A1, A2, A3, B, P)                              \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" P                                     \
-                 ", 0;\nwgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32." TYPE "." TYPE \
-                 " {" QK_SUMS_##COUNT "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" B        \
-                                      ", p, 1, 1, 0;\n}"                                    \
-                 : QK_PRODUCT_SUMS_##COUNT                                                  \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits), "r"(int(accumulate)))
+#define QK_PRODUCT(TYPE, COLUMNS, COUNT, A0, A1, A2, A3, B)                           \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32." TYPE "." TYPE \
+                 " {" QK_SUMS_##COUNT "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" B  \
+                                      ", 1, 1, 1, 0;"                                 \
+                 : QK_PRODUCT_SUMS_##COUNT                                            \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits))
+#define QK_PRODUCT_SUMS_32 QK_32(QK_FLOAT_SUM, sums, 0)
 #define QK_PRODUCT_SUMS_64 QK_64(QK_FLOAT_SUM, sums, 0)
-#define QK_PRODUCT_SUMS_128 QK_64(QK_FLOAT_SUM, sums, 0), QK_64(QK_FLOAT_SUM, sums, 64)
     constexpr bool is_half = std::is_same<T, Half>::value;
-    if constexpr (N == 128 && is_half) {
-        QK_PRODUCT("f16", "128", 64, "64", "65", "66", "67", "68", "69");
-    } else if constexpr (N == 128) {
-        QK_PRODUCT("bf16", "128", 64, "64", "65", "66", "67", "68", "69");
+    if constexpr (N == 64 && is_half) {
+        QK_PRODUCT("f16", "64", 32, "32", "33", "34", "35", "36");
+    } else if constexpr (N == 64) {
+        QK_PRODUCT("bf16", "64", 32, "32", "33", "34", "35", "36");
     } else if constexpr (is_half) {
-        QK_PRODUCT("f16", "256", 128, "128", "129", "130", "131", "132", "133");
+        QK_PRODUCT("f16", "128", 64, "64", "65", "66", "67", "68");
     } else {
-        QK_PRODUCT("bf16", "256", 128, "128", "129", "130", "131", "132", "133");
+        QK_PRODUCT("bf16", "128", 64, "64", "65", "66", "67", "68");
     }
 #undef QK_PRODUCT
+#undef QK_PRODUCT_SUMS_32
 #undef QK_PRODUCT_SUMS_64
-#undef QK_PRODUCT_SUMS_128
 #endif
 }
 
@@ -221,9 +222,11 @@ struct ProductOfCodes {
 };
 
 #undef QK_8
+#undef QK_32
 #undef QK_64
 #undef QK_FLOAT_SUM
 #undef QK_INT_SUM
+#undef QK_SUMS_32
 #undef QK_SUMS_64
 #undef QK_SUMS_128
 

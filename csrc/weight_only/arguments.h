@@ -28,7 +28,7 @@ struct WeightOnlyArgs {
     const void* bias;          // (N) or null
     void* y;                   // (M, N)
     float* partial;            // (split-K slices, blocks, rows of a block x columns of a block)
-    int* counter;              // (blocks, or decode's row tiles), zero before and after
+    int* counter;              // (blocks; hopper: and 3 warpgroups), zero before and after
     int m, n, k, kp;
     int tiles, k_slice;          // tiles of 16 words along K: in all, and in a split-K slice
     int group, shift;            // features in a group, and log2 of it or -1
@@ -40,7 +40,7 @@ struct WeightOnlyArgs {
     int x_tail;       // decode: whether K ends inside a tile
     int stage_bytes;  // decode: shared memory of a tile of a warp
     // `Grouped` and `TwoLevel`
-    int scale_stride, scale_row_bytes;    // scales of a group: their number and bytes
+    int scale_stride;                     // scales of a group
     int last_group;                       // number of the last group
     uint32_t group_divisor, row_divisor;  // scale groups (or slices) in a group, rows that share
     int x_rows;    // gemm with outliers: rows of x, padded with zeros to a multiple of 8
@@ -55,7 +55,7 @@ struct WeightOnlyCall {
     int kernel;         // 0: decode, 1: gemm, 2: hopper
     int is_bfloat;      // of x, y and bias
     int scale_groups;   // of `Plain`: scale groups in a tile of one row, 1, 2, 4, or 0 for any
-    int rows, columns;  // decode: rows of W and of x of a block
+    int rows, columns;  // decode: rows of W and of x of a block; hopper: columns
     int pdl;            // programmatic dependent launch (sm_90+)
     int size;           // bytes of this struct in the caller's build
 };

@@ -84,29 +84,11 @@ struct Decoding {
     }
 };
 
-/// Bytes at the start of shared memory: the codebook, or the table of pairs, which is 256 entries
-/// of a word for each lane, 256 bytes apart. No two lanes read from one bank, whatever their codes.
+/// Bytes at the start of shared memory: the codebook, or the table of pairs.
 template <typename T, typename D, typename S>
 constexpr bool kHasPairs = Decoding<T, D, S>::kRaw && D::kTable;
 template <typename T, typename D, typename S>
-constexpr int kDecodeBookBytes = kHasPairs<T, D, S> ? 64 * 1024 : kBookBytes<D>;
-
-/// Entry b of the table of pairs: the values of codes b % 16 and b / 16.
-QK_DEVICE void fill_pairs(const Table& entries, uint32_t* pairs) {
-    const auto value = [&](uint32_t code) {
-        uint32_t bytes = 0;
-        QK_UNROLL
-        for (int i = 0; i < 4; i++) {  // a byte of entries 4 i .. 4 i + 3, for each plane
-            const uint32_t pick = code % 4 | (code % 4 + 4) << 4;
-            const uint32_t both = prmt(entries.w[i], entries.w[4 + i], pick) & 0xFFFF;
-            bytes = code / 4 == uint32_t(i) ? both : bytes;
-        }
-        return bytes;
-    };
-    for (uint32_t b = warp_index(); b < 256; b += threads_x() / 32) {
-        store_shared(pairs + b * 64 + lane_index(), value(b % 16) | value(b / 16) << 16);
-    }
-}
+constexpr int kDecodeBookBytes = kHasPairs<T, D, S> ? kPairsBytes : kBookBytes<D>;
 
 /// The first operands of the products that put sums right, one for each constant of `D::raw`.
 template <typename T, typename D, typename S>
@@ -148,19 +130,6 @@ QK_DEVICE void add_group(float& acc, float sum, float sum_x, float constants,
         sum -= scale.zero * sum_x;
     }
     acc += scale.scale * (Traits::kRaw ? D::kFactor : 1) * sum;
-}
-
-/// A lane's values as `D::raw` makes them.
-template <typename D>
-QK_DEVICE Values<D> raw_values(const Packed<D>& packed, const Table& table) {
-    Values<D> values;
-    QK_UNROLL
-    for (int i = 0; i < 8; i++) {
-        const int row = i / 4, p = i / 2 % 2, h = i % 2;
-        const uint32_t high = high_bits<D>(packed.high[row], p, h);
-        D::raw(packed.low[row].w[p * 2 + h], high, table, values.pairs[row][p][h]);
-    }
-    return values;
 }
 
 /// acc += a tile's weights times its activations. raw: the tile's scales; then those of next_tile.
@@ -478,7 +447,8 @@ __global__ void __launch_bounds__(256, (kFewRegisters<D, S, COLUMN_TILES> ? 2 : 
                          total_of<S, columns>(sums, sparse, outputs, at));
         }
         int* const flag = reinterpret_cast<int*>(sums + warps * outputs);
-        if (!is_last_part(args.counter + block_index_x(), k_slices, flag)) {
+        if (!is_last_part(args.counter + block_index_x(), k_slices, flag, thread_index() == 0,
+                          sync_block)) {
             return;
         }
     }

@@ -196,7 +196,7 @@ QK_DEVICE bool reduce_slices(float (&acc)[COUNT][4], const WeightOnlyArgs& args,
         store_global(mine + i * kThreads, acc[i / 4][i % 4]);
         acc[i / 4][i % 4] = 0;
     }
-    if (!is_last_part(args.counter + block_index_x(), k_slices, last)) {
+    if (!is_last_part(args.counter + block_index_x(), k_slices, last, t == 0, sync_block)) {
         return false;
     }
     for (int s = 0; s < k_slices; s++) {
@@ -243,7 +243,7 @@ __global__ void __launch_bounds__(kThreads, (kGemmBlocks<D>))
 
     float acc[columns / 8][4] = {};
     if (S::kOutliers) {
-        add_sparse<T>(acc, args, first, block.m0);
+        add_sparse<T>(acc, args, first, block.m0, block_index_y(), blocks_y());
     }
     for (int step = 0; step < block.end - block.begin; step++) {
         copy_async_wait<kStages - 2>();

@@ -1,40 +1,43 @@
 // y = x @ W^T + bias for many rows of x on Hopper: wgmma takes the decoded and scaled weights from
 // registers and x from shared memory. TMA copies the codes and x to shared memory.
 //
-// A block has three warpgroups (ptx/pipeline.h). One thread of the first starts the copies; the
-// other two multiply 64 rows of W each by COLUMNS rows of x, in chunks of 64 features:
+// One warpgroup of a block starts the copies (ptx/pipeline.h). The three others multiply 64 rows of
+// W each by COLUMNS rows of x, 64 or 128, in chunks of 64 features:
 //
-//        x ring, chunks                      codes ring, tiles                warpgroup 1, 2
+//        x ring, chunks                      codes ring, tiles                warpgroups 1, 2, 3
 //      +-----------------------+     +--------------------------+
-//      | COLUMNS rows x 128 B, |     | 128 rows x 64 B          |      codes -> registers -> values
-//      | swizzled              | ... | [+ high bits of each row]| ...  x scale -> operand a[i % 2]
+//      | COLUMNS rows x 128 B, |     | 192 rows x 64 B          |      codes -> registers -> values
+//      | swizzled              | ... | [+ high bits of each row]| ...  x scale -> operands a[s % 2]
 //      +-----------------------+     +--------------------------+      sums += a * x^T   (wgmma)
 //        full / empty barriers          full / empty barriers
 //
-// While the tensor core multiplies slice i (16 features), the warps prepare slice i + 1. A warp
+// Blocks are tall, because packed weights are cheap: for each feature a block reads 96 bytes of
+// 4-bit codes and 256 of 128 rows of x from the L2 cache. A block of 128 x 256, whose products are
+// a third more, would read 64 and 512: more than the cache can give all SMs.
+//
+// While the tensor core multiplies two slices (32 features), the warps prepare the next two. A warp
 // loads the codes of a whole tile at once, so their ring stage is free again early. Weights are
-// scaled in float32 and rounded once; if a row has only one scale, sums are scaled instead. The
-// kernel is persistent (one block per SM): a block computes one work tile after another, and the
-// copies for the next one start while the last one is stored. K is never cut, so sums do not depend
-// on M.
+// scaled and rounded once (pair_scale.h); if a row has only one scale, sums are scaled instead.
+//
+// The kernel is persistent (one block per SM): a block computes one work tile after another, and
+// the copies for the next one start while the last one is stored. If there are fewer tiles than
+// SMs, K is cut into split-K slices; of each warpgroup's sums, the block that finishes last adds
+// the slices in order.
 #pragma once
 #include "../ptx/pipeline.h"
 #include "../ptx/wgmma.h"
 #include "gemm.h"
+#include "pair_scale.h"
 
 namespace qk {
 
-constexpr int kHopperRows = 128, kChunk = 64;
+/// Consumer warpgroups of a block, its rows of W, and features of a chunk.
+constexpr int kHopperConsumers = 3, kHopperRows = 64 * kHopperConsumers, kChunk = 64;
 
 struct HopperArgs {
     WeightOnlyArgs weight;
     TensorMap x;
 };
-
-/// Rows of x of a block: fewer if a tile's values or the outliers need the registers of half the
-/// sums.
-template <typename D, typename S>
-constexpr int kHopperColumns = D::kPairs == 8 || S::kOutliers ? 128 : 256;
 
 /// Bytes of the high bits of one row of a tile.
 template <typename D>
@@ -43,21 +46,25 @@ constexpr int kHighRow = D::kHigh > 0 ? 4 * int(sizeof(HighWords<D>)) : 0;
 /// Layout of shared memory.
 template <typename D, int COLUMNS>
 struct HopperShared {
-    static constexpr int kChunkBytes = COLUMNS * 128, kChunks = COLUMNS == 256 ? 4 : 6;
-    static constexpr int kLowBytes = kHopperRows * 64;
-    static constexpr int kHighBytes = kHopperRows * kHighRow<D>;
-    static constexpr int kTileBytes = kLowBytes + kHighBytes, kTiles = D::kHigh > 0 ? 2 : 3;
-    static constexpr int kOutBytes = kHopperRows * COLUMNS * 2;
+    static constexpr int kChunkBytes = COLUMNS * 128;
+    static constexpr int kChunks = COLUMNS == 64 ? 8 : D::kTable ? 4 : 6;
+    static constexpr int kLowBytes = kHopperRows * 64, kHighBytes = kHopperRows * kHighRow<D>;
+    static constexpr int kTileBytes = kLowBytes + kHighBytes, kTiles = COLUMNS == 64 ? 4 : 3;
+    static constexpr int kOutBytes = 64 * COLUMNS * 2;  // of a warpgroup
     static constexpr int kCodesAt = kChunks * kChunkBytes, kOutAt = kCodesAt + kTiles * kTileBytes;
-    static constexpr int kBarriersAt = kOutAt + kOutBytes;
-    static constexpr int kBookAt = kBarriersAt + 2 * (kChunks + kTiles) * int(sizeof(Barrier));
-    static constexpr int kBytes = kBookAt + kBookBytes<D>;
+    static constexpr int kBarriersAt = kOutAt + kHopperConsumers * kOutBytes;
+    static constexpr int kFlagsAt = kBarriersAt + 2 * (kChunks + kTiles) * int(sizeof(Barrier));
+    static constexpr int kBookAt = kFlagsAt + 16;
+    static constexpr int kBytes = kBookAt + (D::kTable ? kPairsBytes : kBookBytes<D>);
 
     unsigned char* start;
     QK_DEVICE unsigned char* chunk(int i) const { return start + i * kChunkBytes; }
     QK_DEVICE unsigned char* codes(int i) const { return start + kCodesAt + i * kTileBytes; }
     QK_DEVICE unsigned char* out(int warpgroup) const {
-        return start + kOutAt + warpgroup * (kOutBytes / 2);
+        return start + kOutAt + warpgroup * kOutBytes;
+    }
+    QK_DEVICE int* flag(int warpgroup) const {
+        return reinterpret_cast<int*>(start + kFlagsAt) + warpgroup;
     }
     QK_DEVICE uint32_t* book() const { return reinterpret_cast<uint32_t*>(start + kBookAt); }
     QK_DEVICE Barrier* barriers() const { return reinterpret_cast<Barrier*>(start + kBarriersAt); }
@@ -67,17 +74,26 @@ struct HopperShared {
     QK_DEVICE Barrier* codes_empty(int i) const { return barriers() + 2 * kChunks + kTiles + i; }
 };
 
-/// Work tile number `work`: the outputs of rows m0.. of x and n0.. of W. Rows of x go fastest.
+/// Work number `work`: the outputs of rows m0.. of x and n0.. of W, and tiles begin .. end of K,
+/// which are split-K slice `slice`. Rows of x go fastest, slices slowest.
 template <int COLUMNS>
 struct WorkTile {
-    int m0, n0;
+    int m0, n0, block, slice, begin, end;
     QK_DEVICE WorkTile(const WeightOnlyArgs& args, int work) {
-        const int blocks_m = (args.m + COLUMNS - 1) / COLUMNS;
-        m0 = work % blocks_m * COLUMNS;
-        n0 = work / blocks_m * kHopperRows;
+        const int blocks_m = (args.m + COLUMNS - 1) / COLUMNS, blocks = count(args);
+        block = work % blocks;
+        slice = work / blocks;
+        m0 = block % blocks_m * COLUMNS;
+        n0 = block / blocks_m * kHopperRows;
+        begin = slice * args.k_slice;
+        end = begin + args.k_slice < args.tiles ? begin + args.k_slice : args.tiles;
     }
+    /// Blocks of outputs.
     static QK_DEVICE int count(const WeightOnlyArgs& args) {
         return (args.m + COLUMNS - 1) / COLUMNS * ((args.n + kHopperRows - 1) / kHopperRows);
+    }
+    static QK_DEVICE int slices(const WeightOnlyArgs& args) {
+        return (args.tiles + args.k_slice - 1) / args.k_slice;
     }
 };
 
@@ -90,10 +106,11 @@ QK_DEVICE void copy_all(const HopperArgs& args, const HopperShared<D, COLUMNS>& 
     RingPosition<Shared::kTiles> codes;
     bool first = true;
     prefetch(args.x);
-    for (int work = block_index_x(); work < WorkTile<COLUMNS>::count(w); work += blocks_x()) {
+    const int works = WorkTile<COLUMNS>::count(w) * WorkTile<COLUMNS>::slices(w);
+    for (int work = block_index_x(); work < works; work += blocks_x()) {
         const WorkTile<COLUMNS> work_tile(w, work);
-        const int rows = w.n - work_tile.n0 < kHopperRows ? w.n - work_tile.n0 : kHopperRows;
-        for (int tile = 0; tile < w.tiles; tile++) {
+        const int left = w.n - work_tile.n0, rows = left < kHopperRows ? left : kHopperRows;
+        for (int tile = work_tile.begin; tile < work_tile.end; tile++) {
             barrier_wait(shared.codes_empty(codes.index), codes.parity ^ 1);
             const int64_t row = int64_t(tile) * w.n + work_tile.n0;
             Barrier* full = shared.codes_full(codes.index);
@@ -120,19 +137,16 @@ QK_DEVICE void copy_all(const HopperArgs& args, const HopperShared<D, COLUMNS>& 
     }
 }
 
-/// Loads a lane's codes of a tile. row: the lane's first row in the tile; live: rows that exist.
+/// Loads a lane's codes of a tile. low: where its 16 bytes of each row are among the tile's codes.
 template <typename D>
-QK_DEVICE Packed<D> codes_of(const unsigned char* codes, int row, int live) {
+QK_DEVICE Packed<D> codes_of(const unsigned char* codes, const int (&low)[2]) {
     Packed<D> packed = {};
     QK_UNROLL
     for (int r = 0; r < 2; r++) {
-        const int unit = (row + r * 8) * 4 + lane_index() % 4;
-        if (row + r * 8 < live) {
-            packed.low[r] = load_shared(reinterpret_cast<const Words4*>(codes) + unit);
-            if (D::kHigh > 0) {
-                packed.high[r] = load_shared(
-                    reinterpret_cast<const HighWords<D>*>(codes + kHopperRows * 64) + unit);
-            }
+        packed.low[r] = load_shared(reinterpret_cast<const Words4*>(codes + low[r]));
+        if (D::kHigh > 0) {
+            const int high = kHopperRows * 64 + low[r] / 16 * int(sizeof(HighWords<D>));
+            packed.high[r] = load_shared(reinterpret_cast<const HighWords<D>*>(codes + high));
         }
     }
     return packed;
@@ -201,61 +215,102 @@ QK_DEVICE void store_scaled(const WeightOnlyArgs& args, const float (&sums)[COLU
     }
 }
 
-/// State of a consumer warpgroup: its number (0 or 1), and its positions in the rings of x's chunks
-/// and of codes.
+/// Adds the split-K slices of this warpgroup's sums if its block is the last that has stored them;
+/// returns whether it is.
+template <int COLUMNS>
+QK_DEVICE bool add_slices(float (&sums)[COLUMNS / 2], const WeightOnlyArgs& args,
+                          const WorkTile<COLUMNS>& work_tile, int warpgroup, int* flag) {
+    const int slices = WorkTile<COLUMNS>::slices(args), t = thread_index() % 128;
+    if (slices == 1) {
+        return true;
+    }
+    const int number = work_tile.block * kHopperConsumers + warpgroup;
+    float* const parts = args.partial + int64_t(number) * slices * (64 * COLUMNS) + t;
+    QK_UNROLL
+    for (int i = 0; i < COLUMNS / 2; i++) {
+        if (work_tile.m0 + i / 4 * 8 < args.m) {
+            store_global(parts + work_tile.slice * (64 * COLUMNS) + i * 128, sums[i]);
+        }
+        sums[i] = 0;
+    }
+    const auto sync = [&] { sync_warpgroup(1 + warpgroup); };
+    if (!is_last_part(args.counter + number, slices, flag, t == 0, sync)) {
+        return false;
+    }
+    for (int s = 0; s < slices; s++) {
+        QK_UNROLL
+        for (int i = 0; i < COLUMNS / 2; i++) {
+            if (work_tile.m0 + i / 4 * 8 < args.m) {
+                sums[i] += load_l2(parts + s * (64 * COLUMNS) + i * 128);
+            }
+        }
+    }
+    return true;
+}
+
+/// State of a consumer warpgroup: its positions in the rings of x's chunks and of codes, the stage
+/// of x that the last products read, and x's first stage as an operand.
 template <typename D, int COLUMNS>
 struct Consumer {
     HopperShared<D, COLUMNS> shared;
     RingPosition<HopperShared<D, COLUMNS>::kChunks> chunk;
     RingPosition<HopperShared<D, COLUMNS>::kTiles> codes;
-    int warpgroup;
+    int last_chunk;
+    Operand x;
 
-    QK_DEVICE int previous_chunk() const {
-        constexpr int count = HopperShared<D, COLUMNS>::kChunks;
-        return (chunk.index + count - 1) % count;
+    QK_DEVICE explicit Consumer(const HopperShared<D, COLUMNS>& memory)
+        : shared(memory), last_chunk(0), x(operand_at(memory.chunk(0))) {}
+
+    /// Features 32 s .. of the chunk in use.
+    QK_DEVICE Operand slices(int s) const {
+        return further(x, chunk.index * HopperShared<D, COLUMNS>::kChunkBytes + s * 64);
+    }
+    /// Once the last products are waited for: the chunk they have read is free.
+    QK_DEVICE void release_chunk(bool live) const {
+        sync_warp();
+        if (live && lane_index() == 0) {
+            barrier_arrive(shared.chunk_empty(last_chunk));
+        }
+    }
+    /// Waits for every product so far, so that operand registers may be written.
+    QK_DEVICE void finish_products(bool live) const {
+        product_wait<0>();
+        release_chunk(live);
     }
 };
 
-/// Waits for every product so far, so that operand registers may be written, and releases the last
-/// chunk of x.
-template <typename D, int COLUMNS>
-QK_DEVICE void finish_products(const Consumer<D, COLUMNS>& me) {
-    product_wait<0>();
-    release(me.shared.chunk_empty(me.previous_chunk()));
-}
-
-/// sums += one tile. a: fragments of W for the last two slices.
+/// sums += one tile. a: fragments of W for the last two pairs of slices; codes_at: as in codes_of;
+/// first: whether it is the first tile of the sums.
 template <typename T, typename D, int COLUMNS, typename S, bool ROW_SCALE>
-QK_DEVICE void multiply_tile(float (&sums)[COLUMNS / 2], uint32_t (&a)[2][4],
+QK_DEVICE void multiply_tile(float (&sums)[COLUMNS / 2], uint32_t (&a)[2][2][4],
                              const WeightOnlyArgs& args, Consumer<D, COLUMNS>& me, int tile,
-                             int live, const typename S::Raw& raw, const Table& table,
-                             const typename S::Rows& scale_rows) {
-    const int lane = lane_index(), q = lane / 4, j = lane % 4;
+                             bool first, const int (&codes_at)[2], const typename S::Raw& raw,
+                             const Table& table, const typename S::Rows& scale_rows) {
     barrier_wait(me.shared.codes_full(me.codes.index), me.codes.parity);
-    const int row = me.warpgroup * 64 + warp_index() % 4 * 16 + q;
     // If decoded values are operands without a further instruction, the last product of the tile
     // before reads its operand from the same registers that this decoding writes: an H200 gave
     // different sums in every run.
     constexpr bool in_place = ROW_SCALE && D::kFinished;
-    if (in_place && tile > 0) {
-        finish_products(me);
+    if (in_place) {
+        me.finish_products(!first);
     }
-    const Packed<D> packed = codes_of<D>(me.shared.codes(me.codes.index), row, live);
-    const Values<D> values = decode<D>(packed, table);
+    const Packed<D> packed = codes_of<D>(me.shared.codes(me.codes.index), codes_at);
+    const Values<D> values = D::kTable ? raw_values<D>(packed, table) : decode<D>(packed, table);
     release(me.shared.codes_empty(me.codes.index));
     me.codes.next();
     // With 8-bit codes a tile is one chunk, and ptxas lets no product be in flight from one tile to
     // the next: it would serialize all of them. So the kernel waits for the last one here, after it
     // has decoded.
     constexpr bool drain = D::kPairs == 2 || in_place;
-    if (drain && !in_place && tile > 0) {
-        finish_products(me);
+    if (drain && !in_place) {
+        me.finish_products(!first);
     }
     S scales;
     scales.take(args, raw, tile);
     const bool by_element = S::kGroups == 0 && args.scale_group < kSlice;
     const int scale_group = S::kGroups == 0 ? args.scale_group : kTile<D> / kGroupsLoaded<S>;
     GroupScales<D, S> group_scales;
+    PairScale<T, S> pair_scale[2] = {{1, 0}, {1, 0}};
     QK_UNROLL
     for (int s = 0; s < D::kPairs; s++) {
         QK_UNROLL
@@ -263,39 +318,39 @@ QK_DEVICE void multiply_tile(float (&sums)[COLUMNS / 2], uint32_t (&a)[2][4],
             const int slice = s * 2 + p, kk = tile * kTile<D> + slice * kSlice;
             if (!ROW_SCALE && !by_element && slice * kSlice % scale_group == 0) {
                 group_scales.take(scales, args, scale_rows, slice, kk);
+                QK_UNROLL
+                for (int r = 0; r < 2; r++) {
+                    pair_scale[r] = {group_scales.factor[r], group_scales.minimum[r]};
+                }
             }
-            uint32_t (&weights)[4] = a[p];
+            uint32_t (&weights)[4] = a[s % 2][p];
             operand<D>(weights, values, s, p, group_scales.offset);
             if constexpr (S::kGroups == 0) {
                 if (by_element) {
-                    scale_elements<T>(weights, args, scale_rows.scales, kk + j * 2);
+                    scale_elements<T>(weights, args, scale_rows.scales, kk + lane_index() % 4 * 2);
                 }
             }
             if (!ROW_SCALE && !by_element) {
                 QK_UNROLL
                 for (int i = 0; i < 4; i++) {
-                    const float factor = group_scales.factor[i % 2];
-                    weights[i] = S::kHasMin ? scaled_less_minimum<T>(weights[i], factor,
-                                                                     group_scales.minimum[i % 2])
-                                            : scaled<T>(weights[i], factor, factor);
+                    weights[i] = pair_scale[i % 2].of(weights[i]);
                 }
             }
-            const int in_chunk = slice % (kChunk / kSlice);
-            if (in_chunk == 0) {
-                barrier_wait(me.shared.chunk_full(me.chunk.index), me.chunk.parity);
-            }
-            const Operand x =
-                further(operand_at(me.shared.chunk(me.chunk.index)), in_chunk * kSlice * 2);
-            product_fence();
-            product<T, COLUMNS>(sums, weights, x, tile + slice > 0);
-            product_commit();
-            product_wait<1>();  // frees the last slice's operand registers and perhaps its chunk
-            if (in_chunk == 0 && tile + slice > 0 && !(drain && slice == 0)) {
-                release(me.shared.chunk_empty(me.previous_chunk()));
-            }
-            if (in_chunk == kChunk / kSlice - 1) {
-                me.chunk.next();
-            }
+        }
+        if (s % 2 == 0) {
+            barrier_wait(me.shared.chunk_full(me.chunk.index), me.chunk.parity);
+        }
+        const Operand x = me.slices(s % 2);
+        product_fence();
+        product<T, COLUMNS>(sums, a[s % 2][0], x);
+        product<T, COLUMNS>(sums, a[s % 2][1], further(x, kSlice * 2));
+        product_commit();
+        product_wait<1>();  // frees the last operands' registers and perhaps their chunk
+        if (s % 2 == 0) {
+            me.release_chunk(s > 0 || !(drain || first));
+            me.last_chunk = me.chunk.index;
+        } else {
+            me.chunk.next();
         }
     }
 }
@@ -304,65 +359,88 @@ template <typename T, typename D, int COLUMNS, typename S, bool ROW_SCALE>
 QK_DEVICE void multiply_all(const HopperArgs& args, const HopperShared<D, COLUMNS>& shared,
                             int warpgroup) {
     const WeightOnlyArgs& w = args.weight;
-    Consumer<D, COLUMNS> me{shared, {}, {}, warpgroup};
-    const Table table = load_table<D>(w, shared.book());
+    Consumer<D, COLUMNS> me(shared);
+    Table table = load_table<D>(w, shared.book());
+    if (D::kTable) {
+        table.w[0] = kept(lane_index() * 4);
+    }
     wait_for_last_kernel();  // it may still use y's memory
-    for (int work = block_index_x(); work < WorkTile<COLUMNS>::count(w); work += blocks_x()) {
+    const int slices = WorkTile<COLUMNS>::slices(w);
+    for (int work = block_index_x(); work < WorkTile<COLUMNS>::count(w) * slices;
+         work += blocks_x()) {
         const WorkTile<COLUMNS> work_tile(w, work);
-        const int row = work_tile.n0 + me.warpgroup * 64 + warp_index() % 4 * 16 + lane_index() / 4;
+        const int begin = work_tile.begin, end = work_tile.end;
+        const int row = work_tile.n0 + warpgroup * 64 + warp_index() % 4 * 16 + lane_index() / 4;
         const typename S::Rows scale_rows = rows_from<S>(w, row);
+        int codes_at[2];
+        QK_UNROLL
+        for (int r = 0; r < 2; r++) {  // of rows past the last one: those of the last one
+            const int live = row + r * 8 < w.n ? row + r * 8 : w.n - 1;
+            codes_at[r] = kept((live - work_tile.n0) * 64 + lane_index() % 4 * 16);
+        }
         typename S::Raw raw = {}, next = {};
-        fetch_scales<D, S>(raw, w, 0, w.tiles, scale_rows);
-        float sums[COLUMNS / 2];
-        uint32_t a[2][4];
+        fetch_scales<D, S>(raw, w, begin, end, scale_rows);
+        float sums[COLUMNS / 2] = {};
+        uint32_t a[2][2][4];
         QK_NO_UNROLL
-        for (int tile = 0; tile < w.tiles; tile++) {
+        for (int tile = begin; tile < end; tile++) {
             if (!ROW_SCALE) {
-                fetch_scales<D, S>(next, w, tile + 1, w.tiles, scale_rows);
+                fetch_scales<D, S>(next, w, tile + 1, end, scale_rows);
             }
-            multiply_tile<T, D, COLUMNS, S, ROW_SCALE>(sums, a, w, me, tile, w.n - work_tile.n0,
-                                                       raw, table, scale_rows);
+            multiply_tile<T, D, COLUMNS, S, ROW_SCALE>(sums, a, w, me, tile, tile == begin,
+                                                       codes_at, raw, table, scale_rows);
             if (!ROW_SCALE) {
                 raw = next;
             }
         }
-        finish_products(me);
+        me.finish_products(true);
         if constexpr (S::kOutliers) {  // not before: ptxas would order the products after these
                                        // sums
-            add_sparse<T>(reinterpret_cast<float (&)[COLUMNS / 8][4]>(sums), w, row, work_tile.m0);
+            add_sparse<T>(reinterpret_cast<float (&)[COLUMNS / 8][4]>(sums), w, row, work_tile.m0,
+                          work_tile.slice, slices);
+        }
+        if (!add_slices<COLUMNS>(sums, w, work_tile, warpgroup, shared.flag(warpgroup))) {
+            continue;
         }
         if constexpr (ROW_SCALE) {
             S scales;
-            scales.take(w, raw, 0);
+            scales.take(w, raw, begin);
             const float factor[2] = {scales.get(w, scale_rows, 0, 0, 0).scale,
                                      scales.get(w, scale_rows, 1, 0, 0).scale};
             store_scaled<COLUMNS>(w, sums, work_tile, row, factor);
         } else {
-            store_sums<T, COLUMNS>(w, sums, work_tile, shared.out(me.warpgroup), me.warpgroup);
+            store_sums<T, COLUMNS>(w, sums, work_tile, shared.out(warpgroup), warpgroup);
         }
     }
 }
 
-/// Grid: one block per SM, or fewer. Shared memory: HopperShared::kBytes. ROW_SCALE: a row of W has
-/// one scale and y is float32, because a transform reads it; so sums are scaled, not weights.
-template <typename T, typename D, typename S, bool ROW_SCALE>
-__global__ void __launch_bounds__(kHopperThreads, 1)
+/// Grid: one block per SM, or fewer. Shared memory: HopperShared::kBytes. COLUMNS: 64 or 128.
+/// ROW_SCALE: a row of W has one scale and y is float32, because a transform reads it; so sums are
+/// scaled, not weights.
+template <typename T, typename D, typename S, int COLUMNS, bool ROW_SCALE>
+__global__ void __launch_bounds__(hopper_threads(kHopperConsumers), 1)
     weight_only_hopper(const __grid_constant__ HopperArgs args) {
     if constexpr (kOnHopper) {
-        constexpr int columns = kHopperColumns<D, S>;
-        using Shared = HopperShared<D, columns>;
+        using Shared = HopperShared<D, COLUMNS>;
         static_assert(Shared::kBytes <= 227 * 1024, "");
-        const Shared shared{shared_memory()};
+        const Shared shared{kept(shared_memory())};
         if (thread_index() == 0) {
-            init_ring(shared.chunk_full(0), shared.chunk_empty(0), Shared::kChunks);
-            init_ring(shared.codes_full(0), shared.codes_empty(0), Shared::kTiles);
+            init_ring(shared.chunk_full(0), shared.chunk_empty(0), Shared::kChunks,
+                      kHopperConsumers);
+            init_ring(shared.codes_full(0), shared.codes_empty(0), Shared::kTiles,
+                      kHopperConsumers);
             barrier_init_done();
         }
-        load_book<D>(args.weight, shared.book(), kHopperThreads);
-        run_pipeline([&] { copy_all<D, columns>(args, shared); },
-                     [&](int warpgroup) {
-                         multiply_all<T, D, columns, S, ROW_SCALE>(args, shared, warpgroup);
-                     });
+        if (D::kTable) {
+            fill_pairs(load_table<D>(args.weight, nullptr), shared.book());
+        } else {
+            load_book<D>(args.weight, shared.book(), threads_x());
+        }
+        run_pipeline<kHopperConsumers>([&] { copy_all<D, COLUMNS>(args, shared); },
+                                       [&](int warpgroup) {
+                                           multiply_all<T, D, COLUMNS, S, ROW_SCALE>(args, shared,
+                                                                                     warpgroup);
+                                       });
     }
 }
 

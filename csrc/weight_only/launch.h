@@ -19,10 +19,14 @@ struct HopperKernel {
     bool row_scale;
 
     template <typename T, typename D, typename S, bool ROW_SCALE = false>
-    static HopperKernel of() {
-        constexpr int columns = kHopperColumns<D, S>;
-        return {weight_only_hopper<T, D, S, ROW_SCALE>, columns, HopperShared<D, columns>::kBytes,
-                ROW_SCALE};
+    static HopperKernel of(const WeightOnlyCall& call) {
+        return call.columns == 64 ? with_columns<T, D, S, 64, ROW_SCALE>()
+                                  : with_columns<T, D, S, 128, ROW_SCALE>();
+    }
+    template <typename T, typename D, typename S, int COLUMNS, bool ROW_SCALE>
+    static HopperKernel with_columns() {
+        return {weight_only_hopper<T, D, S, COLUMNS, ROW_SCALE>, COLUMNS,
+                HopperShared<D, COLUMNS>::kBytes, ROW_SCALE};
     }
 };
 
@@ -83,9 +87,30 @@ struct AnyPlain {
     }
     template <typename T, typename D>
     static HopperKernel find_hopper(const WeightOnlyCall& call) {
-        return call.scale_groups == 0   ? HopperKernel::of<T, D, Plain<0>>()
-               : call.scale_groups == 1 ? HopperKernel::of<T, D, Plain<1>>()
-                                        : HopperKernel::of<T, D, Plain<4>>();
+        HopperKernel hopper = {};
+        ((hopper = call.args.scaling == KINDS ? find_hopper<T, D, KINDS>(call) : hopper), ...);
+        return hopper;
+    }
+    template <typename T, typename D, int KIND>
+    static HopperKernel find_hopper(const WeightOnlyCall& call) {
+        if constexpr (KIND == kGroup || KIND == kScale || KIND == kNested) {
+            // Scales of 16 bits that are not of T lose bits in float16.
+            const bool fits = KIND != kGroup || call.args.scale_type == kFloat16 ||
+                              (call.is_bfloat && call.args.scale_type == kBFloat16);
+            if (fits && call.args.slice_group == nullptr) {
+                switch (call.scale_groups) {
+                    case 1:
+                        return HopperKernel::of<T, D, Grouped<1, KIND>>(call);
+                    case 2:
+                        return HopperKernel::of<T, D, Grouped<2, KIND>>(call);
+                    case 4:
+                        return HopperKernel::of<T, D, Grouped<4, KIND>>(call);
+                    default:
+                        break;
+                }
+            }
+        }
+        return HopperKernel::of<T, D, Plain<0>>(call);
     }
 };
 
@@ -103,8 +128,8 @@ struct Only {
                                 : WeightOnlyKernel(weight_only_gemm<T, D, S>);
     }
     template <typename T, typename D>
-    static HopperKernel find_hopper(const WeightOnlyCall&) {
-        return HopperKernel::of<T, D, S, ROW_SCALE>();
+    static HopperKernel find_hopper(const WeightOnlyCall& call) {
+        return HopperKernel::of<T, D, S, ROW_SCALE>(call);
     }
 };
 
@@ -132,7 +157,7 @@ std::string launch_weight_only(const WeightOnlyCall& call) {
     const std::string error =
         encode_tensor_map(args.x, element, call.args.x, call.args.x_stride, call.args.m,
                           int64_t(call.args.x_stride) * 2, hopper.columns);
-    const Grid grid{call.grid_x, 1, kHopperThreads, size_t(hopper.shared)};
+    const Grid grid{call.grid_x, 1, hopper_threads(kHopperConsumers), size_t(hopper.shared)};
     return !error.empty()
                ? error
                : launch<HopperArgs>(hopper.kernel, grid, args, call.stream, call.pdl != 0);

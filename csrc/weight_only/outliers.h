@@ -50,10 +50,12 @@ QK_DEVICE float sparse_total(const float* sums, int t) {
 }
 
 /// For the gemm: adds to a lane's sums of rows `first` and first + 8 of W and m0 + 8c + 2j of x.
+/// slice: the split-K slice, of k_slices.
 template <typename T, int COUNT>
-QK_DEVICE void add_sparse(float (&acc)[COUNT][4], const WeightOnlyArgs& args, int first, int m0) {
-    constexpr int together = 4;  // columns of x in flight at a time
-    const int k_slices = blocks_y(), m = m0 + lane_index() % 4 * 2;
+QK_DEVICE void add_sparse(float (&acc)[COUNT][4], const WeightOnlyArgs& args, int first, int m0,
+                          int slice, int k_slices) {
+    constexpr int together = COUNT > 8 ? 2 : 4;  // columns of x in flight at a time
+    const int m = m0 + lane_index() % 4 * 2;
     QK_UNROLL
     for (int r = 0; r < 2; r++) {
         const int row = first + r * 8;
@@ -61,7 +63,7 @@ QK_DEVICE void add_sparse(float (&acc)[COUNT][4], const WeightOnlyArgs& args, in
             continue;
         }
         const int end = load_global(args.row_offsets + row + 1);
-        int i = load_global(args.row_offsets + row) + block_index_y();
+        int i = load_global(args.row_offsets + row) + slice;
         for (; i < end; i += together * k_slices) {
             uint32_t entries[together], x[together][COUNT];
             QK_UNROLL

@@ -29,7 +29,7 @@ template <int SCALE_GROUPS, bool HAS_MIN>
 struct Quad {
     static constexpr int kGroups = SCALE_GROUPS;
     static constexpr bool kHasMin = HAS_MIN, kElements = true, kOutliers = false;
-    static constexpr bool kHasZero = false;
+    static constexpr bool kHasZero = false, kHalfScales = false;
 
     struct Rows {
         int row[2];
@@ -102,6 +102,7 @@ struct GroupALane : Quad<SCALE_GROUPS, HAS_MIN> {
 template <int SCALE_GROUPS, bool HAS_MIN>
 struct Blocks : GroupALane<Blocks<SCALE_GROUPS, HAS_MIN>, SCALE_GROUPS, HAS_MIN> {
     using Base = Quad<SCALE_GROUPS, HAS_MIN>;
+    static constexpr bool kHalfScales = true;
 
     QK_DEVICE static void fetch(typename Base::Raw& raw, const WeightOnlyArgs& args,
                                 const typename Base::Rows& rows, int tile, int) {

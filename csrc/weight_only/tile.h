@@ -75,6 +75,19 @@ QK_DEVICE Values<D> decode(const Packed<D>& packed, const Table& table) {
     return values;
 }
 
+/// A lane's values as `D::raw` makes them.
+template <typename D>
+QK_DEVICE Values<D> raw_values(const Packed<D>& packed, const Table& table) {
+    Values<D> values;
+    QK_UNROLL
+    for (int i = 0; i < 8; i++) {
+        const int row = i / 4, p = i / 2 % 2, h = i % 2;
+        const uint32_t high = high_bits<D>(packed.high[row], p, h);
+        D::raw(packed.low[row].w[p * 2 + h], high, table, values.pairs[row][p][h]);
+    }
+    return values;
+}
+
 /// The fragment of W for slice (s, p), with zero points subtracted.
 template <typename D>
 QK_DEVICE void operand(uint32_t (&a)[4], const Values<D>& values, int s, int p,
@@ -97,7 +110,8 @@ constexpr int kGroupsLoaded = S::kGroups == 0 ? 1 : S::kGroups;
 template <typename S>
 QK_DEVICE typename S::Rows rows_from(const WeightOnlyArgs& args, int first) {
     const int last = args.n - 1, second = first + 8;
-    return typename S::Rows(args, first < last ? first : last, second < last ? second : last);
+    return typename S::Rows(args, kept(first < last ? first : last),
+                            kept(second < last ? second : last));
 }
 
 /// The scale and the minimum or zero point of one scale group, for each of a lane's two rows.
@@ -145,6 +159,27 @@ QK_NOINLINE void scale_elements(uint32_t (&a)[4], const WeightOnlyArgs& args,
     }
 }
 
+/// Bytes of the table of pairs: 256 entries of a word for each lane, 256 bytes apart. No two lanes
+/// read from one bank, whatever their codes.
+constexpr int kPairsBytes = 64 * 1024;
+
+/// Entry b of the table of pairs: the values of codes b % 16 and b / 16.
+QK_DEVICE void fill_pairs(const Table& entries, uint32_t* pairs) {
+    const auto value = [&](uint32_t code) {
+        uint32_t bytes = 0;
+        QK_UNROLL
+        for (int i = 0; i < 4; i++) {  // a byte of entries 4 i .. 4 i + 3, for each plane
+            const uint32_t pick = code % 4 | (code % 4 + 4) << 4;
+            const uint32_t both = prmt(entries.w[i], entries.w[4 + i], pick) & 0xFFFF;
+            bytes = code / 4 == uint32_t(i) ? both : bytes;
+        }
+        return bytes;
+    };
+    for (uint32_t b = warp_index(); b < 256; b += threads_x() / 32) {
+        store_shared(pairs + b * 64 + lane_index(), value(b % 16) | value(b / 16) << 16);
+    }
+}
+
 /// Copies the codebook, if the decoder has one, to shared memory, with all `threads` of a block. It
 /// is there after the next barrier.
 template <typename D>
@@ -180,18 +215,20 @@ QK_DEVICE void store_output(const WeightOnlyArgs& args, int m, int n, float valu
     }
 }
 
-/// Whether this block is the last of `count` that have stored parts of the same outputs; then the
-/// parts of all are visible. counter: 0 before and after. flag: shared memory.
-QK_DEVICE bool is_last_part(int* counter, int count, int* flag) {
-    sync_block();  // all stores of this block are done before one thread counts it
-    if (thread_index() == 0) {
+/// Whether the threads that `sync` synchronizes, a block or a warpgroup, are the last of `count`
+/// that have stored parts of the same outputs; then the parts of all are visible. counter: 0 before
+/// and after. flag: shared memory. leader: true for one of the threads.
+template <typename Sync>
+QK_DEVICE bool is_last_part(int* counter, int count, int* flag, bool leader, Sync sync) {
+    sync();  // all have stored before one thread counts them
+    if (leader) {
         const bool last = atomic_add_acq_rel(counter, 1) == count - 1;
         if (last) {
             store_global(counter, 0);  // the next call expects 0
         }
         store_shared(flag, int(last));
     }
-    sync_block();
+    sync();
     return load_shared(flag) != 0;
 }
 

@@ -200,7 +200,7 @@ def test_several_eight_bit_tiles_a_block(
 # ---------------------------------------------------------------------- the launch
 def test_fewer_rows_and_other_gpus_take_other_kernels() -> None:
     p = qk.quantize(torch.randn(16, 128), "awq", group_size=64).to(DEVICE)
-    assert not takes_hopper(p, hopper.MIN_ROWS - 1)
+    assert not takes_hopper(p, 16)
     problem = qk.backends.problem.problem_of(p, 512, torch.float16, torch.device(DEVICE), False)
     assert "sm_90" in str(hopper.rejects(problem._replace(capability=(10, 0))))
     assert hopper.rejects(problem._replace(capability=(9, 0))) is None

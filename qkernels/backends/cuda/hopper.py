@@ -1,16 +1,20 @@
-"""Launches the weight-only GEMM of csrc/weight_only/hopper.h, for many rows of x on sm_90."""
+"""Launches the weight-only GEMM of csrc/weight_only/hopper.h, for 17 rows of x and more on sm_90."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
 
 from ... import layouts
 from ...layouts import weight_only as layout
 from ...layouts.codecs import CodeKind
+from .. import workspace
 from ..device import sm_count
 from ..plan import Plan, Symbolic
 from ..weight_only import traits_of
-from . import gemm, transforms
+from . import gemm, k_slices, transforms
 from . import weight_only as decode
 from .launch import whole
 
@@ -18,31 +22,37 @@ if TYPE_CHECKING:
     from ...weights.packed import PackedWeight
     from ..problem import Problem
 
-#: as in csrc/weight_only/hopper.h: rows of W of a block, threads
-ROWS, THREADS = 128, 384
-#: fewer rows of x than this leave most SMs without a work tile
-MIN_ROWS = 129
+#: as in csrc/weight_only/hopper.h: warpgroups that multiply, their rows of W, threads, rows of x
+CONSUMERS, ROWS, THREADS = 3, 192, 512
+COLUMNS = (64, 128)
+#: the fewest tiles of a split-K slice, unless K has fewer
+MIN_TILES = 4
+#: what `predicted_cycles` assumes of an SM: instructions for a weight, lanes that issue in a
+#: cycle, bytes from the L2 cache in a cycle, cycles that a work tile takes to begin and to end
+INSTRUCTIONS, LANES, L2_BYTES, BEGIN_AND_END = 4.5, 128, 40, 2000
 
 
-def columns_of(codes: CodeKind, outliers: bool = False) -> int:
-    """Rows of x of a block: fewer if tiles are long, or if outliers need registers."""
-    return 128 if codes.tile == 256 or outliers else 256
+class Tiling(NamedTuple):
+    """Rows of x of a block, and split-K slices."""
+
+    columns: int
+    k_slices: int
 
 
-def shared_bytes(codes: CodeKind, outliers: bool = False) -> int:
-    """Shared memory of a block: rings of x and codes, the result, mbarriers, a codebook."""
-    columns, high = columns_of(codes, outliers), codes.high_words
-    chunks, tiles, tile = (4 if columns == 256 else 6), (2 if high else 3), ROWS * (64 + 4 * high)
-    rings = chunks * columns * 128 + tiles * tile
-    return rings + ROWS * columns * 2 + 16 * (chunks + tiles) + 4 * codes.book_words
+def shared_bytes(codes: CodeKind, columns: int) -> int:
+    """Shared memory of a block: rings of x and codes, the result, mbarriers, flags, a codebook."""
+    chunks, tiles = (8, 4) if columns == 64 else (4 if codes.table else 6, 3)
+    rings = chunks * columns * 128 + tiles * ROWS * (64 + 4 * codes.high_words)
+    book = decode.PAIRS_BYTES if codes.table else 4 * codes.book_words
+    return rings + ROWS * columns * 2 + 16 * (chunks + tiles) + 16 + book
 
 
 def rejects(problem: Problem) -> str | None:
     """Why this kernel does not take the problem, or None."""
     if problem.capability is not None and problem.capability != (9, 0):
         return "for sm_90 (wgmma)"
-    if problem.m < MIN_ROWS:
-        return f"for {MIN_ROWS} rows of x and more"
+    if problem.m <= decode.MOST:
+        return f"for {decode.MOST + 1} rows of x and more"
     if problem.batch_invariant:
         return "other kernels take these to sum in an order that does not depend on M"
     return decode.unsupported(problem)
@@ -52,17 +62,30 @@ def declare(plan: Plan, p: PackedWeight, problem: Problem) -> None:
     """A `launch.Declare`.
 
     If x must be copied or transformed, that is done for a slice of its rows at a time, as in
-    gemm.py.
+    gemm.py. The number of split-K slices depends on all rows, so slices of rows change no bit.
     """
     assert p.layout == layouts.WEIGHT_ONLY
     traits = traits_of(problem)
     x, bias = plan.operands
     call = decode.call_of(p, traits, x.dtype, kernel=2)
+    args = call.args
+    tiling = tiling_for(problem.shape, problem.m, traits.codes, sm_count(x.device))
+    call.columns, count = tiling
+    args.k_slice = k_slices.steps_of(args.tiles, count)
+    count = -(-args.tiles // args.k_slice)
     n = p.shape[0]
 
     def multiply(x: Symbolic, bias: Symbolic | None, y: Symbolic) -> None:
-        call.grid_x, call.grid_y = min(_tiles(n, y.shape[0], traits), sm_count(x.device)), 1
-        gemm.start(plan, x, y, p, bias, call, traits, [])
+        blocks = _blocks(n, y.shape[0], call.columns)
+        call.grid_x, call.grid_y = min(blocks * count, sm_count(x.device)), 1
+        scratch: list[Symbolic] = []
+        if count > 1:
+            scratch = [
+                plan.empty((count * blocks * ROWS * call.columns,), torch.float32),
+                plan.counters(blocks * CONSUMERS),
+            ]
+            args.partial, args.counter = (t.data_ptr() for t in scratch)
+        gemm.start(plan, x, y, p, bias, call, traits, scratch)
 
     def rows(x: Symbolic, y: Symbolic) -> None:
         transforms.around(plan, multiply, x, p, bias, traits, y)
@@ -73,14 +96,50 @@ def declare(plan: Plan, p: PackedWeight, problem: Problem) -> None:
 run = whole(declare)
 
 
-def _tiles(n: int, m: int, traits: layout.WeightOnlyTraits) -> int:
-    """Number of work tiles of a launch."""
-    return -(-n // ROWS) * -(-m // columns_of(traits.codes, traits.outliers))
+def _blocks(n: int, m: int, columns: int) -> int:
+    """Blocks of outputs of a launch."""
+    return -(-n // ROWS) * -(-m // columns)
+
+
+@lru_cache(maxsize=4096)
+def tiling_for(shape: tuple[int, int], m: int, codes: CodeKind, sms: int) -> Tiling:
+    """The tiling that `predicted_cycles` likes best, among those whose partial sums fit."""
+    tiles = -(-shape[1] // codes.tile)
+    tilings = []
+    for columns in COLUMNS:
+        sums = _blocks(shape[0], m, columns) * ROWS * columns * 4
+        most = min(tiles // MIN_TILES, decode.MAX_K_SLICES, workspace.BYTES // sums)
+        tilings += [Tiling(columns, count) for count in range(1, max(1, most) + 1)]
+    return min(tilings, key=lambda tiling: predicted_cycles(shape, m, codes, sms, tiling))
+
+
+def predicted_cycles(
+    shape: tuple[int, int], m: int, codes: CodeKind, sms: int, tiling: Tiling
+) -> float:
+    """Cycles of a product, if the slowest of an SM's parts sets the pace.
+
+    These are the tensor core, the instructions, and the L2 cache. Split-K slices are stored by all
+    blocks, and added by the last ones.
+    """
+    columns, count = tiling
+    tiles = -(-shape[1] // codes.tile)
+    products = CONSUMERS * columns / 32  # of one feature: 64 x 128 x 16 take 64 cycles
+    issue = ROWS * INSTRUCTIONS / LANES
+    traffic = (ROWS * (64 + 4 * codes.high_words) / codes.tile + 2 * min(m, columns)) / L2_BYTES
+    part = ROWS * min(m, columns) * 4 / L2_BYTES if count > 1 else 0
+    waves = -(-_blocks(shape[0], m, columns) * count // sms)
+    features = k_slices.steps_of(tiles, count) * codes.tile
+    work = features * max(products, issue, traffic) + BEGIN_AND_END + part
+    return waves * work + count * part
 
 
 def configuration(problem: Problem) -> str:
     """Tile sizes in words, for `explain`."""
     traits = traits_of(problem)
-    tiles = _tiles(problem.shape[0], problem.m, traits)
-    columns = columns_of(traits.codes, traits.outliers)
-    return f"wgmma, {columns} rows of x and {ROWS} of W a tile, {tiles} tiles"
+    sms = sm_count(torch.device(problem.device))
+    tiling = tiling_for(problem.shape, problem.m, traits.codes, sms)
+    blocks = _blocks(problem.shape[0], problem.m, tiling.columns)
+    return (
+        f"wgmma, {tiling.columns} rows of x and {ROWS} of W a tile, {blocks} tiles, "
+        f"K in {tiling.k_slices} slices"
+    )

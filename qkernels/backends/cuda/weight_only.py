@@ -34,6 +34,8 @@ ROWS, STAGES = 32, 3
 MOST = 16
 #: warps of a block: the first number with which every launch for a weight fits in shared memory
 WARPS = (8, 4, 2)
+#: bytes of the table of pairs, which codes of a table of 16 values are looked up in
+PAIRS_BYTES = 64 * 1024
 #: the most split-K slices of a launch
 MAX_K_SLICES = 32
 #: rows of x in one launch, so that the workspace stays small
@@ -180,7 +182,6 @@ def _call_template(
         group=group, row_group=traits.row_group, scale_group=scale_group,
         shift=group.bit_length() - 1 if group & (group - 1) == 0 else -1,
         scale_stride=-(-n // traits.row_group), last_group=(kp - 1) // group,
-        scale_row_bytes=-(-n // traits.row_group) * scaler[0].element_size(),
         x_tail=int(k % codes.tile != 0),
         group_divisor=divisor(-(-group // unit), -(-kp // unit)),
         row_divisor=divisor(traits.row_group, n),
@@ -306,7 +307,7 @@ def shared_bytes(traits: layout.WeightOnlyTraits, columns: int, rows_x: int, war
 
     A table of 16 values becomes one of pairs, for each lane.
     """
-    book = 64 * 1024 if traits.codes.table else 4 * traits.codes.book_words
+    book = PAIRS_BYTES if traits.codes.table else 4 * traits.codes.book_words
     sums = 4 * warps * rows_for(traits, columns) * rows_x + 256
     sparse = 4 * warps * (32 * columns + 4) if traits.outliers else 0
     stages = warps * STAGES * stage_bytes(traits, columns, rows_x)
