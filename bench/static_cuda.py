@@ -47,6 +47,8 @@ _NAME = re.compile(
 _SCALE_GROUPS = re.compile(r"\d+(?:Plain|Grouped)ILi(\d+)E")
 #: the last argument of the decode kernel's template: columns of 8 rows of x, 0 for one row
 _COLUMN_TILES = re.compile(r"ELi(\d)EEEvNS_\d+WeightOnlyArgsE")
+#: rows of x of a block of the Hopper kernel, before whether rows have one scale
+_HOPPER_COLUMNS = re.compile(r"ELi(\d+)ELb\dEEEvNS_\d+HopperArgsE")
 _EIGHT_BIT = re.compile(r"eight_bit_gemmILi\d+ELb(?P<blocks>\d)ELi(?P<rows>\d+)E")
 _EIGHT_GEMV = re.compile(
     r"eight_bit_gemvILi\d+ELb(?P<blocks>\d)ENS_\d+(StoredRowsILi(?P<stored>\d+)E|"
@@ -90,6 +92,10 @@ KNOWN_SPILLS = {
     ("gemm", "unsigned4_two_level", -1, "90a"): 8,
     ("gemm", "unsigned4_two_level", -1, "100a"): 28,
     ("gemm", "unsigned4_two_level", -1, "120a"): 8,
+    ("wgmma 64 rows", "linear3", 4, "90a"): 8,
+    ("wgmma 64 rows", "unsigned2_two_level", -1, "90a"): 32,
+    ("wgmma 64 rows", "unsigned3_two_level", -1, "90a"): 48,
+    ("wgmma 128 rows", "lut16", 4, "90a"): 140,
 }
 
 
@@ -274,7 +280,10 @@ def _weight_only(name: re.Match[str], source: str, arch: str) -> tuple[str, str,
     outliers = "TwoLevel" in scalers
     kernel, groups = name["kernel"], _SCALE_GROUPS.search(name["classes"])
     if kernel == "hopper":
-        kernel, dynamic, threads = "wgmma", hopper.shared_bytes(codes, outliers), hopper.THREADS
+        rows = _HOPPER_COLUMNS.search(name.string)
+        assert rows is not None
+        kernel, threads = f"wgmma {rows[1]} rows", hopper.THREADS
+        dynamic = hopper.shared_bytes(codes, int(rows[1]))
     elif kernel == "gemm":
         dynamic = gemm.shared_bytes(codes)
     else:
@@ -346,8 +355,8 @@ def page(facts: list[Facts]) -> str:
         f"# CUDA kernels, by ptxas\n\nMade by `python -m bench.static_cuda{chosen}`, nvcc "
         f"{release[0] if release else 'of unknown version'}. Blocks have {THREADS} threads, those "
         "of decode 256, or fewer where shared memory is short, of the 8-bit GEMM, of quantize_rows "
-        "and transform_rows 256, of wgmma 384 (whose consumers take 240 registers, whatever is "
-        "said here). Per architecture: registers a thread (blocks "
+        "and transform_rows 256, of wgmma 512, with 8 bits 384 (whose consumers take 160 or 240 "
+        "registers, whatever is said here). Per architecture: registers a thread (blocks "
         "that fit on a multiprocessor), the larger of float16 and bfloat16; spills in bytes, the "
         "largest; shared memory of the largest launch.\n\n" + table(facts) + "\n"
     )

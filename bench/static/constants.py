@@ -16,8 +16,9 @@ from itertools import product
 
 from .assembly import Instruction, Program, basic_blocks
 
-#: address of a kernel's first argument in constant bank 0
-FIRST_ARGUMENT = {90: 0x210}
+#: (architecture, whether a tensor map is among the arguments, which aligns them) -> address of a
+#: kernel's first argument in constant bank 0
+FIRST_ARGUMENT = {(90, False): 0x210, (90, True): 0x280}
 
 #: register or predicate -> its value, for those that are known
 State = dict[str, int]

@@ -1,4 +1,4 @@
-"""Compile the CUDA kernels for few rows of x, one format at a time, and read their machine code."""
+"""Compile the weight-only CUDA kernels, one format at a time, and read their machine code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qkernels.backends.cuda import build, gemm
+from qkernels.backends.cuda import build, hopper
 from qkernels.backends.cuda import weight_only as launcher
 from qkernels.backends.cuda.calls import SCALINGS, WeightOnlyArgs
 from qkernels.backends.triton.configs import SHARED_KIB
@@ -25,7 +25,7 @@ from . import assembly, constants, dynamic
 from .facts import tools
 from .jobs.base import DTYPES, problem_of, weight
 
-ARCH, SHAPE = "90a", (8192, 8192)
+ARCH, SHAPE, SMS = "90a", (8192, 8192), 132
 _SHARED = SHARED_KIB[90] * 1024
 CPP_TYPES = {"fp16": "Half", "bf16": "BFloat"}
 #: features along K of one m16n8k16, and the rows of x that are its columns
@@ -44,18 +44,19 @@ class Decoder(NamedTuple):
 
     template: its C++ name; T, D and S stand for the type, the decoder and the scaler. rows: rows of
     W that a warp has. columns: rows of x. sums: further products of a slice and 8 rows of x, which
-    put sums right.
+    put sums right. hopper: whether one product has all columns.
     """
 
     template: str
     rows: int
     columns: int
     sums: int = 0
+    hopper: bool = False
 
     def mma_per_tile(self, codes: CodeKind) -> int:
         """Tensor-core instructions of a warp for one tile."""
-        products = (self.rows // 16 + self.sums) * max(1, self.columns // _COLUMNS)
-        return codes.tile // _FEATURES * products
+        columns = 1 if self.hopper else max(1, self.columns // _COLUMNS)
+        return codes.tile // _FEATURES * (self.rows // 16 + self.sums) * columns
 
 
 def decoder_of(m: int, traits: WeightOnlyTraits, scale_groups: int) -> Decoder:
@@ -69,7 +70,10 @@ def decoder_of(m: int, traits: WeightOnlyTraits, scale_groups: int) -> Decoder:
         sums = int(traits.scales.zero != "none" or launcher.has_constants(codes))
         template = f"weight_only_decode<T, D, S, {columns // _COLUMNS}>"
         return Decoder(template, launcher.rows_for(traits, columns), columns, sums)
-    return Decoder("weight_only_gemm<T, D, S>", 16, gemm.columns_of(codes))
+    columns = hopper.tiling_for(SHAPE, m, traits, SMS).columns
+    row_scale = str(traits.transform_scales is not None).lower()
+    template = f"weight_only_hopper<T, D, S, {columns}, {row_scale}>"
+    return Decoder(template, 16, columns, hopper=True)
 
 
 def counts(
@@ -106,22 +110,22 @@ def counts(
         call.args.stage_bytes = launcher.stage_bytes(
             traits, decoder.columns, min(m, decoder.columns)
         )
-        known = dict(_words(call.args))
+        known = dict(_words(call.args, constants.FIRST_ARGUMENT[90, decoder.hopper]))
         result[dtype, m] = dynamic.per_weight(programs[instance], mma, weights, known)
     return result
 
 
-def _words(args: WeightOnlyArgs) -> Iterator[tuple[int, int]]:
-    """The arguments that are known, as `constants.feasible` takes them."""
+def _words(args: WeightOnlyArgs, first: int) -> Iterator[tuple[int, int]]:
+    """The arguments that are known, as `constants.feasible` takes them. first: their place."""
     for field in _OF_WEIGHT:
         place, value = getattr(WeightOnlyArgs, field), getattr(args, field) or 0
         for byte in range(0, place.size, 4):
             word = value >> 8 * byte & 0xFFFFFFFF
-            yield constants.FIRST_ARGUMENT[90] + place.offset + byte, word
+            yield first + place.offset + byte, word
 
 
 def _instance(template: str, dtype: str, traits: Any, scale_groups: int) -> str:
-    """A template's instance in C++, such as "weight_only_gemm<Half, Linear<Half, 4>, Plain<1>>"."""
+    """A template's instance in C++, such as "weight_only_decode<Half, E5M2, Grouped<1, 1>, 1>"."""
     kernel = launcher.kernel_of(traits)
     codes, scalers = codecs.cuda_kernels()[kernel]
     scaler = re.sub(r"^Only<(.*?)(, true)?>$", r"\1", scalers)
@@ -129,9 +133,7 @@ def _instance(template: str, dtype: str, traits: Any, scale_groups: int) -> str:
         scaler = f"Grouped<1, {SCALINGS['none', False, False]}>"
     if scalers.startswith("AnyPlain"):  # as in csrc/weight_only/launch.h
         scales = traits.scales
-        if "gemm" in template:
-            scaler = f"Plain<{4 if scale_groups == 2 else scale_groups}>"
-        elif scales.flat or not scale_groups:
+        if scales.flat or not scale_groups:
             scaler = "Plain<0>"
         else:
             kind = SCALINGS[scales.zero, scales.flat, scales.nested]

@@ -73,9 +73,9 @@ void products(const Args& args) {
         return;
     }
     uint32_t a[4] = {0x3C003C00, 0x3C003C00, 0x3C003C00, 0x3C003C00};
-    float sums[64];
+    float sums[64] = {};
     product_fence();
-    product<Half, 128>(sums, a, operand_at(b), false);
+    product<Half, 128>(sums, a, operand_at(b));
     if (!is(args, "product: not committed")) {
         product_commit();
     }

@@ -35,12 +35,13 @@ struct WeightOnlyArgs {
     int row_group, scale_group;  // rows, and features of a tile, that have the same scale
     int scaling, scale_type;     // of `Plain`: the kind, and the dtype of scaler[0]
     int x_stride;                // gemm: features of a row of x, in kernel order, a multiple of 8
+    int whole;                   // hopper: blocks of outputs whose K is not cut, which come first
     int x_chunks;     // decode: whether x is in kernel order, in whole 16-byte chunks, which are
                       // aligned
     int x_tail;       // decode: whether K ends inside a tile
     int stage_bytes;  // decode: shared memory of a tile of a warp
     // `Grouped` and `TwoLevel`
-    int scale_stride;                     // scales of a group
+    int scale_stride, scale_row_bytes;    // scales of a group: their number and bytes
     int last_group;                       // number of the last group
     uint32_t group_divisor, row_divisor;  // scale groups (or slices) in a group, rows that share
     int x_rows;    // gemm with outliers: rows of x, padded with zeros to a multiple of 8

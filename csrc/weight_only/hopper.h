@@ -20,9 +20,9 @@
 // scaled and rounded once (pair_scale.h); if a row has only one scale, sums are scaled instead.
 //
 // The kernel is persistent (one block per SM): a block computes one work tile after another, and
-// the copies for the next one start while the last one is stored. If there are fewer tiles than
-// SMs, K is cut into split-K slices; of each warpgroup's sums, the block that finishes last adds
-// the slices in order.
+// the copies for the next one start while the last one is stored. Where blocks of
+// outputs do not fill all SMs, as in the last wave, K is cut into split-K slices; of each
+// warpgroup's sums, the block that finishes last adds the slices in order.
 #pragma once
 #include "../ptx/pipeline.h"
 #include "../ptx/wgmma.h"
@@ -38,6 +38,11 @@ struct HopperArgs {
     WeightOnlyArgs weight;
     TensorMap x;
 };
+
+/// The most rows of x of a block: a tile's values of 256 features, or outliers, take the registers
+/// of half the sums.
+template <typename D, typename S>
+constexpr int kMostColumns = D::kPairs == 8 || S::kOutliers ? 64 : 128;
 
 /// Bytes of the high bits of one row of a tile.
 template <typename D>
@@ -75,25 +80,35 @@ struct HopperShared {
 };
 
 /// Work number `work`: the outputs of rows m0.. of x and n0.. of W, and tiles begin .. end of K,
-/// which are split-K slice `slice`. Rows of x go fastest, slices slowest.
+/// which are split-K slice `slice` of `slices`. Blocks of outputs that fill all SMs come first,
+/// with all of K; those of the last wave, from number args.whole on, are cut into slices. Rows of x
+/// go fastest, slices slowest.
 template <int COLUMNS>
 struct WorkTile {
-    int m0, n0, block, slice, begin, end;
-    QK_DEVICE WorkTile(const WeightOnlyArgs& args, int work) {
-        const int blocks_m = (args.m + COLUMNS - 1) / COLUMNS, blocks = count(args);
-        block = work % blocks;
-        slice = work / blocks;
+    int m0, n0, block, slice, slices, begin, end;
+    QK_DEVICE WorkTile(const WeightOnlyArgs& args, int work)
+        : block(work), slice(0), slices(1), begin(0), end(args.tiles) {
+        if (work >= args.whole) {
+            const int rest = blocks(args) - args.whole;
+            block = args.whole + (work - args.whole) % rest;
+            slice = (work - args.whole) / rest;
+            slices = slices_of(args);
+            begin = slice * args.k_slice;
+            end = begin + args.k_slice < args.tiles ? begin + args.k_slice : args.tiles;
+        }
+        const int blocks_m = (args.m + COLUMNS - 1) / COLUMNS;
         m0 = block % blocks_m * COLUMNS;
         n0 = block / blocks_m * kHopperRows;
-        begin = slice * args.k_slice;
-        end = begin + args.k_slice < args.tiles ? begin + args.k_slice : args.tiles;
     }
-    /// Blocks of outputs.
-    static QK_DEVICE int count(const WeightOnlyArgs& args) {
+    static QK_DEVICE int blocks(const WeightOnlyArgs& args) {
         return (args.m + COLUMNS - 1) / COLUMNS * ((args.n + kHopperRows - 1) / kHopperRows);
     }
-    static QK_DEVICE int slices(const WeightOnlyArgs& args) {
+    static QK_DEVICE int slices_of(const WeightOnlyArgs& args) {
         return (args.tiles + args.k_slice - 1) / args.k_slice;
+    }
+    /// Number of works.
+    static QK_DEVICE int count(const WeightOnlyArgs& args) {
+        return args.whole + (blocks(args) - args.whole) * slices_of(args);
     }
 };
 
@@ -106,8 +121,7 @@ QK_DEVICE void copy_all(const HopperArgs& args, const HopperShared<D, COLUMNS>& 
     RingPosition<Shared::kTiles> codes;
     bool first = true;
     prefetch(args.x);
-    const int works = WorkTile<COLUMNS>::count(w) * WorkTile<COLUMNS>::slices(w);
-    for (int work = block_index_x(); work < works; work += blocks_x()) {
+    for (int work = block_index_x(); work < WorkTile<COLUMNS>::count(w); work += blocks_x()) {
         const WorkTile<COLUMNS> work_tile(w, work);
         const int left = w.n - work_tile.n0, rows = left < kHopperRows ? left : kHopperRows;
         for (int tile = work_tile.begin; tile < work_tile.end; tile++) {
@@ -220,11 +234,11 @@ QK_DEVICE void store_scaled(const WeightOnlyArgs& args, const float (&sums)[COLU
 template <int COLUMNS>
 QK_DEVICE bool add_slices(float (&sums)[COLUMNS / 2], const WeightOnlyArgs& args,
                           const WorkTile<COLUMNS>& work_tile, int warpgroup, int* flag) {
-    const int slices = WorkTile<COLUMNS>::slices(args), t = thread_index() % 128;
+    const int slices = work_tile.slices, t = thread_index() % 128;
     if (slices == 1) {
         return true;
     }
-    const int number = work_tile.block * kHopperConsumers + warpgroup;
+    const int number = (work_tile.block - args.whole) * kHopperConsumers + warpgroup;
     float* const parts = args.partial + int64_t(number) * slices * (64 * COLUMNS) + t;
     QK_UNROLL
     for (int i = 0; i < COLUMNS / 2; i++) {
@@ -365,9 +379,7 @@ QK_DEVICE void multiply_all(const HopperArgs& args, const HopperShared<D, COLUMN
         table.w[0] = kept(lane_index() * 4);
     }
     wait_for_last_kernel();  // it may still use y's memory
-    const int slices = WorkTile<COLUMNS>::slices(w);
-    for (int work = block_index_x(); work < WorkTile<COLUMNS>::count(w) * slices;
-         work += blocks_x()) {
+    for (int work = block_index_x(); work < WorkTile<COLUMNS>::count(w); work += blocks_x()) {
         const WorkTile<COLUMNS> work_tile(w, work);
         const int begin = work_tile.begin, end = work_tile.end;
         const int row = work_tile.n0 + warpgroup * 64 + warp_index() % 4 * 16 + lane_index() / 4;
@@ -397,7 +409,7 @@ QK_DEVICE void multiply_all(const HopperArgs& args, const HopperShared<D, COLUMN
         if constexpr (S::kOutliers) {  // not before: ptxas would order the products after these
                                        // sums
             add_sparse<T>(reinterpret_cast<float (&)[COLUMNS / 8][4]>(sums), w, row, work_tile.m0,
-                          work_tile.slice, slices);
+                          work_tile.slice, work_tile.slices);
         }
         if (!add_slices<COLUMNS>(sums, w, work_tile, warpgroup, shared.flag(warpgroup))) {
             continue;
@@ -414,7 +426,8 @@ QK_DEVICE void multiply_all(const HopperArgs& args, const HopperShared<D, COLUMN
     }
 }
 
-/// Grid: one block per SM, or fewer. Shared memory: HopperShared::kBytes. COLUMNS: 64 or 128.
+/// Grid: one block per SM, or fewer. Shared memory: HopperShared::kBytes. COLUMNS: 64 or 128
+/// (kMostColumns).
 /// ROW_SCALE: a row of W has one scale and y is float32, because a transform reads it; so sums are
 /// scaled, not weights.
 template <typename T, typename D, typename S, int COLUMNS, bool ROW_SCALE>

@@ -21,7 +21,7 @@ struct HopperKernel {
     template <typename T, typename D, typename S, bool ROW_SCALE = false>
     static HopperKernel of(const WeightOnlyCall& call) {
         return call.columns == 64 ? with_columns<T, D, S, 64, ROW_SCALE>()
-                                  : with_columns<T, D, S, 128, ROW_SCALE>();
+                                  : with_columns<T, D, S, kMostColumns<D, S>, ROW_SCALE>();
     }
     template <typename T, typename D, typename S, int COLUMNS, bool ROW_SCALE>
     static HopperKernel with_columns() {

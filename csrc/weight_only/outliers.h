@@ -54,7 +54,7 @@ QK_DEVICE float sparse_total(const float* sums, int t) {
 template <typename T, int COUNT>
 QK_DEVICE void add_sparse(float (&acc)[COUNT][4], const WeightOnlyArgs& args, int first, int m0,
                           int slice, int k_slices) {
-    constexpr int together = COUNT > 8 ? 2 : 4;  // columns of x in flight at a time
+    constexpr int together = 4;  // columns of x in flight at a time
     const int m = m0 + lane_index() % 4 * 2;
     QK_UNROLL
     for (int r = 0; r < 2; r++) {

@@ -14,13 +14,18 @@ namespace qk {
 /// How scales of S are applied to values of T: see above.
 enum class Scale16 { parts, exact, in_float };
 template <typename T, typename S>
-constexpr Scale16 kScale16 = S::kHasMin                       ? Scale16::in_float
-                             : std::is_same<T, BFloat>::value ? Scale16::parts
-                             : S::kHalfScales                 ? Scale16::exact
-                                                              : Scale16::in_float;
+constexpr Scale16 scale16() {
+    if (S::kHasMin) {
+        return Scale16::in_float;
+    }
+    if (std::is_same<T, BFloat>::value) {
+        return Scale16::parts;
+    }
+    return S::kHalfScales ? Scale16::exact : Scale16::in_float;
+}
 
-/// The scale of one row and scale group. Number of words: both parts of `parts`, or one.
-template <typename T, typename S, Scale16 KIND = kScale16<T, S>>
+/// The scale of one row and scale group.
+template <typename T, typename S, Scale16 KIND = scale16<T, S>()>
 struct PairScale {
     float scale, minimum;
     QK_DEVICE uint32_t of(uint32_t values) const {

@@ -172,21 +172,27 @@ struct Grouped {
     static constexpr bool kHasMin = false, kElements = false, kOutliers = false;
     static constexpr bool kHasZero = KIND == kGroup, kHalfScales = KIND == kGroup;
 
-    /// column: of each row in the scales of a group. first: for nested scales, the row's first
-    /// block in the flattened matrix. Zero points belong to one row each.
+    /// The scales of the first group of each row, and its zero points or, for nested scales, the
+    /// row's first block in the flattened matrix. Zero points belong to one row each.
     struct Rows {
-        uint32_t column[2];
+        const unsigned char *scales[2], *zeros[2];
         int first[2];
         Rows() = default;
         QK_DEVICE Rows(const WeightOnlyArgs& args, int first_row, int second_row) {
             QK_UNROLL
             for (int r = 0; r < 2; r++) {
                 const int row = r == 0 ? first_row : second_row;
-                column[r] = KIND == kGroup ? row : row_group_of(args, row);
-                first[r] = KIND == kNested ? int(column[r]) * (args.last_group + 1) : 0;
+                const int column = KIND == kGroup ? row : row_group_of(args, row);
+                scales[r] = static_cast<const unsigned char*>(args.scaler[0]) +
+                            int64_t(column) * scale_bytes(args);
+                zeros[r] = static_cast<const unsigned char*>(args.scaler[1]) + column;
+                first[r] = KIND == kNested ? column * (args.last_group + 1) : 0;
             }
         }
     };
+    QK_DEVICE static int scale_bytes(const WeightOnlyArgs& args) {
+        return KIND == kNested ? 1 : KIND == kScale && args.scale_type == kFloat32 ? 4 : 2;
+    }
     /// other: the zero point, or the outer scale.
     struct Raw {
         uint32_t bits[SCALE_GROUPS][2], other[SCALE_GROUPS][2];
@@ -204,27 +210,24 @@ struct Grouped {
                                const WeightOnlyArgs& args, const Rows& rows, int number) {
         number = divided(number, args.group_divisor);
         const int group = number < args.last_group ? number : args.last_group;
+        const int64_t at = int64_t(group) * args.scale_stride;
         QK_UNROLL
         for (int r = 0; r < 2; r++) {
-            // 32 bits are enough: there are fewer scales than 2^32.
-            const uint32_t at = uint32_t(group) * uint32_t(args.scale_stride) + rows.column[r];
+            const unsigned char* const scale =
+                rows.scales[r] + int64_t(group) * args.scale_row_bytes;
             if (KIND == kNested) {
-                bits[r] = item<uint8_t>(args, 0, at);
-                other[r] = item<uint32_t>(args, 2, uint32_t(rows.first[r] + group) >> 8);
+                bits[r] = load_global(scale);
+                other[r] = load_global(static_cast<const uint32_t*>(args.scaler[2]) +
+                                       ((rows.first[r] + group) >> 8));
             } else if (KIND == kScale && args.scale_type == kFloat32) {
-                bits[r] = item<uint32_t>(args, 0, at);
+                bits[r] = load_global(reinterpret_cast<const uint32_t*>(scale));
             } else {
-                bits[r] = item<uint16_t>(args, 0, at);
+                bits[r] = load_global(reinterpret_cast<const uint16_t*>(scale));
             }
             if (KIND == kGroup) {
-                other[r] = item<uint8_t>(args, 1, at);
+                other[r] = load_global(rows.zeros[r] + at);
             }
         }
-    }
-    /// Item `at` of the scaler's tensor number `tensor`.
-    template <typename V>
-    QK_DEVICE static V item(const WeightOnlyArgs& args, int tensor, uint32_t at) {
-        return load_global(static_cast<const V*>(args.scaler[tensor]) + at);
     }
 
     struct Own {

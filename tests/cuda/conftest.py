@@ -41,6 +41,12 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
+def without_wgmma(monkeypatch: pytest.MonkeyPatch, emulated: None) -> None:
+    """No weight-only kernel of Hopper, which the emulator and sm_90 would take from 17 rows on."""
+    monkeypatch.setattr("qkernels.backends.cuda.hopper.rejects", lambda problem: "for sm_90")
+
+
+@pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every output starts as NaN, so an element that the kernel does not write fails the test."""
     real = torch.empty

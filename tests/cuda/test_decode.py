@@ -10,7 +10,7 @@ import qkernels as qk
 from ..conftest import DEVICE
 from ..reference import assert_fused_close
 
-pytestmark = pytest.mark.usefixtures("emulated", "poisoned")
+pytestmark = pytest.mark.usefixtures("without_wgmma", "poisoned")
 dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import qkernels as qk
+from qkernels.backends import workspace
 from qkernels.backends.cuda import calls, eight_bit, hopper, launch, transforms
 from qkernels.backends.plan import Plan, Symbolic
 from qkernels.layouts import weight_only as layout
@@ -67,6 +68,70 @@ def test_odd_shapes(
 ) -> None:
     y, x, p, bias = weight_only.run(name, params, n, k, 137, dtype, with_bias=n % 2 == 0)
     assert_fused_close(y, x, p, bias)
+
+
+#: a kernel for each kind of scales and of decoders, and for each number of pairs in a word
+KINDS = [
+    ("gptq", {"bits": 4, "group_size": 128, "symmetric": False}),
+    ("gptq", {"bits": 8, "group_size": 64}),
+    ("nf4", {"block_size": 64}),
+    ("q4_k", {}),
+    ("q6_k", {}),
+    ("spqr", {"bits": 3}),
+    ("quip_sharp", {"bits": 4}),
+]
+
+
+@pytest.mark.parametrize(("name", "params"), KINDS, ids=str)
+@pytest.mark.parametrize("m", [17, 64, 100])
+def test_every_tiling(
+    name: str, params: dict[str, object], m: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of 64 and of 128 rows of x, K in 1, 2 and 3 slices, of which the last is shorter.
+
+    With slices, the first block or the first two of W's two times x's two are not cut.
+    """
+    n, k = 210, 256 * 5
+    p = qk.quantize(torch.randn(n, k), name, **params).to(DEVICE)
+    x, bias = torch.randn(m, k).bfloat16().to(DEVICE), torch.randn(n).bfloat16().to(DEVICE)
+    problem = qk.backends.problem.problem_of(p, m, x.dtype, x.device, False)
+    traits = qk.backends.weight_only.traits_of(problem)
+    for columns in hopper.columns_of(traits.codes, traits.outliers):
+        for count in (1, 2, 3):
+            tiling = hopper.Tiling(columns, count, whole=count - 1)
+            monkeypatch.setattr(hopper, "tiling_for", lambda *_, tiling=tiling: tiling)
+            p.plans.clear()
+            assert f"{columns} rows of x" in str(qk.explain(p, m, backend="cuda"))
+            assert_fused_close(qk.matmul(x, p, bias, backend="cuda"), x, p, bias)
+
+
+def test_slices_are_added_in_order_whatever_finishes_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hopper, "tiling_for", lambda *_: hopper.Tiling(64, 4, 0))
+    p = qk.quantize(torch.randn(200, 1024), "gptq", group_size=128).to(DEVICE)
+    x = torch.randn(40, 1024).half().to(DEVICE)
+    y = qk.matmul(x, p, backend="cuda")
+    for order in (1, 2):
+        monkeypatch.setattr("tests.cuda.conftest.ORDER", [order])
+        assert torch.equal(qk.matmul(x, p, backend="cuda"), y)
+
+
+@pytest.mark.parametrize("scales", [torch.float16, torch.bfloat16, torch.float32])
+@dtypes
+def test_scales_of_every_dtype(scales: torch.dtype, dtype: torch.dtype) -> None:
+    """Scales from 2^-20 to 1: in float16 they are multiplied in 16 bits only if a file has them."""
+    n, k, m = 48, 256, 20
+    p = qk.quantize(torch.randn(n, k), "gptq", group_size=64, symmetric=False)
+    tensors = dict(p.tensors)
+    exponents = torch.linspace(-20, 0, tensors["scales"].numel())
+    tensors["scales"] = (torch.rand(exponents.shape) + 1).mul(exponents.exp2()).reshape(
+        tensors["scales"].shape
+    ).to(scales)  # fmt: skip
+    p = qk.pack("gptq", tensors, p.shape, **p.params).to(DEVICE)
+    x = torch.randn(m, k).to(dtype).to(DEVICE)
+    assert takes_hopper(p, m)
+    assert_fused_close(qk.matmul(x, p, backend="cuda"), x, p, None)
 
 
 TILES = [
@@ -198,6 +263,20 @@ def test_several_eight_bit_tiles_a_block(
 
 
 # ---------------------------------------------------------------------- the launch
+def test_tilings_fill_the_gpu_and_fit_in_the_workspace() -> None:
+    p = qk.quantize(torch.randn(16, 128), "awq", group_size=64)
+    traits = qk.formats.get("awq").weight_only_traits(p.shape, p.params)  # type: ignore[attr-defined]
+    few = hopper.tiling_for((4096, 4096), 32, traits, 132)
+    assert few.columns == 64
+    assert few.k_slices * -(-4096 // hopper.ROWS) > 66
+    many = hopper.tiling_for((4096, 4096), 1024, traits, 132)
+    assert many == (128, 3, 132)  # of 176 blocks, 132 fill all SMs, and the others in three slices
+    for m in (17, 200, 3000):
+        columns, count, whole = hopper.tiling_for((1024, 28672), m, traits, 132)
+        cut = -(-1024 // hopper.ROWS) * -(-m // columns) - whole
+        assert count == 1 or count * cut * hopper.ROWS * columns * 4 <= workspace.BYTES
+
+
 def test_fewer_rows_and_other_gpus_take_other_kernels() -> None:
     p = qk.quantize(torch.randn(16, 128), "awq", group_size=64).to(DEVICE)
     assert not takes_hopper(p, 16)

@@ -6,7 +6,7 @@ import pytest
 
 from ..kernels import test_infinite as promise
 
-pytestmark = pytest.mark.usefixtures("emulated", "poisoned")
+pytestmark = pytest.mark.usefixtures("without_wgmma", "poisoned")
 
 
 @promise.family_cases

@@ -22,7 +22,7 @@ CASES = [
 ]
 
 
-@pytest.mark.usefixtures("emulated")
+@pytest.mark.usefixtures("without_wgmma")
 @pytest.mark.parametrize(("name", "params"), CASES, ids=map(case_id, CASES))
 def test_the_product_is_that_of_the_numbers(name: str, params: dict[str, object]) -> None:
     p = qk.quantize(torch.randn(16, 256) * 0.1, name, **params)

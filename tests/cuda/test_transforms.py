@@ -21,7 +21,7 @@ from ..conftest import DEVICE
 from ..plans import at_once
 from ..reference import assert_fused_close
 
-pytestmark = pytest.mark.usefixtures("emulated", "poisoned")
+pytestmark = pytest.mark.usefixtures("without_wgmma", "poisoned")
 dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 #: unit roundoff: the emulator rounds as a GPU does
 U = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}

@@ -15,7 +15,7 @@ from ..kernels.test_weight_only import ODD, SHORT
 from ..reference import assert_fused_close, every_power
 from . import conftest as emulation
 
-pytestmark = pytest.mark.usefixtures("emulated", "poisoned")
+pytestmark = pytest.mark.usefixtures("without_wgmma", "poisoned")
 FAMILY = [case for case in CASES if layout_of(*case) == "weight_only"]
 
 

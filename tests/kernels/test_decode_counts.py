@@ -160,7 +160,7 @@ def test_where_ways_meet_only_what_both_say_is_known(other: int) -> None:
 
 def test_counts_above_a_figure_are_named() -> None:
     format, figures = next(iter(decode.CEILINGS.items()))
-    _, eight, _ = figures["fp16"]
+    eight = figures["fp16"][1]
     assert decode.too_many(format, {("fp16", 8): eight, ("fp16", 16): 0.0}) == []
     (line,) = decode.too_many(format, {("fp16", 8): eight + 0.02, ("bf16", 1): 0.0})
     assert f"{format} fp16 M=8: expected at most {eight} instructions a weight" in line
@@ -171,6 +171,7 @@ def test_the_codes_of_a_weight_give_its_products() -> None:
     assert cuda_kernels.Decoder("", 16, 8).mma_per_tile(codes) == 8
     assert cuda_kernels.Decoder("", 32, 16, sums=1).mma_per_tile(codes) == 8 * (2 + 1) * 2
     assert cuda_kernels.Decoder("", 64, 1, sums=1).mma_per_tile(codes) == 8 * (4 + 1)
+    assert cuda_kernels.Decoder("", 16, 128, hopper=True).mma_per_tile(codes) == 8
 
 
 @pytest.mark.skipif(build.nvcc() is None, reason="no nvcc")

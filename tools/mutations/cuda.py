@@ -14,6 +14,7 @@ EIGHT_BIT_GEMM, EIGHT_BIT_GEMV, EIGHT_BIT_ROWS, GEMV_ROWS, OUTLIERS = (
     f"csrc/eight_bit/{f}.h" for f in ("gemm", "gemv", "quantize", "rows", "outliers")
 )
 HOPPER, HOPPER8 = "csrc/weight_only/hopper.h", "csrc/eight_bit/hopper.h"
+PAIR_SCALE = "csrc/weight_only/pair_scale.h"
 CUDA_LAUNCH = "csrc/weight_only/launch.h"
 
 CUDA = [
@@ -109,22 +110,34 @@ ROWS_IN_THE_GEMV = [
 ]  # fmt: skip
 
 HOPPERS = [
-    (HOPPER, "factor = group_scales.factor[i % 2];", "factor = group_scales.factor[0];"),
+    (HOPPER, "pair_scale[i % 2].of(weights[i])", "pair_scale[0].of(weights[i])"),
     (HOPPER, "product_wait<1>();", "product_wait<2>();"),
-    (HOPPER, "in_chunk * kSlice * 2", "in_chunk * kSlice"),
+    (HOPPER, "me.slices(s % 2)", "me.slices(0)"),
+    (HOPPER, "further(x, kSlice * 2)", "x"),
     (HOPPER, "barrier_wait(me.shared.codes_full(me.codes.index), me.codes.parity);", ""),
     (HOPPER, "barrier_wait(me.shared.chunk_full(me.chunk.index), me.chunk.parity);", ""),
     (HOPPER, "barrier_wait(shared.chunk_empty(chunk.index), chunk.parity ^ 1);", ""),
     (HOPPER, "release(me.shared.codes_empty(me.codes.index));", ""),
+    (HOPPER, "(drain || first)", "first"),
+    (HOPPER, "me.last_chunk = me.chunk.index;", "me.last_chunk = 0;"),
+    (HOPPER, "row + r * 8 < w.n ? row + r * 8 : w.n - 1", "row + r * 8"),
     (HOPPER, "(unit ^ m % 8) * 16, in)", "unit * 16, in)"),
     (HOPPER, "    sync_warpgroup(1 + warpgroup);  // no thread still reads the last work tile", ""),
     (HOPPER, "m < args.m && n < args.n", "m <= args.m && n < args.n"),
-    (HOPPER, "w.n - work_tile.n0 < kHopperRows ? w.n - work_tile.n0 : kHopperRows", "kHopperRows"),
-    (HOPPER, "load_book<D>(args.weight, shared.book(), kHopperThreads);", ""),
-    (HOPPER, "kBytes = kBookAt + kBookBytes<D>", "kBytes = kBookAt"),
+    (HOPPER, "left < kHopperRows ? left : kHopperRows", "kHopperRows"),
+    (HOPPER, "begin + args.k_slice < args.tiles ? begin + args.k_slice : args.tiles", "begin + args.k_slice"),
+    (HOPPER, "work_tile.block * kHopperConsumers + warpgroup", "work_tile.block * kHopperConsumers"),
+    (HOPPER, "sums[i] += load_l2(parts + s", "sums[i] += load_l2(parts + 0 * s"),
+    (HOPPER, "        sums[i] = 0;\n", ""),
+    (HOPPER, "            fill_pairs(load_table<D>(args.weight, nullptr), shared.book());", ""),
+    (HOPPER, "load_book<D>(args.weight, shared.book(), threads_x());", ""),
+    (HOPPER, "(D::kTable ? kPairsBytes : kBookBytes<D>)", "0"),
     (HOPPER, "factor[r] * sums[i]", "sums[i]"),
     (HOPPER, "r = i / 2 % 2, n = first", "r = i % 2, n = first"),
     (HOPPER, "n < args.n && m < args.m", "n < args.n && m <= args.m"),
+    (PAIR_SCALE, "fma2<T>(values, low, Magic<T>::kMinusZero)", "Magic<T>::kMinusZero"),
+    (PAIR_SCALE, "S::kHalfScales ? Scale16::exact", "true ? Scale16::exact"),
+    (CUDA_LAUNCH, "call.args.scale_type == kFloat16 ||", "true ||"),
     (CUDA_LAUNCH, "hopper.row_scale != (call.args.is_float != 0)", "false"),
     (CUDA_LAUNCH, "call.args.group < call.args.k || ", ""),
     (CUDA_LAUNCH, "|| call.args.bias != nullptr", ""),

@@ -29,8 +29,8 @@ _POINTERS = [
 _SIZES = [
     "m", "n", "k", "kp", "tiles", "k_slice", "group", "shift",
     "row_group", "scale_group", "scaling", "scale_type",
-    "x_stride", "x_chunks", "x_tail", "stage_bytes",
-    "scale_stride", "last_group", "group_divisor", "row_divisor",
+    "x_stride", "whole", "x_chunks", "x_tail", "stage_bytes",
+    "scale_stride", "scale_row_bytes", "last_group", "group_divisor", "row_divisor",
     "x_rows", "is_float",
 ]  # fmt: skip
 

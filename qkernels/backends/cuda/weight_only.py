@@ -182,6 +182,7 @@ def _call_template(
         group=group, row_group=traits.row_group, scale_group=scale_group,
         shift=group.bit_length() - 1 if group & (group - 1) == 0 else -1,
         scale_stride=-(-n // traits.row_group), last_group=(kp - 1) // group,
+        scale_row_bytes=-(-n // traits.row_group) * scaler[0].element_size(),
         x_tail=int(k % codes.tile != 0),
         group_divisor=divisor(-(-group // unit), -(-kp // unit)),
         row_divisor=divisor(traits.row_group, n),
