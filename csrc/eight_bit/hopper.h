@@ -192,6 +192,8 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
         }
         run_pipeline([&] { copy_codes<P>(all); },
                      [&](int warpgroup) { multiply_tiles<KIND, BLOCKS>(all.args, warpgroup); });
+    } else {
+        not_for_this_gpu();
     }
 }
 

@@ -363,6 +363,8 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
                      [&](int warpgroup) {
                          multiply_all<T, D, columns, S, ROW_SCALE>(args, shared, warpgroup);
                      });
+    } else {
+        not_for_this_gpu();
     }
 }
 

@@ -14,6 +14,7 @@ from qkernels.layouts import weight_only as layout
 
 from ..conftest import DEVICE, case_id, k_of
 from ..reference import assert_fused_close
+from . import conftest as emulation
 from . import test_transforms as incoherent
 from . import test_weight_only as weight_only
 
@@ -198,6 +199,15 @@ def test_several_eight_bit_tiles_a_block(
 
 
 # ---------------------------------------------------------------------- the launch
+@pytest.mark.skipif(DEVICE == "cuda", reason="emulates a GPU that this machine does not have")
+def test_a_kernel_without_a_body_fails() -> None:
+    """Such as one that is compiled for plain sm_90, which has no wgmma."""
+    emulation.DEFINES.append("QK_EMULATED_ARCH=800")
+    p = qk.quantize(torch.randn(32, 128), "fp8", activation="dynamic")
+    with pytest.raises(RuntimeError, match="that is not for this GPU"):
+        qk.matmul(torch.randn(300, 128).half(), p, backend="cuda")
+
+
 def test_fewer_rows_and_other_gpus_take_other_kernels() -> None:
     p = qk.quantize(torch.randn(16, 128), "awq", group_size=64).to(DEVICE)
     assert not takes_hopper(p, hopper.MIN_ROWS - 1)
