@@ -63,6 +63,24 @@ QK_DEVICE void product_wait() {
 #endif
 }
 
+/// After the wait for the products that add to `sums`: the compiler must not move a read of them to
+/// before the wait, because it knows of no tie between the two. No instruction.
+template <typename Sum, int COUNT>
+QK_DEVICE void sums_ready(Sum (&sums)[COUNT]) {
+#ifdef __CUDACC__
+    QK_UNROLL
+    for (int i = 0; i < COUNT; i++) {
+        if constexpr (std::is_same<Sum, float>::value) {
+            asm volatile("" : "+f"(sums[i])::"memory");
+        } else {
+            asm volatile("" : "+r"(sums[i])::"memory");
+        }
+    }
+#else
+    (void)sums;
+#endif
+}
+
 #ifndef __CUDACC__
 /// The 32 bytes along K of row `row` of an operand, as one product reads them.
 inline void operand_row(unsigned char (&out)[32], const void* rows, int row) {
