@@ -197,16 +197,20 @@ def _tensor_instructions(compiled: Path, arch: str) -> dict[str, tuple[str, str]
             "no cuobjdump found; install triton or the CUDA toolkit's binary utilities"
         )
     command = [tool, "-arch", f"sm_{arch}", "-sass", str(compiled)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return tensor_instructions(
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    )
+
+
+def tensor_instructions(text: str) -> dict[str, tuple[str, str]]:
+    """`_tensor_instructions` of what cuobjdump prints."""
     instructions = {}
-    for name, code in re.findall(r"Function : (\w+)(.*?)(?=Function : |\Z)", done.stdout, re.S):
+    for name, code in re.findall(r"Function : (\w+)(.*?)(?=Function : |\Z)", text, re.S):
         if tensor := re.search(r"\b(?:UTC)?[HIQ]G?MMA[\w.]*", code):
-            loop = (
-                assembly.main_loop(assembly.sass_with_addresses(code))
-                if "GMMA" in tensor[0]
-                else []
-            )
-            instructions[name] = tensor[0], hazards.overtaken(loop) or ""
+            hazard = None
+            if "GMMA" in code:
+                hazard = hazards.overtaken_in(assembly.sass_with_addresses(code))
+            instructions[name] = tensor[0], hazard or ""
     return instructions
 
 
