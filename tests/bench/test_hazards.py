@@ -102,10 +102,12 @@ def test_cuda_kernels_are_searched_as_a_whole(
 
 
 def test_a_bad_cuda_kernel_fails_the_run() -> None:
-    """Both in the loop of the products, which has the wait too late, and after it."""
+    """A write between two products, one in the next round of their loop, and one after it."""
+    wait = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+    again = SASS.replace(wait, "NOP", 1).replace("{BEFORE}", "NOP")
     inner = SASS.replace("MOV R92, R5", "MOV R91, R5").replace("{BEFORE}", "NOP")
-    later = SASS.replace("WARPGROUP.DEPBAR.LE gsb0, 0x0", "NOP").replace("{BEFORE}", "MOV R94, R2")
-    for text in (inner, later):
+    later = SASS.replace(wait, "NOP").replace("{BEFORE}", "MOV R94, R2")
+    for text in (inner, again, later):
         hazard = static_cuda.tensor_instructions(text.replace("{AFTER}", "NOP"))["one"]
         facts = static_cuda.Facts("s", "wgmma", "", -1, "90a", 168, 0, 0, 0, 384, False, *hazard)
         assert [why for why in facts.problems if "writes R" in why] == facts.problems != []
