@@ -5,7 +5,7 @@ The Triton kernels live in ``triton_kernels/`` at the top of the repository and 
 ``qkernels.triton_kernels``: other projects ship a top-level module of exactly the name
 ``triton_kernels`` and look it up with ``find_spec``, so ours must never answer to it. ``csrc/``
 goes along as data: the CUDA kernels are compiled at the first call, unless QKERNELS_CUDA_ARCHS
-(such as "80 90a 100a 120a") is set now, which compiles them here, for these architectures.
+(such as "80 90a 100 120") is set now, which compiles them here, for these architectures.
 """
 
 import importlib.util

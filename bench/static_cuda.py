@@ -75,23 +75,23 @@ SOURCES = {
 #: (kernel, source, scale groups in a tile, architecture) -> bytes that nvcc 13.0 is known to spill:
 #: more bytes, or spills of other kernels, are a problem
 KNOWN_SPILLS = {
-    ("decode 8 rows", "linear3", 4, "100a"): 24,
-    ("decode 8 rows", "linear3", 4, "120a"): 8,
+    ("decode 8 rows", "linear3", 4, "100"): 24,
+    ("decode 8 rows", "linear3", 4, "120"): 8,
     ("decode 8 rows", "signed3_q3_k", -1, "80"): 24,
     ("decode 8 rows", "unsigned2_two_level", -1, "80"): 40,
-    ("decode 8 rows", "unsigned2_two_level", -1, "100a"): 32,
-    ("decode 8 rows", "unsigned2_two_level", -1, "120a"): 16,
+    ("decode 8 rows", "unsigned2_two_level", -1, "100"): 32,
+    ("decode 8 rows", "unsigned2_two_level", -1, "120"): 16,
     ("decode 8 rows", "unsigned3_two_level", -1, "80"): 88,
-    ("decode 8 rows", "unsigned3_two_level", -1, "100a"): 80,
-    ("decode 8 rows", "unsigned3_two_level", -1, "120a"): 80,
-    ("decode 16 rows", "signed6_q6_k", -1, "120a"): 8,
-    ("gemm", "linear2", 4, "100a"): 8,
-    ("gemm", "linear3", 4, "100a"): 8,
+    ("decode 8 rows", "unsigned3_two_level", -1, "100"): 80,
+    ("decode 8 rows", "unsigned3_two_level", -1, "120"): 80,
+    ("decode 16 rows", "signed6_q6_k", -1, "120"): 8,
+    ("gemm", "linear2", 4, "100"): 8,
+    ("gemm", "linear3", 4, "100"): 8,
     ("gemm", "lut16_iq4_xs", -1, "80"): 56,
     ("gemm", "unsigned5_q4_k", -1, "90a"): 24,
     ("gemm", "unsigned4_two_level", -1, "90a"): 8,
-    ("gemm", "unsigned4_two_level", -1, "100a"): 28,
-    ("gemm", "unsigned4_two_level", -1, "120a"): 8,
+    ("gemm", "unsigned4_two_level", -1, "100"): 28,
+    ("gemm", "unsigned4_two_level", -1, "120"): 8,
     ("wgmma 64 rows", "linear3", 4, "90a"): 8,
     ("wgmma 64 rows", "unsigned2_two_level", -1, "90a"): 32,
     ("wgmma 64 rows", "unsigned3_two_level", -1, "90a"): 48,
@@ -127,7 +127,7 @@ class Facts(NamedTuple):
     @property
     def blocks(self) -> int:
         """Blocks that an SM holds at a time, by registers, shared memory and warps."""
-        number = int(self.arch.rstrip("a"))
+        number = build.number_of(self.arch)
         by_registers = REGISTERS // (-(-self.registers // 8) * 8 * self.threads)
         by_shared = (SHARED_KIB[number] + 1) * 1024 // (self.dynamic + 1024)
         return min(by_registers, by_shared, MAX_WARPS[number] * 32 // self.threads)
@@ -137,7 +137,7 @@ class Facts(NamedTuple):
         """What is wrong with the kernel, in words."""
         expected = KNOWN_SPILLS.get((self.kernel, self.source, self.scale_groups, self.arch), 0)
         problems = [f"spills {self.spilled} bytes"] if self.spilled > expected else []
-        if self.dynamic > SHARED_KIB[int(self.arch.rstrip("a"))] * 1024:
+        if self.dynamic > SHARED_KIB[build.number_of(self.arch)] * 1024:
             problems.append(f"{self.dynamic} bytes of shared memory do not fit")
         instruction = (
             "GMMA"
@@ -203,16 +203,20 @@ def _tensor_instructions(compiled: Path, arch: str) -> dict[str, tuple[str, str]
             "no cuobjdump found; install triton or the CUDA toolkit's binary utilities"
         )
     command = [tool, "-arch", f"sm_{arch}", "-sass", str(compiled)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return tensor_instructions(
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    )
+
+
+def tensor_instructions(text: str) -> dict[str, tuple[str, str]]:
+    """`_tensor_instructions` of what cuobjdump prints."""
     instructions = {}
-    for name, code in re.findall(r"Function : (\w+)(.*?)(?=Function : |\Z)", done.stdout, re.S):
+    for name, code in re.findall(r"Function : (\w+)(.*?)(?=Function : |\Z)", text, re.S):
         if tensor := re.search(r"\b(?:UTC)?[HIQ]G?MMA[\w.]*", code):
-            loop = (
-                assembly.main_loop(assembly.sass_with_addresses(code))
-                if "GMMA" in tensor[0]
-                else []
-            )
-            instructions[name] = tensor[0], hazards.overtaken(loop) or ""
+            hazard = None
+            if "GMMA" in code:
+                hazard = hazards.overtaken_in(assembly.sass_with_addresses(code))
+            instructions[name] = tensor[0], hazard or ""
     return instructions
 
 
@@ -225,7 +229,7 @@ def parse(text: str, source: str, arch: str, tensor: dict[str, tuple[str, str]])
     serialized = set(_SERIALIZED.findall(text))
     for entry in _ENTRY.finditer(text):
         if entry["arch"] != arch or ("_hopper" in entry["name"] and arch != "90a"):
-            continue  # Hopper kernels are empty for other architectures
+            continue  # Hopper kernels only trap on other architectures
         kernel, dtype, scale_groups, dynamic, threads = _kernel(entry["name"], source, arch)
         spilled = int(entry["stores"]) + int(entry["loads"])
         facts.append(
@@ -292,7 +296,7 @@ def _weight_only(name: re.Match[str], source: str, arch: str) -> tuple[str, str,
         columns = 8 * int(tiles[1]) or 1
         kernel = f"decode {columns} row{'s' * (columns > 1)}"
         traits: Any = SimpleNamespace(codes=codes, outliers=outliers)
-        shared = SHARED_KIB[int(arch.rstrip("a"))] * 1024
+        shared = SHARED_KIB[build.number_of(arch)] * 1024
         warps = decode.warps_in(traits, shared)
         most = decode.columns_for(decode.MOST, decode.ROWS, traits, 0, False, shared)
         # Where memory is short, no launch has 16 rows.
@@ -303,7 +307,7 @@ def _weight_only(name: re.Match[str], source: str, arch: str) -> tuple[str, str,
 
 def table(facts: list[Facts]) -> str:
     """Markdown table: a row per kernel, for both dtypes; registers and blocks per architecture."""
-    archs = sorted({f.arch for f in facts}, key=lambda a: int(a.rstrip("a")))
+    archs = sorted({f.arch for f in facts}, key=build.number_of)
     rows: dict[tuple[str, str, int], dict[str, list[Facts]]] = defaultdict(
         lambda: defaultdict(list)
     )

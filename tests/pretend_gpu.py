@@ -292,15 +292,23 @@ class _Extension:
     """The compiled kernels, by the emulator."""
 
     def run(self, name: str, address: int) -> str:
+        # a copy, because the caller writes into the struct for the next call
+        kept = ctypes.string_at(address, _size_of(name))
+        error = self._run(name, kept)
+        _record(lambda: self._run(name, kept))
+        return error
+
+    def _run(self, name: str, call: bytes) -> str:
         from tests.cuda import host
 
+        again = ctypes.create_string_buffer(call)
         library, function = host.entry(name)
         memory = {t.held.untyped_storage().data_ptr(): t.held for t in list(Pretended.alive)}
         bytes_of = [
             torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage()) for t in memory.values()
         ]
         host.expose(library, [], bytes_of)
-        return str(function(ctypes.c_void_p(address)).decode())
+        return str(function(again).decode())
 
 
 @contextmanager
@@ -312,19 +320,6 @@ def visible() -> Iterator[None]:
     from qkernels.backends import cuda
     from qkernels.ops import matmul as ops
     from qkernels.ops import moe
-
-    started = cuda.run
-
-    def run(name: str, address: int, index: int) -> None:
-        # a copy, because the caller writes into the struct for the next call
-        kept = ctypes.string_at(address, _size_of(name))
-
-        def step() -> None:
-            again = ctypes.create_string_buffer(kept)
-            started(name, ctypes.addressof(again), index)
-
-        step()
-        _record(step)
 
     executor = interpreter.GridExecutor
     called = executor.__call__
@@ -399,7 +394,8 @@ def visible() -> Iterator[None]:
             tensor=moved(torch.tensor),
             as_tensor=moved(torch.as_tensor),
             where=where_of,
-            inference_mode=torch.no_grad,  # C++ will not have views of these made there
+            # C++ will not have views of these made there
+            inference_mode=lambda mode=True: torch.no_grad(),
         ),
         mock.patch.object(torch.Tensor, "to", to_device_of),
         mock.patch.object(torch.Tensor, "cuda", lambda self, *_, **__: to_device_of(self, CUDA)),
@@ -415,7 +411,6 @@ def visible() -> Iterator[None]:
         ),
         # The interpreter cannot run the instructions of PDL.
         mock.patch.dict(os.environ, QKERNELS_PDL="0"),
-        mock.patch.object(cuda, "run", run),
         mock.patch.object(counters, "capture_of", capture_of),
         mock.patch.object(counters, "_apart", lambda make: make()),  # modes are set for a thread
         mock.patch.dict(counters._arenas),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 
-from .assembly import Instruction
+from .assembly import Instruction, Program, loops
 
 _PRODUCT = re.compile(r"[HIQ]GMMA")
 _REGISTER = re.compile(r"R(\d+)\b")
@@ -22,6 +22,14 @@ _NO_RESULT = re.compile(
 )
 #: registers of an operand of 64 x 16 elements of 16 bits, or 64 x 32 of 8
 _OPERAND = 4
+
+
+def overtaken_in(program: Program) -> str | None:
+    """The same as `overtaken` for a whole kernel: all its code in order, and each of its loops."""
+    code = program.instructions
+    bodies = [[code[i] for i in sorted(body)] for body in loops(program)]
+    with_products = [b for b in bodies if any(_PRODUCT.fullmatch(i.name) for i in b)]
+    return next(filter(None, map(overtaken, [code, *with_products])), None)
 
 
 def overtaken(loop: list[Instruction]) -> str | None:

@@ -130,6 +130,7 @@ QK_DEVICE void multiply_tile(Sum (&acc)[P::kSums], const EightBitArgs& args, con
             ring.next();
         }
         product_wait<0>();
+        sums_ready(acc);
         release(P::empty(before));
     } else {
         const int m = tile.m + warpgroup * P::kRows + warp_index() % 4 * 16 + lane_index() / 4;
@@ -146,6 +147,7 @@ QK_DEVICE void multiply_tile(Sum (&acc)[P::kSums], const EightBitArgs& args, con
             multiply_step<KIND, P>(part, ring.index, warpgroup, false);
             scales_of<BLOCKS>(next, args, tile.n, m, step + 1, steps);
             product_wait<0>();
+            sums_ready(part);
             release(P::empty(ring.index));
             ring.next();
             QK_UNROLL
@@ -192,6 +194,8 @@ __global__ void __launch_bounds__(hopper_threads(2), 1)
         }
         run_pipeline<2>([&] { copy_codes<P>(all); },
                         [&](int warpgroup) { multiply_tiles<KIND, BLOCKS>(all.args, warpgroup); });
+    } else {
+        not_for_this_gpu();
     }
 }
 

@@ -9,7 +9,8 @@
 #include "../emulation/async.h"
 #endif
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDACC__)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || \
+    (!defined(__CUDACC__) && (!defined(QK_EMULATED_ARCH) || QK_EMULATED_ARCH == 900))
 #define QK_HOPPER 1
 #else
 #define QK_HOPPER 0
@@ -17,7 +18,8 @@
 
 namespace qk {
 
-/// Whether this compilation is for such a GPU, or for the emulator.
+/// Whether this compilation is for such a GPU: plain sm_90 is none. The wrappers below stop kernels
+/// that are compiled for others.
 constexpr bool kOnHopper = QK_HOPPER;
 
 QK_DEVICE uint32_t shared_address(const void* p) {
@@ -40,6 +42,8 @@ QK_DEVICE void barrier_init(Barrier* b, uint32_t arrivals) {
 #elif QK_HOPPER
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals)
                  : "memory");
+#else
+    not_for_this_gpu();
 #endif
 }
 /// After the inits, before a block-wide barrier: makes the mbarriers visible to TMA.
@@ -47,6 +51,8 @@ QK_DEVICE void barrier_init_done() {
 #if defined(__CUDACC__) && QK_HOPPER
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#elif defined(__CUDACC__)
+    not_for_this_gpu();
 #endif
 }
 QK_DEVICE void barrier_arrive(Barrier* b) {
@@ -54,6 +60,8 @@ QK_DEVICE void barrier_arrive(Barrier* b) {
     emulation::mbarrier_arrive(b, 0);
 #elif QK_HOPPER
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
+#else
+    not_for_this_gpu();
 #endif
 }
 /// Arrives, and announces copies of `bytes`.
@@ -64,6 +72,8 @@ QK_DEVICE void barrier_arrive_expect(Barrier* b, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)),
                  "r"(bytes)
                  : "memory");
+#else
+    not_for_this_gpu();
 #endif
 }
 /// Waits until the phase of this parity is over. Before the first phase, parity 1 counts as over.
@@ -81,6 +91,8 @@ QK_DEVICE void barrier_wait(Barrier* b, uint32_t parity) {
             : "r"(shared_address(b)), "r"(parity)
             : "memory");
     }
+#else
+    not_for_this_gpu();
 #endif
 }
 
@@ -99,12 +111,16 @@ template <int COUNT>
 QK_DEVICE void increase_registers() {
 #if defined(__CUDACC__) && QK_HOPPER
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+#elif defined(__CUDACC__)
+    not_for_this_gpu();
 #endif
 }
 template <int COUNT>
 QK_DEVICE void decrease_registers() {
 #if defined(__CUDACC__) && QK_HOPPER
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+#elif defined(__CUDACC__)
+    not_for_this_gpu();
 #endif
 }
 
@@ -123,6 +139,8 @@ QK_DEVICE void copy_bulk(void* to, const void* from, uint32_t bytes, Barrier* b)
             "r"(shared_address(to)),
         "l"(from), "r"(bytes), "r"(shared_address(b))
         : "memory");
+#else
+    not_for_this_gpu();
 #endif
 }
 
@@ -204,6 +222,8 @@ QK_DEVICE void copy_box(void* to, const TensorMap& map, int column, int row, Bar
         "[%1, {%3, %4}], [%2];" ::"r"(shared_address(to)),
         "l"(&map), "r"(shared_address(b)), "r"(column), "r"(row)
         : "memory");
+#else
+    not_for_this_gpu();
 #endif
 }
 /// Prefetches a tensor map, which TMA will use.
@@ -236,6 +256,8 @@ QK_DEVICE void store_matrix_transposed(void* row, const uint32_t (&in)[4]) {
                      shared_address(row)),
                  "r"(in[0]), "r"(in[1]), "r"(in[2]), "r"(in[3])
                  : "memory");
+#else
+    not_for_this_gpu();
 #endif
 }
 

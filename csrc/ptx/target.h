@@ -50,6 +50,16 @@ struct alignas(8) Words2 {
     uint32_t w[2];
 };
 
+/// Stops a kernel that was compiled for a GPU without its instructions, and so has no body: without
+/// this, y would stay unwritten.
+QK_DEVICE void not_for_this_gpu() {
+#ifdef __CUDACC__
+    asm volatile("trap;");
+#else
+    emulation::Machine::get().fail("a kernel, or an instruction, that is not for this GPU");
+#endif
+}
+
 QK_DEVICE uint32_t thread_index() {
 #ifdef __CUDACC__
     return threadIdx.x;

@@ -38,6 +38,8 @@ QK_DEVICE Operand further(Operand o, uint32_t bytes) {
 QK_DEVICE void product_fence() {
 #if defined(__CUDACC__) && QK_HOPPER
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#elif defined(__CUDACC__)
+    not_for_this_gpu();
 #endif
 }
 QK_DEVICE void product_commit() {
@@ -45,6 +47,8 @@ QK_DEVICE void product_commit() {
     emulation::product_commit();
 #elif QK_HOPPER
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#else
+    not_for_this_gpu();
 #endif
 }
 /// Waits until at most GROUPS of the committed groups are in flight.
@@ -54,6 +58,26 @@ QK_DEVICE void product_wait() {
     emulation::product_wait(GROUPS);
 #elif QK_HOPPER
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(GROUPS) : "memory");
+#else
+    not_for_this_gpu();
+#endif
+}
+
+/// After the wait for the products that add to `sums`: the compiler must not move a read of them to
+/// before the wait, because it knows of no tie between the two. No instruction.
+template <typename Sum, int COUNT>
+QK_DEVICE void sums_ready(Sum (&sums)[COUNT]) {
+#ifdef __CUDACC__
+    QK_UNROLL
+    for (int i = 0; i < COUNT; i++) {
+        if constexpr (std::is_same<Sum, float>::value) {
+            asm volatile("" : "+f"(sums[i])::"memory");
+        } else {
+            asm volatile("" : "+r"(sums[i])::"memory");
+        }
+    }
+#else
+    (void)sums;
 #endif
 }
 
@@ -217,6 +241,8 @@ struct ProductOfCodes {
                 : QK_64(QK_FLOAT_SUM, sums, 0)
                 : "l"(a.bits), "l"(b.bits), "r"(int(accumulate)));
         }
+#else
+        not_for_this_gpu();
 #endif
     }
 };

@@ -406,6 +406,7 @@ QK_DEVICE void multiply_all(const HopperArgs& args, const HopperShared<D, COLUMN
             }
         }
         me.finish_products(true);
+        sums_ready(sums);
         if constexpr (S::kOutliers) {  // not before: ptxas would order the products after these
                                        // sums
             add_sparse<T>(reinterpret_cast<float (&)[COLUMNS / 8][4]>(sums), w, row, work_tile.m0,
@@ -454,6 +455,8 @@ __global__ void __launch_bounds__(hopper_threads(kHopperConsumers), 1)
                                            multiply_all<T, D, COLUMNS, S, ROW_SCALE>(args, shared,
                                                                                      warpgroup);
                                        });
+    } else {
+        not_for_this_gpu();
     }
 }
 

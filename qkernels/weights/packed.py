@@ -66,7 +66,10 @@ class Prepackable:
         with self._lock:
             if layout == self.layout:
                 return False
-            self.snapshot = self._packed(layout)
+            # torch counts no changes in place of tensors that are made in inference mode, but
+            # cuda/launch.py asks for them
+            with torch.inference_mode(False), torch.no_grad():
+                self.snapshot = self._packed(layout)
             self.plans.clear()
             return True
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,9 @@ from qkernels.backends.cuda import build, calls, weight_only
 from qkernels.backends.problem import problem_of
 
 from . import host
+
+#: A100, A10, L40, H100, B200, B300, Thor, RTX 5090, GB10
+GPUS = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)]
 
 PTXAS = """
 ptxas info    : Compiling entry function 'NAME' for 'sm_80'
@@ -135,8 +139,93 @@ def test_versions() -> None:
         build.check_versions(13000, 12080)
     with pytest.raises(RuntimeError, match="no NVIDIA driver"):
         build.check_versions(13000, 0)
-    assert build.native_arch(8, 9) == "89"
-    assert build.native_arch(9, 0) == "90a"
+
+
+@pytest.mark.parametrize(
+    ("arch", "runs"),
+    [
+        ("80", {(8, 0), (8, 6), (8, 9)}), ("89", {(8, 9)}), ("90a", {(9, 0)}),
+        ("100", {(10, 0), (10, 3)}), ("100f", {(10, 0), (10, 3)}), ("100a", {(10, 0)}),
+        ("103", {(10, 3)}), ("110", {(11, 0)}),
+        ("120", {(12, 0), (12, 1)}), ("120f", {(12, 0), (12, 1)}), ("120a", {(12, 0)}),
+    ],
+)  # fmt: skip
+def test_which_gpus_run_code_for_an_architecture(arch: str, runs: set[tuple[int, int]]) -> None:
+    assert {gpu for gpu in GPUS if build.runs_on(arch, *gpu)} == runs
+
+
+def test_a_build_at_the_first_call_is_for_this_gpu() -> None:
+    archs = [build.native_arch(*gpu) for gpu in GPUS]
+    assert archs == ["80", "86", "89", "90a", "100", "100", "110", "120", "120"]
+    assert all(build.runs_on(arch, *gpu) for arch, gpu in zip(archs, GPUS, strict=True))
+    build.check_archs(archs)
+    # Versions of nvcc before 13.0 do not know 110 (Thor).
+    missing = [g for g in GPUS if not any(build.runs_on(a, *g) for a in build.DEFAULT_ARCHS)]
+    assert missing == [(11, 0)]
+
+
+@pytest.mark.parametrize(
+    ("archs", "why"),
+    [
+        (("80", "90"), "expected \"90a\" for Hopper, got '90': the kernels use wgmma"),
+        (("90f",), 'expected "90a" for Hopper'),
+        (("sm_80",), "from 80 on, such as .80 90a 100 120., got 'sm_80'"),
+        (("9.0a",), "from 80 on"),
+        (("75",), "from 80 on"),
+        ((), "got none"),
+    ],
+)
+def test_other_architectures_are_refused(
+    archs: tuple[str, ...], why: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Plain 90 above all: it has no wgmma, so Hopper's kernels would do nothing."""
+    monkeypatch.setattr(build, "ninja_file", lambda *_: pytest.fail("the build began"))
+    with pytest.raises(ValueError, match=why):
+        build.build(tmp_path / "_cuda.so", archs, tmp_path / "objects")
+
+
+#: Hopper's kernels, and each wrapper that has an instruction of Hopper alone
+ONLY_HOPPER = """
+#include "eight_bit/hopper.h"
+#include "weight_only/hopper.h"
+using namespace qk;
+void (*eight_bit)(EightBitHopperArgs) = eight_bit_hopper<kInt8, false>;
+void (*weight_only)(HopperArgs) = weight_only_hopper<Half, Linear<Half, 4>, Plain<0>, 64, false>;
+#define KERNEL(NAME, ...) \\
+    extern "C" __global__ void NAME(Barrier* b, TensorMap* map) { __VA_ARGS__; }
+KERNEL(w0, barrier_init(b, 1))
+KERNEL(w1, barrier_init_done())
+KERNEL(w2, barrier_arrive(b))
+KERNEL(w3, barrier_arrive_expect(b, 16))
+KERNEL(w4, barrier_wait(b, 0))
+KERNEL(w5, increase_registers<240>())
+KERNEL(w6, decrease_registers<24>())
+KERNEL(w7, copy_bulk(b, map, 16, b))
+KERNEL(w8, copy_box(b, *map, 0, 0, b))
+KERNEL(w9, uint32_t in[4] = {}; store_matrix_transposed(b, in))
+KERNEL(w10, product_fence())
+KERNEL(w11, product_commit())
+KERNEL(w12, product_wait<0>())
+KERNEL(w13, int sums[128]; ProductOfCodes<kInt8, kInt8, 256>::run(sums, {0}, {0}, false))
+"""
+
+
+@pytest.mark.skipif(build.nvcc() is None, reason="no nvcc")
+def test_hopper_kernels_for_other_gpus_trap(tmp_path: Path) -> None:
+    """And do not leave y unwritten. Plain sm_90 is another GPU, too."""
+    (tmp_path / "only_hopper.cu").write_text(ONLY_HOPPER)
+    traps = {}
+    for arch in ("90a", "90", "100"):
+        compiler, output = build.nvcc(), tmp_path / "out.ptx"
+        command = [
+            compiler, "-std=c++17", "-ptx", f"-arch=sm_{arch}", f"-I{build.sources()}",
+            str(tmp_path / "only_hopper.cu"), "-o", str(output),
+        ]  # fmt: skip
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        kernels = re.split(r"\.visible \.entry|\.weak \.entry", output.read_text())[1:]
+        assert len(kernels) == 16
+        traps[arch] = sum("trap;" in kernel for kernel in kernels)
+    assert traps == {"90a": 0, "90": 16, "100": 16}
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -224,10 +313,10 @@ def test_an_extension_for_other_gpus_is_not_taken(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "qkernels._cuda", extension)
     assert build.state() == "compiled with the package for sm_80, sm_90a"
     assert [build.obstacle(*gpu) for gpu in ((8, 0), (8, 9), (9, 0))] == [None] * 3
-    for major, minor in ((7, 5), (10, 0), (12, 0)):
+    for major, minor, needs in ((7, 5, "75"), (10, 0, "100"), (10, 3, "100"), (12, 1, "120")):
         assert build.obstacle(major, minor) == (
             "the extension was built with the package for sm_80, sm_90a, "
-            f"and this GPU is sm_{major}{minor}"
+            f"and this GPU is sm_{major}{minor}, which needs '{needs}' in QKERNELS_CUDA_ARCHS"
         )
     p = qk.quantize(torch.randn(64, 128), "nf4")
     assert qk.explain(p, 1, device="cuda").backend == "cuda"

@@ -15,6 +15,7 @@ from qkernels.layouts import weight_only as layout
 
 from ..conftest import DEVICE, case_id, k_of
 from ..reference import assert_fused_close
+from . import conftest as emulation
 from . import test_transforms as incoherent
 from . import test_weight_only as weight_only
 
@@ -275,6 +276,15 @@ def test_tilings_fill_the_gpu_and_fit_in_the_workspace() -> None:
         columns, count, whole = hopper.tiling_for((1024, 28672), m, traits, 132)
         cut = -(-1024 // hopper.ROWS) * -(-m // columns) - whole
         assert count == 1 or count * cut * hopper.ROWS * columns * 4 <= workspace.BYTES
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="emulates a GPU that this machine does not have")
+def test_a_kernel_without_a_body_fails() -> None:
+    """Such as one that is compiled for plain sm_90, which has no wgmma."""
+    emulation.DEFINES.append("QK_EMULATED_ARCH=800")
+    p = qk.quantize(torch.randn(32, 128), "fp8", activation="dynamic")
+    with pytest.raises(RuntimeError, match="that is not for this GPU"):
+        qk.matmul(torch.randn(300, 128).half(), p, backend="cuda")
 
 
 def test_fewer_rows_and_other_gpus_take_other_kernels() -> None:

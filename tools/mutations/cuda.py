@@ -149,10 +149,25 @@ HOPPERS = [
     (HOPPER8, "warpgroup * P::kRows * kStep", "0 * warpgroup"),
 ]  # fmt: skip
 
+BUILD = "qkernels/backends/cuda/build.py"
+BUILDS = [
+    (BUILD, 'number_of(arch) == 90 and arch != "90a"', "False"),
+    (BUILD, "number % 10 <= minor", "number % 10 == minor"),
+    (BUILD, "{minor if major < 10 else 0}", "{minor}"),
+    (HOPPER8, "not_for_this_gpu();", ""),
+    (HOPPER, "not_for_this_gpu();", ""),
+]  # fmt: skip
+
+EMULATORS = [
+    ("csrc/emulation/async.h", "memcmp(p.given, p.a, sizeof p.given) != 0", "false"),
+]  # fmt: skip
+
 #: what to break, and the tests that must notice
 SUITES = (
     (CUDA, ("tests/cuda",)),
     (CUDA_EIGHT_BIT, ("tests/cuda/test_eight_bit.py",)),
     (ROWS_IN_THE_GEMV, ("tests/cuda/test_quantized_rows.py", "tests/cuda/test_eight_bit.py")),
     (HOPPERS, ("tests/cuda/test_hopper.py",)),
+    (BUILDS, ("tests/cuda/test_build.py",)),
+    (EMULATORS, ("tests/cuda/test_emulator.py",)),
 )

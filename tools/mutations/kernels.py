@@ -84,7 +84,11 @@ PLANS = [
     (PLAN, "offset - (self.operands[base - OPERANDS].low", "offset - (0"),
     ("qkernels/backends/triton/launch.py", "bases[base] + offset", "bases[base]"),
     ("qkernels/backends/cuda/launch.py", "bases[base] + offset", "bases[base]"),
-    ("qkernels/backends/cuda/launch.py", "words[word] = stream", "words[word] = 0"),
+    ("qkernels/backends/cuda/launch.py", "bases.append(stream)", "bases.append(0)"),
+    ("qkernels/backends/cuda/launch.py", "is_new and not _captures(stream)", "is_new"),
+    ("qkernels/backends/cuda/launch.py", "self._seen.get(stream) != counts", "not self._seen"),
+    ("qkernels/backends/cuda/launch.py", "counts in self._seen.values() and ", ""),
+    ("qkernels/weights/packed.py", "torch.inference_mode(False), ", ""),
     ("qkernels/ops/operator_plans.py", "weakref.ref(first, lambda _: forget())", "weakref.ref(first)"),
 ]  # fmt: skip
 
@@ -250,7 +254,12 @@ SUITES = (
     (WEIGHT_ONLY, ("tests/kernels/test_decoders.py", "tests/kernels/test_weight_only.py")),
     (
         PLANS,
-        ("tests/kernels/test_launch.py", "tests/cuda/test_launch.py", "tests/cuda/test_slices.py"),
+        (
+            "tests/kernels/test_launch.py",
+            "tests/cuda/test_launch.py",
+            "tests/cuda/test_pdl.py",
+            "tests/cuda/test_slices.py",
+        ),
     ),
     (COUNTERS, ("tests/test_counters.py",)),
     (

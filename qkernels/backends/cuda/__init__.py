@@ -79,22 +79,6 @@ def _module(name: str) -> Any:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def run(name: str, address: int, index: int) -> None:
-    """Start kernel `name` with the call struct at `address` on GPU `index`.
-
-    Raises:
-        RuntimeError: the kernel does not start; with CUDA's message.
-    """
-    start = build.extension().run
-    if current_device() == index:
-        error = start(name, address)
-    else:
-        with torch.cuda.device(index):
-            error = start(name, address)
-    if error:
-        raise RuntimeError(f"qkernels: CUDA kernel {name}: {error}")
-
-
 _quantized = registry.Quantized(
     lambda *args, **kwargs: _module("eight_bit").quantize(*args, **kwargs),
     lambda *args: _module("eight_bit").multiply(*args),

@@ -24,12 +24,15 @@ import stat
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
-#: architectures of a build for all supported GPUs, as in QKERNELS_CUDA_ARCHS="80 90a 100a 120a"
-DEFAULT_ARCHS = ("80", "90a", "100a", "120a")
+#: architectures of a build for all supported GPUs, as in QKERNELS_CUDA_ARCHS="80 90a 100 120".
+#: Kernels use instructions that only one architecture has on Hopper alone, so plain code for 100
+#: and 120 is enough, and also runs on 10.3 (B300) and 12.1 (GB10).
+DEFAULT_ARCHS = ("80", "90a", "100", "120")
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX") or ".so"
 
 
@@ -104,7 +107,8 @@ def obstacle(major: int, minor: int) -> str | None:
         return None
     return (
         f"the extension was built with the package for {_archs_in_words()}, "
-        f"and this GPU is sm_{major}{minor}"
+        f"and this GPU is sm_{major}{minor}, which needs {native_arch(major, minor)!r} in "
+        "QKERNELS_CUDA_ARCHS"
     )
 
 
@@ -117,9 +121,10 @@ def _archs_in_words() -> str:
 def runs_on(arch: str, major: int, minor: int) -> bool:
     """Whether code for `arch`, such as "80" or "90a", runs on GPUs of capability major.minor.
 
-    Code with "a" runs on that capability alone, other code also on those of a higher minor number.
+    Code with "a" runs on that capability alone. Other code, with "f" (for a family of GPUs) or
+    without a letter, also runs on those of the same major and a higher minor number.
     """
-    number = int(arch.rstrip("a"))
+    number = number_of(arch)
     if arch.endswith("a"):
         return number == major * 10 + minor
     return number // 10 == major and number % 10 <= minor
@@ -155,8 +160,34 @@ def extension() -> ModuleType:
 
 
 def native_arch(major: int, minor: int) -> str:
-    """(9, 0) -> "90a"; "a" adds the instructions that only this architecture has."""
-    return f"{major}{minor}" + ("a" if major >= 9 else "")
+    """What to build for a GPU: (8, 9) -> "89".
+
+    (9, 0) -> "90a", because wgmma needs the "a". (10, 3) -> "100": from 10.0 on the code is the
+    same for all minor numbers, and more versions of nvcc know the first one.
+    """
+    return "90a" if (major, minor) == (9, 0) else f"{major}{minor if major < 10 else 0}"
+
+
+def number_of(arch: str) -> int:
+    """The architecture without its letter: "90a" -> 90."""
+    return int(arch.rstrip("af"))
+
+
+def check_archs(archs: Sequence[str]) -> None:
+    """Raise ValueError unless kernels can be built for each of `archs`, as in DEFAULT_ARCHS."""
+    example = f'such as "{" ".join(DEFAULT_ARCHS)}"'
+    if not archs:
+        raise ValueError(f"QKERNELS_CUDA_ARCHS: expected architectures, {example}, got none")
+    for arch in archs:
+        if not re.fullmatch(r"\d{2,3}[af]?", arch) or number_of(arch) < 80:
+            raise ValueError(
+                f"QKERNELS_CUDA_ARCHS: expected architectures from 80 on, {example}, got {arch!r}"
+            )
+        if number_of(arch) == 90 and arch != "90a":
+            raise ValueError(
+                f'QKERNELS_CUDA_ARCHS: expected "90a" for Hopper, got {arch!r}: the kernels use '
+                "wgmma, which is not in code for other GPUs than 9.0"
+            )
 
 
 def check_versions(toolkit: int, driver: int) -> None:
@@ -249,7 +280,9 @@ def build(target: Path, archs: tuple[str, ...], folder: Path) -> None:
 
     Raises:
         RuntimeError: the compiler fails; with its messages.
+        ValueError: as in `check_archs`.
     """
+    check_archs(archs)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text(ninja_file(target, archs, folder))
     jobs = os.environ.get("MAX_JOBS")  # the variable of torch's extension builder

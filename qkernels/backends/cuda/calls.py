@@ -53,15 +53,8 @@ class Call(ctypes.Structure):
     Calls fill in and launch copies of the template, because several threads may use one weight.
     """
 
-    #: whether it, or a copy of it, has been launched
-    launched = False
-    #: the weight's call that this one is a copy of
-    template: Call | None = None
-
     def copy(self) -> Self:
-        copied = type(self).from_buffer_copy(self)
-        copied.template = self.template or self
-        return copied
+        return type(self).from_buffer_copy(self)
 
 
 class WeightOnlyCall(Call):
