@@ -54,43 +54,74 @@ struct GemmBlock {
     }
 };
 
-/// 16-byte units of a tile's high bits of one row.
-template <typename D>
-constexpr int kHighUnits = D::kHigh > 0 ? D::kHigh : 1;
-
-/// Starts the copies of a step's codes. Rows and tiles that do not exist become zeros.
-template <typename D>
-QK_DEVICE void fetch_codes(const WeightOnlyArgs& args, const GemmBlock<D>& block, int step) {
-    const int tile = block.begin + step, t = thread_index();
-    QK_UNROLL
-    for (int r = 0; r < 2; r++) {
-        const int unit = warp_index() * 64 + r * 32 + lane_index(), row = block.n0 + unit / 4;
-        const bool live = tile < block.end && row < args.n;
-        const int64_t at = live ? (int64_t(tile) * args.n + row) * 4 + unit % 4 : 0;
-        copy_async(block.codes(step) + unit * 16, args.qdata + at, live ? 16 : 0);
-    }
-    for (int unit = t; unit < kHighBytes<D> / 16; unit += kThreads) {
-        const int row = block.n0 + unit / kHighUnits<D>;
-        const bool live = tile < block.end && row < args.n;
-        const int64_t at =
-            live ? (int64_t(tile) * args.n + row) * kHighUnits<D> + unit % kHighUnits<D> : 0;
-        copy_async(block.high_bits(step) + unit * 16, static_cast<const Words4*>(args.qhigh) + at,
-                   live ? 16 : 0);
-    }
-}
-
-/// Starts the copies of a step's activations. A row of x is a whole number of 16-byte chunks.
+/// Where this thread's copies of the next step come from. Its 16-byte units of codes and of high
+/// bits are 128 units apart, or 32 in a warp, and its chunks of x are chunk t % kChunks of every
+/// kApart-th row. So a step moves pointers by constants.
 template <typename T, typename D>
-QK_DEVICE void fetch_x(const WeightOnlyArgs& args, const GemmBlock<D>& block, int step) {
-    constexpr int chunks = kTile<D> / 8;
-    for (int i = thread_index(); i < kGemmColumns<D> * chunks; i += kThreads) {
-        const int m = i / chunks, c = i % chunks, k = (block.begin + step) * kTile<D> + c * 8;
-        const bool live =
-            block.begin + step < block.end && block.m0 + m < args.m && k < args.x_stride;
-        const int64_t at = live ? int64_t(block.m0 + m) * args.x_stride + k : 0;
-        copy_async(block.chunk(step, m, c), static_cast<const T*>(args.x) + at, live ? 16 : 0);
+class GemmSource {
+    static constexpr int kChunks = kTile<D> / 8, kApart = kThreads / kChunks;
+    static constexpr int kCopies = kGemmColumns<D> / kApart, kHighUnits = kHighBytes<D> / 16;
+    static_assert(kCopies <= 32, "");
+
+    const Words4 *codes_, *high_;
+    const T* x_;
+    int codes_left_, x_left_;   // steps
+    uint32_t rows_;             // bit i: row i of x of this thread exists
+    int rows_of_w_, features_;  // from the block's first row, and from this thread's chunk, on
+    int unit_;
+
+  public:
+    QK_DEVICE GemmSource(const WeightOnlyArgs& args, const GemmBlock<D>& block)
+        : codes_left_(block.end - block.begin), x_left_(codes_left_), rows_(0) {
+        const int t = thread_index(), m = block.m0 + t / kChunks;
+        const int64_t row = int64_t(block.begin) * args.n + block.n0;
+        const int k = block.begin * kTile<D> + t % kChunks * 8;
+        unit_ = warp_index() * 64 + lane_index();
+        codes_ = args.qdata + row * 4 + unit_;
+        high_ = static_cast<const Words4*>(args.qhigh) + row * D::kHigh + t;
+        x_ = static_cast<const T*>(args.x) + int64_t(m) * args.x_stride + k;
+        rows_of_w_ = args.n - block.n0;
+        features_ = args.x_stride - k;
+        QK_UNROLL
+        for (int i = 0; i < kCopies; i++) {
+            rows_ |= uint32_t(m + i * kApart < args.m) << i;
+        }
     }
-}
+    /// Starts the copies of a step's codes. Rows and tiles that do not exist become zeros.
+    QK_DEVICE void fetch_codes(const WeightOnlyArgs& args, const GemmBlock<D>& block, int step) {
+        const int rows = codes_left_-- > 0 ? rows_of_w_ : 0, t = thread_index();
+        QK_UNROLL
+        for (int r = 0; r < 2; r++) {
+            const int unit = unit_ + r * 32;
+            copy_async(block.codes(step) + unit * 16, codes_ + r * 32, unit < rows * 4 ? 16 : 0);
+        }
+        codes_ += int64_t(args.n) * 4;
+        if constexpr (D::kHigh > 0) {
+            QK_UNROLL
+            for (int i = 0; i * kThreads < kHighUnits; i++) {
+                const int unit = i * kThreads + t;
+                if (unit < kHighUnits) {
+                    copy_async(block.high_bits(step) + unit * 16, high_ + i * kThreads,
+                               unit < rows * D::kHigh ? 16 : 0);
+                }
+            }
+            high_ += int64_t(args.n) * D::kHigh;
+        }
+    }
+    /// Starts the copies of a step's activations. A row of x is a whole number of 16-byte chunks.
+    QK_DEVICE void fetch_x(const WeightOnlyArgs& args, const GemmBlock<D>& block, int step) {
+        const uint32_t rows = x_left_-- > 0 && features_ > 0 ? rows_ : 0;
+        const int m = thread_index() / kChunks, c = thread_index() % kChunks;
+        const T* from = x_;
+        QK_UNROLL
+        for (int i = 0; i < kCopies; i++) {
+            copy_async(block.chunk(step, m + i * kApart, c), from, rows >> i & 1 ? 16 : 0);
+            from += int64_t(kApart) * args.x_stride;
+        }
+        x_ += kTile<D>;
+        features_ -= kTile<D>;
+    }
+};
 
 /// A lane's part of a tile's scales, loaded before it is used. S: a scaler, see scalers.h.
 template <typename D, typename S>
@@ -224,9 +255,10 @@ __global__ void __launch_bounds__(kThreads, (kGemmBlocks<D>))
 
     // The last kernel may write x, but not the weight, so the loads of the weight start before the
     // wait.
+    GemmSource<T, D> source(args, block);
     QK_UNROLL
     for (int step = 0; step < kStages - 1; step++) {
-        fetch_codes<D>(args, block, step);
+        source.fetch_codes(args, block, step);
     }
     typename S::Raw raw = {}, next = {};
     fetch_scales<D, S>(raw, args, block.begin, block.end, scale_rows);
@@ -237,7 +269,7 @@ __global__ void __launch_bounds__(kThreads, (kGemmBlocks<D>))
     wait_for_last_kernel();
     QK_UNROLL
     for (int step = 0; step < kStages - 1; step++) {
-        fetch_x<T, D>(args, block, step);
+        source.fetch_x(args, block, step);
         copy_async_commit();
     }
 
@@ -248,8 +280,8 @@ __global__ void __launch_bounds__(kThreads, (kGemmBlocks<D>))
     for (int step = 0; step < block.end - block.begin; step++) {
         copy_async_wait<kStages - 2>();
         sync_block();  // all threads have this step's copies, and none still reads the last step
-        fetch_codes<D>(args, block, step + kStages - 1);
-        fetch_x<T, D>(args, block, step + kStages - 1);
+        source.fetch_codes(args, block, step + kStages - 1);
+        source.fetch_x(args, block, step + kStages - 1);
         copy_async_commit();
         fetch_scales<D, S>(next, args, block.begin + step + 1, block.end, scale_rows);
         multiply_step<T, D, S>(acc, args, block, step, raw, table, scale_rows);

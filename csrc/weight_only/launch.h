@@ -57,60 +57,64 @@ WeightOnlyKernel decode_kernel(const WeightOnlyCall& call) {
     return call.columns == 8 && call.rows == 32 ? weight_only_decode<T, D, S, 1> : nullptr;
 }
 
-/// Kernels of the scaler `Plain`, one for each number of scale groups in a tile. The decode kernel
-/// is made for each of KINDS, too.
+/// A scaler as an argument of a function.
+template <typename S>
+struct ScalerOf {
+    using Type = S;
+};
+
+/// Kernels of scales of KINDS: `Grouped` for each kind and number of scale groups in a tile, and
+/// `Plain` for groups that are too short or do not follow one another along K, and for scales that
+/// `Grouped` does not read.
 template <int... KINDS>
 struct AnyPlain {
     template <typename T, typename D>
     static WeightOnlyKernel find(const WeightOnlyCall& call) {
-        if (call.kernel == 0) {
-            WeightOnlyKernel kernel = nullptr;
-            ((kernel = call.args.scaling == KINDS ? find_decode<T, D, KINDS>(call) : kernel), ...);
-            return call.scale_groups == 0 ? decode_kernel<T, D, Plain<0>>(call) : kernel;
-        }
-        // A tile with two scales runs as one with four scale groups: each scale is loaded twice.
-        return call.scale_groups == 0   ? weight_only_gemm<T, D, Plain<0>>
-               : call.scale_groups == 1 ? weight_only_gemm<T, D, Plain<1>>
-                                        : weight_only_gemm<T, D, Plain<4>>;
-    }
-    /// The decode kernel for scales of KIND; null if their groups are too short or do not follow
-    /// one another along K.
-    template <typename T, typename D, int KIND>
-    static WeightOnlyKernel find_decode(const WeightOnlyCall& call) {
-        if constexpr (KIND == kGroup || KIND == kScale || KIND == kNested) {
-            return call.scale_groups == 1   ? decode_kernel<T, D, Grouped<1, KIND>>(call)
-                   : call.scale_groups == 2 ? decode_kernel<T, D, Grouped<2, KIND>>(call)
-                   : call.scale_groups == 4 ? decode_kernel<T, D, Grouped<4, KIND>>(call)
-                                            : nullptr;
-        }
-        return nullptr;
+        return pick<WeightOnlyKernel>(call, true, [&](auto scaler) -> WeightOnlyKernel {
+            using S = typename decltype(scaler)::Type;
+            return call.kernel == 0 ? decode_kernel<T, D, S>(call) : weight_only_gemm<T, D, S>;
+        });
     }
     template <typename T, typename D>
     static HopperKernel find_hopper(const WeightOnlyCall& call) {
-        HopperKernel hopper = {};
-        ((hopper = call.args.scaling == KINDS ? find_hopper<T, D, KINDS>(call) : hopper), ...);
-        return hopper;
+        // Float16 has not all scales in bfloat16, and the kernel multiplies in 16 bits.
+        const bool fits = std::is_same<T, BFloat>::value || call.args.scale_type == kFloat16;
+        return pick<HopperKernel>(call, fits, [&](auto scaler) {
+            return HopperKernel::of<T, D, typename decltype(scaler)::Type>(call);
+        });
     }
-    template <typename T, typename D, int KIND>
-    static HopperKernel find_hopper(const WeightOnlyCall& call) {
+
+  private:
+    /// make(the call's scaler). fits: whether scales with zero points have the dtype for `Grouped`.
+    template <typename Result, typename Make>
+    static Result pick(const WeightOnlyCall& call, bool fits, Make make) {
+        Result result = make(ScalerOf<Plain<0>>());
+        (pick_of<KINDS>(result, call, fits, make), ...);
+        return result;
+    }
+    template <int KIND, typename Result, typename Make>
+    static void pick_of(Result& result, const WeightOnlyCall& call, bool fits, Make make) {
         if constexpr (KIND == kGroup || KIND == kScale || KIND == kNested) {
-            // Scales of 16 bits that are not of T lose bits in float16.
-            const bool fits = KIND != kGroup || call.args.scale_type == kFloat16 ||
-                              (call.is_bfloat && call.args.scale_type == kBFloat16);
-            if (fits && call.args.slice_group == nullptr) {
-                switch (call.scale_groups) {
-                    case 1:
-                        return HopperKernel::of<T, D, Grouped<1, KIND>>(call);
-                    case 2:
-                        return HopperKernel::of<T, D, Grouped<2, KIND>>(call);
-                    case 4:
-                        return HopperKernel::of<T, D, Grouped<4, KIND>>(call);
-                    default:
-                        break;
-                }
+            const WeightOnlyArgs& args = call.args;
+            const bool zeros = KIND == kGroup;
+            if (args.scaling != KIND || args.slice_group != nullptr ||
+                (zeros && (!fits || args.scale_type == kFloat32))) {
+                return;
+            }
+            switch (call.scale_groups) {
+                case 1:
+                    result = make(ScalerOf<Grouped<1, KIND>>());
+                    break;
+                case 2:
+                    result = make(ScalerOf<Grouped<2, KIND>>());
+                    break;
+                case 4:
+                    result = make(ScalerOf<Grouped<4, KIND>>());
+                    break;
+                default:
+                    break;
             }
         }
-        return HopperKernel::of<T, D, Plain<0>>(call);
     }
 };
 

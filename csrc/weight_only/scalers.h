@@ -24,9 +24,8 @@
 //   own_halves, own_odd  whether these depend on the half, and on `odd`, if a tile has `slices`
 //
 // `Plain` and `Grouped` are the scalers of GPTQ, bitsandbytes and FP8: of the kinds that have a
-// `Scaling` in qkernels/layouts/codecs.py. `Plain` looks at the kind at run time, so one kernel
-// serves all of them. The decode kernel, whose speed depends on every instruction, has `Grouped`,
-// which is compiled for one kind. quad_scalers.h has the other scalers.
+// `Scaling` in qkernels/layouts/codecs.py. `Grouped` is compiled for one kind. `Plain` looks at the
+// kind at run time, and serves what is rare: see launch.h. quad_scalers.h has the other scalers.
 //
 #pragma once
 #include "../ptx/arithmetic.h"

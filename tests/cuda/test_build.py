@@ -48,7 +48,7 @@ def test_kernels_compile_without_spills() -> None:
             ("decode 1 row", (1, 2, 4)),
             ("decode 8 rows", (0, 1, 2, 4)),
             ("decode 16 rows", (0, 1, 2, 4)),
-            ("gemm", (0, 1, 4)),
+            ("gemm", (0, 1, 2, 4)),
             ("wgmma 64 rows", (0, 1, 2, 4)),
             ("wgmma 128 rows", (0, 1, 2, 4)),
         )
