@@ -118,6 +118,25 @@ def test_slices_are_added_in_order_whatever_finishes_last(
         assert torch.equal(qk.matmul(x, p, backend="cuda"), y)
 
 
+def test_slices_of_rows_have_fewer_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows have six blocks, and the last is cut; slices of rows have up to four, all whole."""
+    monkeypatch.setattr(hopper, "tiling_for", lambda *_: hopper.Tiling(64, 2, whole=5))
+    monkeypatch.setattr(workspace, "BYTES", 128 * 1024)
+    p = qk.quantize(torch.randn(200, 512), "gptq", group_size=64, act_order=True).to(DEVICE)
+    x = torch.randn(150, 512).half().to(DEVICE)  # act-order copies it, which is too much
+    grids: list[int] = []
+    real = launch.start
+
+    def noting(plan: Plan, name: str, call: Any, *tensors: Any) -> None:
+        grids.append(call.grid_x)
+        real(plan, name, call, *tensors)
+
+    monkeypatch.setattr(launch, "start", noting)
+    assert_fused_close(qk.matmul(x, p, backend="cuda"), x, p)
+    assert grids[0] == 5 + 2, "all rows, which were declared, but need too much memory"
+    assert set(grids[1:]) <= {2, 4}
+
+
 @pytest.mark.parametrize("scales", [torch.float16, torch.bfloat16, torch.float32])
 @dtypes
 def test_scales_of_every_dtype(scales: torch.dtype, dtype: torch.dtype) -> None:
