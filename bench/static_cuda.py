@@ -93,8 +93,8 @@ KNOWN_SPILLS = {
     ("gemm", "unsigned4_two_level", -1, "100"): 28,
     ("gemm", "unsigned4_two_level", -1, "120"): 8,
     ("wgmma 64 rows", "linear3", 4, "90a"): 8,
-    ("wgmma 64 rows", "unsigned2_two_level", -1, "90a"): 80,
-    ("wgmma 64 rows", "unsigned3_two_level", -1, "90a"): 80,
+    ("wgmma 64 rows", "unsigned2_two_level", -1, "90a"): 32,
+    ("wgmma 64 rows", "unsigned3_two_level", -1, "90a"): 48,
     ("wgmma 128 rows", "lut16", 4, "90a"): 140,
 }
 

@@ -38,7 +38,7 @@ from .jobs import weight_only as jobs
 from .jobs.base import DTYPES
 from .workers import start_worker
 
-ROWS = (1, 8, 16, 64, 1024)
+ROWS = (1, 8, 16, 64, 256)
 GPUS = ("H100", "H200")
 #: of an SM of sm_90 in one cycle: lanes of the instructions that it issues, bf16 operations of its
 #: tensor cores

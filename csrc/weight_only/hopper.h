@@ -325,11 +325,6 @@ QK_DEVICE void multiply_tile(float (&sums)[COLUMNS / 2], uint32_t (&a)[2][2][4],
     const int scale_group = S::kGroups == 0 ? args.scale_group : kTile<D> / kGroupsLoaded<S>;
     GroupScales<D, S> group_scales;
     PairScale<T, S> pair_scale[2] = {{1, 0}, {1, 0}};
-    // With a minimum, the constant that a decoder adds goes with it, instead of with `finish`.
-    float added = 0;
-    if constexpr (S::kHasMin) {
-        added = D::kAdded;
-    }
     QK_UNROLL
     for (int s = 0; s < D::kPairs; s++) {
         QK_UNROLL
@@ -339,12 +334,11 @@ QK_DEVICE void multiply_tile(float (&sums)[COLUMNS / 2], uint32_t (&a)[2][2][4],
                 group_scales.take(scales, args, scale_rows, slice, kk);
                 QK_UNROLL
                 for (int r = 0; r < 2; r++) {
-                    const float scale = group_scales.factor[r], minimum = group_scales.minimum[r];
-                    pair_scale[r] = {scale, minimum + added * scale};
+                    pair_scale[r] = {group_scales.factor[r], group_scales.minimum[r]};
                 }
             }
             uint32_t (&weights)[4] = a[s % 2][p];
-            operand<D, !S::kHasMin>(weights, values, s, p, group_scales.offset);
+            operand<D>(weights, values, s, p, group_scales.offset);
             if constexpr (S::kGroups == 0) {
                 if (by_element) {
                     scale_elements<T>(weights, args, scale_rows.scales, kk + lane_index() % 4 * 2);

@@ -88,16 +88,15 @@ QK_DEVICE Values<D> raw_values(const Packed<D>& packed, const Table& table) {
     return values;
 }
 
-/// The fragment of W for slice (s, p), with zero points subtracted; or, without FINISH, as decoded.
-template <typename D, bool FINISH = true>
+/// The fragment of W for slice (s, p), with zero points subtracted.
+template <typename D>
 QK_DEVICE void operand(uint32_t (&a)[4], const Values<D>& values, int s, int p,
                        const uint32_t (&offset)[2]) {
     QK_UNROLL
     for (int h = 0; h < 2; h++) {
         QK_UNROLL
         for (int r = 0; r < 2; r++) {
-            const uint32_t pair = values.pairs[r][p][h][s];
-            a[h * 2 + r] = FINISH ? D::finish(pair, offset[r]) : pair;
+            a[h * 2 + r] = D::finish(values.pairs[r][p][h][s], offset[r]);
         }
     }
 }
