@@ -27,7 +27,8 @@ struct WeightOnlyArgs {
     const void* x_columns;     // gemm with outliers: x^T (K, x_rows), in the checkpoint's order
     const void* bias;          // (N) or null
     void* y;                   // (M, N)
-    float* partial;            // (split-K slices, blocks, rows of a block x columns of a block)
+    float* partial;            // (split-K slices, blocks, rows of a block x columns of a block);
+                               // hopper: (cut blocks, warpgroups, slices, 64 x columns)
     int* counter;              // (blocks; hopper: and 3 warpgroups), zero before and after
     int m, n, k, kp;
     int tiles, k_slice;          // tiles of 16 words along K: in all, and in a split-K slice

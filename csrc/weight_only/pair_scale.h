@@ -2,7 +2,7 @@
 // once.
 //
 //   bfloat16   scale = high + low, two numbers of T, right to 2^-17. value * low, then one fma with
-//              value * high: 2 instructions a pair
+//              value * high: 2 instructions a pair. Infinite scales give NaN
 //   float16    a float16 scale of a file: 1 product a pair
 //   else       through float32, because float16 has too few exponents for the parts of any scale,
 //              and a minimum would need parts of its own: 5 instructions a pair

@@ -1,7 +1,8 @@
 """Split-K: how the launchers cut K into slices, which blocks sum separately.
 
 The order of a sum depends on the number of slices. So the number depends on the weight, the GPU and
-at most the rows of the whole problem, and never on which rows one launch computes.
+at most the rows of the whole problem, and not on which rows one launch computes. One exception: the
+Hopper kernel cuts only the last wave of a launch, and nothing where rows go in slices (hopper.py).
 """
 
 from __future__ import annotations
