@@ -40,7 +40,7 @@ ptxas info    : Used 120 registers, used 1 barriers, 64 bytes cumulative stack s
 
 @pytest.mark.skipif(build.nvcc() is None, reason="no nvcc")
 def test_kernels_compile_without_spills() -> None:
-    """One source for one architecture; `python -m bench.static_cuda` checks all, in minutes."""
+    """One source for Hopper; `python -m bench.static_cuda` checks all, in minutes."""
     facts = static_cuda.compile_one("e4m3", "90a")
     assert {(f.kernel, f.dtype, f.scale_groups) for f in facts} == {
         (kernel, dtype, scale_groups)
@@ -55,6 +55,16 @@ def test_kernels_compile_without_spills() -> None:
         for dtype in ("Half", "BFloat")
         for scale_groups in all_scale_groups
     }
+    assert [f.problems for f in facts if f.problems] == []
+
+
+@pytest.mark.skipif(build.nvcc() is None, reason="no nvcc")
+@pytest.mark.parametrize("arch", ["100", "120"])
+def test_a_source_for_blackwell_compiles_without_spills(arch: str) -> None:
+    facts = static_cuda.compile_one("unsigned4_q4_k", arch)
+    assert {f.kernel for f in facts} == {
+        "decode 1 row", "decode 8 rows", "decode 16 rows", "gemm"
+    }  # fmt: skip
     assert [f.problems for f in facts if f.problems] == []
 
 
