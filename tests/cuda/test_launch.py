@@ -82,7 +82,7 @@ def test_other_threads_clear_and_read_the_plans(case: tuple[str, dict[str, Any]]
     p.plans = plans = Forgetful()
     assert torch.equal(qk.matmul(x, p, backend="cuda"), want)
     products = [call for call in plans.copied if isinstance(call, WeightOnlyCall)]
-    assert all(call.kernel == int(m > 16) for call in products)
+    assert all((call.kernel > 0) == (m > 16) for call in products)  # not the decode kernel
     (normed,) = qk.fused.rms_norm_matmul(x, x[0], 1e-6, [p], backend="cuda")
     assert bool(normed.isfinite().all())
 
