@@ -53,7 +53,7 @@ def dense_cycles(shape: tuple[int, int], m: int) -> float:
 
 
 def row(shape: tuple[int, int], format: str) -> str:
-    """A row of the table: for each M the tiling, the share of the peak, and that of bfloat16."""
+    """A row of the table: for each M the tiling, the share of the peak, the ratio to bfloat16."""
     (spec,) = parse_specs(format)
     memory = memory_cycles(shape, 8 * bytes_per_weight(spec.name, spec.params))
     cells = [f"{shape[0]}x{shape[1]}"]
@@ -77,7 +77,7 @@ def main(
     print(
         f"# The Hopper kernel by its model\n\nMade by `python -m bench.static.waves`: {format}, an "
         "H200. **Nothing here was measured.** Each cell:\nrows of x of a block x split-K slices: "
-        "share of the tensor cores' peak, speed in bfloat16's by the same model.\n\n"
+        "share of the tensor cores' peak, how many times as fast as bfloat16 by the same model.\n\n"
         f"| shape | {' | '.join(f'M={m}' for m in ROWS)} |\n"
         f"| --- |{' --- |' * len(ROWS)}"
     )

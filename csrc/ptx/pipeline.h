@@ -1,8 +1,8 @@
 // The pipeline of both Hopper kernels: one thread copies into rings of shared memory, and the warps
 // of two or three warpgroups consume what it copies.
 //
-//      warpgroup 0        thread 0: the producer, which starts every TMA copy; the others do
-//      nothing warpgroup 1, 2 ..  the consumers, which multiply
+//      warpgroup 0      thread 0: the producer, which starts every TMA copy; the others idle
+//      warpgroup 1 ..   the consumers, which multiply
 //
 // Every stage of a ring has two mbarriers: `full`, which the copies complete, and `empty`, at which
 // each consumer warp arrives when it is done with the stage.

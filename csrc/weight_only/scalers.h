@@ -9,7 +9,8 @@
 //   kElements   the gemm scales each weight, because scale groups are short; otherwise it scales
 //               the sum of a scale group
 //   kOutliers   sparse weights are added
-//   kHalfScales whether scales are float16, if T is: `Hopper` multiplies by them in 16 bits
+//   kHalfScales whether scales are float16 where x is: the Hopper kernel multiplies by them in 16
+//               bits
 //   Rows        what is the same for all tiles of two rows, which must exist
 //   Raw         registers that `fetch` fills
 //   fetch       loads, and does nothing else, so it can run long before the scales are used

@@ -83,7 +83,6 @@ def _launch(
 
     x is in the order of codes. y is in x's dtype, or in float32 if a transform follows.
     """
-    args = call.args
     m, n = y.shape
     columns = columns_of(traits.codes)
     blocks = -(-n // ROWS) * -(-m // columns)
@@ -91,10 +90,7 @@ def _launch(
     call.shared = shared_bytes(traits.codes)
     scratch: list[Symbolic] = []
     if count > 1:
-        scratch = [
-            plan.empty((count * blocks * ROWS * columns,), torch.float32), plan.counters(blocks)
-        ]  # fmt: skip
-        args.partial, args.counter = (t.data_ptr() for t in scratch)
+        scratch = decode.partial_sums(plan, call.args, count * blocks * ROWS * columns, blocks)
     start(plan, x, y, p, bias, call, traits, scratch)
 
 

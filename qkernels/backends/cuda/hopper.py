@@ -89,11 +89,8 @@ def declare(plan: Plan, p: PackedWeight, problem: Problem) -> None:
         call.grid_x, call.grid_y = min(args.whole + rest * count, sm_count(x.device)), 1
         scratch: list[Symbolic] = []
         if rest and count > 1:
-            scratch = [
-                plan.empty((count * rest * ROWS * call.columns,), torch.float32),
-                plan.counters(rest * CONSUMERS),
-            ]
-            args.partial, args.counter = (t.data_ptr() for t in scratch)
+            sums = count * rest * ROWS * call.columns
+            scratch = decode.partial_sums(plan, args, sums, rest * CONSUMERS)
         gemm.start(plan, x, y, p, bias, call, traits, scratch)
 
     def rows(x: Symbolic, y: Symbolic) -> None:

@@ -141,12 +141,16 @@ def _launch(
     call.shared = shared_bytes(traits, columns, min(m, columns), warps)
     scratch: list[Symbolic] = []
     if count > 1:
-        scratch = [
-            plan.empty((count * blocks * rows * columns,), torch.float32), plan.counters(blocks)
-        ]  # fmt: skip
-        args.partial, args.counter = (t.data_ptr() for t in scratch)
+        scratch = partial_sums(plan, args, count * blocks * rows * columns, blocks)
     reads = [x, *p.storage.values(), *([] if bias is None else [bias])]
     start(plan, kernel_of(traits), call, reads, [y, *scratch])
+
+
+def partial_sums(plan: Plan, args: WeightOnlyArgs, sums: int, counters: int) -> list[Symbolic]:
+    """Scratch memory of split-K slices, sums and counters, whose addresses are put into args."""
+    scratch = [plan.empty((sums,), torch.float32), plan.counters(counters)]
+    args.partial, args.counter = (t.data_ptr() for t in scratch)
+    return scratch
 
 
 def call_of(
