@@ -154,6 +154,26 @@ def test_scales_of_every_dtype(scales: torch.dtype, dtype: torch.dtype) -> None:
     assert_fused_close(qk.matmul(x, p, backend="cuda"), x, p, None)
 
 
+@pytest.mark.parametrize(
+    ("name", "params"), [("gptq", {"bits": 8, "group_size": 64, "symmetric": False}), ("fp8", {})]
+)
+def test_scales_that_float16_has_not(name: str, params: dict[str, object]) -> None:
+    """Below 2^-17, where float16 has too few bits for bfloat16 and float32 scales.
+
+    Values, weights and x are positive, so that a scale's error does not average out.
+    """
+    n, k, m = 48, 256, 20
+    p = qk.quantize(torch.rand(n, k) * 1e-3, name, **params)
+    if name == "gptq":  # its quantizer makes no scales below 2^-14
+        p = qk.quantize(torch.rand(n, k), name, **params)
+        scales = ((torch.rand(p.tensors["scales"].shape) + 1) * 2.0**-19).bfloat16()
+        p = qk.pack("gptq", {**p.tensors, "scales": scales}, p.shape, **p.params)
+    p = p.to(DEVICE)
+    x = torch.rand(m, k).half().to(DEVICE)
+    assert takes_hopper(p, m)
+    assert_fused_close(qk.matmul(x, p, backend="cuda"), x, p, None)
+
+
 TILES = [
     ("gptq", {"bits": 4, "group_size": 64, "symmetric": False}),
     ("gptq", {"bits": 3, "group_size": 128}),
